@@ -34,7 +34,7 @@ interface PullerOpts {
     insecure?: boolean;
     /** The upstream registry that a mirror stands for: `?ns=HOST`. */
     namespace?: string;
-    /** Connections used at once; default 8. */
+    /** Connections used at once; default 8, at most 64. */
     concurrency?: number;
     /** Attempts after the first; default 5. */
     retries?: number;
@@ -79,9 +79,8 @@ declare class ImgpullError extends Error {
     readonly name = "ImgpullError";
     readonly code: ErrorCode;
     readonly status?: number;
-    constructor(code: ErrorCode, message: string, more?: {
+    constructor(code: ErrorCode, message: string, details?: {
         status?: number | undefined;
-        retryAfterMs?: number | undefined;
         cause?: unknown;
     });
 }
@@ -94,13 +93,13 @@ declare class Puller {
     constructor(urlOrOpts: string | PullerOpts);
     getUrl(): string;
     getOpts(): PullerOpts;
-    /** Leaves a verified tar at `dest`, or adds to the OCI image layout there where `dest` is a directory or ends in "/". */
+    /** Leaves a verified tar at `dest`, or adds to the OCI image layout there where that is a directory or ends in "/". */
     pullTar(dest: string): Promise<PullResult>;
     /** The index ("list") or the platform's manifest ("image"). NOT_FOUND where the registry has no index for it. */
     pullManifest(type: "list" | "image"): Promise<ManifestHolder>;
     /** Whatever the registry has under the reference: an index or an image manifest. */
     getManifest(): Promise<ManifestHolder>;
-    /** The manifest's descriptor without its bytes, where the registry tells it. `size` is in bytes. */
+    /** The manifest's descriptor by a HEAD request; by its bytes where the registry leaves something out. */
     headManifest(): Promise<{
         mediaType: string;
         digest: string;
@@ -109,12 +108,11 @@ declare class Puller {
     /** Every blob of an image manifest as `dir/HEX`, verified; those that are there already are kept. */
     pullBlobs(holder: ManifestHolder, dir: string): Promise<void>;
 }
-/** The streams and signals that a command runs with; tests give their own. */
+/** The streams that a command runs with; tests give their own. */
 interface CommandIO {
     readonly stdin: NodeJS.ReadableStream;
     readonly stdout: NodeJS.WritableStream & {
         isTTY?: boolean;
-        columns?: number;
     };
     readonly stderr: NodeJS.WritableStream & {
         isTTY?: boolean;
@@ -122,7 +120,7 @@ interface CommandIO {
     };
     readonly environment: Environment;
 }
-/** Runs the command; resolves to its exit code. 0 done, 1 failed, 2 usage, 130 SIGINT, 143 SIGTERM. */
-declare function main(argv: readonly string[], given?: CommandIO): Promise<number>;
-export { ImgpullError, Puller, newPullerOpts, main, internals };
+/** Runs the command; resolves to its exit code: 0 done, 1 failed, 2 usage, 130 SIGINT, 143 SIGTERM. */
+declare function main(argv: readonly string[], io?: CommandIO): Promise<number>;
+export { ImgpullError, Puller, internals, main, newPullerOpts };
 export type { Descriptor, ErrorCode, ManifestHolder, Platform, Progress, PullerOpts, PullResult };

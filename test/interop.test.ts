@@ -23,6 +23,7 @@ const skip = skipWithout(
 // ====== Real images ======
 
 const ESBUILD = `node_modules/@esbuild/${process.platform}-${arch()}/bin/esbuild`;
+const HOST_ARCHITECTURE = arch() === "x64" ? "amd64" : arch();
 
 type Change = (rootfs: string) => void;
 
@@ -381,7 +382,21 @@ describe("interop", { skip }, () => {
     assertContents(await takeFromDocker(docker, name), shelf.contents.docker);
     await pipe(`ctr --address ${containerd.address} images import --snapshotter native -`);
     assert.equal(await manifestDigestInContainerd(containerd, name), manifest.digest);
-    assertContents(await takeFromContainerd(containerd, name, "amd64"), shelf.contents.docker);
+    assertContents(await takeFromContainerd(containerd, name, HOST_ARCHITECTURE), shelf.contents.docker);
+  });
+
+  test("a folder is an OCI layout that skopeo and umoci read, and that takes a second image", async () => {
+    const { host } = shelf.registry;
+    const layout = join(interopFolder("pulled"), "layout");
+    for (const repository of ["docker/app", "oci/app"]) {
+      await imgpull([`${host}/${repository}:v1`, `${layout}/`, "--scheme", "http"]);
+    }
+    const name = `${host}/oci/app:v1`;
+    const manifest = await storedManifest(host, "oci/app", "v1");
+    assert.equal(digestOf(await skopeo("inspect", "--raw", `oci:${layout}:${name}`)), manifest.digest);
+    const bundle = join(interopFolder("umoci-unpack"), "bundle");
+    await run(["umoci", "unpack", "--image", `${layout}:${name}`, bundle]);
+    assertContents(join(bundle, "rootfs"), shelf.contents.oci);
   });
 
   test("two pulls of one image, and one of the line that was printed, are byte-identical", async () => {
@@ -407,7 +422,7 @@ describe("interop", { skip }, () => {
       htpasswd: { user: USER, password: SECRETS.password },
       tls: { ...authority.issueServer(), clientCa: authority.cert },
     };
-    const registry = await startRealRegistry({ ...secured, storage: join(shelf.registry.folder, "storage") });
+    const registry = await startRealRegistry({ ...secured, storage: shelf.registry.storage });
     t.after(() => registry.stop());
     const nginx = await startNginx({ ...secured, upstream: `http://127.0.0.1:${shelf.registry.port}` });
     t.after(() => nginx.stop());

@@ -237,6 +237,12 @@ export interface RealRegistryOptions {
 /** Debian's docker-registry (distribution 2.8). `stop("SIGKILL")` drops what it sends; `restart()` keeps its port. */
 export class RealRegistry extends Service {
   port = 0;
+  readonly storage: string;
+
+  constructor(program: Program, storage: string) {
+    super(program);
+    this.storage = storage;
+  }
 
   /** `localhost:PORT`, for references. */
   get host(): string {
@@ -246,7 +252,7 @@ export class RealRegistry extends Service {
 
 export async function startRealRegistry(options: RealRegistryOptions = {}): Promise<RealRegistry> {
   const folder = interopFolder("registry");
-  const { tls } = options;
+  const { tls, storage = join(folder, "storage") } = options;
   const files = writeFiles(folder, {
     "cert.pem": tls?.cert ?? "", "key.pem": tls?.key ?? "", "client-ca.pem": tls?.clientCa ?? "",
     htpasswd: options.htpasswd ? await htpasswd(options.htpasswd) : "",
@@ -257,8 +263,7 @@ export async function startRealRegistry(options: RealRegistryOptions = {}): Prom
     version: "0.1",
     log: { level: "info" },
     storage: {
-      filesystem: { rootdirectory: options.storage ?? join(folder, "storage") }, delete: { enabled: true },
-      cache: { blobdescriptor: "inmemory" },
+      filesystem: { rootdirectory: storage }, delete: { enabled: true }, cache: { blobdescriptor: "inmemory" },
     },
     http: {
       addr: `127.0.0.1:${port}`, secret: "imgpull tests",
@@ -275,7 +280,7 @@ export async function startRealRegistry(options: RealRegistryOptions = {}): Prom
   const registry = new RealRegistry({
     name: "docker-registry", folder, command: ["docker-registry", "serve", configPath],
     ready: /listening on 127\.0\.0\.1:(\d+)/, stopSignal: "SIGTERM",
-  });
+  }, storage);
   const [, port] = await registry.start();
   registry.port = Number(port);
   configure(registry.port);

@@ -1,0 +1,807 @@
+// Bytes in place: whatever a line, a registry or a disk does to a pull, DEST is right or as it was. SPEC §5, §6.
+import assert from "node:assert/strict";
+import { spawnSync } from "node:child_process";
+import {
+  chmodSync, existsSync, mkdirSync, mkdtempSync, readFileSync, readdirSync, readlinkSync, rmSync, statSync, symlinkSync,
+  writeFileSync,
+} from "node:fs";
+import type { Socket } from "node:net";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { test, type TestContext } from "node:test";
+import { ImgpullError, Puller, internals, type ErrorCode, type Progress, type PullerOpts } from "../imgpull.ts";
+import { makeAuthority } from "./support/certificates.ts";
+import { SECRETS, USER, cleanEnvironment, recordOutput, temporaryFolder } from "./support/command.ts";
+import {
+  MEDIA, digestOf, makeImage, makeLayer, makeMultiPlatform, readTar, type TestContent, type TestImage, type TestIndex,
+  type TestLayer,
+} from "./support/image.ts";
+import {
+  gate, startRegistry, type Fault, type Matcher, type Registry, type RegistryOptions,
+} from "./support/registry.ts";
+
+// Puller reads process.env: a developer's proxies and credentials must not count here.
+process.env = cleanEnvironment();
+
+// ====== Pulls whose back-off takes no time ======
+
+const NAME = "example.com/team/app:1.0";
+const LINUX = { scheme: "http", osType: "linux", archType: "amd64" } as const;
+
+interface Pulled { fetchedBytes: number; warnings: string[]; waitsMs: number[] }
+
+interface PullOptions extends Partial<PullerOpts> {
+  sleep?: (milliseconds: number) => Promise<void>;
+}
+
+/** The name in the tar is always the same, so that tars pulled from registries on several ports can be compared. */
+async function pull(reference: string, dest: string, { sleep, ...opts }: PullOptions = {}): Promise<Pulled> {
+  const warnings: string[] = [];
+  const waitsMs: number[] = [];
+  const clock = {
+    now: Date.now, random: () => 0,
+    sleep: async (milliseconds: number) => {
+      waitsMs.push(milliseconds);
+      await sleep?.(milliseconds);
+    },
+  };
+  const onWarning = (message: string): void => {
+    recordOutput(message);
+    warnings.push(message);
+  };
+  const images = [{ reference: internals.parseReference(reference), name: NAME }];
+  return await internals.withSession({ url: reference, ...LINUX, onWarning, ...opts }, async (session) => {
+    const request = { images, destination: dest, isAll: false, reuse: [] };
+    const { transfer } = await internals.pullImages(session, request, () => undefined);
+    return { fetchedBytes: transfer.fetchedBytes, warnings, waitsMs };
+  }, { clock, environment: cleanEnvironment() });
+}
+
+/** The error that a pull ends with; anything but an ImgpullError would be a stack trace for the user. */
+async function failure(pulling: Promise<unknown>): Promise<ImgpullError> {
+  const error: unknown = await pulling.then(() => undefined, (reason: unknown) => reason);
+  if (!(error instanceof ImgpullError)) assert.fail(`no ImgpullError but ${String((error as Error)?.stack ?? error)}`);
+  recordOutput(error.message);
+  return error;
+}
+
+/** A strict reader's view of a tar: what it must hold, no more, and every blob right. */
+function checkTar(tar: Buffer, image: TestContent): void {
+  const entries = readTar(tar);
+  const { config, layers } = JSON.parse(image.bytes.toString("utf8"));
+  const parts = [image, config, ...layers] as { digest: string }[];
+  const blobs = [...new Set(parts.map(({ digest }) => `blobs/${digest.replace(":", "/")}`))];
+  assert.deepEqual(entries.map(({ name }) => name), ["oci-layout", "index.json", "manifest.json", ...blobs]);
+  for (const { name, offset, size } of entries.slice(3)) {
+    const [, algorithm = "", hex] = name.split("/");
+    assert.equal(digestOf(tar.subarray(offset, offset + size), algorithm as "sha256"), `${algorithm}:${hex}`, name);
+  }
+}
+
+interface Served { registry: Registry; reference: string; folder: string; dest: string }
+
+async function serve(t: TestContext, content: TestContent, options: RegistryOptions = {}): Promise<Served> {
+  const registry = await startRegistry(options, t);
+  const folder = temporaryFolder(t);
+  return { registry, reference: registry.add(content, "team/app", "1.0"), folder, dest: join(folder, "app.tar") };
+}
+
+function childOf(index: TestIndex, at = 0): TestImage {
+  return index.children[at] as TestImage;
+}
+
+function blobBytes(image: TestImage): number {
+  return [...image.blobs.values()].reduce((sum, { length }) => sum + length, 0);
+}
+
+function layersOf(image: TestImage): [TestLayer, TestLayer] {
+  return image.layers as [TestLayer, TestLayer];
+}
+
+const APP = makeMultiPlatform(["linux/amd64", "linux/arm64"], { seed: "app", layers: [300_000, 40_000] });
+const APP_IMAGE = childOf(APP);
+const [LARGE, SMALL] = layersOf(APP_IMAGE);
+const SINGLE = makeImage({ seed: "single", layers: [20_000] });
+const SEVERAL_MIB = makeMultiPlatform(["linux/amd64"], { seed: "mib", layers: [8_000_000, 40_000] });
+
+const undisturbed = new Map<TestContent, Promise<Buffer>>();
+
+/** What a pull from a registry without any fault gives, checked to the last byte. */
+function undisturbedTar(t: TestContext, content: TestContent): Promise<Buffer> {
+  const known = undisturbed.get(content) ?? (async () => {
+    const { reference, dest } = await serve(t, content);
+    await pull(reference, dest);
+    checkTar(readFileSync(dest), "children" in content ? childOf(content as TestIndex) : content);
+    return readFileSync(dest);
+  })();
+  undisturbed.set(content, known);
+  return known;
+}
+
+/** DEST is right to the byte, and nothing else is left in its folder. */
+async function assertRight(t: TestContext, { folder, dest }: Served, content: TestContent = APP): Promise<void> {
+  assert.ok(readFileSync(dest).equals(await undisturbedTar(t, content)), "differs from an undisturbed pull");
+  assert.deepEqual(readdirSync(folder), ["app.tar"]);
+}
+
+/** DEST is as it was before, and beside it is at most what the next run resumes from. */
+function assertUntouched({ folder, dest }: Served): void {
+  assert.equal(readFileSync(dest, "utf8"), "precious");
+  const others = readdirSync(folder).filter((name) => name !== "app.tar");
+  assert.deepEqual(others.filter((name) => !name.startsWith("app.tar.partial") || name.endsWith(".lock")), []);
+}
+
+// ====== Faults that pass ======
+
+type Rules = [Matcher, Fault][];
+
+const LAYER: Matcher = { digest: LARGE.digest };
+const CHILD: Matcher = { kind: "manifest", tag: APP_IMAGE.digest };
+const EVERY_KIND: Record<string, Matcher> = {
+  "index": { kind: "manifest", tag: "1.0" }, "manifest": CHILD, "config": { kind: "config" }, "layer": LAYER,
+};
+
+const PASSING: Record<string, Rules> = {
+  "a layer that stalls": [[{ ...LAYER, times: 2 }, { stallAfter: 1000 }]],
+  "a manifest that never comes": [[{ ...CHILD, times: 1 }, { wait: new Promise(() => {}) }]],
+  "a chunked layer that ends early": [[{ ...LAYER, times: 1 }, { contentLength: "chunked", dropAfter: 9999 }]],
+  "a layer without a length that ends early": [[{ ...LAYER, times: 1 }, { contentLength: "close", dropAfter: 9999 }]],
+  "a layer corrupted in its first byte": [[{ ...LAYER, times: 1 }, { corruptAt: 0 }]],
+  "a layer corrupted in its last byte": [[{ ...LAYER, times: 1 }, { corruptAt: LARGE.bytes.length - 1 }]],
+  "every blob corrupted once": [LARGE, SMALL, APP_IMAGE.config].map(({ digest }) =>
+    [{ digest, times: 1 }, { corruptAt: 100 }]),
+  "a layer of the wrong length once": [[{ ...LAYER, times: 1 }, { dropAfter: 5000, contentLength: 0 }]],
+  "a drop, and a registry that ignores ranges": [
+    [{ ...LAYER, times: 1 }, { dropAfter: 150_000 }], [{ ...LAYER, ranged: true }, { ignoreRange: true }],
+  ],
+  "a drop, then no total in Content-Range": [
+    [{ ...LAYER, times: 1 }, { dropAfter: 100_000 }],
+    [{ ...LAYER, ranged: true }, { headers: { "content-range": "bytes 100000-299999/*" } }],
+  ],
+  "three drops in a layer, then corruption": [
+    [{ ...LAYER, times: 1 }, { dropAt: 50_000 }], [{ ...LAYER, times: 1 }, { dropAt: 100_000 }],
+    [{ ...LAYER, times: 1 }, { dropAt: 299_999 }], [{ ...LAYER, times: 1 }, { corruptAt: 299_999 }],
+  ],
+};
+for (const [kind, matcher] of Object.entries(EVERY_KIND)) {
+  PASSING[`${kind}: reset before headers, twice`] = [[{ ...matcher, times: 2 }, { reset: true }]];
+  PASSING[`${kind}: answered 503, then dropped in its first bytes`] = [
+    [{ ...matcher, times: 1 }, { status: 503 }], [{ ...matcher, times: 1 }, { dropAfter: 10 }],
+  ];
+}
+
+for (const [name, rules] of Object.entries(PASSING)) {
+  test(`ends right: ${name}`, async (t) => {
+    const served = await serve(t, APP);
+    const faults = rules.map(([matcher, fault]) => served.registry.on(matcher, fault));
+    await pull(served.reference, served.dest, { timeoutMs: 100 });
+    assert.deepEqual(faults.map(({ hits }) => hits > 0), faults.map(() => true), "every fault happened");
+    await assertRight(t, served);
+  });
+}
+
+// SPEC §6: "for manifests, tokens, config and layers alike; a digest mismatch once".
+for (const [kind, content, matcher] of [
+  ["a platform's manifest", APP, CHILD],
+  ["a layer", APP, LAYER],
+  ["a config that is fetched with the layers", APP, { kind: "config" }],
+  ["a config that tells the platform", SINGLE, { kind: "config" }],
+] as [string, TestContent, Matcher][]) {
+  test(`corrupted once, fetched once more: ${kind}`, async (t) => {
+    const served = await serve(t, content);
+    const fault = served.registry.on({ ...matcher, times: 1 }, { corruptAt: 10 });
+    await pull(served.reference, served.dest);
+    assert.equal(fault.hits, 1);
+    assert.equal(served.registry.seen(matcher).length, 2);
+    await assertRight(t, served, content);
+  });
+}
+
+test("a drop at every tenth of a layer goes on from that byte, by a closed range", async (t) => {
+  const size = LARGE.bytes.length;
+  for (let tenth = 0; tenth < 10; tenth += 1) {
+    const served = await serve(t, APP);
+    const at = tenth * size / 10;
+    const drop = served.registry.on({ ...LAYER, times: 1 }, { dropAfter: at });
+    await pull(served.reference, served.dest);
+    assert.equal(drop.hits, 1);
+    const ranges = served.registry.blobRequests(LARGE.digest).map(({ range }) => range);
+    assert.deepEqual(ranges, [undefined, at === 0 ? undefined : `bytes=${at}-${size - 1}`]);
+    assert.equal(served.registry.bytesServed(LARGE.digest), size, "not a byte twice");
+    await assertRight(t, served);
+  }
+});
+
+test("a layer of several MiB that is dropped at half or at every tenth costs at most 1.1 times its size", async (t) => {
+  const [{ digest, bytes }] = layersOf(childOf(SEVERAL_MIB));
+  for (const tenths of [[5], [1, 2, 3, 4, 5, 6, 7, 8, 9]]) {
+    const served = await serve(t, SEVERAL_MIB);
+    const drops = tenths.map((tenth) =>
+      served.registry.on({ digest, times: 1 }, { dropAt: Math.floor(tenth * bytes.length / 10) }));
+    await pull(served.reference, served.dest, { concurrency: 2 });
+    assert.ok(drops.every(({ hits }) => hits === 1));
+    await served.registry.settled();
+    assert.ok(served.registry.bytesServed(digest) <= 1.1 * bytes.length, `${served.registry.bytesServed(digest)} bytes`);
+    await assertRight(t, served, SEVERAL_MIB);
+  }
+});
+
+test("resume asks the registry again, not the signed URL that has expired meanwhile", async (t) => {
+  const served = await serve(t, APP, { storage: { singleUse: true } });
+  const { registry } = served;
+  registry.on({ kind: "blob" }, { redirect: "storage" });
+  const drop = registry.on({ kind: "storage", digest: LARGE.digest, times: 1 }, { dropAfter: 100_000 });
+  await pull(served.reference, served.dest);
+  assert.equal(drop.hits, 1);
+  assert.equal(registry.blobRequests(LARGE.digest).length, 2);
+  const ranges = registry.storageRequests(LARGE.digest).map(({ range }) => range);
+  assert.deepEqual(ranges, [undefined, "bytes=100000-299999"]);
+  await assertRight(t, served);
+});
+
+test("a range answered with less than was asked for is taken, and the rest asked for", async (t) => {
+  const served = await serve(t, APP);
+  served.registry.on({ ...LAYER, times: 1 }, { dropAfter: 100_000 });
+  served.registry.on({ ...LAYER, ranged: true, times: 1 }, {
+    handler: (_request, response) => {
+      const headers = { "content-range": "bytes 100000-199999/300000", "content-length": "100000" };
+      response.writeHead(206, headers).end(LARGE.bytes.subarray(100_000, 200_000));
+    },
+  });
+  await pull(served.reference, served.dest);
+  const ranges = served.registry.blobRequests(LARGE.digest).map(({ range }) => range);
+  assert.deepEqual(ranges, [undefined, "bytes=100000-299999", "bytes=200000-299999"]);
+  await assertRight(t, served);
+});
+
+test("a registry that cuts every connection in mid-layer and goes on", async (t) => {
+  const served = await serve(t, APP);
+  const held = gate();
+  const pause = served.registry.on({ ...LAYER, times: 1 }, { pause: { after: 120_000, until: held.promise } });
+  const pulling = pull(served.reference, served.dest);
+  await pause.reached;
+  served.registry.disconnect();
+  held.open();
+  await pulling;
+  await assertRight(t, served);
+});
+
+test("a storm of 429 on everything is waited out as Retry-After says", async (t) => {
+  const served = await serve(t, APP);
+  const digests = [APP.digest, APP_IMAGE.digest, APP_IMAGE.config.digest, LARGE.digest, SMALL.digest];
+  const storms = digests.map((digest) =>
+    served.registry.on({ digest, times: 5 }, { status: 429, headers: { "retry-after": "7" } }));
+  const { waitsMs } = await pull(served.reference, served.dest, { retries: 5 });
+  assert.deepEqual(storms.map(({ hits }) => hits), [5, 5, 5, 5, 5]);
+  assert.deepEqual([waitsMs.length, Math.min(...waitsMs)], [25, 7000]);
+  await assertRight(t, served);
+});
+
+// ====== Faults that stay ======
+
+const STAYING: [string, Matcher, Fault, ErrorCode[], RegExp][] = [
+  ["a layer always corrupt", LAYER, { corruptAt: 5 }, ["DIGEST_MISMATCH"], new RegExp(LARGE.digest)],
+  ["a config always corrupt", { kind: "config" }, { corruptAt: 5 }, ["DIGEST_MISMATCH"], /sha256:/],
+  ["a manifest always corrupt", CHILD, { corruptAt: 5 }, ["DIGEST_MISMATCH"], new RegExp(APP_IMAGE.digest)],
+  ["a layer said to be longer", LAYER, { contentLength: 100 }, ["SIZE_MISMATCH"], /300100.*300000/],
+  ["a layer said to be shorter", LAYER, { contentLength: -100 }, ["SIZE_MISMATCH"], /299900.*300000/],
+  ["a config said to be longer", { kind: "config" }, { contentLength: 1 }, ["SIZE_MISMATCH"], /\/blobs\/sha256:/],
+  ["a layer that is longer, without a length", LAYER,
+    { body: Buffer.concat([LARGE.bytes, Buffer.from("more")]), contentLength: "chunked" }, ["SIZE_MISMATCH"], /300000/],
+  ["a layer that is shorter, without a length", LAYER,
+    { body: LARGE.bytes.subarray(0, 200_000), contentLength: "chunked", ignoreRange: true },
+    ["SIZE_MISMATCH", "NETWORK"], /200000 of 300000/],
+  ["a layer that is gone", LAYER, { status: 404 }, ["NOT_FOUND"], new RegExp(LARGE.digest)],
+  ["a layer that is forbidden", LAYER, { status: 403 }, ["FORBIDDEN"], /403/],
+  ["a registry that stays down", LAYER, { status: 503 }, ["PROTOCOL"], /503.*scripted answer 503/],
+  ["a connection that is always reset", LAYER, { reset: true }, ["NETWORK"], /connection lost/],
+  ["a layer that is always dropped at once", LAYER, { dropAfter: 0 }, ["NETWORK"], /0 of 300000/],
+  ["a layer that always stalls", LAYER, { stallAfter: 0 }, ["TIMEOUT"], /nothing came for 0.05 s/],
+  ["a pause longer than one is ready to wait", LAYER, { status: 429, headers: { "retry-after": "3600" } },
+    ["RATE_LIMITED"], /3600 s|1 h|60 min/],
+];
+
+for (const [name, matcher, fault, codes, words] of STAYING) {
+  test(`fails, with DEST as it was: ${name}`, async (t) => {
+    const served = await serve(t, APP);
+    writeFileSync(served.dest, "precious");
+    const rule = served.registry.on(matcher, fault);
+    const error = await failure(pull(served.reference, served.dest, { retries: 2, timeoutMs: 50 }));
+    const { code, message } = error;
+    assert.ok(codes.includes(code), `${code}: ${message}`);
+    assert.match(message, words);
+    assert.match(message, /\/v2\/team\/app\/|sha256:/, "says what it was about");
+    assert.ok(rule.hits > 0);
+    assertUntouched(served);
+  });
+}
+
+for (const [name, fault, requests] of [
+  ["a status that does not pass is not asked for again", { status: 403 }, 1],
+  ["a wait beyond two minutes is not begun", { status: 429, headers: { "retry-after": "121" } }, 1],
+  ["a wait of two minutes is", { status: 429, headers: { "retry-after": "120" } }, 3],
+  ["a corrupt layer is asked for once more, not for ever", { corruptAt: 5 }, 2],
+  ["--retries counts the attempts after the first", { status: 502 }, 3],
+  ["a drip that gets nowhere is given up", { dropAfter: 1 }, 3],
+] as [string, Fault, number][]) {
+  test(`requests of a pull that fails: ${name}`, async (t) => {
+    const served = await serve(t, APP);
+    served.registry.on(LAYER, fault);
+    await failure(pull(served.reference, served.dest, { retries: 2 }));
+    assert.equal(served.registry.blobRequests(LARGE.digest).length, requests);
+  });
+}
+
+for (const [name, contentRange] of Object.entries({
+  "an earlier start": "bytes 99999-299998/300000",
+  "a later start": "bytes 100001-299999/300000",
+  "another total": "bytes 100000-299999/300001",
+  "an end beyond the blob": "bytes 100000-300000/300000",
+  "an end before the start": "bytes 100000-99999/300000",
+  "no range": "bytes */300000",
+  "another unit": "octets 100000-299999/300000",
+  "no header at all": null,
+})) {
+  test(`wrong Content-Range is refused: ${name}`, async (t) => {
+    const served = await serve(t, APP);
+    writeFileSync(served.dest, "precious");
+    served.registry.on({ ...LAYER, times: 1 }, { dropAfter: 100_000 });
+    const lie = served.registry.on({ ...LAYER, ranged: true }, { headers: { "content-range": contentRange } });
+    const error = await failure(pull(served.reference, served.dest));
+    assert.equal(error.code, "PROTOCOL", error.message);
+    assert.match(error.message, /100000-299999/);
+    assert.ok(lie.hits > 0);
+    assertUntouched(served);
+  });
+}
+
+test("a failure that left bytes says so, and the next pull goes on from them to the byte", async (t) => {
+  const served = await serve(t, APP);
+  const drop = served.registry.on({ ...LAYER, times: 1 }, { dropAfter: 123_456 });
+  const warnings: string[] = [];
+  const onWarning = (message: string): void => void warnings.push(message);
+  const error = await failure(pull(served.reference, served.dest, { retries: 0, concurrency: 1, onWarning }));
+  assert.equal(error.code, "NETWORK");
+  assert.equal(drop.hits, 1);
+  assert.match(warnings.join("\n"), /app\.tar\.partial/);
+  await pull(served.reference, served.dest);
+  const ranges = served.registry.blobRequests(LARGE.digest).map(({ range }) => range);
+  assert.deepEqual(ranges, [undefined, "bytes=123456-299999"]);
+  assert.equal(served.registry.bytesServed(), blobBytes(APP_IMAGE));
+  await assertRight(t, served);
+});
+
+test("a failure before the first byte leaves nothing behind", async (t) => {
+  const served = await serve(t, APP);
+  served.registry.on({ kind: "blob" }, { status: 404 });
+  await failure(pull(served.reference, served.dest));
+  assert.deepEqual(readdirSync(served.folder), []);
+});
+
+// ====== Requests and connections ======
+
+test("a public multi-platform image behind a token service costs no request too many", async (t) => {
+  const { registry, reference, dest } = await serve(t, APP, { auth: "bearer" });
+  await pull(reference, dest);
+  const asked = registry.requests.map(({ kind, method, status, reference: of }) =>
+    [method, kind, status, kind === "token" ? "" : of].join(" "));
+  const layers = [LARGE, SMALL].map(({ digest }) => `GET layer 200 ${digest}`);
+  assert.deepEqual(asked.slice(0, 4), [
+    "GET manifest 401 1.0", "GET token 200 ", "GET manifest 200 1.0", `GET manifest 200 ${APP_IMAGE.digest}`,
+  ]);
+  assert.deepEqual(asked.slice(4).sort(), [`GET config 200 ${APP_IMAGE.config.digest}`, ...layers.sort()]);
+  assert.ok(registry.connections() <= 3, `${registry.connections()} connections for three blobs`);
+});
+
+test("one connection is enough where the user says so, and is kept alive", async (t) => {
+  const { registry, reference, dest } = await serve(t, APP);
+  await pull(reference, dest, { concurrency: 1 });
+  assert.deepEqual([registry.requests.length, registry.connections()], [5, 1]);
+});
+
+/** Answers a manifest only after the line has been silent for a while: this is what "far" means to the module. */
+function makeFar(registry: Registry): void {
+  registry.on({ kind: "manifest" }, {
+    handler: async (_request, _response, next) => {
+      const since = performance.now();
+      while (performance.now() - since < 3 * internals.LIMITS.farLatencyMs) await new Promise(setImmediate);
+      await next();
+    },
+  });
+}
+
+test("far away, a large layer comes over several connections, each byte once", { timeout: 30_000 }, async (t) => {
+  // Quarters of 1.9 times the smallest half: too small to be cut in two once more.
+  const sizeBytes = Math.floor(7.6 * internals.LIMITS.splitBytes);
+  const content = makeMultiPlatform(["linux/amd64"], { seed: "far", layers: [sizeBytes] });
+  const [{ digest }] = layersOf(childOf(content));
+  const served = await serve(t, content);
+  const { registry } = served;
+  makeFar(registry);
+  // Nobody gets a byte before four have asked: with fewer connections the pull would not end.
+  const pause = registry.on({ digest }, { wait: registry.arrived({ digest }, 4) });
+  await pull(served.reference, served.dest);
+  await registry.settled();
+  assert.equal(pause.hits, 4);
+  const asked = registry.blobRequests(digest);
+  const ranges = asked.map(({ range = "" }) => (/^bytes=(\d+)-(\d+)$/.exec(range) ?? []).slice(1).map(Number));
+  const sorted = ranges.sort(([left = 0], [right = 0]) => left - right);
+  assert.deepEqual(sorted.map(([from]) => from), [0, ...sorted.slice(0, -1).map(([, to = 0]) => to + 1)]);
+  assert.equal(sorted.at(-1)?.[1], sizeBytes - 1);
+  assert.equal(registry.bytesServed(digest), sizeBytes);
+  assert.equal(new Set(asked.map(({ connection }) => connection)).size, 4);
+  await assertRight(t, served, content);
+});
+
+test("idle connections take over part of a large layer that comes slowly", { timeout: 30_000 }, async (t) => {
+  const served = await serve(t, SEVERAL_MIB);
+  const [{ digest }] = layersOf(childOf(SEVERAL_MIB));
+  const { registry } = served;
+  const slow = registry.on({ digest, times: 1 }, { pause: { after: 300_000, until: registry.arrived({ digest }, 3) } });
+  await pull(served.reference, served.dest);
+  assert.equal(slow.hits, 1);
+  const [first, ...others] = registry.blobRequests(digest);
+  assert.equal(first?.range, undefined);
+  for (const { range = "" } of others) assert.match(range, /^bytes=\d+-\d+$/, "closed");
+  await assertRight(t, served, SEVERAL_MIB);
+});
+
+for (const [name, fault] of Object.entries({
+  "ignores ranges": { ignoreRange: true },
+  "answers ranges with 200 and no length": { ignoreRange: true, contentLength: "chunked" },
+} as Record<string, Fault>)) {
+  test(`far away, a registry that ${name} loses nothing`, { timeout: 30_000 }, async (t) => {
+    const served = await serve(t, SEVERAL_MIB);
+    const { registry } = served;
+    const [{ digest }] = layersOf(childOf(SEVERAL_MIB));
+    makeFar(registry);
+    const rule = registry.on({ digest }, fault);
+    await pull(served.reference, served.dest);
+    assert.ok(rule.hits > 1, "several connections were tried");
+    await assertRight(t, served, SEVERAL_MIB);
+  });
+}
+
+test("a registry that takes one connection at a time gets one", { timeout: 30_000 }, async (t) => {
+  const served = await serve(t, SEVERAL_MIB);
+  const { registry } = served;
+  const [{ digest }] = layersOf(childOf(SEVERAL_MIB));
+  makeFar(registry);
+  const tried = gate();
+  let free = gate();
+  let isBusy = false;
+  registry.on({ digest }, {
+    handler: async (_request, response, next) => {
+      if (isBusy) {
+        response.writeHead(429).end();
+        tried.open();
+        return;
+      }
+      isBusy = true;
+      free = gate();
+      response.once("close", () => {
+        isBusy = false;
+        free.open();
+      });
+      await tried.promise;
+      await next();
+    },
+  });
+  await pull(served.reference, served.dest, { sleep: () => free.promise });
+  await assertRight(t, served, SEVERAL_MIB);
+});
+
+// ====== Disks ======
+
+/** A file system of its own, or undefined (and the test skipped) where we may not mount one. */
+function mountSmallDisk(t: TestContext, options: string): string | undefined {
+  const folder = mkdtempSync(join(tmpdir(), "imgpull-disk-"));
+  t.after(() => {
+    spawnSync("umount", [folder]);
+    rmSync(folder, { recursive: true, force: true });
+  });
+  const { status, stderr, error } = spawnSync("mount", ["-t", "tmpfs", "-o", options, "tmpfs", folder]);
+  if (status === 0) return folder;
+  t.skip(`NOT TESTED: no tmpfs can be mounted here (${error?.message ?? stderr.toString().trim()})`);
+  return undefined;
+}
+
+test("a disk known to be too small is refused before a layer moves", async (t) => {
+  const folder = mountSmallDisk(t, "size=2m");
+  if (folder === undefined) return;
+  const { registry, reference } = await serve(t, SEVERAL_MIB);
+  const error = await failure(pull(reference, join(folder, "app.tar")));
+  assert.equal(error.code, "DISK");
+  assert.match(error.message, /app\.tar.*needs 8\.0 MB.*2\.1 MB free/);
+  assert.equal(registry.blobRequests().length, 0);
+  assert.deepEqual(readdirSync(folder), []);
+});
+
+test("a disk that fills in mid-pull is named; with room again the same pull goes on", async (t) => {
+  const folder = mountSmallDisk(t, "size=12m");
+  if (folder === undefined) return;
+  const { registry, reference } = await serve(t, SEVERAL_MIB);
+  const [{ digest, bytes }] = layersOf(childOf(SEVERAL_MIB));
+  const dest = join(folder, "app.tar");
+  writeFileSync(dest, "precious");
+  const filled = gate();
+  const pause = registry.on({ digest, times: 1 }, { pause: { after: 3_000_000, until: filled.promise } });
+  const pulling = failure(pull(reference, dest, { concurrency: 2 }));
+  await pause.reached;
+  while (statSync(`${dest}.partial`).blocks * 512 < 2_000_000) await new Promise(setImmediate);
+  assert.throws(() => writeFileSync(join(folder, "filling"), Buffer.alloc(12 * 1024 * 1024)), /ENOSPC/);
+  filled.open();
+  const error = await pulling;
+  assert.equal(error.code, "DISK");
+  assert.match(error.message, /app\.tar.*disk is full/);
+  rmSync(join(folder, "filling"));
+  assertUntouched({ registry, reference, folder, dest });
+  await registry.settled();
+  registry.forget();
+  await pull(reference, dest);
+  assert.ok(registry.bytesServed(digest) < bytes.length, "went on from what was there");
+  await assertRight(t, { registry, reference, folder, dest }, SEVERAL_MIB);
+});
+
+test("a read-only file system is named before anything is asked", async (t) => {
+  const folder = mountSmallDisk(t, "size=2m,ro");
+  if (folder === undefined) return;
+  const { registry, reference } = await serve(t, APP);
+  const error = await failure(pull(reference, join(folder, "app.tar")));
+  assert.equal(error.code, "DISK");
+  assert.match(error.message, /app\.tar.*read-only/);
+  assert.equal(registry.requests.length, 0);
+});
+
+const isRoot = process.getuid?.() === 0;
+
+test("a folder one may not write to is named", { skip: isRoot && "NOT TESTED: root may write anywhere" }, async (t) => {
+  const { registry, reference, folder, dest } = await serve(t, APP);
+  chmodSync(folder, 0o555);
+  t.after(() => chmodSync(folder, 0o755));
+  const error = await failure(pull(reference, dest));
+  assert.deepEqual([error.code, registry.requests.length], ["DISK", 0]);
+  assert.match(error.message, /app\.tar.*permission denied/);
+});
+
+for (const [name, inside, words] of [
+  ["a folder that is not there", "missing/app.tar", /app\.tar.*no (such )?directory/],
+  ["a folder that is a file", "file/app.tar", /app\.tar.*directory/],
+] as const) {
+  test(`DEST in ${name} is refused before anything is asked`, async (t) => {
+    const { registry, reference, folder } = await serve(t, APP);
+    writeFileSync(join(folder, "file"), "precious");
+    const error = await failure(pull(reference, join(folder, inside)));
+    assert.deepEqual([error.code, registry.requests.length], ["DISK", 0]);
+    assert.match(error.message, words);
+    assert.deepEqual(readdirSync(folder), ["file"]);
+    assert.equal(readFileSync(join(folder, "file"), "utf8"), "precious");
+  });
+}
+
+test("a symbolic link at DEST stays one, and what it points at is replaced", async (t) => {
+  const served = await serve(t, APP);
+  mkdirSync(join(served.folder, "store"));
+  writeFileSync(join(served.folder, "store/real.tar"), "old");
+  symlinkSync("store/real.tar", served.dest);
+  await pull(served.reference, served.dest);
+  assert.equal(readlinkSync(served.dest), "store/real.tar");
+  assert.ok(readFileSync(served.dest).equals(await undisturbedTar(t, APP)));
+  assert.deepEqual(readdirSync(join(served.folder, "store")), ["real.tar"]);
+});
+
+// ====== Layers of other kinds ======
+
+test("layers that some loaders refuse are warned of, and pulled", async (t) => {
+  const cases: [string, TestImage, RegExp | undefined][] = [
+    ["gzip", makeImage({ layers: [8192] }), undefined],
+    ["zstd", makeImage({ layers: [{ compression: "zstd", sizeBytes: 9000 }] }), /zstd.*Docker before 23/],
+    ["Docker's zstd", makeImage({ format: "docker", layers: [{ compression: "zstd", sizeBytes: 9000 }] }), /zstd/],
+    ["foreign", makeImage({ layers: [{ urls: ["https://127.0.0.1:1/never"] }] }), /foreign/],
+    ["not compressed", makeImage({ layers: [{ compression: "none", sizeBytes: 8192 }] }), undefined],
+  ];
+  for (const [name, image, words] of cases) {
+    const { reference, dest } = await serve(t, image);
+    const { warnings } = await pull(reference, dest);
+    checkTar(readFileSync(dest), image);
+    const said = warnings.filter((warning) => /Docker|foreign/.test(warning)).join("\n");
+    if (words) assert.match(said, words, name);
+    else assert.equal(said, "", name);
+  }
+});
+
+test("sha512 digests: pulled to blobs/sha512, and verified", async (t) => {
+  const image = makeImage({ seed: "sha512", algorithm: "sha512", layers: [30_000, 20_000] });
+  const { registry, folder, dest } = await serve(t, image);
+  const reference = registry.add(image, "team/app");
+  assert.match(reference, /@sha512:[0-9a-f]{128}$/);
+  await pull(reference, dest);
+  checkTar(readFileSync(dest), image);
+  assert.equal(readTar(readFileSync(dest)).filter(({ name }) => name.startsWith("blobs/sha512/")).length, 4);
+  const [first] = layersOf(image);
+  registry.on({ digest: first.digest }, { corruptAt: 1 });
+  const error = await failure(pull(reference, join(folder, "other.tar")));
+  assert.equal(error.code, "DIGEST_MISMATCH");
+});
+
+test("an empty blob, and one blob used twice, are each there once", async (t) => {
+  const empty = Buffer.alloc(0);
+  const described = { mediaType: "application/octet-stream", digest: digestOf(empty), size: 0 };
+  const image = makeImage({
+    seed: "twice", layers: [9000],
+    editManifest: ({ layers, ...rest }) => ({ ...rest, layers: [...layers, described, ...layers] }),
+  });
+  image.blobs.set(described.digest, empty);
+  const { registry, reference, dest } = await serve(t, image);
+  await pull(reference, dest);
+  checkTar(readFileSync(dest), image);
+  assert.equal(registry.blobRequests(layersOf(image)[0].digest).length, 1);
+});
+
+const FOREIGN = makeLayer({ seed: "foreign", sizeBytes: 30_000 });
+
+/** An image whose one layer is at other hosts, and the https host of a registry that has it there. */
+async function serveForeign(t: TestContext, urls: (host: string) => string[], isHeld: boolean) {
+  const authority = makeAuthority();
+  const caCert = join(temporaryFolder(t), "ca.pem");
+  writeFileSync(caCert, authority.cert);
+  const host = await startRegistry({ tls: authority.issueServer() }, t);
+  host.putBlob("foreign", FOREIGN.digest, FOREIGN.bytes);
+  const layer = { ...FOREIGN, mediaType: MEDIA.ociForeign, urls: urls(host.host) };
+  const image = makeImage({ seed: "foreign", layers: [layer] });
+  const registry = await startRegistry({ auth: "basic" }, t);
+  const reference = registry.add(image, "team/app", "1.0", { without: isHeld ? [] : [FOREIGN.digest] });
+  const dest = join(temporaryFolder(t), "app.tar");
+  const opts = { caCert, username: USER, password: SECRETS.password };
+  return { host, image, dest, pulling: () => pull(reference, dest, opts) };
+}
+
+const foreignUrl = (host: string): string => `https://${host}/v2/foreign/blobs/${FOREIGN.digest}`;
+
+test("foreign layers come from the registry where it has them", async (t) => {
+  const { host, image, dest, pulling } = await serveForeign(t, (name) => [foreignUrl(name)], true);
+  await pulling();
+  checkTar(readFileSync(dest), image);
+  assert.equal(host.requests.length, 0);
+});
+
+test("foreign layers come from their urls where it does not, by https and without any credential", async (t) => {
+  const { host, image, dest, pulling } = await serveForeign(t, (name) => [
+    `http://${name}/v2/foreign/plain`, `https://${name}/v2/foreign/blobs/gone`, foreignUrl(name),
+  ], false);
+  const drop = host.on({ digest: FOREIGN.digest, times: 1 }, { dropAfter: 10_000 });
+  await pulling();
+  checkTar(readFileSync(dest), image);
+  assert.equal(drop.hits, 1);
+  assert.deepEqual(host.requests.map(({ headers }) => headers.authorization).filter(Boolean), []);
+  assert.ok(host.requests.every(({ path }) => !path.endsWith("plain")));
+});
+
+test("foreign layers that nobody has are an error that names them", async (t) => {
+  const { dest, pulling } = await serveForeign(t, (name) => [`http://${name}/plain`, `file:///etc/passwd`], false);
+  const error = await failure(pulling());
+  assert.equal(error.code, "NOT_FOUND");
+  assert.match(error.message, /sha256:/);
+  assert.ok(!existsSync(dest));
+});
+
+// ====== Stopping, progress, side by side ======
+
+const isLinux = process.platform === "linux";
+
+/** Paths below `folder` that this process holds open; none where that cannot be seen. */
+function openFiles(folder: string): string[] {
+  if (!isLinux) return [];
+  const held = readdirSync("/proc/self/fd").flatMap((fd) => {
+    try {
+      return [readlinkSync(`/proc/self/fd/${fd}`)];
+    } catch {
+      return [];
+    }
+  });
+  return held.filter((file) => file.startsWith(folder));
+}
+
+/** Every socket that a request comes on, from now. */
+function watchSockets(registry: Registry, matcher: Matcher): Set<Socket> {
+  const open = new Set<Socket>();
+  registry.on({ ...matcher, beforeAuth: true }, {
+    handler: async (request, _response, next) => {
+      const { socket } = request;
+      if (!open.has(socket)) socket.once("close", () => open.delete(socket));
+      open.add(socket);
+      await next();
+    },
+  });
+  return open;
+}
+
+for (const [moment, matcher, fault] of [
+  ["while the first answer is awaited", { kind: "manifest" }, { wait: new Promise(() => {}) }],
+  ["while the token is awaited", { kind: "token", beforeAuth: true }, { wait: new Promise(() => {}) }],
+  ["in mid-layer", LAYER, { pause: { after: 100_000, until: new Promise(() => {}) } }],
+  ["before a layer's headers", LAYER, { wait: new Promise(() => {}) }],
+] as [string, Matcher, Fault][]) {
+  test(`signal stops everything ${moment}, with sockets and files closed`, { timeout: 30_000 }, async (t) => {
+    const { registry, reference, folder, dest } = await serve(t, APP, { auth: "bearer" });
+    const held = registry.on({ ...matcher, times: 1 }, fault);
+    const sockets = watchSockets(registry, {});
+    const stop = new AbortController();
+    const pulling = failure(new Puller({ url: reference, ...LINUX, signal: stop.signal }).pullTar(dest));
+    await (fault.pause ? held.reached : registry.arrived(matcher));
+    stop.abort();
+    const error = await pulling;
+    assert.equal(error.code, "ABORTED");
+    assert.deepEqual(openFiles(folder), []);
+    assert.ok(!existsSync(dest) && !existsSync(`${dest}.partial.lock`));
+    await registry.settled();
+    while (sockets.size > 0) await new Promise(setImmediate);
+  });
+}
+
+test("signal ends a back-off at once, and a pull before it has begun", { timeout: 30_000 }, async (t) => {
+  const { registry, reference, dest } = await serve(t, APP);
+  registry.on({ kind: "layer" }, { status: 503, headers: { "retry-after": "100" } });
+  const stop = new AbortController();
+  const onWarning = (): void => stop.abort();
+  const error = await failure(new Puller({ url: reference, ...LINUX, signal: stop.signal, onWarning }).pullTar(dest));
+  assert.equal(error.code, "ABORTED");
+  registry.forget();
+  const again = await failure(new Puller({ url: reference, ...LINUX, signal: stop.signal }).pullTar(dest));
+  assert.deepEqual([again.code, registry.requests.length], ["ABORTED", 0]);
+});
+
+test("onProgress never falls and ends at the total, whatever happens", async (t) => {
+  const { registry, reference, dest } = await serve(t, SEVERAL_MIB);
+  const [large, small] = layersOf(childOf(SEVERAL_MIB));
+  const faults = [
+    registry.on({ digest: large.digest, times: 1 }, { dropAt: 4_000_000 }),
+    registry.on({ digest: small.digest, times: 1 }, { corruptAt: 7 }),
+  ];
+  const seen: Progress[] = [];
+  const onProgress = (progress: Progress): void => void seen.push({ ...progress });
+  const result = await new Puller({ url: reference, ...LINUX, onProgress }).pullTar(dest);
+  assert.ok(faults.every(({ hits }) => hits === 1));
+  const totalBytes = blobBytes(childOf(SEVERAL_MIB));
+  assert.deepEqual(seen.at(0), { phase: "resolve", doneBytes: 0, totalBytes: 0, blobsDone: 0, blobsTotal: 0 });
+  assert.deepEqual(seen.at(-1), { phase: "finish", doneBytes: totalBytes, totalBytes, blobsDone: 3, blobsTotal: 3 });
+  const phases = seen.map(({ phase }) => ["resolve", "fetch", "finish"].indexOf(phase));
+  for (const [at, { doneBytes, blobsDone }] of seen.entries()) {
+    const before = seen[at - 1];
+    assert.ok(doneBytes >= (before?.doneBytes ?? 0) && blobsDone >= (before?.blobsDone ?? 0), `step ${at}`);
+    assert.ok((phases[at] ?? 0) >= (phases[at - 1] ?? 0), `phase of step ${at}`);
+  }
+  const between = seen.filter(({ phase, doneBytes }) => phase === "fetch" && doneBytes > 0 && doneBytes < totalBytes);
+  assert.ok(between.length > 1);
+  assert.deepEqual([result.sizeBytes, result.layers, result.platform], [statSync(dest).size, 2, "linux/amd64"]);
+  assert.equal(result.fetchedBytes >= totalBytes, true);
+});
+
+test("two pullers at once share nothing", async (t) => {
+  const { registry, reference, folder } = await serve(t, APP);
+  const other = makeMultiPlatform(["linux/amd64"], { seed: "other", layers: [50_000, 60_000] });
+  const otherReference = registry.add(other, "team/other", "2.0");
+  registry.on({ ...LAYER, times: 1 }, { dropAfter: 1000 });
+  const opts = { ...LINUX, signal: new AbortController().signal };
+  const [app, second] = await Promise.all([
+    pull(reference, join(folder, "app.tar"), opts),
+    new Puller({ url: otherReference, ...LINUX }).pullTar(join(folder, "other.tar")),
+  ]);
+  assert.ok(app.fetchedBytes > 0 && second.name === otherReference);
+  checkTar(readFileSync(join(folder, "app.tar")), APP_IMAGE);
+  checkTar(readFileSync(join(folder, "other.tar")), childOf(other));
+});
+
+test("two pullers at one DEST: the second says so, and does the first no harm", async (t) => {
+  const served = await serve(t, APP);
+  const held = gate();
+  const pause = served.registry.on({ ...LAYER, times: 1 }, { pause: { after: 100_000, until: held.promise } });
+  const first = pull(served.reference, served.dest);
+  await pause.reached;
+  const error = await failure(pull(served.reference, served.dest));
+  assert.equal(error.code, "DISK");
+  assert.match(error.message, /app\.tar.*another/);
+  held.open();
+  await first;
+  await assertRight(t, served);
+});
