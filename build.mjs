@@ -2,7 +2,7 @@
 // node build.mjs --test     bundle test/*.test.ts into build/ and run them (further words go to node --test)
 // node build.mjs --run FILE bundle one TypeScript file into build/ and run it (demo, bench)
 import { spawnSync } from "node:child_process";
-import { chmodSync, readFileSync, readdirSync, rmSync } from "node:fs";
+import { chmodSync, readFileSync, readdirSync, rmSync, writeFileSync } from "node:fs";
 import { basename, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import * as esbuild from "esbuild";
@@ -47,10 +47,12 @@ async function buildDist() {
   chmodSync("dist/imgpull.cjs", 0o755);
   await esbuild.build({ ...common, entryPoints: ["imgpull.ts"], format: "esm", outfile: "dist/imgpull.mjs" });
   run(process.execPath, ["node_modules/typescript/bin/tsc", "--noEmit", "false", "--declaration",
-    "--emitDeclarationOnly", "--rootDir", ".", "--outDir", "build/types"].concat());
-  const types = readFileSync("build/types/imgpull.d.ts");
-  const { writeFileSync } = await import("node:fs");
-  writeFileSync("dist/imgpull.d.ts", types);
+    "--emitDeclarationOnly", "--rootDir", ".", "--outDir", "build/types"]);
+  // What is @internal is declared no more, so it is not exported either.
+  const types = readFileSync("build/types/imgpull.d.ts", "utf8");
+  const isDeclared = (name) => new RegExp(`^(declare )?(class|function|const|interface|type) ${name}\\b`, "m").test(types);
+  writeFileSync("dist/imgpull.d.ts", types.replace(/^export \{ (.*) \};$/m, (_line, names) =>
+    `export { ${names.split(", ").filter(isDeclared).join(", ")} };`));
 }
 
 /** Each test file becomes one bundle under build/, with source maps, so that it runs on every supported Node. */
@@ -66,7 +68,6 @@ const [mode, ...rest] = process.argv.slice(2);
 if (mode === undefined) {
   await buildDist();
 } else if (mode === "--test") {
-  rmSync("build/test", { recursive: true, force: true });
   const tests = readdirSync("test").filter((name) => name.endsWith(".test.ts")).map((name) => join("test", name));
   const wanted = rest.filter((word) => !word.startsWith("-"));
   const chosen = wanted.length ? tests.filter((file) => wanted.some((word) => file.includes(word))) : tests;

@@ -33,7 +33,7 @@ import * as https from "node:https";
 import * as net from "node:net";
 import * as os from "node:os";
 import * as path from "node:path";
-import { type Readable, Writable } from "node:stream";
+import { Readable, Writable } from "node:stream";
 import { pipeline } from "node:stream/promises";
 import { setTimeout as delay } from "node:timers/promises";
 import * as tls from "node:tls";
@@ -45,15 +45,14 @@ declare const IMGPULL_BUILD_DATE: string;
 
 const DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json";
 const DOCKER_INDEX = "application/vnd.docker.distribution.manifest.list.v2+json";
-const DOCKER_SCHEMA_1 = "application/vnd.docker.distribution.manifest.v1+json";
+const DOCKER_SCHEMA_1 = "application/vnd.docker.distribution.manifest.v1";
 const OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json";
 const OCI_INDEX = "application/vnd.oci.image.index.v1+json";
 const INDEX_TYPES = [OCI_INDEX, DOCKER_INDEX];
 const MANIFEST_TYPES = [...INDEX_TYPES, OCI_MANIFEST, DOCKER_MANIFEST];
 const CONFIG_TYPES = ["application/vnd.docker.container.image.v1+json", "application/vnd.oci.image.config.v1+json"];
 
-const KIB = 1024;
-const MIB = 1024 * KIB;
+const MIB = 1024 * 1024;
 const NEVER = Number.POSITIVE_INFINITY;
 
 /** Every bound in one place. What a registry can make us hold in memory is here, whatever it sends. */
@@ -61,8 +60,9 @@ const LIMITS = Object.freeze({
   manifestBytes: 4 * MIB, // the distribution specification's own floor for registries
   configBytes: 16 * MIB,
   tokenBytes: MIB,
-  errorBodyBytes: 64 * KIB,
+  errorBodyBytes: MIB / 16,
   credentialFileBytes: 4 * MIB,
+  tarMetadataBytes: 16 * MIB, // index.json and the like of a tar that someone else made
   indexDepth: 4,
   indexEntries: 1024, // with `--platform all` each entry is a request
   redirects: 10,
@@ -71,24 +71,20 @@ const LIMITS = Object.freeze({
   backoffMs: 30_000,
   retryAfterMs: 120_000, // longer waits are the user's to decide
   batchBytes: MIB, // one write to disk: fewer trips to Node's thread pool than one for each chunk
-  journalBytes: 4 * MIB, // how much a kill -9 may cost each blob
-  splitBytes: MIB, // neither half of a range that is cut in two is smaller
+  journalBytes: MIB, // how much a kill -9 may cost each blob, beside what a connection has gathered
+  splitBytes: MIB, // neither half of a range that is cut in two is smaller,
+  nearSplitBytes: 16 * MIB, // nor on a near line, where a server has megabytes under way that a cut throws away
   fastLineBytesPerSecond: 256 * MIB, // from here on the processor is the limit, and more connections only cost
   farLatencyMs: 10, // from here on a line is worth several connections before its speed is known
   streamUnitBytes: 4 * MIB, // DEST `-`: one request's share of a large blob
   streamWindowBytes: 32 * MIB, // DEST `-`: how far the line may be ahead of the reader
   lockBeatMs: 10_000, // a lock of another machine that is six beats old belongs to nobody
-  tarMetadataBytes: 16 * MIB, // index.json and the like of a tar that someone else made
 });
 
 // ====== 2. Public types ======
 
 /** An operating system and processor in Go's words: `{ os: "linux", architecture: "arm", variant: "v7" }`. */
-interface Platform {
-  os: string;
-  architecture: string;
-  variant?: string;
-}
+interface Platform { os: string; architecture: string; variant?: string }
 
 /** A content descriptor, OCI image specification, descriptor.md. `size` is in bytes. */
 interface Descriptor {
@@ -142,27 +138,22 @@ interface Progress {
   blobsTotal: number;
 }
 
-/** What DEST now holds. `digest` is the manifest's (the index's when every platform was asked for). */
+/**
+ * What DEST now holds. `digest` is the manifest's (the index's when every platform was asked for); `platform` is
+ * `os/architecture[/variant]`, `all`, or empty for what is not an image; `sizeBytes` is DEST's (in a directory: of the
+ * blobs), `fetchedBytes` what came over the line as blobs: the rest was there already.
+ */
 interface PullResult {
   name: string;
   digest: string;
-  /** `os/architecture[/variant]`, `all`, or the empty string for what is not an image. */
   platform: string;
   layers: number;
-  /** Size of DEST: of the tar, or of the blobs put into a directory. */
   sizeBytes: number;
-  /** What came over the line as blobs; the rest was there already. */
   fetchedBytes: number;
 }
 
 /** A manifest as the registry sent it. `bytes` has the digest; `manifest` is the parsed JSON. */
-interface ManifestHolder {
-  mediaType: string;
-  digest: string;
-  bytes: Uint8Array;
-  manifest: unknown;
-  imageUrl: string;
-}
+interface ManifestHolder { mediaType: string; digest: string; bytes: Uint8Array; manifest: unknown; imageUrl: string }
 
 type ErrorCode =
   | "BAD_REFERENCE" | "BAD_OPTION" | "NOT_FOUND" | "UNAUTHORIZED" | "FORBIDDEN" | "RATE_LIMITED" | "NO_PLATFORM"
@@ -172,11 +163,7 @@ type ErrorCode =
 // ====== 3. Errors ======
 // One class with a code. The message is what failed, then the request and the registry's words, then the remedy.
 
-interface ErrorDetails {
-  status?: number | undefined;
-  retryAfterMs?: number | undefined;
-  cause?: unknown;
-}
+interface ErrorDetails { status?: number | undefined; retryAfterMs?: number | undefined; cause?: unknown }
 
 /** The only error thrown on purpose; anything else is a bug. `status` is the HTTP status, where there was one. */
 class ImgpullError extends Error {
@@ -199,10 +186,7 @@ function fail(code: ErrorCode, message: string, details?: ErrorDetails): never {
   throw new ImgpullError(code, message, details);
 }
 
-function errorCodeOf(error: unknown): string {
-  const code = (error as { code?: unknown } | undefined)?.code;
-  return typeof code === "string" ? code : "";
-}
+const errorCodeOf = (error: unknown): string => String((error as { code?: unknown } | undefined)?.code ?? "");
 
 /** Text from outside, fit for a terminal: no control characters or escapes, no line breaks, bounded. */
 function printable(text: string, maximum = 300): string {
@@ -232,8 +216,7 @@ function connectionError(error: unknown, doing: string): ImgpullError {
     return make("TLS", "the server answers plain HTTP on this port\n  try --scheme http");
   }
   if (/^(UNABLE_TO|SELF_SIGNED|DEPTH_ZERO)/.test(code)) {
-    return make("TLS", `${said}\n  its certificate authority is not known here: give it with --cacert FILE, ` +
-      "or go without the check by --insecure");
+    return make("TLS", `${said}\n  its certificate authority is not known here: --cacert FILE gives it, --insecure goes without`);
   }
   if (/^(CERT_|INVALID_|ERR_TLS|ERR_SSL|EPROTO)/.test(code)) {
     const wantsClient = /certificate required|bad certificate|handshake failure/i.test(said);
@@ -243,65 +226,46 @@ function connectionError(error: unknown, doing: string): ImgpullError {
 }
 
 const DISK_WORDS: Record<string, string> = {
-  ENOSPC: "the disk is full",
-  EDQUOT: "the disk quota is used up",
-  EROFS: "the file system is read-only",
-  EACCES: "permission denied",
-  EPERM: "permission denied",
-  ERR_ACCESS_DENIED: "not allowed by Node's permission model",
-  ENOENT: "no such file or directory",
-  ENOTDIR: "a part of the path is not a directory",
-  EISDIR: "it is a directory",
+  ENOSPC: "the disk is full", EDQUOT: "the disk quota is used up", EROFS: "the file system is read-only",
+  EACCES: "permission denied", EPERM: "permission denied", ERR_ACCESS_DENIED: "not allowed by Node's permission model",
+  ENOENT: "no such file or directory", ENOTDIR: "a part of the path is not a directory", EISDIR: "it is a directory",
   EFBIG: "the file system does not take a file of that size",
 };
-
-function diskWords(error: unknown): string {
-  return DISK_WORDS[errorCodeOf(error)] ?? printable((error as Error).message);
-}
+const diskWords = (error: unknown): string => DISK_WORDS[errorCodeOf(error)] ?? printable((error as Error).message);
 
 /** Waits for work on files; what the system refuses becomes a DISK error that says which and why. */
-async function onDisk<T>(doing: string, work: Promise<T>): Promise<T> {
-  return work.catch((error: unknown) => {
-    const isSystem = (error as NodeJS.ErrnoException).syscall !== undefined || errorCodeOf(error) === "ERR_ACCESS_DENIED";
+function onDisk<T>(doing: string, work: Promise<T>): Promise<T> {
+  return work.catch((error: NodeJS.ErrnoException) => {
+    const isSystem = error.syscall !== undefined || errorCodeOf(error) === "ERR_ACCESS_DENIED";
     throw isSystem ? new ImgpullError("DISK", `${doing}: ${diskWords(error)}`, { cause: error }) : error;
   });
 }
 
-/** Several references that failed are one error that names each, so that a list is mended in one go. */
+/** Several things that failed are one error that names each, so that a list is mended in one go. */
 function joinErrors(failures: readonly unknown[]): unknown {
-  const bug = failures.find((failure) => !(failure instanceof ImgpullError));
-  if (bug !== undefined) return bug;
-  const known = failures as readonly ImgpullError[];
-  const first = known.find(({ code }) => code !== "ABORTED") ?? (known[0] as ImgpullError);
-  const messages = new Set(known.filter(({ code }) => code === first.code || code !== "ABORTED").map(({ message }) => message));
-  const { code, status } = first;
-  return messages.size === 1 ? first : new ImgpullError(code, [...messages].join("\n"), { status, cause: first });
+  const known = failures.filter((failure) => failure instanceof ImgpullError);
+  if (known.length < failures.length) return failures.find((failure) => !(failure instanceof ImgpullError)); // a bug
+  const told = known.filter(({ code }) => code !== "ABORTED");
+  const [first = known[0] as ImgpullError] = told;
+  const messages = [...new Set(told.map(({ message }) => message))];
+  return messages.length < 2 ? first : new ImgpullError(first.code, messages.join("\n"), { status: first.status, cause: first });
 }
 
 // ====== 4. Primitives ======
 // Digests, sizes, JSON from outside, work side by side. Nothing here knows of a registry.
 
 /** A digest is checked here before it touches a path or a URL: algorithm known, lower-case hex, exact length. */
-function isDigest(text: unknown): text is string {
-  return typeof text === "string" && /^(sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})$/.test(text);
-}
+const isDigest = (text: unknown): text is string =>
+  typeof text === "string" && /^(sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})$/.test(text);
+const hexOf = (digest: string): string => digest.slice(digest.indexOf(":") + 1);
+const newHash = (digest: string): Hash => createHash(digest.slice(0, digest.indexOf(":")));
+/** The digest of bytes, by the algorithm of another digest. */
+const digestOf = (bytes: Uint8Array, like = "sha256:"): string =>
+  `${like.slice(0, like.indexOf(":"))}:${newHash(like).update(bytes).digest("hex")}`;
 
-function hexOf(digest: string): string {
-  return digest.slice(digest.indexOf(":") + 1);
-}
-
-function newHash(digest: string): Hash {
-  return createHash(digest.slice(0, digest.indexOf(":")));
-}
-
-/** The digest of bytes by the algorithm of another digest. */
-function digestOf(bytes: Uint8Array, like = "sha256:"): string {
-  return `${like.slice(0, like.indexOf(":"))}:${newHash(like).update(bytes).digest("hex")}`;
-}
-
-function isRecord(value: unknown): value is Record<string, unknown> {
-  return typeof value === "object" && value !== null && !Array.isArray(value);
-}
+const isRecord = (value: unknown): value is Record<string, unknown> =>
+  typeof value === "object" && value !== null && !Array.isArray(value);
+const encodeJson = (value: unknown): Buffer => Buffer.from(JSON.stringify(value), "utf8");
 
 function parseJson(text: string | Buffer): unknown {
   try {
@@ -311,14 +275,9 @@ function parseJson(text: string | Buffer): unknown {
   }
 }
 
-function encodeJson(value: unknown): Buffer {
-  return Buffer.from(JSON.stringify(value), "utf8");
-}
-
 /** The values that are there: what is undefined or empty is left out. */
-function given<T extends object>(values: T): { [K in keyof T]?: Exclude<T[K], undefined> } {
-  return Object.fromEntries(Object.entries(values).filter(([, value]) => value !== undefined && value !== "")) as never;
-}
+const given = <T extends object>(values: T): { [K in keyof T]?: Exclude<T[K], undefined> } =>
+  Object.fromEntries(Object.entries(values).filter(([, value]) => value !== undefined && value !== "")) as never;
 
 function sumOf<T>(items: Iterable<T>, value: (item: T) => number): number {
   let sum = 0;
@@ -327,16 +286,13 @@ function sumOf<T>(items: Iterable<T>, value: (item: T) => number): number {
 }
 
 function formatBytes(bytes: number): string {
-  const units = ["B", "kB", "MB", "GB", "TB"];
-  let value = bytes;
-  let unit = 0;
-  for (; value >= 999.5 && unit < units.length - 1; unit += 1) value /= 1000;
-  return `${unit === 0 || value >= 99.95 ? Math.round(value) : value.toFixed(1)} ${units[unit]}`;
+  let [value, unit] = [bytes, 0];
+  for (; value >= 999.5 && unit < 4; unit += 1) value /= 1000;
+  return `${unit === 0 || value >= 99.95 ? Math.round(value) : value.toFixed(1)} ${["B", "kB", "MB", "GB", "TB"][unit]}`;
 }
 
-function formatPlatform(platform: Platform | undefined): string {
-  return platform ? [platform.os, platform.architecture, platform.variant].filter(Boolean).join("/") : "";
-}
+const formatPlatform = ({ os: system, architecture, variant }: Partial<Platform> = {}): string =>
+  [system, architecture, variant].filter(Boolean).join("/");
 
 /** Runs at most `limit` at once, keeps the order, and lets every one end before what failed is thrown. */
 async function mapConcurrently<T, R>(items: readonly T[], limit: number, run: (item: T) => Promise<R>): Promise<R[]> {
@@ -362,12 +318,7 @@ function settled<R>(results: readonly PromiseSettledResult<R>[]): R[] {
 // The grammar of the distribution specification ("Pulling manifests") and of docker's reference package. SPEC §2.
 
 /** `host` is the name people use (`docker.io`); apiHost() says where its API is. */
-interface Reference {
-  readonly host: string;
-  readonly repository: string;
-  readonly tag?: string;
-  readonly digest?: string;
-}
+interface Reference { readonly host: string; readonly repository: string; readonly tag?: string; readonly digest?: string }
 
 const HUB_HOSTS = ["docker.io", "index.docker.io", "registry-1.docker.io"];
 const LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?";
@@ -377,9 +328,8 @@ const REPOSITORY = new RegExp(`^${PATH_PART}(?:/${PATH_PART})*$`);
 const TAG = /^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$/;
 
 function isHost(text: string): boolean {
-  const { ipv6, port } = HOST.exec(text)?.groups ?? {};
-  const isPort = port === undefined || (Number(port) >= 1 && Number(port) <= 65535);
-  return HOST.test(text) && isPort && (ipv6 === undefined || net.isIPv6(ipv6));
+  const { ipv6, port = "443" } = HOST.exec(text)?.groups ?? {};
+  return HOST.test(text) && Number(port) >= 1 && Number(port) <= 65535 && (ipv6 === undefined || net.isIPv6(ipv6));
 }
 
 /** Throws BAD_REFERENCE with the reason; nothing is asked of any registry for a reference that cannot be right. */
@@ -406,90 +356,61 @@ function parseReference(text: string): Reference {
   const isHub = HUB_HOSTS.includes(host.toLowerCase());
   const repository = isHub && !name.includes("/") ? `library/${name}` : name;
   if (host.length + repository.length + 1 > 255) refuse("host and repository are longer than 255 characters");
-  return { host: isHub ? "docker.io" : host, repository, ...given({ tag: tag ?? (digest ? undefined : "latest"), digest }) };
+  const version = given({ tag: tag ?? (digest === undefined ? "latest" : undefined), digest });
+  return { host: isHub ? "docker.io" : host, repository, ...version };
 }
 
-function formatReference({ host, repository, tag, digest }: Reference): string {
-  return `${host}/${repository}${tag === undefined ? "" : `:${tag}`}${digest === undefined ? "" : `@${digest}`}`;
-}
-
-function apiHost(host: string): string {
-  return host === "docker.io" ? "registry-1.docker.io" : host;
-}
+const formatReference = ({ host, repository, tag, digest }: Reference): string =>
+  `${host}/${repository}${tag === undefined ? "" : `:${tag}`}${digest === undefined ? "" : `@${digest}`}`;
+const apiHost = (host: string): string => (host === "docker.io" ? "registry-1.docker.io" : host);
 
 /**
  * The name an image gets in the tar. A mirror stands for another registry, told by --ns or by the path's first
  * segment; the tag names, and only a reference without one is named by its digest.
  */
-function imageName(reference: Reference, namespace?: string): Reference {
-  const { host, repository, tag, digest } = reference;
-  const upstream = namespace === undefined ? repository : `${namespace}/${repository}`;
-  const isMirrored = namespace !== undefined || /^[^/]*\.[^/]*\//.test(repository);
-  const suffix = tag === undefined ? `@${digest}` : `:${tag}`;
-  return parseReference(`${isMirrored ? upstream : `${host}/${repository}`}${suffix}`);
+function imageName({ host, repository, tag, digest }: Reference, namespace?: string): Reference {
+  const isMirrored = /^[^/]*\.[^/]*\//.test(repository);
+  const bare = namespace !== undefined ? `${namespace}/${repository}` : isMirrored ? repository : `${host}/${repository}`;
+  return parseReference(`${bare}${tag === undefined ? `@${digest}` : `:${tag}`}`);
 }
 
 /** `NAME-TAG.tar`, in the working directory. */
-function defaultDestination({ repository, tag, digest = "" }: Reference): string {
-  return `${repository.slice(repository.lastIndexOf("/") + 1)}-${tag ?? hexOf(digest).slice(0, 12)}.tar`;
-}
+const defaultDestination = ({ repository, tag, digest = "" }: Reference): string =>
+  `${repository.slice(repository.lastIndexOf("/") + 1)}-${tag ?? hexOf(digest).slice(0, 12)}.tar`;
 
 // ====== 6. Transport ======
 // One request: certificates, proxy, silence, redirects. It knows no registry and keeps no bytes. SPEC §6, §7.
 // Invariant: an Authorization header and a client certificate are chosen anew for each origin, never carried over.
 
+/** @internal */
 type Environment = Readonly<Record<string, string | undefined>>;
 
-/** What a pull was told, checked. */
-interface Settings {
+/** What a pull was told, checked. `certsDirectory` is /etc/docker/certs.d, but for tests. */
+interface Settings extends Readonly<Omit<PullerOpts, "url" | "osType" | "archType" | "variant" | "signal">> {
+  readonly wanted: Partial<Platform>;
   readonly scheme: "https" | "http";
-  readonly wanted: { readonly os?: string; readonly architecture?: string; readonly variant?: string };
-  readonly username?: string;
-  readonly password?: string;
-  readonly token?: string;
-  readonly tlsCert?: string;
-  readonly tlsKey?: string;
-  readonly caCert?: string;
-  readonly insecure: boolean;
-  readonly namespace?: string;
   readonly concurrency: number;
   readonly retries: number;
   readonly timeoutMs: number;
   readonly environment: Environment;
-  /** /etc/docker/certs.d; a setting so that tests can have one of their own. */
   readonly certsDirectory: string;
 }
 
 /** A request as its maker sees it. The registry's own origin gets client certificate and certs.d, no other does. */
-interface HttpRequest {
-  readonly method: string;
-  readonly url: URL;
-  readonly headers: Readonly<Record<string, string>>;
-  readonly body?: string;
-  readonly signal: AbortSignal;
-  readonly authorizationFor: (origin: string) => Promise<string | undefined>;
-  readonly isRegistry: (origin: string) => boolean;
-}
+type HttpRequest = Readonly<{
+  method: string; url: URL; headers: Readonly<Record<string, string>>; body?: string; signal: AbortSignal;
+  authorizationFor: (origin: string) => Promise<string | undefined>; isRegistry: (origin: string) => boolean;
+}>;
 
-/** What a server answered. A body is there on success only; otherwise its words were read, and the line is free. */
-interface Answer {
-  readonly status: number;
-  readonly headers: http.IncomingHttpHeaders;
-  readonly url: URL;
-  /** The Authorization header that this answer is for. */
-  readonly authorization: string | undefined;
-  readonly body?: http.IncomingMessage;
-  readonly words: string;
-}
+/** What a server answered to which header. A body is there on success only; otherwise its words were read. */
+type Answer = Readonly<{
+  status: number; headers: http.IncomingHttpHeaders; url: URL; authorization: string | undefined;
+  body?: http.IncomingMessage; words: string;
+}>;
 
-interface Transport {
-  send(request: HttpRequest): Promise<Answer>;
-  close(): void;
-}
+interface Transport { send(request: HttpRequest): Promise<Answer>; close(): void }
 
-function readOptional(file: string): Promise<string | undefined> {
-  return fs.readFile(file, "utf8").catch(() => undefined);
-}
+const readOptional = (file: string): Promise<string | undefined> => fs.readFile(file, "utf8").catch(() => undefined);
 
 /** Where the distributions keep their certificates, in the order in which Go's crypto/x509 looks (root_linux.go). */
 const CA_BUNDLES = [
@@ -525,32 +446,28 @@ async function readPem(file: string, option: string): Promise<string> {
   return text.includes("-----BEGIN ") ? text : fail("TLS", `${option} ${file} is not a PEM file`);
 }
 
-/** A registry's folder in certs.d: *.crt are authorities, *.cert with the *.key of that name are for the client. */
-async function readCertsDirectory(directory: string): Promise<{ ca: string[]; cert: string[]; key: string[] }> {
-  const names = (await fs.readdir(directory).catch(() => [])).sort();
-  const read = (suffix: string) => Promise.all(
-    names.filter((name) => name.endsWith(suffix)).map((name) => readPem(path.join(directory, name), "certificate")));
-  return { ca: await read(".crt"), cert: await read(".cert"), key: await read(".key") };
-}
-
 /** One context for each kind of peer: parsing a system's 150 certificates anew for each connection would show. */
-function secureContexts(settings: Settings): (url: URL, isRegistry: boolean) => Promise<tls.SecureContext> {
+function secureContexts({ tlsCert, tlsKey, caCert, certsDirectory, environment }: Settings) {
   const contexts = new Map<string, Promise<tls.SecureContext>>();
-  const { tlsCert, tlsKey, caCert, certsDirectory, environment } = settings;
   const make = async (url: URL, isRegistry: boolean) => {
-    const trusted = await systemCertificates(environment);
-    if (caCert !== undefined) trusted.push(await readPem(caCert, "--cacert"));
-    let { ca, cert, key } = await readCertsDirectory(isRegistry ? path.join(certsDirectory, url.host) : "");
-    if (isRegistry && tlsCert !== undefined && tlsKey !== undefined) {
-      [cert, key] = [[await readPem(tlsCert, "--cert")], [await readPem(tlsKey, "--key")]];
-    }
+    const ca = await systemCertificates(environment);
+    if (caCert !== undefined) ca.push(await readPem(caCert, "--cacert"));
+    // certs.d: *.crt are authorities, *.cert with the *.key of that name are for the client (docker's documentation).
+    const folder = path.join(certsDirectory, url.host);
+    const names = isRegistry ? (await fs.readdir(folder).catch(() => [])).sort() : [];
+    const read = (suffix: string) => Promise.all(
+      names.filter((name) => name.endsWith(suffix)).map((name) => readPem(path.join(folder, name), "certificate")));
+    ca.push(...(await read(".crt")));
+    const isGiven = isRegistry && tlsCert !== undefined && tlsKey !== undefined;
+    const cert = isGiven ? [await readPem(tlsCert, "--cert")] : await read(".cert");
+    const key = isGiven ? [await readPem(tlsKey, "--key")] : await read(".key");
     try {
-      return tls.createSecureContext({ ca: [...trusted, ...ca], cert, key });
+      return tls.createSecureContext({ ca, cert, key });
     } catch (error) {
       return fail("TLS", `cannot use the certificates given: ${printable((error as Error).message)}`, { cause: error });
     }
   };
-  return (url, isRegistry) => {
+  return (url: URL, isRegistry: boolean): Promise<tls.SecureContext> => {
     const key = isRegistry ? url.host : "";
     const context = contexts.get(key) ?? make(url, isRegistry);
     contexts.set(key, context);
@@ -563,18 +480,17 @@ function isExemptFromProxy(url: URL, noProxy: string): boolean {
   const host = url.hostname.replace(/^\[|\]$/g, "").toLowerCase();
   const port = url.port || (url.protocol === "https:" ? "443" : "80");
   const familyOf = (address: string) => (net.isIPv6(address) ? "ipv6" : "ipv4");
+  const isAddress = net.isIP(host) !== 0;
   const isInside = (block: string, bits: number) => {
     const list = new net.BlockList();
     list.addSubnet(block, bits, familyOf(block));
-    return list.check(host, familyOf(host));
+    return isAddress && list.check(host, familyOf(host));
   };
-  const isAddress = net.isIP(host) !== 0;
-  if (/(^|\.)localhost$/.test(host) || (isAddress && (isInside("127.0.0.0", 8) || isInside("::1", 128)))) return true;
+  if (/(^|\.)localhost$/.test(host) || isInside("127.0.0.0", 8) || isInside("::1", 128)) return true;
   return noProxy.toLowerCase().split(/[\s,]+/).filter(Boolean).some((entry) => {
     const [block = "", bits] = entry.split("/");
-    if (bits !== undefined && net.isIP(block) !== 0) {
-      return isAddress && /^\d+$/.test(bits) && Number(bits) <= (net.isIPv6(block) ? 128 : 32) && isInside(block, Number(bits));
-    }
+    const width = net.isIPv6(block) ? 128 : 32;
+    if (bits !== undefined && net.isIP(block)) return /^\d+$/.test(bits) && Number(bits) <= width && isInside(block, +bits);
     const [, bracketed, bare, wantedPort] = /^(?:\[([^\]]*)\]|([^:]*)|)(?::(\d+))?$/.exec(entry) ?? ["", entry];
     if (wantedPort !== undefined && wantedPort !== port) return false;
     const name = (bracketed ?? bare ?? "").replace(/^\*?\./, "");
@@ -584,7 +500,8 @@ function isExemptFromProxy(url: URL, noProxy: string): boolean {
 
 function proxyFor(url: URL, environment: Environment): URL | undefined {
   const variable = (name: string) => environment[name] || environment[name.toLowerCase()] || "";
-  const name = [url.protocol === "https:" ? "HTTPS_PROXY" : "HTTP_PROXY", "ALL_PROXY"].find((each) => variable(each) !== "");
+  const names = [url.protocol === "https:" ? "HTTPS_PROXY" : "HTTP_PROXY", "ALL_PROXY"];
+  const name = names.find((each) => variable(each) !== "");
   if (name === undefined || isExemptFromProxy(url, variable("NO_PROXY"))) return undefined;
   const text = /^[a-z][a-z0-9+.-]*:\/\//i.test(variable(name)) ? variable(name) : `http://${variable(name)}`;
   if (!URL.canParse(text)) fail("PROXY", `${name} is not a URL`);
@@ -593,22 +510,22 @@ function proxyFor(url: URL, environment: Environment): URL | undefined {
   return fail("PROXY", `${name}: a ${proxy.protocol}// proxy is not supported, only http:// and https:// ones are`);
 }
 
-function proxyHeaders({ username, password }: URL): Record<string, string> {
-  if (username === "") return {};
-  return { "Proxy-Authorization": basicAuthorization(decodeURIComponent(username), decodeURIComponent(password)) };
-}
+const basicAuthorization = (username: string, secret: string): string =>
+  `Basic ${Buffer.from(`${username}:${secret}`, "utf8").toString("base64")}`;
 
-function basicAuthorization(username: string, secret: string): string {
-  return `Basic ${Buffer.from(`${username}:${secret}`, "utf8").toString("base64")}`;
+function proxyHeaders({ username, password }: URL): Record<string, string> {
+  const value = basicAuthorization(decodeURIComponent(username), decodeURIComponent(password));
+  return username === "" ? {} : { "Proxy-Authorization": value };
 }
 
 /** An agent whose connections are TLS inside a CONNECT tunnel (RFC 9110 §9.3.6). */
-function tunnelAgent(proxy: URL, agent: https.Agent, secureContext: tls.SecureContext | undefined, timeout: number): https.Agent {
+function tunnelAgent(proxy: URL, agent: https.Agent, proxyTls: tls.ConnectionOptions, timeout: number): https.Agent {
   const name = `the proxy ${proxy.protocol}//${proxy.host}`;
-  const createConnection = (target: tls.ConnectionOptions, callback: (error: Error | null, socket?: net.Socket) => void) => {
+  type Callback = (error: Error | null, socket?: net.Socket) => void;
+  const createConnection = (target: tls.ConnectionOptions, callback: Callback) => {
     const authority = `${net.isIPv6(String(target.host)) ? `[${target.host}]` : target.host}:${target.port}`;
     const headers = { Host: authority, ...proxyHeaders(proxy) };
-    const options = { ...(secureContext ? { secureContext } : {}), method: "CONNECT", path: authority, agent: false, timeout, headers };
+    const options = { ...proxyTls, method: "CONNECT", path: authority, agent: false, timeout, headers };
     const connect = (proxy.protocol === "https:" ? https : http).request(proxy, options);
     connect.once("connect", ({ statusCode: status, statusMessage = "" }, socket) => {
       if (status === 200) return callback(null, tls.connect({ ...target, socket }));
@@ -627,20 +544,19 @@ function tunnelAgent(proxy: URL, agent: https.Agent, secureContext: tls.SecureCo
 function createTransport(settings: Settings): Transport {
   const contextFor = secureContexts(settings);
   const agents = new Map<string, Promise<http.Agent>>();
-  const { timeoutMs, environment } = settings;
+  const { timeoutMs, environment, insecure } = settings;
 
   const makeAgent = async (url: URL, isRegistry: boolean, proxy: URL | undefined): Promise<http.Agent> => {
     const keepAlive = { keepAlive: true, scheduling: "lifo" as const };
-    const proxyContext = proxy?.protocol === "https:" ? await contextFor(proxy, false) : undefined;
-    if (url.protocol === "http:") {
-      return proxyContext ? new https.Agent({ ...keepAlive, secureContext: proxyContext }) : new http.Agent(keepAlive);
-    }
+    const proxyTls = proxy?.protocol === "https:" ? { secureContext: await contextFor(proxy, false) } : {};
+    if (url.protocol === "http:" && proxy?.protocol !== "https:") return new http.Agent(keepAlive);
+    if (url.protocol === "http:") return new https.Agent({ ...keepAlive, ...proxyTls });
     const secureContext = await contextFor(url, isRegistry);
-    const agent = new https.Agent({ ...keepAlive, secureContext, rejectUnauthorized: !settings.insecure });
-    return proxy ? tunnelAgent(proxy, agent, proxyContext, timeoutMs) : agent;
+    const agent = new https.Agent({ ...keepAlive, secureContext, rejectUnauthorized: insecure !== true });
+    return proxy ? tunnelAgent(proxy, agent, proxyTls, timeoutMs) : agent;
   };
 
-  const sendOnce = async (request: HttpRequest, url: URL, headers: Record<string, string>): Promise<http.IncomingMessage> => {
+  const sendOnce: SendOnce = async (request, url, headers) => {
     const { method, signal, body } = request;
     const doing = `${method} ${redactUrl(url)}`;
     const isRegistry = request.isRegistry(url.origin);
@@ -649,8 +565,8 @@ function createTransport(settings: Settings): Transport {
     const agent = agents.get(key) ?? makeAgent(url, isRegistry, proxy);
     agents.set(key, agent);
     const forwarder = url.protocol === "http:" ? proxy : undefined; // plain HTTP goes to the proxy in absolute form
-    const absolute = forwarder ? { path: url.href, headers: { ...headers, Host: url.host, ...proxyHeaders(forwarder) } } : { headers };
-    const options: https.RequestOptions = { method, signal, agent: await agent, timeout: timeoutMs, ...absolute };
+    const absolute = forwarder && { path: url.href, headers: { ...headers, Host: url.host, ...proxyHeaders(forwarder) } };
+    const options: https.RequestOptions = { method, signal, agent: await agent, timeout: timeoutMs, headers, ...absolute };
     return new Promise((resolve, reject) => {
       const outgoing = ((forwarder ?? url).protocol === "https:" ? https : http).request(forwarder ?? url, options);
       let incoming: http.IncomingMessage | undefined;
@@ -672,9 +588,7 @@ function createTransport(settings: Settings): Transport {
 
   return {
     send: (request) => followRedirects(request, sendOnce),
-    close: () => {
-      for (const agent of agents.values()) agent.then((ready) => ready.destroy(), () => undefined);
-    },
+    close: () => agents.forEach((agent) => void agent.then((ready) => ready.destroy(), () => undefined)),
   };
 }
 
@@ -686,11 +600,11 @@ async function followRedirects(request: HttpRequest, sendOnce: SendOnce): Promis
   for (let hop = 0; ; hop += 1) {
     const authorization = await request.authorizationFor(url.origin);
     const common = { "User-Agent": `imgpull/${IMGPULL_VERSION}`, "Accept-Encoding": "identity" };
-    const response = await sendOnce(request, url, { ...common, ...request.headers, ...given({ Authorization: authorization }) });
-    const { statusCode: status = 0, headers } = response;
+    const allHeaders = { ...common, ...request.headers, ...given({ Authorization: authorization }) };
+    const response = await sendOnce(request, url, allHeaders as Record<string, string>);
+    const { statusCode: status = 0, headers, headers: { location } } = response;
     const answer = { status, headers, url, authorization, words: "" };
     if (status >= 200 && status < 300) return { ...answer, body: response };
-    const { location } = headers;
     if (![301, 302, 303, 307, 308].includes(status) || location === undefined || request.body !== undefined) {
       return { ...answer, words: await readWords(response) };
     }
@@ -712,25 +626,24 @@ async function followRedirects(request: HttpRequest, sendOnce: SendOnce): Promis
  */
 function decodeBody(response: http.IncomingMessage, expectedBytes?: number): Readable {
   const { "content-encoding": encoding = "", "content-length": length } = response.headers;
-  const decoders = { gzip: zlib.createGunzip, "x-gzip": zlib.createGunzip, deflate: zlib.createInflate, br: zlib.createBrotliDecompress };
-  const decoder = decoders[encoding.toLowerCase() as keyof typeof decoders] as (() => zlib.Gunzip) | undefined;
-  if (!decoder || (expectedBytes !== undefined && Number(length) === expectedBytes)) return response;
-  const decoded = decoder();
+  const isRaw = expectedBytes !== undefined && Number(length) === expectedBytes;
+  if (!/^(x-)?gzip$/i.test(encoding) || isRaw) return response;
+  const decoded = zlib.createGunzip();
   response.once("error", (error) => decoded.destroy(error));
   return response.pipe(decoded.once("close", () => response.destroy()));
 }
 
 /** A whole body of at most `maximumBytes`; more is refused by name before it is held. */
 async function readBody(response: http.IncomingMessage, maximumBytes: number, what: string): Promise<Buffer> {
-  const tooLarge = () => new ImgpullError("TOO_LARGE", `${what} is larger than ${maximumBytes} bytes`);
+  const tooLarge = `${what} is larger than ${maximumBytes} bytes`;
+  const checkSize = (bytes: number) => bytes <= maximumBytes || fail("TOO_LARGE", tooLarge);
   const chunks: Buffer[] = [];
   let length = 0;
   try {
-    if (Number(response.headers["content-length"]) > maximumBytes) throw tooLarge();
+    checkSize(Number(response.headers["content-length"] ?? 0));
     for await (const chunk of decodeBody(response)) {
-      length += (chunk as Buffer).length;
-      if (length > maximumBytes) throw tooLarge();
       chunks.push(chunk as Buffer);
+      checkSize((length += (chunk as Buffer).length));
     }
   } catch (error) {
     response.destroy();
@@ -743,7 +656,7 @@ async function readBody(response: http.IncomingMessage, maximumBytes: number, wh
 async function readWords(response: http.IncomingMessage): Promise<string> {
   const body = await readBody(response, LIMITS.errorBodyBytes, "the error's body").catch((error: ImgpullError) => {
     if (error.code === "ABORTED") throw error;
-    return Buffer.alloc(0);
+    return "";
   });
   const json = parseJson(body);
   if (!isRecord(json)) return /^\s*</.test(String(body)) ? "" : printable(String(body));
@@ -756,43 +669,37 @@ async function readWords(response: http.IncomingMessage): Promise<string> {
 // ====== 7. Retry ======
 // Pure but for the clock, which tests replace. Only known passing faults are retried; a bug never is. SPEC §6.
 
-interface Clock {
-  readonly now: () => number;
-  readonly random: () => number;
-  readonly sleep: (milliseconds: number, signal: AbortSignal) => Promise<unknown>;
-}
+type Clock = Readonly<{
+  now: () => number; random: () => number; sleep: (milliseconds: number, signal: AbortSignal) => Promise<unknown>;
+}>;
 
-const systemClock: Clock = {
-  now: Date.now,
-  random: Math.random,
-  sleep: (milliseconds, signal) => delay(milliseconds, undefined, { signal }),
-};
+const sleep: Clock["sleep"] = (milliseconds, signal) => delay(milliseconds, undefined, { signal });
+const systemClock: Clock = { now: Date.now, random: Math.random, sleep };
 
 /** Retry-After is seconds or a date (RFC 9110 §10.2.3). */
 function parseRetryAfter(value: string | undefined, now: number): number | undefined {
-  if (value === undefined) return undefined;
-  if (/^\s*\d+\s*$/.test(value)) return Number(value) * 1000;
-  const date = Date.parse(value);
+  if (/^\s*\d+\s*$/.test(value ?? "")) return Number(value) * 1000;
+  const date = Date.parse(value ?? "");
   return Number.isNaN(date) ? undefined : Math.max(0, date - now);
 }
 
-const isMismatch = ({ code }: ImgpullError) => code === "DIGEST_MISMATCH" || code === "SIZE_MISMATCH";
+const isMismatch = ({ code }: ImgpullError): boolean => code === "DIGEST_MISMATCH" || code === "SIZE_MISMATCH";
 
 function isRetriable(error: unknown): error is ImgpullError {
   if (!(error instanceof ImgpullError)) return false;
   const { code, status = 0, retryAfterMs } = error;
   if (code === "NETWORK") return errorCodeOf(error.cause) !== "ENOTFOUND"; // a name that does not exist is a typo
   if (code === "TIMEOUT" || code === "RATE_LIMITED" || retryAfterMs !== undefined || isMismatch(error)) return true;
-  if (code !== "PROTOCOL" && code !== "PROXY") return false;
-  return status === 408 || status === 425 || (status >= 500 && status !== 501 && status !== 505);
+  const isServers = status === 408 || status === 425 || (status >= 500 && status !== 501 && status !== 505);
+  return (code === "PROTOCOL" || code === "PROXY") && isServers;
 }
 
 /** How long to wait before the next attempt; undefined where there is none. `failures` counts those so far. */
 function retryDelayMs(error: unknown, failures: number, retries: number, random: number): number | undefined {
   if (!isRetriable(error) || failures > (isMismatch(error) ? Math.min(1, retries) : retries)) return undefined;
-  if ((error.retryAfterMs ?? 0) > LIMITS.retryAfterMs) return undefined;
+  const { retryAfterMs = 0 } = error;
   const ceiling = Math.min(LIMITS.backoffMs, LIMITS.firstBackoffMs * 2 ** (failures - 1));
-  return Math.max(error.retryAfterMs ?? 0, Math.round(ceiling * (0.5 + random / 2)));
+  return retryAfterMs > LIMITS.retryAfterMs ? undefined : Math.max(retryAfterMs, Math.round(ceiling * (0.5 + random / 2)));
 }
 
 /** What everything that a pull does has in common. Two pulls share nothing. */
@@ -828,10 +735,7 @@ async function withRetries<T>(session: Session, attempt: () => Promise<T>, gotOn
 // Challenges (RFC 9110 §11.6.1), docker's and podman's files, helpers, the distribution token protocol. SPEC §6, §7.
 // Invariant: a credential is for one registry; it goes there and to the token endpoint which that registry names.
 
-interface Challenge {
-  readonly scheme: string;
-  readonly parameters: Readonly<Record<string, string>>;
-}
+interface Challenge { readonly scheme: string; readonly parameters: Readonly<Record<string, string>> }
 
 /** Every challenge of every header line: commas separate both parameters and challenges, and may be inside quotes. */
 function parseChallenges(lines: readonly string[]): Challenge[] {
@@ -841,11 +745,11 @@ function parseChallenges(lines: readonly string[]): Challenge[] {
     let current: Record<string, string> | undefined;
     for (let match = word.exec(line); match !== null; match = word.exec(line)) {
       const [, separator = "", name = "", value] = match;
-      if (value !== undefined && current) {
+      if (value === undefined && (match.index === 0 || separator.includes(","))) {
+        challenges.push({ scheme: name.toLowerCase(), parameters: (current = {}) });
+      } else if (current && value !== undefined && !/^=*$/.test(value)) { // otherwise a token68, as Negotiate sends
         const unquoted = value.startsWith('"') ? value.replace(/^"|"$/g, "").replace(/\\(.)/g, "$1") : value;
         current[name.toLowerCase()] ??= unquoted;
-      } else if (match.index === 0 || separator.includes(",")) { // otherwise it is a token68, as Negotiate sends
-        challenges.push({ scheme: name.toLowerCase(), parameters: (current = {}) });
       }
     }
   }
@@ -853,13 +757,9 @@ function parseChallenges(lines: readonly string[]): Challenge[] {
 }
 
 /** `stored` ones come from a file or a helper: where they are refused, a public image can still be pulled. */
-interface Credential {
-  readonly kind: "basic" | "identity" | "bearer" | "outside";
-  readonly username: string;
-  readonly secret: string;
-  readonly source: string;
-  readonly stored: boolean;
-}
+type Credential = Readonly<{
+  kind: "basic" | "identity" | "bearer" | "outside"; username: string; secret: string; source: string; stored: boolean;
+}>;
 
 /** A credential file's key as host[/path]: docker writes URLs with /v1/, podman writes paths. */
 function normalizeAuthKey(key: string): string {
@@ -870,14 +770,13 @@ function normalizeAuthKey(key: string): string {
 function decodeAuthEntry(entry: Record<string, unknown>, source: string): Credential | undefined {
   const text = (name: string) => (typeof entry[name] === "string" ? entry[name] : "");
   const decoded = Buffer.from(text("auth"), "base64").toString("utf8").replace(/\0+$/, "");
-  const colon = decoded.indexOf(":");
-  if (text("auth") !== "" && colon < 0) fail("CREDENTIALS", `${source}: its "auth" is not USER:PASSWORD in base64`);
-  const [username, password] = colon < 0 ? [text("username"), text("password")]
-    : [decoded.slice(0, colon), decoded.slice(colon + 1)];
-  const common = { username, source, stored: true };
-  if (text("identitytoken") !== "") return { kind: "identity", secret: text("identitytoken"), ...common };
-  if (text("registrytoken") !== "") return { kind: "bearer", secret: text("registrytoken"), ...common };
-  return username === "" && password === "" ? undefined : { kind: "basic", secret: password, ...common };
+  const [, user, word] = /^([^:]*):([^]*)$/.exec(decoded) ?? [];
+  if (text("auth") !== "" && user === undefined) fail("CREDENTIALS", `${source}: its "auth" is not USER:PASSWORD in base64`);
+  const [username, password] = [user ?? text("username"), word ?? text("password")];
+  const [identity, bearer] = [text("identitytoken"), text("registrytoken")];
+  const kind = identity ? "identity" : bearer ? "bearer" : "basic";
+  const secret = identity || bearer || password;
+  return username === "" && secret === "" ? undefined : { kind, username, secret, source, stored: true };
 }
 
 /** docker-credential-NAME: the server on stdin, JSON on stdout (docker/docker-credential-helpers). */
@@ -889,57 +788,48 @@ function runCredentialHelper(name: string, input: string, environment: Environme
     input, env: environment as NodeJS.ProcessEnv, encoding: "utf8", timeout: 60_000, maxBuffer: LIMITS.tokenBytes,
   });
   if (error) refuse(`cannot be run: ${errorCodeOf(error) === "ENOENT" ? "it is not on the PATH" : errorCodeOf(error)}`);
-  if (status !== 0) {
-    const words = printable(stdout || stderr);
-    return /credentials not found/i.test(words) ? undefined : refuse(`failed: ${words || `exit code ${status}`}`);
-  }
+  const words = printable(stdout || stderr);
+  if (status !== 0) return /credentials not found/i.test(words) ? undefined : refuse(`failed: ${words || `exit code ${status}`}`);
   const answer = parseJson(stdout);
   const { Username: username, Secret: secret } = isRecord(answer) ? answer : {};
   if (typeof username !== "string" || typeof secret !== "string") return refuse("answered without Username and Secret");
-  if (username === "" && secret === "") return undefined;
-  if (username === "<token>") return { kind: "identity", username: "", secret, source, stored: true };
-  return { kind: "basic", username, secret, source, stored: true };
+  const isIdentity = username === "<token>";
+  const found = { username: isIdentity ? "" : username, secret, source, stored: true };
+  return username === "" && secret === "" ? undefined : { kind: isIdentity ? "identity" : "basic", ...found };
 }
 
 /** The credential that one file has for a repository: its helper, its store, or the longest path in `auths`. */
-function credentialIn(text: string, source: string, reference: Reference, environment: Environment): Credential | undefined {
+function credentialIn(text: string, source: string, { host, repository }: Reference, environment: Environment) {
   const file = parseJson(text);
   if (!isRecord(file)) return fail("CREDENTIALS", `${source} is not a JSON object`);
-  const auths = isRecord(file.auths) ? file.auths : {};
-  const helpers = isRecord(file.credHelpers) ? file.credHelpers : {};
-  const wanted = `${reference.host}/${reference.repository}/`;
-  const bestOf = (keys: string[]) => keys.filter((key) => wanted.startsWith(`${normalizeAuthKey(key)}/`))
-    .sort((left, right) => normalizeAuthKey(right).length - normalizeAuthKey(left).length)[0] ?? "";
-  const helper = helpers[bestOf(Object.keys(helpers))] ?? file.credsStore;
-  const server = reference.host === "docker.io" ? "https://index.docker.io/v1/" : reference.host;
+  const bestIn = (entries: unknown, isUsable: (value: unknown) => boolean) => Object.entries(isRecord(entries) ? entries : {})
+    .filter(([key, value]) => isUsable(value) && `${host}/${repository}/`.startsWith(`${normalizeAuthKey(key)}/`))
+    .sort(([left], [right]) => normalizeAuthKey(right).length - normalizeAuthKey(left).length)[0]?.[1];
+  const helper = bestIn(file.credHelpers, (value) => typeof value === "string") ?? file.credsStore;
+  const server = host === "docker.io" ? "https://index.docker.io/v1/" : host;
   const found = typeof helper === "string" && helper !== "" ? runCredentialHelper(helper, server, environment) : undefined;
-  const isFilled = (key: string) => isRecord(auths[key]) && Object.keys(auths[key]).length > 0;
-  const entry = auths[bestOf(Object.keys(auths).filter(isFilled))];
+  const entry = bestIn(file.auths, (value) => isRecord(value) && Object.keys(value).length > 0);
   return found ?? (isRecord(entry) ? decodeAuthEntry(entry, source) : undefined);
 }
 
 /** SPEC §7's order. Every place is tried, and the first that knows the registry is taken. */
 async function findCredential(settings: Settings, reference: Reference): Promise<Credential | undefined> {
   const { environment, token, username, password = "" } = settings;
-  const { HOME: home = os.homedir(), DOCKER_CONFIG, DOCKER_AUTH_CONFIG, XDG_RUNTIME_DIR, REGISTRY_AUTH_FILE } = environment;
-  if (token !== undefined) return { kind: "outside", username: "", secret: token, source: "--token", stored: false };
-  if (username !== undefined) {
-    return { kind: "basic", username, secret: password, source: "--user and --password", stored: false };
-  }
-  const files = [
-    path.join(DOCKER_CONFIG || path.join(home, ".docker"), "config.json"),
-    ...(XDG_RUNTIME_DIR ? [path.join(XDG_RUNTIME_DIR, "containers/auth.json")] : []),
-    path.join(home, ".config/containers/auth.json"),
+  const { HOME: home = os.homedir(), DOCKER_CONFIG, XDG_RUNTIME_DIR, REGISTRY_AUTH_FILE: named } = environment;
+  const option = { username: username ?? "", stored: false };
+  if (token !== undefined) return { kind: "outside", secret: token, source: "--token", ...option };
+  if (username !== undefined) return { kind: "basic", secret: password, source: "--user and --password", ...option };
+  const file = async (name: string, what = `the credential file ${name}`, isRequired = false): Promise<[string, string | undefined]> =>
+    [name, await readCredentialFile(name, what, isRequired)];
+  const places: (() => Promise<[source: string, text: string | undefined]>)[] = [
+    ...(named ? [() => file(named, `REGISTRY_AUTH_FILE names ${named}`, true)] : []),
+    async () => ["DOCKER_AUTH_CONFIG", environment.DOCKER_AUTH_CONFIG],
+    () => file(path.join(DOCKER_CONFIG || path.join(home, ".docker"), "config.json")),
+    ...(XDG_RUNTIME_DIR ? [() => file(path.join(XDG_RUNTIME_DIR, "containers/auth.json"))] : []),
+    () => file(path.join(home, ".config/containers/auth.json")),
   ];
-  const readers: [source: string, read: () => Promise<string | undefined>][] = files.map((file) =>
-    [file, () => readCredentialFile(file, `the credential file ${file}`, false)]);
-  readers.unshift(["DOCKER_AUTH_CONFIG", async () => DOCKER_AUTH_CONFIG]);
-  if (REGISTRY_AUTH_FILE) {
-    const what = `REGISTRY_AUTH_FILE names ${REGISTRY_AUTH_FILE}`;
-    readers.unshift([REGISTRY_AUTH_FILE, () => readCredentialFile(REGISTRY_AUTH_FILE, what, true)]);
-  }
-  for (const [source, read] of readers) {
-    const text = await read();
+  for (const place of places) {
+    const [source, text] = await place();
     const found = text ? credentialIn(text, source, reference, environment) : undefined;
     if (found) return found;
   }
@@ -956,22 +846,20 @@ async function readCredentialFile(file: string, what: string, isRequired: boolea
   return fail("CREDENTIALS", `${what}: too large for a credential file`);
 }
 
-interface Authorization {
-  readonly header: string;
-  readonly expiresAt: number;
-}
+interface Authorization { readonly header: string; readonly expiresAt: number }
 
 /** A token for one repository (distribution specification, "Token Authentication"; OAuth2 for identity tokens). */
 async function fetchToken(
-  session: Session, origin: string, repository: string, challenge: Challenge, credential: Credential | undefined,
+  session: Session, origin: string, scope: string, challenge: Challenge, credential: Credential | undefined,
 ): Promise<Authorization> {
   const { realm = "", service } = challenge.parameters;
-  const query = { ...given({ service }), scope: `repository:${repository}:pull` };
   if (realm === "" || !URL.canParse(realm, origin)) fail("PROTOCOL", `${origin} asks for a token and names no usable realm`);
   const url = new URL(realm, origin);
+  const where = redactUrl(url);
   if (url.protocol !== "https:" && !(url.protocol === "http:" && origin.startsWith("http:"))) {
-    fail("PROTOCOL", `${origin} names the token endpoint ${redactUrl(url)}: not over ${url.protocol}`);
+    fail("PROTOCOL", `${origin} names the token endpoint ${where}: not over ${url.protocol}`);
   }
+  const query = { ...given({ service }), scope };
   const ask = (method: string, target: URL, authorization: string | undefined, body?: string) => session.transport.send({
     method, url: target, signal: session.signal, ...given({ body }),
     headers: body === undefined ? {} : { "Content-Type": "application/x-www-form-urlencoded" },
@@ -982,7 +870,7 @@ async function fetchToken(
   if (credential?.kind === "identity") {
     const grant = { grant_type: "refresh_token", client_id: "imgpull", refresh_token: credential.secret };
     answer = await ask("POST", url, undefined, new URLSearchParams({ ...query, ...grant }).toString());
-    // Services that know no POST say so in many ways; those of redirects would need the secret sent elsewhere.
+    // Services that know no POST say so in many ways; a redirect would want the secret sent elsewhere.
     if ([400, 401, 404, 405].includes(answer.status) || (answer.status >= 300 && answer.status < 400)) answer = undefined;
   }
   if (!answer) {
@@ -992,42 +880,35 @@ async function fetchToken(
     answer = await ask("GET", target, credential && basicAuthorization(username, credential.secret));
   }
   if (!answer.body) throw statusError(answer, session.clock.now(), "the token service");
-  const json = parseJson(await readBody(answer.body, LIMITS.tokenBytes, `the token of ${redactUrl(url)}`));
+  const json = parseJson(await readBody(answer.body, LIMITS.tokenBytes, `the token of ${where}`));
   const { token, access_token: accessToken, expires_in: seconds } = isRecord(json) ? json : {};
   const text = token || accessToken;
-  if (typeof text !== "string" || !/^[\x21-\x7e]+$/.test(text)) {
-    return fail("PROTOCOL", `${redactUrl(url)} answered without a token`);
-  }
+  if (typeof text !== "string" || !/^[\x21-\x7e]+$/.test(text)) return fail("PROTOCOL", `${where} answered without a token`);
   const lifeMs = Math.max(LIMITS.tokenFloorMs, typeof seconds === "number" ? seconds * 1000 : 0);
   return { header: `Bearer ${text}`, expiresAt: session.clock.now() + lifeMs };
 }
 
 /** What a status means, with the words of the one who said it. */
-function statusError(answer: Answer, now: number, who: string, isRegistry = true): ImgpullError {
-  const { status, words, headers } = answer;
+function statusError({ status, words, headers, url }: Answer, now: number, who: string, isRegistry = true): ImgpullError {
   const retryAfterMs = parseRetryAfter(headers["retry-after"], now);
-  const said = `${redactUrl(answer.url)}: ${who} answered ${status}${words ? ` (${words})` : ""}`;
+  const said = `${redactUrl(url)}: ${who} answered ${status}${words ? ` (${words})` : ""}`;
   if (status === 429) {
     const when = retryAfterMs === undefined ? "try again later"
       : `come back in ${Math.ceil(retryAfterMs / 1000)} s, at ${new Date(now + Math.min(retryAfterMs, 1e12)).toISOString()}`;
-    return new ImgpullError("RATE_LIMITED", `${said}\n  too many requests: ${when}`, { status, retryAfterMs } as object);
+    return new ImgpullError("RATE_LIMITED", `${said}\n  too many requests: ${when}`, { status, retryAfterMs } as ErrorDetails);
   }
   // A storage host's refusal is a signed URL that has expired: asking the registry again gives a new one.
   const isExpired = !isRegistry && [400, 401, 403].includes(status);
   const code = ({ 401: "UNAUTHORIZED", 403: "FORBIDDEN", 404: "NOT_FOUND" } as const)[status] ?? "PROTOCOL";
   const remedy = /HTTP request (was sent )?to (an )?HTTPS/i.test(words) ? "\n  this port is https: try without --scheme http" : "";
-  const details = { status, retryAfterMs: isExpired ? 0 : status >= 500 ? retryAfterMs : undefined };
+  const details: ErrorDetails = { status, retryAfterMs: isExpired ? 0 : status >= 500 ? retryAfterMs : undefined };
   return new ImgpullError(code, said + remedy, details);
 }
 
 // ====== 9. Registry ======
 // One repository of one registry: manifests and blobs from an offset, with whatever handshake it wants. SPEC §6.
 
-interface FetchedManifest {
-  readonly mediaType: string;
-  readonly digest: string;
-  readonly bytes: Buffer;
-}
+interface FetchedManifest { readonly mediaType: string; readonly digest: string; readonly bytes: Buffer }
 
 class Registry {
   readonly reference: Reference;
@@ -1050,21 +931,11 @@ class Registry {
     if (token !== undefined) this.#held.set(this.origin, { header: `Basic ${token}`, expiresAt: NEVER });
   }
 
-  #url(rest: string): URL {
+  /** One answer to one request, after at most one handshake, one renewal and one fallback. */
+  async #request(method: string, rest: string, headers: Record<string, string>, signal: AbortSignal): Promise<Answer> {
     const url = new URL(`${this.origin}/v2/${this.reference.repository}/${rest}`);
     const { namespace } = this.#session.settings;
     if (namespace !== undefined) url.searchParams.set("ns", namespace);
-    return url;
-  }
-
-  /** Looked up when a registry asks for it first; storage hosts and other origins never get it. */
-  async #credentialFor(origin: string): Promise<Credential | undefined> {
-    if (this.#isAnonymous || origin !== this.origin) return undefined;
-    return (this.#found ??= findCredential(this.#session.settings, this.reference));
-  }
-
-  /** One answer to one request, after at most one handshake, one renewal and one fallback. */
-  async #request(method: string, url: URL, headers: Record<string, string>, signal: AbortSignal): Promise<Answer> {
     const authorizationFor = (origin: string) => this.#authorizationFor(origin);
     const isRegistry = (origin: string) => origin === this.origin;
     for (let round = 0; ; round += 1) {
@@ -1079,8 +950,8 @@ class Registry {
   async #authorizationFor(origin: string): Promise<string | undefined> {
     const held = this.#held.get(origin);
     if (held && held.expiresAt > this.#session.clock.now()) return held.header;
-    const challenges = this.#session.challenges.get(origin) ?? [];
-    if (challenges.some(({ scheme }) => scheme === "bearer")) await this.#handshake(origin, challenges);
+    const isBearer = this.#session.challenges.get(origin)?.some(({ scheme }) => scheme === "bearer");
+    if (isBearer) await this.#handshake(origin);
     return this.#held.get(origin)?.header;
   }
 
@@ -1089,78 +960,91 @@ class Registry {
     const { url: { origin }, authorization: sent, status, headers } = answer;
     if (this.#held.get(origin)?.header !== sent) return true; // another connection has renewed it meanwhile
     const challenges = parseChallenges([headers["www-authenticate"] ?? []].flat());
-    if (challenges.length > 0) this.#session.challenges.set(origin, challenges);
+    // nvcr.io names another realm, of no use to us, once a token has expired: the one that served goes first.
+    const isRenewal = round === 0 && sent !== undefined && this.#session.challenges.has(origin);
+    if (challenges.length > 0 && !isRenewal) this.#session.challenges.set(origin, challenges);
     const credential = await this.#credentialFor(origin);
     if (credential?.kind === "outside") return false;
     if (status === 403 || (round > 0 && sent !== undefined) || sent?.startsWith("Basic ")) {
       if (!credential?.stored) return false;
       this.#giveUp(credential, `${redactUrl(answer.url)}: ${status}`);
     }
-    return this.#handshake(origin, this.#session.challenges.get(origin) ?? []);
+    return this.#handshake(origin);
   }
 
-  #giveUp(credential: Credential, reason: string): void {
+  /** Looked up when a registry asks for it first; storage hosts and other origins never get it. */
+  async #credentialFor(origin: string): Promise<Credential | undefined> {
+    if (this.#isAnonymous || origin !== this.origin) return undefined;
+    return (this.#found ??= findCredential(this.#session.settings, this.reference));
+  }
+
+  #giveUp({ source }: Credential, reason: string): void {
     this.#isAnonymous = true;
     this.#held.delete(this.origin);
-    this.#session.warn(`the credentials of ${credential.source} were refused (${reason}); trying without any`);
+    this.#session.warn(`the credentials of ${source} were refused (${reason}); trying without any`);
   }
 
   /** Connections that are refused at the same time get one new token between them. */
-  #handshake(origin: string, challenges: readonly Challenge[]): Promise<boolean> {
+  #handshake(origin: string): Promise<boolean> {
     const running = this.#renewals.get(origin)
-      ?? this.#answerChallenge(origin, challenges).finally(() => this.#renewals.delete(origin));
+      ?? this.#answerChallenge(origin).finally(() => this.#renewals.delete(origin));
     this.#renewals.set(origin, running);
     return running;
   }
 
-  async #answerChallenge(origin: string, challenges: readonly Challenge[]): Promise<boolean> {
+  async #answerChallenge(origin: string): Promise<boolean> {
+    const challenges = this.#session.challenges.get(origin) ?? [];
     const credential = await this.#credentialFor(origin);
     const bearer = challenges.find(({ scheme }) => scheme === "bearer");
     const isBasic = challenges.some(({ scheme }) => scheme === "basic") && credential?.kind === "basic";
     if (!bearer && !isBasic) return false;
-    if (credential && (!bearer || credential.kind === "bearer")) {
-      const header = bearer ? `Bearer ${credential.secret}` : basicAuthorization(credential.username, credential.secret);
+    if (!bearer || credential?.kind === "bearer") {
+      const { username, secret } = credential as Credential;
+      const header = bearer ? `Bearer ${secret}` : basicAuthorization(username, secret);
       this.#held.set(origin, { header, expiresAt: NEVER });
       return true;
     }
-    const ask = (holder: Credential | undefined) =>
-      fetchToken(this.#session, origin, this.reference.repository, bearer as Challenge, holder);
-    this.#held.set(origin, await ask(credential).catch((error: ImgpullError) => {
-      if (!credential || ![400, 401, 403, 404].includes(error.status ?? 0)) throw error;
-      if (!credential.stored) {
-        const words = `${error.message}\n  refused: the credentials of ${credential.source}`;
-        fail("UNAUTHORIZED", words, { status: error.status, cause: error });
-      }
+    // The target of a redirect has repositories of its own, and says which one it wants.
+    const ours = `repository:${this.reference.repository}:pull`;
+    const scope = origin === this.origin ? ours : (bearer.parameters.scope ?? ours);
+    const ask = (holder?: Credential) => fetchToken(this.#session, origin, scope, bearer, holder);
+    this.#held.set(origin, await ask(credential).catch(async (error: ImgpullError) => {
+      if (![400, 401, 403, 404].includes(error.status ?? 0)) throw error;
+      if (!credential?.stored) throw error.status === 401 || credential ? await this.#withTried(error) : error;
       this.#giveUp(credential, error.message);
-      return ask(undefined);
+      return ask();
     }));
     return true;
   }
 
-  /** A refusal in the user's terms: what was asked for, and which credentials were tried. */
+  /** The error with the word of which credentials were tried, and from where. */
+  async #withTried({ code, message, status }: ImgpullError): Promise<ImgpullError> {
+    const credential = await this.#credentialFor(this.origin);
+    const tried = this.#isAnonymous ? "the stored credentials were refused, and so was a request without any"
+      : credential ? `refused: the credentials of ${credential.source}`
+      : "no credentials were found for this registry (--user, --token, docker login); " +
+        "a repository that does not exist is often answered the same way";
+    return new ImgpullError(code === "FORBIDDEN" ? code : "UNAUTHORIZED", `${message}\n  ${tried}`, { status });
+  }
+
+  /** A refusal in the user's terms. */
   async #refusal(answer: Answer, what: string): Promise<ImgpullError> {
     const isRegistry = answer.url.origin === this.origin;
     const who = isRegistry ? "the registry" : "the storage host";
     const error = statusError(answer, this.#session.clock.now(), who, isRegistry);
-    const { code, status, message } = error;
-    if (code === "NOT_FOUND") {
-      const isName = /NAME_UNKNOWN|repository name not known/i.test(answer.words);
-      const missing = isName ? `repository: ${this.reference.host}/${this.reference.repository}` : what;
-      return new ImgpullError(code, `no such ${missing}\n  ${message}`, { status });
-    }
-    if ((code !== "UNAUTHORIZED" && code !== "FORBIDDEN") || error.retryAfterMs !== undefined) return error;
-    const credential = await this.#credentialFor(this.origin);
-    const tried = this.#isAnonymous ? "the stored credentials were refused, and so was a request without any"
-      : credential ? `tried the credentials of ${credential.source}`
-      : "no credentials were found for this registry (--user, --token, or docker login); " +
-        "a repository that does not exist is often answered the same way";
-    return new ImgpullError(code, `${message}\n  ${tried}`, { status });
+    const isName = /NAME_UNKNOWN|repository name not known/i.test(answer.words);
+    const missing = isName ? `repository: ${this.reference.host}/${this.reference.repository}` : what;
+    const { code, status, retryAfterMs } = error;
+    const doubt = answer.headers["content-type"]?.includes("html") ? `: is ${this.reference.host} a registry?` : "";
+    if (code === "NOT_FOUND") return new ImgpullError(code, `no such ${missing}\n  ${error.message}${doubt}`, { status });
+    const isOurs = (code === "UNAUTHORIZED" || code === "FORBIDDEN") && retryAfterMs === undefined;
+    return isOurs ? this.#withTried(error) : error;
   }
 
   /** One attempt at a manifest's answer; it has a body. */
   async #manifestAnswer(method: string, tagOrDigest: string): Promise<Answer> {
-    const { signal } = this.#session;
-    const answer = await this.#request(method, this.#url(`manifests/${tagOrDigest}`), { Accept: MANIFEST_TYPES.join(", ") }, signal);
+    const accept = { Accept: MANIFEST_TYPES.join(", ") };
+    const answer = await this.#request(method, `manifests/${tagOrDigest}`, accept, this.#session.signal);
     const { host, repository } = this.reference;
     const what = isDigest(tagOrDigest) ? `manifest: ${tagOrDigest}` : `tag: ${host}/${repository}:${tagOrDigest}`;
     if (!answer.body) throw await this.#refusal(answer, what);
@@ -1171,17 +1055,16 @@ class Registry {
   manifest(tagOrDigest: string): Promise<FetchedManifest> {
     return withRetries(this.#session, async () => {
       const startedAt = performance.now();
-      const answer = await this.#manifestAnswer("GET", tagOrDigest);
+      const { body, url, headers } = await this.#manifestAnswer("GET", tagOrDigest);
       this.latencyMs = Math.min(this.latencyMs, performance.now() - startedAt);
-      const where = redactUrl(answer.url);
-      const bytes = await readBody(answer.body as http.IncomingMessage, LIMITS.manifestBytes, `the manifest ${where}`);
+      const where = redactUrl(url);
+      const bytes = await readBody(body as http.IncomingMessage, LIMITS.manifestBytes, `the manifest ${where}`);
       const digest = digestOf(bytes, isDigest(tagOrDigest) ? tagOrDigest : undefined);
-      if (isDigest(tagOrDigest) && digest !== tagOrDigest) {
-        fail("DIGEST_MISMATCH", `${where}: the manifest's bytes have the digest ${digest}`);
-      }
-      const mediaType = sniffMediaType(bytes, answer.headers["content-type"]);
+      const isWrong = isDigest(tagOrDigest) && digest !== tagOrDigest;
+      if (isWrong) fail("DIGEST_MISMATCH", `${where}: the manifest's bytes have the digest ${digest}`);
+      const mediaType = sniffMediaType(bytes, headers["content-type"]);
       if (mediaType !== undefined) return { mediaType, digest, bytes };
-      const type = printable(answer.headers["content-type"] ?? "nothing named", 80);
+      const type = printable(headers["content-type"] ?? "nothing named", 80);
       return fail("PROTOCOL", `${where}: the answer is not a manifest but ${type}: is ${this.reference.host} a registry?`);
     });
   }
@@ -1191,20 +1074,19 @@ class Registry {
     return withRetries(this.#session, async () => {
       const { headers, body } = await this.#manifestAnswer("HEAD", tagOrDigest);
       body?.resume();
-      const digest = headers["docker-content-digest"];
-      const size = Number(headers["content-length"] ?? Number.NaN);
-      const mediaType = (headers["content-type"] ?? "").split(";")[0]?.trim() ?? "";
-      const isWhole = isDigest(digest) && Number.isSafeInteger(size) && MANIFEST_TYPES.includes(mediaType);
-      return isWhole ? { mediaType, digest, size } : undefined;
+      const { "docker-content-digest": digest, "content-length": length = "", "content-type": type = "" } = headers;
+      const mediaType = type.split(";")[0]?.trim() ?? "";
+      const isWhole = isDigest(digest) && Number(length) > 0 && MANIFEST_TYPES.includes(mediaType);
+      return isWhole ? { mediaType, digest, size: Number(length) } : undefined;
     });
   }
 
   /** One answer, with a body, to a request for a blob's bytes [from, to). The caller checks what comes. */
   async blob({ digest, size, urls = [] }: Descriptor, from: number, to: number, signal: AbortSignal): Promise<Answer> {
     const headers: Record<string, string> = from === 0 && to === size ? {} : { Range: `bytes=${from}-${to - 1}` };
-    let answer = await this.#request("GET", this.#url(`blobs/${digest}`), headers, signal);
+    let answer = await this.#request("GET", `blobs/${digest}`, headers, signal);
     if (answer.body) return answer;
-    const foreign = answer.status === 404 ? urls.filter((url) => URL.canParse(url) && new URL(url).protocol === "https:") : [];
+    const foreign = answer.status === 404 ? urls.filter((url) => URL.canParse(url) && url.startsWith("https:")) : [];
     if (foreign.length === 0) throw await this.#refusal(answer, `blob: ${digest}`);
     for (const url of foreign) {
       const anyone = { authorizationFor: async () => undefined, isRegistry: () => false };
@@ -1229,32 +1111,21 @@ function sniffMediaType(bytes: Buffer, contentType = ""): string | undefined {
 // ====== 10. Manifests and platforms ======
 // One shape for Docker and OCI. Everything that a registry says of digests and sizes is checked here. SPEC §3.
 
-interface ImageManifest {
-  readonly kind: "image";
-  readonly config: Descriptor;
-  readonly layers: readonly Descriptor[];
-}
-
-interface IndexManifest {
-  readonly kind: "index";
-  readonly manifests: readonly Descriptor[];
-}
+interface ImageManifest { readonly kind: "image"; readonly config: Descriptor; readonly layers: readonly Descriptor[] }
+interface IndexManifest { readonly kind: "index"; readonly manifests: readonly Descriptor[] }
 
 function parseDescriptor(value: unknown, where: string): Descriptor {
-  if (!isRecord(value)) return fail("PROTOCOL", `${where}: a descriptor is not an object`);
-  const { mediaType, digest, size, urls, platform } = value;
-  if (!isDigest(digest)) {
-    return fail("PROTOCOL", `${where}: "${printable(String(digest), 100)}" is not a digest that is safe to use`);
-  }
+  const refuse = (reason: string): never => fail("PROTOCOL", `${where}: ${reason}`);
+  if (!isRecord(value)) return refuse("a descriptor is not an object");
+  const { mediaType: type, digest, size, urls, platform: words } = value;
+  if (!isDigest(digest)) return refuse(`"${printable(String(digest), 100)}" is not a digest that is safe to use`);
   if (typeof size !== "number" || !Number.isSafeInteger(size) || size < 0) {
-    const said = printable(JSON.stringify(size) ?? "none", 40);
-    return fail("PROTOCOL", `${where}: ${digest} has the size ${said}, which is not a number of bytes`);
+    return refuse(`${digest} has the size ${printable(JSON.stringify(size) ?? "none", 40)}, which is not a number of bytes`);
   }
   const isUrlList = Array.isArray(urls) && urls.length > 0 && urls.every((url) => typeof url === "string");
-  return {
-    mediaType: typeof mediaType === "string" ? mediaType : "", digest, size,
-    ...given({ urls: isUrlList ? (urls as string[]) : undefined, platform: isRecord(platform) ? parsePlatform(platform) : undefined }),
-  };
+  const platform = isRecord(words) ? parsePlatform(words) : undefined;
+  const mediaType = typeof type === "string" ? type : "";
+  return { mediaType, digest, size, ...given({ urls: isUrlList ? (urls as string[]) : undefined, platform }) };
 }
 
 function parsePlatform(value: Record<string, unknown>): Platform {
@@ -1265,7 +1136,7 @@ function parsePlatform(value: Record<string, unknown>): Platform {
 function parseManifest({ bytes, mediaType }: FetchedManifest, where: string): ImageManifest | IndexManifest {
   const json = parseJson(bytes);
   if (!isRecord(json)) return fail("PROTOCOL", `${where}: the manifest is not a JSON object`);
-  if (json.schemaVersion === 1 || mediaType.startsWith(DOCKER_SCHEMA_1.slice(0, -5))) {
+  if (json.schemaVersion === 1 || mediaType.startsWith(DOCKER_SCHEMA_1)) {
     fail("UNSUPPORTED", `${where}: a schema 1 manifest, a format that Docker itself has given up: push the image anew`);
   }
   if (mediaType === "application/vnd.oci.artifact.manifest.v1+json") {
@@ -1279,14 +1150,13 @@ function parseManifest({ bytes, mediaType }: FetchedManifest, where: string): Im
   if (isIndex === isImage || (isIndex && Array.isArray(layers)) || isOther) {
     fail("PROTOCOL", `${where}: ${printable(mediaType, 100)} with the fields of something else`);
   }
+  const tooLarge = (what: string) => fail("TOO_LARGE", `${where}: ${what}`);
   if (isIndex) {
-    if (manifests.length > LIMITS.indexEntries) fail("TOO_LARGE", `${where}: an index of more than ${LIMITS.indexEntries} entries`);
+    if (manifests.length > LIMITS.indexEntries) tooLarge(`an index of more than ${LIMITS.indexEntries} entries`);
     return { kind: "index", manifests: manifests.map((entry) => parseDescriptor(entry, where)) };
   }
   const config = parseDescriptor(json.config, where);
-  if (config.size > LIMITS.configBytes) {
-    fail("TOO_LARGE", `${where}: its config of ${config.size} bytes is larger than ${LIMITS.configBytes}`);
-  }
+  if (config.size > LIMITS.configBytes) tooLarge(`its config of ${config.size} bytes is larger than ${LIMITS.configBytes}`);
   return { kind: "image", config, layers: (layers as unknown[]).map((layer) => parseDescriptor(layer, where)) };
 }
 
@@ -1294,8 +1164,8 @@ function parseManifest({ bytes, mediaType }: FetchedManifest, where: string): Im
 function hostPlatform(): Platform {
   const { arch, platform } = process;
   const systems: Record<string, string> = { win32: "windows", sunos: "solaris" };
-  const ppc = os.endianness() === "LE" ? "ppc64le" : "ppc64";
-  const processors: Record<string, string> = { x64: "amd64", ia32: "386", mipsel: "mipsle", ppc64: ppc };
+  const ppc64 = os.endianness() === "LE" ? "ppc64le" : "ppc64";
+  const processors: Record<string, string> = { x64: "amd64", ia32: "386", mipsel: "mipsle", ppc64 };
   const { arm_version: version = "7" } = process.config.variables as { arm_version?: string };
   const variant = arch === "arm" ? `v${version}` : undefined;
   return { os: systems[platform] ?? platform, architecture: processors[arch] ?? arch, ...given({ variant }) };
@@ -1303,29 +1173,26 @@ function hostPlatform(): Platform {
 
 /** Variants that serve, best first; "" is an entry without one. containerd's platforms package has the same order. */
 function acceptableVariants(architecture: string, variant: string | undefined): string[] {
-  const lowest = ({ arm: 5, arm64: 8, amd64: 1 } as Record<string, number>)[architecture];
+  // The lowest that is tried, and what an entry without a variant is by convention.
+  const [lowest, plain] = ({ arm: [5, 7], arm64: [8, 8], amd64: [1, 1] } as Record<string, number[]>)[architecture] ?? [];
   if (lowest === undefined) return variant === undefined ? ["", "*"] : [variant];
-  const isArm = architecture === "arm";
-  const level = /^v(\d{1,2})$/.exec(variant ?? (isArm ? "v7" : `v${lowest}`))?.[1];
-  if (level === undefined) return [variant as string];
-  const downwards = Array.from({ length: Math.max(0, Number(level) - lowest + 1) }, (_, index) => `v${Number(level) - index}`);
-  if (variant === undefined) return ["", ...downwards];
-  // A plain arm entry is v7 by convention, and others are their lowest.
-  return downwards.flatMap((each) => (each === (isArm ? "v7" : `v${lowest}`) ? [each, ""] : [each]));
+  const level = Number(/^v(\d{1,2})$/.exec(variant ?? `v${plain}`)?.[1]);
+  if (Number.isNaN(level)) return [variant as string];
+  const down = Array.from({ length: Math.max(0, level - lowest + 1) }, (_, index) => level - index);
+  return variant === undefined ? ["", ...down.map((each) => `v${each}`)]
+    : down.flatMap((each) => (each === plain ? [`v${each}`, ""] : [`v${each}`]));
 }
 
 function matchPlatform(candidates: readonly Descriptor[], wanted: Platform): Descriptor | undefined {
   const fitting = candidates.filter(
     ({ platform }) => platform?.os === wanted.os && platform.architecture === wanted.architecture);
-  for (const variant of acceptableVariants(wanted.architecture, wanted.variant)) {
-    const found = fitting.find(({ platform }) => variant === "*" || (platform?.variant ?? "") === variant);
-    if (found) return found;
-  }
-  return undefined;
+  const ofVariant = (variant: string) =>
+    fitting.find(({ platform }) => variant === "*" || (platform?.variant ?? "") === variant);
+  return acceptableVariants(wanted.architecture, wanted.variant).map(ofVariant).find((found) => found !== undefined);
 }
 
 /** The platform to look for: what was asked, the rest from this machine (whose variant goes with its processor). */
-function wantedPlatform(wanted: Settings["wanted"], host = hostPlatform()): Platform {
+function wantedPlatform(wanted: Partial<Platform>, host = hostPlatform()): Platform {
   const variant = wanted.variant ?? (wanted.architecture === undefined ? host.variant : undefined);
   return { os: wanted.os ?? host.os, architecture: wanted.architecture ?? host.architecture, ...given({ variant }) };
 }
@@ -1335,22 +1202,18 @@ function wantedPlatform(wanted: Settings["wanted"], host = hostPlatform()): Plat
 // Invariant: the same digests give the same plan, and the plan gives the same bytes, on every machine.
 
 const BLOCK = 512;
-
-function paddingOf(sizeBytes: number): number {
-  return (BLOCK - (sizeBytes % BLOCK)) % BLOCK;
-}
+const paddingOf = (sizeBytes: number): number => (BLOCK - (sizeBytes % BLOCK)) % BLOCK;
 
 /** The ustar header of a regular file, its fields in order; name and size must fit. */
 function encodeUstarHeader(name: string, sizeBytes: number, type: "0" | "x"): Buffer {
   const octal = (value: number, width: number) => `${value.toString(8).padStart(width - 1, "0")}\0`;
   const fields: [width: number, text: string][] = [
-    [100, name], [8, octal(0o644, 8)], [8, octal(0, 8)], [8, octal(0, 8)], [12, octal(sizeBytes, 12)], [12, octal(0, 12)],
-    [8, " ".repeat(8)], [1, type], [100, ""], [6, "ustar\0"], [2, "00"], [32, ""], [32, ""], [8, octal(0, 8)],
-    [8, octal(0, 8)], [155, ""], [12, ""],
+    [100, name], [8, octal(0o644, 8)], [8, octal(0, 8)], [8, octal(0, 8)], [12, octal(sizeBytes, 12)],
+    [12, octal(0, 12)], [8, " ".repeat(8)], [1, type], [100, ""], [6, "ustar\0"], [2, "00"], [32, ""], [32, ""],
+    [8, octal(0, 8)], [8, octal(0, 8)], [155, ""], [12, ""],
   ];
   const header = Buffer.concat(fields.map(([width, text]) => Buffer.concat([Buffer.from(text, "latin1")], width)));
-  const checksum = sumOf(header, (byte) => byte);
-  header.write(`${checksum.toString(8).padStart(6, "0")}\0 `, 148, "latin1");
+  header.write(`${octal(sumOf(header, (byte) => byte), 7)} `, 148, "latin1");
   return header;
 }
 
@@ -1370,52 +1233,38 @@ function encodeTarHeader(name: string, sizeBytes: number): Buffer {
   return Buffer.concat([encodeUstarHeader("PaxHeaders/blob", records.length, "x"), padded, plain]);
 }
 
-/** What one reference came to: the manifests to keep, and the images among them. */
-interface ResolvedImage {
-  readonly reference: Reference;
-  readonly name: string;
-  readonly registry: Registry;
-  /** What index.json points at; it is also the first of `manifests`. */
-  readonly top: FetchedManifest;
-  readonly manifests: readonly FetchedManifest[];
-  readonly contents: readonly ImageContent[];
-  readonly platform: string;
-}
+/** One image of a reference. Its config is read already where the platform had to be looked up in it. */
+interface ImageContent { readonly manifest: ImageManifest; readonly platform?: Platform; readonly configBytes?: Buffer }
 
-interface ImageContent {
-  readonly manifest: ImageManifest;
-  readonly platform?: Platform;
-  /** Read already where the platform had to be looked up in it. */
-  readonly configBytes?: Buffer;
-}
+/** What one reference came to: the manifests to keep, `top` (what index.json points at) first, and the images. */
+type ResolvedImage = Readonly<{
+  reference: Reference; name: string; registry: Registry; top: FetchedManifest; manifests: readonly FetchedManifest[];
+  contents: readonly ImageContent[]; platform: string;
+}>;
 
-/** One file of the tar or directory. Its content is `bytes`, or a blob that `registry` has. */
+/**
+ * One file of the tar or directory. Its content is `bytes`, or a blob that `registry` has, and begins at `offset` of
+ * the tar; `lead` is the padding of the entry before and this one's header.
+ */
 interface PlanEntry {
   readonly name: string;
   readonly sizeBytes: number;
-  /** Padding of the entry before, and this one's header. */
   readonly lead: Buffer;
-  /** Where the content begins in the tar. */
   readonly offset: number;
   readonly bytes?: Buffer;
   readonly blob?: { readonly descriptor: Descriptor; readonly registry: Registry };
 }
 
-/** Everything that will be in DEST, known before a byte of a layer: tar, stream and directory are made from it. */
-interface Plan {
-  readonly entries: readonly PlanEntry[];
-  readonly trailer: Buffer;
-  readonly sizeBytes: number;
-  readonly blobBytes: number;
-  /** Digest of all that is known: two plans with the same id put the same bytes at the same offsets. */
-  readonly id: string;
-  /** Layers that the receiving side has (--since). */
-  readonly omitted: readonly Descriptor[];
-}
+/**
+ * Everything that will be in DEST, known before a byte of a layer: tar, stream and directory are made from it. Two
+ * plans with the same `id` put the same bytes at the same offsets. `omitted` layers are those that --since left out.
+ */
+type Plan = Readonly<{
+  entries: readonly PlanEntry[]; trailer: Buffer; sizeBytes: number; blobBytes: number; id: string;
+  omitted: readonly Descriptor[];
+}>;
 
-function blobPath(digest: string): string {
-  return `blobs/${digest.replace(":", "/")}`;
-}
+const blobPath = (digest: string): string => `blobs/${digest.replace(":", "/")}`;
 
 /** index.json's entry: both annotations, since containerd reads the one and skopeo and podman the other. */
 function indexEntry({ name, top }: ResolvedImage): unknown {
@@ -1472,23 +1321,15 @@ function planTar(images: readonly ResolvedImage[], omit: ReadonlySet<string> = n
   return { entries, trailer, sizeBytes, blobBytes, id: identity.digest("hex"), omitted: [...omitted.values()] };
 }
 
-interface TarEntry {
-  readonly name: string;
-  readonly sizeBytes: number;
-  readonly offset: number;
-  readonly type: string;
-  readonly linkName: string;
-}
+type TarEntry = Readonly<{ name: string; sizeBytes: number; offset: number; type: string; linkName: string }>;
 
 /** Reads up to `length` bytes; fewer only at the end of the file. */
-async function readAt(handle: fs.FileHandle, position: number, length: number, buffer = Buffer.alloc(length)): Promise<Buffer> {
-  let filled = 0;
-  while (filled < length) {
+async function readAt(handle: fs.FileHandle, position: number, length: number, buffer = Buffer.alloc(length)) {
+  for (let filled = 0; ; ) {
     const { bytesRead } = await handle.read(buffer, filled, length - filled, position + filled);
-    if (bytesRead === 0) break;
     filled += bytesRead;
+    if (bytesRead === 0 || filled === length) return buffer.subarray(0, filled);
   }
-  return buffer.subarray(0, filled);
 }
 
 /** The entries of a tar that anyone made: ustar, pax, and GNU's long names and base-256 sizes. */
@@ -1516,9 +1357,8 @@ async function* readTar(handle: fs.FileHandle, where: string): AsyncGenerator<Ta
     if (isExtension) {
       if (sizeBytes > LIMITS.tarMetadataBytes) refuse("an extended header is too large");
       const body = await readAt(handle, offset, sizeBytes);
-      const fields = type === "x" ? parsePaxRecords(body) : type === "L" ? { path: untilNul(body) }
-        : type === "K" ? { linkpath: untilNul(body) } : {};
-      extended = { ...extended, ...fields };
+      if (type === "x") Object.assign(extended, parsePaxRecords(body));
+      else if (type !== "g") extended[type === "L" ? "path" : "linkpath"] = untilNul(body);
       continue;
     }
     const prefix = header.toString("latin1", 257, 263) === "ustar\0" ? text(345, 155) : "";
@@ -1528,10 +1368,7 @@ async function* readTar(handle: fs.FileHandle, where: string): AsyncGenerator<Ta
   }
 }
 
-function untilNul(bytes: Buffer): string {
-  const end = bytes.indexOf(0);
-  return bytes.toString("utf8", 0, end < 0 ? bytes.length : end);
-}
+const untilNul = (bytes: Buffer): string => bytes.toString("utf8").split("\0", 1)[0] ?? "";
 
 function parsePaxRecords(body: Buffer): Record<string, string> {
   const records: Record<string, string> = {};
@@ -1546,27 +1383,19 @@ function parsePaxRecords(body: Buffer): Record<string, string> {
   return records;
 }
 
-/** A place where a blob may lie already. What it claims is believed only after hashing. */
-interface Origin {
-  readonly handle: fs.FileHandle;
-  readonly offset: number;
-}
-
-interface TarSource {
-  readonly handle: fs.FileHandle;
-  readonly entries: ReadonlyMap<string, TarEntry>;
-  readonly blobs: ReadonlyMap<string, TarEntry>;
-}
+/** A tar at hand. What its names claim of digests is believed only after hashing. */
+type OpenTar = Readonly<{
+  handle: fs.FileHandle; entries: ReadonlyMap<string, TarEntry>; blobs: ReadonlyMap<string, TarEntry>;
+}>;
 
 /** Our tars, OCI archives and new docker ones have blobs/sha256/HEX, crane HEX.tar.gz, skopeo HEX.tar and HEX.json. */
 function digestInName(name: string): string | undefined {
-  const blob = /^blobs\/(sha256|sha512)\/([0-9a-f]+)$/.exec(name);
-  const [, bare] = /^(?:sha256:)?([0-9a-f]{64})(?:\.json|\.tar|\.tar\.gz)?$/.exec(name) ?? [];
-  const digest = blob ? `${blob[1]}:${blob[2]}` : `sha256:${bare}`;
+  const [, blob, bare] = /^(?:blobs\/(sha\d+\/[0-9a-f]+)|(?:sha256:)?([0-9a-f]{64})(?:\.json|\.tar|\.tar\.gz)?)$/.exec(name) ?? [];
+  const digest = blob?.replace("/", ":") ?? `sha256:${bare}`;
   return isDigest(digest) ? digest : undefined;
 }
 
-async function openTar(file: string): Promise<TarSource> {
+async function openTar(file: string): Promise<OpenTar> {
   const handle = await onDisk(`cannot read ${file}`, fs.open(file, "r"));
   try {
     const [entries, blobs] = [new Map<string, TarEntry>(), new Map<string, TarEntry>()];
@@ -1588,64 +1417,43 @@ async function openTar(file: string): Promise<TarSource> {
 // Invariant: nothing has DEST's name before every byte of it was hashed and compared.
 
 type Range = [from: number, to: number];
+const lengthOf = (ranges: readonly Range[]): number => sumOf(ranges, ([from, to]) => to - from);
 
 /** Adds a range to a sorted list of disjoint ones. */
 function addRange(ranges: readonly Range[], [from, to]: Range): Range[] {
   const isApart = ([start, end]: Range) => end < from || start > to;
-  const touching = ranges.filter((range) => !isApart(range));
-  const merged: Range = [Math.min(from, ...touching.map(([start]) => start)), Math.max(to, ...touching.map(([, end]) => end))];
+  const edges = [from, to, ...ranges.filter((range) => !isApart(range)).flat()];
+  const merged: Range = [Math.min(...edges), Math.max(...edges)];
   return [...ranges.filter(isApart), merged].sort((left, right) => left[0] - right[0]);
 }
 
 function missingRanges(ranges: readonly Range[], sizeBytes: number): Range[] {
-  const starts = [0, ...ranges.map(([, end]) => end)];
   const ends = [...ranges.map(([start]) => start), sizeBytes];
-  return starts.map((start, at): Range => [start, ends[at] as number]).filter(([from, to]) => from < to);
+  const gaps = [0, ...ranges.map(([, end]) => end)].map((start, at): Range => [start, ends[at] as number]);
+  return gaps.filter(([from, to]) => from < to);
 }
 
-/** A blob on its way. Bytes below `hashedTo` are in place and hashed. */
+/** A tar at hand that claims to hold a blob, from `offset` on. */
+interface Origin { readonly handle: fs.FileHandle; readonly offset: number }
+
+/** A blob on its way to `offset` of the tar, or to 0 of a file of its own. */
 interface BlobJob {
-  readonly descriptor: Descriptor;
-  readonly registry: Registry;
-  /** Of the content in the tar; 0 where each blob is a file of its own. */
-  readonly offset: number;
-  /** Tars at hand that claim to hold it: the first is read in the registry's stead, and dropped if it lied. */
+  readonly descriptor: Descriptor; readonly registry: Registry; readonly offset: number;
+  /** The first is read in the registry's stead, and dropped if it lied. */
   readonly origins: Origin[];
-  hash: Hash;
-  hashedTo: number;
-  hashing: Promise<void> | undefined;
-  written: Range[];
-  unrecordedBytes: number;
-  openSegments: number;
+  /** Bytes below `hashedTo` are in place and hashed; `hashing` runs while others are read from disk for that. */
+  hash: Hash; hashedTo: number; hashing: Promise<void> | undefined;
+  written: Range[]; unrecordedBytes: number; doneBytes: number; openSegments: number; isDone: boolean;
   /** Fetches from the start that are left after bytes turned out wrong. */
   freshStarts: number;
-  doneBytes: number;
-  isDone: boolean;
 }
 
 /** A range that one connection fetches: `at` is the next byte, and `to` comes down when another takes the end over. */
 interface Segment {
-  readonly job: BlobJob;
-  readonly isTakeover: boolean;
-  at: number;
-  to: number;
-  startedAtMs: number;
-  firstByteMs: number;
-  receivedBytes: number;
+  readonly job: BlobJob; readonly isTakeover: boolean;
+  at: number; to: number;
+  startedAtMs: number; firstByteMs: number; receivedBytes: number;
 }
-
-/** What progress shows and the result sums up. */
-interface Transfer {
-  readonly jobs: readonly BlobJob[];
-  readonly active: Set<Segment>;
-  readonly totalBytes: number;
-  fetchedBytes: number;
-  reusedBytes: number;
-  resumedBytes: number;
-  readonly changed: (finished?: BlobJob) => void;
-}
-
-type Observer = (transfer: Transfer, finished?: BlobJob) => void;
 
 /** Where bytes go: files hash as bytes come and again from disk where they came out of order, a stream in order. */
 interface Sink {
@@ -1659,44 +1467,40 @@ interface Sink {
   readonly blobDone: (job: BlobJob) => Promise<boolean>;
 }
 
+type Observer = (transfer: Transfer, finished?: BlobJob) => void;
+
+/** One use of the line: what is to come, what nobody fetches yet, what is under way, and what it came to. */
+interface Transfer {
+  readonly jobs: readonly BlobJob[]; readonly totalBytes: number; readonly observe: Observer;
+  readonly pending: Segment[]; readonly active: Set<Segment>;
+  connections: number;
+  fetchedBytes: number; reusedBytes: number; resumedBytes: number;
+}
+
 const FRESH = { hashedTo: 0, hashing: undefined, unrecordedBytes: 0, openSegments: 0, doneBytes: 0 };
 
-function newJob(descriptor: Descriptor, registry: Registry, offset: number, sources: readonly TarSource[]): BlobJob {
+function newJob(descriptor: Descriptor, registry: Registry, offset: number, tars: readonly OpenTar[]): BlobJob {
   const { digest, size } = descriptor;
-  const entries = sources.map(({ handle, blobs }) => ({ handle, entry: blobs.get(digest) }));
-  const origins = entries.flatMap(({ handle, entry }) => (entry?.sizeBytes === size ? [{ handle, offset: entry.offset }] : []));
-  const job = { descriptor, registry, offset, origins, ...FRESH, hash: newHash(digest), written: [], freshStarts: 1, isDone: false };
-  return job;
+  const origins = tars.flatMap(({ handle, blobs }) => {
+    const entry = blobs.get(digest);
+    return entry?.sizeBytes === size ? [{ handle, offset: entry.offset }] : [];
+  });
+  const state = { ...FRESH, hash: newHash(digest), written: [], freshStarts: 1, isDone: false };
+  return { descriptor, registry, offset, origins, ...state };
 }
 
-function newJobs(plan: Plan, sources: readonly TarSource[], isOwnFile = false): BlobJob[] {
-  return plan.entries.flatMap(({ blob, offset }) =>
-    (blob ? [newJob(blob.descriptor, blob.registry, isOwnFile ? 0 : offset, sources)] : []));
-}
+const newJobs = ({ entries }: Plan, tars: readonly OpenTar[], isOwnFile = false): BlobJob[] => entries.flatMap(
+  ({ blob, offset }) => (blob ? [newJob(blob.descriptor, blob.registry, isOwnFile ? 0 : offset, tars)] : []));
 
-function startAfresh(job: BlobJob): void {
+const startAfresh = (job: BlobJob): BlobJob =>
   Object.assign(job, FRESH, { hash: newHash(job.descriptor.digest), written: [] });
-}
 
-function isRight({ hash, descriptor }: BlobJob): boolean {
-  return hash.digest("hex") === hexOf(descriptor.digest);
-}
+const isRight = ({ hash, descriptor }: BlobJob): boolean => hash.digest("hex") === hexOf(descriptor.digest);
 
-function newTransfer(jobs: readonly BlobJob[], observe: Observer): Transfer {
-  const transfer: Transfer = {
-    jobs, active: new Set(), totalBytes: sumOf(jobs, ({ descriptor }) => descriptor.size), fetchedBytes: 0,
-    reusedBytes: 0, resumedBytes: 0, changed: (finished) => observe(transfer, finished),
-  };
-  return transfer;
-}
-
-/** One use of the line: the jobs' ranges that nobody fetches yet, and those under way. */
-interface Run {
-  readonly session: Session;
-  readonly transfer: Transfer;
-  readonly sink: Sink;
-  readonly pending: Segment[];
-  connections: number;
+function newTransfer({ settings }: Session, jobs: readonly BlobJob[], observe: Observer): Transfer {
+  const totalBytes = sumOf(jobs, ({ descriptor }) => descriptor.size);
+  const counters = { connections: settings.concurrency, fetchedBytes: 0, reusedBytes: 0, resumedBytes: 0 };
+  return { jobs, totalBytes, observe, pending: [], active: new Set(), ...counters };
 }
 
 function newSegment(job: BlobJob, at: number, to: number, isTakeover = false): Segment {
@@ -1704,9 +1508,7 @@ function newSegment(job: BlobJob, at: number, to: number, isTakeover = false): S
   return { job, at, to, isTakeover, startedAtMs: 0, firstByteMs: 0, receivedBytes: 0 };
 }
 
-function remaining(segment: Segment): number {
-  return segment.to - segment.at;
-}
+const remaining = ({ at, to }: Segment): number => to - at;
 
 function cutInHalf(segment: Segment): Segment {
   const middle = segment.at + Math.ceil(remaining(segment) / 2);
@@ -1716,9 +1518,9 @@ function cutInHalf(segment: Segment): Segment {
 }
 
 /** The longest range that may be cut: large enough, from a registry that answers ranges. */
-function longestRange({ sink }: Run, segments: Iterable<Segment>): Segment | undefined {
-  const canCut = (segment: Segment) => sink.isSplitting && segment.job.origins.length === 0
-    && segment.job.registry.acceptsRanges && remaining(segment) >= 2 * LIMITS.splitBytes;
+function longestRange(segments: Iterable<Segment>): Segment | undefined {
+  const canCut = ({ job: { origins, registry }, at, to }: Segment) => origins.length === 0 && registry.acceptsRanges
+    && to - at >= 2 * (registry.latencyMs < LIMITS.farLatencyMs ? LIMITS.nearSplitBytes : LIMITS.splitBytes);
   return [...segments].filter(canCut).sort((left, right) => remaining(right) - remaining(left))[0];
 }
 
@@ -1731,7 +1533,7 @@ function isWorthTaking(victim: Segment, active: Iterable<Segment>): boolean {
   return remaining(victim) / Math.max(rateOf(victim), 1) > Math.max(50, 4 * (victim.firstByteMs || age));
 }
 
-function enqueue({ sink, pending }: Run, job: BlobJob): void {
+function enqueue({ pending }: Transfer, sink: Sink, job: BlobJob): void {
   const unit = sink.unitBytes(job);
   for (const [from, to] of missingRanges(job.written, job.descriptor.size)) {
     for (let at = from; at < to; at += unit) pending.push(newSegment(job, at, Math.min(to, at + unit)));
@@ -1740,26 +1542,27 @@ function enqueue({ sink, pending }: Run, job: BlobJob): void {
 }
 
 /** Runs all jobs over at most `concurrency` connections to their end, or to the first error with all of them closed. */
-async function fetchBlobs(session: Session, transfer: Transfer, sink: Sink): Promise<void> {
+async function fetchBlobs(outer: Session, transfer: Transfer, sink: Sink): Promise<void> {
   const stop = new AbortController();
-  const signal = AbortSignal.any([session.signal, stop.signal]);
-  const { active, jobs } = transfer;
-  const run: Run = { session: { ...session, signal }, transfer, sink, pending: [], connections: session.settings.concurrency };
-  const { pending } = run;
+  const session = { ...outer, signal: AbortSignal.any([outer.signal, stop.signal]) };
+  const { active, jobs, pending, observe } = transfer;
   let idle: (() => void)[] = [];
 
-  for (const job of jobs) if (!job.isDone) enqueue(run, job);
-  // A far line is worth several connections before its speed is known: closed ranges from the start waste nothing.
-  const cutFar = () => longestRange(run, pending.filter(({ job }) => job.registry.latencyMs >= LIMITS.farLatencyMs));
-  for (let victim = cutFar(); victim && pending.length < run.connections; victim = cutFar()) pending.push(cutInHalf(victim));
-  if (sink.isSplitting) pending.sort((left, right) => remaining(right) - remaining(left));
-
+  for (const job of jobs) if (!job.isDone) enqueue(transfer, sink, job);
+  if (sink.isSplitting) {
+    // A far line is worth several connections before its speed is known: closed ranges from the start waste nothing.
+    const isFar = ({ job }: Segment) => job.registry.latencyMs >= LIMITS.farLatencyMs;
+    for (let next; pending.length < transfer.connections && (next = longestRange(pending.filter(isFar))); ) {
+      pending.push(cutInHalf(next));
+    }
+    pending.sort((left, right) => remaining(right) - remaining(left));
+  }
   const take = (): Segment | undefined => {
-    const victim = pending.length > 0 ? undefined : longestRange(run, active);
+    const victim = pending.length > 0 || !sink.isSplitting ? undefined : longestRange(active);
     return pending.shift() ?? (victim && isWorthTaking(victim, active) ? cutInHalf(victim) : undefined);
   };
   const lane = async () => {
-    while (!signal.aborted && active.size < run.connections && (pending.length > 0 || active.size > 0)) {
+    while (!session.signal.aborted && active.size < transfer.connections && pending.length + active.size > 0) {
       const segment = take();
       if (!segment) {
         await new Promise<void>((resolve) => {
@@ -1770,126 +1573,114 @@ async function fetchBlobs(session: Session, transfer: Transfer, sink: Sink): Pro
       }
       const { job } = segment;
       active.add(segment);
-      await fetchSegment(run, segment);
+      await fetchSegment(session, transfer, sink, segment);
       sink.segmentDone(job);
       job.openSegments -= 1;
       if (job.openSegments === 0) {
         job.isDone = await sink.blobDone(job);
-        if (job.isDone) transfer.changed(job);
-        else enqueue(run, (startAfresh(job), job));
+        if (job.isDone) observe(transfer, job);
+        else enqueue(transfer, sink, startAfresh(job));
       }
       active.delete(segment);
       for (const wake of idle) wake();
       idle = [];
     }
   };
-  const lanes = Array.from({ length: run.connections }, () => lane().catch((error: unknown) => {
+  const stopAll = (error: unknown) => {
     stop.abort();
     throw error;
-  }));
-  const results = await Promise.allSettled(lanes);
-  if (session.signal.aborted) fail("ABORTED", "stopped");
+  };
+  const results = await Promise.allSettled(Array.from({ length: transfer.connections }, () => lane().catch(stopAll)));
+  if (outer.signal.aborted) fail("ABORTED", "stopped");
   settled(results);
 }
 
 /** Fetches a range to its end, however many answers that takes. */
-function fetchSegment(run: Run, segment: Segment): Promise<void> {
-  const { job } = segment;
+function fetchSegment(session: Session, transfer: Transfer, sink: Sink, segment: Segment): Promise<void> {
   let before = segment.at;
   // Getting on means more than a trickle: otherwise a server that sends a byte a time would be asked for ever.
   const gotOn = () => {
-    const enough = segment.at - before >= Math.min(LIMITS.batchBytes, Math.ceil(job.descriptor.size / 64));
+    const isEnough = segment.at - before >= Math.min(LIMITS.batchBytes, Math.ceil(segment.job.descriptor.size / 64));
     before = segment.at;
-    return enough;
+    return isEnough;
   };
-  return withRetries(run.session, async () => {
+  return withRetries(session, async () => {
     while (segment.at < segment.to) {
-      await receive(run, segment).catch((error: unknown) => {
+      await receive(session, transfer, sink, segment).catch((error: unknown) => {
         // A registry that takes no more connections gets fewer: the range goes back to where it was taken from.
         const isCrowded = error instanceof ImgpullError && error.code === "RATE_LIMITED" && segment.isTakeover;
-        if (!isCrowded || !giveBack(run, segment)) throw error;
-        run.connections = Math.max(1, run.transfer.active.size - 1);
+        if (!isCrowded || !giveBack(transfer, segment)) throw error;
+        transfer.connections = Math.max(1, transfer.active.size - 1);
       });
     }
   }, gotOn);
 }
 
 /** Leaves a range to the connection that fetches what lies before it. */
-function giveBack({ transfer: { active } }: Run, segment: Segment): boolean {
-  const owner = [...active].find((other) => other.job === segment.job && other.to === segment.at && other.at < other.to);
-  if (!owner || owner === segment) return false;
+function giveBack({ active }: Transfer, segment: Segment): boolean {
+  const owner = [...active].find(({ job, at, to }) => job === segment.job && to === segment.at && at < to);
+  if (!owner) return false;
   owner.to = segment.to;
   segment.to = segment.at;
   return true;
 }
 
 /** The server sends the whole from the start: what nobody has begun is taken along. */
-function takeFollowers({ pending }: Run, segment: Segment): void {
+function takeFollowers({ pending }: Transfer, segment: Segment): void {
   const follows = ({ job, at }: Segment) => job === segment.job && at === segment.to;
   for (let next = pending.findIndex(follows); next >= 0; next = pending.findIndex(follows)) {
-    const [follower] = pending.splice(next, 1) as [Segment];
-    segment.to = follower.to;
+    segment.to = (pending.splice(next, 1) as [Segment])[0].to;
     segment.job.openSegments -= 1;
   }
 }
 
 /** Bytes of a blob from `position` on, which ought to end at `end`. */
-interface Opened {
-  readonly stream: Readable;
-  readonly doing: string;
-  readonly position: number;
-  readonly end: number;
-}
+interface Opened { readonly stream: Readable; readonly doing: string; readonly position: number; readonly end: number }
 
 /** Asks for what a segment still lacks; undefined where another connection brings it. */
-async function openSegment(run: Run, segment: Segment): Promise<Opened | undefined> {
+async function openSegment(session: Session, transfer: Transfer, segment: Segment): Promise<Opened | undefined> {
   const { job: { descriptor: { size }, descriptor, registry, origins: [origin] }, at, to } = segment;
   if (origin) {
-    const range = { start: origin.offset + at, end: origin.offset + to - 1, autoClose: false, highWaterMark: LIMITS.batchBytes };
+    const range = { start: origin.offset + at, end: origin.offset + to - 1, autoClose: false, highWaterMark: MIB };
     return { stream: origin.handle.createReadStream(range), doing: "reading a tar at hand", position: at, end: to };
   }
-  const { body, headers, status, url } = await registry.blob(descriptor, at, to, run.session.signal);
+  const { body, headers, status, url } = await registry.blob(descriptor, at, to, session.signal);
   if (!body) return undefined;
   const doing = `GET ${redactUrl(url)}`;
   const refuse = (code: ErrorCode, words: string): never => {
     body.destroy();
     return fail(code, `${doing}: ${words}`, { status });
   };
-  const asked = at > 0 || to < size;
   let [position, end] = [0, size];
   if (status === 206) {
     const contentRange = headers["content-range"] ?? "none";
     const [, first, last, total] = /^bytes (\d+)-(\d+)\/(\d+|\*)$/.exec(contentRange) ?? [];
     [position, end] = [Number(first), Number(last) + 1];
-    if (position !== at || !(end > at && end <= size) || (total !== "*" && Number(total) !== size)) {
-      refuse("PROTOCOL", `asked for bytes ${at}-${to - 1} of ${size}, got "${printable(contentRange, 80)}"`);
-    }
-  } else if (asked) {
+    const isOurs = position === at && end > at && end <= size && (total === "*" || Number(total) === size);
+    if (!isOurs) refuse("PROTOCOL", `asked for bytes ${at}-${to - 1} of ${size}, got "${printable(contentRange, 80)}"`);
+  } else if (at > 0 || to < size) {
     registry.acceptsRanges = false;
-    if (giveBack(run, segment)) return void body.destroy();
-    takeFollowers(run, segment);
+    if (giveBack(transfer, segment)) return void body.destroy();
+    takeFollowers(transfer, segment);
   }
   const stream = decodeBody(body, end - position);
-  const length = headers["content-length"];
-  if (stream === body && length !== undefined && Number(length) !== end - position) {
-    refuse("SIZE_MISMATCH", `${length} bytes are announced where ${end - position} belong`);
-  }
+  const length = Number(headers["content-length"] ?? end - position);
+  const isLie = stream === body && length !== end - position;
+  if (isLie) refuse("SIZE_MISMATCH", `${length} bytes are announced where ${end - position} belong`);
   return { stream, doing, position, end };
 }
 
 /** One request for what a segment still lacks, and its bytes into the sink. */
-async function receive(run: Run, segment: Segment): Promise<void> {
-  const { sink, transfer, session: { signal } } = run;
+async function receive(session: Session, transfer: Transfer, sink: Sink, segment: Segment): Promise<void> {
   const { job } = segment;
   Object.assign(segment, { startedAtMs: performance.now(), firstByteMs: 0, receivedBytes: 0 });
-  const opened = await openSegment(run, segment);
+  const opened = await openSegment(session, transfer, segment);
   if (!opened) return;
   const { stream, doing, end } = opened;
   const counter = job.origins.length > 0 ? "reusedBytes" : "fetchedBytes";
   segment.firstByteMs = performance.now() - segment.startedAtMs;
   let { position } = opened;
-  let gathered: Buffer[] = [];
-  let gatheredBytes = 0;
+  let [gathered, gatheredBytes]: [Buffer[], number] = [[], 0];
   let writing = Promise.resolve();
   /** One batch is on its way to disk while the next one is gathered. */
   const flush = async () => {
@@ -1898,34 +1689,35 @@ async function receive(run: Run, segment: Segment): Promise<void> {
     writing = previous.then(() => sink.write(job, from, chunks));
     writing.catch(() => undefined); // it is awaited below
     await previous;
-    transfer.changed();
+    transfer.observe(transfer);
+  };
+  const take = (wanted: Buffer) => {
+    sink.accept(job, segment.at, wanted);
+    gathered.push(wanted);
+    gatheredBytes += wanted.length;
+    segment.at += wanted.length;
+    segment.receivedBytes += wanted.length;
+    job.doneBytes += wanted.length;
+    transfer[counter] += wanted.length;
   };
   const writer = new Writable({
     write: (chunk: Buffer, _encoding, callback) => {
       const skipped = Math.min(chunk.length, Math.max(0, segment.at - position));
       const wanted = chunk.subarray(skipped, skipped + remaining(segment));
       position += chunk.length;
-      if (wanted.length > 0) {
-        sink.accept(job, segment.at, wanted);
-        gathered.push(wanted);
-        gatheredBytes += wanted.length;
-        segment.at += wanted.length;
-        segment.receivedBytes += wanted.length;
-        job.doneBytes += wanted.length;
-        transfer[counter] += wanted.length;
-      }
+      if (wanted.length > 0) take(wanted);
       // More than belongs there, or another connection has taken the rest over: no need to hear it to its end.
       if (position > end || (segment.at >= segment.to && position < end)) stream.destroy();
       if (gatheredBytes < LIMITS.batchBytes) callback();
       else flush().then(() => callback(), callback);
     },
   });
-  const failure = await pipeline(stream, writer, { signal }).then(() => undefined, (error: unknown) => error);
+  const failure = await pipeline(stream, writer, { signal: session.signal }).then(() => undefined, (error: unknown) => error);
   if (gatheredBytes > 0) await flush();
   await writing;
   if (position > end) fail("SIZE_MISMATCH", `${doing}: more than the ${end} bytes that belong there`);
   if (segment.at >= segment.to) return;
-  if (signal.aborted) fail("ABORTED", "stopped");
+  if (session.signal.aborted) fail("ABORTED", "stopped");
   if (failure instanceof ImgpullError) throw failure;
   if (position < end) fail("NETWORK", `${doing}: the connection ended after ${position} of ${end} bytes`, { cause: failure });
 }
@@ -1942,9 +1734,8 @@ async function hashPlace(handle: fs.FileHandle, from: number, to: number, hash: 
   return hash;
 }
 
-async function isIntact({ handle, offset }: Origin, { digest, size }: Descriptor): Promise<boolean> {
-  return (await hashPlace(handle, offset, offset + size, newHash(digest))).digest("hex") === hexOf(digest);
-}
+const isIntact = async ({ handle, offset }: Origin, { digest, size }: Descriptor): Promise<boolean> =>
+  (await hashPlace(handle, offset, offset + size, newHash(digest))).digest("hex") === hexOf(digest);
 
 async function writeAll(handle: fs.FileHandle, chunks: Buffer[], position: number): Promise<void> {
   const { bytesWritten } = await handle.writev(chunks, position);
@@ -1953,17 +1744,15 @@ async function writeAll(handle: fs.FileHandle, chunks: Buffer[], position: numbe
 }
 
 /** What the partial holds, a line at a time, true after a kill -9: the plan's id, then `digest from-to,…;`. */
-interface Journal {
-  readonly held: ReadonlyMap<string, Range[]>;
-  readonly record: (job: BlobJob) => void;
-  readonly close: () => Promise<void>;
-}
+type Journal = Readonly<{
+  held: ReadonlyMap<string, Range[]>; record: (job: BlobJob) => void; close: () => Promise<void>;
+}>;
 
 async function openJournal(file: string, planId: string): Promise<Journal> {
   const [id, ...lines] = ((await readOptional(file)) ?? "").split("\n");
   const held = new Map<string, Range[]>();
   for (const line of id === planId ? lines : []) {
-    const [, digest = "", text = ""] = /^(\S+) (\d[\d,-]*);$/.exec(line) ?? [];
+    const [, digest = "", text = ""] = /^(\S+) ([\d,-]*);$/.exec(line) ?? [];
     const ranges = text.split(",").map((range) => range.split("-").map(Number) as Range);
     held.set(digest, ranges.filter(([from, to]) => from < to).reduce<Range[]>(addRange, []));
   }
@@ -1977,52 +1766,44 @@ async function openJournal(file: string, planId: string): Promise<Journal> {
   return { held, record, close: () => writing.catch(() => undefined).then(() => handle.close()) };
 }
 
-/**
- * Two runs at one DEST would write over each other: the second stops. A lock says who has it, and is touched while
- * held; one whose process is gone, or which another machine has left alone, is taken over.
- */
-async function acquireLock(file: string, dest: string): Promise<() => Promise<void>> {
-  const mine = JSON.stringify({ pid: process.pid, host: os.hostname(), since: performance.timeOrigin, id: Math.random() });
-  const taken = (reason: string) => fail("DISK", `${dest} is being pulled by another imgpull (${reason})`);
-  try {
-    await fs.writeFile(file, mine, { flag: "wx" });
-  } catch (error) {
-    if (errorCodeOf(error) !== "EEXIST") throw error;
-    const owner = parseJson((await readOptional(file)) ?? "");
-    const { pid, host, since } = isRecord(owner) ? owner : {};
-    const age = Date.now() - (await fs.stat(file).catch(() => ({ mtimeMs: 0 }))).mtimeMs;
-    const isHere = host === os.hostname();
-    const isAlive = pid === process.pid ? since === performance.timeOrigin : isHere && isProcess(Number(pid));
-    if (isRecord(owner) && (isAlive || (!isHere && age < 6 * LIMITS.lockBeatMs))) taken(`process ${pid} on ${host}`);
-    await fs.writeFile(`${file}.${process.pid}`, mine);
-    await fs.rename(`${file}.${process.pid}`, file);
-    await delay(20); // another that saw the same stale lock has put its own here by now: the last one has it
-    if ((await readOptional(file)) !== mine) taken("it came first");
-  }
-  const beat = setInterval(() => void fs.utimes(file, new Date(), new Date()).catch(() => undefined), LIMITS.lockBeatMs);
-  beat.unref();
-  return async () => {
-    clearInterval(beat);
-    await fs.rm(file, { force: true });
-  };
-}
-
-function isProcess(pid: number): boolean {
+const isRunning = (pid: number): boolean => {
   try {
     return process.kill(pid, 0);
   } catch (error) {
     return errorCodeOf(error) === "EPERM";
   }
+};
+
+/**
+ * Two runs at one DEST would write over each other: the second stops. A lock says who has it, and is touched while
+ * held; one that was left alone, or whose process is gone from this machine, is taken over.
+ */
+async function acquireLock(file: string, dest: string): Promise<() => Promise<void>> {
+  const [host, since] = [os.hostname(), performance.timeOrigin];
+  const mine = JSON.stringify({ pid: process.pid, host, since, id: Math.random() });
+  const busy = (who: string) => fail("DISK", `${dest} is being pulled by another imgpull${who}`);
+  await fs.writeFile(file, mine, { flag: "wx" }).catch(async (error: unknown) => {
+    if (errorCodeOf(error) !== "EEXIST") throw error;
+    const owner = (parseJson((await readOptional(file)) ?? "") ?? {}) as Record<string, unknown>;
+    const { mtimeMs } = await fs.stat(file).catch(() => ({ mtimeMs: 0 }));
+    const isThere = owner.pid === process.pid ? owner.since === since : isRunning(Number(owner.pid));
+    const isHeld = Date.now() - mtimeMs < 6 * LIMITS.lockBeatMs && (owner.host !== host || isThere);
+    if (owner.pid && isHeld) busy(` (process ${owner.pid} on ${owner.host})`);
+    await fs.writeFile(`${file}.${process.pid}`, mine);
+    await fs.rename(`${file}.${process.pid}`, file);
+    await delay(20); // another that saw the same stale lock has put its own here by now: the last one has it
+    if ((await readOptional(file)) !== mine) busy("");
+  });
+  const beat = () => void fs.utimes(file, new Date(), new Date()).catch(() => undefined);
+  const timer = setInterval(beat, LIMITS.lockBeatMs).unref();
+  return () => (clearInterval(timer), fs.rm(file, { force: true }));
 }
 
 /** Where each blob's bytes are put: all in one tar, or each in a file of its own. */
-interface Places {
-  readonly open: (job: BlobJob) => Promise<fs.FileHandle>;
-  readonly finish: (job: BlobJob) => Promise<void>;
-}
+type Places = Readonly<{ open: (job: BlobJob) => Promise<fs.FileHandle>; finish: (job: BlobJob) => Promise<void> }>;
 
 /** Bytes into files: hashed as they come where they come in order, from disk where they do not. */
-function fileSink(session: Session, places: Places, journal: Journal): Sink {
+function fileSink({ warn }: Session, places: Places, journal: Journal): Sink {
   /** Hashes what is written beyond what is hashed: bytes that an earlier run or another connection put there. */
   const catchUp = (job: BlobJob): Promise<void> => (job.hashing ??= (async () => {
     for (;;) {
@@ -2056,33 +1837,38 @@ function fileSink(session: Session, places: Places, journal: Journal): Sink {
         journal.record(job);
         return true;
       }
+      if (job.origins.shift()) return false; // a tar at hand that lied: the next one, or the registry
       const wrong = `${job.descriptor.digest}: the bytes have another digest`;
-      if (job.origins.shift()) return false; // a tar at hand that lied; the registry is asked, or the next tar
-      if (job.freshStarts === 0) fail("DIGEST_MISMATCH", `${wrong}, twice, from ${job.registry.origin}`);
       job.freshStarts -= 1;
-      session.warn(`${wrong}; fetching the blob once more`);
+      if (job.freshStarts < 0) {
+        journal.record(startAfresh(job)); // nothing of it is worth keeping
+        fail("DIGEST_MISMATCH", `${wrong}, twice, from ${job.registry.origin}`);
+      }
+      warn(`${wrong}; fetching the blob once more`);
       return false;
     },
   };
 }
 
 /** Brings every job's bytes to its place: what the journal says is there stays, the rest comes. */
-async function fillPlaces(session: Session, jobs: readonly BlobJob[], base: string, planId: string, places: Places, observe: Observer): Promise<Transfer> {
-  const transfer = newTransfer(jobs, observe);
+async function fillPlaces(
+  session: Session, transfer: Transfer, base: string, planId: string, places: Places,
+): Promise<Transfer> {
+  const { jobs, observe } = transfer;
   const journal = await openJournal(`${base}.journal`, planId);
   const sink = fileSink(session, places, journal);
   try {
     for (const job of jobs) {
       const { descriptor: { digest, size } } = job;
       job.written = (journal.held.get(digest) ?? []).filter(([, to]) => to <= size);
-      job.doneBytes = sumOf(job.written, ([from, to]) => to - from);
+      job.doneBytes = lengthOf(job.written);
       transfer.resumedBytes += job.doneBytes;
       if (job.doneBytes === 0) continue;
       job.origins.length = 0;
       job.freshStarts += 1; // if the disk lost what the journal says, that is not the registry's fault
       if (job.doneBytes < size) continue;
       job.isDone = await sink.blobDone(job);
-      if (job.isDone) transfer.changed(job);
+      if (job.isDone) observe(transfer, job);
       else startAfresh(job);
     }
     await fetchBlobs(session, transfer, sink);
@@ -2106,47 +1892,55 @@ async function syncFolder(folder: string): Promise<void> {
   if (handle) await syncQuietly(handle).finally(() => handle.close());
 }
 
-async function checkFreeSpace(folder: string, neededBytes: number, dest: string): Promise<void> {
+async function checkFreeSpace(folder: string, neededBytes: number): Promise<void> {
   const { bavail, bsize } = await fs.statfs(folder).catch(() => ({ bavail: NEVER, bsize: 1 }));
-  if (neededBytes <= bavail * bsize) return;
-  const free = formatBytes(bavail * bsize);
-  fail("DISK", `cannot write ${dest}: it needs ${formatBytes(neededBytes)}, and ${folder} has ${free} free: the disk is full`);
+  const [needed, free] = [formatBytes(neededBytes), formatBytes(bavail * bsize)];
+  if (neededBytes > bavail * bsize) fail("DISK", `the disk is full: ${needed} are needed, and ${folder} has ${free} free`);
 }
 
+const openForUpdate = (file: string): Promise<fs.FileHandle> =>
+  fs.open(file, fs.constants.O_RDWR | fs.constants.O_CREAT, 0o666);
+
 /** The plan into `dest` by way of `dest`.partial. */
-async function pullToTar(session: Session, plan: Plan, dest: string, reuse: readonly TarSource[], observe: Observer): Promise<Transfer> {
+async function pullToTar(session: Session, plan: Plan, dest: string, reuse: readonly OpenTar[], observe: Observer) {
   const partial = `${dest}.partial`;
   const unlock = await acquireLock(`${partial}.lock`, dest);
   const opened: fs.FileHandle[] = [];
-  let keptBytes = 0;
+  let isWorthKeeping = true;
   try {
-    const journaledId = (await readOptional(`${partial}.journal`))?.split("\n")[0];
+    const isOurs = (await readOptional(`${partial}.journal`))?.split("\n")[0] === plan.id
+      && (await fs.stat(partial).catch(() => undefined))?.size === plan.sizeBytes;
+    isWorthKeeping = isOurs;
     // A partial of another plan (the tag has moved on) is not at our offsets, but its blobs can be copied.
-    if (journaledId !== plan.id) await fs.rename(partial, `${partial}.old`).catch(() => undefined);
-    const atHand = await Promise.all([`${partial}.old`, dest].map((file) => openTar(file).catch(() => undefined)));
-    const sources = [...reuse, ...atHand.filter((source) => source !== undefined)];
-    const handle = await fs.open(partial, fs.constants.O_RDWR | fs.constants.O_CREAT, 0o666);
-    opened.push(handle, ...sources.slice(reuse.length).map((source) => source.handle));
-    await checkFreeSpace(path.dirname(dest), plan.sizeBytes - (await handle.stat()).blocks * BLOCK, dest);
-    for (const { lead, bytes, offset } of plan.entries) await writeAll(handle, [lead, bytes ?? Buffer.alloc(0)], offset - lead.length);
+    if (!isOurs) await fs.rename(partial, `${partial}.old`).catch(() => undefined);
+    if (!isOurs) await fs.rm(`${partial}.journal`, { force: true });
+    const found = await Promise.all([`${partial}.old`, dest].map((file) => openTar(file).catch(() => undefined)));
+    const atHand = found.filter((tar) => tar !== undefined);
+    const handle = await openForUpdate(partial);
+    opened.push(handle, ...atHand.map((tar) => tar.handle));
+    await checkFreeSpace(path.dirname(dest), plan.sizeBytes - (await handle.stat()).blocks * BLOCK);
+    for (const { lead, bytes, offset } of plan.entries) {
+      await writeAll(handle, [lead, bytes ?? Buffer.alloc(0)], offset - lead.length);
+    }
     await writeAll(handle, [plan.trailer], plan.sizeBytes - plan.trailer.length);
     await handle.truncate(plan.sizeBytes);
-    const jobs = newJobs(plan, sources);
+    const transfer = newTransfer(session, newJobs(plan, [...reuse, ...atHand]), observe);
     try {
-      const places = { open: async () => handle, finish: async () => undefined };
-      const transfer = await fillPlaces(session, jobs, partial, plan.id, places, observe);
+      await fillPlaces(session, transfer, partial, plan.id, { open: async () => handle, finish: async () => undefined });
       await syncQuietly(handle);
       await fs.rename(partial, dest);
+      isWorthKeeping = false;
       await syncFolder(path.dirname(dest));
       return transfer;
     } catch (error) {
-      keptBytes = sumOf(jobs.flatMap(({ written }) => written), ([from, to]) => to - from);
-      if (keptBytes > 0) session.warn(`${partial} keeps ${formatBytes(keptBytes)}: the same command goes on from there`);
+      const keptBytes = sumOf(transfer.jobs, ({ written }) => lengthOf(written));
+      isWorthKeeping = keptBytes > 0;
+      if (isWorthKeeping) session.warn(`${partial} keeps ${formatBytes(keptBytes)}: the same command goes on from there`);
       throw error;
     }
   } finally {
     for (const handle of opened) await handle.close();
-    const leftovers = keptBytes > 0 ? [] : [partial, `${partial}.journal`, `${partial}.old`];
+    const leftovers = isWorthKeeping ? [] : [partial, `${partial}.journal`, `${partial}.old`];
     for (const file of leftovers) await fs.rm(file, { force: true });
     await unlock();
   }
@@ -2157,14 +1951,16 @@ async function replaceFile(file: string, bytes: Uint8Array): Promise<void> {
   await fs.rename(`${file}.partial`, file);
 }
 
+type Naming = (digest: string) => string;
+
 /** Each blob as a file of its own under `folder`; those that are there already are verified and kept. */
-async function pullToFolder(session: Session, jobs: readonly BlobJob[], folder: string, nameOf: (digest: string) => string, observe: Observer): Promise<Transfer> {
+async function pullToFolder(session: Session, jobs: readonly BlobJob[], folder: string, nameOf: Naming, observe: Observer) {
   const base = path.join(folder, ".imgpull.partial");
   const unlock = await acquireLock(`${base}.lock`, folder);
   const handles = new Map<BlobJob, Promise<fs.FileHandle>>();
   const fileOf = ({ descriptor }: BlobJob) => path.join(folder, nameOf(descriptor.digest));
   const open = (job: BlobJob) => {
-    const handle = handles.get(job) ?? fs.open(`${fileOf(job)}.partial`, fs.constants.O_RDWR | fs.constants.O_CREAT, 0o666);
+    const handle = handles.get(job) ?? openForUpdate(`${fileOf(job)}.partial`);
     handles.set(job, handle);
     return handle;
   };
@@ -2176,17 +1972,19 @@ async function pullToFolder(session: Session, jobs: readonly BlobJob[], folder: 
     await handle.close();
     await fs.rename(`${fileOf(job)}.partial`, fileOf(job));
   };
-  const isThere = async (job: BlobJob) => {
+  const isMissing = async (job: BlobJob) => {
     const handle = await fs.open(fileOf(job), "r").catch(() => undefined);
-    if (!handle) return false;
-    const hasSize = (await handle.stat()).size === job.descriptor.size;
-    return (hasSize ? isIntact({ handle, offset: 0 }, job.descriptor) : Promise.resolve(false)).finally(() => handle.close());
+    const hasSize = (await handle?.stat())?.size === job.descriptor.size;
+    const isThere = handle && hasSize && (await isIntact({ handle, offset: 0 }, job.descriptor));
+    await handle?.close();
+    return isThere !== true;
   };
   try {
     const missing: BlobJob[] = [];
-    for (const job of jobs) if (!(await isThere(job))) missing.push(job);
-    await checkFreeSpace(folder, sumOf(missing, ({ descriptor }) => descriptor.size), folder);
-    const transfer = await fillPlaces(session, missing, base, "folder", { open, finish }, observe);
+    for (const job of jobs) if (await isMissing(job)) missing.push(job);
+    const transfer = newTransfer(session, missing, observe);
+    await checkFreeSpace(folder, transfer.totalBytes);
+    await fillPlaces(session, transfer, base, "folder", { open, finish });
     transfer.reusedBytes += sumOf(jobs, ({ descriptor }) => descriptor.size) - transfer.totalBytes;
     await fs.rm(`${base}.journal`, { force: true });
     return transfer;
@@ -2197,102 +1995,86 @@ async function pullToFolder(session: Session, jobs: readonly BlobJob[], folder: 
 }
 
 /** An OCI image layout: blobs first, then the index that names them, in one step and beside what it named before. */
-async function pullToLayout(session: Session, plan: Plan, folder: string, sources: readonly TarSource[], observe: Observer): Promise<Transfer> {
-  const inFolder = (name: string) => path.join(folder, name);
-  for (const { name } of plan.entries) await fs.mkdir(path.dirname(inFolder(name)), { recursive: true });
-  const before = await readOptional(inFolder("index.json"));
-  const old = parseJson(before ?? "{}");
+async function pullToLayout(session: Session, plan: Plan, folder: string, tars: readonly OpenTar[], observe: Observer) {
+  const files = new Map(plan.entries.map(({ name, bytes }) => [name, bytes]));
+  for (const name of files.keys()) await fs.mkdir(path.dirname(path.join(folder, name)), { recursive: true });
+  const old = parseJson((await readOptional(path.join(folder, "index.json"))) ?? "{}");
   if (!isRecord(old)) return fail("DISK", `${folder} holds an index.json that is not a JSON object`);
-  const transfer = await pullToFolder(session, newJobs(plan, sources, true), folder, blobPath, observe);
-  const known = new Map(plan.entries.flatMap(({ name, bytes }) => (bytes ? [[name, bytes] as const] : [])));
-  const ours = parseJson(known.get("index.json") ?? "") as { manifests: Descriptor[] };
-  known.delete("manifest.json");
+  const transfer = await pullToFolder(session, newJobs(plan, tars, true), folder, blobPath, observe);
+  const ours = parseJson(files.get("index.json") ?? "") as { manifests: Descriptor[] };
   const nameOf = ({ annotations }: Descriptor) => annotations?.["org.opencontainers.image.ref.name"];
   const isOurs = (entry: Descriptor) => ours.manifests.some((other) => nameOf(other) === nameOf(entry));
   const others = (Array.isArray(old.manifests) ? (old.manifests as Descriptor[]) : []).filter((entry) => !isOurs(entry));
-  known.delete("index.json");
-  known.set("index.json", encodeJson({ ...old, ...ours, manifests: [...others, ...ours.manifests] })); // last of all
-  for (const [name, bytes] of known) await replaceFile(inFolder(name), bytes);
+  for (const name of ["manifest.json", "index.json"]) files.delete(name);
+  files.set("index.json", encodeJson({ ...old, ...ours, manifests: [...others, ...ours.manifests] })); // last of all
+  for (const [name, bytes] of files) if (bytes) await replaceFile(path.join(folder, name), bytes);
   await syncFolder(folder);
   return transfer;
 }
 
 /** The plan in order onto a stream. What comes early waits in a window; the trailer is written only if all was right. */
-async function pullToStream(session: Session, plan: Plan, output: NodeJS.WritableStream, sources: readonly TarSource[], observe: Observer): Promise<Transfer> {
-  const jobs = newJobs(plan, sources);
-  const transfer = newTransfer(jobs, observe);
+async function pullToStream(
+  outer: Session, plan: Plan, output: NodeJS.WritableStream, tars: readonly OpenTar[], observe: Observer,
+): Promise<Transfer> {
   const stop = new AbortController();
-  const signal = AbortSignal.any([session.signal, stop.signal]);
+  const session = { ...outer, signal: AbortSignal.any([outer.signal, stop.signal]) };
+  const transfer = newTransfer(session, newJobs(plan, tars), observe);
   const early = new Map<number, Buffer[]>(); // by offset in the tar
   const waiting: (() => void)[] = [];
-  let cursor = 0;
-  let isFlowing = true;
   const wake = () => waiting.splice(0).forEach((resume) => resume());
   const until = async (isReady: () => boolean) => {
     while (!isReady()) {
-      if (signal.aborted) fail("ABORTED", "stopped");
+      if (session.signal.aborted) fail("ABORTED", "stopped");
       await new Promise<void>((resolve) => waiting.push(resolve));
     }
   };
-  const emit = async (bytes: Buffer) => {
-    if (bytes.length === 0) return;
-    isFlowing = output.write(bytes);
-    await until(() => isFlowing);
-    cursor += bytes.length;
-    wake();
-  };
+  let cursor = 0;
+  async function* inOrder() {
+    for (const { lead, bytes, offset, sizeBytes } of [...plan.entries, { lead: plan.trailer, offset: plan.sizeBytes, sizeBytes: 0 }]) {
+      yield lead;
+      if (bytes) yield bytes;
+      const job = bytes ? undefined : transfer.jobs.find((each) => each.offset === offset);
+      for (cursor = bytes ? offset + sizeBytes : offset; cursor < offset + sizeBytes; ) {
+        await until(() => early.has(cursor));
+        const chunks = early.get(cursor) ?? [];
+        early.delete(cursor);
+        for (const chunk of chunks) {
+          job?.hash.update(chunk);
+          yield chunk;
+          cursor += chunk.length;
+          wake();
+        }
+      }
+      if (job && !isRight(job)) fail("DIGEST_MISMATCH", `${job.descriptor.digest}: the bytes have another digest`);
+    }
+  }
   const sink: Sink = {
     isSplitting: false,
     unitBytes: ({ registry: { acceptsRanges, latencyMs }, origins }) =>
       (acceptsRanges && latencyMs >= LIMITS.farLatencyMs && origins.length === 0 ? LIMITS.streamUnitBytes : NEVER),
     accept: () => undefined,
-    write: async (job, position, chunks) => {
-      await until(() => job.offset + position < cursor + LIMITS.streamWindowBytes);
-      early.set(job.offset + position, chunks);
+    write: async ({ offset }, position, chunks) => {
+      await until(() => offset + position < cursor + LIMITS.streamWindowBytes);
+      early.set(offset + position, chunks);
       wake();
     },
     segmentDone: () => undefined,
     blobDone: async () => true,
   };
-  const emitAll = async () => {
-    for (const { lead, bytes, offset, sizeBytes } of plan.entries) {
-      await emit(lead);
-      if (bytes) await emit(bytes);
-      const job = bytes ? undefined : jobs.find((each) => each.offset === offset);
-      while (job && cursor < offset + sizeBytes) {
-        await until(() => early.has(cursor));
-        const chunks = early.get(cursor) ?? [];
-        early.delete(cursor);
-        for (const chunk of chunks) {
-          job.hash.update(chunk);
-          await emit(chunk);
-        }
-      }
-      if (job && !isRight(job)) fail("DIGEST_MISMATCH", `${job.descriptor.digest}: the bytes have another digest`);
-    }
-    await emit(plan.trailer);
-  };
-  const resume = () => {
-    isFlowing = true;
-    wake();
-  };
-  const broken = (cause: Error) => stop.abort(new ImgpullError("DISK", `cannot write the stream: ${diskWords(cause)}`, { cause }));
-  output.on("drain", resume).on("error", broken);
-  signal.addEventListener("abort", wake);
-  try {
-    // What is sent cannot be taken back: a tar at hand is hashed before a byte of it is used.
-    for (const { origins, descriptor } of jobs) {
-      while (origins[0] && !(await isIntact(origins[0], descriptor))) origins.shift();
-    }
-    await Promise.all([fetchBlobs({ ...session, signal }, transfer, sink), emitAll()].map((end) => end.catch((error: unknown) => {
-      stop.abort(error);
-    })));
-    if (session.signal.aborted) fail("ABORTED", "stopped");
-    if (stop.signal.aborted) throw stop.signal.reason;
-    return transfer;
-  } finally {
-    output.off("drain", resume).off("error", broken);
+  session.signal.addEventListener("abort", wake);
+  // What is sent cannot be taken back: a tar at hand is hashed before a byte of it is used.
+  for (const { origins, descriptor } of transfer.jobs) {
+    while (origins[0] && !(await isIntact(origins[0], descriptor))) origins.shift();
   }
+  const source = Readable.from(inOrder(), { objectMode: true, highWaterMark: 1 });
+  const stopAll = (error: unknown) => stop.abort(error);
+  const emitting = pipeline(source, output, { end: false }).catch(stopAll);
+  await fetchBlobs(session, transfer, sink).catch(stopAll);
+  if (stop.signal.aborted) source.destroy();
+  await emitting;
+  if (outer.signal.aborted) fail("ABORTED", "stopped");
+  if (stop.signal.aborted) throw stop.signal.reason;
+  return transfer;
 }
 
 // ====== 13. Puller ======
@@ -2428,7 +2210,7 @@ async function pullImages(session: Session, request: PullRequest, observe: Obser
     if (!(await isDirectory(folder))) fail("DISK", `${doing}: there is no directory ${folder}`);
     await onDisk(doing, fs.access(folder, fs.constants.W_OK));
   }
-  const sources: TarSource[] = [];
+  const sources: OpenTar[] = [];
   try {
     for (const file of request.reuse) sources.push(await openTar(file));
     const base = since === undefined ? undefined : await openTar(since);
@@ -2467,7 +2249,7 @@ function settingsOf(opts: PullerOpts, environment: Environment, certsDirectory =
   if ((password === undefined) !== (username === undefined)) refuse("a user name and a password go together (--user, --password)");
   if (token !== undefined && username !== undefined) refuse("--token and --user exclude each other");
   if (token !== undefined && !/^[\x21-\x7e]+$/.test(token)) refuse("the token has characters that no header can carry");
-  if (namespace !== undefined && !isHost(namespace)) refuse(`"${printable(namespace)}" is not a registry's host name`);
+  if (namespace !== undefined && !isHost(namespace)) refuse(`"${printable(namespace)}" is not a registry's host name (--ns)`);
   return {
     scheme, insecure, environment, certsDirectory,
     timeoutMs: integer(opts.timeoutMs ?? 30_000, "the timeout", 1),
@@ -2610,7 +2392,7 @@ interface FoundImage {
   readonly layers: readonly { readonly entry: string; readonly mediaType: string; readonly size?: number }[];
 }
 
-async function readEntry({ handle, entries }: TarSource, name: string, where: string): Promise<unknown> {
+async function readEntry({ handle, entries }: OpenTar, name: string, where: string): Promise<unknown> {
   const entry = entries.get(name);
   if (!entry) return undefined;
   if (entry.sizeBytes > LIMITS.tarMetadataBytes) fail("BAD_TAR", `${where}: ${name} is too large`);
@@ -2618,7 +2400,7 @@ async function readEntry({ handle, entries }: TarSource, name: string, where: st
 }
 
 /** Every image of a tar; what its indexes and manifests name and the tar does not hold goes to `missing`. */
-async function findImages(tar: TarSource, file: string, missing: Set<string>): Promise<FoundImage[]> {
+async function findImages(tar: OpenTar, file: string, missing: Set<string>): Promise<FoundImage[]> {
   const images: FoundImage[] = [];
   const visit = async (entry: Descriptor, name: string, depth: number): Promise<void> => {
     const json = await readEntry(tar, blobPath(entry.digest), file);
@@ -2672,7 +2454,7 @@ async function listTar(io: CommandIO, file: string): Promise<void> {
 }
 
 /** The digest of a layer's content, unpacked: what the config's diff_ids have. Undefined where Node cannot unpack it. */
-async function diffIdOf({ handle }: TarSource, { offset, sizeBytes }: TarEntry): Promise<string | undefined> {
+async function diffIdOf({ handle }: OpenTar, { offset, sizeBytes }: TarEntry): Promise<string | undefined> {
   const magic = (await readAt(handle, offset, 4)).toString("hex");
   const { createZstdDecompress } = zlib as { createZstdDecompress?: () => zlib.Gunzip };
   const isZstd = magic === "28b52ffd";
@@ -2795,19 +2577,9 @@ function helpText(): string {
 
 const usage = (reason: string): never => fail("BAD_OPTION", `${reason} (imgpull --help)`);
 
-/** Levenshtein's distance, to name the option that was meant. */
-function editDistance(left: string, right: string): number {
-  let row = Array.from({ length: right.length + 1 }, (_, at) => at);
-  for (const [at, letter] of [...left].entries()) {
-    const next = [at + 1];
-    for (const [column, other] of [...right].entries()) {
-      const [above = 0, diagonal = 0] = [row[column + 1], row[column]];
-      next.push(Math.min(above + 1, (next[column] ?? 0) + 1, diagonal + (letter === other ? 0 : 1)));
-    }
-    row = next;
-  }
-  return row[right.length] ?? 0;
-}
+/** How many pairs of neighbouring letters two names share, to name the option that was meant. */
+const likeness = (left: string, right: string): number =>
+  [...`^${left}`].filter((letter, at) => `^${right}$`.includes(letter + (left[at] ?? "$"))).length;
 
 function parseCommandLine(argv: readonly string[]) {
   const options = Object.fromEntries([...OPTIONS, { name: "ca", value: "FILE" } as OptionSpec].map(({ name, short, value }) =>
@@ -2823,9 +2595,8 @@ function parseCommandLine(argv: readonly string[]) {
     const name = token.name === "ca" ? "cacert" : token.name;
     const spec = OPTIONS.find((option) => option.name === name);
     if (!spec) {
-      const near = OPTIONS.map((option) => ({ ...option, distance: editDistance(name, option.name) }))
-        .filter((option) => option.distance <= 2 || (name.length > 2 && option.name.startsWith(name)));
-      const [nearest] = near.sort((left, right) => left.distance - right.distance);
+      const [nearest] = OPTIONS.map((option) => ({ ...option, like: likeness(name, option.name) / option.name.length }))
+        .filter(({ like }) => like >= 0.5).sort((left, right) => right.like - left.like);
       return usage(`unknown option ${printable(rawName, 60)}${nearest ? `: did you mean --${nearest.name}?` : ""}`);
     }
     if (values[name] !== undefined || switches.has(name)) usage(`--${name} is given twice`);
@@ -2899,13 +2670,11 @@ function checkDestinationName(destination: string): void {
   usage(`DEST is missing: "${destination}" reads as an IMAGE; say ./${destination} to mean a file`);
 }
 
-/** The streams that a command runs with; tests give their own. */
-interface CommandIO {
-  readonly stdin: NodeJS.ReadableStream;
-  readonly stdout: NodeJS.WritableStream & { isTTY?: boolean };
-  readonly stderr: NodeJS.WritableStream & { isTTY?: boolean; columns?: number };
-  readonly environment: Environment;
-}
+/** @internal The streams that a command runs with; tests give their own. */
+type CommandIO = Readonly<{
+  stdin: NodeJS.ReadableStream; stdout: NodeJS.WritableStream & { isTTY?: boolean };
+  stderr: NodeJS.WritableStream & { isTTY?: boolean; columns?: number }; environment: Environment;
+}>;
 
 async function readStdin({ stdin }: CommandIO): Promise<string> {
   const chunks: Buffer[] = [];
@@ -3034,7 +2803,7 @@ async function runCommand(argv: readonly string[], io: CommandIO, signal: AbortS
   }
 }
 
-/** Runs the command; resolves to its exit code: 0 done, 1 failed, 2 usage, 130 SIGINT, 143 SIGTERM. */
+/** @internal Runs the command; resolves to its exit code: 0 done, 1 failed, 2 usage, 130 SIGINT, 143 SIGTERM. */
 async function main(argv: readonly string[], io?: CommandIO): Promise<number> {
   const { stdin, stdout, stderr, env: environment } = process;
   const used = io ?? { stdin, stdout, stderr, environment };
@@ -3066,7 +2835,7 @@ async function main(argv: readonly string[], io?: CommandIO): Promise<number> {
 
 /** @internal for the tests */
 const internals = Object.freeze({
-  LIMITS, OPTIONS, acceptableVariants, addRange, apiHost, defaultDestination, digestInName, editDistance, encodeTarHeader,
+  LIMITS, OPTIONS, acceptableVariants, addRange, apiHost, defaultDestination, digestInName, encodeTarHeader,
   findCredential, formatBytes, formatReference, helpText, hostPlatform, imageName, isExemptFromProxy, isRetriable, matchPlatform,
   missingRanges, normalizeAuthKey, parseChallenges, parseCommandLine, parseManifest, parseReference, parseRetryAfter, planCommand,
   planTar, printable, proxyFor, pullImages, readTar, redactUrl, resolveImage, retryDelayMs, settingsOf, systemCertificates,

@@ -39,22 +39,23 @@ var import_node_util = require("node:util");
 var zlib = __toESM(require("node:zlib"));
 var DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json";
 var DOCKER_INDEX = "application/vnd.docker.distribution.manifest.list.v2+json";
-var DOCKER_SCHEMA_1 = "application/vnd.docker.distribution.manifest.v1+json";
+var DOCKER_SCHEMA_1 = "application/vnd.docker.distribution.manifest.v1";
 var OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json";
 var OCI_INDEX = "application/vnd.oci.image.index.v1+json";
 var INDEX_TYPES = [OCI_INDEX, DOCKER_INDEX];
 var MANIFEST_TYPES = [...INDEX_TYPES, OCI_MANIFEST, DOCKER_MANIFEST];
 var CONFIG_TYPES = ["application/vnd.docker.container.image.v1+json", "application/vnd.oci.image.config.v1+json"];
-var KIB = 1024;
-var MIB = 1024 * KIB;
+var MIB = 1024 * 1024;
 var NEVER = Number.POSITIVE_INFINITY;
 var LIMITS = Object.freeze({
   manifestBytes: 4 * MIB,
   // the distribution specification's own floor for registries
   configBytes: 16 * MIB,
   tokenBytes: MIB,
-  errorBodyBytes: 64 * KIB,
+  errorBodyBytes: MIB / 16,
   credentialFileBytes: 4 * MIB,
+  tarMetadataBytes: 16 * MIB,
+  // index.json and the like of a tar that someone else made
   indexDepth: 4,
   indexEntries: 1024,
   // with `--platform all` each entry is a request
@@ -67,10 +68,12 @@ var LIMITS = Object.freeze({
   // longer waits are the user's to decide
   batchBytes: MIB,
   // one write to disk: fewer trips to Node's thread pool than one for each chunk
-  journalBytes: 4 * MIB,
-  // how much a kill -9 may cost each blob
+  journalBytes: MIB,
+  // how much a kill -9 may cost each blob, beside what a connection has gathered
   splitBytes: MIB,
-  // neither half of a range that is cut in two is smaller
+  // neither half of a range that is cut in two is smaller,
+  nearSplitBytes: 16 * MIB,
+  // nor on a near line, where a server has megabytes under way that a cut throws away
   fastLineBytesPerSecond: 256 * MIB,
   // from here on the processor is the limit, and more connections only cost
   farLatencyMs: 10,
@@ -79,10 +82,8 @@ var LIMITS = Object.freeze({
   // DEST `-`: one request's share of a large blob
   streamWindowBytes: 32 * MIB,
   // DEST `-`: how far the line may be ahead of the reader
-  lockBeatMs: 1e4,
+  lockBeatMs: 1e4
   // a lock of another machine that is six beats old belongs to nobody
-  tarMetadataBytes: 16 * MIB
-  // index.json and the like of a tar that someone else made
 });
 var ImgpullError = class extends Error {
   name = "ImgpullError";
@@ -101,10 +102,7 @@ var ImgpullError = class extends Error {
 function fail(code, message, details) {
   throw new ImgpullError(code, message, details);
 }
-function errorCodeOf(error) {
-  const code = error?.code;
-  return typeof code === "string" ? code : "";
-}
+var errorCodeOf = (error) => String(error?.code ?? "");
 function printable(text, maximum = 300) {
   const controls = /[\u0000-\u001f\u007f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]+/g;
   const clean = text.replace(controls, " ").trim();
@@ -127,7 +125,7 @@ function connectionError(error, doing) {
   }
   if (/^(UNABLE_TO|SELF_SIGNED|DEPTH_ZERO)/.test(code)) {
     return make("TLS", `${said}
-  its certificate authority is not known here: give it with --cacert FILE, or go without the check by --insecure`);
+  its certificate authority is not known here: --cacert FILE gives it, --insecure goes without`);
   }
   if (/^(CERT_|INVALID_|ERR_TLS|ERR_SSL|EPROTO)/.test(code)) {
     const wantsClient = /certificate required|bad certificate|handshake failure/i.test(said);
@@ -148,39 +146,27 @@ var DISK_WORDS = {
   EISDIR: "it is a directory",
   EFBIG: "the file system does not take a file of that size"
 };
-function diskWords(error) {
-  return DISK_WORDS[errorCodeOf(error)] ?? printable(error.message);
-}
-async function onDisk(doing, work) {
+var diskWords = (error) => DISK_WORDS[errorCodeOf(error)] ?? printable(error.message);
+function onDisk(doing, work) {
   return work.catch((error) => {
     const isSystem = error.syscall !== void 0 || errorCodeOf(error) === "ERR_ACCESS_DENIED";
     throw isSystem ? new ImgpullError("DISK", `${doing}: ${diskWords(error)}`, { cause: error }) : error;
   });
 }
 function joinErrors(failures) {
-  const bug = failures.find((failure) => !(failure instanceof ImgpullError));
-  if (bug !== void 0) return bug;
-  const known = failures;
-  const first = known.find(({ code: code2 }) => code2 !== "ABORTED") ?? known[0];
-  const messages = new Set(known.filter(({ code: code2 }) => code2 === first.code || code2 !== "ABORTED").map(({ message }) => message));
-  const { code, status } = first;
-  return messages.size === 1 ? first : new ImgpullError(code, [...messages].join("\n"), { status, cause: first });
+  const known = failures.filter((failure) => failure instanceof ImgpullError);
+  if (known.length < failures.length) return failures.find((failure) => !(failure instanceof ImgpullError));
+  const told = known.filter(({ code }) => code !== "ABORTED");
+  const [first = known[0]] = told;
+  const messages = [...new Set(told.map(({ message }) => message))];
+  return messages.length < 2 ? first : new ImgpullError(first.code, messages.join("\n"), { status: first.status, cause: first });
 }
-function isDigest(text) {
-  return typeof text === "string" && /^(sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})$/.test(text);
-}
-function hexOf(digest) {
-  return digest.slice(digest.indexOf(":") + 1);
-}
-function newHash(digest) {
-  return (0, import_node_crypto.createHash)(digest.slice(0, digest.indexOf(":")));
-}
-function digestOf(bytes, like = "sha256:") {
-  return `${like.slice(0, like.indexOf(":"))}:${newHash(like).update(bytes).digest("hex")}`;
-}
-function isRecord(value) {
-  return typeof value === "object" && value !== null && !Array.isArray(value);
-}
+var isDigest = (text) => typeof text === "string" && /^(sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})$/.test(text);
+var hexOf = (digest) => digest.slice(digest.indexOf(":") + 1);
+var newHash = (digest) => (0, import_node_crypto.createHash)(digest.slice(0, digest.indexOf(":")));
+var digestOf = (bytes, like = "sha256:") => `${like.slice(0, like.indexOf(":"))}:${newHash(like).update(bytes).digest("hex")}`;
+var isRecord = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
+var encodeJson = (value) => Buffer.from(JSON.stringify(value), "utf8");
 function parseJson(text) {
   try {
     return JSON.parse(String(text));
@@ -188,27 +174,18 @@ function parseJson(text) {
     return void 0;
   }
 }
-function encodeJson(value) {
-  return Buffer.from(JSON.stringify(value), "utf8");
-}
-function given(values) {
-  return Object.fromEntries(Object.entries(values).filter(([, value]) => value !== void 0 && value !== ""));
-}
+var given = (values) => Object.fromEntries(Object.entries(values).filter(([, value]) => value !== void 0 && value !== ""));
 function sumOf(items, value) {
   let sum = 0;
   for (const item of items) sum += value(item);
   return sum;
 }
 function formatBytes(bytes) {
-  const units = ["B", "kB", "MB", "GB", "TB"];
-  let value = bytes;
-  let unit = 0;
-  for (; value >= 999.5 && unit < units.length - 1; unit += 1) value /= 1e3;
-  return `${unit === 0 || value >= 99.95 ? Math.round(value) : value.toFixed(1)} ${units[unit]}`;
+  let [value, unit] = [bytes, 0];
+  for (; value >= 999.5 && unit < 4; unit += 1) value /= 1e3;
+  return `${unit === 0 || value >= 99.95 ? Math.round(value) : value.toFixed(1)} ${["B", "kB", "MB", "GB", "TB"][unit]}`;
 }
-function formatPlatform(platform) {
-  return platform ? [platform.os, platform.architecture, platform.variant].filter(Boolean).join("/") : "";
-}
+var formatPlatform = ({ os: system, architecture, variant } = {}) => [system, architecture, variant].filter(Boolean).join("/");
 async function mapConcurrently(items, limit, run) {
   const results = [];
   let next = 0;
@@ -233,9 +210,8 @@ var PATH_PART = "[a-z0-9]+(?:(?:\\.|_{1,2}|-+)[a-z0-9]+)*";
 var REPOSITORY = new RegExp(`^${PATH_PART}(?:/${PATH_PART})*$`);
 var TAG = /^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$/;
 function isHost(text) {
-  const { ipv6, port } = HOST.exec(text)?.groups ?? {};
-  const isPort = port === void 0 || Number(port) >= 1 && Number(port) <= 65535;
-  return HOST.test(text) && isPort && (ipv6 === void 0 || net.isIPv6(ipv6));
+  const { ipv6, port = "443" } = HOST.exec(text)?.groups ?? {};
+  return HOST.test(text) && Number(port) >= 1 && Number(port) <= 65535 && (ipv6 === void 0 || net.isIPv6(ipv6));
 }
 function parseReference(text) {
   const refuse = (reason) => fail("BAD_REFERENCE", `bad image reference "${printable(text)}": ${reason}`);
@@ -260,27 +236,18 @@ function parseReference(text) {
   const isHub = HUB_HOSTS.includes(host.toLowerCase());
   const repository = isHub && !name.includes("/") ? `library/${name}` : name;
   if (host.length + repository.length + 1 > 255) refuse("host and repository are longer than 255 characters");
-  return { host: isHub ? "docker.io" : host, repository, ...given({ tag: tag ?? (digest ? void 0 : "latest"), digest }) };
+  const version = given({ tag: tag ?? (digest === void 0 ? "latest" : void 0), digest });
+  return { host: isHub ? "docker.io" : host, repository, ...version };
 }
-function formatReference({ host, repository, tag, digest }) {
-  return `${host}/${repository}${tag === void 0 ? "" : `:${tag}`}${digest === void 0 ? "" : `@${digest}`}`;
+var formatReference = ({ host, repository, tag, digest }) => `${host}/${repository}${tag === void 0 ? "" : `:${tag}`}${digest === void 0 ? "" : `@${digest}`}`;
+var apiHost = (host) => host === "docker.io" ? "registry-1.docker.io" : host;
+function imageName({ host, repository, tag, digest }, namespace) {
+  const isMirrored = /^[^/]*\.[^/]*\//.test(repository);
+  const bare = namespace !== void 0 ? `${namespace}/${repository}` : isMirrored ? repository : `${host}/${repository}`;
+  return parseReference(`${bare}${tag === void 0 ? `@${digest}` : `:${tag}`}`);
 }
-function apiHost(host) {
-  return host === "docker.io" ? "registry-1.docker.io" : host;
-}
-function imageName(reference, namespace) {
-  const { host, repository, tag, digest } = reference;
-  const upstream = namespace === void 0 ? repository : `${namespace}/${repository}`;
-  const isMirrored = namespace !== void 0 || /^[^/]*\.[^/]*\//.test(repository);
-  const suffix = tag === void 0 ? `@${digest}` : `:${tag}`;
-  return parseReference(`${isMirrored ? upstream : `${host}/${repository}`}${suffix}`);
-}
-function defaultDestination({ repository, tag, digest = "" }) {
-  return `${repository.slice(repository.lastIndexOf("/") + 1)}-${tag ?? hexOf(digest).slice(0, 12)}.tar`;
-}
-function readOptional(file) {
-  return fs.readFile(file, "utf8").catch(() => void 0);
-}
+var defaultDestination = ({ repository, tag, digest = "" }) => `${repository.slice(repository.lastIndexOf("/") + 1)}-${tag ?? hexOf(digest).slice(0, 12)}.tar`;
+var readOptional = (file) => fs.readFile(file, "utf8").catch(() => void 0);
 var CA_BUNDLES = [
   "/etc/ssl/certs/ca-certificates.crt",
   "/etc/pki/tls/certs/ca-bundle.crt",
@@ -315,25 +282,22 @@ async function readPem(file, option) {
   const text = await fs.readFile(file, "utf8").catch((error) => fail("TLS", `cannot read ${option} ${file}: ${diskWords(error)}`));
   return text.includes("-----BEGIN ") ? text : fail("TLS", `${option} ${file} is not a PEM file`);
 }
-async function readCertsDirectory(directory) {
-  const names = (await fs.readdir(directory).catch(() => [])).sort();
-  const read = (suffix) => Promise.all(
-    names.filter((name) => name.endsWith(suffix)).map((name) => readPem(path.join(directory, name), "certificate"))
-  );
-  return { ca: await read(".crt"), cert: await read(".cert"), key: await read(".key") };
-}
-function secureContexts(settings) {
+function secureContexts({ tlsCert, tlsKey, caCert, certsDirectory, environment }) {
   const contexts = /* @__PURE__ */ new Map();
-  const { tlsCert, tlsKey, caCert, certsDirectory, environment } = settings;
   const make = async (url, isRegistry) => {
-    const trusted = await systemCertificates(environment);
-    if (caCert !== void 0) trusted.push(await readPem(caCert, "--cacert"));
-    let { ca, cert, key } = await readCertsDirectory(isRegistry ? path.join(certsDirectory, url.host) : "");
-    if (isRegistry && tlsCert !== void 0 && tlsKey !== void 0) {
-      [cert, key] = [[await readPem(tlsCert, "--cert")], [await readPem(tlsKey, "--key")]];
-    }
+    const ca = await systemCertificates(environment);
+    if (caCert !== void 0) ca.push(await readPem(caCert, "--cacert"));
+    const folder = path.join(certsDirectory, url.host);
+    const names = isRegistry ? (await fs.readdir(folder).catch(() => [])).sort() : [];
+    const read = (suffix) => Promise.all(
+      names.filter((name) => name.endsWith(suffix)).map((name) => readPem(path.join(folder, name), "certificate"))
+    );
+    ca.push(...await read(".crt"));
+    const isGiven = isRegistry && tlsCert !== void 0 && tlsKey !== void 0;
+    const cert = isGiven ? [await readPem(tlsCert, "--cert")] : await read(".cert");
+    const key = isGiven ? [await readPem(tlsKey, "--key")] : await read(".key");
     try {
-      return tls.createSecureContext({ ca: [...trusted, ...ca], cert, key });
+      return tls.createSecureContext({ ca, cert, key });
     } catch (error) {
       return fail("TLS", `cannot use the certificates given: ${printable(error.message)}`, { cause: error });
     }
@@ -349,18 +313,17 @@ function isExemptFromProxy(url, noProxy) {
   const host = url.hostname.replace(/^\[|\]$/g, "").toLowerCase();
   const port = url.port || (url.protocol === "https:" ? "443" : "80");
   const familyOf = (address) => net.isIPv6(address) ? "ipv6" : "ipv4";
+  const isAddress = net.isIP(host) !== 0;
   const isInside = (block, bits) => {
     const list = new net.BlockList();
     list.addSubnet(block, bits, familyOf(block));
-    return list.check(host, familyOf(host));
+    return isAddress && list.check(host, familyOf(host));
   };
-  const isAddress = net.isIP(host) !== 0;
-  if (/(^|\.)localhost$/.test(host) || isAddress && (isInside("127.0.0.0", 8) || isInside("::1", 128))) return true;
+  if (/(^|\.)localhost$/.test(host) || isInside("127.0.0.0", 8) || isInside("::1", 128)) return true;
   return noProxy.toLowerCase().split(/[\s,]+/).filter(Boolean).some((entry) => {
     const [block = "", bits] = entry.split("/");
-    if (bits !== void 0 && net.isIP(block) !== 0) {
-      return isAddress && /^\d+$/.test(bits) && Number(bits) <= (net.isIPv6(block) ? 128 : 32) && isInside(block, Number(bits));
-    }
+    const width = net.isIPv6(block) ? 128 : 32;
+    if (bits !== void 0 && net.isIP(block)) return /^\d+$/.test(bits) && Number(bits) <= width && isInside(block, +bits);
     const [, bracketed, bare, wantedPort] = /^(?:\[([^\]]*)\]|([^:]*)|)(?::(\d+))?$/.exec(entry) ?? ["", entry];
     if (wantedPort !== void 0 && wantedPort !== port) return false;
     const name = (bracketed ?? bare ?? "").replace(/^\*?\./, "");
@@ -369,7 +332,8 @@ function isExemptFromProxy(url, noProxy) {
 }
 function proxyFor(url, environment) {
   const variable = (name2) => environment[name2] || environment[name2.toLowerCase()] || "";
-  const name = [url.protocol === "https:" ? "HTTPS_PROXY" : "HTTP_PROXY", "ALL_PROXY"].find((each) => variable(each) !== "");
+  const names = [url.protocol === "https:" ? "HTTPS_PROXY" : "HTTP_PROXY", "ALL_PROXY"];
+  const name = names.find((each) => variable(each) !== "");
   if (name === void 0 || isExemptFromProxy(url, variable("NO_PROXY"))) return void 0;
   const text = /^[a-z][a-z0-9+.-]*:\/\//i.test(variable(name)) ? variable(name) : `http://${variable(name)}`;
   if (!URL.canParse(text)) fail("PROXY", `${name} is not a URL`);
@@ -377,19 +341,17 @@ function proxyFor(url, environment) {
   if (proxy.protocol === "http:" || proxy.protocol === "https:") return proxy;
   return fail("PROXY", `${name}: a ${proxy.protocol}// proxy is not supported, only http:// and https:// ones are`);
 }
+var basicAuthorization = (username, secret) => `Basic ${Buffer.from(`${username}:${secret}`, "utf8").toString("base64")}`;
 function proxyHeaders({ username, password }) {
-  if (username === "") return {};
-  return { "Proxy-Authorization": basicAuthorization(decodeURIComponent(username), decodeURIComponent(password)) };
+  const value = basicAuthorization(decodeURIComponent(username), decodeURIComponent(password));
+  return username === "" ? {} : { "Proxy-Authorization": value };
 }
-function basicAuthorization(username, secret) {
-  return `Basic ${Buffer.from(`${username}:${secret}`, "utf8").toString("base64")}`;
-}
-function tunnelAgent(proxy, agent, secureContext, timeout) {
+function tunnelAgent(proxy, agent, proxyTls, timeout) {
   const name = `the proxy ${proxy.protocol}//${proxy.host}`;
   const createConnection = (target, callback) => {
     const authority = `${net.isIPv6(String(target.host)) ? `[${target.host}]` : target.host}:${target.port}`;
     const headers = { Host: authority, ...proxyHeaders(proxy) };
-    const options = { ...secureContext ? { secureContext } : {}, method: "CONNECT", path: authority, agent: false, timeout, headers };
+    const options = { ...proxyTls, method: "CONNECT", path: authority, agent: false, timeout, headers };
     const connect2 = (proxy.protocol === "https:" ? https : http).request(proxy, options);
     connect2.once("connect", ({ statusCode: status, statusMessage = "" }, socket) => {
       if (status === 200) return callback(null, tls.connect({ ...target, socket }));
@@ -407,16 +369,15 @@ function tunnelAgent(proxy, agent, secureContext, timeout) {
 function createTransport(settings) {
   const contextFor = secureContexts(settings);
   const agents = /* @__PURE__ */ new Map();
-  const { timeoutMs, environment } = settings;
+  const { timeoutMs, environment, insecure } = settings;
   const makeAgent = async (url, isRegistry, proxy) => {
     const keepAlive = { keepAlive: true, scheduling: "lifo" };
-    const proxyContext = proxy?.protocol === "https:" ? await contextFor(proxy, false) : void 0;
-    if (url.protocol === "http:") {
-      return proxyContext ? new https.Agent({ ...keepAlive, secureContext: proxyContext }) : new http.Agent(keepAlive);
-    }
+    const proxyTls = proxy?.protocol === "https:" ? { secureContext: await contextFor(proxy, false) } : {};
+    if (url.protocol === "http:" && proxy?.protocol !== "https:") return new http.Agent(keepAlive);
+    if (url.protocol === "http:") return new https.Agent({ ...keepAlive, ...proxyTls });
     const secureContext = await contextFor(url, isRegistry);
-    const agent = new https.Agent({ ...keepAlive, secureContext, rejectUnauthorized: !settings.insecure });
-    return proxy ? tunnelAgent(proxy, agent, proxyContext, timeoutMs) : agent;
+    const agent = new https.Agent({ ...keepAlive, secureContext, rejectUnauthorized: insecure !== true });
+    return proxy ? tunnelAgent(proxy, agent, proxyTls, timeoutMs) : agent;
   };
   const sendOnce = async (request, url, headers) => {
     const { method, signal, body } = request;
@@ -427,8 +388,8 @@ function createTransport(settings) {
     const agent = agents.get(key) ?? makeAgent(url, isRegistry, proxy);
     agents.set(key, agent);
     const forwarder = url.protocol === "http:" ? proxy : void 0;
-    const absolute = forwarder ? { path: url.href, headers: { ...headers, Host: url.host, ...proxyHeaders(forwarder) } } : { headers };
-    const options = { method, signal, agent: await agent, timeout: timeoutMs, ...absolute };
+    const absolute = forwarder && { path: url.href, headers: { ...headers, Host: url.host, ...proxyHeaders(forwarder) } };
+    const options = { method, signal, agent: await agent, timeout: timeoutMs, headers, ...absolute };
     return new Promise((resolve, reject) => {
       const outgoing = ((forwarder ?? url).protocol === "https:" ? https : http).request(forwarder ?? url, options);
       let incoming;
@@ -447,9 +408,7 @@ function createTransport(settings) {
   };
   return {
     send: (request) => followRedirects(request, sendOnce),
-    close: () => {
-      for (const agent of agents.values()) agent.then((ready) => ready.destroy(), () => void 0);
-    }
+    close: () => agents.forEach((agent) => void agent.then((ready) => ready.destroy(), () => void 0))
   };
 }
 async function followRedirects(request, sendOnce) {
@@ -457,11 +416,11 @@ async function followRedirects(request, sendOnce) {
   for (let hop = 0; ; hop += 1) {
     const authorization = await request.authorizationFor(url.origin);
     const common = { "User-Agent": `imgpull/${"1.0.0"}`, "Accept-Encoding": "identity" };
-    const response = await sendOnce(request, url, { ...common, ...request.headers, ...given({ Authorization: authorization }) });
-    const { statusCode: status = 0, headers } = response;
+    const allHeaders = { ...common, ...request.headers, ...given({ Authorization: authorization }) };
+    const response = await sendOnce(request, url, allHeaders);
+    const { statusCode: status = 0, headers, headers: { location } } = response;
     const answer = { status, headers, url, authorization, words: "" };
     if (status >= 200 && status < 300) return { ...answer, body: response };
-    const { location } = headers;
     if (![301, 302, 303, 307, 308].includes(status) || location === void 0 || request.body !== void 0) {
       return { ...answer, words: await readWords(response) };
     }
@@ -478,23 +437,22 @@ async function followRedirects(request, sendOnce) {
 }
 function decodeBody(response, expectedBytes) {
   const { "content-encoding": encoding = "", "content-length": length } = response.headers;
-  const decoders = { gzip: zlib.createGunzip, "x-gzip": zlib.createGunzip, deflate: zlib.createInflate, br: zlib.createBrotliDecompress };
-  const decoder = decoders[encoding.toLowerCase()];
-  if (!decoder || expectedBytes !== void 0 && Number(length) === expectedBytes) return response;
-  const decoded = decoder();
+  const isRaw = expectedBytes !== void 0 && Number(length) === expectedBytes;
+  if (!/^(x-)?gzip$/i.test(encoding) || isRaw) return response;
+  const decoded = zlib.createGunzip();
   response.once("error", (error) => decoded.destroy(error));
   return response.pipe(decoded.once("close", () => response.destroy()));
 }
 async function readBody(response, maximumBytes, what) {
-  const tooLarge = () => new ImgpullError("TOO_LARGE", `${what} is larger than ${maximumBytes} bytes`);
+  const tooLarge = `${what} is larger than ${maximumBytes} bytes`;
+  const checkSize = (bytes) => bytes <= maximumBytes || fail("TOO_LARGE", tooLarge);
   const chunks = [];
   let length = 0;
   try {
-    if (Number(response.headers["content-length"]) > maximumBytes) throw tooLarge();
+    checkSize(Number(response.headers["content-length"] ?? 0));
     for await (const chunk of decodeBody(response)) {
-      length += chunk.length;
-      if (length > maximumBytes) throw tooLarge();
       chunks.push(chunk);
+      checkSize(length += chunk.length);
     }
   } catch (error) {
     response.destroy();
@@ -505,7 +463,7 @@ async function readBody(response, maximumBytes, what) {
 async function readWords(response) {
   const body = await readBody(response, LIMITS.errorBodyBytes, "the error's body").catch((error) => {
     if (error.code === "ABORTED") throw error;
-    return Buffer.alloc(0);
+    return "";
   });
   const json = parseJson(body);
   if (!isRecord(json)) return /^\s*</.test(String(body)) ? "" : printable(String(body));
@@ -514,15 +472,11 @@ async function readWords(response) {
   const words = [code, message, json.details, json.message, json.error_description, json.error];
   return printable(words.filter((word) => typeof word === "string" && word !== "").slice(0, 2).join(": "));
 }
-var systemClock = {
-  now: Date.now,
-  random: Math.random,
-  sleep: (milliseconds, signal) => (0, import_promises2.setTimeout)(milliseconds, void 0, { signal })
-};
+var sleep = (milliseconds, signal) => (0, import_promises2.setTimeout)(milliseconds, void 0, { signal });
+var systemClock = { now: Date.now, random: Math.random, sleep };
 function parseRetryAfter(value, now) {
-  if (value === void 0) return void 0;
-  if (/^\s*\d+\s*$/.test(value)) return Number(value) * 1e3;
-  const date = Date.parse(value);
+  if (/^\s*\d+\s*$/.test(value ?? "")) return Number(value) * 1e3;
+  const date = Date.parse(value ?? "");
   return Number.isNaN(date) ? void 0 : Math.max(0, date - now);
 }
 var isMismatch = ({ code }) => code === "DIGEST_MISMATCH" || code === "SIZE_MISMATCH";
@@ -531,14 +485,14 @@ function isRetriable(error) {
   const { code, status = 0, retryAfterMs } = error;
   if (code === "NETWORK") return errorCodeOf(error.cause) !== "ENOTFOUND";
   if (code === "TIMEOUT" || code === "RATE_LIMITED" || retryAfterMs !== void 0 || isMismatch(error)) return true;
-  if (code !== "PROTOCOL" && code !== "PROXY") return false;
-  return status === 408 || status === 425 || status >= 500 && status !== 501 && status !== 505;
+  const isServers = status === 408 || status === 425 || status >= 500 && status !== 501 && status !== 505;
+  return (code === "PROTOCOL" || code === "PROXY") && isServers;
 }
 function retryDelayMs(error, failures, retries, random) {
   if (!isRetriable(error) || failures > (isMismatch(error) ? Math.min(1, retries) : retries)) return void 0;
-  if ((error.retryAfterMs ?? 0) > LIMITS.retryAfterMs) return void 0;
+  const { retryAfterMs = 0 } = error;
   const ceiling = Math.min(LIMITS.backoffMs, LIMITS.firstBackoffMs * 2 ** (failures - 1));
-  return Math.max(error.retryAfterMs ?? 0, Math.round(ceiling * (0.5 + random / 2)));
+  return retryAfterMs > LIMITS.retryAfterMs ? void 0 : Math.max(retryAfterMs, Math.round(ceiling * (0.5 + random / 2)));
 }
 async function withRetries(session, attempt, gotOn = () => false) {
   const { clock, settings: { retries }, signal } = session;
@@ -563,11 +517,11 @@ function parseChallenges(lines) {
     let current;
     for (let match = word.exec(line); match !== null; match = word.exec(line)) {
       const [, separator = "", name = "", value] = match;
-      if (value !== void 0 && current) {
+      if (value === void 0 && (match.index === 0 || separator.includes(","))) {
+        challenges.push({ scheme: name.toLowerCase(), parameters: current = {} });
+      } else if (current && value !== void 0 && !/^=*$/.test(value)) {
         const unquoted = value.startsWith('"') ? value.replace(/^"|"$/g, "").replace(/\\(.)/g, "$1") : value;
         current[name.toLowerCase()] ??= unquoted;
-      } else if (match.index === 0 || separator.includes(",")) {
-        challenges.push({ scheme: name.toLowerCase(), parameters: current = {} });
       }
     }
   }
@@ -580,13 +534,13 @@ function normalizeAuthKey(key) {
 function decodeAuthEntry(entry, source) {
   const text = (name) => typeof entry[name] === "string" ? entry[name] : "";
   const decoded = Buffer.from(text("auth"), "base64").toString("utf8").replace(/\0+$/, "");
-  const colon = decoded.indexOf(":");
-  if (text("auth") !== "" && colon < 0) fail("CREDENTIALS", `${source}: its "auth" is not USER:PASSWORD in base64`);
-  const [username, password] = colon < 0 ? [text("username"), text("password")] : [decoded.slice(0, colon), decoded.slice(colon + 1)];
-  const common = { username, source, stored: true };
-  if (text("identitytoken") !== "") return { kind: "identity", secret: text("identitytoken"), ...common };
-  if (text("registrytoken") !== "") return { kind: "bearer", secret: text("registrytoken"), ...common };
-  return username === "" && password === "" ? void 0 : { kind: "basic", secret: password, ...common };
+  const [, user, word] = /^([^:]*):([^]*)$/.exec(decoded) ?? [];
+  if (text("auth") !== "" && user === void 0) fail("CREDENTIALS", `${source}: its "auth" is not USER:PASSWORD in base64`);
+  const [username, password] = [user ?? text("username"), word ?? text("password")];
+  const [identity, bearer] = [text("identitytoken"), text("registrytoken")];
+  const kind = identity ? "identity" : bearer ? "bearer" : "basic";
+  const secret = identity || bearer || password;
+  return username === "" && secret === "" ? void 0 : { kind, username, secret, source, stored: true };
 }
 function runCredentialHelper(name, input, environment) {
   const source = `docker-credential-${name}`;
@@ -600,51 +554,41 @@ function runCredentialHelper(name, input, environment) {
     maxBuffer: LIMITS.tokenBytes
   });
   if (error) refuse(`cannot be run: ${errorCodeOf(error) === "ENOENT" ? "it is not on the PATH" : errorCodeOf(error)}`);
-  if (status !== 0) {
-    const words = printable(stdout || stderr);
-    return /credentials not found/i.test(words) ? void 0 : refuse(`failed: ${words || `exit code ${status}`}`);
-  }
+  const words = printable(stdout || stderr);
+  if (status !== 0) return /credentials not found/i.test(words) ? void 0 : refuse(`failed: ${words || `exit code ${status}`}`);
   const answer = parseJson(stdout);
   const { Username: username, Secret: secret } = isRecord(answer) ? answer : {};
   if (typeof username !== "string" || typeof secret !== "string") return refuse("answered without Username and Secret");
-  if (username === "" && secret === "") return void 0;
-  if (username === "<token>") return { kind: "identity", username: "", secret, source, stored: true };
-  return { kind: "basic", username, secret, source, stored: true };
+  const isIdentity = username === "<token>";
+  const found = { username: isIdentity ? "" : username, secret, source, stored: true };
+  return username === "" && secret === "" ? void 0 : { kind: isIdentity ? "identity" : "basic", ...found };
 }
-function credentialIn(text, source, reference, environment) {
+function credentialIn(text, source, { host, repository }, environment) {
   const file = parseJson(text);
   if (!isRecord(file)) return fail("CREDENTIALS", `${source} is not a JSON object`);
-  const auths = isRecord(file.auths) ? file.auths : {};
-  const helpers = isRecord(file.credHelpers) ? file.credHelpers : {};
-  const wanted = `${reference.host}/${reference.repository}/`;
-  const bestOf = (keys) => keys.filter((key) => wanted.startsWith(`${normalizeAuthKey(key)}/`)).sort((left, right) => normalizeAuthKey(right).length - normalizeAuthKey(left).length)[0] ?? "";
-  const helper = helpers[bestOf(Object.keys(helpers))] ?? file.credsStore;
-  const server = reference.host === "docker.io" ? "https://index.docker.io/v1/" : reference.host;
+  const bestIn = (entries, isUsable) => Object.entries(isRecord(entries) ? entries : {}).filter(([key, value]) => isUsable(value) && `${host}/${repository}/`.startsWith(`${normalizeAuthKey(key)}/`)).sort(([left], [right]) => normalizeAuthKey(right).length - normalizeAuthKey(left).length)[0]?.[1];
+  const helper = bestIn(file.credHelpers, (value) => typeof value === "string") ?? file.credsStore;
+  const server = host === "docker.io" ? "https://index.docker.io/v1/" : host;
   const found = typeof helper === "string" && helper !== "" ? runCredentialHelper(helper, server, environment) : void 0;
-  const isFilled = (key) => isRecord(auths[key]) && Object.keys(auths[key]).length > 0;
-  const entry = auths[bestOf(Object.keys(auths).filter(isFilled))];
+  const entry = bestIn(file.auths, (value) => isRecord(value) && Object.keys(value).length > 0);
   return found ?? (isRecord(entry) ? decodeAuthEntry(entry, source) : void 0);
 }
 async function findCredential(settings, reference) {
   const { environment, token, username, password = "" } = settings;
-  const { HOME: home = os.homedir(), DOCKER_CONFIG, DOCKER_AUTH_CONFIG, XDG_RUNTIME_DIR, REGISTRY_AUTH_FILE } = environment;
-  if (token !== void 0) return { kind: "outside", username: "", secret: token, source: "--token", stored: false };
-  if (username !== void 0) {
-    return { kind: "basic", username, secret: password, source: "--user and --password", stored: false };
-  }
-  const files = [
-    path.join(DOCKER_CONFIG || path.join(home, ".docker"), "config.json"),
-    ...XDG_RUNTIME_DIR ? [path.join(XDG_RUNTIME_DIR, "containers/auth.json")] : [],
-    path.join(home, ".config/containers/auth.json")
+  const { HOME: home = os.homedir(), DOCKER_CONFIG, XDG_RUNTIME_DIR, REGISTRY_AUTH_FILE: named } = environment;
+  const option = { username: username ?? "", stored: false };
+  if (token !== void 0) return { kind: "outside", secret: token, source: "--token", ...option };
+  if (username !== void 0) return { kind: "basic", secret: password, source: "--user and --password", ...option };
+  const file = async (name, what = `the credential file ${name}`, isRequired = false) => [name, await readCredentialFile(name, what, isRequired)];
+  const places = [
+    ...named ? [() => file(named, `REGISTRY_AUTH_FILE names ${named}`, true)] : [],
+    async () => ["DOCKER_AUTH_CONFIG", environment.DOCKER_AUTH_CONFIG],
+    () => file(path.join(DOCKER_CONFIG || path.join(home, ".docker"), "config.json")),
+    ...XDG_RUNTIME_DIR ? [() => file(path.join(XDG_RUNTIME_DIR, "containers/auth.json"))] : [],
+    () => file(path.join(home, ".config/containers/auth.json"))
   ];
-  const readers = files.map((file) => [file, () => readCredentialFile(file, `the credential file ${file}`, false)]);
-  readers.unshift(["DOCKER_AUTH_CONFIG", async () => DOCKER_AUTH_CONFIG]);
-  if (REGISTRY_AUTH_FILE) {
-    const what = `REGISTRY_AUTH_FILE names ${REGISTRY_AUTH_FILE}`;
-    readers.unshift([REGISTRY_AUTH_FILE, () => readCredentialFile(REGISTRY_AUTH_FILE, what, true)]);
-  }
-  for (const [source, read] of readers) {
-    const text = await read();
+  for (const place of places) {
+    const [source, text] = await place();
     const found = text ? credentialIn(text, source, reference, environment) : void 0;
     if (found) return found;
   }
@@ -659,14 +603,15 @@ async function readCredentialFile(file, what, isRequired) {
   }
   return fail("CREDENTIALS", `${what}: too large for a credential file`);
 }
-async function fetchToken(session, origin, repository, challenge, credential) {
+async function fetchToken(session, origin, scope, challenge, credential) {
   const { realm = "", service } = challenge.parameters;
-  const query = { ...given({ service }), scope: `repository:${repository}:pull` };
   if (realm === "" || !URL.canParse(realm, origin)) fail("PROTOCOL", `${origin} asks for a token and names no usable realm`);
   const url = new URL(realm, origin);
+  const where = redactUrl(url);
   if (url.protocol !== "https:" && !(url.protocol === "http:" && origin.startsWith("http:"))) {
-    fail("PROTOCOL", `${origin} names the token endpoint ${redactUrl(url)}: not over ${url.protocol}`);
+    fail("PROTOCOL", `${origin} names the token endpoint ${where}: not over ${url.protocol}`);
   }
+  const query = { ...given({ service }), scope };
   const ask = (method, target, authorization, body) => session.transport.send({
     method,
     url: target,
@@ -689,19 +634,16 @@ async function fetchToken(session, origin, repository, challenge, credential) {
     answer = await ask("GET", target, credential && basicAuthorization(username, credential.secret));
   }
   if (!answer.body) throw statusError(answer, session.clock.now(), "the token service");
-  const json = parseJson(await readBody(answer.body, LIMITS.tokenBytes, `the token of ${redactUrl(url)}`));
+  const json = parseJson(await readBody(answer.body, LIMITS.tokenBytes, `the token of ${where}`));
   const { token, access_token: accessToken, expires_in: seconds } = isRecord(json) ? json : {};
   const text = token || accessToken;
-  if (typeof text !== "string" || !/^[\x21-\x7e]+$/.test(text)) {
-    return fail("PROTOCOL", `${redactUrl(url)} answered without a token`);
-  }
+  if (typeof text !== "string" || !/^[\x21-\x7e]+$/.test(text)) return fail("PROTOCOL", `${where} answered without a token`);
   const lifeMs = Math.max(LIMITS.tokenFloorMs, typeof seconds === "number" ? seconds * 1e3 : 0);
   return { header: `Bearer ${text}`, expiresAt: session.clock.now() + lifeMs };
 }
-function statusError(answer, now, who, isRegistry = true) {
-  const { status, words, headers } = answer;
+function statusError({ status, words, headers, url }, now, who, isRegistry = true) {
   const retryAfterMs = parseRetryAfter(headers["retry-after"], now);
-  const said = `${redactUrl(answer.url)}: ${who} answered ${status}${words ? ` (${words})` : ""}`;
+  const said = `${redactUrl(url)}: ${who} answered ${status}${words ? ` (${words})` : ""}`;
   if (status === 429) {
     const when = retryAfterMs === void 0 ? "try again later" : `come back in ${Math.ceil(retryAfterMs / 1e3)} s, at ${new Date(now + Math.min(retryAfterMs, 1e12)).toISOString()}`;
     return new ImgpullError("RATE_LIMITED", `${said}
@@ -732,19 +674,11 @@ var Registry = class {
     this.origin = new URL(`${scheme}://${apiHost(reference.host)}`).origin;
     if (token !== void 0) this.#held.set(this.origin, { header: `Basic ${token}`, expiresAt: NEVER });
   }
-  #url(rest) {
+  /** One answer to one request, after at most one handshake, one renewal and one fallback. */
+  async #request(method, rest, headers, signal) {
     const url = new URL(`${this.origin}/v2/${this.reference.repository}/${rest}`);
     const { namespace } = this.#session.settings;
     if (namespace !== void 0) url.searchParams.set("ns", namespace);
-    return url;
-  }
-  /** Looked up when a registry asks for it first; storage hosts and other origins never get it. */
-  async #credentialFor(origin) {
-    if (this.#isAnonymous || origin !== this.origin) return void 0;
-    return this.#found ??= findCredential(this.#session.settings, this.reference);
-  }
-  /** One answer to one request, after at most one handshake, one renewal and one fallback. */
-  async #request(method, url, headers, signal) {
     const authorizationFor = (origin) => this.#authorizationFor(origin);
     const isRegistry = (origin) => origin === this.origin;
     for (let round = 0; ; round += 1) {
@@ -757,8 +691,8 @@ var Registry = class {
   async #authorizationFor(origin) {
     const held = this.#held.get(origin);
     if (held && held.expiresAt > this.#session.clock.now()) return held.header;
-    const challenges = this.#session.challenges.get(origin) ?? [];
-    if (challenges.some(({ scheme }) => scheme === "bearer")) await this.#handshake(origin, challenges);
+    const isBearer = this.#session.challenges.get(origin)?.some(({ scheme }) => scheme === "bearer");
+    if (isBearer) await this.#handshake(origin);
     return this.#held.get(origin)?.header;
   }
   /** Whether another attempt may go better than the one that got `answer`. */
@@ -766,71 +700,80 @@ var Registry = class {
     const { url: { origin }, authorization: sent, status, headers } = answer;
     if (this.#held.get(origin)?.header !== sent) return true;
     const challenges = parseChallenges([headers["www-authenticate"] ?? []].flat());
-    if (challenges.length > 0) this.#session.challenges.set(origin, challenges);
+    const isRenewal = round === 0 && sent !== void 0 && this.#session.challenges.has(origin);
+    if (challenges.length > 0 && !isRenewal) this.#session.challenges.set(origin, challenges);
     const credential = await this.#credentialFor(origin);
     if (credential?.kind === "outside") return false;
     if (status === 403 || round > 0 && sent !== void 0 || sent?.startsWith("Basic ")) {
       if (!credential?.stored) return false;
       this.#giveUp(credential, `${redactUrl(answer.url)}: ${status}`);
     }
-    return this.#handshake(origin, this.#session.challenges.get(origin) ?? []);
+    return this.#handshake(origin);
   }
-  #giveUp(credential, reason) {
+  /** Looked up when a registry asks for it first; storage hosts and other origins never get it. */
+  async #credentialFor(origin) {
+    if (this.#isAnonymous || origin !== this.origin) return void 0;
+    return this.#found ??= findCredential(this.#session.settings, this.reference);
+  }
+  #giveUp({ source }, reason) {
     this.#isAnonymous = true;
     this.#held.delete(this.origin);
-    this.#session.warn(`the credentials of ${credential.source} were refused (${reason}); trying without any`);
+    this.#session.warn(`the credentials of ${source} were refused (${reason}); trying without any`);
   }
   /** Connections that are refused at the same time get one new token between them. */
-  #handshake(origin, challenges) {
-    const running = this.#renewals.get(origin) ?? this.#answerChallenge(origin, challenges).finally(() => this.#renewals.delete(origin));
+  #handshake(origin) {
+    const running = this.#renewals.get(origin) ?? this.#answerChallenge(origin).finally(() => this.#renewals.delete(origin));
     this.#renewals.set(origin, running);
     return running;
   }
-  async #answerChallenge(origin, challenges) {
+  async #answerChallenge(origin) {
+    const challenges = this.#session.challenges.get(origin) ?? [];
     const credential = await this.#credentialFor(origin);
     const bearer = challenges.find(({ scheme }) => scheme === "bearer");
     const isBasic = challenges.some(({ scheme }) => scheme === "basic") && credential?.kind === "basic";
     if (!bearer && !isBasic) return false;
-    if (credential && (!bearer || credential.kind === "bearer")) {
-      const header = bearer ? `Bearer ${credential.secret}` : basicAuthorization(credential.username, credential.secret);
+    if (!bearer || credential?.kind === "bearer") {
+      const { username, secret } = credential;
+      const header = bearer ? `Bearer ${secret}` : basicAuthorization(username, secret);
       this.#held.set(origin, { header, expiresAt: NEVER });
       return true;
     }
-    const ask = (holder) => fetchToken(this.#session, origin, this.reference.repository, bearer, holder);
-    this.#held.set(origin, await ask(credential).catch((error) => {
-      if (!credential || ![400, 401, 403, 404].includes(error.status ?? 0)) throw error;
-      if (!credential.stored) {
-        const words = `${error.message}
-  refused: the credentials of ${credential.source}`;
-        fail("UNAUTHORIZED", words, { status: error.status, cause: error });
-      }
+    const ours = `repository:${this.reference.repository}:pull`;
+    const scope = origin === this.origin ? ours : bearer.parameters.scope ?? ours;
+    const ask = (holder) => fetchToken(this.#session, origin, scope, bearer, holder);
+    this.#held.set(origin, await ask(credential).catch(async (error) => {
+      if (![400, 401, 403, 404].includes(error.status ?? 0)) throw error;
+      if (!credential?.stored) throw error.status === 401 || credential ? await this.#withTried(error) : error;
       this.#giveUp(credential, error.message);
-      return ask(void 0);
+      return ask();
     }));
     return true;
   }
-  /** A refusal in the user's terms: what was asked for, and which credentials were tried. */
+  /** The error with the word of which credentials were tried, and from where. */
+  async #withTried({ code, message, status }) {
+    const credential = await this.#credentialFor(this.origin);
+    const tried = this.#isAnonymous ? "the stored credentials were refused, and so was a request without any" : credential ? `refused: the credentials of ${credential.source}` : "no credentials were found for this registry (--user, --token, docker login); a repository that does not exist is often answered the same way";
+    return new ImgpullError(code === "FORBIDDEN" ? code : "UNAUTHORIZED", `${message}
+  ${tried}`, { status });
+  }
+  /** A refusal in the user's terms. */
   async #refusal(answer, what) {
     const isRegistry = answer.url.origin === this.origin;
     const who = isRegistry ? "the registry" : "the storage host";
     const error = statusError(answer, this.#session.clock.now(), who, isRegistry);
-    const { code, status, message } = error;
-    if (code === "NOT_FOUND") {
-      const isName = /NAME_UNKNOWN|repository name not known/i.test(answer.words);
-      const missing = isName ? `repository: ${this.reference.host}/${this.reference.repository}` : what;
-      return new ImgpullError(code, `no such ${missing}
-  ${message}`, { status });
-    }
-    if (code !== "UNAUTHORIZED" && code !== "FORBIDDEN" || error.retryAfterMs !== void 0) return error;
-    const credential = await this.#credentialFor(this.origin);
-    const tried = this.#isAnonymous ? "the stored credentials were refused, and so was a request without any" : credential ? `tried the credentials of ${credential.source}` : "no credentials were found for this registry (--user, --token, or docker login); a repository that does not exist is often answered the same way";
-    return new ImgpullError(code, `${message}
-  ${tried}`, { status });
+    const isName = /NAME_UNKNOWN|repository name not known/i.test(answer.words);
+    const missing = isName ? `repository: ${this.reference.host}/${this.reference.repository}` : what;
+    const { code, status, retryAfterMs } = error;
+    const doubt = answer.headers["content-type"]?.includes("html") ? `: is ${this.reference.host} a registry?` : "";
+    if (code === "NOT_FOUND") return new ImgpullError(code, `no such ${missing}
+  ${error.message}${doubt}`, { status });
+    const isOurs = (code === "UNAUTHORIZED" || code === "FORBIDDEN") && retryAfterMs === void 0;
+    return isOurs ? this.#withTried(error) : error;
   }
   /** One attempt at a manifest's answer; it has a body. */
   async #manifestAnswer(method, tagOrDigest) {
-    const { signal } = this.#session;
-    const answer = await this.#request(method, this.#url(`manifests/${tagOrDigest}`), { Accept: MANIFEST_TYPES.join(", ") }, signal);
+    const accept = { Accept: MANIFEST_TYPES.join(", ") };
+    const answer = await this.#request(method, `manifests/${tagOrDigest}`, accept, this.#session.signal);
     const { host, repository } = this.reference;
     const what = isDigest(tagOrDigest) ? `manifest: ${tagOrDigest}` : `tag: ${host}/${repository}:${tagOrDigest}`;
     if (!answer.body) throw await this.#refusal(answer, what);
@@ -840,17 +783,16 @@ var Registry = class {
   manifest(tagOrDigest) {
     return withRetries(this.#session, async () => {
       const startedAt = performance.now();
-      const answer = await this.#manifestAnswer("GET", tagOrDigest);
+      const { body, url, headers } = await this.#manifestAnswer("GET", tagOrDigest);
       this.latencyMs = Math.min(this.latencyMs, performance.now() - startedAt);
-      const where = redactUrl(answer.url);
-      const bytes = await readBody(answer.body, LIMITS.manifestBytes, `the manifest ${where}`);
+      const where = redactUrl(url);
+      const bytes = await readBody(body, LIMITS.manifestBytes, `the manifest ${where}`);
       const digest = digestOf(bytes, isDigest(tagOrDigest) ? tagOrDigest : void 0);
-      if (isDigest(tagOrDigest) && digest !== tagOrDigest) {
-        fail("DIGEST_MISMATCH", `${where}: the manifest's bytes have the digest ${digest}`);
-      }
-      const mediaType = sniffMediaType(bytes, answer.headers["content-type"]);
+      const isWrong = isDigest(tagOrDigest) && digest !== tagOrDigest;
+      if (isWrong) fail("DIGEST_MISMATCH", `${where}: the manifest's bytes have the digest ${digest}`);
+      const mediaType = sniffMediaType(bytes, headers["content-type"]);
       if (mediaType !== void 0) return { mediaType, digest, bytes };
-      const type = printable(answer.headers["content-type"] ?? "nothing named", 80);
+      const type = printable(headers["content-type"] ?? "nothing named", 80);
       return fail("PROTOCOL", `${where}: the answer is not a manifest but ${type}: is ${this.reference.host} a registry?`);
     });
   }
@@ -859,19 +801,18 @@ var Registry = class {
     return withRetries(this.#session, async () => {
       const { headers, body } = await this.#manifestAnswer("HEAD", tagOrDigest);
       body?.resume();
-      const digest = headers["docker-content-digest"];
-      const size = Number(headers["content-length"] ?? Number.NaN);
-      const mediaType = (headers["content-type"] ?? "").split(";")[0]?.trim() ?? "";
-      const isWhole = isDigest(digest) && Number.isSafeInteger(size) && MANIFEST_TYPES.includes(mediaType);
-      return isWhole ? { mediaType, digest, size } : void 0;
+      const { "docker-content-digest": digest, "content-length": length = "", "content-type": type = "" } = headers;
+      const mediaType = type.split(";")[0]?.trim() ?? "";
+      const isWhole = isDigest(digest) && Number(length) > 0 && MANIFEST_TYPES.includes(mediaType);
+      return isWhole ? { mediaType, digest, size: Number(length) } : void 0;
     });
   }
   /** One answer, with a body, to a request for a blob's bytes [from, to). The caller checks what comes. */
   async blob({ digest, size, urls = [] }, from, to, signal) {
     const headers = from === 0 && to === size ? {} : { Range: `bytes=${from}-${to - 1}` };
-    let answer = await this.#request("GET", this.#url(`blobs/${digest}`), headers, signal);
+    let answer = await this.#request("GET", `blobs/${digest}`, headers, signal);
     if (answer.body) return answer;
-    const foreign = answer.status === 404 ? urls.filter((url) => URL.canParse(url) && new URL(url).protocol === "https:") : [];
+    const foreign = answer.status === 404 ? urls.filter((url) => URL.canParse(url) && url.startsWith("https:")) : [];
     if (foreign.length === 0) throw await this.#refusal(answer, `blob: ${digest}`);
     for (const url of foreign) {
       const anyone = { authorizationFor: async () => void 0, isRegistry: () => false };
@@ -891,22 +832,17 @@ function sniffMediaType(bytes, contentType = "") {
   return Array.isArray(json.manifests) ? OCI_INDEX : isRecord(json.config) ? OCI_MANIFEST : void 0;
 }
 function parseDescriptor(value, where) {
-  if (!isRecord(value)) return fail("PROTOCOL", `${where}: a descriptor is not an object`);
-  const { mediaType, digest, size, urls, platform } = value;
-  if (!isDigest(digest)) {
-    return fail("PROTOCOL", `${where}: "${printable(String(digest), 100)}" is not a digest that is safe to use`);
-  }
+  const refuse = (reason) => fail("PROTOCOL", `${where}: ${reason}`);
+  if (!isRecord(value)) return refuse("a descriptor is not an object");
+  const { mediaType: type, digest, size, urls, platform: words } = value;
+  if (!isDigest(digest)) return refuse(`"${printable(String(digest), 100)}" is not a digest that is safe to use`);
   if (typeof size !== "number" || !Number.isSafeInteger(size) || size < 0) {
-    const said = printable(JSON.stringify(size) ?? "none", 40);
-    return fail("PROTOCOL", `${where}: ${digest} has the size ${said}, which is not a number of bytes`);
+    return refuse(`${digest} has the size ${printable(JSON.stringify(size) ?? "none", 40)}, which is not a number of bytes`);
   }
   const isUrlList = Array.isArray(urls) && urls.length > 0 && urls.every((url) => typeof url === "string");
-  return {
-    mediaType: typeof mediaType === "string" ? mediaType : "",
-    digest,
-    size,
-    ...given({ urls: isUrlList ? urls : void 0, platform: isRecord(platform) ? parsePlatform(platform) : void 0 })
-  };
+  const platform = isRecord(words) ? parsePlatform(words) : void 0;
+  const mediaType = typeof type === "string" ? type : "";
+  return { mediaType, digest, size, ...given({ urls: isUrlList ? urls : void 0, platform }) };
 }
 function parsePlatform(value) {
   const word = (name) => typeof value[name] === "string" ? printable(value[name], 64) : "";
@@ -915,7 +851,7 @@ function parsePlatform(value) {
 function parseManifest({ bytes, mediaType }, where) {
   const json = parseJson(bytes);
   if (!isRecord(json)) return fail("PROTOCOL", `${where}: the manifest is not a JSON object`);
-  if (json.schemaVersion === 1 || mediaType.startsWith(DOCKER_SCHEMA_1.slice(0, -5))) {
+  if (json.schemaVersion === 1 || mediaType.startsWith(DOCKER_SCHEMA_1)) {
     fail("UNSUPPORTED", `${where}: a schema 1 manifest, a format that Docker itself has given up: push the image anew`);
   }
   if (mediaType === "application/vnd.oci.artifact.manifest.v1+json") {
@@ -928,53 +864,45 @@ function parseManifest({ bytes, mediaType }, where) {
   if (isIndex === isImage || isIndex && Array.isArray(layers) || isOther) {
     fail("PROTOCOL", `${where}: ${printable(mediaType, 100)} with the fields of something else`);
   }
+  const tooLarge = (what) => fail("TOO_LARGE", `${where}: ${what}`);
   if (isIndex) {
-    if (manifests.length > LIMITS.indexEntries) fail("TOO_LARGE", `${where}: an index of more than ${LIMITS.indexEntries} entries`);
+    if (manifests.length > LIMITS.indexEntries) tooLarge(`an index of more than ${LIMITS.indexEntries} entries`);
     return { kind: "index", manifests: manifests.map((entry) => parseDescriptor(entry, where)) };
   }
   const config = parseDescriptor(json.config, where);
-  if (config.size > LIMITS.configBytes) {
-    fail("TOO_LARGE", `${where}: its config of ${config.size} bytes is larger than ${LIMITS.configBytes}`);
-  }
+  if (config.size > LIMITS.configBytes) tooLarge(`its config of ${config.size} bytes is larger than ${LIMITS.configBytes}`);
   return { kind: "image", config, layers: layers.map((layer) => parseDescriptor(layer, where)) };
 }
 function hostPlatform() {
   const { arch, platform } = process;
   const systems = { win32: "windows", sunos: "solaris" };
-  const ppc = os.endianness() === "LE" ? "ppc64le" : "ppc64";
-  const processors = { x64: "amd64", ia32: "386", mipsel: "mipsle", ppc64: ppc };
+  const ppc64 = os.endianness() === "LE" ? "ppc64le" : "ppc64";
+  const processors = { x64: "amd64", ia32: "386", mipsel: "mipsle", ppc64 };
   const { arm_version: version = "7" } = process.config.variables;
   const variant = arch === "arm" ? `v${version}` : void 0;
   return { os: systems[platform] ?? platform, architecture: processors[arch] ?? arch, ...given({ variant }) };
 }
 function acceptableVariants(architecture, variant) {
-  const lowest = { arm: 5, arm64: 8, amd64: 1 }[architecture];
+  const [lowest, plain] = { arm: [5, 7], arm64: [8, 8], amd64: [1, 1] }[architecture] ?? [];
   if (lowest === void 0) return variant === void 0 ? ["", "*"] : [variant];
-  const isArm = architecture === "arm";
-  const level = /^v(\d{1,2})$/.exec(variant ?? (isArm ? "v7" : `v${lowest}`))?.[1];
-  if (level === void 0) return [variant];
-  const downwards = Array.from({ length: Math.max(0, Number(level) - lowest + 1) }, (_, index) => `v${Number(level) - index}`);
-  if (variant === void 0) return ["", ...downwards];
-  return downwards.flatMap((each) => each === (isArm ? "v7" : `v${lowest}`) ? [each, ""] : [each]);
+  const level = Number(/^v(\d{1,2})$/.exec(variant ?? `v${plain}`)?.[1]);
+  if (Number.isNaN(level)) return [variant];
+  const down = Array.from({ length: Math.max(0, level - lowest + 1) }, (_, index) => level - index);
+  return variant === void 0 ? ["", ...down.map((each) => `v${each}`)] : down.flatMap((each) => each === plain ? [`v${each}`, ""] : [`v${each}`]);
 }
 function matchPlatform(candidates, wanted) {
   const fitting = candidates.filter(
     ({ platform }) => platform?.os === wanted.os && platform.architecture === wanted.architecture
   );
-  for (const variant of acceptableVariants(wanted.architecture, wanted.variant)) {
-    const found = fitting.find(({ platform }) => variant === "*" || (platform?.variant ?? "") === variant);
-    if (found) return found;
-  }
-  return void 0;
+  const ofVariant = (variant) => fitting.find(({ platform }) => variant === "*" || (platform?.variant ?? "") === variant);
+  return acceptableVariants(wanted.architecture, wanted.variant).map(ofVariant).find((found) => found !== void 0);
 }
 function wantedPlatform(wanted, host = hostPlatform()) {
   const variant = wanted.variant ?? (wanted.architecture === void 0 ? host.variant : void 0);
   return { os: wanted.os ?? host.os, architecture: wanted.architecture ?? host.architecture, ...given({ variant }) };
 }
 var BLOCK = 512;
-function paddingOf(sizeBytes) {
-  return (BLOCK - sizeBytes % BLOCK) % BLOCK;
-}
+var paddingOf = (sizeBytes) => (BLOCK - sizeBytes % BLOCK) % BLOCK;
 function encodeUstarHeader(name, sizeBytes, type) {
   const octal = (value, width) => `${value.toString(8).padStart(width - 1, "0")}\0`;
   const fields = [
@@ -997,8 +925,7 @@ function encodeUstarHeader(name, sizeBytes, type) {
     [12, ""]
   ];
   const header = Buffer.concat(fields.map(([width, text]) => Buffer.concat([Buffer.from(text, "latin1")], width)));
-  const checksum = sumOf(header, (byte) => byte);
-  header.write(`${checksum.toString(8).padStart(6, "0")}\0 `, 148, "latin1");
+  header.write(`${octal(sumOf(header, (byte) => byte), 7)} `, 148, "latin1");
   return header;
 }
 function encodeTarHeader(name, sizeBytes) {
@@ -1016,9 +943,7 @@ function encodeTarHeader(name, sizeBytes) {
   const padded = Buffer.concat([Buffer.from(records, "latin1")], records.length + paddingOf(records.length));
   return Buffer.concat([encodeUstarHeader("PaxHeaders/blob", records.length, "x"), padded, plain]);
 }
-function blobPath(digest) {
-  return `blobs/${digest.replace(":", "/")}`;
-}
+var blobPath = (digest) => `blobs/${digest.replace(":", "/")}`;
 function indexEntry({ name, top }) {
   const annotations = { "io.containerd.image.name": name, "org.opencontainers.image.ref.name": name };
   return { mediaType: top.mediaType, digest: top.digest, size: top.bytes.length, annotations };
@@ -1069,13 +994,11 @@ function planTar(images, omit = /* @__PURE__ */ new Set()) {
   return { entries, trailer, sizeBytes, blobBytes, id: identity.digest("hex"), omitted: [...omitted.values()] };
 }
 async function readAt(handle, position, length, buffer = Buffer.alloc(length)) {
-  let filled = 0;
-  while (filled < length) {
+  for (let filled = 0; ; ) {
     const { bytesRead } = await handle.read(buffer, filled, length - filled, position + filled);
-    if (bytesRead === 0) break;
     filled += bytesRead;
+    if (bytesRead === 0 || filled === length) return buffer.subarray(0, filled);
   }
-  return buffer.subarray(0, filled);
 }
 async function* readTar(handle, where) {
   const refuse = (reason) => fail("BAD_TAR", `${where}: ${reason}`);
@@ -1100,8 +1023,8 @@ async function* readTar(handle, where) {
     if (isExtension) {
       if (sizeBytes > LIMITS.tarMetadataBytes) refuse("an extended header is too large");
       const body = await readAt(handle, offset, sizeBytes);
-      const fields = type === "x" ? parsePaxRecords(body) : type === "L" ? { path: untilNul(body) } : type === "K" ? { linkpath: untilNul(body) } : {};
-      extended = { ...extended, ...fields };
+      if (type === "x") Object.assign(extended, parsePaxRecords(body));
+      else if (type !== "g") extended[type === "L" ? "path" : "linkpath"] = untilNul(body);
       continue;
     }
     const prefix = header.toString("latin1", 257, 263) === "ustar\0" ? text(345, 155) : "";
@@ -1110,10 +1033,7 @@ async function* readTar(handle, where) {
     extended = {};
   }
 }
-function untilNul(bytes) {
-  const end = bytes.indexOf(0);
-  return bytes.toString("utf8", 0, end < 0 ? bytes.length : end);
-}
+var untilNul = (bytes) => bytes.toString("utf8").split("\0", 1)[0] ?? "";
 function parsePaxRecords(body) {
   const records = {};
   for (let at = 0; at < body.length; ) {
@@ -1127,9 +1047,8 @@ function parsePaxRecords(body) {
   return records;
 }
 function digestInName(name) {
-  const blob = /^blobs\/(sha256|sha512)\/([0-9a-f]+)$/.exec(name);
-  const [, bare] = /^(?:sha256:)?([0-9a-f]{64})(?:\.json|\.tar|\.tar\.gz)?$/.exec(name) ?? [];
-  const digest = blob ? `${blob[1]}:${blob[2]}` : `sha256:${bare}`;
+  const [, blob, bare] = /^(?:blobs\/(sha\d+\/[0-9a-f]+)|(?:sha256:)?([0-9a-f]{64})(?:\.json|\.tar|\.tar\.gz)?)$/.exec(name) ?? [];
+  const digest = blob?.replace("/", ":") ?? `sha256:${bare}`;
   return isDigest(digest) ? digest : void 0;
 }
 async function openTar(file) {
@@ -1147,61 +1066,51 @@ async function openTar(file) {
     throw error;
   }
 }
+var lengthOf = (ranges) => sumOf(ranges, ([from, to]) => to - from);
 function addRange(ranges, [from, to]) {
   const isApart = ([start, end]) => end < from || start > to;
-  const touching = ranges.filter((range) => !isApart(range));
-  const merged = [Math.min(from, ...touching.map(([start]) => start)), Math.max(to, ...touching.map(([, end]) => end))];
+  const edges = [from, to, ...ranges.filter((range) => !isApart(range)).flat()];
+  const merged = [Math.min(...edges), Math.max(...edges)];
   return [...ranges.filter(isApart), merged].sort((left, right) => left[0] - right[0]);
 }
 function missingRanges(ranges, sizeBytes) {
-  const starts = [0, ...ranges.map(([, end]) => end)];
   const ends = [...ranges.map(([start]) => start), sizeBytes];
-  return starts.map((start, at) => [start, ends[at]]).filter(([from, to]) => from < to);
+  const gaps = [0, ...ranges.map(([, end]) => end)].map((start, at) => [start, ends[at]]);
+  return gaps.filter(([from, to]) => from < to);
 }
 var FRESH = { hashedTo: 0, hashing: void 0, unrecordedBytes: 0, openSegments: 0, doneBytes: 0 };
-function newJob(descriptor, registry, offset, sources) {
+function newJob(descriptor, registry, offset, tars) {
   const { digest, size } = descriptor;
-  const entries = sources.map(({ handle, blobs }) => ({ handle, entry: blobs.get(digest) }));
-  const origins = entries.flatMap(({ handle, entry }) => entry?.sizeBytes === size ? [{ handle, offset: entry.offset }] : []);
-  const job = { descriptor, registry, offset, origins, ...FRESH, hash: newHash(digest), written: [], freshStarts: 1, isDone: false };
-  return job;
+  const origins = tars.flatMap(({ handle, blobs }) => {
+    const entry = blobs.get(digest);
+    return entry?.sizeBytes === size ? [{ handle, offset: entry.offset }] : [];
+  });
+  const state = { ...FRESH, hash: newHash(digest), written: [], freshStarts: 1, isDone: false };
+  return { descriptor, registry, offset, origins, ...state };
 }
-function newJobs(plan, sources, isOwnFile = false) {
-  return plan.entries.flatMap(({ blob, offset }) => blob ? [newJob(blob.descriptor, blob.registry, isOwnFile ? 0 : offset, sources)] : []);
-}
-function startAfresh(job) {
-  Object.assign(job, FRESH, { hash: newHash(job.descriptor.digest), written: [] });
-}
-function isRight({ hash, descriptor }) {
-  return hash.digest("hex") === hexOf(descriptor.digest);
-}
-function newTransfer(jobs, observe) {
-  const transfer = {
-    jobs,
-    active: /* @__PURE__ */ new Set(),
-    totalBytes: sumOf(jobs, ({ descriptor }) => descriptor.size),
-    fetchedBytes: 0,
-    reusedBytes: 0,
-    resumedBytes: 0,
-    changed: (finished) => observe(transfer, finished)
-  };
-  return transfer;
+var newJobs = ({ entries }, tars, isOwnFile = false) => entries.flatMap(
+  ({ blob, offset }) => blob ? [newJob(blob.descriptor, blob.registry, isOwnFile ? 0 : offset, tars)] : []
+);
+var startAfresh = (job) => Object.assign(job, FRESH, { hash: newHash(job.descriptor.digest), written: [] });
+var isRight = ({ hash, descriptor }) => hash.digest("hex") === hexOf(descriptor.digest);
+function newTransfer({ settings }, jobs, observe) {
+  const totalBytes = sumOf(jobs, ({ descriptor }) => descriptor.size);
+  const counters = { connections: settings.concurrency, fetchedBytes: 0, reusedBytes: 0, resumedBytes: 0 };
+  return { jobs, totalBytes, observe, pending: [], active: /* @__PURE__ */ new Set(), ...counters };
 }
 function newSegment(job, at, to, isTakeover = false) {
   job.openSegments += 1;
   return { job, at, to, isTakeover, startedAtMs: 0, firstByteMs: 0, receivedBytes: 0 };
 }
-function remaining(segment) {
-  return segment.to - segment.at;
-}
+var remaining = ({ at, to }) => to - at;
 function cutInHalf(segment) {
   const middle = segment.at + Math.ceil(remaining(segment) / 2);
   const rest = newSegment(segment.job, middle, segment.to, true);
   segment.to = middle;
   return rest;
 }
-function longestRange({ sink }, segments) {
-  const canCut = (segment) => sink.isSplitting && segment.job.origins.length === 0 && segment.job.registry.acceptsRanges && remaining(segment) >= 2 * LIMITS.splitBytes;
+function longestRange(segments) {
+  const canCut = ({ job: { origins, registry }, at, to }) => origins.length === 0 && registry.acceptsRanges && to - at >= 2 * (registry.latencyMs < LIMITS.farLatencyMs ? LIMITS.nearSplitBytes : LIMITS.splitBytes);
   return [...segments].filter(canCut).sort((left, right) => remaining(right) - remaining(left))[0];
 }
 function isWorthTaking(victim, active) {
@@ -1211,30 +1120,32 @@ function isWorthTaking(victim, active) {
   if (age < 50 || sumOf(active, rateOf) * 1e3 > LIMITS.fastLineBytesPerSecond) return false;
   return remaining(victim) / Math.max(rateOf(victim), 1) > Math.max(50, 4 * (victim.firstByteMs || age));
 }
-function enqueue({ sink, pending }, job) {
+function enqueue({ pending }, sink, job) {
   const unit = sink.unitBytes(job);
   for (const [from, to] of missingRanges(job.written, job.descriptor.size)) {
     for (let at = from; at < to; at += unit) pending.push(newSegment(job, at, Math.min(to, at + unit)));
   }
   if (job.openSegments === 0) pending.push(newSegment(job, 0, 0));
 }
-async function fetchBlobs(session, transfer, sink) {
+async function fetchBlobs(outer, transfer, sink) {
   const stop = new AbortController();
-  const signal = AbortSignal.any([session.signal, stop.signal]);
-  const { active, jobs } = transfer;
-  const run = { session: { ...session, signal }, transfer, sink, pending: [], connections: session.settings.concurrency };
-  const { pending } = run;
+  const session = { ...outer, signal: AbortSignal.any([outer.signal, stop.signal]) };
+  const { active, jobs, pending, observe } = transfer;
   let idle = [];
-  for (const job of jobs) if (!job.isDone) enqueue(run, job);
-  const cutFar = () => longestRange(run, pending.filter(({ job }) => job.registry.latencyMs >= LIMITS.farLatencyMs));
-  for (let victim = cutFar(); victim && pending.length < run.connections; victim = cutFar()) pending.push(cutInHalf(victim));
-  if (sink.isSplitting) pending.sort((left, right) => remaining(right) - remaining(left));
+  for (const job of jobs) if (!job.isDone) enqueue(transfer, sink, job);
+  if (sink.isSplitting) {
+    const isFar = ({ job }) => job.registry.latencyMs >= LIMITS.farLatencyMs;
+    for (let next; pending.length < transfer.connections && (next = longestRange(pending.filter(isFar))); ) {
+      pending.push(cutInHalf(next));
+    }
+    pending.sort((left, right) => remaining(right) - remaining(left));
+  }
   const take = () => {
-    const victim = pending.length > 0 ? void 0 : longestRange(run, active);
+    const victim = pending.length > 0 || !sink.isSplitting ? void 0 : longestRange(active);
     return pending.shift() ?? (victim && isWorthTaking(victim, active) ? cutInHalf(victim) : void 0);
   };
   const lane = async () => {
-    while (!signal.aborted && active.size < run.connections && (pending.length > 0 || active.size > 0)) {
+    while (!session.signal.aborted && active.size < transfer.connections && pending.length + active.size > 0) {
       const segment = take();
       if (!segment) {
         await new Promise((resolve) => {
@@ -1245,48 +1156,47 @@ async function fetchBlobs(session, transfer, sink) {
       }
       const { job } = segment;
       active.add(segment);
-      await fetchSegment(run, segment);
+      await fetchSegment(session, transfer, sink, segment);
       sink.segmentDone(job);
       job.openSegments -= 1;
       if (job.openSegments === 0) {
         job.isDone = await sink.blobDone(job);
-        if (job.isDone) transfer.changed(job);
-        else enqueue(run, (startAfresh(job), job));
+        if (job.isDone) observe(transfer, job);
+        else enqueue(transfer, sink, startAfresh(job));
       }
       active.delete(segment);
       for (const wake of idle) wake();
       idle = [];
     }
   };
-  const lanes = Array.from({ length: run.connections }, () => lane().catch((error) => {
+  const stopAll = (error) => {
     stop.abort();
     throw error;
-  }));
-  const results = await Promise.allSettled(lanes);
-  if (session.signal.aborted) fail("ABORTED", "stopped");
+  };
+  const results = await Promise.allSettled(Array.from({ length: transfer.connections }, () => lane().catch(stopAll)));
+  if (outer.signal.aborted) fail("ABORTED", "stopped");
   settled(results);
 }
-function fetchSegment(run, segment) {
-  const { job } = segment;
+function fetchSegment(session, transfer, sink, segment) {
   let before = segment.at;
   const gotOn = () => {
-    const enough = segment.at - before >= Math.min(LIMITS.batchBytes, Math.ceil(job.descriptor.size / 64));
+    const isEnough = segment.at - before >= Math.min(LIMITS.batchBytes, Math.ceil(segment.job.descriptor.size / 64));
     before = segment.at;
-    return enough;
+    return isEnough;
   };
-  return withRetries(run.session, async () => {
+  return withRetries(session, async () => {
     while (segment.at < segment.to) {
-      await receive(run, segment).catch((error) => {
+      await receive(session, transfer, sink, segment).catch((error) => {
         const isCrowded = error instanceof ImgpullError && error.code === "RATE_LIMITED" && segment.isTakeover;
-        if (!isCrowded || !giveBack(run, segment)) throw error;
-        run.connections = Math.max(1, run.transfer.active.size - 1);
+        if (!isCrowded || !giveBack(transfer, segment)) throw error;
+        transfer.connections = Math.max(1, transfer.active.size - 1);
       });
     }
   }, gotOn);
 }
-function giveBack({ transfer: { active } }, segment) {
-  const owner = [...active].find((other) => other.job === segment.job && other.to === segment.at && other.at < other.to);
-  if (!owner || owner === segment) return false;
+function giveBack({ active }, segment) {
+  const owner = [...active].find(({ job, at, to }) => job === segment.job && to === segment.at && at < to);
+  if (!owner) return false;
   owner.to = segment.to;
   segment.to = segment.at;
   return true;
@@ -1294,57 +1204,51 @@ function giveBack({ transfer: { active } }, segment) {
 function takeFollowers({ pending }, segment) {
   const follows = ({ job, at }) => job === segment.job && at === segment.to;
   for (let next = pending.findIndex(follows); next >= 0; next = pending.findIndex(follows)) {
-    const [follower] = pending.splice(next, 1);
-    segment.to = follower.to;
+    segment.to = pending.splice(next, 1)[0].to;
     segment.job.openSegments -= 1;
   }
 }
-async function openSegment(run, segment) {
+async function openSegment(session, transfer, segment) {
   const { job: { descriptor: { size }, descriptor, registry, origins: [origin] }, at, to } = segment;
   if (origin) {
-    const range = { start: origin.offset + at, end: origin.offset + to - 1, autoClose: false, highWaterMark: LIMITS.batchBytes };
+    const range = { start: origin.offset + at, end: origin.offset + to - 1, autoClose: false, highWaterMark: MIB };
     return { stream: origin.handle.createReadStream(range), doing: "reading a tar at hand", position: at, end: to };
   }
-  const { body, headers, status, url } = await registry.blob(descriptor, at, to, run.session.signal);
+  const { body, headers, status, url } = await registry.blob(descriptor, at, to, session.signal);
   if (!body) return void 0;
   const doing = `GET ${redactUrl(url)}`;
   const refuse = (code, words) => {
     body.destroy();
     return fail(code, `${doing}: ${words}`, { status });
   };
-  const asked = at > 0 || to < size;
   let [position, end] = [0, size];
   if (status === 206) {
     const contentRange = headers["content-range"] ?? "none";
     const [, first, last, total] = /^bytes (\d+)-(\d+)\/(\d+|\*)$/.exec(contentRange) ?? [];
     [position, end] = [Number(first), Number(last) + 1];
-    if (position !== at || !(end > at && end <= size) || total !== "*" && Number(total) !== size) {
-      refuse("PROTOCOL", `asked for bytes ${at}-${to - 1} of ${size}, got "${printable(contentRange, 80)}"`);
-    }
-  } else if (asked) {
+    const isOurs = position === at && end > at && end <= size && (total === "*" || Number(total) === size);
+    if (!isOurs) refuse("PROTOCOL", `asked for bytes ${at}-${to - 1} of ${size}, got "${printable(contentRange, 80)}"`);
+  } else if (at > 0 || to < size) {
     registry.acceptsRanges = false;
-    if (giveBack(run, segment)) return void body.destroy();
-    takeFollowers(run, segment);
+    if (giveBack(transfer, segment)) return void body.destroy();
+    takeFollowers(transfer, segment);
   }
   const stream = decodeBody(body, end - position);
-  const length = headers["content-length"];
-  if (stream === body && length !== void 0 && Number(length) !== end - position) {
-    refuse("SIZE_MISMATCH", `${length} bytes are announced where ${end - position} belong`);
-  }
+  const length = Number(headers["content-length"] ?? end - position);
+  const isLie = stream === body && length !== end - position;
+  if (isLie) refuse("SIZE_MISMATCH", `${length} bytes are announced where ${end - position} belong`);
   return { stream, doing, position, end };
 }
-async function receive(run, segment) {
-  const { sink, transfer, session: { signal } } = run;
+async function receive(session, transfer, sink, segment) {
   const { job } = segment;
   Object.assign(segment, { startedAtMs: performance.now(), firstByteMs: 0, receivedBytes: 0 });
-  const opened = await openSegment(run, segment);
+  const opened = await openSegment(session, transfer, segment);
   if (!opened) return;
   const { stream, doing, end } = opened;
   const counter = job.origins.length > 0 ? "reusedBytes" : "fetchedBytes";
   segment.firstByteMs = performance.now() - segment.startedAtMs;
   let { position } = opened;
-  let gathered = [];
-  let gatheredBytes = 0;
+  let [gathered, gatheredBytes] = [[], 0];
   let writing = Promise.resolve();
   const flush = async () => {
     const [chunks, from, previous] = [gathered, segment.at - gatheredBytes, writing];
@@ -1352,33 +1256,34 @@ async function receive(run, segment) {
     writing = previous.then(() => sink.write(job, from, chunks));
     writing.catch(() => void 0);
     await previous;
-    transfer.changed();
+    transfer.observe(transfer);
+  };
+  const take = (wanted) => {
+    sink.accept(job, segment.at, wanted);
+    gathered.push(wanted);
+    gatheredBytes += wanted.length;
+    segment.at += wanted.length;
+    segment.receivedBytes += wanted.length;
+    job.doneBytes += wanted.length;
+    transfer[counter] += wanted.length;
   };
   const writer = new import_node_stream.Writable({
     write: (chunk, _encoding, callback) => {
       const skipped = Math.min(chunk.length, Math.max(0, segment.at - position));
       const wanted = chunk.subarray(skipped, skipped + remaining(segment));
       position += chunk.length;
-      if (wanted.length > 0) {
-        sink.accept(job, segment.at, wanted);
-        gathered.push(wanted);
-        gatheredBytes += wanted.length;
-        segment.at += wanted.length;
-        segment.receivedBytes += wanted.length;
-        job.doneBytes += wanted.length;
-        transfer[counter] += wanted.length;
-      }
+      if (wanted.length > 0) take(wanted);
       if (position > end || segment.at >= segment.to && position < end) stream.destroy();
       if (gatheredBytes < LIMITS.batchBytes) callback();
       else flush().then(() => callback(), callback);
     }
   });
-  const failure = await (0, import_promises.pipeline)(stream, writer, { signal }).then(() => void 0, (error) => error);
+  const failure = await (0, import_promises.pipeline)(stream, writer, { signal: session.signal }).then(() => void 0, (error) => error);
   if (gatheredBytes > 0) await flush();
   await writing;
   if (position > end) fail("SIZE_MISMATCH", `${doing}: more than the ${end} bytes that belong there`);
   if (segment.at >= segment.to) return;
-  if (signal.aborted) fail("ABORTED", "stopped");
+  if (session.signal.aborted) fail("ABORTED", "stopped");
   if (failure instanceof ImgpullError) throw failure;
   if (position < end) fail("NETWORK", `${doing}: the connection ended after ${position} of ${end} bytes`, { cause: failure });
 }
@@ -1392,9 +1297,7 @@ async function hashPlace(handle, from, to, hash) {
   }
   return hash;
 }
-async function isIntact({ handle, offset }, { digest, size }) {
-  return (await hashPlace(handle, offset, offset + size, newHash(digest))).digest("hex") === hexOf(digest);
-}
+var isIntact = async ({ handle, offset }, { digest, size }) => (await hashPlace(handle, offset, offset + size, newHash(digest))).digest("hex") === hexOf(digest);
 async function writeAll(handle, chunks, position) {
   const { bytesWritten } = await handle.writev(chunks, position);
   if (bytesWritten === sumOf(chunks, ({ length }) => length)) return;
@@ -1404,7 +1307,7 @@ async function openJournal(file, planId) {
   const [id, ...lines] = (await readOptional(file) ?? "").split("\n");
   const held = /* @__PURE__ */ new Map();
   for (const line of id === planId ? lines : []) {
-    const [, digest = "", text = ""] = /^(\S+) (\d[\d,-]*);$/.exec(line) ?? [];
+    const [, digest = "", text = ""] = /^(\S+) ([\d,-]*);$/.exec(line) ?? [];
     const ranges = text.split(",").map((range) => range.split("-").map(Number));
     held.set(digest, ranges.filter(([from, to]) => from < to).reduce(addRange, []));
   }
@@ -1419,39 +1322,34 @@ async function openJournal(file, planId) {
   };
   return { held, record, close: () => writing.catch(() => void 0).then(() => handle.close()) };
 }
-async function acquireLock(file, dest) {
-  const mine = JSON.stringify({ pid: process.pid, host: os.hostname(), since: performance.timeOrigin, id: Math.random() });
-  const taken = (reason) => fail("DISK", `${dest} is being pulled by another imgpull (${reason})`);
-  try {
-    await fs.writeFile(file, mine, { flag: "wx" });
-  } catch (error) {
-    if (errorCodeOf(error) !== "EEXIST") throw error;
-    const owner = parseJson(await readOptional(file) ?? "");
-    const { pid, host, since } = isRecord(owner) ? owner : {};
-    const age = Date.now() - (await fs.stat(file).catch(() => ({ mtimeMs: 0 }))).mtimeMs;
-    const isHere = host === os.hostname();
-    const isAlive = pid === process.pid ? since === performance.timeOrigin : isHere && isProcess(Number(pid));
-    if (isRecord(owner) && (isAlive || !isHere && age < 6 * LIMITS.lockBeatMs)) taken(`process ${pid} on ${host}`);
-    await fs.writeFile(`${file}.${process.pid}`, mine);
-    await fs.rename(`${file}.${process.pid}`, file);
-    await (0, import_promises2.setTimeout)(20);
-    if (await readOptional(file) !== mine) taken("it came first");
-  }
-  const beat = setInterval(() => void fs.utimes(file, /* @__PURE__ */ new Date(), /* @__PURE__ */ new Date()).catch(() => void 0), LIMITS.lockBeatMs);
-  beat.unref();
-  return async () => {
-    clearInterval(beat);
-    await fs.rm(file, { force: true });
-  };
-}
-function isProcess(pid) {
+var isRunning = (pid) => {
   try {
     return process.kill(pid, 0);
   } catch (error) {
     return errorCodeOf(error) === "EPERM";
   }
+};
+async function acquireLock(file, dest) {
+  const [host, since] = [os.hostname(), performance.timeOrigin];
+  const mine = JSON.stringify({ pid: process.pid, host, since, id: Math.random() });
+  const busy = (who) => fail("DISK", `${dest} is being pulled by another imgpull${who}`);
+  await fs.writeFile(file, mine, { flag: "wx" }).catch(async (error) => {
+    if (errorCodeOf(error) !== "EEXIST") throw error;
+    const owner = parseJson(await readOptional(file) ?? "") ?? {};
+    const { mtimeMs } = await fs.stat(file).catch(() => ({ mtimeMs: 0 }));
+    const isThere = owner.pid === process.pid ? owner.since === since : isRunning(Number(owner.pid));
+    const isHeld = Date.now() - mtimeMs < 6 * LIMITS.lockBeatMs && (owner.host !== host || isThere);
+    if (owner.pid && isHeld) busy(` (process ${owner.pid} on ${owner.host})`);
+    await fs.writeFile(`${file}.${process.pid}`, mine);
+    await fs.rename(`${file}.${process.pid}`, file);
+    await (0, import_promises2.setTimeout)(20);
+    if (await readOptional(file) !== mine) busy("");
+  });
+  const beat = () => void fs.utimes(file, /* @__PURE__ */ new Date(), /* @__PURE__ */ new Date()).catch(() => void 0);
+  const timer = setInterval(beat, LIMITS.lockBeatMs).unref();
+  return () => (clearInterval(timer), fs.rm(file, { force: true }));
 }
-function fileSink(session, places, journal) {
+function fileSink({ warn }, places, journal) {
   const catchUp = (job) => job.hashing ??= (async () => {
     for (; ; ) {
       const to = job.written.find(([from, end]) => from <= job.hashedTo && end > job.hashedTo)?.[1];
@@ -1484,31 +1382,34 @@ function fileSink(session, places, journal) {
         journal.record(job);
         return true;
       }
-      const wrong = `${job.descriptor.digest}: the bytes have another digest`;
       if (job.origins.shift()) return false;
-      if (job.freshStarts === 0) fail("DIGEST_MISMATCH", `${wrong}, twice, from ${job.registry.origin}`);
+      const wrong = `${job.descriptor.digest}: the bytes have another digest`;
       job.freshStarts -= 1;
-      session.warn(`${wrong}; fetching the blob once more`);
+      if (job.freshStarts < 0) {
+        journal.record(startAfresh(job));
+        fail("DIGEST_MISMATCH", `${wrong}, twice, from ${job.registry.origin}`);
+      }
+      warn(`${wrong}; fetching the blob once more`);
       return false;
     }
   };
 }
-async function fillPlaces(session, jobs, base, planId, places, observe) {
-  const transfer = newTransfer(jobs, observe);
+async function fillPlaces(session, transfer, base, planId, places) {
+  const { jobs, observe } = transfer;
   const journal = await openJournal(`${base}.journal`, planId);
   const sink = fileSink(session, places, journal);
   try {
     for (const job of jobs) {
       const { descriptor: { digest, size } } = job;
       job.written = (journal.held.get(digest) ?? []).filter(([, to]) => to <= size);
-      job.doneBytes = sumOf(job.written, ([from, to]) => to - from);
+      job.doneBytes = lengthOf(job.written);
       transfer.resumedBytes += job.doneBytes;
       if (job.doneBytes === 0) continue;
       job.origins.length = 0;
       job.freshStarts += 1;
       if (job.doneBytes < size) continue;
       job.isDone = await sink.blobDone(job);
-      if (job.isDone) transfer.changed(job);
+      if (job.isDone) observe(transfer, job);
       else startAfresh(job);
     }
     await fetchBlobs(session, transfer, sink);
@@ -1528,44 +1429,49 @@ async function syncFolder(folder) {
   const handle = await fs.open(folder, "r").catch(() => void 0);
   if (handle) await syncQuietly(handle).finally(() => handle.close());
 }
-async function checkFreeSpace(folder, neededBytes, dest) {
+async function checkFreeSpace(folder, neededBytes) {
   const { bavail, bsize } = await fs.statfs(folder).catch(() => ({ bavail: NEVER, bsize: 1 }));
-  if (neededBytes <= bavail * bsize) return;
-  const free = formatBytes(bavail * bsize);
-  fail("DISK", `cannot write ${dest}: it needs ${formatBytes(neededBytes)}, and ${folder} has ${free} free: the disk is full`);
+  const [needed, free] = [formatBytes(neededBytes), formatBytes(bavail * bsize)];
+  if (neededBytes > bavail * bsize) fail("DISK", `the disk is full: ${needed} are needed, and ${folder} has ${free} free`);
 }
+var openForUpdate = (file) => fs.open(file, fs.constants.O_RDWR | fs.constants.O_CREAT, 438);
 async function pullToTar(session, plan, dest, reuse, observe) {
   const partial = `${dest}.partial`;
   const unlock = await acquireLock(`${partial}.lock`, dest);
   const opened = [];
-  let keptBytes = 0;
+  let isWorthKeeping = true;
   try {
-    const journaledId = (await readOptional(`${partial}.journal`))?.split("\n")[0];
-    if (journaledId !== plan.id) await fs.rename(partial, `${partial}.old`).catch(() => void 0);
-    const atHand = await Promise.all([`${partial}.old`, dest].map((file) => openTar(file).catch(() => void 0)));
-    const sources = [...reuse, ...atHand.filter((source) => source !== void 0)];
-    const handle = await fs.open(partial, fs.constants.O_RDWR | fs.constants.O_CREAT, 438);
-    opened.push(handle, ...sources.slice(reuse.length).map((source) => source.handle));
-    await checkFreeSpace(path.dirname(dest), plan.sizeBytes - (await handle.stat()).blocks * BLOCK, dest);
-    for (const { lead, bytes, offset } of plan.entries) await writeAll(handle, [lead, bytes ?? Buffer.alloc(0)], offset - lead.length);
+    const isOurs = (await readOptional(`${partial}.journal`))?.split("\n")[0] === plan.id && (await fs.stat(partial).catch(() => void 0))?.size === plan.sizeBytes;
+    isWorthKeeping = isOurs;
+    if (!isOurs) await fs.rename(partial, `${partial}.old`).catch(() => void 0);
+    if (!isOurs) await fs.rm(`${partial}.journal`, { force: true });
+    const found = await Promise.all([`${partial}.old`, dest].map((file) => openTar(file).catch(() => void 0)));
+    const atHand = found.filter((tar) => tar !== void 0);
+    const handle = await openForUpdate(partial);
+    opened.push(handle, ...atHand.map((tar) => tar.handle));
+    await checkFreeSpace(path.dirname(dest), plan.sizeBytes - (await handle.stat()).blocks * BLOCK);
+    for (const { lead, bytes, offset } of plan.entries) {
+      await writeAll(handle, [lead, bytes ?? Buffer.alloc(0)], offset - lead.length);
+    }
     await writeAll(handle, [plan.trailer], plan.sizeBytes - plan.trailer.length);
     await handle.truncate(plan.sizeBytes);
-    const jobs = newJobs(plan, sources);
+    const transfer = newTransfer(session, newJobs(plan, [...reuse, ...atHand]), observe);
     try {
-      const places = { open: async () => handle, finish: async () => void 0 };
-      const transfer = await fillPlaces(session, jobs, partial, plan.id, places, observe);
+      await fillPlaces(session, transfer, partial, plan.id, { open: async () => handle, finish: async () => void 0 });
       await syncQuietly(handle);
       await fs.rename(partial, dest);
+      isWorthKeeping = false;
       await syncFolder(path.dirname(dest));
       return transfer;
     } catch (error) {
-      keptBytes = sumOf(jobs.flatMap(({ written }) => written), ([from, to]) => to - from);
-      if (keptBytes > 0) session.warn(`${partial} keeps ${formatBytes(keptBytes)}: the same command goes on from there`);
+      const keptBytes = sumOf(transfer.jobs, ({ written }) => lengthOf(written));
+      isWorthKeeping = keptBytes > 0;
+      if (isWorthKeeping) session.warn(`${partial} keeps ${formatBytes(keptBytes)}: the same command goes on from there`);
       throw error;
     }
   } finally {
     for (const handle of opened) await handle.close();
-    const leftovers = keptBytes > 0 ? [] : [partial, `${partial}.journal`, `${partial}.old`];
+    const leftovers = isWorthKeeping ? [] : [partial, `${partial}.journal`, `${partial}.old`];
     for (const file of leftovers) await fs.rm(file, { force: true });
     await unlock();
   }
@@ -1580,7 +1486,7 @@ async function pullToFolder(session, jobs, folder, nameOf, observe) {
   const handles = /* @__PURE__ */ new Map();
   const fileOf = ({ descriptor }) => path.join(folder, nameOf(descriptor.digest));
   const open2 = (job) => {
-    const handle = handles.get(job) ?? fs.open(`${fileOf(job)}.partial`, fs.constants.O_RDWR | fs.constants.O_CREAT, 438);
+    const handle = handles.get(job) ?? openForUpdate(`${fileOf(job)}.partial`);
     handles.set(job, handle);
     return handle;
   };
@@ -1592,17 +1498,19 @@ async function pullToFolder(session, jobs, folder, nameOf, observe) {
     await handle.close();
     await fs.rename(`${fileOf(job)}.partial`, fileOf(job));
   };
-  const isThere = async (job) => {
+  const isMissing = async (job) => {
     const handle = await fs.open(fileOf(job), "r").catch(() => void 0);
-    if (!handle) return false;
-    const hasSize = (await handle.stat()).size === job.descriptor.size;
-    return (hasSize ? isIntact({ handle, offset: 0 }, job.descriptor) : Promise.resolve(false)).finally(() => handle.close());
+    const hasSize = (await handle?.stat())?.size === job.descriptor.size;
+    const isThere = handle && hasSize && await isIntact({ handle, offset: 0 }, job.descriptor);
+    await handle?.close();
+    return isThere !== true;
   };
   try {
     const missing = [];
-    for (const job of jobs) if (!await isThere(job)) missing.push(job);
-    await checkFreeSpace(folder, sumOf(missing, ({ descriptor }) => descriptor.size), folder);
-    const transfer = await fillPlaces(session, missing, base, "folder", { open: open2, finish }, observe);
+    for (const job of jobs) if (await isMissing(job)) missing.push(job);
+    const transfer = newTransfer(session, missing, observe);
+    await checkFreeSpace(folder, transfer.totalBytes);
+    await fillPlaces(session, transfer, base, "folder", { open: open2, finish });
     transfer.reusedBytes += sumOf(jobs, ({ descriptor }) => descriptor.size) - transfer.totalBytes;
     await fs.rm(`${base}.journal`, { force: true });
     return transfer;
@@ -1611,98 +1519,80 @@ async function pullToFolder(session, jobs, folder, nameOf, observe) {
     await unlock();
   }
 }
-async function pullToLayout(session, plan, folder, sources, observe) {
-  const inFolder = (name) => path.join(folder, name);
-  for (const { name } of plan.entries) await fs.mkdir(path.dirname(inFolder(name)), { recursive: true });
-  const before = await readOptional(inFolder("index.json"));
-  const old = parseJson(before ?? "{}");
+async function pullToLayout(session, plan, folder, tars, observe) {
+  const files = new Map(plan.entries.map(({ name, bytes }) => [name, bytes]));
+  for (const name of files.keys()) await fs.mkdir(path.dirname(path.join(folder, name)), { recursive: true });
+  const old = parseJson(await readOptional(path.join(folder, "index.json")) ?? "{}");
   if (!isRecord(old)) return fail("DISK", `${folder} holds an index.json that is not a JSON object`);
-  const transfer = await pullToFolder(session, newJobs(plan, sources, true), folder, blobPath, observe);
-  const known = new Map(plan.entries.flatMap(({ name, bytes }) => bytes ? [[name, bytes]] : []));
-  const ours = parseJson(known.get("index.json") ?? "");
-  known.delete("manifest.json");
+  const transfer = await pullToFolder(session, newJobs(plan, tars, true), folder, blobPath, observe);
+  const ours = parseJson(files.get("index.json") ?? "");
   const nameOf = ({ annotations }) => annotations?.["org.opencontainers.image.ref.name"];
   const isOurs = (entry) => ours.manifests.some((other) => nameOf(other) === nameOf(entry));
   const others = (Array.isArray(old.manifests) ? old.manifests : []).filter((entry) => !isOurs(entry));
-  known.delete("index.json");
-  known.set("index.json", encodeJson({ ...old, ...ours, manifests: [...others, ...ours.manifests] }));
-  for (const [name, bytes] of known) await replaceFile(inFolder(name), bytes);
+  for (const name of ["manifest.json", "index.json"]) files.delete(name);
+  files.set("index.json", encodeJson({ ...old, ...ours, manifests: [...others, ...ours.manifests] }));
+  for (const [name, bytes] of files) if (bytes) await replaceFile(path.join(folder, name), bytes);
   await syncFolder(folder);
   return transfer;
 }
-async function pullToStream(session, plan, output, sources, observe) {
-  const jobs = newJobs(plan, sources);
-  const transfer = newTransfer(jobs, observe);
+async function pullToStream(outer, plan, output, tars, observe) {
   const stop = new AbortController();
-  const signal = AbortSignal.any([session.signal, stop.signal]);
+  const session = { ...outer, signal: AbortSignal.any([outer.signal, stop.signal]) };
+  const transfer = newTransfer(session, newJobs(plan, tars), observe);
   const early = /* @__PURE__ */ new Map();
   const waiting = [];
-  let cursor = 0;
-  let isFlowing = true;
-  const wake = () => waiting.splice(0).forEach((resume2) => resume2());
+  const wake = () => waiting.splice(0).forEach((resume) => resume());
   const until = async (isReady) => {
     while (!isReady()) {
-      if (signal.aborted) fail("ABORTED", "stopped");
+      if (session.signal.aborted) fail("ABORTED", "stopped");
       await new Promise((resolve) => waiting.push(resolve));
     }
   };
-  const emit = async (bytes) => {
-    if (bytes.length === 0) return;
-    isFlowing = output.write(bytes);
-    await until(() => isFlowing);
-    cursor += bytes.length;
-    wake();
-  };
+  let cursor = 0;
+  async function* inOrder() {
+    for (const { lead, bytes, offset, sizeBytes } of [...plan.entries, { lead: plan.trailer, offset: plan.sizeBytes, sizeBytes: 0 }]) {
+      yield lead;
+      if (bytes) yield bytes;
+      const job = bytes ? void 0 : transfer.jobs.find((each) => each.offset === offset);
+      for (cursor = bytes ? offset + sizeBytes : offset; cursor < offset + sizeBytes; ) {
+        await until(() => early.has(cursor));
+        const chunks = early.get(cursor) ?? [];
+        early.delete(cursor);
+        for (const chunk of chunks) {
+          job?.hash.update(chunk);
+          yield chunk;
+          cursor += chunk.length;
+          wake();
+        }
+      }
+      if (job && !isRight(job)) fail("DIGEST_MISMATCH", `${job.descriptor.digest}: the bytes have another digest`);
+    }
+  }
   const sink = {
     isSplitting: false,
     unitBytes: ({ registry: { acceptsRanges, latencyMs }, origins }) => acceptsRanges && latencyMs >= LIMITS.farLatencyMs && origins.length === 0 ? LIMITS.streamUnitBytes : NEVER,
     accept: () => void 0,
-    write: async (job, position, chunks) => {
-      await until(() => job.offset + position < cursor + LIMITS.streamWindowBytes);
-      early.set(job.offset + position, chunks);
+    write: async ({ offset }, position, chunks) => {
+      await until(() => offset + position < cursor + LIMITS.streamWindowBytes);
+      early.set(offset + position, chunks);
       wake();
     },
     segmentDone: () => void 0,
     blobDone: async () => true
   };
-  const emitAll = async () => {
-    for (const { lead, bytes, offset, sizeBytes } of plan.entries) {
-      await emit(lead);
-      if (bytes) await emit(bytes);
-      const job = bytes ? void 0 : jobs.find((each) => each.offset === offset);
-      while (job && cursor < offset + sizeBytes) {
-        await until(() => early.has(cursor));
-        const chunks = early.get(cursor) ?? [];
-        early.delete(cursor);
-        for (const chunk of chunks) {
-          job.hash.update(chunk);
-          await emit(chunk);
-        }
-      }
-      if (job && !isRight(job)) fail("DIGEST_MISMATCH", `${job.descriptor.digest}: the bytes have another digest`);
-    }
-    await emit(plan.trailer);
-  };
-  const resume = () => {
-    isFlowing = true;
-    wake();
-  };
-  const broken = (cause) => stop.abort(new ImgpullError("DISK", `cannot write the stream: ${diskWords(cause)}`, { cause }));
-  output.on("drain", resume).on("error", broken);
-  signal.addEventListener("abort", wake);
-  try {
-    for (const { origins, descriptor } of jobs) {
-      while (origins[0] && !await isIntact(origins[0], descriptor)) origins.shift();
-    }
-    await Promise.all([fetchBlobs({ ...session, signal }, transfer, sink), emitAll()].map((end) => end.catch((error) => {
-      stop.abort(error);
-    })));
-    if (session.signal.aborted) fail("ABORTED", "stopped");
-    if (stop.signal.aborted) throw stop.signal.reason;
-    return transfer;
-  } finally {
-    output.off("drain", resume).off("error", broken);
+  session.signal.addEventListener("abort", wake);
+  for (const { origins, descriptor } of transfer.jobs) {
+    while (origins[0] && !await isIntact(origins[0], descriptor)) origins.shift();
   }
+  const source = import_node_stream.Readable.from(inOrder(), { objectMode: true, highWaterMark: 1 });
+  const stopAll = (error) => stop.abort(error);
+  const emitting = (0, import_promises.pipeline)(source, output, { end: false }).catch(stopAll);
+  await fetchBlobs(session, transfer, sink).catch(stopAll);
+  if (stop.signal.aborted) source.destroy();
+  await emitting;
+  if (outer.signal.aborted) fail("ABORTED", "stopped");
+  if (stop.signal.aborted) throw stop.signal.reason;
+  return transfer;
 }
 function fetchConfig(session, registry, descriptor) {
   const { digest, size } = descriptor;
@@ -1854,7 +1744,7 @@ function settingsOf(opts, environment, certsDirectory = "/etc/docker/certs.d") {
   if (password === void 0 !== (username === void 0)) refuse("a user name and a password go together (--user, --password)");
   if (token !== void 0 && username !== void 0) refuse("--token and --user exclude each other");
   if (token !== void 0 && !/^[\x21-\x7e]+$/.test(token)) refuse("the token has characters that no header can carry");
-  if (namespace !== void 0 && !isHost(namespace)) refuse(`"${printable(namespace)}" is not a registry's host name`);
+  if (namespace !== void 0 && !isHost(namespace)) refuse(`"${printable(namespace)}" is not a registry's host name (--ns)`);
   return {
     scheme,
     insecure,
@@ -2129,18 +2019,7 @@ function helpText() {
   ].join("\n");
 }
 var usage = (reason) => fail("BAD_OPTION", `${reason} (imgpull --help)`);
-function editDistance(left, right) {
-  let row = Array.from({ length: right.length + 1 }, (_, at) => at);
-  for (const [at, letter] of [...left].entries()) {
-    const next = [at + 1];
-    for (const [column, other] of [...right].entries()) {
-      const [above = 0, diagonal = 0] = [row[column + 1], row[column]];
-      next.push(Math.min(above + 1, (next[column] ?? 0) + 1, diagonal + (letter === other ? 0 : 1)));
-    }
-    row = next;
-  }
-  return row[right.length] ?? 0;
-}
+var likeness = (left, right) => [...`^${left}`].filter((letter, at) => `^${right}$`.includes(letter + (left[at] ?? "$"))).length;
 function parseCommandLine(argv) {
   const options = Object.fromEntries([...OPTIONS, { name: "ca", value: "FILE" }].map(({ name, short, value }) => [name, { type: value ? "string" : "boolean", ...given({ short }) }]));
   const { tokens } = (0, import_node_util.parseArgs)({ args: [...argv], options, strict: false, allowPositionals: true, tokens: true });
@@ -2154,8 +2033,7 @@ function parseCommandLine(argv) {
     const name = token.name === "ca" ? "cacert" : token.name;
     const spec = OPTIONS.find((option) => option.name === name);
     if (!spec) {
-      const near = OPTIONS.map((option) => ({ ...option, distance: editDistance(name, option.name) })).filter((option) => option.distance <= 2 || name.length > 2 && option.name.startsWith(name));
-      const [nearest] = near.sort((left, right) => left.distance - right.distance);
+      const [nearest] = OPTIONS.map((option) => ({ ...option, like: likeness(name, option.name) / option.name.length })).filter(({ like }) => like >= 0.5).sort((left, right) => right.like - left.like);
       return usage(`unknown option ${printable(rawName, 60)}${nearest ? `: did you mean --${nearest.name}?` : ""}`);
     }
     if (values[name] !== void 0 || switches.has(name)) usage(`--${name} is given twice`);
@@ -2399,7 +2277,6 @@ var internals = Object.freeze({
   apiHost,
   defaultDestination,
   digestInName,
-  editDistance,
   encodeTarHeader,
   findCredential,
   formatBytes,

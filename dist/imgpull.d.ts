@@ -53,16 +53,17 @@ interface Progress {
     blobsDone: number;
     blobsTotal: number;
 }
-/** What DEST now holds. `digest` is the manifest's (the index's when every platform was asked for). */
+/**
+ * What DEST now holds. `digest` is the manifest's (the index's when every platform was asked for); `platform` is
+ * `os/architecture[/variant]`, `all`, or empty for what is not an image; `sizeBytes` is DEST's (in a directory: of the
+ * blobs), `fetchedBytes` what came over the line as blobs: the rest was there already.
+ */
 interface PullResult {
     name: string;
     digest: string;
-    /** `os/architecture[/variant]`, `all`, or the empty string for what is not an image. */
     platform: string;
     layers: number;
-    /** Size of DEST: of the tar, or of the blobs put into a directory. */
     sizeBytes: number;
-    /** What came over the line as blobs; the rest was there already. */
     fetchedBytes: number;
 }
 /** A manifest as the registry sent it. `bytes` has the digest; `manifest` is the parsed JSON. */
@@ -84,7 +85,6 @@ declare class ImgpullError extends Error {
         cause?: unknown;
     });
 }
-type Environment = Readonly<Record<string, string | undefined>>;
 /** https, this system's platform. */
 declare function newPullerOpts(url: string): PullerOpts;
 /** Pulls one image. Throws ImgpullError: BAD_REFERENCE and BAD_OPTION at once, the rest from its methods. */
@@ -108,19 +108,5 @@ declare class Puller {
     /** Every blob of an image manifest as `dir/HEX`, verified; those that are there already are kept. */
     pullBlobs(holder: ManifestHolder, dir: string): Promise<void>;
 }
-/** The streams that a command runs with; tests give their own. */
-interface CommandIO {
-    readonly stdin: NodeJS.ReadableStream;
-    readonly stdout: NodeJS.WritableStream & {
-        isTTY?: boolean;
-    };
-    readonly stderr: NodeJS.WritableStream & {
-        isTTY?: boolean;
-        columns?: number;
-    };
-    readonly environment: Environment;
-}
-/** Runs the command; resolves to its exit code: 0 done, 1 failed, 2 usage, 130 SIGINT, 143 SIGTERM. */
-declare function main(argv: readonly string[], io?: CommandIO): Promise<number>;
-export { ImgpullError, Puller, internals, main, newPullerOpts };
+export { ImgpullError, Puller, newPullerOpts };
 export type { Descriptor, ErrorCode, ManifestHolder, Platform, Progress, PullerOpts, PullResult };

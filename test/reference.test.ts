@@ -191,7 +191,8 @@ async function askedFor(
   registry.add(image, repository, "latest");
   const dest = join(temporaryFolder(t), "app.tar");
   const puller = new Puller({
-    url: `${registry.host}/${rest}`, scheme: "http", archType: "amd64", osType: "linux", ...(namespace && { namespace }),
+    url: `${registry.host}/${rest}`, scheme: "http", archType: "amd64", osType: "linux",
+    ...(namespace !== undefined && { namespace }),
   });
   const { name } = await puller.pullTar(dest);
   const entries = readTar(readFileSync(dest));

@@ -47,7 +47,8 @@ export class Proxy {
     const server = options.tls ? createTlsServer({ key: options.tls.key, cert: options.tls.cert }) : createServer();
     server.on("connection", (socket: Socket) => proxy.#track(socket));
     server.on("tlsClientError", () => {}).on("clientError", (_error, socket) => socket.destroy());
-    server.on("connect", (request: IncomingMessage, socket: Duplex, head: Buffer) => proxy.#tunnel(request, socket, head));
+    server.on("connect", (request: IncomingMessage, socket: Duplex, head: Buffer) =>
+      proxy.#tunnel(request, socket, head));
     server.on("request", (request, response) => {
       const record = proxy.#record(request);
       if (record.status === 0) return;

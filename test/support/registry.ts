@@ -39,6 +39,8 @@ export interface AuthOptions {
   tokenField?: "token" | "access_token" | "both";
   /** As it stands in the answer; absent by default. */
   expiresIn?: unknown;
+  /** Further fields of the answer: `issued_at`, `refresh_token` … */
+  tokenFields?: Record<string, unknown>;
   /** Each token is good for so many requests. */
   tokenUses?: number;
   /** Status for a token that is no longer good; default 401, ECR Public has 400. */
@@ -690,7 +692,7 @@ export class Registry {
     this.#tokens.set(token, { repositories: useless ? new Set() : repositories, usesLeft: tokenUses });
     const fields = {
       ...(tokenField !== "access_token" && { token }), ...(tokenField !== "token" && { access_token: token }),
-      ...(expiresIn !== undefined && { expires_in: expiresIn }),
+      ...(expiresIn !== undefined && { expires_in: expiresIn }), ...this.#auth.tokenFields,
     };
     return json(Buffer.from(JSON.stringify(fields)));
   }

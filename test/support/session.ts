@@ -28,13 +28,17 @@ export interface Outcome {
   tar: string;
 }
 
+/** The guard against hanging: the pull then ends as ABORTED. */
+const GUARD_MS = 20_000;
+
 /** Anything but an ImgpullError is a bug and fails the test. */
 export async function pull(t: TestScope, reference: string, options: PullOptions = {}): Promise<Outcome> {
   const { environment: changes = {}, certsDirectory, destination, now = Date.now, onSleep, ...given } = options;
   const tar = destination ?? join(temporaryFolder(t), "image.tar");
   const outcome: Outcome = { result: undefined, error: undefined, warnings: [], sleeps: [], tar };
   const opts: PullerOpts = {
-    url: reference, osType: "linux", archType: "amd64", onWarning: (message) => outcome.warnings.push(message), ...given,
+    url: reference, osType: "linux", archType: "amd64", signal: AbortSignal.timeout(GUARD_MS),
+    onWarning: (message) => outcome.warnings.push(message), ...given,
   };
   const environment = { ...cleanEnvironment(), ...changes };
   const clock = {
@@ -48,10 +52,7 @@ export async function pull(t: TestScope, reference: string, options: PullOptions
     const parsed = internals.parseReference(reference);
     const name = internals.formatReference(internals.imageName(parsed, opts.namespace));
     const request = { images: [{ reference: parsed, name }], destination: tar, isAll: false, reuse: [] };
-    const settings = await internals.withSession(opts, async (session) => session.settings, { environment });
-    const replaced = {
-      environment, clock, settings: { ...settings, ...(certsDirectory !== undefined && { certsDirectory }) },
-    };
+    const replaced = { environment, clock, ...(certsDirectory !== undefined && { certsDirectory }) };
     const { results } = await internals.withSession(
       opts, async (session) => await internals.pullImages(session, request, () => {}), replaced);
     outcome.result = results[0];

@@ -1,0 +1,439 @@
+// What is shipped (SPEC §10): the script, run in each way that people run it, and the library of SPEC §9 as a
+// consumer has it, from a node_modules of its own.
+import assert from "node:assert/strict";
+import {
+  accessSync, constants, cpSync, mkdirSync, readFileSync, readdirSync, rmSync, statSync, symlinkSync, writeFileSync,
+} from "node:fs";
+import { homedir } from "node:os";
+import { join, resolve } from "node:path";
+import { test } from "node:test";
+import { ImgpullError, Puller, newPullerOpts, type ErrorCode, type Progress, type PullerOpts } from "../imgpull.ts";
+import { makeAuthority } from "./support/certificates.ts";
+import {
+  COMMAND_PATH, SECRETS, USER, runCommand, temporaryFolder, type CommandOptions, type CommandResult, type TestScope,
+} from "./support/command.ts";
+import { digestOf, makeImage, makeMultiPlatform, readTar } from "./support/image.ts";
+import { startProxy } from "./support/proxy.ts";
+import { startRegistry, type Registry, type RegistryOptions } from "./support/registry.ts";
+
+const node = process.execPath;
+const DIST = ["imgpull.cjs", "imgpull.mjs", "imgpull.d.ts"];
+const manifest = JSON.parse(readFileSync("package.json", "utf8"));
+
+async function run(program: string, args: string[], options: CommandOptions): Promise<CommandResult> {
+  const result = await runCommand(args, { ...options, command: [program] });
+  assert.equal(result.exitCode, 0, `${result.stdout}${result.stderr}`);
+  return result;
+}
+
+const image = makeImage({ seed: "dist", platform: "linux/amd64", layers: [70_000, 4096] });
+
+async function serve(t: TestScope, options: RegistryOptions = {}): Promise<Registry> {
+  const registry = await startRegistry(options, t);
+  registry.add(image, "team/app", "1.0");
+  return registry;
+}
+
+// ====== The command ======
+
+test("the script by node, on stdin, and through a link called imgpull", async (t) => {
+  const registry = await serve(t);
+  const script = readFileSync(COMMAND_PATH);
+  const folder = temporaryFolder(t);
+  symlinkSync(COMMAND_PATH, join(folder, "imgpull"));
+  const ways: [string, [string, ...string[]], Buffer | undefined][] = [
+    ["by-node.tar", [node, COMMAND_PATH], undefined], ["stdin.tar", [node, "-"], script],
+    ["link.tar", [join(folder, "imgpull")], undefined],
+  ];
+  const tars: Buffer[] = [];
+  for (const [dest, command, stdin] of ways) {
+    const args = [`${registry.host}/team/app:1.0`, dest, "--scheme", "http", "-o", "linux", "-a", "amd64"];
+    const options = { command, cwd: folder, ...(stdin && { stdin }) };
+    const { exitCode, stdout, stderr } = await runCommand(args, options);
+    assert.deepEqual([exitCode, String(stdout)], [0, `${args[0]}@${image.digest}\n`], stderr);
+    tars.push(readFileSync(join(folder, dest)));
+    const misused = await runCommand(["--frobnicate"], options);
+    assert.deepEqual([misused.exitCode, misused.stderr.split("\n").length], [2, 2], misused.stderr);
+  }
+  assert.ok(tars.every((tar) => tars[0]?.equals(tar)));
+});
+
+test("the script has a shebang, may be executed, is readable, and knows nothing of where it was built", () => {
+  const text = readFileSync(COMMAND_PATH, "utf8");
+  assert.match(text, /^#!\/usr\/bin\/env node\n/);
+  accessSync(COMMAND_PATH, constants.X_OK);
+  const lines = text.split("\n");
+  assert.ok(lines.length > 1000, "not minified");
+  assert.ok(lines.every((line) => line.length < 400), "not minified");
+  for (const name of DIST) {
+    const content = readFileSync(join("dist", name), "utf8");
+    for (const place of [process.cwd(), homedir()]) assert.ok(!content.includes(`${place}/`), `${name}: ${place}`);
+    assert.doesNotMatch(content, /sourceMappingURL/);
+  }
+  for (const [, from] of text.matchAll(/\brequire\("([^"]+)"\)/g)) assert.match(from ?? "", /^node:/);
+});
+
+test("dist/ is what the build makes, byte for byte, elsewhere too", async (t) => {
+  const folder = temporaryFolder(t);
+  const sources = ["build.mjs", "package.json", "tsconfig.json", "imgpull.ts", "CHANGELOG.md"];
+  for (const name of sources) cpSync(name, join(folder, name));
+  symlinkSync(resolve("node_modules"), join(folder, "node_modules"));
+  const elsewhere = { cwd: folder, env: { TZ: "Asia/Tokyo", LANG: "C" } };
+  await run("sh", ["-c", 'umask 077; exec "$0" build.mjs', node], elsewhere);
+  for (const name of DIST) {
+    const rebuilt = readFileSync(join(folder, "dist", name));
+    assert.ok(rebuilt.equals(readFileSync(join("dist", name))), `${name} differs: node build.mjs`);
+  }
+  const [, version, date] = /^## (\S+) \((\S+)\)$/m.exec(readFileSync("CHANGELOG.md", "utf8")) ?? [];
+  const { stdout } = await runCommand(["--version"]);
+  assert.equal(String(stdout), `imgpull version: ${version} build date: ${date}\n`);
+  assert.equal(manifest.version, version);
+});
+
+test("package.json: the command, the types first, no dependency, every file there", () => {
+  assert.equal(resolve(manifest.bin.imgpull), COMMAND_PATH);
+  assert.equal(Object.keys(manifest.exports["."])[0], "types");
+  assert.match(manifest.engines.node, /^>=20\.19/);
+  const dependencies = Object.keys(manifest).filter((field) => /dependencies$/i.test(field));
+  assert.deepEqual(dependencies, ["devDependencies"]);
+  const exported = Object.values(manifest.exports["."] as Record<string, string>);
+  for (const file of [...manifest.files, ...exported, manifest.types]) assert.ok(statSync(file).isFile(), file);
+  const packed = new Set(manifest.files.map((file: string) => resolve(file)));
+  for (const file of exported) assert.ok(packed.has(resolve(file)), `${file} is not packed`);
+});
+
+// ====== A consumer ======
+
+function makeConsumer(t: TestScope, files: Record<string, string>): string {
+  const folder = temporaryFolder(t);
+  const installed = join(folder, "node_modules/imgpull");
+  mkdirSync(installed, { recursive: true });
+  cpSync("package.json", join(installed, "package.json"));
+  cpSync("dist", join(installed, "dist"), { recursive: true });
+  for (const [name, text] of Object.entries(files)) writeFileSync(join(folder, name), text);
+  return folder;
+}
+
+/** SPEC §9's first example, and the description's second, as they stand there. */
+const FIRST = `const puller = new Puller("docker.io/hello-world:latest");
+  const pulled = await puller.pullTar("./hello-world.tar");
+  console.log(JSON.stringify(pulled));`;
+const ESM = `import { Puller } from "imgpull";\n${FIRST}\n`;
+const COMMONJS = `const { Puller } = require("imgpull");\nvoid (async () => {\n${FIRST}\n})();\n`;
+
+test("the library's first example, as ESM and as CommonJS", async (t) => {
+  const authority = makeAuthority();
+  const files = { "first.mjs": ESM, "first.cjs": COMMONJS, "first.js": COMMONJS };
+  const folder = makeConsumer(t, { ...files, "ca.pem": authority.cert });
+  const tls = authority.issueServer({ dns: ["registry-1.docker.io"] });
+  const registry = await startRegistry({ tls, auth: "bearer" }, t);
+  const { archType = "" } = newPullerOpts("alpine");
+  const hello = makeMultiPlatform([...new Set(["linux/amd64", `linux/${archType}`])], { seed: "hello" });
+  registry.add(hello, "library/hello-world", "latest");
+  const proxy = await startProxy(t, { hosts: { "registry-1.docker.io": registry.host } });
+  const env = { HTTPS_PROXY: proxy.url, SSL_CERT_FILE: join(folder, "ca.pem") };
+  for (const file of Object.keys(files)) {
+    const { stdout, stderr } = await run(node, [file], { cwd: folder, env });
+    assert.equal(stderr, "", file);
+    const { name, platform, sizeBytes } = JSON.parse(String(stdout));
+    assert.deepEqual([name, platform], ["docker.io/library/hello-world:latest", `linux/${archType}`]);
+    const tar = readFileSync(join(folder, "hello-world.tar"));
+    assert.ok(tar.length === sizeBytes && readTar(tar).some((entry) => entry.name === "manifest.json"));
+    rmSync(join(folder, "hello-world.tar"));
+  }
+});
+
+const TYPED = `import {
+  ImgpullError, Puller, newPullerOpts,
+  type ErrorCode, type ManifestHolder, type Progress, type PullResult, type PullerOpts,
+} from "imgpull";
+
+export async function first(): Promise<PullResult> {
+  const puller = new Puller("docker.io/hello-world:latest");
+  return await puller.pullTar("./hello-world.tar");
+}
+
+export async function all(signal: AbortSignal): Promise<number> {
+  const opts: PullerOpts = {
+    ...newPullerOpts("docker.io/hello-world:latest"), url: "docker.io/hello-world:latest", scheme: "https",
+    osType: "linux", archType: "amd64", variant: "v1", username: "me", password: "x", tlsCert: "c", tlsKey: "k",
+    caCert: "/path/to/ca.pem", insecure: false, namespace: "docker.io", concurrency: 8, retries: 5, timeoutMs: 30000,
+    signal, onProgress: ({ phase, doneBytes, totalBytes, blobsDone, blobsTotal }: Progress) => {
+      const known: "resolve" | "fetch" | "finish" = phase;
+      console.log(known, doneBytes + totalBytes + blobsDone + blobsTotal);
+    },
+  };
+  const token: PullerOpts = { url: "a.b/c", token: "x" };
+  const puller = new Puller(opts);
+  try {
+    const holder: ManifestHolder = await puller.pullManifest("image");
+    const { mediaType, digest, bytes, manifest, imageUrl } = holder;
+    const whole: Uint8Array = bytes;
+    await puller.pullBlobs(holder, "./blobs");
+    const head: { mediaType: string; digest: string; size: number } = await puller.headManifest();
+    const got: ManifestHolder = await puller.getManifest();
+    const url: string = puller.getUrl() + puller.getOpts().url + token.url + got.digest + mediaType + digest + imageUrl;
+    const { name, platform, layers, sizeBytes, fetchedBytes } = await puller.pullTar("./a.tar");
+    return head.size + whole.length + url.length + String(manifest).length + name.length + platform.length + layers
+      + sizeBytes + fetchedBytes;
+  } catch (error) {
+    if (!(error instanceof ImgpullError)) throw error;
+    const code: ErrorCode = error.code;
+    const status: number | undefined = error.status;
+    return code === "NOT_FOUND" ? (status ?? 0) : error.cause === undefined ? 1 : 2;
+  }
+}
+
+// @ts-expect-error: a reference is required
+new Puller({ scheme: "https" });
+// @ts-expect-error: only these two schemes
+export const badScheme: PullerOpts = { url: "a", scheme: "ftp" };
+// @ts-expect-error: only these two kinds
+export const badKind = async (): Promise<ManifestHolder> => await new Puller("a").pullManifest("both");
+// @ts-expect-error: not one of the codes
+export const badCode: ErrorCode = "NO_SUCH_CODE";
+// @ts-expect-error: no such option
+export const badOption: PullerOpts = { url: "a", noSuchOption: 1 };
+`;
+
+const STRICT = {
+  strict: true, exactOptionalPropertyTypes: true, noUncheckedIndexedAccess: true, skipLibCheck: false, noEmit: true,
+  target: "es2022",
+};
+const COMPILERS: Record<string, { options: object; files: string[] }> = {
+  "node16 with @types/node": {
+    options: { module: "node16", moduleResolution: "node16", lib: ["es2022"], types: ["node"] },
+    files: ["typed.mts", "typed.cts", "typed.ts", "first.mts"],
+  },
+  "bundler with @types/node": {
+    options: { module: "esnext", moduleResolution: "bundler", lib: ["es2022"], types: ["node"] },
+    files: ["typed.ts", "first.mts"],
+  },
+  "bundler for a browser's types": {
+    options: { module: "preserve", moduleResolution: "bundler", lib: ["es2022", "dom"], types: [] },
+    files: ["typed.ts"],
+  },
+};
+
+for (const [name, { options, files }] of Object.entries(COMPILERS)) {
+  test(`the types compile under strict: ${name}`, async (t) => {
+    const folder = makeConsumer(t, {
+      "typed.ts": TYPED, "typed.mts": TYPED, "typed.cts": TYPED, "first.mts": `${ESM}export {};\n`,
+      "tsconfig.json": JSON.stringify({ compilerOptions: { ...STRICT, ...options }, files }),
+    });
+    mkdirSync(join(folder, "node_modules/@types"));
+    for (const types of ["@types/node", "undici-types"]) {
+      symlinkSync(resolve("node_modules", types), join(folder, "node_modules", types));
+    }
+    await run(node, [resolve("node_modules/typescript/bin/tsc"), "-p", "."], { cwd: folder });
+  });
+}
+
+const PUBLIC = ["Descriptor", "ErrorCode", "ImgpullError", "ManifestHolder", "Platform", "Progress", "PullResult",
+  "Puller", "PullerOpts", "newPullerOpts"];
+
+test("the types have every public name and no internal one", () => {
+  const types = readFileSync("dist/imgpull.d.ts", "utf8");
+  const kinds = /^(?:export )?(?:declare )?(?:interface|type|class|function|const|let|var|enum|namespace) (\w+)/gm;
+  const declared = [...types.matchAll(kinds)].map(([, name]) => name);
+  assert.deepEqual(declared.sort(), PUBLIC);
+  const exported = [...types.matchAll(/^export (?:type )?\{([^}]*)\}/gm)].flatMap(([, names = ""]) =>
+    names.split(",").map((name) => name.trim()).filter(Boolean));
+  if (exported.length > 0) assert.deepEqual(exported.sort(), PUBLIC);
+  assert.doesNotMatch(types, /@internal|internals|retryAfterMs|[:<|&] ?any\b|import\(/);
+});
+
+// ====== What importing and pulling leave behind ======
+
+/** Prints what differs from before to after: names, listeners, handles, environment, agents. */
+const PROBE = `
+const state = () => ({
+  globals: Object.getOwnPropertyNames(globalThis).sort(),
+  listeners: process.eventNames().map((name) => [String(name), process.listenerCount(name)]),
+  handles: process.getActiveResourcesInfo().filter((name) => !/Promise|Immediate|FSReq|Close/.test(name)),
+  environment: JSON.stringify(process.env), exitCode: process.exitCode, title: process.title,
+  agents: [http.globalAgent, https.globalAgent].map((agent) => [agent.maxSockets, Object.keys(agent.sockets).length]),
+});
+// Node itself looks at these when a socket closes, and opens them by that.
+for (const name of ["stdin", "stdout", "stderr"]) void process[name];
+const before = state();
+const compare = (during) => {
+  for (const [key, value] of Object.entries(state())) {
+    if (JSON.stringify(value) !== JSON.stringify(before[key])) console.log(during, key, before[key], value);
+  }
+};
+process.exit = () => { throw new Error("process.exit was called"); };
+`;
+
+test("importing has no side effect, and pulling leaves nothing behind", async (t) => {
+  const registry = await serve(t);
+  const opts = JSON.stringify(optsFor(registry));
+  const pulling = `
+  compare("imported");
+  const puller = new Puller({ ...${opts}, onProgress: ({ phase }) => {
+    if (process.listenerCount("SIGINT") + process.listenerCount("SIGTERM") > 0) console.log(phase, "a signal handler");
+    if (http.globalAgent.requests.length > 0) console.log(phase, "the global agent");
+  } });
+  await puller.pullTar("a.tar");
+  await new Promise((done) => setImmediate(done));
+  compare("pulled");
+  console.log("end");`;
+  const folder = makeConsumer(t, {
+    "esm.mjs": `import http from "node:http";\nimport https from "node:https";\n${PROBE}
+      const { Puller } = await import("imgpull");\n${pulling}`,
+    "commonjs.cjs": `const http = require("node:http");\nconst https = require("node:https");\n${PROBE}
+      const { Puller } = require("imgpull");\n(async () => {${pulling}})();`,
+  });
+  for (const file of ["esm.mjs", "commonjs.cjs"]) {
+    const { stdout, stderr } = await run(node, [file], { cwd: folder });
+    assert.deepEqual([String(stdout), stderr], ["end\n", ""], file);
+    assert.ok(readdirSync(folder).includes("a.tar"));
+    rmSync(join(folder, "a.tar"));
+  }
+});
+
+// ====== The library ======
+
+function optsFor(registry: Registry, opts: Partial<PullerOpts> = {}): PullerOpts {
+  const url = `${registry.host}/team/app:1.0`;
+  return { url, scheme: "http", osType: "linux", archType: "amd64", retries: 0, ...opts };
+}
+
+test("newPullerOpts, getUrl and getOpts", () => {
+  const made = newPullerOpts("docker.io/hello-world:latest");
+  const { platform, arch } = process;
+  const os = platform === "win32" ? "windows" : platform;
+  const architecture = arch === "x64" ? "amd64" : arch === "ia32" ? "386" : arch;
+  const url = "docker.io/hello-world:latest";
+  assert.deepEqual({ ...made }, { url, scheme: "https", osType: os, archType: architecture });
+  const puller = new Puller(made);
+  assert.equal(puller.getUrl(), url);
+  assert.deepEqual(puller.getOpts(), made);
+  made.url = "changed";
+  puller.getOpts().url = "changed";
+  assert.equal(puller.getOpts().url, url);
+  assert.equal(new Puller("alpine").getOpts().url, "alpine");
+});
+
+test("pullTar says what DEST now holds, and what came over the line", async (t) => {
+  const index = makeMultiPlatform(["linux/amd64", "linux/arm/v7"], { layers: [70_000, 4096, 5000] });
+  const registry = await startRegistry({}, t);
+  registry.add(index, "team/app", "1.0");
+  const dest = join(temporaryFolder(t), "a.tar");
+  const puller = new Puller(optsFor(registry, { archType: "arm", variant: "v7" }));
+  const { fetchedBytes, sizeBytes, ...result } = await puller.pullTar(dest);
+  assert.deepEqual(result,
+    { name: `${registry.host}/team/app:1.0`, digest: index.children[1]?.digest, platform: "linux/arm/v7", layers: 3 });
+  assert.equal(sizeBytes, statSync(dest).size);
+  assert.equal(fetchedBytes, registry.bytesServed());
+  const again = await puller.pullTar(dest);
+  assert.deepEqual([again.fetchedBytes, again.sizeBytes], [0, sizeBytes]);
+});
+
+test("onProgress never falls and ends with all of it", async (t) => {
+  const registry = await serve(t);
+  const seen: Progress[] = [];
+  const puller = new Puller(optsFor(registry, { onProgress: (progress) => { seen.push({ ...progress }); } }));
+  await puller.pullTar(join(temporaryFolder(t), "a.tar"));
+  const phases = ["resolve", "fetch", "finish"];
+  for (const [position, { phase, doneBytes, totalBytes, blobsDone, blobsTotal }] of seen.entries()) {
+    const before = seen[position - 1];
+    assert.ok(doneBytes >= (before?.doneBytes ?? 0) && doneBytes <= totalBytes);
+    assert.ok(blobsDone >= (before?.blobsDone ?? 0) && blobsDone <= blobsTotal);
+    assert.ok(phases.indexOf(phase) >= phases.indexOf(before?.phase ?? "resolve"));
+  }
+  assert.deepEqual(phases, [...new Set(seen.map(({ phase }) => phase))]);
+  const last = seen.at(-1);
+  assert.ok(last && last.doneBytes === last.totalBytes && last.blobsDone === last.blobsTotal);
+  assert.ok(last.totalBytes >= image.layers.reduce((sum, { bytes }) => sum + bytes.length, 0));
+});
+
+test("pullBlobs: every blob as HEX in the folder, verified; those that are there are kept", async (t) => {
+  const registry = await serve(t);
+  const puller = new Puller(optsFor(registry));
+  const holder = await puller.pullManifest("image");
+  const folder = join(temporaryFolder(t), "made/blobs");
+  const hexOf = (digest: string) => digest.split(":")[1] ?? "";
+  const check = () => {
+    assert.deepEqual(readdirSync(folder).sort(), [...image.blobs.keys()].map(hexOf).sort());
+    for (const digest of image.blobs.keys()) assert.equal(digestOf(readFileSync(join(folder, hexOf(digest)))), digest);
+  };
+  await puller.pullBlobs(holder, folder);
+  check();
+  const [first, second] = image.layers;
+  assert.ok(first && second);
+  const damaged = Buffer.from(first.bytes);
+  damaged[9] = (damaged[9] ?? 0) ^ 1;
+  writeFileSync(join(folder, hexOf(first.digest)), damaged);
+  rmSync(join(folder, hexOf(second.digest)));
+  registry.forget();
+  await puller.pullBlobs(holder, folder);
+  check();
+  const asked = new Set(registry.blobRequests().map(({ digest }) => digest));
+  assert.deepEqual([...asked].sort(), [first.digest, second.digest].sort());
+
+  const index = makeMultiPlatform(["linux/amd64"]);
+  registry.add(index, "team/app", "2.0");
+  const other = new Puller(optsFor(registry, { url: `${registry.host}/team/app:2.0` }));
+  await assert.rejects(other.pullBlobs(await other.pullManifest("list"), folder), { code: "NOT_AN_IMAGE" });
+});
+
+test("two pullers in one process share nothing", async (t) => {
+  const registry = await serve(t, { auth: "basic" });
+  const folder = temporaryFolder(t);
+  const known = new Puller(optsFor(registry, { username: USER, password: SECRETS.password }));
+  const stranger = new Puller(optsFor(registry));
+  await known.pullTar(join(folder, "a.tar"));
+  await assert.rejects(stranger.pullTar(join(folder, "b.tar")), { code: "UNAUTHORIZED", status: 401 });
+  await known.pullTar(join(folder, "c.tar"));
+  assert.deepEqual(readdirSync(folder).sort(), ["a.tar", "c.tar"]);
+});
+
+test("signal stops everything at once, with sockets closed", async (t) => {
+  const registry = await serve(t);
+  const folder = temporaryFolder(t);
+  const aborted = new Puller(optsFor(registry, { signal: AbortSignal.abort() }));
+  await assert.rejects(aborted.pullTar(join(folder, "a.tar")), { code: "ABORTED" });
+  assert.equal(registry.connections(), 0);
+  const controller = new AbortController();
+  const rule = registry.on({ kind: "layer" }, { stallAfter: 10 });
+  const pulling = new Puller(optsFor(registry, { signal: controller.signal })).pullTar(join(folder, "a.tar"));
+  await rule.reached;
+  controller.abort();
+  await assert.rejects(pulling, { name: "ImgpullError", code: "ABORTED" });
+  assert.ok(!readdirSync(folder).includes("a.tar"));
+  // A stalled answer ends only when its socket is closed: this would hang if one were left open.
+  await registry.settled();
+});
+
+test("errors have a code, a status where there was one, and their cause", async (t) => {
+  const registry = await serve(t);
+  const closed = await startRegistry();
+  await closed.close();
+  const dest = join(temporaryFolder(t), "a.tar");
+  const cases: [ErrorCode, Partial<PullerOpts>, string, object?][] = [
+    ["NOT_FOUND", { url: `${registry.host}/team/app:none` }, dest, { status: 404 }],
+    ["NO_PLATFORM", { archType: "riscv64" }, dest],
+    ["DISK", {}, join(dest, "no/such/folder/a.tar")],
+    ["NETWORK", { url: `${closed.host}/team/app:1.0` }, dest],
+    ["TLS", { caCert: join(dest, "none.pem"), scheme: "https" }, dest],
+  ];
+  for (const [code, opts, to, fields = {}] of cases) {
+    await assert.rejects(new Puller(optsFor(registry, opts)).pullTar(to), (error) => {
+      assert.ok(error instanceof ImgpullError && error instanceof Error);
+      assert.deepEqual([error.name, error.code], ["ImgpullError", code], error.message);
+      assert.deepEqual({ ...error, ...fields }, { ...error });
+      if (code === "NETWORK") assert.equal((error.cause as NodeJS.ErrnoException).code, "ECONNREFUSED");
+      return true;
+    });
+  }
+  const wrong: Record<string, unknown>[] = [
+    { scheme: "ftp" }, { concurrency: 0 }, { concurrency: 1.5 }, { retries: -1 }, { timeoutMs: 0 }, { timeoutMs: NaN },
+    { tlsCert: "c.pem" }, { tlsKey: "k.pem" }, { password: "x" }, { token: "x", username: "me", password: "y" },
+    { namespace: "https://quay.io" }, { token: "two\nlines" },
+  ];
+  for (const opts of wrong) {
+    assert.throws(() => new Puller(optsFor(registry, opts as Partial<PullerOpts>)), { code: "BAD_OPTION" },
+      JSON.stringify(opts));
+  }
+});
