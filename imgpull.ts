@@ -526,7 +526,7 @@ function tunnelAgent(proxy: URL, agent: https.Agent, proxyTls: tls.ConnectionOpt
     const authority = `${net.isIPv6(String(target.host)) ? `[${target.host}]` : target.host}:${target.port}`;
     const headers = { Host: authority, ...proxyHeaders(proxy) };
     const options = { ...proxyTls, method: "CONNECT", path: authority, agent: false, timeout, headers };
-    const connect = (proxy.protocol === "https:" ? https : http).request(proxy, options);
+    const connect = (proxy.protocol === "https:" ? https : http).request(proxy.origin, options);
     connect.once("connect", ({ statusCode: status, statusMessage = "" }, socket) => {
       if (status === 200) return callback(null, tls.connect({ ...target, socket }));
       socket.destroy();
@@ -548,8 +548,11 @@ function createTransport(settings: Settings): Transport {
 
   const makeAgent = async (url: URL, isRegistry: boolean, proxy: URL | undefined): Promise<http.Agent> => {
     const keepAlive = { keepAlive: true, scheduling: "lifo" as const };
-    const proxyTls = proxy?.protocol === "https:" ? { secureContext: await contextFor(proxy, false) } : {};
-    if (url.protocol === "http:" && proxy?.protocol !== "https:") return new http.Agent(keepAlive);
+    const isTlsProxy = proxy?.protocol === "https:";
+    // Node takes the name to verify from the Host header, which is the target's, unless it is told.
+    const servername = isTlsProxy && net.isIP(proxy.hostname) === 0 ? proxy.hostname : "";
+    const proxyTls = isTlsProxy ? { secureContext: await contextFor(proxy, false), servername } : {};
+    if (url.protocol === "http:" && !isTlsProxy) return new http.Agent(keepAlive);
     if (url.protocol === "http:") return new https.Agent({ ...keepAlive, ...proxyTls });
     const secureContext = await contextFor(url, isRegistry);
     const agent = new https.Agent({ ...keepAlive, secureContext, rejectUnauthorized: insecure !== true });
@@ -567,8 +570,10 @@ function createTransport(settings: Settings): Transport {
     const forwarder = url.protocol === "http:" ? proxy : undefined; // plain HTTP goes to the proxy in absolute form
     const absolute = forwarder && { path: url.href, headers: { ...headers, Host: url.host, ...proxyHeaders(forwarder) } };
     const options: https.RequestOptions = { method, signal, agent: await agent, timeout: timeoutMs, headers, ...absolute };
+    // Not the proxy's URL as it is: Node would make an Authorization header, for the registry, of its user and password.
+    const peer = forwarder ? new URL(forwarder.origin) : url;
     return new Promise((resolve, reject) => {
-      const outgoing = ((forwarder ?? url).protocol === "https:" ? https : http).request(forwarder ?? url, options);
+      const outgoing = (peer.protocol === "https:" ? https : http).request(peer, options);
       let incoming: http.IncomingMessage | undefined;
       outgoing.once("response", (response) => resolve((incoming = response)));
       outgoing.once("error", (error) => {
@@ -579,7 +584,7 @@ function createTransport(settings: Settings): Transport {
       });
       outgoing.on("timeout", () => {
         // Silence that we asked for (the disk or the reader is slower than the line) is not the server's.
-        if (incoming?.isPaused()) return void outgoing.setTimeout(timeoutMs);
+        if (incoming && incoming.readableLength > 0) return void outgoing.setTimeout(timeoutMs);
         (incoming ?? outgoing).destroy(new ImgpullError("TIMEOUT", `${doing}: nothing came for ${timeoutMs / 1000} s`));
       });
       outgoing.end(body);
@@ -710,6 +715,8 @@ interface Session {
   readonly signal: AbortSignal;
   /** What each origin asked for: the next repository there need not be refused first. */
   readonly challenges: Map<string, readonly Challenge[]>;
+  /** One for each repository, so that its token is fetched once. */
+  readonly registries: Map<string, Registry>;
   readonly warn: (message: string) => void;
 }
 
@@ -790,9 +797,8 @@ function runCredentialHelper(name: string, input: string, environment: Environme
   if (error) refuse(`cannot be run: ${errorCodeOf(error) === "ENOENT" ? "it is not on the PATH" : errorCodeOf(error)}`);
   const words = printable(stdout || stderr);
   if (status !== 0) return /credentials not found/i.test(words) ? undefined : refuse(`failed: ${words || `exit code ${status}`}`);
-  const answer = parseJson(stdout);
-  const { Username: username, Secret: secret } = isRecord(answer) ? answer : {};
-  if (typeof username !== "string" || typeof secret !== "string") return refuse("answered without Username and Secret");
+  const { Username: username = "", Secret: secret } = (parseJson(stdout) ?? refuse("answered what is not JSON")) as Record<string, unknown>;
+  if (typeof username !== "string" || typeof secret !== "string") return refuse("answered without a Secret");
   const isIdentity = username === "<token>";
   const found = { username: isIdentity ? "" : username, secret, source, stored: true };
   return username === "" && secret === "" ? undefined : { kind: isIdentity ? "identity" : "basic", ...found };
@@ -1012,7 +1018,9 @@ class Registry {
       if (![400, 401, 403, 404].includes(error.status ?? 0)) throw error;
       if (!credential?.stored) throw error.status === 401 || credential ? await this.#withTried(error) : error;
       this.#giveUp(credential, error.message);
-      return ask();
+      return ask().catch(async (refusal: ImgpullError) => {
+        throw refusal.status === 401 ? await this.#withTried(refusal) : refusal;
+      });
     }));
     return true;
   }
@@ -1020,7 +1028,7 @@ class Registry {
   /** The error with the word of which credentials were tried, and from where. */
   async #withTried({ code, message, status }: ImgpullError): Promise<ImgpullError> {
     const credential = await this.#credentialFor(this.origin);
-    const tried = this.#isAnonymous ? "the stored credentials were refused, and so was a request without any"
+    const tried = this.#isAnonymous ? `the stored credentials (${(await this.#found)?.source}) were refused, and so was a request without any`
       : credential ? `refused: the credentials of ${credential.source}`
       : "no credentials were found for this registry (--user, --token, docker login); " +
         "a repository that does not exist is often answered the same way";
@@ -1095,6 +1103,13 @@ class Registry {
     }
     throw statusError(answer, this.#session.clock.now(), "the foreign layer's host");
   }
+}
+
+function registryOf(session: Session, reference: Reference): Registry {
+  const key = `${reference.host}/${reference.repository}`;
+  const registry = session.registries.get(key) ?? new Registry(session, reference);
+  session.registries.set(key, registry);
+  return registry;
 }
 
 /** The media type by the JSON itself, then by the header: registries label manifests text/plain and worse. */
@@ -1860,7 +1875,9 @@ async function fillPlaces(
   try {
     for (const job of jobs) {
       const { descriptor: { digest, size } } = job;
-      job.written = (journal.held.get(digest) ?? []).filter(([, to]) => to <= size);
+      const ranges = journal.held.get(digest) ?? [];
+      const placeEnd = ranges.length === 0 ? 0 : (await (await places.open(job)).stat()).size - job.offset;
+      job.written = ranges.filter(([, to]) => to <= size && to <= placeEnd); // a place that has gone holds nothing
       job.doneBytes = lengthOf(job.written);
       transfer.resumedBytes += job.doneBytes;
       if (job.doneBytes === 0) continue;
@@ -1892,10 +1909,11 @@ async function syncFolder(folder: string): Promise<void> {
   if (handle) await syncQuietly(handle).finally(() => handle.close());
 }
 
-async function checkFreeSpace(folder: string, neededBytes: number): Promise<void> {
+async function checkFreeSpace(dest: string, folder: string, neededBytes: number): Promise<void> {
   const { bavail, bsize } = await fs.statfs(folder).catch(() => ({ bavail: NEVER, bsize: 1 }));
   const [needed, free] = [formatBytes(neededBytes), formatBytes(bavail * bsize)];
-  if (neededBytes > bavail * bsize) fail("DISK", `the disk is full: ${needed} are needed, and ${folder} has ${free} free`);
+  const words = `cannot write ${dest}: the disk is full, ${needed} are needed and ${folder} has ${free} free`;
+  if (neededBytes > bavail * bsize) fail("DISK", words);
 }
 
 const openForUpdate = (file: string): Promise<fs.FileHandle> =>
@@ -1918,7 +1936,7 @@ async function pullToTar(session: Session, plan: Plan, dest: string, reuse: read
     const atHand = found.filter((tar) => tar !== undefined);
     const handle = await openForUpdate(partial);
     opened.push(handle, ...atHand.map((tar) => tar.handle));
-    await checkFreeSpace(path.dirname(dest), plan.sizeBytes - (await handle.stat()).blocks * BLOCK);
+    await checkFreeSpace(dest, path.dirname(dest), plan.sizeBytes - (await handle.stat()).blocks * BLOCK);
     for (const { lead, bytes, offset } of plan.entries) {
       await writeAll(handle, [lead, bytes ?? Buffer.alloc(0)], offset - lead.length);
     }
@@ -1983,7 +2001,7 @@ async function pullToFolder(session: Session, jobs: readonly BlobJob[], folder: 
     const missing: BlobJob[] = [];
     for (const job of jobs) if (await isMissing(job)) missing.push(job);
     const transfer = newTransfer(session, missing, observe);
-    await checkFreeSpace(folder, transfer.totalBytes);
+    await checkFreeSpace(folder, folder, transfer.totalBytes);
     await fillPlaces(session, transfer, base, "folder", { open, finish });
     transfer.reusedBytes += sumOf(jobs, ({ descriptor }) => descriptor.size) - transfer.totalBytes;
     await fs.rm(`${base}.journal`, { force: true });
@@ -2093,12 +2111,18 @@ function fetchConfig(session: Session, registry: Registry, descriptor: Descripto
 
 /** The manifests for one reference: the platform's, or all of them. */
 async function resolveImage(session: Session, reference: Reference, name: string, isAll: boolean): Promise<ResolvedImage> {
+  const image = await resolveAs(session, reference, isAll);
+  // What has no tag is named by the digest that DEST holds, so that the printed line gives the same name again.
+  return { ...image, name: name.replace(/@.*$/, `@${image.top.digest}`) };
+}
+
+async function resolveAs(session: Session, reference: Reference, isAll: boolean): Promise<Omit<ResolvedImage, "name">> {
   const where = formatReference(reference);
-  const registry = new Registry(session, reference);
+  const registry = registryOf(session, reference);
   const { wanted, concurrency } = session.settings;
   const top = await registry.manifest(reference.digest ?? (reference.tag as string));
   const parsed = parseManifest(top, where);
-  const common = { reference, name, registry };
+  const common = { reference, registry };
   const fetchChild = async ({ digest, size }: Descriptor) => {
     const child = await registry.manifest(digest);
     const wrong = `${where}: ${digest} has ${child.bytes.length} bytes, not ${size}`;
@@ -2201,10 +2225,14 @@ function warnOfLayers({ warn }: Session, images: readonly ResolvedImage[]): void
 
 /** The whole job, for the library and the command alike. */
 async function pullImages(session: Session, request: PullRequest, observe: Observer) {
-  const { destination, images: wanted, isAll, since } = request;
+  const { destination: given, images: wanted, isAll, since } = request;
   const isDirectory = (file: string) => fs.stat(file).then((stats) => stats.isDirectory(), () => false);
-  const isLayout = typeof destination === "string" && (/[\\/]$/.test(destination) || (await isDirectory(destination)));
-  const doing = `cannot write ${typeof destination === "string" ? destination : "the stream"}`;
+  const isLayout = typeof given === "string" && (/[\\/]$/.test(given) || (await isDirectory(given)));
+  const doing = `cannot write ${typeof given === "string" ? given : "the stream"}`;
+  // A device or FIFO is written to in order; it must not be replaced by a file.
+  const isSpecial = !isLayout && typeof given === "string" && (await fs.stat(given).then((stats) => !stats.isFile(), () => false));
+  const device = isSpecial ? await onDisk(doing, fs.open(given, "w")) : undefined;
+  const destination = device?.createWriteStream() ?? given;
   if (typeof destination === "string" && !isLayout) {
     const folder = path.dirname(destination);
     if (!(await isDirectory(folder))) fail("DISK", `${doing}: there is no directory ${folder}`);
@@ -2235,6 +2263,7 @@ async function pullImages(session: Session, request: PullRequest, observe: Obser
     return { results, transfer, plan };
   } finally {
     for (const { handle } of sources) await handle.close();
+    await device?.close().catch(() => undefined);
   }
 }
 
@@ -2270,7 +2299,7 @@ async function withSession<T>(
   const { signal = new AbortController().signal, onWarning: warn = () => undefined } = opts;
   try {
     if (signal.aborted) fail("ABORTED", "stopped", { cause: signal.reason });
-    return await run({ settings, transport, signal, clock: systemClock, challenges: new Map(), warn, ...replaced });
+    return await run({ settings, transport, signal, clock: systemClock, challenges: new Map(), registries: new Map(), warn, ...replaced });
   } finally {
     transport.close();
   }
@@ -2595,8 +2624,8 @@ function parseCommandLine(argv: readonly string[]) {
     const name = token.name === "ca" ? "cacert" : token.name;
     const spec = OPTIONS.find((option) => option.name === name);
     if (!spec) {
-      const [nearest] = OPTIONS.map((option) => ({ ...option, like: likeness(name, option.name) / option.name.length }))
-        .filter(({ like }) => like >= 0.5).sort((left, right) => right.like - left.like);
+      const [nearest] = OPTIONS.map((option) => ({ ...option, like: likeness(name, option.name) }))
+        .filter(({ like }) => like >= 0.4 * (name.length + 1)).sort((left, right) => right.like - left.like);
       return usage(`unknown option ${printable(rawName, 60)}${nearest ? `: did you mean --${nearest.name}?` : ""}`);
     }
     if (values[name] !== undefined || switches.has(name)) usage(`--${name} is given twice`);
@@ -2745,6 +2774,8 @@ async function listImages(io: CommandIO, command: ReturnType<typeof planCommand>
   const texts = [...command.images, ...lines];
   if (texts.length === 0) usage("no IMAGE is given");
   const references = await mapConcurrently(texts, 1, async (text) => parseReference(text)); // every bad one is named
+  const hosts = [...new Set(references.map(({ host }) => host))];
+  if (hosts.length > 1 && bound) usage(`--${bound} belongs to one registry, and the IMAGEs are on ${hosts.join(", ")}`);
   const unique = new Map(references.map((reference) => [formatReference(reference), reference]));
   const images = [...unique.values()].map((reference) => {
     const named = givenName === undefined ? imageName(reference, namespace) : parseReference(givenName);
@@ -2753,8 +2784,6 @@ async function listImages(io: CommandIO, command: ReturnType<typeof planCommand>
   const names = images.map(({ name }) => name);
   const doubled = names.find((name, at) => names.indexOf(name) !== at);
   if (doubled !== undefined) usage(`two IMAGEs would have the name ${doubled} in the tar`);
-  const hosts = [...new Set(references.map(({ host }) => host))];
-  if (hosts.length > 1 && bound) usage(`--${bound} belongs to one registry, and the IMAGEs are on ${hosts.join(", ")}`);
   return images;
 }
 
@@ -2776,7 +2805,9 @@ async function runCommand(argv: readonly string[], io: CommandIO, signal: AbortS
   const { reference } = images[0] as PullRequest["images"][number];
   const destination = command.destination ?? defaultDestination(reference);
   if (command.destination !== undefined) checkDestinationName(destination);
-  const isStream = destination === "-";
+  // /dev/stdout by whatever name: it may be a socket, which cannot be opened, and the tar must not be followed by talk.
+  const [there, own] = await Promise.all([destination, "/dev/stdout"].map((name) => fs.stat(name).catch(() => undefined)));
+  const isStream = destination === "-" || (there !== undefined && !there.isFile() && there.ino === own?.ino && there.dev === own.dev);
   if (isStream && stdout.isTTY) usage("the tar is not written to a terminal: redirect stdout");
   const password = command.isPasswordOnStdin ? { password: (await readStdin(io)).replace(/\r?\n$/, "") } : {};
   const progress = showProgress(io, isQuiet);
@@ -2816,7 +2847,7 @@ async function main(argv: readonly string[], io?: CommandIO): Promise<number> {
   };
   if (!io) {
     process.on("SIGINT", interrupt).on("SIGTERM", interrupt);
-    stdout.on("error", () => undefined); // a reader that has gone is met where we write
+    for (const stream of [stdout, stderr]) stream.on("error", () => undefined); // a reader that has gone is met elsewhere
   }
   try {
     await runCommand(argv, used, stop.signal);

@@ -328,7 +328,7 @@ function tunnelAgent(proxy, agent, proxyTls, timeout) {
     const authority = `${net.isIPv6(String(target.host)) ? `[${target.host}]` : target.host}:${target.port}`;
     const headers = { Host: authority, ...proxyHeaders(proxy) };
     const options = { ...proxyTls, method: "CONNECT", path: authority, agent: false, timeout, headers };
-    const connect2 = (proxy.protocol === "https:" ? https : http).request(proxy, options);
+    const connect2 = (proxy.protocol === "https:" ? https : http).request(proxy.origin, options);
     connect2.once("connect", ({ statusCode: status, statusMessage = "" }, socket) => {
       if (status === 200) return callback(null, tls.connect({ ...target, socket }));
       socket.destroy();
@@ -348,8 +348,10 @@ function createTransport(settings) {
   const { timeoutMs, environment, insecure } = settings;
   const makeAgent = async (url, isRegistry, proxy) => {
     const keepAlive = { keepAlive: true, scheduling: "lifo" };
-    const proxyTls = proxy?.protocol === "https:" ? { secureContext: await contextFor(proxy, false) } : {};
-    if (url.protocol === "http:" && proxy?.protocol !== "https:") return new http.Agent(keepAlive);
+    const isTlsProxy = proxy?.protocol === "https:";
+    const servername = isTlsProxy && net.isIP(proxy.hostname) === 0 ? proxy.hostname : "";
+    const proxyTls = isTlsProxy ? { secureContext: await contextFor(proxy, false), servername } : {};
+    if (url.protocol === "http:" && !isTlsProxy) return new http.Agent(keepAlive);
     if (url.protocol === "http:") return new https.Agent({ ...keepAlive, ...proxyTls });
     const secureContext = await contextFor(url, isRegistry);
     const agent = new https.Agent({ ...keepAlive, secureContext, rejectUnauthorized: insecure !== true });
@@ -366,8 +368,9 @@ function createTransport(settings) {
     const forwarder = url.protocol === "http:" ? proxy : void 0;
     const absolute = forwarder && { path: url.href, headers: { ...headers, Host: url.host, ...proxyHeaders(forwarder) } };
     const options = { method, signal, agent: await agent, timeout: timeoutMs, headers, ...absolute };
+    const peer = forwarder ? new URL(forwarder.origin) : url;
     return new Promise((resolve, reject) => {
-      const outgoing = ((forwarder ?? url).protocol === "https:" ? https : http).request(forwarder ?? url, options);
+      const outgoing = (peer.protocol === "https:" ? https : http).request(peer, options);
       let incoming;
       outgoing.once("response", (response) => resolve(incoming = response));
       outgoing.once("error", (error) => {
@@ -376,7 +379,7 @@ function createTransport(settings) {
         else reject(connectionError(error, doing));
       });
       outgoing.on("timeout", () => {
-        if (incoming?.isPaused()) return void outgoing.setTimeout(timeoutMs);
+        if (incoming && incoming.readableLength > 0) return void outgoing.setTimeout(timeoutMs);
         (incoming ?? outgoing).destroy(new ImgpullError("TIMEOUT", `${doing}: nothing came for ${timeoutMs / 1e3} s`));
       });
       outgoing.end(body);
@@ -532,9 +535,8 @@ function runCredentialHelper(name, input, environment) {
   if (error) refuse(`cannot be run: ${errorCodeOf(error) === "ENOENT" ? "it is not on the PATH" : errorCodeOf(error)}`);
   const words = printable(stdout || stderr);
   if (status !== 0) return /credentials not found/i.test(words) ? void 0 : refuse(`failed: ${words || `exit code ${status}`}`);
-  const answer = parseJson(stdout);
-  const { Username: username, Secret: secret } = isRecord(answer) ? answer : {};
-  if (typeof username !== "string" || typeof secret !== "string") return refuse("answered without Username and Secret");
+  const { Username: username = "", Secret: secret } = parseJson(stdout) ?? refuse("answered what is not JSON");
+  if (typeof username !== "string" || typeof secret !== "string") return refuse("answered without a Secret");
   const isIdentity = username === "<token>";
   const found = { username: isIdentity ? "" : username, secret, source, stored: true };
   return username === "" && secret === "" ? void 0 : { kind: isIdentity ? "identity" : "basic", ...found };
@@ -721,14 +723,16 @@ var Registry = class {
       if (![400, 401, 403, 404].includes(error.status ?? 0)) throw error;
       if (!credential?.stored) throw error.status === 401 || credential ? await this.#withTried(error) : error;
       this.#giveUp(credential, error.message);
-      return ask();
+      return ask().catch(async (refusal) => {
+        throw refusal.status === 401 ? await this.#withTried(refusal) : refusal;
+      });
     }));
     return true;
   }
   /** The error with the word of which credentials were tried, and from where. */
   async #withTried({ code, message, status }) {
     const credential = await this.#credentialFor(this.origin);
-    const tried = this.#isAnonymous ? "the stored credentials were refused, and so was a request without any" : credential ? `refused: the credentials of ${credential.source}` : "no credentials were found for this registry (--user, --token, docker login); a repository that does not exist is often answered the same way";
+    const tried = this.#isAnonymous ? `the stored credentials (${(await this.#found)?.source}) were refused, and so was a request without any` : credential ? `refused: the credentials of ${credential.source}` : "no credentials were found for this registry (--user, --token, docker login); a repository that does not exist is often answered the same way";
     return new ImgpullError(code === "FORBIDDEN" ? code : "UNAUTHORIZED", `${message}
   ${tried}`, { status });
   }
@@ -798,6 +802,12 @@ var Registry = class {
     throw statusError(answer, this.#session.clock.now(), "the foreign layer's host");
   }
 };
+function registryOf(session, reference) {
+  const key = `${reference.host}/${reference.repository}`;
+  const registry = session.registries.get(key) ?? new Registry(session, reference);
+  session.registries.set(key, registry);
+  return registry;
+}
 function sniffMediaType(bytes, contentType = "") {
   const header = contentType.split(";")[0]?.trim().toLowerCase() ?? "";
   const json = parseJson(bytes);
@@ -1377,7 +1387,9 @@ async function fillPlaces(session, transfer, base, planId, places) {
   try {
     for (const job of jobs) {
       const { descriptor: { digest, size } } = job;
-      job.written = (journal.held.get(digest) ?? []).filter(([, to]) => to <= size);
+      const ranges = journal.held.get(digest) ?? [];
+      const placeEnd = ranges.length === 0 ? 0 : (await (await places.open(job)).stat()).size - job.offset;
+      job.written = ranges.filter(([, to]) => to <= size && to <= placeEnd);
       job.doneBytes = lengthOf(job.written);
       transfer.resumedBytes += job.doneBytes;
       if (job.doneBytes === 0) continue;
@@ -1405,10 +1417,11 @@ async function syncFolder(folder) {
   const handle = await fs.open(folder, "r").catch(() => void 0);
   if (handle) await syncQuietly(handle).finally(() => handle.close());
 }
-async function checkFreeSpace(folder, neededBytes) {
+async function checkFreeSpace(dest, folder, neededBytes) {
   const { bavail, bsize } = await fs.statfs(folder).catch(() => ({ bavail: NEVER, bsize: 1 }));
   const [needed, free] = [formatBytes(neededBytes), formatBytes(bavail * bsize)];
-  if (neededBytes > bavail * bsize) fail("DISK", `the disk is full: ${needed} are needed, and ${folder} has ${free} free`);
+  const words = `cannot write ${dest}: the disk is full, ${needed} are needed and ${folder} has ${free} free`;
+  if (neededBytes > bavail * bsize) fail("DISK", words);
 }
 var openForUpdate = (file) => fs.open(file, fs.constants.O_RDWR | fs.constants.O_CREAT, 438);
 async function pullToTar(session, plan, dest, reuse, observe) {
@@ -1425,7 +1438,7 @@ async function pullToTar(session, plan, dest, reuse, observe) {
     const atHand = found.filter((tar) => tar !== void 0);
     const handle = await openForUpdate(partial);
     opened.push(handle, ...atHand.map((tar) => tar.handle));
-    await checkFreeSpace(path.dirname(dest), plan.sizeBytes - (await handle.stat()).blocks * BLOCK);
+    await checkFreeSpace(dest, path.dirname(dest), plan.sizeBytes - (await handle.stat()).blocks * BLOCK);
     for (const { lead, bytes, offset } of plan.entries) {
       await writeAll(handle, [lead, bytes ?? Buffer.alloc(0)], offset - lead.length);
     }
@@ -1485,7 +1498,7 @@ async function pullToFolder(session, jobs, folder, nameOf, observe) {
     const missing = [];
     for (const job of jobs) if (await isMissing(job)) missing.push(job);
     const transfer = newTransfer(session, missing, observe);
-    await checkFreeSpace(folder, transfer.totalBytes);
+    await checkFreeSpace(folder, folder, transfer.totalBytes);
     await fillPlaces(session, transfer, base, "folder", { open: open2, finish });
     transfer.reusedBytes += sumOf(jobs, ({ descriptor }) => descriptor.size) - transfer.totalBytes;
     await fs.rm(`${base}.journal`, { force: true });
@@ -1580,12 +1593,16 @@ function fetchConfig(session, registry, descriptor) {
   });
 }
 async function resolveImage(session, reference, name, isAll) {
+  const image = await resolveAs(session, reference, isAll);
+  return { ...image, name: name.replace(/@.*$/, `@${image.top.digest}`) };
+}
+async function resolveAs(session, reference, isAll) {
   const where = formatReference(reference);
-  const registry = new Registry(session, reference);
+  const registry = registryOf(session, reference);
   const { wanted, concurrency } = session.settings;
   const top = await registry.manifest(reference.digest ?? reference.tag);
   const parsed = parseManifest(top, where);
-  const common = { reference, name, registry };
+  const common = { reference, registry };
   const fetchChild = async ({ digest, size }) => {
     const child = await registry.manifest(digest);
     const wrong = `${where}: ${digest} has ${child.bytes.length} bytes, not ${size}`;
@@ -1673,10 +1690,13 @@ function warnOfLayers({ warn }, images) {
   }
 }
 async function pullImages(session, request, observe) {
-  const { destination, images: wanted, isAll, since } = request;
+  const { destination: given2, images: wanted, isAll, since } = request;
   const isDirectory = (file) => fs.stat(file).then((stats) => stats.isDirectory(), () => false);
-  const isLayout = typeof destination === "string" && (/[\\/]$/.test(destination) || await isDirectory(destination));
-  const doing = `cannot write ${typeof destination === "string" ? destination : "the stream"}`;
+  const isLayout = typeof given2 === "string" && (/[\\/]$/.test(given2) || await isDirectory(given2));
+  const doing = `cannot write ${typeof given2 === "string" ? given2 : "the stream"}`;
+  const isSpecial = !isLayout && typeof given2 === "string" && await fs.stat(given2).then((stats) => !stats.isFile(), () => false);
+  const device = isSpecial ? await onDisk(doing, fs.open(given2, "w")) : void 0;
+  const destination = device?.createWriteStream() ?? given2;
   if (typeof destination === "string" && !isLayout) {
     const folder = path.dirname(destination);
     if (!await isDirectory(folder)) fail("DISK", `${doing}: there is no directory ${folder}`);
@@ -1709,6 +1729,7 @@ async function pullImages(session, request, observe) {
     return { results, transfer, plan };
   } finally {
     for (const { handle } of sources) await handle.close();
+    await device?.close().catch(() => void 0);
   }
 }
 function settingsOf(opts, environment, certsDirectory = "/etc/docker/certs.d") {
@@ -1740,7 +1761,7 @@ async function withSession(opts, run, replaced = {}) {
   const { signal = new AbortController().signal, onWarning: warn = () => void 0 } = opts;
   try {
     if (signal.aborted) fail("ABORTED", "stopped", { cause: signal.reason });
-    return await run({ settings, transport, signal, clock: systemClock, challenges: /* @__PURE__ */ new Map(), warn, ...replaced });
+    return await run({ settings, transport, signal, clock: systemClock, challenges: /* @__PURE__ */ new Map(), registries: /* @__PURE__ */ new Map(), warn, ...replaced });
   } finally {
     transport.close();
   }
@@ -2013,7 +2034,7 @@ function parseCommandLine(argv) {
     const name = token.name === "ca" ? "cacert" : token.name;
     const spec = OPTIONS.find((option) => option.name === name);
     if (!spec) {
-      const [nearest] = OPTIONS.map((option) => ({ ...option, like: likeness(name, option.name) / option.name.length })).filter(({ like }) => like >= 0.5).sort((left, right) => right.like - left.like);
+      const [nearest] = OPTIONS.map((option) => ({ ...option, like: likeness(name, option.name) })).filter(({ like }) => like >= 0.4 * (name.length + 1)).sort((left, right) => right.like - left.like);
       return usage(`unknown option ${printable(rawName, 60)}${nearest ? `: did you mean --${nearest.name}?` : ""}`);
     }
     if (values[name] !== void 0 || switches.has(name)) usage(`--${name} is given twice`);
@@ -2161,6 +2182,8 @@ async function listImages(io, command) {
   const texts = [...command.images, ...lines];
   if (texts.length === 0) usage("no IMAGE is given");
   const references = await mapConcurrently(texts, 1, async (text) => parseReference(text));
+  const hosts = [...new Set(references.map(({ host }) => host))];
+  if (hosts.length > 1 && bound) usage(`--${bound} belongs to one registry, and the IMAGEs are on ${hosts.join(", ")}`);
   const unique = new Map(references.map((reference) => [formatReference(reference), reference]));
   const images = [...unique.values()].map((reference) => {
     const named = givenName === void 0 ? imageName(reference, namespace) : parseReference(givenName);
@@ -2169,8 +2192,6 @@ async function listImages(io, command) {
   const names = images.map(({ name }) => name);
   const doubled = names.find((name, at) => names.indexOf(name) !== at);
   if (doubled !== void 0) usage(`two IMAGEs would have the name ${doubled} in the tar`);
-  const hosts = [...new Set(references.map(({ host }) => host))];
-  if (hosts.length > 1 && bound) usage(`--${bound} belongs to one registry, and the IMAGEs are on ${hosts.join(", ")}`);
   return images;
 }
 async function runCommand(argv, io, signal) {
@@ -2193,7 +2214,8 @@ async function runCommand(argv, io, signal) {
   const { reference } = images[0];
   const destination = command.destination ?? defaultDestination(reference);
   if (command.destination !== void 0) checkDestinationName(destination);
-  const isStream = destination === "-";
+  const [there, own] = await Promise.all([destination, "/dev/stdout"].map((name) => fs.stat(name).catch(() => void 0)));
+  const isStream = destination === "-" || there !== void 0 && !there.isFile() && there.ino === own?.ino && there.dev === own.dev;
   if (isStream && stdout.isTTY) usage("the tar is not written to a terminal: redirect stdout");
   const password = command.isPasswordOnStdin ? { password: (await readStdin(io)).replace(/\r?\n$/, "") } : {};
   const progress = showProgress(io, isQuiet);
@@ -2234,7 +2256,7 @@ async function main(argv, io) {
   };
   if (!io) {
     process.on("SIGINT", interrupt).on("SIGTERM", interrupt);
-    stdout.on("error", () => void 0);
+    for (const stream of [stdout, stderr]) stream.on("error", () => void 0);
   }
   try {
     await runCommand(argv, used, stop.signal);

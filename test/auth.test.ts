@@ -6,7 +6,7 @@ import { describe, test } from "node:test";
 import { internals } from "../imgpull.ts";
 import { makeAuthority } from "./support/certificates.ts";
 import { SECRETS, USER, cleanEnvironment, runCommand, temporaryFolder, type TestScope } from "./support/command.ts";
-import { MEDIA, makeImage, makeMultiPlatform } from "./support/image.ts";
+import { makeImage } from "./support/image.ts";
 import { startProxy } from "./support/proxy.ts";
 import { startRegistry, type AuthOptions, type Registry, type RegistryOptions } from "./support/registry.ts";
 import { assertFailed, assertPulled, pull, type PullOptions } from "./support/session.ts";
@@ -129,15 +129,6 @@ describe("one token for the whole pull", () => {
       assert.deepEqual(asked, [...query].sort());
     });
   }
-});
-
-test("a multi-platform image behind a token service costs no request too many", async (t) => {
-  const registry = await startRegistry({ auth: "bearer" }, t);
-  const index = makeMultiPlatform(["linux/amd64", "linux/arm64"], { layers: [8192, 8192, 8192] });
-  assertPulled(await pull(t, registry.add(index, "team/multi", "1"), HTTP), index.children[0] ?? image);
-  const kinds = registry.requests.map(({ kind, status }) => `${kind} ${status}`);
-  assert.deepEqual(kinds.slice(0, 4), ["manifest 401", "token 200", "manifest 200", "manifest 200"]);
-  assert.deepEqual(kinds.slice(4).sort(), ["config 200", "layer 200", "layer 200", "layer 200"]);
 });
 
 test("credentials go to the token service only, the token to the registry only", async (t) => {
@@ -618,23 +609,4 @@ test("a token service that redirects elsewhere takes no credentials along", asyn
   // An identity token is the body itself: that POST is not carried anywhere.
   assert((await pull(t, reference, stored({ [registry.host]: IDENTITY }))).error);
   assert(!other.registry.tokenRequests().some(({ method, body }) => method === "POST" || body !== ""));
-});
-
-test("a foreign layer is fetched from where its URLs say without any credential", async (t) => {
-  const authority = makeAuthority();
-  const tls = authority.issueServer();
-  const other = await startRegistry({ tls }, t);
-  const plain = await startRegistry({}, t);
-  const place = (url: string) => `${url}/v2/foreign/blobs/`;
-  const hosted = makeImage({ seed: "foreign", layers: [8192] }).layers[0];
-  assert(hosted);
-  const urls = [plain, other].map(({ url }) => place(url) + hosted.digest);
-  const foreign = makeImage({ seed: "foreign", layers: [{ ...hosted, urls, mediaType: MEDIA.ociForeign }] });
-  const registry = await startRegistry({ tls, auth: "basic" }, t);
-  const reference = registry.add(foreign, "team/app", "1.0", { without: [hosted.digest] });
-  for (const holder of [plain, other]) holder.putBlob("foreign", hosted.digest, hosted.bytes);
-  const caCert = fileIn(temporaryFolder(t), "ca.pem", authority.cert);
-  assertPulled(await pull(t, reference, { caCert, ...GIVEN }), foreign);
-  assert.deepEqual(sentTo(other), [undefined]);
-  assert.equal(plain.connections(), 0, "not over http");
 });

@@ -336,8 +336,9 @@ test("idle connections take over part of a large layer that comes slowly", { tim
   const served = await serve(t, SEVERAL_MIB);
   const [{ digest }] = layersOf(childOf(SEVERAL_MIB));
   const { registry } = served;
-  const slow = registry.on({ digest, times: 1 }, { pause: { after: 300_000, until: registry.arrived({ digest }, 3) } });
-  await pull(served.reference, served.dest);
+  makeFar(registry);
+  const slow = registry.on({ digest, times: 1 }, { pause: { after: 300_000, until: registry.arrived({ digest }, 2) } });
+  await pull(served.reference, served.dest, { concurrency: 2 });
   assert.equal(slow.hits, 1);
   const [first, ...others] = registry.blobRequests(digest);
   assert.equal(first?.range, undefined);
