@@ -54,7 +54,6 @@ const CONFIG_TYPES = ["application/vnd.docker.container.image.v1+json", "applica
 
 const MIB = 1024 * 1024;
 const NEVER = Number.POSITIVE_INFINITY;
-
 /** Every bound in one place. What a registry can make us hold in memory is here, whatever it sends. */
 const LIMITS = Object.freeze({
   manifestBytes: 4 * MIB, // the distribution specification's own floor for registries
@@ -85,7 +84,6 @@ const LIMITS = Object.freeze({
 
 /** An operating system and processor in Go's words: `{ os: "linux", architecture: "arm", variant: "v7" }`. */
 interface Platform { os: string; architecture: string; variant?: string }
-
 /** A content descriptor, OCI image specification, descriptor.md. `size` is in bytes. */
 interface Descriptor {
   mediaType: string;
@@ -95,7 +93,6 @@ interface Descriptor {
   platform?: Platform;
   annotations?: Record<string, string>;
 }
-
 /** What to pull and how. Only `url` is required; the rest has the command's defaults (SPEC §1, §9). */
 interface PullerOpts {
   /** The image reference: `[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]`. */
@@ -128,7 +125,6 @@ interface PullerOpts {
   /** One line each: a retry, a fallback, a layer that some loaders refuse. */
   onWarning?: (message: string) => void;
 }
-
 /** Bytes are of blobs, before any tar header; `doneBytes` never falls, and equals `totalBytes` at the end. */
 interface Progress {
   phase: "resolve" | "fetch" | "finish";
@@ -137,7 +133,6 @@ interface Progress {
   blobsDone: number;
   blobsTotal: number;
 }
-
 /**
  * What DEST now holds. `digest` is the manifest's (the index's when every platform was asked for); `platform` is
  * `os/architecture[/variant]`, `all`, or empty for what is not an image; `sizeBytes` is DEST's (in a directory: of the
@@ -151,7 +146,6 @@ interface PullResult {
   sizeBytes: number;
   fetchedBytes: number;
 }
-
 /** A manifest as the registry sent it. `bytes` has the digest; `manifest` is the parsed JSON. */
 interface ManifestHolder { mediaType: string; digest: string; bytes: Uint8Array; manifest: unknown; imageUrl: string }
 
@@ -164,7 +158,6 @@ type ErrorCode =
 // One class with a code. The message is what failed, then the request and the registry's words, then the remedy.
 
 interface ErrorDetails { status?: number | undefined; retryAfterMs?: number | undefined; cause?: unknown }
-
 /** The only error thrown on purpose; anything else is a bug. `status` is the HTTP status, where there was one. */
 class ImgpullError extends Error {
   override readonly name = "ImgpullError";
@@ -187,7 +180,6 @@ function fail(code: ErrorCode, message: string, details?: ErrorDetails): never {
 }
 
 const errorCodeOf = (error: unknown): string => String((error as { code?: unknown } | undefined)?.code ?? "");
-
 /** Text from outside, fit for a terminal: no control characters or escapes, no line breaks, bounded. */
 function printable(text: string, maximum = 300): string {
   // C0, DEL, C1, and the bidirectional and line controls that reorder what a person reads.
@@ -195,14 +187,12 @@ function printable(text: string, maximum = 300): string {
   const clean = text.replace(controls, " ").trim();
   return clean.length > maximum ? `${clean.slice(0, maximum)}…` : clean;
 }
-
 /** A URL without user, password and query (which may be a signature); `?ns=` is ours and is kept. */
 function redactUrl(url: URL | string): string {
   const { protocol, host, pathname, searchParams } = new URL(url);
   const namespace = searchParams.get("ns");
   return printable(`${protocol}//${host}${pathname}${namespace === null ? "" : `?ns=${namespace}`}`);
 }
-
 /** What Node says of a connection that failed, in our codes, with the remedy where one is known. */
 function connectionError(error: unknown, doing: string): ImgpullError {
   if (error instanceof ImgpullError) return error;
@@ -232,7 +222,6 @@ const DISK_WORDS: Record<string, string> = {
   EFBIG: "the file system does not take a file of that size",
 };
 const diskWords = (error: unknown): string => DISK_WORDS[errorCodeOf(error)] ?? printable((error as Error).message);
-
 /** Waits for work on files; what the system refuses becomes a DISK error that says which and why. */
 function onDisk<T>(doing: string, work: Promise<T>): Promise<T> {
   return work.catch((error: NodeJS.ErrnoException) => {
@@ -240,7 +229,6 @@ function onDisk<T>(doing: string, work: Promise<T>): Promise<T> {
     throw isSystem ? new ImgpullError("DISK", `${doing}: ${diskWords(error)}`, { cause: error }) : error;
   });
 }
-
 /** Several things that failed are one error that names each, so that a list is mended in one go. */
 function joinErrors(failures: readonly unknown[]): unknown {
   const known = failures.filter((failure) => failure instanceof ImgpullError);
@@ -274,7 +262,6 @@ function parseJson(text: string | Buffer): unknown {
     return undefined; // without the parser's words: they quote the text, which may be a secret
   }
 }
-
 /** The values that are there: what is undefined or empty is left out. */
 const given = <T extends object>(values: T): { [K in keyof T]?: Exclude<T[K], undefined> } =>
   Object.fromEntries(Object.entries(values).filter(([, value]) => value !== undefined && value !== "")) as never;
@@ -293,7 +280,6 @@ function formatBytes(bytes: number): string {
 
 const formatPlatform = ({ os: system, architecture, variant }: Partial<Platform> = {}): string =>
   [system, architecture, variant].filter(Boolean).join("/");
-
 /** Runs at most `limit` at once, keeps the order, and lets every one end before what failed is thrown. */
 async function mapConcurrently<T, R>(items: readonly T[], limit: number, run: (item: T) => Promise<R>): Promise<R[]> {
   const results: PromiseSettledResult<R>[] = [];
@@ -331,7 +317,6 @@ function isHost(text: string): boolean {
   const { ipv6, port = "443" } = HOST.exec(text)?.groups ?? {};
   return HOST.test(text) && Number(port) >= 1 && Number(port) <= 65535 && (ipv6 === undefined || net.isIPv6(ipv6));
 }
-
 /** Throws BAD_REFERENCE with the reason; nothing is asked of any registry for a reference that cannot be right. */
 function parseReference(text: string): Reference {
   const refuse = (reason: string): never => fail("BAD_REFERENCE", `bad image reference "${printable(text)}": ${reason}`);
@@ -363,7 +348,6 @@ function parseReference(text: string): Reference {
 const formatReference = ({ host, repository, tag, digest }: Reference): string =>
   `${host}/${repository}${tag === undefined ? "" : `:${tag}`}${digest === undefined ? "" : `@${digest}`}`;
 const apiHost = (host: string): string => (host === "docker.io" ? "registry-1.docker.io" : host);
-
 /**
  * The name an image gets in the tar. A mirror stands for another registry, told by --ns or by the path's first
  * segment; the tag names, and only a reference without one is named by its digest.
@@ -373,7 +357,6 @@ function imageName({ host, repository, tag, digest }: Reference, namespace?: str
   const bare = namespace !== undefined ? `${namespace}/${repository}` : isMirrored ? repository : `${host}/${repository}`;
   return parseReference(`${bare}${tag === undefined ? `@${digest}` : `:${tag}`}`);
 }
-
 /** `NAME-TAG.tar`, in the working directory. */
 const defaultDestination = ({ repository, tag, digest = "" }: Reference): string =>
   `${repository.slice(repository.lastIndexOf("/") + 1)}-${tag ?? hexOf(digest).slice(0, 12)}.tar`;
@@ -384,7 +367,6 @@ const defaultDestination = ({ repository, tag, digest = "" }: Reference): string
 
 /** @internal */
 type Environment = Readonly<Record<string, string | undefined>>;
-
 /** What a pull was told, checked. `certsDirectory` is /etc/docker/certs.d, but for tests. */
 interface Settings extends Readonly<Omit<PullerOpts, "url" | "osType" | "archType" | "variant" | "signal">> {
   readonly wanted: Partial<Platform>;
@@ -395,13 +377,11 @@ interface Settings extends Readonly<Omit<PullerOpts, "url" | "osType" | "archTyp
   readonly environment: Environment;
   readonly certsDirectory: string;
 }
-
 /** A request as its maker sees it. The registry's own origin gets client certificate and certs.d, no other does. */
 type HttpRequest = Readonly<{
   method: string; url: URL; headers: Readonly<Record<string, string>>; body?: string; signal: AbortSignal;
   authorizationFor: (origin: string) => Promise<string | undefined>; isRegistry: (origin: string) => boolean;
 }>;
-
 /** What a server answered to which header. A body is there on success only; otherwise its words were read. */
 type Answer = Readonly<{
   status: number; headers: http.IncomingHttpHeaders; url: URL; authorization: string | undefined;
@@ -411,7 +391,6 @@ type Answer = Readonly<{
 interface Transport { send(request: HttpRequest): Promise<Answer>; close(): void }
 
 const readOptional = (file: string): Promise<string | undefined> => fs.readFile(file, "utf8").catch(() => undefined);
-
 /** Where the distributions keep their certificates, in the order in which Go's crypto/x509 looks (root_linux.go). */
 const CA_BUNDLES = [
   "/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem",
@@ -419,7 +398,6 @@ const CA_BUNDLES = [
   "/usr/local/etc/ssl/cert.pem", "/usr/local/share/certs/ca-root-nss.crt", "/etc/openssl/certs/ca-certificates.crt",
 ];
 const CA_DIRECTORIES = ["/etc/ssl/certs", "/etc/pki/tls/certs", "/system/etc/security/cacerts"];
-
 /** The system's certificate store, as Go reads it; Node's own roots only where the system has none. */
 async function systemCertificates(environment: Environment): Promise<string[]> {
   const { SSL_CERT_FILE: file, SSL_CERT_DIR: directories, NODE_EXTRA_CA_CERTS: extra } = environment;
@@ -445,7 +423,6 @@ async function readPem(file: string, option: string): Promise<string> {
     fail("TLS", `cannot read ${option} ${file}: ${diskWords(error)}`));
   return text.includes("-----BEGIN ") ? text : fail("TLS", `${option} ${file} is not a PEM file`);
 }
-
 /** One context for each kind of peer: parsing a system's 150 certificates anew for each connection would show. */
 function secureContexts({ tlsCert, tlsKey, caCert, certsDirectory, environment }: Settings) {
   const contexts = new Map<string, Promise<tls.SecureContext>>();
@@ -474,7 +451,6 @@ function secureContexts({ tlsCert, tlsKey, caCert, certsDirectory, environment }
     return context;
   };
 }
-
 /** NO_PROXY in the forms that Go and curl take: `*`, names with their subdomains, ports, addresses, CIDR blocks. */
 function isExemptFromProxy(url: URL, noProxy: string): boolean {
   const host = url.hostname.replace(/^\[|\]$/g, "").toLowerCase();
@@ -517,7 +493,7 @@ function proxyHeaders({ username, password }: URL): Record<string, string> {
   const value = basicAuthorization(decodeURIComponent(username), decodeURIComponent(password));
   return username === "" ? {} : { "Proxy-Authorization": value };
 }
-
+const PROXY_REMEDY = "\n  the proxy wants credentials: http://USER:PASSWORD@HOST:PORT";
 /** An agent whose connections are TLS inside a CONNECT tunnel (RFC 9110 §9.3.6). */
 function tunnelAgent(proxy: URL, agent: https.Agent, proxyTls: tls.ConnectionOptions, timeout: number): https.Agent {
   const name = `the proxy ${proxy.protocol}//${proxy.host}`;
@@ -530,7 +506,7 @@ function tunnelAgent(proxy: URL, agent: https.Agent, proxyTls: tls.ConnectionOpt
     connect.once("connect", ({ statusCode: status, statusMessage = "" }, socket) => {
       if (status === 200) return callback(null, tls.connect({ ...target, socket }));
       socket.destroy();
-      const remedy = status === 407 ? "\n  it wants credentials: http://USER:PASSWORD@HOST:PORT" : "";
+      const remedy = status === 407 ? PROXY_REMEDY : "";
       const words = `${name} refused CONNECT ${authority}: ${status} ${printable(statusMessage)}${remedy}`;
       callback(new ImgpullError("PROXY", words, { status }));
     });
@@ -598,7 +574,6 @@ function createTransport(settings: Settings): Transport {
 }
 
 type SendOnce = (request: HttpRequest, url: URL, headers: Record<string, string>) => Promise<http.IncomingMessage>;
-
 /** Follows redirects by hand: relative ones too, at most ten, never from https to http, never with a secret body. */
 async function followRedirects(request: HttpRequest, sendOnce: SendOnce): Promise<Answer> {
   let { url } = request;
@@ -624,7 +599,6 @@ async function followRedirects(request: HttpRequest, sendOnce: SendOnce): Promis
     url = next;
   }
 }
-
 /**
  * Some front ends compress although `identity` was asked for. Others store a gzip layer with a Content-Encoding that
  * describes the layer itself: there the length gives it away, and the bytes are what was asked for.
@@ -637,7 +611,6 @@ function decodeBody(response: http.IncomingMessage, expectedBytes?: number): Rea
   response.once("error", (error) => decoded.destroy(error));
   return response.pipe(decoded.once("close", () => response.destroy()));
 }
-
 /** A whole body of at most `maximumBytes`; more is refused by name before it is held. */
 async function readBody(response: http.IncomingMessage, maximumBytes: number, what: string): Promise<Buffer> {
   const tooLarge = `${what} is larger than ${maximumBytes} bytes`;
@@ -656,7 +629,6 @@ async function readBody(response: http.IncomingMessage, maximumBytes: number, wh
   }
   return Buffer.concat(chunks);
 }
-
 /** The registry's own words: `errors[]` of the distribution specification, a token service's, or plain text. */
 async function readWords(response: http.IncomingMessage): Promise<string> {
   const body = await readBody(response, LIMITS.errorBodyBytes, "the error's body").catch((error: ImgpullError) => {
@@ -680,7 +652,6 @@ type Clock = Readonly<{
 
 const sleep: Clock["sleep"] = (milliseconds, signal) => delay(milliseconds, undefined, { signal });
 const systemClock: Clock = { now: Date.now, random: Math.random, sleep };
-
 /** Retry-After is seconds or a date (RFC 9110 §10.2.3). */
 function parseRetryAfter(value: string | undefined, now: number): number | undefined {
   if (/^\s*\d+\s*$/.test(value ?? "")) return Number(value) * 1000;
@@ -698,7 +669,6 @@ function isRetriable(error: unknown): error is ImgpullError {
   const isServers = status === 408 || status === 425 || (status >= 500 && status !== 501 && status !== 505);
   return (code === "PROTOCOL" || code === "PROXY") && isServers;
 }
-
 /** How long to wait before the next attempt; undefined where there is none. `failures` counts those so far. */
 function retryDelayMs(error: unknown, failures: number, retries: number, random: number): number | undefined {
   if (!isRetriable(error) || failures > (isMismatch(error) ? Math.min(1, retries) : retries)) return undefined;
@@ -706,7 +676,6 @@ function retryDelayMs(error: unknown, failures: number, retries: number, random:
   const ceiling = Math.min(LIMITS.backoffMs, LIMITS.firstBackoffMs * 2 ** (failures - 1));
   return retryAfterMs > LIMITS.retryAfterMs ? undefined : Math.max(retryAfterMs, Math.round(ceiling * (0.5 + random / 2)));
 }
-
 /** What everything that a pull does has in common. Two pulls share nothing. */
 interface Session {
   readonly settings: Settings;
@@ -719,7 +688,6 @@ interface Session {
   readonly registries: Map<string, Registry>;
   readonly warn: (message: string) => void;
 }
-
 /** Runs `attempt` until it succeeds. `gotOn` says whether the failed one brought us forward: the count starts anew. */
 async function withRetries<T>(session: Session, attempt: () => Promise<T>, gotOn = () => false): Promise<T> {
   const { clock, settings: { retries }, signal } = session;
@@ -743,7 +711,6 @@ async function withRetries<T>(session: Session, attempt: () => Promise<T>, gotOn
 // Invariant: a credential is for one registry; it goes there and to the token endpoint which that registry names.
 
 interface Challenge { readonly scheme: string; readonly parameters: Readonly<Record<string, string>> }
-
 /** Every challenge of every header line: commas separate both parameters and challenges, and may be inside quotes. */
 function parseChallenges(lines: readonly string[]): Challenge[] {
   const challenges: { scheme: string; parameters: Record<string, string> }[] = [];
@@ -762,12 +729,10 @@ function parseChallenges(lines: readonly string[]): Challenge[] {
   }
   return challenges;
 }
-
 /** `stored` ones come from a file or a helper: where they are refused, a public image can still be pulled. */
 type Credential = Readonly<{
   kind: "basic" | "identity" | "bearer" | "outside"; username: string; secret: string; source: string; stored: boolean;
 }>;
-
 /** A credential file's key as host[/path]: docker writes URLs with /v1/, podman writes paths. */
 function normalizeAuthKey(key: string): string {
   const [host = "", ...rest] = key.replace(/^https?:\/\//, "").replace(/\/(v1|v2)?\/?$/, "").split("/");
@@ -785,7 +750,6 @@ function decodeAuthEntry(entry: Record<string, unknown>, source: string): Creden
   const secret = identity || bearer || password;
   return username === "" && secret === "" ? undefined : { kind, username, secret, source, stored: true };
 }
-
 /** docker-credential-NAME: the server on stdin, JSON on stdout (docker/docker-credential-helpers). */
 function runCredentialHelper(name: string, input: string, environment: Environment): Credential | undefined {
   const source = `docker-credential-${name}`;
@@ -803,7 +767,6 @@ function runCredentialHelper(name: string, input: string, environment: Environme
   const found = { username: isIdentity ? "" : username, secret, source, stored: true };
   return username === "" && secret === "" ? undefined : { kind: isIdentity ? "identity" : "basic", ...found };
 }
-
 /** The credential that one file has for a repository: its helper, its store, or the longest path in `auths`. */
 function credentialIn(text: string, source: string, { host, repository }: Reference, environment: Environment) {
   const file = parseJson(text);
@@ -817,7 +780,6 @@ function credentialIn(text: string, source: string, { host, repository }: Refere
   const entry = bestIn(file.auths, (value) => isRecord(value) && Object.keys(value).length > 0);
   return found ?? (isRecord(entry) ? decodeAuthEntry(entry, source) : undefined);
 }
-
 /** SPEC §7's order. Every place is tried, and the first that knows the registry is taken. */
 async function findCredential(settings: Settings, reference: Reference): Promise<Credential | undefined> {
   const { environment, token, username, password = "" } = settings;
@@ -853,7 +815,6 @@ async function readCredentialFile(file: string, what: string, isRequired: boolea
 }
 
 interface Authorization { readonly header: string; readonly expiresAt: number }
-
 /** A token for one repository (distribution specification, "Token Authentication"; OAuth2 for identity tokens). */
 async function fetchToken(
   session: Session, origin: string, scope: string, challenge: Challenge, credential: Credential | undefined,
@@ -893,7 +854,6 @@ async function fetchToken(
   const lifeMs = Math.max(LIMITS.tokenFloorMs, typeof seconds === "number" ? seconds * 1000 : 0);
   return { header: `Bearer ${text}`, expiresAt: session.clock.now() + lifeMs };
 }
-
 /** What a status means, with the words of the one who said it. */
 function statusError({ status, words, headers, url }: Answer, now: number, who: string, isRegistry = true): ImgpullError {
   const retryAfterMs = parseRetryAfter(headers["retry-after"], now);
@@ -903,6 +863,7 @@ function statusError({ status, words, headers, url }: Answer, now: number, who: 
       : `come back in ${Math.ceil(retryAfterMs / 1000)} s, at ${new Date(now + Math.min(retryAfterMs, 1e12)).toISOString()}`;
     return new ImgpullError("RATE_LIMITED", `${said}\n  too many requests: ${when}`, { status, retryAfterMs } as ErrorDetails);
   }
+  if (status === 407) return new ImgpullError("PROXY", said + PROXY_REMEDY, { status });
   // A storage host's refusal is a signed URL that has expired: asking the registry again gives a new one.
   const isExpired = !isRegistry && [400, 401, 403].includes(status);
   const code = ({ 401: "UNAUTHORIZED", 403: "FORBIDDEN", 404: "NOT_FOUND" } as const)[status] ?? "PROTOCOL";
@@ -936,7 +897,6 @@ class Registry {
     this.origin = new URL(`${scheme}://${apiHost(reference.host)}`).origin;
     if (token !== undefined) this.#held.set(this.origin, { header: `Basic ${token}`, expiresAt: NEVER });
   }
-
   /** One answer to one request, after at most one handshake, one renewal and one fallback. */
   async #request(method: string, rest: string, headers: Record<string, string>, signal: AbortSignal): Promise<Answer> {
     const url = new URL(`${this.origin}/v2/${this.reference.repository}/${rest}`);
@@ -960,7 +920,6 @@ class Registry {
     if (isBearer) await this.#handshake(origin);
     return this.#held.get(origin)?.header;
   }
-
   /** Whether another attempt may go better than the one that got `answer`. */
   async #authorize(answer: Answer, round: number): Promise<boolean> {
     const { url: { origin }, authorization: sent, status, headers } = answer;
@@ -977,7 +936,6 @@ class Registry {
     }
     return this.#handshake(origin);
   }
-
   /** Looked up when a registry asks for it first; storage hosts and other origins never get it. */
   async #credentialFor(origin: string): Promise<Credential | undefined> {
     if (this.#isAnonymous || origin !== this.origin) return undefined;
@@ -989,7 +947,6 @@ class Registry {
     this.#held.delete(this.origin);
     this.#session.warn(`the credentials of ${source} were refused (${reason}); trying without any`);
   }
-
   /** Connections that are refused at the same time get one new token between them. */
   #handshake(origin: string): Promise<boolean> {
     const running = this.#renewals.get(origin)
@@ -1024,7 +981,6 @@ class Registry {
     }));
     return true;
   }
-
   /** The error with the word of which credentials were tried, and from where. */
   async #withTried({ code, message, status }: ImgpullError): Promise<ImgpullError> {
     const credential = await this.#credentialFor(this.origin);
@@ -1034,7 +990,6 @@ class Registry {
         "a repository that does not exist is often answered the same way";
     return new ImgpullError(code === "FORBIDDEN" ? code : "UNAUTHORIZED", `${message}\n  ${tried}`, { status });
   }
-
   /** A refusal in the user's terms. */
   async #refusal(answer: Answer, what: string): Promise<ImgpullError> {
     const isRegistry = answer.url.origin === this.origin;
@@ -1048,7 +1003,6 @@ class Registry {
     const isOurs = (code === "UNAUTHORIZED" || code === "FORBIDDEN") && retryAfterMs === undefined;
     return isOurs ? this.#withTried(error) : error;
   }
-
   /** One attempt at a manifest's answer; it has a body. */
   async #manifestAnswer(method: string, tagOrDigest: string): Promise<Answer> {
     const accept = { Accept: MANIFEST_TYPES.join(", ") };
@@ -1058,7 +1012,6 @@ class Registry {
     if (!answer.body) throw await this.#refusal(answer, what);
     return answer;
   }
-
   /** The manifest of a tag or digest, verified against the digest where one was asked for. */
   manifest(tagOrDigest: string): Promise<FetchedManifest> {
     return withRetries(this.#session, async () => {
@@ -1076,7 +1029,6 @@ class Registry {
       return fail("PROTOCOL", `${where}: the answer is not a manifest but ${type}: is ${this.reference.host} a registry?`);
     });
   }
-
   /** What HEAD tells of a manifest; undefined where the registry leaves something out. */
   head(tagOrDigest: string): Promise<{ mediaType: string; digest: string; size: number } | undefined> {
     return withRetries(this.#session, async () => {
@@ -1088,7 +1040,6 @@ class Registry {
       return isWhole ? { mediaType, digest, size: Number(length) } : undefined;
     });
   }
-
   /** One answer, with a body, to a request for a blob's bytes [from, to). The caller checks what comes. */
   async blob({ digest, size, urls = [] }: Descriptor, from: number, to: number, signal: AbortSignal): Promise<Answer> {
     const headers: Record<string, string> = from === 0 && to === size ? {} : { Range: `bytes=${from}-${to - 1}` };
@@ -1111,7 +1062,6 @@ function registryOf(session: Session, reference: Reference): Registry {
   session.registries.set(key, registry);
   return registry;
 }
-
 /** The media type by the JSON itself, then by the header: registries label manifests text/plain and worse. */
 function sniffMediaType(bytes: Buffer, contentType = ""): string | undefined {
   const header = contentType.split(";")[0]?.trim().toLowerCase() ?? "";
@@ -1174,7 +1124,6 @@ function parseManifest({ bytes, mediaType }: FetchedManifest, where: string): Im
   if (config.size > LIMITS.configBytes) tooLarge(`its config of ${config.size} bytes is larger than ${LIMITS.configBytes}`);
   return { kind: "image", config, layers: (layers as unknown[]).map((layer) => parseDescriptor(layer, where)) };
 }
-
 /** This machine, in Go's words. */
 function hostPlatform(): Platform {
   const { arch, platform } = process;
@@ -1185,7 +1134,6 @@ function hostPlatform(): Platform {
   const variant = arch === "arm" ? `v${version}` : undefined;
   return { os: systems[platform] ?? platform, architecture: processors[arch] ?? arch, ...given({ variant }) };
 }
-
 /** Variants that serve, best first; "" is an entry without one. containerd's platforms package has the same order. */
 function acceptableVariants(architecture: string, variant: string | undefined): string[] {
   // The lowest that is tried, and what an entry without a variant is by convention.
@@ -1205,7 +1153,6 @@ function matchPlatform(candidates: readonly Descriptor[], wanted: Platform): Des
     fitting.find(({ platform }) => variant === "*" || (platform?.variant ?? "") === variant);
   return acceptableVariants(wanted.architecture, wanted.variant).map(ofVariant).find((found) => found !== undefined);
 }
-
 /** The platform to look for: what was asked, the rest from this machine (whose variant goes with its processor). */
 function wantedPlatform(wanted: Partial<Platform>, host = hostPlatform()): Platform {
   const variant = wanted.variant ?? (wanted.architecture === undefined ? host.variant : undefined);
@@ -1218,7 +1165,6 @@ function wantedPlatform(wanted: Partial<Platform>, host = hostPlatform()): Platf
 
 const BLOCK = 512;
 const paddingOf = (sizeBytes: number): number => (BLOCK - (sizeBytes % BLOCK)) % BLOCK;
-
 /** The ustar header of a regular file, its fields in order; name and size must fit. */
 function encodeUstarHeader(name: string, sizeBytes: number, type: "0" | "x"): Buffer {
   const octal = (value: number, width: number) => `${value.toString(8).padStart(width - 1, "0")}\0`;
@@ -1231,7 +1177,6 @@ function encodeUstarHeader(name: string, sizeBytes: number, type: "0" | "x"): Bu
   header.write(`${octal(sumOf(header, (byte) => byte), 7)} `, 148, "latin1");
   return header;
 }
-
 /** Header of an entry; names above 100 bytes and sizes from 8 GiB need a pax extended header before it. */
 function encodeTarHeader(name: string, sizeBytes: number): Buffer {
   const record = (key: string, value: string) => {
@@ -1247,16 +1192,13 @@ function encodeTarHeader(name: string, sizeBytes: number): Buffer {
   const padded = Buffer.concat([Buffer.from(records, "latin1")], records.length + paddingOf(records.length));
   return Buffer.concat([encodeUstarHeader("PaxHeaders/blob", records.length, "x"), padded, plain]);
 }
-
 /** One image of a reference. Its config is read already where the platform had to be looked up in it. */
 interface ImageContent { readonly manifest: ImageManifest; readonly platform?: Platform; readonly configBytes?: Buffer }
-
 /** What one reference came to: the manifests to keep, `top` (what index.json points at) first, and the images. */
 type ResolvedImage = Readonly<{
   reference: Reference; name: string; registry: Registry; top: FetchedManifest; manifests: readonly FetchedManifest[];
   contents: readonly ImageContent[]; platform: string;
 }>;
-
 /**
  * One file of the tar or directory. Its content is `bytes`, or a blob that `registry` has, and begins at `offset` of
  * the tar; `lead` is the padding of the entry before and this one's header.
@@ -1269,7 +1211,6 @@ interface PlanEntry {
   readonly bytes?: Buffer;
   readonly blob?: { readonly descriptor: Descriptor; readonly registry: Registry };
 }
-
 /**
  * Everything that will be in DEST, known before a byte of a layer: tar, stream and directory are made from it. Two
  * plans with the same `id` put the same bytes at the same offsets. `omitted` layers are those that --since left out.
@@ -1280,13 +1221,11 @@ type Plan = Readonly<{
 }>;
 
 const blobPath = (digest: string): string => `blobs/${digest.replace(":", "/")}`;
-
 /** index.json's entry: both annotations, since containerd reads the one and skopeo and podman the other. */
 function indexEntry({ name, top }: ResolvedImage): unknown {
   const annotations = { "io.containerd.image.name": name, "org.opencontainers.image.ref.name": name };
   return { mediaType: top.mediaType, digest: top.digest, size: top.bytes.length, annotations };
 }
-
 /** manifest.json's entry, what `docker load` reads: one image for each name. Classic docker cannot name a digest. */
 function dockerEntry({ name, contents }: ResolvedImage): unknown {
   const images = contents.filter(({ manifest }) => CONFIG_TYPES.includes(manifest.config.mediaType));
@@ -1296,7 +1235,6 @@ function dockerEntry({ name, contents }: ResolvedImage): unknown {
   const tags = name.includes("@") ? [] : [name];
   return { Config: blobPath(config.digest), RepoTags: tags, Layers: layers.map(({ digest }) => blobPath(digest)) };
 }
-
 /** `omit` has the digests of layers that the receiving side holds already. */
 function planTar(images: readonly ResolvedImage[], omit: ReadonlySet<string> = new Set()): Plan {
   const contents = new Map<string, Pick<PlanEntry, "sizeBytes" | "bytes" | "blob">>();
@@ -1337,7 +1275,6 @@ function planTar(images: readonly ResolvedImage[], omit: ReadonlySet<string> = n
 }
 
 type TarEntry = Readonly<{ name: string; sizeBytes: number; offset: number; type: string; linkName: string }>;
-
 /** Reads up to `length` bytes; fewer only at the end of the file. */
 async function readAt(handle: fs.FileHandle, position: number, length: number, buffer = Buffer.alloc(length)) {
   for (let filled = 0; ; ) {
@@ -1346,7 +1283,6 @@ async function readAt(handle: fs.FileHandle, position: number, length: number, b
     if (bytesRead === 0 || filled === length) return buffer.subarray(0, filled);
   }
 }
-
 /** The entries of a tar that anyone made: ustar, pax, and GNU's long names and base-256 sizes. */
 async function* readTar(handle: fs.FileHandle, where: string): AsyncGenerator<TarEntry> {
   const refuse = (reason: string): never => fail("BAD_TAR", `${where}: ${reason}`);
@@ -1397,12 +1333,10 @@ function parsePaxRecords(body: Buffer): Record<string, string> {
   }
   return records;
 }
-
 /** A tar at hand. What its names claim of digests is believed only after hashing. */
 type OpenTar = Readonly<{
   handle: fs.FileHandle; entries: ReadonlyMap<string, TarEntry>; blobs: ReadonlyMap<string, TarEntry>;
 }>;
-
 /** Our tars, OCI archives and new docker ones have blobs/sha256/HEX, crane HEX.tar.gz, skopeo HEX.tar and HEX.json. */
 function digestInName(name: string): string | undefined {
   const [, blob, bare] = /^(?:blobs\/(sha\d+\/[0-9a-f]+)|(?:sha256:)?([0-9a-f]{64})(?:\.json|\.tar|\.tar\.gz)?)$/.exec(name) ?? [];
@@ -1433,7 +1367,6 @@ async function openTar(file: string): Promise<OpenTar> {
 
 type Range = [from: number, to: number];
 const lengthOf = (ranges: readonly Range[]): number => sumOf(ranges, ([from, to]) => to - from);
-
 /** Adds a range to a sorted list of disjoint ones. */
 function addRange(ranges: readonly Range[], [from, to]: Range): Range[] {
   const isApart = ([start, end]: Range) => end < from || start > to;
@@ -1447,10 +1380,8 @@ function missingRanges(ranges: readonly Range[], sizeBytes: number): Range[] {
   const gaps = [0, ...ranges.map(([, end]) => end)].map((start, at): Range => [start, ends[at] as number]);
   return gaps.filter(([from, to]) => from < to);
 }
-
 /** A tar at hand that claims to hold a blob, from `offset` on. */
 interface Origin { readonly handle: fs.FileHandle; readonly offset: number }
-
 /** A blob on its way to `offset` of the tar, or to 0 of a file of its own. */
 interface BlobJob {
   readonly descriptor: Descriptor; readonly registry: Registry; readonly offset: number;
@@ -1462,14 +1393,12 @@ interface BlobJob {
   /** Fetches from the start that are left after bytes turned out wrong. */
   freshStarts: number;
 }
-
 /** A range that one connection fetches: `at` is the next byte, and `to` comes down when another takes the end over. */
 interface Segment {
   readonly job: BlobJob; readonly isTakeover: boolean;
   at: number; to: number;
   startedAtMs: number; firstByteMs: number; receivedBytes: number;
 }
-
 /** Where bytes go: files hash as bytes come and again from disk where they came out of order, a stream in order. */
 interface Sink {
   readonly isSplitting: boolean;
@@ -1483,7 +1412,6 @@ interface Sink {
 }
 
 type Observer = (transfer: Transfer, finished?: BlobJob) => void;
-
 /** One use of the line: what is to come, what nobody fetches yet, what is under way, and what it came to. */
 interface Transfer {
   readonly jobs: readonly BlobJob[]; readonly totalBytes: number; readonly observe: Observer;
@@ -1531,14 +1459,12 @@ function cutInHalf(segment: Segment): Segment {
   segment.to = middle;
   return rest;
 }
-
 /** The longest range that may be cut: large enough, from a registry that answers ranges. */
 function longestRange(segments: Iterable<Segment>): Segment | undefined {
   const canCut = ({ job: { origins, registry }, at, to }: Segment) => origins.length === 0 && registry.acceptsRanges
     && to - at >= 2 * (registry.latencyMs < LIMITS.farLatencyMs ? LIMITS.nearSplitBytes : LIMITS.splitBytes);
   return [...segments].filter(canCut).sort((left, right) => remaining(right) - remaining(left))[0];
 }
-
 /** Whether half of what a connection has left takes longer than a new request costs, on a line that is not full. */
 function isWorthTaking(victim: Segment, active: Iterable<Segment>): boolean {
   const now = performance.now();
@@ -1555,7 +1481,6 @@ function enqueue({ pending }: Transfer, sink: Sink, job: BlobJob): void {
   }
   if (job.openSegments === 0) pending.push(newSegment(job, 0, 0)); // an empty blob
 }
-
 /** Runs all jobs over at most `concurrency` connections to their end, or to the first error with all of them closed. */
 async function fetchBlobs(outer: Session, transfer: Transfer, sink: Sink): Promise<void> {
   const stop = new AbortController();
@@ -1609,7 +1534,6 @@ async function fetchBlobs(outer: Session, transfer: Transfer, sink: Sink): Promi
   if (outer.signal.aborted) fail("ABORTED", "stopped");
   settled(results);
 }
-
 /** Fetches a range to its end, however many answers that takes. */
 function fetchSegment(session: Session, transfer: Transfer, sink: Sink, segment: Segment): Promise<void> {
   let before = segment.at;
@@ -1630,7 +1554,6 @@ function fetchSegment(session: Session, transfer: Transfer, sink: Sink, segment:
     }
   }, gotOn);
 }
-
 /** Leaves a range to the connection that fetches what lies before it. */
 function giveBack({ active }: Transfer, segment: Segment): boolean {
   const owner = [...active].find(({ job, at, to }) => job === segment.job && to === segment.at && at < to);
@@ -1639,7 +1562,6 @@ function giveBack({ active }: Transfer, segment: Segment): boolean {
   segment.to = segment.at;
   return true;
 }
-
 /** The server sends the whole from the start: what nobody has begun is taken along. */
 function takeFollowers({ pending }: Transfer, segment: Segment): void {
   const follows = ({ job, at }: Segment) => job === segment.job && at === segment.to;
@@ -1648,10 +1570,8 @@ function takeFollowers({ pending }: Transfer, segment: Segment): void {
     segment.job.openSegments -= 1;
   }
 }
-
 /** Bytes of a blob from `position` on, which ought to end at `end`. */
 interface Opened { readonly stream: Readable; readonly doing: string; readonly position: number; readonly end: number }
-
 /** Asks for what a segment still lacks; undefined where another connection brings it. */
 async function openSegment(session: Session, transfer: Transfer, segment: Segment): Promise<Opened | undefined> {
   const { job: { descriptor: { size }, descriptor, registry, origins: [origin] }, at, to } = segment;
@@ -1684,7 +1604,6 @@ async function openSegment(session: Session, transfer: Transfer, segment: Segmen
   if (isLie) refuse("SIZE_MISMATCH", `${length} bytes are announced where ${end - position} belong`);
   return { stream, doing, position, end };
 }
-
 /** One request for what a segment still lacks, and its bytes into the sink. */
 async function receive(session: Session, transfer: Transfer, sink: Sink, segment: Segment): Promise<void> {
   const { job } = segment;
@@ -1736,7 +1655,6 @@ async function receive(session: Session, transfer: Transfer, sink: Sink, segment
   if (failure instanceof ImgpullError) throw failure;
   if (position < end) fail("NETWORK", `${doing}: the connection ended after ${position} of ${end} bytes`, { cause: failure });
 }
-
 /** Hashes what lies at a place. */
 async function hashPlace(handle: fs.FileHandle, from: number, to: number, hash: Hash): Promise<Hash> {
   const buffer = Buffer.allocUnsafe(Math.min(LIMITS.batchBytes, to - from));
@@ -1757,7 +1675,6 @@ async function writeAll(handle: fs.FileHandle, chunks: Buffer[], position: numbe
   if (bytesWritten === sumOf(chunks, ({ length }) => length)) return;
   await writeAll(handle, [Buffer.concat(chunks).subarray(bytesWritten)], position + bytesWritten);
 }
-
 /** What the partial holds, a line at a time, true after a kill -9: the plan's id, then `digest from-to,…;`. */
 type Journal = Readonly<{
   held: ReadonlyMap<string, Range[]>; record: (job: BlobJob) => void; close: () => Promise<void>;
@@ -1788,7 +1705,6 @@ const isRunning = (pid: number): boolean => {
     return errorCodeOf(error) === "EPERM";
   }
 };
-
 /**
  * Two runs at one DEST would write over each other: the second stops. A lock says who has it, and is touched while
  * held; one that was left alone, or whose process is gone from this machine, is taken over.
@@ -1813,10 +1729,8 @@ async function acquireLock(file: string, dest: string): Promise<() => Promise<vo
   const timer = setInterval(beat, LIMITS.lockBeatMs).unref();
   return () => (clearInterval(timer), fs.rm(file, { force: true }));
 }
-
 /** Where each blob's bytes are put: all in one tar, or each in a file of its own. */
 type Places = Readonly<{ open: (job: BlobJob) => Promise<fs.FileHandle>; finish: (job: BlobJob) => Promise<void> }>;
-
 /** Bytes into files: hashed as they come where they come in order, from disk where they do not. */
 function fileSink({ warn }: Session, places: Places, journal: Journal): Sink {
   /** Hashes what is written beyond what is hashed: bytes that an earlier run or another connection put there. */
@@ -1864,7 +1778,6 @@ function fileSink({ warn }: Session, places: Places, journal: Journal): Sink {
     },
   };
 }
-
 /** Brings every job's bytes to its place: what the journal says is there stays, the rest comes. */
 async function fillPlaces(
   session: Session, transfer: Transfer, base: string, planId: string, places: Places,
@@ -1896,7 +1809,6 @@ async function fillPlaces(
     await journal.close();
   }
 }
-
 /** Sync where the file system and Node's permission model let us; what they refuse is no reason to fail. */
 async function syncQuietly(handle: fs.FileHandle): Promise<void> {
   await handle.sync().catch((error: unknown) => {
@@ -1918,7 +1830,6 @@ async function checkFreeSpace(dest: string, folder: string, neededBytes: number)
 
 const openForUpdate = (file: string): Promise<fs.FileHandle> =>
   fs.open(file, fs.constants.O_RDWR | fs.constants.O_CREAT, 0o666);
-
 /** The plan into `dest` by way of `dest`.partial. */
 async function pullToTar(session: Session, plan: Plan, dest: string, reuse: readonly OpenTar[], observe: Observer) {
   const partial = `${dest}.partial`;
@@ -1970,7 +1881,6 @@ async function replaceFile(file: string, bytes: Uint8Array): Promise<void> {
 }
 
 type Naming = (digest: string) => string;
-
 /** Each blob as a file of its own under `folder`; those that are there already are verified and kept. */
 async function pullToFolder(session: Session, jobs: readonly BlobJob[], folder: string, nameOf: Naming, observe: Observer) {
   const base = path.join(folder, ".imgpull.partial");
@@ -2011,7 +1921,6 @@ async function pullToFolder(session: Session, jobs: readonly BlobJob[], folder: 
     await unlock();
   }
 }
-
 /** An OCI image layout: blobs first, then the index that names them, in one step and beside what it named before. */
 async function pullToLayout(session: Session, plan: Plan, folder: string, tars: readonly OpenTar[], observe: Observer) {
   const files = new Map(plan.entries.map(({ name, bytes }) => [name, bytes]));
@@ -2029,7 +1938,6 @@ async function pullToLayout(session: Session, plan: Plan, folder: string, tars: 
   await syncFolder(folder);
   return transfer;
 }
-
 /** The plan in order onto a stream. What comes early waits in a window; the trailer is written only if all was right. */
 async function pullToStream(
   outer: Session, plan: Plan, output: NodeJS.WritableStream, tars: readonly OpenTar[], observe: Observer,
@@ -2108,7 +2016,6 @@ function fetchConfig(session: Session, registry: Registry, descriptor: Descripto
     return fail("DIGEST_MISMATCH", `${redactUrl(url)}: the config's bytes have another digest`);
   });
 }
-
 /** The manifests for one reference: the platform's, or all of them. */
 async function resolveImage(session: Session, reference: Reference, name: string, isAll: boolean): Promise<ResolvedImage> {
   const image = await resolveAs(session, reference, isAll);
@@ -2191,7 +2098,6 @@ async function resolveAs(session: Session, reference: Reference, isAll: boolean)
   const contents = [{ manifest, ...given({ platform: entry.platform }) }];
   return { ...common, top: fetched, manifests: [fetched], contents, platform: formatPlatform(entry.platform) };
 }
-
 /** A single image for another platform than the one asked for is an error; than this machine's, a warning. */
 function checkPlatform({ settings: { wanted }, warn }: Session, where: string, platform: Platform): void {
   const asked = { ...platform, ...wanted };
@@ -2222,7 +2128,6 @@ function warnOfLayers({ warn }: Session, images: readonly ResolvedImage[]): void
     for (const [kind, words] of kinds) if (types.some((type) => kind.test(type))) warn(`${name} ${words}`);
   }
 }
-
 /** The whole job, for the library and the command alike. */
 async function pullImages(session: Session, request: PullRequest, observe: Observer) {
   const { destination: given, images: wanted, isAll, since } = request;
@@ -2266,7 +2171,6 @@ async function pullImages(session: Session, request: PullRequest, observe: Obser
     await device?.close().catch(() => undefined);
   }
 }
-
 /** Checks a caller's options; what is wrong is named as the option it is. */
 function settingsOf(opts: PullerOpts, environment: Environment, certsDirectory = "/etc/docker/certs.d"): Settings {
   const refuse = (reason: string): never => fail("BAD_OPTION", reason);
@@ -2288,7 +2192,6 @@ function settingsOf(opts: PullerOpts, environment: Environment, certsDirectory =
     ...given({ tlsCert, tlsKey, caCert, username, password, token, namespace }),
   };
 }
-
 /** Everything that one pull opens is closed when `run` ends. */
 async function withSession<T>(
   opts: PullerOpts, run: (session: Session) => Promise<T>, replaced: Partial<Session & Settings> = {},
@@ -2304,13 +2207,11 @@ async function withSession<T>(
     transport.close();
   }
 }
-
 /** https, this system's platform. */
 function newPullerOpts(url: string): PullerOpts {
   const { os: osType, architecture: archType } = hostPlatform();
   return { url, scheme: "https", osType, archType };
 }
-
 /** Pulls one image. Throws ImgpullError: BAD_REFERENCE and BAD_OPTION at once, the rest from its methods. */
 class Puller {
   readonly #opts: PullerOpts;
@@ -2329,7 +2230,6 @@ class Puller {
   getOpts(): PullerOpts {
     return { ...this.#opts };
   }
-
   /** Leaves a verified tar at `dest`, or adds to the OCI image layout there where that is a directory or ends in "/". */
   pullTar(dest: string): Promise<PullResult> {
     const { namespace, onProgress } = this.#opts;
@@ -2341,7 +2241,6 @@ class Puller {
       return results[0] as PullResult;
     });
   }
-
   /** The index ("list") or the platform's manifest ("image"). NOT_FOUND where the registry has no index for it. */
   pullManifest(type: "list" | "image"): Promise<ManifestHolder> {
     return withSession(this.#opts, async (session) => {
@@ -2352,7 +2251,6 @@ class Puller {
       return fail("NOT_FOUND", `${formatReference(this.#reference)} has no list of manifests: it is one image (--manifest image)`);
     });
   }
-
   /** Whatever the registry has under the reference: an index or an image manifest. */
   getManifest(): Promise<ManifestHolder> {
     return withSession(this.#opts, async (session) => {
@@ -2361,7 +2259,6 @@ class Puller {
       return this.#holder(fetched);
     });
   }
-
   /** The manifest's descriptor by a HEAD request; by its bytes where the registry leaves something out. */
   headManifest(): Promise<{ mediaType: string; digest: string; size: number }> {
     return withSession(this.#opts, async (session) => {
@@ -2372,7 +2269,6 @@ class Puller {
       return { mediaType, digest, size: bytes.length };
     });
   }
-
   /** Every blob of an image manifest as `dir/HEX`, verified; those that are there already are kept. */
   async pullBlobs(holder: ManifestHolder, dir: string): Promise<void> {
     const manifest = parseManifest({ ...holder, bytes: Buffer.from(holder.bytes) }, holder.imageUrl);
@@ -2397,7 +2293,6 @@ class Puller {
     return { mediaType, digest, bytes, manifest: parseJson(bytes), imageUrl: this.#opts.url };
   }
 }
-
 /** Turns what happens into Progress; bytes that are fetched again do not make it fall. */
 function progressReporter(onProgress: PullerOpts["onProgress"]) {
   let highest = 0;
@@ -2427,7 +2322,6 @@ async function readEntry({ handle, entries }: OpenTar, name: string, where: stri
   if (entry.sizeBytes > LIMITS.tarMetadataBytes) fail("BAD_TAR", `${where}: ${name} is too large`);
   return parseJson(await readAt(handle, entry.offset, entry.sizeBytes)) ?? fail("BAD_TAR", `${where}: ${name} is not JSON`);
 }
-
 /** Every image of a tar; what its indexes and manifests name and the tar does not hold goes to `missing`. */
 async function findImages(tar: OpenTar, file: string, missing: Set<string>): Promise<FoundImage[]> {
   const images: FoundImage[] = [];
@@ -2465,7 +2359,6 @@ async function findImages(tar: OpenTar, file: string, missing: Set<string>): Pro
   }
   return images;
 }
-
 /** A table for a person, a line of JSON for each image otherwise. */
 async function listTar(io: CommandIO, file: string): Promise<void> {
   const tar = await openTar(file);
@@ -2481,7 +2374,6 @@ async function listTar(io: CommandIO, file: string): Promise<void> {
     await tar.handle.close();
   }
 }
-
 /** The digest of a layer's content, unpacked: what the config's diff_ids have. Undefined where Node cannot unpack it. */
 async function diffIdOf({ handle }: OpenTar, { offset, sizeBytes }: TarEntry): Promise<string | undefined> {
   const magic = (await readAt(handle, offset, 4)).toString("hex");
@@ -2496,7 +2388,6 @@ async function diffIdOf({ handle }: OpenTar, { offset, sizeBytes }: TarEntry): P
   await (unpack ? pipeline(stream, unpack, sink) : pipeline(stream, sink));
   return `sha256:${hash.digest("hex")}`;
 }
-
 /** Hashes every blob again, looks for every reference, unpacks every layer. Throws BAD_TAR naming all that is wrong. */
 async function verifyTar(io: CommandIO, file: string): Promise<void> {
   const tar = await openTar(file);
@@ -2605,7 +2496,6 @@ function helpText(): string {
 }
 
 const usage = (reason: string): never => fail("BAD_OPTION", `${reason} (imgpull --help)`);
-
 /** How many pairs of neighbouring letters two names share, to name the option that was meant. */
 const likeness = (left: string, right: string): number =>
   [...`^${left}`].filter((letter, at) => `^${right}$`.includes(letter + (left[at] ?? "$"))).length;
@@ -2643,7 +2533,6 @@ function parseCommandLine(argv: readonly string[]) {
   }
   return { values, switches, reuse, positionals };
 }
-
 /** The command line in the words of the library, checked as far as that goes without reading anything. */
 function planCommand({ values, switches, reuse, positionals }: ReturnType<typeof parseCommandLine>) {
   const { platform, user: username, password, token, cert: tlsCert, key: tlsKey, cacert: caCert, ns: namespace, from, name, since } = values;
@@ -2687,7 +2576,6 @@ function planCommand({ values, switches, reuse, positionals }: ReturnType<typeof
   const bound = OPTIONS.find((option) => option.isForOneHost && values[option.name] !== undefined)?.name;
   return { opts, images, destination, manifest, from, name, since, reuse, isAll, isPasswordOnStdin, isQuiet: switches.has("quiet"), bound };
 }
-
 /** `imgpull alpine:3 busybox:1` means two images, not a file called busybox:1. */
 function checkDestinationName(destination: string): void {
   if (/[\\/]|\.(tar|oci|img|tgz|zip|gz)$/i.test(destination) || !/[:@]/.test(destination)) return;
@@ -2698,7 +2586,6 @@ function checkDestinationName(destination: string): void {
   }
   usage(`DEST is missing: "${destination}" reads as an IMAGE; say ./${destination} to mean a file`);
 }
-
 /** @internal The streams that a command runs with; tests give their own. */
 type CommandIO = Readonly<{
   stdin: NodeJS.ReadableStream; stdout: NodeJS.WritableStream & { isTTY?: boolean };
@@ -2710,7 +2597,6 @@ async function readStdin({ stdin }: CommandIO): Promise<string> {
   for await (const chunk of stdin) chunks.push(Buffer.from(chunk as Uint8Array));
   return Buffer.concat(chunks).toString("utf8");
 }
-
 /** Progress on stderr: redrawn in place on a terminal, a plain line for each blob and every ten seconds elsewhere. */
 function showProgress({ stderr, environment }: CommandIO, isQuiet: boolean) {
   const isLive = stderr.isTTY === true && !isQuiet && environment.TERM !== "dumb";
@@ -2764,7 +2650,6 @@ function showProgress({ stderr, environment }: CommandIO, isQuiet: boolean) {
     },
   };
 }
-
 /** The images of the command line and of --from, each once, with the names they get. */
 async function listImages(io: CommandIO, command: ReturnType<typeof planCommand>): Promise<PullRequest["images"]> {
   const { from, name: givenName, bound, opts: { namespace } } = command;
@@ -2833,7 +2718,6 @@ async function runCommand(argv: readonly string[], io: CommandIO, signal: AbortS
     progress.stop();
   }
 }
-
 /** @internal Runs the command; resolves to its exit code: 0 done, 1 failed, 2 usage, 130 SIGINT, 143 SIGTERM. */
 async function main(argv: readonly string[], io?: CommandIO): Promise<number> {
   const { stdin, stdout, stderr, env: environment } = process;

@@ -346,6 +346,7 @@ function proxyHeaders({ username, password }) {
   const value = basicAuthorization(decodeURIComponent(username), decodeURIComponent(password));
   return username === "" ? {} : { "Proxy-Authorization": value };
 }
+var PROXY_REMEDY = "\n  the proxy wants credentials: http://USER:PASSWORD@HOST:PORT";
 function tunnelAgent(proxy, agent, proxyTls, timeout) {
   const name = `the proxy ${proxy.protocol}//${proxy.host}`;
   const createConnection = (target, callback) => {
@@ -356,7 +357,7 @@ function tunnelAgent(proxy, agent, proxyTls, timeout) {
     connect2.once("connect", ({ statusCode: status, statusMessage = "" }, socket) => {
       if (status === 200) return callback(null, tls.connect({ ...target, socket }));
       socket.destroy();
-      const remedy = status === 407 ? "\n  it wants credentials: http://USER:PASSWORD@HOST:PORT" : "";
+      const remedy = status === 407 ? PROXY_REMEDY : "";
       const words = `${name} refused CONNECT ${authority}: ${status} ${printable(statusMessage)}${remedy}`;
       callback(new ImgpullError("PROXY", words, { status }));
     });
@@ -651,6 +652,7 @@ function statusError({ status, words, headers, url }, now, who, isRegistry = tru
     return new ImgpullError("RATE_LIMITED", `${said}
   too many requests: ${when}`, { status, retryAfterMs });
   }
+  if (status === 407) return new ImgpullError("PROXY", said + PROXY_REMEDY, { status });
   const isExpired = !isRegistry && [400, 401, 403].includes(status);
   const code = { 401: "UNAUTHORIZED", 403: "FORBIDDEN", 404: "NOT_FOUND" }[status] ?? "PROTOCOL";
   const remedy = /HTTP request (was sent )?to (an )?HTTPS/i.test(words) ? "\n  this port is https: try without --scheme http" : "";

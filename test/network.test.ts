@@ -196,7 +196,7 @@ describe("a registry killed in mid-pull and started again", { skip, timeout: 300
   const ways: [name: string, host: () => string, signal: NodeJS.Signals][] = [
     ["killed outright", () => registry.host, "SIGKILL"],
     ["asked to end", () => registry.host, "SIGTERM"],
-    ["killed behind nginx, which answers 502 meanwhile", () => nginx.host, "SIGKILL"],
+    ["killed behind nginx", () => nginx.host, "SIGKILL"],
   ];
   for (const [name, host, signal] of ways) {
     test(name, async () => {

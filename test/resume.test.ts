@@ -85,9 +85,9 @@ test("kill -9 at ten moments, then the same command: right, for at most 1.1 time
   const served = await serve(t, BIG);
   for (let moment = 1; moment <= 10; moment += 1) {
     const atBytes = Math.floor(moment * BIG_BYTES / 11);
-    const { signal, sentBytes } = await interrupt(served, atBytes, "SIGKILL", ["-j", "1"]);
+    const { signal, sentBytes } = await interrupt(served, atBytes, "SIGKILL");
     assert.equal(signal, "SIGKILL");
-    await succeed(["-j", "1", served.reference, served.dest]);
+    await succeed([served.reference, served.dest]);
     await served.registry.settled();
     await assertRight(t, served, BIG);
     const servedBytes = sentBytes + served.registry.bytesServed();

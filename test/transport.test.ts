@@ -25,7 +25,7 @@ const authority = makeAuthority();
 const tls = authority.issueServer();
 
 /** The time-out of these tests: long enough for an answer on a busy machine, which retries make up for anyway. */
-const SOON = 250;
+const SOON = 500;
 
 async function serve(t: TestScope, options: RegistryOptions = {}) {
   const registry = await startRegistry(options, t);
@@ -452,7 +452,7 @@ test("NO_PROXY: names with their subdomains, ports, addresses, blocks; loopback 
 
 // ====== Silence ======
 
-describe("silence", () => {
+describe("silence", { concurrency: 8 }, () => {
   const places: [name: string, matcher: object, fault: object, auth: "none" | "bearer"][] = [
     ["before a manifest", { kind: "manifest" }, { wait: new Promise(() => {}) }, "none"],
     ["within a manifest", { kind: "manifest" }, { stallAfter: 100 }, "none"],

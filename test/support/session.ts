@@ -57,7 +57,8 @@ export async function pull(t: TestScope, reference: string, options: PullOptions
       opts, async (session) => await internals.pullImages(session, request, () => {}), replaced);
     outcome.result = results[0];
   } catch (error) {
-    recordOutput(`${inspect(error, { depth: 20 })}\n`);
+    // With its causes and all their fields, as a program may log it; without the lines of the stack.
+    recordOutput(`${inspect(error, { depth: 20 }).replace(/^ +at .*$/gm, "")}\n`);
     if (!(error instanceof ImgpullError)) throw error;
     outcome.error = error;
   } finally {

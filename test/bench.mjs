@@ -1,0 +1,404 @@
+// npm run bench -- [options]: imgpull beside other programs that pull an image into a file, on this machine.
+//
+//   --line loopback|far|all         default all; far: 40 ms there and back, 10 MB/s for each connection
+//   --image typical|many|big|one|all  default all
+//   --runs N                        default 5, after a warm-up; the table has their medians
+//   --node PATH                     a Node to run imgpull with, may be repeated; default the one that runs this
+//   --script PATH                   another build of dist/imgpull.cjs beside it, may be repeated
+//   --only NAME,NAME                imgpull, crane, skopeo, regctl, oras, imgpull-go, docker
+//   --tls                           over TLS, its authority known to all by SSL_CERT_FILE
+//
+// Tables go to stdout, each run to stderr. Programs take turns, each into a fresh file. On loopback they talk to the
+// registry without a proxy, which would take its share of the processor. Requests and connections are the registry's
+// own count; so are bytes, but on the far line, where they are those that came through it. CPU seconds and peak memory
+// are GNU time's, for the program and its children: docker's daemon is not among them, and skopeo and docker pack
+// layers anew. oras writes a folder, not a tar.
+import { build } from "esbuild";
+import { execFileSync, fork, spawn, spawnSync } from "node:child_process";
+import { createHash } from "node:crypto";
+import { once } from "node:events";
+import {
+  accessSync, closeSync, constants, createWriteStream, existsSync, mkdirSync, openSync, readFileSync, readdirSync,
+  renameSync, rmSync, statSync, writeFileSync,
+} from "node:fs";
+import { connect, createServer } from "node:net";
+import { cpus, totalmem } from "node:os";
+import { delimiter, dirname, join, resolve } from "node:path";
+import { Readable } from "node:stream";
+import { pipeline } from "node:stream/promises";
+import { setTimeout as pause } from "node:timers/promises";
+import { fileURLToPath, pathToFileURL } from "node:url";
+import { parseArgs } from "node:util";
+import { createGzip } from "node:zlib";
+
+const MB = 1e6;
+const LAYERS_MB = { typical: [15, 25, 36, 50, 60], many: Array(30).fill(2), big: [1000], one: [60] };
+const LINES = { loopback: undefined, far: { roundTripMs: 40, bytesPerSecond: 10 * MB } };
+const TIME = "/usr/bin/time";
+
+// ====== The line ======
+// Runs in a process of its own: what it takes of the processor is the same for all, and on no program's account.
+
+/** One way of a connection: what goes in comes out later, and not faster than the rate. */
+function relay(from, to, { delayMs, bytesPerSecond }, openedAtMs, onBytes) {
+  const windowBytes = Math.max(256 * 1024, (4 * delayMs * bytesPerSecond) / 1000); // twice what a round trip carries
+  const underWay = [];
+  let [bytesUnderWay, freeAtMs, isWaiting] = [0, openedAtMs, false];
+  const send = () => {
+    while (!isWaiting && underWay.length > 0) {
+      const { dueAtMs, chunk } = underWay[0];
+      const leftMs = dueAtMs - performance.now();
+      if (leftMs > 0) return void setTimeout(send, leftMs);
+      underWay.shift();
+      if (!chunk) return void to.end();
+      onBytes(chunk.length);
+      bytesUnderWay -= chunk.length;
+      if (bytesUnderWay < windowBytes) from.resume();
+      if (to.write(chunk)) continue;
+      isWaiting = true;
+      to.once("drain", () => {
+        isWaiting = false;
+        send();
+      });
+    }
+  };
+  const add = (chunk) => {
+    freeAtMs = Math.max(freeAtMs, performance.now()) + ((chunk?.length ?? 0) * 1000) / bytesPerSecond;
+    underWay.push({ dueAtMs: freeAtMs + delayMs, chunk });
+    bytesUnderWay += chunk?.length ?? 0;
+    if (bytesUnderWay >= windowBytes) from.pause();
+    if (underWay.length === 1 && !isWaiting) send();
+  };
+  from.on("data", add).on("end", () => add());
+  from.on("error", () => to.destroy()).on("close", () => from.readableEnded || to.destroy());
+}
+
+async function runLine({ port, roundTripMs, bytesPerSecond }) {
+  let bytes = 0;
+  const server = createServer({ allowHalfOpen: true, noDelay: true }, (client) => {
+    const registry = connect({ port, host: "127.0.0.1", allowHalfOpen: true, noDelay: true });
+    const shape = { delayMs: roundTripMs / 2, bytesPerSecond };
+    // The kernel has taken the connection at once; over a line that costs a round trip.
+    relay(client, registry, shape, performance.now() + roundTripMs, () => undefined);
+    relay(registry, client, shape, 0, (count) => (bytes += count));
+  });
+  server.listen(0, "127.0.0.1");
+  await once(server, "listening");
+  process.on("message", () => {
+    process.send({ bytes });
+    bytes = 0;
+  });
+  process.on("disconnect", () => process.exit());
+  process.send({ port: server.address().port });
+}
+
+async function startLine(port, shape) {
+  const child = fork(fileURLToPath(import.meta.url), ["--shape", JSON.stringify({ port, ...shape })]);
+  const [started] = await once(child, "message");
+  const takeBytes = async () => {
+    child.send("bytes");
+    return (await once(child, "message"))[0].bytes;
+  };
+  return { port: started.port, takeBytes, stop: () => child.disconnect() };
+}
+
+// ====== Images ======
+// Put where the registry's file system driver has them (distribution, registry/storage/paths.go), which is quicker
+// than pushing. Layers are valid, so that docker can unpack them, and no compression makes them smaller.
+
+const GO_ARCHITECTURES = { x64: "amd64", ia32: "386" };
+const platform = { os: "linux", architecture: GO_ARCHITECTURES[process.arch] ?? process.arch };
+
+function imageStore(storage, { pseudoRandom, writeTar }) {
+  const root = join(storage, "docker/registry/v2");
+  const write = (path, content) => {
+    mkdirSync(dirname(join(root, path)), { recursive: true });
+    writeFileSync(join(root, path), content);
+  };
+  const blobPath = (hex) => `blobs/sha256/${hex.slice(0, 2)}/${hex}/data`;
+
+  const addLayer = async (seed, sizeMb) => {
+    const [plain, packed] = [createHash("sha256"), createHash("sha256")];
+    const incoming = join(storage, "incoming");
+    async function* tar() {
+      for (let at = 0; at < sizeMb; at += 1) {
+        const piece = writeTar([[`${seed}-${at}`, pseudoRandom(`${seed} ${at}`, MB)]]);
+        const bytes = at + 1 < sizeMb ? piece.subarray(0, -1024) : piece; // only the last has the end of the archive
+        plain.update(bytes);
+        yield bytes;
+      }
+    }
+    async function* hashed(chunks) {
+      for await (const chunk of chunks) {
+        packed.update(chunk);
+        yield chunk;
+      }
+    }
+    const gzip = createGzip({ level: 0, chunkSize: MB });
+    await pipeline(Readable.from(tar()), gzip, hashed, createWriteStream(incoming));
+    const [hex, diffId] = [packed.digest("hex"), `sha256:${plain.digest("hex")}`];
+    const { size } = statSync(incoming);
+    write(blobPath(hex), "");
+    renameSync(incoming, join(root, blobPath(hex)));
+    return { diffId, mediaType: "application/vnd.oci.image.layer.v1.tar+gzip", digest: `sha256:${hex}`, size };
+  };
+  const addJson = (mediaType, value) => {
+    const bytes = Buffer.from(JSON.stringify(value));
+    const hex = createHash("sha256").update(bytes).digest("hex");
+    write(blobPath(hex), bytes);
+    return { mediaType, digest: `sha256:${hex}`, size: bytes.length };
+  };
+  const link = (folder, { digest }) => write(`${folder}/${digest.replace(":", "/")}/link`, digest);
+
+  /** One platform of an index, as public images are. */
+  return async (name, sizesMb) => {
+    mkdirSync(storage, { recursive: true });
+    const layers = [];
+    for (const [at, sizeMb] of sizesMb.entries()) layers.push(await addLayer(`${name}-${at}`, sizeMb));
+    const rootfs = { type: "layers", diff_ids: layers.map(({ diffId }) => diffId) };
+    const history = layers.map(({ diffId }) => ({ created_by: diffId }));
+    const config = addJson("application/vnd.oci.image.config.v1+json", { ...platform, config: {}, rootfs, history });
+    const blobs = layers.map(({ diffId, ...descriptor }) => descriptor);
+    const mediaType = "application/vnd.oci.image.manifest.v1+json";
+    const manifest = addJson(mediaType, { schemaVersion: 2, mediaType, config, layers: blobs });
+    const indexType = "application/vnd.oci.image.index.v1+json";
+    const entries = [{ ...manifest, platform }];
+    const index = addJson(indexType, { schemaVersion: 2, mediaType: indexType, manifests: entries });
+    const repository = `repositories/${name}`;
+    for (const blob of [config, ...blobs]) link(`${repository}/_layers`, blob);
+    for (const each of [manifest, index]) link(`${repository}/_manifests/revisions`, each);
+    write(`${repository}/_manifests/tags/1/current/link`, index.digest);
+    link(`${repository}/_manifests/tags/1/index`, index);
+  };
+}
+
+// ====== Programs ======
+
+function findProgram(name) {
+  const isExecutable = (file) => {
+    try {
+      accessSync(file, constants.X_OK);
+      return true;
+    } catch {
+      return false;
+    }
+  };
+  return (process.env.PATH ?? "").split(delimiter).map((folder) => join(folder, name)).find(isExecutable);
+}
+
+/** Each with the command that pulls `image` (HOST/NAME:TAG) into the new folder `folder`. */
+function listPrograms({ node: nodes, script: scripts, only: names }) {
+  const only = names?.split(",");
+  const word = `${platform.os}/${platform.architecture}`;
+  const binaries = existsSync("dist/bin") ? readdirSync("dist/bin").map((name) => resolve("dist/bin", name)) : [];
+  const ours = (...start) => ({ image, folder, isTls }) =>
+    [...start, image, join(folder, "image.tar"), ...(isTls ? [] : ["--scheme", "http"])];
+  const nodeVersion = (node) => execFileSync(node, ["--version"], { encoding: "utf8" }).trim().slice(1);
+  const others = {
+    crane: ({ image, folder }) => ["pull", image, join(folder, "image.tar")],
+    skopeo: ({ image, folder, isTls }) =>
+      ["--insecure-policy", "copy", `--src-tls-verify=${isTls}`, `docker://${image}`, `oci-archive:${folder}/image.tar`],
+    regctl: ({ image, folder, host, isTls }) =>
+      ["image", "export", ...(isTls ? [] : ["--host", `reg=${host},tls=disabled`]), image, join(folder, "image.tar")],
+    oras: ({ image, folder, isTls }) =>
+      ["cp", "--no-tty", "--platform", word, ...(isTls ? [] : ["--from-plain-http"]), image, "--to-oci-layout", `${folder}:1`],
+    "imgpull-go": ({ image, folder, isTls }) =>
+      [image, join(folder, "image.tar"), ...(isTls ? [] : ["--scheme", "http"])],
+  };
+  const docker = ({ image, folder }) =>
+    ["sh", "-c", 'docker pull -q "$1" && exec docker save -o "$2" "$1"', "sh", image, join(folder, "image.tar")];
+  const isRoot = process.getuid?.() === 0; // for the daemons
+  const all = [
+    ...scripts.flatMap((script) => nodes.map((node) => {
+      const build = script === scripts[0] ? "" : ` ${script}`;
+      return { kind: "imgpull", name: `imgpull${build}, Node ${nodeVersion(node)}`, command: ours(node, resolve(script)) };
+    })),
+    ...binaries.map((file) => ({ kind: "imgpull", name: `imgpull, binary`, command: ours(file) })),
+    ...Object.entries(others).map(([name, args]) => {
+      const found = findProgram(name);
+      return { kind: name, name, isMissing: !found, command: (target) => [found, ...args(target)] };
+    }),
+    { kind: "docker", name: "docker pull, save", isMissing: !isRoot || !["docker", "dockerd", "containerd"].every(findProgram), command: docker },
+  ];
+  const wanted = all.filter(({ kind }) => only === undefined || only.includes(kind));
+  const missing = wanted.filter(({ isMissing }) => isMissing).map(({ name }) => name);
+  if (missing.length > 0) console.error(`not here: ${missing.join(", ")}`);
+  return wanted.filter(({ isMissing }) => !isMissing);
+}
+
+/** dockerd with the storage driver of its choice, for pulling only. */
+async function startDocker({ Service, startContainerd, interopFolder }) {
+  const containerd = await startContainerd();
+  const folder = interopFolder("docker");
+  const host = `unix://${join(folder, "docker.sock")}`;
+  mkdirSync(join(folder, "client"));
+  writeFileSync(join(folder, "daemon.json"), "{}");
+  const daemon = new Service({
+    name: "dockerd", folder, ready: /API listen on/, stopSignal: "SIGTERM",
+    command: [
+      "dockerd", "--config-file", join(folder, "daemon.json"), "--host", host, "--containerd", containerd.address,
+      "--data-root", join(folder, "data"), "--exec-root", join(folder, "exec"), "--pidfile", join(folder, "pid"),
+      "--bridge", "none", "--iptables=false", "--ip6tables=false",
+    ],
+  });
+  await daemon.start();
+  const environment = { DOCKER_HOST: host, DOCKER_CONFIG: join(folder, "client") };
+  const stop = async () => {
+    await daemon.stop();
+    await containerd.stop();
+  };
+  return { environment, stop };
+}
+
+// ====== Measuring ======
+
+let running;
+const hasTime = spawnSync(TIME, ["-f", "%M", "true"], { stdio: "ignore" }).status === 0;
+
+/** Runs a command to its end in a process group of its own, which a signal to this process ends. */
+async function measure(command, folder, environment) {
+  const [log, usage] = [join(folder, "log"), join(folder, "usage")];
+  const output = openSync(log, "w");
+  const [program, ...args] = hasTime ? [TIME, "-f", "%U %S %M", "-o", usage, ...command] : command;
+  const startedAt = performance.now();
+  running = spawn(program, args, { stdio: ["ignore", output, output], env: environment, cwd: folder, detached: true });
+  const [code] = await once(running, "exit");
+  const seconds = (performance.now() - startedAt) / 1000;
+  running = undefined;
+  closeSync(output);
+  if (code !== 0) throw new Error(`${command.join(" ")}\n${readFileSync(log, "utf8").slice(-2000)}`);
+  if (!hasTime) return { seconds };
+  const [user, system, peakKib] = readFileSync(usage, "utf8").trim().split(/\s+/).map(Number);
+  return { seconds, cpuSeconds: user + system, peakMib: peakKib / 1024 };
+}
+
+/** What the registry says that it was asked in a part of its log, and what it wrote. */
+function countRequests(log) {
+  const answers = [...log.matchAll(/msg="response completed.* http\.request\.remoteaddr="([^"]+)".* http\.response\.written=(\d+)/g)];
+  const bytes = answers.reduce((sum, [, , written]) => sum + Number(written), 0);
+  return { requests: answers.length, connections: new Set(answers.map(([, address]) => address)).size, bytes };
+}
+
+function median(values) {
+  const sorted = values.filter((value) => value !== undefined).sort((left, right) => left - right);
+  const middle = sorted.length >> 1;
+  return sorted.length % 2 === 1 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2;
+}
+
+function table(results) {
+  const medianOf = (runs, name) => median(runs.map((run) => run[name]));
+  const crane = results.get("crane");
+  const show = (value, digits) => (Number.isNaN(value ?? NaN) ? "–" : value.toFixed(digits));
+  const rows = [...results].map(([name, runs]) => [
+    name, show(medianOf(runs, "seconds"), 2),
+    show(medianOf(runs, "seconds") / (crane ? medianOf(crane, "seconds") : NaN), 2),
+    show(medianOf(runs, "bytes") / MB, 1), show(medianOf(runs, "requests"), 0), show(medianOf(runs, "connections"), 0),
+    show(medianOf(runs, "cpuSeconds"), 2), show(medianOf(runs, "peakMib"), 0),
+  ]);
+  const head = ["program", "seconds", "× crane", "MB", "requests", "connections", "CPU s", "peak MiB"];
+  return [head, ["---", ...head.slice(1).map(() => "---:")], ...rows].map((row) => `| ${row.join(" | ")} |`).join("\n");
+}
+
+async function compare(programs, { image, line, registry, runs, folder, environments, isTls }) {
+  const shaper = LINES[line] && (await startLine(registry.port, LINES[line]));
+  const host = `127.0.0.1:${shaper?.port ?? registry.port}`;
+  const target = { host, image: `${host}/${image}:1`, folder, isTls };
+  const results = new Map(programs.map(({ name }) => [name, []]));
+  for (let run = 0; run <= runs; run += 1) {
+    for (const { kind, name, command } of programs) {
+      if (!results.has(name)) continue;
+      mkdirSync(folder);
+      const before = registry.log().length;
+      const environment = environments[kind] ?? environments.all;
+      try {
+        const used = await measure(command(target), folder, environment);
+        await pause(50); // the registry writes about an answer after it, and the line may still hold some of it
+        const counts = countRequests(registry.log().slice(before));
+        const result = { ...used, ...counts, ...(shaper && { bytes: await shaper.takeBytes() }) };
+        if (run > 0) results.get(name).push(result);
+        console.error(`${image} ${line} ${run || "warm-up"}: ${name} ${result.seconds.toFixed(2)} s`);
+      } catch (failure) {
+        results.delete(name);
+        console.error(`${name} failed and is left out: ${failure.message}`);
+      }
+      if (kind === "docker") spawnSync("docker", ["rmi", "-f", target.image], { env: environment, stdio: "ignore" });
+      rmSync(folder, { recursive: true });
+    }
+  }
+  shaper?.stop();
+  return table(results);
+}
+
+/** The tests' registry and certificates, bundled as build.mjs bundles a test. */
+async function loadSupport() {
+  const outfile = resolve("build/bench-support.mjs");
+  const contents = ["interop", "certificates", "image"].map((name) => `export * from "./${name}.ts";`).join("\n");
+  await build({
+    stdin: { contents, resolveDir: "test/support", loader: "ts" }, bundle: true, platform: "node", format: "esm",
+    target: "node20.19", logLevel: "warning", outfile,
+  });
+  return import(pathToFileURL(outfile).href);
+}
+
+function parseOptions() {
+  const text = (initial) => ({ type: "string", default: initial });
+  const { values } = parseArgs({ options: {
+    line: text("all"), image: text("all"), runs: text("5"), only: { type: "string" }, tls: { type: "boolean", default: false },
+    node: { type: "string", multiple: true, default: [process.execPath] },
+    script: { type: "string", multiple: true, default: [] },
+  } });
+  const choose = (name, table) => {
+    const names = Object.keys(table);
+    if (values[name] !== "all" && !names.includes(values[name])) throw new Error(`--${name} is ${names.join(", ")} or all`);
+    return values[name] === "all" ? names : [values[name]];
+  };
+  if (!/^[1-9]\d*$/.test(values.runs)) throw new Error("--runs is a whole number from 1 on");
+  return {
+    lines: choose("line", LINES), images: choose("image", LAYERS_MB), runs: Number(values.runs), isTls: values.tls,
+    programs: listPrograms({ ...values, script: ["dist/imgpull.cjs", ...values.script] }),
+  };
+}
+
+async function main() {
+  process.chdir(fileURLToPath(new URL("..", import.meta.url)));
+  const { lines, images, runs, isTls, programs } = parseOptions();
+  const support = await loadSupport();
+  const { interopFolder, makeAuthority, startRealRegistry, toolEnvironment } = support;
+  if (!hasTime) console.error("no GNU time here: CPU seconds and peak memory are left out");
+  for (const signal of ["SIGINT", "SIGTERM"]) {
+    process.once(signal, () => {
+      if (running) process.kill(-running.pid, "SIGKILL");
+      process.exit(1);
+    });
+  }
+  const state = interopFolder("bench");
+  const authority = isTls ? makeAuthority() : undefined;
+  const storage = join(state, "storage");
+  const addImage = imageStore(storage, support);
+  for (const image of images) await addImage(image, LAYERS_MB[image]);
+  const tls = authority && { tls: authority.issueServer() };
+  const registry = await startRealRegistry({ storage, ...tls });
+  const docker = programs.some(({ kind }) => kind === "docker") ? await startDocker(support) : undefined;
+  const certificates = join(state, "authority.pem");
+  if (authority) writeFileSync(certificates, authority.cert);
+  const all = { ...toolEnvironment(), ...(authority && { SSL_CERT_FILE: certificates }) };
+  const environments = { all, docker: { ...all, ...docker?.environment } };
+  try {
+    const [{ model }] = cpus();
+    const machine = `${cpus().length} × ${model}, ${Math.round(totalmem() / 2 ** 30)} GiB, ${process.platform}`;
+    console.log(`${new Date().toISOString().slice(0, 10)}, ${machine}; medians of ${runs}${isTls ? ", over TLS" : ""}`);
+    for (const line of lines) {
+      for (const image of images) {
+        const context = { image, line, registry, runs, folder: join(state, "dest"), environments, isTls };
+        console.log(`\n${line}, ${image} (${LAYERS_MB[image].length} × ${LAYERS_MB[image].join(", ")} MB)\n`);
+        console.log(await compare(programs, context));
+      }
+    }
+  } finally {
+    await docker?.stop();
+    await registry.stop();
+  }
+}
+
+if (process.argv[2] === "--shape") await runLine(JSON.parse(process.argv[3]));
+else await main();
