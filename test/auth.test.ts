@@ -6,7 +6,7 @@ import { describe, test } from "node:test";
 import { internals } from "../imgpull.ts";
 import { makeAuthority } from "./support/certificates.ts";
 import { SECRETS, USER, cleanEnvironment, runCommand, temporaryFolder, type TestScope } from "./support/command.ts";
-import { makeImage } from "./support/image.ts";
+import { makeImage, makeIndex } from "./support/image.ts";
 import { startProxy } from "./support/proxy.ts";
 import { startRegistry, type AuthOptions, type Registry, type RegistryOptions } from "./support/registry.ts";
 import { assertFailed, assertPulled, pull, type PullOptions } from "./support/session.ts";
@@ -520,8 +520,9 @@ const layered = makeImage({ seed: "layered", layers: Array.from({ length: 6 }, (
 test("tokens that die in mid-pull are replaced, for all connections by one request", async (t) => {
   for (const staleStatus of [401, 400]) {
     const registry = await startRegistry({ auth: { mode: "bearer", staleStatus } }, t);
-    const reference = registry.add(layered, "team/app", "1.0");
-    registry.on({ kind: "manifest", times: 1 }, {
+    // In an index the platform is told, so that nothing is asked for before all blobs are, at once.
+    const reference = registry.add(makeIndex([layered]), "team/app", "1.0");
+    registry.on({ digest: layered.digest, times: 1 }, {
       handler: async (_request, _response, next) => {
         await next();
         registry.expireTokens();
@@ -588,6 +589,20 @@ test("credentials of one registry are not sent to another", async (t) => {
     assertFailed(await pull(t, other.reference, stored({ [mine.registry.host]: SECRETS.password })), "UNAUTHORIZED");
     assert.deepEqual(new Set(sentTo(other.registry)), new Set([undefined]));
   }
+});
+
+test("two registries in one pull: each is sent its own", async (t) => {
+  const first = await serve(t, { mode: "basic", password: "first" });
+  const second = await serve(t, { mode: "bearer", anonymous: "refused", password: "second" });
+  const tar = join(temporaryFolder(t), "both.tar");
+  const file = authFile({ [first.registry.host]: "first", [second.registry.host]: "second" });
+  const { exitCode, stderr } = await runCommand(
+    [first.reference, second.reference, tar, "--scheme", "http", "--platform", "linux/amd64"],
+    { env: { DOCKER_AUTH_CONFIG: file } });
+  assert.equal(exitCode, 0, stderr);
+  assert.deepEqual(new Set(sentTo(first.registry)), new Set([undefined, basic(USER, "first")]));
+  assert.deepEqual(new Set(sentTo(second.registry)),
+    new Set([undefined, basic(USER, "second"), `Bearer ${SECRETS.bearerToken}1`]));
 });
 
 test("an https registry that names a token service over http gets no token", async (t) => {

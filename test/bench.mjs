@@ -4,15 +4,14 @@
 //   --image typical|many|big|one|all  default all
 //   --runs N                        default 5, after a warm-up; the table has their medians
 //   --node PATH                     a Node to run imgpull with, may be repeated; default the one that runs this
-//   --script PATH                   another build of dist/imgpull.cjs beside it, may be repeated
+//   --script PATH                   a build of the command, may be repeated; default dist/imgpull.cjs
 //   --only NAME,NAME                imgpull, crane, skopeo, regctl, oras, imgpull-go, docker
 //   --tls                           over TLS, its authority known to all by SSL_CERT_FILE
 //
 // Tables go to stdout, each run to stderr. Programs take turns, each into a fresh file. On loopback they talk to the
 // registry without a proxy, which would take its share of the processor. Requests and connections are the registry's
 // own count; so are bytes, but on the far line, where they are those that came through it. CPU seconds and peak memory
-// are GNU time's, for the program and its children: docker's daemon is not among them, and skopeo and docker pack
-// layers anew. oras writes a folder, not a tar.
+// are GNU time's. docker's daemon unpacks the layers, and `docker save` packs them anew; oras writes a folder, not a tar.
 import { build } from "esbuild";
 import { execFileSync, fork, spawn, spawnSync } from "node:child_process";
 import { createHash } from "node:crypto";
@@ -23,7 +22,7 @@ import {
 } from "node:fs";
 import { connect, createServer } from "node:net";
 import { cpus, totalmem } from "node:os";
-import { delimiter, dirname, join, resolve } from "node:path";
+import { basename, delimiter, dirname, join, resolve } from "node:path";
 import { Readable } from "node:stream";
 import { pipeline } from "node:stream/promises";
 import { setTimeout as pause } from "node:timers/promises";
@@ -210,7 +209,7 @@ function listPrograms({ node: nodes, script: scripts, only: names }) {
   const isRoot = process.getuid?.() === 0; // for the daemons
   const all = [
     ...scripts.flatMap((script) => nodes.map((node) => {
-      const build = script === scripts[0] ? "" : ` ${script}`;
+      const build = scripts.length > 1 ? ` (${basename(script)})` : "";
       return { kind: "imgpull", name: `imgpull${build}, Node ${nodeVersion(node)}`, command: ours(node, resolve(script)) };
     })),
     ...binaries.map((file) => ({ kind: "imgpull", name: `imgpull, binary`, command: ours(file) })),
@@ -311,7 +310,8 @@ async function compare(programs, { image, line, registry, runs, folder, environm
       const before = registry.log().length;
       const environment = environments[kind] ?? environments.all;
       try {
-        const used = await measure(command(target), folder, environment);
+        const measured = await measure(command(target), folder, environment);
+        const used = kind === "docker" ? { seconds: measured.seconds } : measured; // its daemon does the work
         await pause(50); // the registry writes about an answer after it, and the line may still hold some of it
         const counts = countRequests(registry.log().slice(before));
         const result = { ...used, ...counts, ...(shaper && { bytes: await shaper.takeBytes() }) };
@@ -345,7 +345,7 @@ function parseOptions() {
   const { values } = parseArgs({ options: {
     line: text("all"), image: text("all"), runs: text("5"), only: { type: "string" }, tls: { type: "boolean", default: false },
     node: { type: "string", multiple: true, default: [process.execPath] },
-    script: { type: "string", multiple: true, default: [] },
+    script: { type: "string", multiple: true, default: ["dist/imgpull.cjs"] },
   } });
   const choose = (name, table) => {
     const names = Object.keys(table);
@@ -355,7 +355,7 @@ function parseOptions() {
   if (!/^[1-9]\d*$/.test(values.runs)) throw new Error("--runs is a whole number from 1 on");
   return {
     lines: choose("line", LINES), images: choose("image", LAYERS_MB), runs: Number(values.runs), isTls: values.tls,
-    programs: listPrograms({ ...values, script: ["dist/imgpull.cjs", ...values.script] }),
+    programs: listPrograms(values),
   };
 }
 

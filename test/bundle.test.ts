@@ -14,8 +14,8 @@ import {
   digestOf, makeHelmChart, makeImage, makeIndex, makeLayer, makeMultiPlatform, makeOrasArtifact, makeWasmArtifact,
   readTar, type Algorithm, type TestContent, type TestImage,
 } from "./support/image.ts";
-import { LINUX, blobBytes, blobName, blobsOf, childOf, failure, filesOf } from "./support/pull.ts";
-import { gate, startRegistry, type Registry, type RegistryOptions } from "./support/registry.ts";
+import { LINUX, blobBytes, blobName, blobsOf, childOf, failure, filesOf, makeFar } from "./support/pull.ts";
+import { gate, startRegistry, type Fault, type Registry, type RegistryOptions } from "./support/registry.ts";
 
 // Puller reads process.env: a developer's proxies and credentials must not count here.
 process.env = cleanEnvironment();
@@ -288,6 +288,29 @@ test("blobs that a layout holds are verified, and mended", async (t) => {
   assertLayout(folder, [image], [first]);
 });
 
+test("a layout pull that was killed goes on; two at once in one folder do no harm", async (t) => {
+  const { registry, references: [first, second], folder } = await serveBundle(t);
+  const [one, two] = IMAGES as [TestImage, TestImage];
+  const held = gate();
+  const until = held.promise;
+  const pause = registry.on({ digest: BASE[0]?.digest ?? "", times: 2 }, { pause: { after: 30_000, until } });
+  const killed = startCommand([...OPTIONS, first, folder]);
+  await pause.reached;
+  killed.child.kill("SIGKILL");
+  await killed.result;
+  const going = startCommand([...OPTIONS, first, folder]);
+  await registry.arrived({ digest: BASE[0]?.digest ?? "" }, 2);
+  const other = await runCommand([...OPTIONS, second, folder]);
+  assert.equal(other.exitCode, 1);
+  assert.match(other.stderr, /another imgpull/);
+  held.open();
+  const { exitCode, stderr } = await going.result;
+  assert.equal(exitCode, 0, stderr);
+  assertLayout(folder, [one], [first]);
+  await succeed([...OPTIONS, second, folder]);
+  assertLayout(folder, [one, two], [first, second]);
+});
+
 test("--reuse is a source for a layout too", async (t) => {
   const { registry, references: [first, second], folder } = await serveBundle(t);
   await succeed([...OPTIONS, first, "first.tar"], { cwd: folder });
@@ -380,6 +403,38 @@ test("DEST - is the same tar on stdout and nothing else, also from a bad line", 
   assert.deepEqual(drops.map(({ hits }) => hits), [1, 1, 1]);
   assert.ok(dropped.stdout.equals(tar));
   assert.deepEqual(readdirSync(folder), ["app.tar"]);
+});
+
+for (const [name, fault] of Object.entries({
+  "in ranges, put in order": {}, "in ranges, each dropped once": { dropAfter: 1_000_000 },
+  "whole, where ranges are ignored": { ignoreRange: true },
+} as Record<string, Fault>)) {
+  test(`far away, a stream's large layer comes ${name}`, { timeout: 30_000 }, async (t) => {
+    const large = makeMultiPlatform(["linux/amd64"], { seed: "far", layers: [14_000_000, 9000] });
+    const { registry, reference, tar } = await serveStream(t, large);
+    const digest = childOf(large).layers[0]?.digest ?? "";
+    makeFar(registry);
+    registry.on({ digest, ranged: true, ...("dropAfter" in fault && { times: 2 }) }, fault);
+    const { stdout } = await succeed([...OPTIONS, reference, "-"]);
+    assert.ok(stdout.equals(tar));
+    const ranges = registry.blobRequests(digest).map(({ range = "whole" }) => range);
+    assert.ok(ranges.length > 1 && ranges.every((range) => /^bytes=\d+-\d+$/.test(range)), ranges.join(" "));
+    if ("dropAfter" in fault || "ignoreRange" in fault) return;
+    await registry.settled();
+    assert.equal(registry.bytesServed(digest), 14_000_000);
+  });
+}
+
+test("Ctrl-C ends a stream without its trailer", async (t) => {
+  const { registry, reference } = await serveStream(t, APP);
+  const digest = childOf(APP).layers[1]?.digest ?? "";
+  const pause = registry.on({ digest, times: 1 }, { pause: { after: 2_000_000, until: new Promise(() => {}) } });
+  const { child: process, result } = startCommand([...OPTIONS, "-q", reference, "-"]);
+  await pause.reached;
+  process.kill("SIGINT");
+  const { exitCode, stdout, stderr } = await result;
+  assert.deepEqual([exitCode, stderr], [130, ""]);
+  assert.throws(() => readTar(stdout), /the tar ends|trailer/);
 });
 
 test("a stream that fails has no trailer, and exits 1", async (t) => {

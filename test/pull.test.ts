@@ -11,7 +11,7 @@ import {
   MEDIA, digestOf, makeImage, makeLayer, makeMultiPlatform, readTar, type TestContent, type TestImage, type TestLayer,
 } from "./support/image.ts";
 import {
-  LINUX, assertRight, assertUntouched, blobBytes, checkTar, childOf, failure, pull, serve,
+  LINUX, assertRight, assertUntouched, blobBytes, checkTar, childOf, failure, makeFar, pull, serve,
 } from "./support/pull.ts";
 import { gate, startRegistry, type Fault, type Matcher, type Registry } from "./support/registry.ts";
 
@@ -219,16 +219,18 @@ for (const [name, fault, requests] of [
   ["a status that does not pass is not asked for again", { status: 403 }, 1],
   ["a wait beyond two minutes is not begun", { status: 429, headers: { "retry-after": "121" } }, 1],
   ["a wait of two minutes is", { status: 429, headers: { "retry-after": "120" } }, 3],
-  ["a corrupt layer is asked for once more, not for ever", { corruptAt: 5 }, 2],
+  ["what is corrupt is asked for once more, not for ever", { corruptAt: 5 }, 2],
   ["--retries counts the attempts after the first", { status: 502 }, 3],
   ["a drip that gets nowhere is given up", { dropAfter: 1 }, 3],
 ] as [string, Fault, number][]) {
-  test(`requests of a pull that fails: ${name}`, async (t) => {
-    const served = await serve(t, APP);
-    served.registry.on(LAYER, fault);
-    await failure(pull(served.reference, served.dest, { retries: 2 }));
-    assert.equal(served.registry.blobRequests(LARGE.digest).length, requests);
-  });
+  for (const matcher of "dropAfter" in fault ? [LAYER] : [LAYER, CHILD]) {
+    test(`requests of a pull that fails: ${name} (${matcher.kind ?? "layer"})`, async (t) => {
+      const served = await serve(t, APP);
+      served.registry.on(matcher, fault);
+      await failure(pull(served.reference, served.dest, { retries: 2 }));
+      assert.equal(served.registry.seen(matcher).length, requests);
+    });
+  }
 }
 
 for (const [name, contentRange] of Object.entries({
@@ -297,17 +299,6 @@ test("one connection is enough where the user says so, and is kept alive", async
   await pull(reference, dest, { concurrency: 1 });
   assert.deepEqual([registry.requests.length, registry.connections()], [5, 1]);
 });
-
-/** Answers a manifest only after the line has been silent for a while: this is what "far" means to the module. */
-function makeFar(registry: Registry): void {
-  registry.on({ kind: "manifest" }, {
-    handler: async (_request, _response, next) => {
-      const since = performance.now();
-      while (performance.now() - since < 3 * internals.LIMITS.farLatencyMs) await new Promise(setImmediate);
-      await next();
-    },
-  });
-}
 
 test("far away, a large layer comes over several connections, each byte once", { timeout: 30_000 }, async (t) => {
   // Quarters of 1.9 times the smallest half: too small to be cut in two once more.
@@ -554,11 +545,8 @@ test("signal ends a back-off at once, and a pull before it has begun", { timeout
 
 test("onProgress never falls and ends at the total, whatever happens", async (t) => {
   const { registry, reference, dest } = await serve(t, SEVERAL_MIB);
-  const [large, small] = layersOf(childOf(SEVERAL_MIB));
-  const faults = [
-    registry.on({ digest: large.digest, times: 1 }, { dropAt: 4_000_000 }),
-    registry.on({ digest: small.digest, times: 1 }, { corruptAt: 7 }),
-  ];
+  const [{ digest }] = layersOf(childOf(SEVERAL_MIB));
+  const faults = [{ corruptAt: 7 }, { dropAt: 4_000_000 }].map((fault) => registry.on({ digest, times: 1 }, fault));
   const seen: Progress[] = [];
   const onProgress = (progress: Progress): void => void seen.push({ ...progress });
   const result = await new Puller({ url: reference, ...LINUX, onProgress }).pullTar(dest);

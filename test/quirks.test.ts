@@ -84,7 +84,7 @@ test("distribution's autoredirect gives a relative realm", async (t) => {
 });
 
 test("a realm that has a query keeps it", async (t) => {
-  // distribution.github.io/distribution/spec/auth/token: the realm is any URL. Kept apart by "?" twice, it is lost.
+  // distribution.github.io/distribution/spec/auth/token: the realm is any URL; a second "?" would spoil it.
   const { registry, reference } = await serve(t, bearer({ realm: "/token?tenant=a%26b&service=own" }));
   assertPulled(await pull(t, reference, HTTP), image);
   const query = registry.tokenRequests()[0]?.query;

@@ -5,7 +5,7 @@ import { once } from "node:events";
 import { existsSync, mkdirSync, writeFileSync } from "node:fs";
 import { createServer as createHttpServer } from "node:http";
 import { createServer as createTlsServer } from "node:https";
-import { createServer, type AddressInfo, type Server, type Socket } from "node:net";
+import { createServer, type AddressInfo, type Socket } from "node:net";
 import { join } from "node:path";
 import { describe, test } from "node:test";
 import type { TLSSocket } from "node:tls";
@@ -346,7 +346,7 @@ describe("proxies", () => {
       const wrong = proxy.url.replace("://", "://tester:guess-4711@");
       for (const url of [proxy.url, wrong]) {
         const outcome = await pull(t, reference, { ...given, environment: { [name]: url } });
-        assertFailed(outcome, "PROXY", "407", proxy.host);
+        assertFailed(outcome, "PROXY", "407", /proxy/);
         assert(!outcome.error?.message.includes("guess-4711"));
         assert.deepEqual(outcome.sleeps, []);
       }
@@ -477,19 +477,43 @@ describe("silence", { concurrency: 8 }, () => {
     });
   }
 
-  test("of a server that takes the connection and no more, with and without TLS", async (t) => {
+  async function silentServer(t: TestScope): Promise<{ silent: string; asked: Promise<unknown> }> {
     const sockets = new Set<Socket>();
-    const server: Server = createServer((socket) => sockets.add(socket.on("error", () => {}))).listen(0, "127.0.0.1");
+    const server = createServer((socket) => sockets.add(socket.on("error", () => {}))).listen(0, "127.0.0.1");
     await once(server, "listening");
     t.after(() => {
       server.close();
       for (const socket of sockets) socket.destroy();
     });
-    const { port } = server.address() as AddressInfo;
-    for (const given of [{}, HTTP]) {
-      const outcome = await pull(t, `127.0.0.1:${port}/app:1`, { ...given, timeoutMs: SOON, retries: 1 });
-      assertFailed(outcome, "TIMEOUT", `${SOON / 1000} s`);
-      assert.equal(outcome.sleeps.length, 1);
+    return { silent: `127.0.0.1:${(server.address() as AddressInfo).port}`, asked: once(server, "connection") };
+  }
+
+  test("of a server that takes the connection and no more: with and without TLS, and behind a proxy", async (t) => {
+    const { silent } = await silentServer(t);
+    const proxy = await startProxy(t, { hosts: { "registry.test": silent } });
+    const environment = { HTTPS_PROXY: proxy.url, HTTP_PROXY: proxy.url };
+    for (const host of [silent, "registry.test"]) {
+      for (const given of [{}, HTTP]) {
+        const outcome = await pull(t, `${host}/app:1`, { ...given, environment, timeoutMs: SOON, retries: 1 });
+        assertFailed(outcome, "TIMEOUT", `${SOON / 1000} s`);
+        assert.equal(outcome.sleeps.length, 1);
+      }
+    }
+    assert.equal(proxy.requests.length, 4);
+  });
+
+  test("Ctrl-C does not wait for it to end", async (t) => {
+    const { silent, asked } = await silentServer(t);
+    const mute = await startProxy(t, { hosts: {}, fault: "silent" });
+    const tar = join(temporaryFolder(t), "image.tar");
+    const places = [[silent, {}, asked], ["registry.test", { HTTPS_PROXY: mute.url }, mute.asked]] as const;
+    for (const [host, env, connected] of places) {
+      const interrupt = new AbortController();
+      void connected.then(() => interrupt.abort());
+      const { exitCode } = await runCommand([`${host}/app:1`, tar, "--timeout", "50"], {
+        env, signal: interrupt.signal, guardMs: 20_000,
+      });
+      assert.equal(exitCode, 130);
     }
   });
 });

@@ -31,14 +31,18 @@ export interface ProxyRequest {
 
 export class Proxy {
   readonly requests: ProxyRequest[] = [];
+  /** Settles with the first request. */
+  readonly asked: Promise<void>;
   url = "";
   host = "";
   readonly #options: ProxyOptions;
   readonly #sockets = new Set<Duplex>();
   #close: () => Promise<void> = async () => {};
+  #wasAsked = () => {};
 
   private constructor(options: ProxyOptions) {
     this.#options = options;
+    this.asked = new Promise((done) => { this.#wasAsked = done; });
   }
 
   /** @internal Use startProxy(). */
@@ -102,6 +106,7 @@ export class Proxy {
     if (faulty && fault === "close") request.socket.destroy();
     const record = { method, target, headers, status };
     this.requests.push(record);
+    this.#wasAsked();
     return record;
   }
 

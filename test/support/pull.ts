@@ -53,6 +53,17 @@ export async function pull(reference: string, dest: string, { sleep, ...opts }: 
   }, { clock, environment: cleanEnvironment() });
 }
 
+/** Answers a manifest only after the line has been silent for a while: this is what "far" means to the module. */
+export function makeFar(registry: Registry): void {
+  registry.on({ kind: "manifest" }, {
+    handler: async (_request, _response, next) => {
+      const since = performance.now();
+      while (performance.now() - since < 3 * internals.LIMITS.farLatencyMs) await new Promise(setImmediate);
+      await next();
+    },
+  });
+}
+
 /** The error that something ends with; anything but an ImgpullError would be a stack trace for the user. */
 export async function failure(running: Promise<unknown>): Promise<ImgpullError> {
   const error: unknown = await running.then(() => undefined, (reason: unknown) => reason);
