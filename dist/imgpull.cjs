@@ -25,12 +25,14 @@ var __toESM = (mod, isNodeMode, target) => (target = mod != null ? __create(__ge
 // imgpull.ts
 var import_node_child_process = require("node:child_process");
 var import_node_crypto = require("node:crypto");
+var import_node_events = require("node:events");
 var fs = __toESM(require("node:fs/promises"));
 var http = __toESM(require("node:http"));
 var https = __toESM(require("node:https"));
 var net = __toESM(require("node:net"));
 var os = __toESM(require("node:os"));
 var path = __toESM(require("node:path"));
+var import_node_querystring = require("node:querystring");
 var import_node_stream = require("node:stream");
 var import_promises = require("node:stream/promises");
 var import_promises2 = require("node:timers/promises");
@@ -89,14 +91,13 @@ var ImgpullError = class extends Error {
   name = "ImgpullError";
   code;
   status;
-  /** @internal how long the server asks us to stay away */
+  /** @internal How long the server asks us to stay away. */
   retryAfterMs;
   constructor(code, message, details = {}) {
     super(message, details.cause === void 0 ? void 0 : { cause: details.cause });
     this.code = code;
     const { status, retryAfterMs } = details;
-    if (status !== void 0) this.status = status;
-    if (retryAfterMs !== void 0) this.retryAfterMs = retryAfterMs;
+    Object.assign(this, { status, retryAfterMs });
   }
 };
 function fail(code, message, details) {
@@ -120,19 +121,16 @@ function connectionError(error, doing) {
   const said = printable(cause.message || cause.errors?.[0]?.message || code);
   const make = (kind, words) => new ImgpullError(kind, `${doing}: ${words}`, { cause });
   if (cause.name === "AbortError") return new ImgpullError("ABORTED", "stopped", { cause });
-  if (/wrong version number|packet length too long|unknown protocol|record layer failure/i.test(said)) {
-    return make("TLS", "the server answers plain HTTP on this port\n  try --scheme http");
-  }
-  if (/^(UNABLE_TO|SELF_SIGNED|DEPTH_ZERO)/.test(code)) {
-    return make("TLS", `${said}
-  its certificate authority is not known here: --cacert FILE gives it, --insecure goes without`);
-  }
-  if (/^(CERT_|INVALID_|ERR_TLS|ERR_SSL|EPROTO)/.test(code)) {
-    const wantsClient = /certificate required|bad certificate|handshake failure/i.test(said);
-    return make("TLS", wantsClient ? `${said}
-  it may want a client certificate: --cert FILE --key FILE` : said);
-  }
-  return make("NETWORK", code === "ENOTFOUND" ? "no such host" : code === "ECONNRESET" ? "connection lost" : said);
+  const isPlain = /wrong version number|packet length too long|unknown protocol|record layer failure/i.test(said);
+  if (isPlain) return make("TLS", "the server answers plain HTTP on this port\n  try --scheme http");
+  const strange = "its certificate authority is not known here: --cacert FILE gives it, --insecure goes without";
+  if (/^(UNABLE_TO|SELF_SIGNED|DEPTH_ZERO)/.test(code)) return make("TLS", `${said}
+  ${strange}`);
+  const wantsClient = /certificate required|bad certificate|handshake failure/i.test(said);
+  const remedy = wantsClient ? "\n  it may want a client certificate: --cert FILE --key FILE" : "";
+  if (/^(CERT_|INVALID_|ERR_TLS|ERR_SSL|EPROTO)/.test(code)) return make("TLS", said + remedy);
+  const plain = { ENOTFOUND: "no such host", ECONNRESET: "connection lost", ECONNREFUSED: "connection refused" };
+  return make("NETWORK", plain[code] ?? said);
 }
 var DISK_WORDS = {
   ENOSPC: "the disk is full",
@@ -153,14 +151,6 @@ function onDisk(doing, work) {
     throw isSystem ? new ImgpullError("DISK", `${doing}: ${diskWords(error)}`, { cause: error }) : error;
   });
 }
-function joinErrors(failures) {
-  const known = failures.filter((failure) => failure instanceof ImgpullError);
-  if (known.length < failures.length) return failures.find((failure) => !(failure instanceof ImgpullError));
-  const told = known.filter(({ code }) => code !== "ABORTED");
-  const [first = known[0]] = told;
-  const messages = [...new Set(told.map(({ message }) => message))];
-  return messages.length < 2 ? first : new ImgpullError(first.code, messages.join("\n"), { status: first.status, cause: first });
-}
 var isDigest = (text) => typeof text === "string" && /^(sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})$/.test(text);
 var hexOf = (digest) => digest.slice(digest.indexOf(":") + 1);
 var newHash = (digest) => (0, import_node_crypto.createHash)(digest.slice(0, digest.indexOf(":")));
@@ -175,33 +165,37 @@ function parseJson(text) {
   }
 }
 var given = (values) => Object.fromEntries(Object.entries(values).filter(([, value]) => value !== void 0 && value !== ""));
-function sumOf(items, value) {
-  let sum = 0;
-  for (const item of items) sum += value(item);
-  return sum;
-}
+var sumOf = (items, value) => Array.from(items, value).reduce((sum, each) => sum + each, 0);
 function formatBytes(bytes) {
-  let [value, unit] = [bytes, 0];
-  for (; value >= 999.5 && unit < 4; unit += 1) value /= 1e3;
-  return `${unit === 0 || value >= 99.95 ? Math.round(value) : value.toFixed(1)} ${["B", "kB", "MB", "GB", "TB"][unit]}`;
+  let [value, unit] = [bytes, "B"];
+  for (const larger of ["kB", "MB", "GB", "TB"]) if (value >= 999.5) [value, unit] = [value / 1e3, larger];
+  return `${unit === "B" || value >= 99.95 ? Math.round(value) : value.toFixed(1)} ${unit}`;
 }
 var formatPlatform = ({ os: system, architecture, variant } = {}) => [system, architecture, variant].filter(Boolean).join("/");
 async function mapConcurrently(items, limit, run) {
   const results = [];
-  let next = 0;
+  const queue = items.entries();
   const lane = async () => {
-    while (next < items.length) {
-      const index = next++;
-      [results[index]] = await Promise.allSettled([run(items[index])]);
-    }
+    for (const [index, item] of queue) [results[index]] = await Promise.allSettled([run(item)]);
   };
   await Promise.all(Array.from({ length: limit }, lane));
   return settled(results);
 }
 function settled(results) {
   const failures = results.flatMap((result) => result.status === "rejected" ? [result.reason] : []);
-  if (failures.length > 0) throw joinErrors(failures);
-  return results.map((result) => result.value);
+  const known = failures.filter((failure) => failure instanceof ImgpullError);
+  if (known.length < failures.length) throw failures.find((failure) => !(failure instanceof ImgpullError));
+  const told = known.filter(({ code }) => code !== "ABORTED");
+  const [first = known[0]] = told;
+  if (!first) return results.map((result) => result.value);
+  const messages = [...new Set(told.map(({ message }) => message))];
+  if (messages.length < 2) throw first;
+  return fail(first.code, messages.join("\n"), { status: first.status, cause: first });
+}
+function anySignal(...signals) {
+  const signal = AbortSignal.any(signals);
+  (0, import_node_events.setMaxListeners)(0, signal);
+  return signal;
 }
 var HUB_HOSTS = ["docker.io", "index.docker.io", "registry-1.docker.io"];
 var LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?";
@@ -214,20 +208,18 @@ function isHost(text) {
   return HOST.test(text) && Number(port) >= 1 && Number(port) <= 65535 && (ipv6 === void 0 || net.isIPv6(ipv6));
 }
 function parseReference(text) {
-  const refuse = (reason) => fail("BAD_REFERENCE", `bad image reference "${printable(text)}": ${reason}`);
+  const shown = printable(text.replace(/:[^@]*@(?!sha(256|512):)/, ":***@"));
+  const named = `bad image reference "${shown}"`;
+  const refuse = (reason) => fail("BAD_REFERENCE", `${named}: ${reason}`);
   if (text === "") refuse("it is empty");
   if (/^[a-z]+:\/\//i.test(text)) refuse("write it without the scheme (use --scheme for http)");
   if (/[^\x21-\x7e]/.test(text)) refuse("it has a character that is not printable ASCII");
-  const [named = "", digest, ...tooMany] = text.split("@");
+  const [place = "", digest, ...tooMany] = text.split("@");
   if (tooMany.length > 0) refuse("it has more than one @");
-  if (digest !== void 0 && !isDigest(digest)) {
-    refuse(`"${printable(digest)}" is not a digest: sha256: and 64, or sha512: and 128 lower-case hex digits`);
-  }
-  const [first = "", ...rest] = named.split("/");
-  const hasHost = rest.length > 0 && (/[.:]/.test(first) || first === "localhost");
-  const [host, path2] = hasHost ? [first, rest.join("/")] : ["docker.io", named];
-  const colon = path2.lastIndexOf(":");
-  const [name, tag] = colon < 0 ? [path2] : [path2.slice(0, colon), path2.slice(colon + 1)];
+  const wanted = "sha256: and 64, or sha512: and 128 lower-case hex digits";
+  if (digest !== void 0 && !isDigest(digest)) refuse(`"${printable(digest)}" is not a digest: ${wanted}`);
+  const parts = /^(?:(localhost|[^/]*[.:][^/]*)\/)?(.*?)(?::([^:]*))?$/.exec(place) ?? [];
+  const [, host = "docker.io", name = "", tag] = parts;
   if (!isHost(host)) refuse(`"${host}" is not a host, host:port or [IPv6 address]`);
   if (name === "") refuse("the repository is missing");
   if (name !== name.toLowerCase()) refuse("a repository is written in lower case");
@@ -242,9 +234,9 @@ function parseReference(text) {
 var formatReference = ({ host, repository, tag, digest }) => `${host}/${repository}${tag === void 0 ? "" : `:${tag}`}${digest === void 0 ? "" : `@${digest}`}`;
 var apiHost = (host) => host === "docker.io" ? "registry-1.docker.io" : host;
 function imageName({ host, repository, tag, digest }, namespace) {
-  const isMirrored = /^[^/]*\.[^/]*\//.test(repository);
-  const bare = namespace !== void 0 ? `${namespace}/${repository}` : isMirrored ? repository : `${host}/${repository}`;
-  return parseReference(`${bare}${tag === void 0 ? `@${digest}` : `:${tag}`}`);
+  const version = tag === void 0 ? `@${digest}` : `:${tag}`;
+  const isMirrored = namespace === void 0 && /^[^/]*\.[^/]*\//.test(repository);
+  return parseReference(`${isMirrored ? "" : `${namespace ?? host}/`}${repository}${version}`);
 }
 var defaultDestination = ({ repository, tag, digest = "" }) => `${repository.slice(repository.lastIndexOf("/") + 1)}-${tag ?? hexOf(digest).slice(0, 12)}.tar`;
 var readOptional = (file) => fs.readFile(file, "utf8").catch(() => void 0);
@@ -282,48 +274,37 @@ async function readPem(file, option) {
   const text = await fs.readFile(file, "utf8").catch((error) => fail("TLS", `cannot read ${option} ${file}: ${diskWords(error)}`));
   return text.includes("-----BEGIN ") ? text : fail("TLS", `${option} ${file} is not a PEM file`);
 }
-function secureContexts({ tlsCert, tlsKey, caCert, certsDirectory, environment }) {
-  const contexts = /* @__PURE__ */ new Map();
-  const make = async (url, isRegistry) => {
-    const ca = await systemCertificates(environment);
-    if (caCert !== void 0) ca.push(await readPem(caCert, "--cacert"));
-    const folder = path.join(certsDirectory, url.host);
-    const names = isRegistry ? (await fs.readdir(folder).catch(() => [])).sort() : [];
-    const read = (suffix) => Promise.all(
-      names.filter((name) => name.endsWith(suffix)).map((name) => readPem(path.join(folder, name), "certificate"))
-    );
-    ca.push(...await read(".crt"));
-    const isGiven = isRegistry && tlsCert !== void 0 && tlsKey !== void 0;
-    const cert = isGiven ? [await readPem(tlsCert, "--cert")] : await read(".cert");
-    const key = isGiven ? [await readPem(tlsKey, "--key")] : await read(".key");
-    try {
-      return tls.createSecureContext({ ca, cert, key });
-    } catch (error) {
-      return fail("TLS", `cannot use the certificates given: ${printable(error.message)}`, { cause: error });
-    }
-  };
-  return (url, isRegistry) => {
-    const key = isRegistry ? url.host : "";
-    const context = contexts.get(key) ?? make(url, isRegistry);
-    contexts.set(key, context);
-    return context;
-  };
+async function secureContextFor(url, isRegistry, settings) {
+  const { caCert, certsDirectory, environment } = settings;
+  const { tlsCert, tlsKey } = isRegistry ? settings : {};
+  const folder = path.join(certsDirectory, url.host);
+  const names = isRegistry ? (await fs.readdir(folder).catch(() => [])).sort() : [];
+  const read = (suffix) => Promise.all(
+    names.filter((name) => name.endsWith(suffix)).map((name) => readPem(path.join(folder, name), "certificate"))
+  );
+  const ca = await systemCertificates(environment);
+  if (caCert !== void 0) ca.push(await readPem(caCert, "--cacert"));
+  ca.push(...await read(".crt"));
+  const cert = tlsCert === void 0 ? await read(".cert") : await readPem(tlsCert, "--cert");
+  const key = tlsKey === void 0 ? await read(".key") : await readPem(tlsKey, "--key");
+  try {
+    return tls.createSecureContext({ ca, cert, key });
+  } catch (error) {
+    return fail("TLS", `cannot use the certificates given: ${printable(error.message)}`, { cause: error });
+  }
 }
 function isExemptFromProxy(url, noProxy) {
-  const host = url.hostname.replace(/^\[|\]$/g, "").toLowerCase();
+  const host = url.hostname.replace(/^\[|\]$/g, "");
   const port = url.port || (url.protocol === "https:" ? "443" : "80");
-  const familyOf = (address) => net.isIPv6(address) ? "ipv6" : "ipv4";
   const isAddress = net.isIP(host) !== 0;
-  const isInside = (block, bits) => {
-    const list = new net.BlockList();
-    list.addSubnet(block, bits, familyOf(block));
-    return isAddress && list.check(host, familyOf(host));
-  };
-  if (/(^|\.)localhost$/.test(host) || isInside("127.0.0.0", 8) || isInside("::1", 128)) return true;
-  return noProxy.toLowerCase().split(/[\s,]+/).filter(Boolean).some((entry) => {
-    const [block = "", bits] = entry.split("/");
-    const width = net.isIPv6(block) ? 128 : 32;
-    if (bits !== void 0 && net.isIP(block)) return /^\d+$/.test(bits) && Number(bits) <= width && isInside(block, +bits);
+  const familyOf = (address) => net.isIPv6(address) ? "ipv6" : "ipv4";
+  const blocks = new net.BlockList();
+  const entries = `localhost,127.0.0.0/8,::1/128,${noProxy}`.toLowerCase().split(/[\s,]+/).filter(Boolean);
+  return entries.some((entry) => {
+    const [block = "", bits = ""] = entry.split("/");
+    const isBlock = net.isIP(block) !== 0 && /^\d+$/.test(bits) && Number(bits) <= (net.isIPv6(block) ? 128 : 32);
+    if (isBlock) blocks.addSubnet(block, Number(bits), familyOf(block));
+    if (isAddress && blocks.check(host, familyOf(host))) return true;
     const [, bracketed, bare, wantedPort] = /^(?:\[([^\]]*)\]|([^:]*)|)(?::(\d+))?$/.exec(entry) ?? ["", entry];
     if (wantedPort !== void 0 && wantedPort !== port) return false;
     const name = (bracketed ?? bare ?? "").replace(/^\*?\./, "");
@@ -332,8 +313,7 @@ function isExemptFromProxy(url, noProxy) {
 }
 function proxyFor(url, environment) {
   const variable = (name2) => environment[name2] || environment[name2.toLowerCase()] || "";
-  const names = [url.protocol === "https:" ? "HTTPS_PROXY" : "HTTP_PROXY", "ALL_PROXY"];
-  const name = names.find((each) => variable(each) !== "");
+  const name = [url.protocol === "https:" ? "HTTPS_PROXY" : "HTTP_PROXY", "ALL_PROXY"].find(variable);
   if (name === void 0 || isExemptFromProxy(url, variable("NO_PROXY"))) return void 0;
   const text = /^[a-z][a-z0-9+.-]*:\/\//i.test(variable(name)) ? variable(name) : `http://${variable(name)}`;
   if (!URL.canParse(text)) fail("PROXY", `${name} is not a URL`);
@@ -342,45 +322,45 @@ function proxyFor(url, environment) {
   return fail("PROXY", `${name}: a ${proxy.protocol}// proxy is not supported, only http:// and https:// ones are`);
 }
 var basicAuthorization = (username, secret) => `Basic ${Buffer.from(`${username}:${secret}`, "utf8").toString("base64")}`;
-function proxyHeaders({ username, password }) {
-  const value = basicAuthorization(decodeURIComponent(username), decodeURIComponent(password));
-  return username === "" ? {} : { "Proxy-Authorization": value };
-}
+var proxyHeaders = ({ username, password }) => username === "" ? {} : { "Proxy-Authorization": basicAuthorization((0, import_node_querystring.unescape)(username), (0, import_node_querystring.unescape)(password)) };
 var PROXY_REMEDY = "\n  the proxy wants credentials: http://USER:PASSWORD@HOST:PORT";
-function tunnelAgent(proxy, agent, proxyTls, timeout) {
-  const name = `the proxy ${proxy.protocol}//${proxy.host}`;
-  const createConnection = (target, callback) => {
-    const authority = `${net.isIPv6(String(target.host)) ? `[${target.host}]` : target.host}:${target.port}`;
-    const headers = { Host: authority, ...proxyHeaders(proxy) };
-    const options = { ...proxyTls, method: "CONNECT", path: authority, agent: false, timeout, headers };
-    const connect2 = (proxy.protocol === "https:" ? https : http).request(proxy.origin, options);
-    connect2.once("connect", ({ statusCode: status, statusMessage = "" }, socket) => {
-      if (status === 200) return callback(null, tls.connect({ ...target, socket }));
-      socket.destroy();
-      const remedy = status === 407 ? PROXY_REMEDY : "";
-      const words = `${name} refused CONNECT ${authority}: ${status} ${printable(statusMessage)}${remedy}`;
-      callback(new ImgpullError("PROXY", words, { status }));
-    });
-    connect2.once("timeout", () => connect2.destroy(new ImgpullError("TIMEOUT", `${name} is silent`)));
-    connect2.once("error", (error) => callback(connectionError(error, name)));
-    connect2.end();
-  };
-  return Object.assign(agent, { createConnection });
+var clientFor = ({ protocol }) => protocol === "https:" ? https : http;
+var proxyName = ({ protocol, host }) => `the proxy ${protocol}//${host}`;
+function proxyRefusal(proxy, what, { statusCode: status, statusMessage = "" }) {
+  const words = `${proxyName(proxy)} refused ${what}: ${status} ${printable(statusMessage)}`;
+  return new ImgpullError("PROXY", words + (status === 407 ? PROXY_REMEDY : ""), { status });
+}
+function connectThrough(proxy, options, target, done) {
+  const authority = `${net.isIPv6(String(target.host)) ? `[${target.host}]` : target.host}:${target.port}`;
+  const headers = { Host: authority, ...proxyHeaders(proxy) };
+  const connect2 = clientFor(proxy).request(proxy.origin, { ...options, method: "CONNECT", path: authority, headers });
+  connect2.once("connect", (response, socket) => {
+    if (response.statusCode === 200) return done(null, tls.connect({ ...target, socket }));
+    socket.destroy();
+    done(proxyRefusal(proxy, `CONNECT ${authority}`, response));
+  });
+  connect2.once("timeout", () => connect2.destroy(new ImgpullError("TIMEOUT", `${proxyName(proxy)} is silent`)));
+  connect2.once("error", (error) => done(connectionError(error, proxyName(proxy))));
+  return connect2.end();
 }
 function createTransport(settings) {
-  const contextFor = secureContexts(settings);
   const agents = /* @__PURE__ */ new Map();
+  const tunnels = /* @__PURE__ */ new Set();
   const { timeoutMs, environment, insecure } = settings;
   const makeAgent = async (url, isRegistry, proxy) => {
     const keepAlive = { keepAlive: true, scheduling: "lifo" };
     const isTlsProxy = proxy?.protocol === "https:";
     const servername = isTlsProxy && net.isIP(proxy.hostname) === 0 ? proxy.hostname : "";
-    const proxyTls = isTlsProxy ? { secureContext: await contextFor(proxy, false), servername } : {};
-    if (url.protocol === "http:" && !isTlsProxy) return new http.Agent(keepAlive);
-    if (url.protocol === "http:") return new https.Agent({ ...keepAlive, ...proxyTls });
-    const secureContext = await contextFor(url, isRegistry);
+    const proxyTls = isTlsProxy ? { secureContext: await secureContextFor(proxy, false, settings), servername } : {};
+    if (url.protocol === "http:") return new (isTlsProxy ? https : http).Agent({ ...keepAlive, ...proxyTls });
+    const secureContext = await secureContextFor(url, isRegistry, settings);
     const agent = new https.Agent({ ...keepAlive, secureContext, rejectUnauthorized: insecure !== true });
-    return proxy ? tunnelAgent(proxy, agent, proxyTls, timeoutMs) : agent;
+    if (!proxy) return agent;
+    const createConnection = (target, done) => {
+      const connect2 = connectThrough(proxy, { ...proxyTls, agent: false, timeout: timeoutMs }, target, done);
+      tunnels.add(connect2.once("close", () => tunnels.delete(connect2)));
+    };
+    return Object.assign(agent, { createConnection });
   };
   const sendOnce = async (request, url, headers) => {
     const { method, signal, body } = request;
@@ -388,51 +368,52 @@ function createTransport(settings) {
     const isRegistry = request.isRegistry(url.origin);
     const proxy = proxyFor(url, environment);
     const key = `${url.protocol} ${isRegistry ? url.host : ""} ${proxy?.href ?? ""}`;
-    const agent = agents.get(key) ?? makeAgent(url, isRegistry, proxy);
-    agents.set(key, agent);
+    const making = agents.get(key) ?? makeAgent(url, isRegistry, proxy);
+    agents.set(key, making);
     const forwarder = url.protocol === "http:" ? proxy : void 0;
-    const absolute = forwarder && { path: url.href, headers: { ...headers, Host: url.host, ...proxyHeaders(forwarder) } };
-    const options = { method, signal, agent: await agent, timeout: timeoutMs, headers, ...absolute };
-    const peer = forwarder ? new URL(forwarder.origin) : url;
-    return new Promise((resolve, reject) => {
-      const outgoing = (peer.protocol === "https:" ? https : http).request(peer, options);
-      let incoming;
-      outgoing.once("response", (response) => resolve(incoming = response));
-      outgoing.once("error", (error) => {
-        const isStale = outgoing.reusedSocket && errorCodeOf(error) === "ECONNRESET" && !incoming;
-        if (isStale) resolve(sendOnce(request, url, headers));
-        else reject(connectionError(error, doing));
-      });
-      outgoing.on("timeout", () => {
-        if (incoming && incoming.readableLength > 0) return void outgoing.setTimeout(timeoutMs);
-        (incoming ?? outgoing).destroy(new ImgpullError("TIMEOUT", `${doing}: nothing came for ${timeoutMs / 1e3} s`));
-      });
-      outgoing.end(body);
+    const forwarded = forwarder && { Host: url.host, ...proxyHeaders(forwarder) };
+    const absolute = forwarder && { path: url.href };
+    const options = { method, signal, agent: await making, timeout: timeoutMs, headers: { ...headers, ...forwarded } };
+    const outgoing = clientFor(forwarder ?? url).request(forwarder?.origin ?? url, { ...options, ...absolute });
+    let incoming;
+    outgoing.on("timeout", () => {
+      if (incoming && incoming.readableLength > 0) return void outgoing.setTimeout(timeoutMs);
+      (incoming ?? outgoing).destroy(new ImgpullError("TIMEOUT", `${doing}: nothing came for ${timeoutMs / 1e3} s`));
     });
+    outgoing.on("error", () => void 0).end(body);
+    try {
+      [incoming] = await (0, import_node_events.once)(outgoing, "response");
+    } catch (error) {
+      if (outgoing.reusedSocket && errorCodeOf(error) === "ECONNRESET") return sendOnce(request, url, headers);
+      throw connectionError(error, doing);
+    }
+    if (!forwarder || incoming.statusCode !== 407) return incoming;
+    outgoing.destroy();
+    throw proxyRefusal(forwarder, doing, incoming);
   };
   return {
     send: (request) => followRedirects(request, sendOnce),
-    close: () => agents.forEach((agent) => void agent.then((ready) => ready.destroy(), () => void 0))
+    close: () => {
+      for (const tunnel of tunnels) tunnel.destroy();
+      for (const agent of agents.values()) agent.then((ready) => ready.destroy(), () => void 0);
+    }
   };
 }
 async function followRedirects(request, sendOnce) {
   let { url } = request;
   for (let hop = 0; ; hop += 1) {
     const authorization = await request.authorizationFor(url.origin);
-    const common = { "User-Agent": `imgpull/${"1.0.0"}`, "Accept-Encoding": "identity" };
-    const allHeaders = { ...common, ...request.headers, ...given({ Authorization: authorization }) };
-    const response = await sendOnce(request, url, allHeaders);
+    const common = { "User-Agent": `imgpull/${"1.0.0"}`, "Accept-Encoding": "identity", ...request.headers };
+    const response = await sendOnce(request, url, { ...common, ...given({ Authorization: authorization }) });
     const { statusCode: status = 0, headers, headers: { location } } = response;
     const answer = { status, headers, url, authorization, words: "" };
     if (status >= 200 && status < 300) return { ...answer, body: response };
-    if (![301, 302, 303, 307, 308].includes(status) || location === void 0 || request.body !== void 0) {
-      return { ...answer, words: await readWords(response) };
-    }
+    const isRedirect = [301, 302, 303, 307, 308].includes(status) && request.body === void 0;
+    if (!isRedirect || location === void 0) return { ...answer, words: await readWords(response) };
     response.on("error", () => void 0).resume();
     const from = redactUrl(url);
     if (hop >= LIMITS.redirects) fail("PROTOCOL", `${from}: more than ${LIMITS.redirects} redirects`);
-    if (!URL.canParse(location, url)) fail("PROTOCOL", `${from} redirects to what is not a URL`);
-    const next = new URL(location, url);
+    const next = URL.canParse(location, url) ? new URL(location, url) : fail("PROTOCOL", `${from} redirects to what is not a URL`);
     if (next.protocol !== "https:" && (next.protocol !== "http:" || url.protocol === "https:")) {
       fail("PROTOCOL", `${from} redirects to ${redactUrl(next)}: not followed from https to ${next.protocol}`);
     }
@@ -448,8 +429,7 @@ function decodeBody(response, expectedBytes) {
   return response.pipe(decoded.once("close", () => response.destroy()));
 }
 async function readBody(response, maximumBytes, what) {
-  const tooLarge = `${what} is larger than ${maximumBytes} bytes`;
-  const checkSize = (bytes) => bytes <= maximumBytes || fail("TOO_LARGE", tooLarge);
+  const checkSize = (bytes) => bytes <= maximumBytes || fail("TOO_LARGE", `${what} is larger than ${maximumBytes} bytes`);
   const chunks = [];
   let length = 0;
   try {
@@ -465,10 +445,8 @@ async function readBody(response, maximumBytes, what) {
   return Buffer.concat(chunks);
 }
 async function readWords(response) {
-  const body = await readBody(response, LIMITS.errorBodyBytes, "the error's body").catch((error) => {
-    if (error.code === "ABORTED") throw error;
-    return "";
-  });
+  const reading = readBody(response, LIMITS.errorBodyBytes, "the error's body");
+  const body = await reading.catch((error) => error.code === "ABORTED" ? Promise.reject(error) : "");
   const json = parseJson(body);
   if (!isRecord(json)) return /^\s*</.test(String(body)) ? "" : printable(String(body));
   const [first] = Array.isArray(json.errors) ? json.errors : [];
@@ -476,27 +454,26 @@ async function readWords(response) {
   const words = [code, message, json.details, json.message, json.error_description, json.error];
   return printable(words.filter((word) => typeof word === "string" && word !== "").slice(0, 2).join(": "));
 }
-var sleep = (milliseconds, signal) => (0, import_promises2.setTimeout)(milliseconds, void 0, { signal });
+var sleep = (waitMs, signal) => (0, import_promises2.setTimeout)(waitMs, void 0, { signal });
 var systemClock = { now: Date.now, random: Math.random, sleep };
-function parseRetryAfter(value, now) {
-  if (/^\s*\d+\s*$/.test(value ?? "")) return Number(value) * 1e3;
-  const date = Date.parse(value ?? "");
-  return Number.isNaN(date) ? void 0 : Math.max(0, date - now);
+function parseRetryAfter(value = "", now) {
+  const waitMs = /^\s*\d+\s*$/.test(value) ? Number(value) * 1e3 : Math.max(0, Date.parse(value) - now);
+  return Number.isNaN(waitMs) ? void 0 : waitMs;
 }
-var isMismatch = ({ code }) => code === "DIGEST_MISMATCH" || code === "SIZE_MISMATCH";
 function isRetriable(error) {
   if (!(error instanceof ImgpullError)) return false;
   const { code, status = 0, retryAfterMs } = error;
   if (code === "NETWORK") return errorCodeOf(error.cause) !== "ENOTFOUND";
-  if (code === "TIMEOUT" || code === "RATE_LIMITED" || retryAfterMs !== void 0 || isMismatch(error)) return true;
-  const isServers = status === 408 || status === 425 || status >= 500 && status !== 501 && status !== 505;
-  return (code === "PROTOCOL" || code === "PROXY") && isServers;
+  if (/^(TIMEOUT|RATE_LIMITED|(DIGEST|SIZE)_MISMATCH)$/.test(code) || retryAfterMs !== void 0) return true;
+  return status === 408 || status === 425 || status >= 500 && status !== 501 && status !== 505;
 }
 function retryDelayMs(error, failures, retries, random) {
-  if (!isRetriable(error) || failures > (isMismatch(error) ? Math.min(1, retries) : retries)) return void 0;
-  const { retryAfterMs = 0 } = error;
-  const ceiling = Math.min(LIMITS.backoffMs, LIMITS.firstBackoffMs * 2 ** (failures - 1));
-  return retryAfterMs > LIMITS.retryAfterMs ? void 0 : Math.max(retryAfterMs, Math.round(ceiling * (0.5 + random / 2)));
+  if (!isRetriable(error)) return void 0;
+  const { code, retryAfterMs = 0 } = error;
+  const most = code.endsWith("_MISMATCH") ? Math.min(1, retries) : retries;
+  if (failures > most || retryAfterMs > LIMITS.retryAfterMs) return void 0;
+  const ceilingMs = Math.min(LIMITS.backoffMs, LIMITS.firstBackoffMs * 2 ** (failures - 1));
+  return Math.max(retryAfterMs, Math.round(ceilingMs * (0.5 + random / 2)));
 }
 async function withRetries(session, attempt, gotOn = () => false) {
   const { clock, settings: { retries }, signal } = session;
@@ -516,17 +493,14 @@ async function withRetries(session, attempt, gotOn = () => false) {
 }
 function parseChallenges(lines) {
   const challenges = [];
-  for (const line of lines) {
-    const word = /([\s,]*)([!#$%&'*+.^_`|~0-9A-Za-z/-]+)(?:\s*=\s*("(?:[^"\\]|\\.)*"?|[^\s,"]*))?/y;
-    let current;
-    for (let match = word.exec(line); match !== null; match = word.exec(line)) {
-      const [, separator = "", name = "", value] = match;
-      if (value === void 0 && (match.index === 0 || separator.includes(","))) {
-        challenges.push({ scheme: name.toLowerCase(), parameters: current = {} });
-      } else if (current && value !== void 0 && !/^=*$/.test(value)) {
-        const unquoted = value.startsWith('"') ? value.replace(/^"|"$/g, "").replace(/\\(.)/g, "$1") : value;
-        current[name.toLowerCase()] ??= unquoted;
-      }
+  const word = /([\s,]*)([!#$%&'*+.^_`|~0-9A-Za-z/-]+)(?:\s*=\s*("(?:[^"\\]|\\.)*"?|[^\s,"]*))?/gy;
+  for (const match of lines.flatMap((line) => [...line.matchAll(word)])) {
+    const [, separator = "", name = "", value] = match;
+    const current = challenges.at(-1)?.parameters;
+    if (value === void 0 && (match.index === 0 || separator.includes(","))) {
+      challenges.push({ scheme: name.toLowerCase(), parameters: {} });
+    } else if (current && value !== void 0 && !/^=*$/.test(value)) {
+      current[name.toLowerCase()] ??= value.replace(/^"|"$/g, "").replace(/\\(.)/g, "$1");
     }
   }
   return challenges;
@@ -538,9 +512,8 @@ function normalizeAuthKey(key) {
 function decodeAuthEntry(entry, source) {
   const text = (name) => typeof entry[name] === "string" ? entry[name] : "";
   const decoded = Buffer.from(text("auth"), "base64").toString("utf8").replace(/\0+$/, "");
-  const [, user, word] = /^([^:]*):([^]*)$/.exec(decoded) ?? [];
-  if (text("auth") !== "" && user === void 0) fail("CREDENTIALS", `${source}: its "auth" is not USER:PASSWORD in base64`);
-  const [username, password] = [user ?? text("username"), word ?? text("password")];
+  if (text("auth") && !decoded.includes(":")) fail("CREDENTIALS", `${source}: "auth" is not USER:PASSWORD in base64`);
+  const [, username = text("username"), password = text("password")] = /^([^:]*):([^]*)$/.exec(decoded) ?? [];
   const [identity, bearer] = [text("identitytoken"), text("registrytoken")];
   const kind = identity ? "identity" : bearer ? "bearer" : "basic";
   const secret = identity || bearer || password;
@@ -550,127 +523,103 @@ function runCredentialHelper(name, input, environment) {
   const source = `docker-credential-${name}`;
   const refuse = (reason) => fail("CREDENTIALS", `the credential helper ${printable(source)} ${reason}`);
   if (!/^[\w.+-]+$/.test(name)) refuse("has a name that is not one");
-  const { status, stdout, stderr, error } = (0, import_node_child_process.spawnSync)(source, ["get"], {
-    input,
-    env: environment,
-    encoding: "utf8",
-    timeout: 6e4,
-    maxBuffer: LIMITS.tokenBytes
-  });
+  const bounds = { encoding: "utf8", timeout: 6e4, maxBuffer: LIMITS.tokenBytes };
+  const { status, stdout, stderr, error } = (0, import_node_child_process.spawnSync)(source, ["get"], { input, env: { ...environment }, ...bounds });
   if (error) refuse(`cannot be run: ${errorCodeOf(error) === "ENOENT" ? "it is not on the PATH" : errorCodeOf(error)}`);
-  const words = printable(stdout || stderr);
-  if (status !== 0) return /credentials not found/i.test(words) ? void 0 : refuse(`failed: ${words || `exit code ${status}`}`);
-  const { Username: username = "", Secret: secret } = parseJson(stdout) ?? refuse("answered what is not JSON");
+  const words = printable(stdout || stderr) || `exit code ${status}`;
+  if (status !== 0) return /credentials not found/i.test(words) ? void 0 : refuse(`failed: ${words}`);
+  const answer = parseJson(stdout) ?? refuse("answered what is not JSON");
+  const { Username: username = "", Secret: secret } = answer;
   if (typeof username !== "string" || typeof secret !== "string") return refuse("answered without a Secret");
-  const isIdentity = username === "<token>";
-  const found = { username: isIdentity ? "" : username, secret, source, stored: true };
-  return username === "" && secret === "" ? void 0 : { kind: isIdentity ? "identity" : "basic", ...found };
+  return decodeAuthEntry(username === "<token>" ? { identitytoken: secret } : { username, password: secret }, source);
 }
 function credentialIn(text, source, { host, repository }, environment) {
   const file = parseJson(text);
   if (!isRecord(file)) return fail("CREDENTIALS", `${source} is not a JSON object`);
-  const bestIn = (entries, isUsable) => Object.entries(isRecord(entries) ? entries : {}).filter(([key, value]) => isUsable(value) && `${host}/${repository}/`.startsWith(`${normalizeAuthKey(key)}/`)).sort(([left], [right]) => normalizeAuthKey(right).length - normalizeAuthKey(left).length)[0]?.[1];
+  const bestIn = (entries, isUsable) => Object.entries(entries ?? {}).filter(([key, value]) => isUsable(value) && `${host}/${repository}/`.startsWith(`${normalizeAuthKey(key)}/`)).sort(([left], [right]) => normalizeAuthKey(right).length - normalizeAuthKey(left).length)[0]?.[1];
   const helper = bestIn(file.credHelpers, (value) => typeof value === "string") ?? file.credsStore;
   const server = host === "docker.io" ? "https://index.docker.io/v1/" : host;
-  const found = typeof helper === "string" && helper !== "" ? runCredentialHelper(helper, server, environment) : void 0;
+  const found = helper && typeof helper === "string" ? runCredentialHelper(helper, server, environment) : void 0;
   const entry = bestIn(file.auths, (value) => isRecord(value) && Object.keys(value).length > 0);
   return found ?? (isRecord(entry) ? decodeAuthEntry(entry, source) : void 0);
 }
-async function findCredential(settings, reference) {
-  const { environment, token, username, password = "" } = settings;
-  const { HOME: home = os.homedir(), DOCKER_CONFIG, XDG_RUNTIME_DIR, REGISTRY_AUTH_FILE: named } = environment;
-  const option = { username: username ?? "", stored: false };
-  if (token !== void 0) return { kind: "outside", secret: token, source: "--token", ...option };
-  if (username !== void 0) return { kind: "basic", secret: password, source: "--user and --password", ...option };
-  const file = async (name, what = `the credential file ${name}`, isRequired = false) => [name, await readCredentialFile(name, what, isRequired)];
-  const places = [
-    ...named ? [() => file(named, `REGISTRY_AUTH_FILE names ${named}`, true)] : [],
-    async () => ["DOCKER_AUTH_CONFIG", environment.DOCKER_AUTH_CONFIG],
-    () => file(path.join(DOCKER_CONFIG || path.join(home, ".docker"), "config.json")),
-    ...XDG_RUNTIME_DIR ? [() => file(path.join(XDG_RUNTIME_DIR, "containers/auth.json"))] : [],
-    () => file(path.join(home, ".config/containers/auth.json"))
-  ];
-  for (const place of places) {
-    const [source, text] = await place();
-    const found = text ? credentialIn(text, source, reference, environment) : void 0;
-    if (found) return found;
-  }
-  return void 0;
+async function findCredential({ environment, token, username, password = "" }, reference) {
+  const { HOME: home = os.homedir(), DOCKER_CONFIG, XDG_RUNTIME_DIR, REGISTRY_AUTH_FILE } = environment;
+  const option = { kind: "basic", username: username ?? "", stored: false };
+  if (token !== void 0) return { ...option, secret: token, source: "--token" };
+  if (username !== void 0) return { ...option, secret: password, source: "--user and --password" };
+  const inText = (source, text = "") => text && credentialIn(text, source, reference, environment);
+  const inFile = async (file = "", isNamed = false) => file && inText(file, await readCredentialFile(file, isNamed));
+  return await inFile(REGISTRY_AUTH_FILE, true) || inText("DOCKER_AUTH_CONFIG", environment.DOCKER_AUTH_CONFIG) || await inFile(path.join(DOCKER_CONFIG || path.join(home, ".docker"), "config.json")) || await inFile(XDG_RUNTIME_DIR && path.join(XDG_RUNTIME_DIR, "containers/auth.json")) || await inFile(path.join(home, ".config/containers/auth.json")) || void 0;
 }
-async function readCredentialFile(file, what, isRequired) {
+async function readCredentialFile(file, isNamed) {
+  const what = isNamed ? `REGISTRY_AUTH_FILE names ${file}` : `the credential file ${file}`;
   try {
     if ((await fs.stat(file)).size <= LIMITS.credentialFileBytes) return await fs.readFile(file, "utf8");
   } catch (cause) {
-    if (!isRequired && ["ENOENT", "ENOTDIR", "ERR_ACCESS_DENIED"].includes(errorCodeOf(cause))) return void 0;
+    if (!isNamed && ["ENOENT", "ENOTDIR", "ERR_ACCESS_DENIED"].includes(errorCodeOf(cause))) return void 0;
     fail("CREDENTIALS", `${what}: ${diskWords(cause)}`, { cause });
   }
   return fail("CREDENTIALS", `${what}: too large for a credential file`);
 }
-async function fetchToken(session, origin, scope, challenge, credential) {
-  const { realm = "", service } = challenge.parameters;
-  if (realm === "" || !URL.canParse(realm, origin)) fail("PROTOCOL", `${origin} asks for a token and names no usable realm`);
+async function fetchToken(session, origin, asked, credential) {
+  const { realm = "", service, scope } = asked;
+  if (realm === "" || !URL.canParse(realm, origin)) fail("PROTOCOL", `${origin} names no usable realm for its tokens`);
   const url = new URL(realm, origin);
   const where = redactUrl(url);
-  if (url.protocol !== "https:" && !(url.protocol === "http:" && origin.startsWith("http:"))) {
-    fail("PROTOCOL", `${origin} names the token endpoint ${where}: not over ${url.protocol}`);
-  }
-  const query = { ...given({ service }), scope };
-  const ask = (method, target, authorization, body) => session.transport.send({
+  const isSafe = ["https:", new URL(origin).protocol].includes(url.protocol);
+  if (!isSafe) fail("PROTOCOL", `${origin} names the token endpoint ${where}: not over ${url.protocol}`);
+  const query = given({ service, scope });
+  const ask = (method, authorization, body) => session.transport.send({
     method,
-    url: target,
+    url,
     signal: session.signal,
     ...given({ body }),
     headers: body === void 0 ? {} : { "Content-Type": "application/x-www-form-urlencoded" },
-    authorizationFor: async (each) => each === target.origin ? authorization : void 0,
+    authorizationFor: async (each) => each === url.origin ? authorization : void 0,
     isRegistry: (each) => each === origin
   });
-  let answer;
-  if (credential?.kind === "identity") {
-    const grant = { grant_type: "refresh_token", client_id: "imgpull", refresh_token: credential.secret };
-    answer = await ask("POST", url, void 0, new URLSearchParams({ ...query, ...grant }).toString());
-    if ([400, 401, 404, 405].includes(answer.status) || answer.status >= 300 && answer.status < 400) answer = void 0;
-  }
-  if (!answer) {
-    const target = new URL(url);
-    for (const [name, value] of Object.entries(query)) target.searchParams.set(name, value);
-    const username = credential?.username || "00000000-0000-0000-0000-000000000000";
-    answer = await ask("GET", target, credential && basicAuthorization(username, credential.secret));
+  const { kind, username, secret = "" } = credential ?? {};
+  const grant = { ...query, grant_type: "refresh_token", client_id: "imgpull", refresh_token: secret };
+  let answer = kind === "identity" ? await ask("POST", void 0, `${new URLSearchParams(grant)}`) : void 0;
+  if (!answer || /^(3..|40[0145])$/.test(`${answer.status}`)) {
+    for (const [name, value] of Object.entries(query)) url.searchParams.set(name, value);
+    const user = username || "00000000-0000-0000-0000-000000000000";
+    answer = await ask("GET", credential && basicAuthorization(user, secret));
   }
   if (!answer.body) throw statusError(answer, session.clock.now(), "the token service");
   const json = parseJson(await readBody(answer.body, LIMITS.tokenBytes, `the token of ${where}`));
   const { token, access_token: accessToken, expires_in: seconds } = isRecord(json) ? json : {};
   const text = token || accessToken;
-  if (typeof text !== "string" || !/^[\x21-\x7e]+$/.test(text)) return fail("PROTOCOL", `${where} answered without a token`);
+  if (typeof text !== "string" || !/^[\x21-\x7e]+$/.test(text)) fail("PROTOCOL", `${where} answered without a token`);
   const lifeMs = Math.max(LIMITS.tokenFloorMs, typeof seconds === "number" ? seconds * 1e3 : 0);
   return { header: `Bearer ${text}`, expiresAt: session.clock.now() + lifeMs };
 }
-function statusError({ status, words, headers, url }, now, who, isRegistry = true) {
-  const retryAfterMs = parseRetryAfter(headers["retry-after"], now);
-  const said = `${redactUrl(url)}: ${who} answered ${status}${words ? ` (${words})` : ""}`;
-  if (status === 429) {
-    const when = retryAfterMs === void 0 ? "try again later" : `come back in ${Math.ceil(retryAfterMs / 1e3)} s, at ${new Date(now + Math.min(retryAfterMs, 1e12)).toISOString()}`;
-    return new ImgpullError("RATE_LIMITED", `${said}
-  too many requests: ${when}`, { status, retryAfterMs });
-  }
-  if (status === 407) return new ImgpullError("PROXY", said + PROXY_REMEDY, { status });
-  const isExpired = !isRegistry && [400, 401, 403].includes(status);
-  const code = { 401: "UNAUTHORIZED", 403: "FORBIDDEN", 404: "NOT_FOUND" }[status] ?? "PROTOCOL";
-  const remedy = /HTTP request (was sent )?to (an )?HTTPS/i.test(words) ? "\n  this port is https: try without --scheme http" : "";
-  const details = { status, retryAfterMs: isExpired ? 0 : status >= 500 ? retryAfterMs : void 0 };
-  return new ImgpullError(code, said + remedy, details);
+var STORAGE_HOST = "the storage host";
+function statusError({ status, words, headers, url }, now, who) {
+  const codes = { 401: "UNAUTHORIZED", 403: "FORBIDDEN", 404: "NOT_FOUND", 407: "PROXY", 429: "RATE_LIMITED" };
+  const waitMs = status === 429 || status >= 500 ? parseRetryAfter(headers["retry-after"], now) : void 0;
+  const when = waitMs === void 0 ? "try again later" : `come back in ${Math.ceil(waitMs / 1e3)} s, at ${new Date(now + Math.min(waitMs, 1e12)).toISOString()}`;
+  const remedy = status === 429 ? `
+  too many requests: ${when}` : status === 407 ? PROXY_REMEDY : /HTTP request (was sent )?to (an )?HTTPS/i.test(words) ? "\n  this port is https: try without --scheme http" : "";
+  const said = `${redactUrl(url)}: ${who} answered ${status}${words ? ` (${words})` : ""}${remedy}`;
+  const isExpired = who === STORAGE_HOST && [400, 401, 403].includes(status);
+  const details = { status, retryAfterMs: isExpired ? 0 : waitMs };
+  return new ImgpullError(codes[status] ?? "PROTOCOL", said, details);
 }
 var Registry = class {
   reference;
   origin;
-  /** False once it has answered a range with the whole. */
   acceptsRanges = true;
-  /** The quickest answer so far: how far away it is. */
+  // false once it has answered a range with the whole
   latencyMs = NEVER;
+  // of the quickest answer so far: how far away it is
   #session;
   #held = /* @__PURE__ */ new Map();
   #renewals = /* @__PURE__ */ new Map();
   #found;
-  #isAnonymous = false;
+  #refused;
+  // from then on it is nobody who asks
   constructor(session, reference) {
     const { scheme, token } = session.settings;
     this.#session = session;
@@ -678,154 +627,140 @@ var Registry = class {
     this.origin = new URL(`${scheme}://${apiHost(reference.host)}`).origin;
     if (token !== void 0) this.#held.set(this.origin, { header: `Basic ${token}`, expiresAt: NEVER });
   }
-  /** One answer to one request, after at most one handshake, one renewal and one fallback. */
-  async #request(method, rest, headers, signal) {
-    const url = new URL(`${this.origin}/v2/${this.reference.repository}/${rest}`);
-    const { namespace } = this.#session.settings;
+  /** One answer with a body, after at most one handshake, one renewal and one fallback. */
+  async #request(method, kind, name, more = {}) {
+    const { settings: { namespace }, signal, transport } = this.#session;
+    const url = new URL(`${this.origin}/v2/${this.reference.repository}/${kind}s/${name}`);
     if (namespace !== void 0) url.searchParams.set("ns", namespace);
+    const headers = { Accept: MANIFEST_TYPES.join(", ") };
     const authorizationFor = (origin) => this.#authorizationFor(origin);
     const isRegistry = (origin) => origin === this.origin;
     for (let round = 0; ; round += 1) {
-      const answer = await this.#session.transport.send({ method, url, headers, signal, authorizationFor, isRegistry });
-      const { status, authorization: sent } = answer;
-      const isStale = sent !== void 0 && (status === 400 && sent.startsWith("Bearer ") || status === 403);
-      if (!(status === 401 || isStale) || round === 3 || !await this.#authorize(answer, round)) return answer;
+      const answer = await transport.send({ method, url, headers, signal, authorizationFor, isRegistry, ...more });
+      if (answer.body) return answer;
+      if (round === 3 || !await this.#authorize(answer, round)) throw await this.#refusal(answer, kind, name);
     }
   }
   async #authorizationFor(origin) {
-    const held = this.#held.get(origin);
-    if (held && held.expiresAt > this.#session.clock.now()) return held.header;
+    const isFresh = (this.#held.get(origin)?.expiresAt ?? 0) > this.#session.clock.now();
     const isBearer = this.#session.challenges.get(origin)?.some(({ scheme }) => scheme === "bearer");
-    if (isBearer) await this.#handshake(origin);
+    if (isBearer && !isFresh) await this.#handshake(origin);
     return this.#held.get(origin)?.header;
   }
-  /** Whether another attempt may go better than the one that got `answer`. */
+  /** Whether `answer` was a refusal, and another attempt may go better. */
   async #authorize(answer, round) {
-    const { url: { origin }, authorization: sent, status, headers } = answer;
+    const { url, url: { origin }, authorization: sent, status, headers } = answer;
+    const isStale = sent !== void 0 && (status === 400 && sent.startsWith("Bearer ") || status === 403);
+    if (status !== 401 && !isStale) return false;
     if (this.#held.get(origin)?.header !== sent) return true;
-    const challenges = parseChallenges([headers["www-authenticate"] ?? []].flat());
+    const challenges = parseChallenges([headers["www-authenticate"] ?? ""]);
     const isRenewal = round === 0 && sent !== void 0 && this.#session.challenges.has(origin);
     if (challenges.length > 0 && !isRenewal) this.#session.challenges.set(origin, challenges);
     const credential = await this.#credentialFor(origin);
-    if (credential?.kind === "outside") return false;
     if (status === 403 || round > 0 && sent !== void 0 || sent?.startsWith("Basic ")) {
       if (!credential?.stored) return false;
-      this.#giveUp(credential, `${redactUrl(answer.url)}: ${status}`);
+      this.#giveUp(credential, `${redactUrl(url)}: ${status}`);
     }
     return this.#handshake(origin);
   }
   /** Looked up when a registry asks for it first; storage hosts and other origins never get it. */
   async #credentialFor(origin) {
-    if (this.#isAnonymous || origin !== this.origin) return void 0;
+    if (this.#refused || origin !== this.origin) return void 0;
     return this.#found ??= findCredential(this.#session.settings, this.reference);
   }
-  #giveUp({ source }, reason) {
-    this.#isAnonymous = true;
+  #giveUp(credential, reason) {
+    this.#refused = credential;
     this.#held.delete(this.origin);
-    this.#session.warn(`the credentials of ${source} were refused (${reason}); trying without any`);
+    this.#session.warn(`the credentials of ${credential.source} were refused (${reason}); trying without any`);
   }
   /** Connections that are refused at the same time get one new token between them. */
   #handshake(origin) {
-    const running = this.#renewals.get(origin) ?? this.#answerChallenge(origin).finally(() => this.#renewals.delete(origin));
-    this.#renewals.set(origin, running);
-    return running;
+    const renewal = this.#renewals.get(origin) ?? this.#answerChallenge(origin).then((authorization) => {
+      if (authorization) this.#held.set(origin, authorization);
+      return authorization !== void 0;
+    }).finally(() => this.#renewals.delete(origin));
+    this.#renewals.set(origin, renewal);
+    return renewal;
   }
+  /** A token, or the credential itself, as the origin wants it; undefined where we have nothing of the kind. */
   async #answerChallenge(origin) {
     const challenges = this.#session.challenges.get(origin) ?? [];
     const credential = await this.#credentialFor(origin);
+    const { kind, username = "", secret = "" } = credential ?? {};
     const bearer = challenges.find(({ scheme }) => scheme === "bearer");
-    const isBasic = challenges.some(({ scheme }) => scheme === "basic") && credential?.kind === "basic";
-    if (!bearer && !isBasic) return false;
-    if (!bearer || credential?.kind === "bearer") {
-      const { username, secret } = credential;
-      const header = bearer ? `Bearer ${secret}` : basicAuthorization(username, secret);
-      this.#held.set(origin, { header, expiresAt: NEVER });
-      return true;
-    }
-    const ours = `repository:${this.reference.repository}:pull`;
-    const scope = origin === this.origin ? ours : bearer.parameters.scope ?? ours;
-    const ask = (holder) => fetchToken(this.#session, origin, scope, bearer, holder);
-    this.#held.set(origin, await ask(credential).catch(async (error) => {
+    const isBasic = kind === "basic" && challenges.some(({ scheme }) => scheme === "basic");
+    if (!bearer) return isBasic ? { header: basicAuthorization(username, secret), expiresAt: NEVER } : void 0;
+    if (kind === "bearer") return { header: `Bearer ${secret}`, expiresAt: NEVER };
+    const theirs = origin !== this.origin && bearer.parameters.scope;
+    const asked = { ...bearer.parameters, scope: theirs || `repository:${this.reference.repository}:pull` };
+    return fetchToken(this.#session, origin, asked, credential).catch(async (error) => {
       if (![400, 401, 403, 404].includes(error.status ?? 0)) throw error;
       if (!credential?.stored) throw error.status === 401 || credential ? await this.#withTried(error) : error;
       this.#giveUp(credential, error.message);
-      return ask().catch(async (refusal) => {
-        throw refusal.status === 401 ? await this.#withTried(refusal) : refusal;
-      });
-    }));
-    return true;
+      return this.#answerChallenge(origin);
+    });
   }
   /** The error with the word of which credentials were tried, and from where. */
   async #withTried({ code, message, status }) {
-    const credential = await this.#credentialFor(this.origin);
-    const tried = this.#isAnonymous ? `the stored credentials (${(await this.#found)?.source}) were refused, and so was a request without any` : credential ? `refused: the credentials of ${credential.source}` : "no credentials were found for this registry (--user, --token, docker login); a repository that does not exist is often answered the same way";
+    const source = (this.#refused ?? await this.#credentialFor(this.origin))?.source;
+    const tried = this.#refused ? `the stored credentials (${source}) were refused, and so was a request without` : source ? `refused: the credentials of ${source}` : "no credentials were found (--user, --token, docker login); a repository that does not exist looks the same";
     return new ImgpullError(code === "FORBIDDEN" ? code : "UNAUTHORIZED", `${message}
   ${tried}`, { status });
   }
   /** A refusal in the user's terms. */
-  async #refusal(answer, what) {
-    const isRegistry = answer.url.origin === this.origin;
-    const who = isRegistry ? "the registry" : "the storage host";
-    const error = statusError(answer, this.#session.clock.now(), who, isRegistry);
-    const isName = /NAME_UNKNOWN|repository name not known/i.test(answer.words);
-    const missing = isName ? `repository: ${this.reference.host}/${this.reference.repository}` : what;
-    const { code, status, retryAfterMs } = error;
-    const doubt = answer.headers["content-type"]?.includes("html") ? `: is ${this.reference.host} a registry?` : "";
-    if (code === "NOT_FOUND") return new ImgpullError(code, `no such ${missing}
-  ${error.message}${doubt}`, { status });
+  async #refusal(answer, kind, name) {
+    const place = `${this.reference.host}/${this.reference.repository}`;
+    const who = answer.url.origin === this.origin ? "the registry" : STORAGE_HOST;
+    const error = statusError(answer, this.#session.clock.now(), who);
+    const { code, status, message, retryAfterMs } = error;
     const isOurs = (code === "UNAUTHORIZED" || code === "FORBIDDEN") && retryAfterMs === void 0;
-    return isOurs ? this.#withTried(error) : error;
-  }
-  /** One attempt at a manifest's answer; it has a body. */
-  async #manifestAnswer(method, tagOrDigest) {
-    const accept = { Accept: MANIFEST_TYPES.join(", ") };
-    const answer = await this.#request(method, `manifests/${tagOrDigest}`, accept, this.#session.signal);
-    const { host, repository } = this.reference;
-    const what = isDigest(tagOrDigest) ? `manifest: ${tagOrDigest}` : `tag: ${host}/${repository}:${tagOrDigest}`;
-    if (!answer.body) throw await this.#refusal(answer, what);
-    return answer;
+    if (code !== "NOT_FOUND") return isOurs ? this.#withTried(error) : error;
+    const isName = /NAME_UNKNOWN|repository name not known/i.test(answer.words);
+    const missing = isName ? `repository: ${place}` : isDigest(name) ? `${kind}: ${name}` : `tag: ${place}:${name}`;
+    const doubt = answer.headers["content-type"]?.includes("html") ? `: is ${this.reference.host} a registry?` : "";
+    return new ImgpullError(code, `no such ${missing}
+  ${message}${doubt}`, { status });
   }
   /** The manifest of a tag or digest, verified against the digest where one was asked for. */
   manifest(tagOrDigest) {
     return withRetries(this.#session, async () => {
       const startedAt = performance.now();
-      const { body, url, headers } = await this.#manifestAnswer("GET", tagOrDigest);
+      const { body, url, headers } = await this.#request("GET", "manifest", tagOrDigest);
       this.latencyMs = Math.min(this.latencyMs, performance.now() - startedAt);
       const where = redactUrl(url);
       const bytes = await readBody(body, LIMITS.manifestBytes, `the manifest ${where}`);
-      const digest = digestOf(bytes, isDigest(tagOrDigest) ? tagOrDigest : void 0);
-      const isWrong = isDigest(tagOrDigest) && digest !== tagOrDigest;
-      if (isWrong) fail("DIGEST_MISMATCH", `${where}: the manifest's bytes have the digest ${digest}`);
+      const wanted = isDigest(tagOrDigest) ? tagOrDigest : void 0;
+      const digest = digestOf(bytes, wanted);
+      if (wanted && digest !== wanted) fail("DIGEST_MISMATCH", `${where}: the bytes have the digest ${digest}`);
       const mediaType = sniffMediaType(bytes, headers["content-type"]);
       if (mediaType !== void 0) return { mediaType, digest, bytes };
       const type = printable(headers["content-type"] ?? "nothing named", 80);
-      return fail("PROTOCOL", `${where}: the answer is not a manifest but ${type}: is ${this.reference.host} a registry?`);
+      return fail("PROTOCOL", `${where}: this is not a manifest but ${type}: is ${this.reference.host} a registry?`);
     });
   }
   /** What HEAD tells of a manifest; undefined where the registry leaves something out. */
   head(tagOrDigest) {
     return withRetries(this.#session, async () => {
-      const { headers, body } = await this.#manifestAnswer("HEAD", tagOrDigest);
+      const { headers, body } = await this.#request("HEAD", "manifest", tagOrDigest);
       body?.resume();
       const { "docker-content-digest": digest, "content-length": length = "", "content-type": type = "" } = headers;
-      const mediaType = type.split(";")[0]?.trim() ?? "";
-      const isWhole = isDigest(digest) && Number(length) > 0 && MANIFEST_TYPES.includes(mediaType);
-      return isWhole ? { mediaType, digest, size: Number(length) } : void 0;
+      const mediaType = MANIFEST_TYPES.find((each) => type.startsWith(each));
+      return mediaType && isDigest(digest) && +length > 0 ? { mediaType, digest, size: Number(length) } : void 0;
     });
   }
   /** One answer, with a body, to a request for a blob's bytes [from, to). The caller checks what comes. */
   async blob({ digest, size, urls = [] }, from, to, signal) {
     const headers = from === 0 && to === size ? {} : { Range: `bytes=${from}-${to - 1}` };
-    let answer = await this.#request("GET", `blobs/${digest}`, headers, signal);
-    if (answer.body) return answer;
-    const foreign = answer.status === 404 ? urls.filter((url) => URL.canParse(url) && url.startsWith("https:")) : [];
-    if (foreign.length === 0) throw await this.#refusal(answer, `blob: ${digest}`);
-    for (const url of foreign) {
+    return this.#request("GET", "blob", digest, { headers, signal }).catch(async (refusal) => {
+      const foreign = urls.filter((url) => URL.canParse(url) && url.startsWith("https:"));
       const anyone = { authorizationFor: async () => void 0, isRegistry: () => false };
-      answer = await this.#session.transport.send({ method: "GET", url: new URL(url), headers, signal, ...anyone });
-      if (answer.body) return answer;
-    }
-    throw statusError(answer, this.#session.clock.now(), "the foreign layer's host");
+      for (const url of refusal.code === "NOT_FOUND" ? foreign.map((each) => new URL(each)) : []) {
+        const answer = await this.#session.transport.send({ method: "GET", url, headers, signal, ...anyone });
+        if (answer.body) return answer;
+        refusal = statusError(answer, this.#session.clock.now(), "the foreign layer's host");
+      }
+      throw refusal;
+    });
   }
 };
 function registryOf(session, reference) {
@@ -835,22 +770,21 @@ function registryOf(session, reference) {
   return registry;
 }
 function sniffMediaType(bytes, contentType = "") {
-  const header = contentType.split(";")[0]?.trim().toLowerCase() ?? "";
   const json = parseJson(bytes);
   if (!isRecord(json)) return void 0;
   if (typeof json.mediaType === "string") return json.mediaType;
   if (json.schemaVersion === 1) return DOCKER_SCHEMA_1;
-  if (MANIFEST_TYPES.includes(header)) return header;
-  return Array.isArray(json.manifests) ? OCI_INDEX : isRecord(json.config) ? OCI_MANIFEST : void 0;
+  const shape = Array.isArray(json.manifests) ? OCI_INDEX : isRecord(json.config) ? OCI_MANIFEST : void 0;
+  return MANIFEST_TYPES.find((type) => contentType.toLowerCase().startsWith(type)) ?? shape;
 }
 function parseDescriptor(value, where) {
   const refuse = (reason) => fail("PROTOCOL", `${where}: ${reason}`);
+  const quote = (word) => printable(JSON.stringify(word) ?? "none", 100);
   if (!isRecord(value)) return refuse("a descriptor is not an object");
   const { mediaType: type, digest, size, urls, platform: words } = value;
-  if (!isDigest(digest)) return refuse(`"${printable(String(digest), 100)}" is not a digest that is safe to use`);
-  if (typeof size !== "number" || !Number.isSafeInteger(size) || size < 0) {
-    return refuse(`${digest} has the size ${printable(JSON.stringify(size) ?? "none", 40)}, which is not a number of bytes`);
-  }
+  if (!isDigest(digest)) return refuse(`${quote(digest)} is not a digest that is safe to use`);
+  const isSize = typeof size === "number" && Number.isSafeInteger(size) && size >= 0;
+  if (!isSize) return refuse(`${digest} has the size ${quote(size)}, which is not a number of bytes`);
   const isUrlList = Array.isArray(urls) && urls.length > 0 && urls.every((url) => typeof url === "string");
   const platform = isRecord(words) ? parsePlatform(words) : void 0;
   const mediaType = typeof type === "string" ? type : "";
@@ -861,53 +795,50 @@ function parsePlatform(value) {
   return { os: word("os"), architecture: word("architecture"), ...given({ variant: word("variant") }) };
 }
 function parseManifest({ bytes, mediaType }, where) {
+  const refuse = (code, reason) => fail(code, `${where}: ${reason}`);
   const json = parseJson(bytes);
-  if (!isRecord(json)) return fail("PROTOCOL", `${where}: the manifest is not a JSON object`);
-  if (json.schemaVersion === 1 || mediaType.startsWith(DOCKER_SCHEMA_1)) {
-    fail("UNSUPPORTED", `${where}: a schema 1 manifest, a format that Docker itself has given up: push the image anew`);
-  }
-  if (mediaType === "application/vnd.oci.artifact.manifest.v1+json") {
-    fail("UNSUPPORTED", `${where}: an OCI artifact manifest, a draft that the specification has withdrawn`);
-  }
-  const { manifests, layers } = json;
+  if (!isRecord(json)) return refuse("PROTOCOL", "the manifest is not a JSON object");
+  const { manifests, layers, schemaVersion } = json;
+  const isSchema1 = schemaVersion === 1 || mediaType.startsWith(DOCKER_SCHEMA_1);
+  if (isSchema1) refuse("UNSUPPORTED", "a schema 1 manifest, which Docker itself has given up: push the image anew");
+  const isDraft = mediaType === "application/vnd.oci.artifact.manifest.v1+json";
+  if (isDraft) refuse("UNSUPPORTED", "an OCI artifact manifest, a draft that the specification has withdrawn");
   const isIndex = Array.isArray(manifests);
   const isImage = isRecord(json.config) && Array.isArray(layers);
   const isOther = MANIFEST_TYPES.includes(mediaType) && INDEX_TYPES.includes(mediaType) !== isIndex;
-  if (isIndex === isImage || isIndex && Array.isArray(layers) || isOther) {
-    fail("PROTOCOL", `${where}: ${printable(mediaType, 100)} with the fields of something else`);
-  }
-  const tooLarge = (what) => fail("TOO_LARGE", `${where}: ${what}`);
+  const isAmbiguous = isIndex === isImage || isIndex && Array.isArray(layers) || isOther;
+  if (isAmbiguous) refuse("PROTOCOL", `${printable(mediaType, 100)} with the fields of something else`);
   if (isIndex) {
-    if (manifests.length > LIMITS.indexEntries) tooLarge(`an index of more than ${LIMITS.indexEntries} entries`);
+    if (manifests.length > LIMITS.indexEntries) refuse("TOO_LARGE", `more than ${LIMITS.indexEntries} entries`);
     return { kind: "index", manifests: manifests.map((entry) => parseDescriptor(entry, where)) };
   }
   const config = parseDescriptor(json.config, where);
-  if (config.size > LIMITS.configBytes) tooLarge(`its config of ${config.size} bytes is larger than ${LIMITS.configBytes}`);
+  if (config.size > LIMITS.configBytes) refuse("TOO_LARGE", `its config is larger than ${LIMITS.configBytes} bytes`);
+  const isOldLabel = ["", "text/html", "application/json", "application/octet-stream"].includes(config.mediaType);
+  if (mediaType === DOCKER_MANIFEST && isOldLabel) config.mediaType = CONFIG_TYPES[0];
   return { kind: "image", config, layers: layers.map((layer) => parseDescriptor(layer, where)) };
 }
 function hostPlatform() {
   const { arch, platform } = process;
-  const systems = { win32: "windows", sunos: "solaris" };
   const ppc64 = os.endianness() === "LE" ? "ppc64le" : "ppc64";
+  const systems = { win32: "windows", sunos: "solaris" };
   const processors = { x64: "amd64", ia32: "386", mipsel: "mipsle", ppc64 };
   const { arm_version: version = "7" } = process.config.variables;
   const variant = arch === "arm" ? `v${version}` : void 0;
   return { os: systems[platform] ?? platform, architecture: processors[arch] ?? arch, ...given({ variant }) };
 }
 function acceptableVariants(architecture, variant) {
-  const [lowest, plain] = { arm: [5, 7], arm64: [8, 8], amd64: [1, 1] }[architecture] ?? [];
-  if (lowest === void 0) return variant === void 0 ? ["", "*"] : [variant];
+  const known = /* @__PURE__ */ new Map([["arm", [5, 7]], ["arm64", [8, 8]], ["amd64", [1, 1]]]);
+  const [lowest = NaN, plain] = known.get(architecture) ?? [];
   const level = Number(/^v(\d{1,2})$/.exec(variant ?? `v${plain}`)?.[1]);
-  if (Number.isNaN(level)) return [variant];
-  const down = Array.from({ length: Math.max(0, level - lowest + 1) }, (_, index) => level - index);
-  return variant === void 0 ? ["", ...down.map((each) => `v${each}`)] : down.flatMap((each) => each === plain ? [`v${each}`, ""] : [`v${each}`]);
+  if (Number.isNaN(level - lowest)) return variant === void 0 ? ["", "*"] : [variant];
+  const down = Array.from({ length: level - lowest + 1 }, (_, index) => level - index);
+  const names = down.flatMap((each) => each === plain ? [`v${each}`, ""] : [`v${each}`]);
+  return variant === void 0 ? ["", ...names] : names;
 }
-function matchPlatform(candidates, wanted) {
-  const fitting = candidates.filter(
-    ({ platform }) => platform?.os === wanted.os && platform.architecture === wanted.architecture
-  );
-  const ofVariant = (variant) => fitting.find(({ platform }) => variant === "*" || (platform?.variant ?? "") === variant);
-  return acceptableVariants(wanted.architecture, wanted.variant).map(ofVariant).find((found) => found !== void 0);
+function matchPlatform(candidates, { os: system, architecture, variant }) {
+  const fitting = candidates.filter(({ platform: it }) => it?.os === system && it.architecture === architecture);
+  return acceptableVariants(architecture, variant).flatMap((each) => fitting.filter(({ platform }) => each === "*" || (platform?.variant ?? "") === each))[0];
 }
 function wantedPlatform(wanted, host = hostPlatform()) {
   const variant = wanted.variant ?? (wanted.architecture === void 0 ? host.variant : void 0);
@@ -915,38 +846,34 @@ function wantedPlatform(wanted, host = hostPlatform()) {
 }
 var BLOCK = 512;
 var paddingOf = (sizeBytes) => (BLOCK - sizeBytes % BLOCK) % BLOCK;
+var untilNul = (bytes) => bytes.toString("utf8").split("\0", 1)[0] ?? "";
 function encodeUstarHeader(name, sizeBytes, type) {
-  const octal = (value, width) => `${value.toString(8).padStart(width - 1, "0")}\0`;
+  const header = Buffer.alloc(BLOCK);
+  const octal = (value, digits) => value.toString(8).padStart(digits, "0");
   const fields = [
-    [100, name],
-    [8, octal(420, 8)],
-    [8, octal(0, 8)],
-    [8, octal(0, 8)],
-    [12, octal(sizeBytes, 12)],
-    [12, octal(0, 12)],
-    [8, " ".repeat(8)],
-    [1, type],
-    [100, ""],
-    [6, "ustar\0"],
-    [2, "00"],
-    [32, ""],
-    [32, ""],
-    [8, octal(0, 8)],
-    [8, octal(0, 8)],
-    [155, ""],
-    [12, ""]
+    [0, name],
+    [100, "0000644"],
+    [108, "0000000"],
+    [116, "0000000"],
+    [124, octal(sizeBytes, 11)],
+    [136, octal(0, 11)],
+    [148, " ".repeat(8)],
+    [156, type],
+    [257, "ustar"],
+    [263, "00"],
+    [329, "0000000"],
+    [337, "0000000"]
   ];
-  const header = Buffer.concat(fields.map(([width, text]) => Buffer.concat([Buffer.from(text, "latin1")], width)));
-  header.write(`${octal(sumOf(header, (byte) => byte), 7)} `, 148, "latin1");
+  for (const [offset, text] of fields) header.write(text, offset, "latin1");
+  header.write(`${octal(sumOf(header, (byte) => byte), 6)}\0`, 148, "latin1");
   return header;
 }
 function encodeTarHeader(name, sizeBytes) {
   const record = (key, value) => {
     const rest = ` ${key}=${value}
 `;
-    let length = rest.length;
-    while (`${length}`.length + rest.length !== length) length = `${length}`.length + rest.length;
-    return `${length}${rest}`;
+    const guess = rest.length + `${rest.length}`.length;
+    return `${rest.length + `${guess}`.length}${rest}`;
   };
   const isLarge = sizeBytes > 8589934591;
   const plain = encodeUstarHeader(name.slice(0, 100), isLarge ? 0 : sizeBytes, "0");
@@ -980,28 +907,28 @@ function planTar(images, omit = /* @__PURE__ */ new Set()) {
     for (const { manifest: { config, layers }, configBytes } of parts) {
       for (const descriptor of [config, ...layers]) {
         const { digest, size } = descriptor;
-        const planned = contents.get(blobPath(digest))?.sizeBytes ?? size;
-        if (planned !== size) fail("SIZE_MISMATCH", `${digest} is said to have ${size} bytes here and ${planned} there`);
-        if (contents.has(blobPath(digest))) continue;
-        if (descriptor === config && configBytes) addBytes(blobPath(digest), configBytes);
+        const name = blobPath(digest);
+        const planned = contents.get(name)?.sizeBytes ?? size;
+        if (planned !== size) fail("SIZE_MISMATCH", `${digest} is said to have ${size} bytes here, ${planned} there`);
+        if (contents.has(name)) continue;
+        if (descriptor === config && configBytes) addBytes(name, configBytes);
         else if (descriptor !== config && omit.has(digest)) omitted.set(digest, descriptor);
-        else contents.set(blobPath(digest), { sizeBytes: size, blob: { descriptor, registry } });
+        else contents.set(name, { sizeBytes: size, blob: { descriptor, registry } });
       }
     }
   }
   const entries = [];
   const identity = (0, import_node_crypto.createHash)("sha256");
-  let [padding, offset, blobBytes] = [0, 0, 0];
+  let [offset, blobBytes] = [0, 0];
   for (const [name, content] of contents) {
-    const lead = Buffer.concat([Buffer.alloc(padding), encodeTarHeader(name, content.sizeBytes)]);
+    const lead = Buffer.concat([Buffer.alloc(paddingOf(offset)), encodeTarHeader(name, content.sizeBytes)]);
     offset += lead.length;
     entries.push({ name, lead, offset, ...content });
     identity.update(lead).update(content.bytes ?? "");
     if (content.blob) blobBytes += content.sizeBytes;
     offset += content.sizeBytes;
-    padding = paddingOf(content.sizeBytes);
   }
-  const trailer = Buffer.alloc(padding + 2 * BLOCK);
+  const trailer = Buffer.alloc(paddingOf(offset) + 2 * BLOCK);
   const sizeBytes = offset + trailer.length;
   return { entries, trailer, sizeBytes, blobBytes, id: identity.digest("hex"), omitted: [...omitted.values()] };
 }
@@ -1021,10 +948,11 @@ async function* readTar(handle, where) {
     if (header.length < BLOCK) refuse("it ends in the middle of a header");
     if (header.every((byte) => byte === 0)) return;
     const text = (start, length) => untilNul(header.subarray(start, start + length));
+    const octal = (start, length) => Number.parseInt(text(start, length).trim() || "0", 8);
     const checksum = sumOf(header, (byte) => byte) - sumOf(header.subarray(148, 156), (byte) => byte - 32);
-    if (Number.parseInt(text(148, 8).trim(), 8) !== checksum) refuse("it is not a tar, or is damaged (a header's checksum)");
+    if (octal(148, 8) !== checksum) refuse("it is not a tar, or is damaged (a header's checksum)");
     const isBinary = ((header[124] ?? 0) & 128) !== 0;
-    const plainSize = isBinary ? Number(header.readBigUInt64BE(128)) : Number.parseInt(text(124, 12).trim() || "0", 8);
+    const plainSize = isBinary ? Number(header.readBigUInt64BE(128)) : octal(124, 12);
     const type = text(156, 1) || "0";
     const isExtension = "xgLK".includes(type);
     const sizeBytes = isExtension ? plainSize : Number(extended.size ?? plainSize);
@@ -1045,7 +973,6 @@ async function* readTar(handle, where) {
     extended = {};
   }
 }
-var untilNul = (bytes) => bytes.toString("utf8").split("\0", 1)[0] ?? "";
 function parsePaxRecords(body) {
   const records = {};
   for (let at = 0; at < body.length; ) {
@@ -1059,14 +986,15 @@ function parsePaxRecords(body) {
   return records;
 }
 function digestInName(name) {
-  const [, blob, bare] = /^(?:blobs\/(sha\d+\/[0-9a-f]+)|(?:sha256:)?([0-9a-f]{64})(?:\.json|\.tar|\.tar\.gz)?)$/.exec(name) ?? [];
+  const form = /^(?:blobs\/(sha\d+\/[0-9a-f]+)|(?:sha256:)?([0-9a-f]{64})(?:\.json|\.tar|\.tar\.gz)?)$/;
+  const [, blob, bare] = form.exec(name) ?? [];
   const digest = blob?.replace("/", ":") ?? `sha256:${bare}`;
   return isDigest(digest) ? digest : void 0;
 }
 async function openTar(file) {
   const handle = await onDisk(`cannot read ${file}`, fs.open(file, "r"));
+  const [entries, blobs] = [/* @__PURE__ */ new Map(), /* @__PURE__ */ new Map()];
   try {
-    const [entries, blobs] = [/* @__PURE__ */ new Map(), /* @__PURE__ */ new Map()];
     for await (const entry of readTar(handle, file)) {
       const digest = digestInName(entry.name);
       entries.set(entry.name, entry);
@@ -1086,119 +1014,118 @@ function addRange(ranges, [from, to]) {
   return [...ranges.filter(isApart), merged].sort((left, right) => left[0] - right[0]);
 }
 function missingRanges(ranges, sizeBytes) {
-  const ends = [...ranges.map(([start]) => start), sizeBytes];
-  const gaps = [0, ...ranges.map(([, end]) => end)].map((start, at) => [start, ends[at]]);
+  const edges = [0, ...ranges.flat(), sizeBytes];
+  const gaps = edges.map((from, at) => [from, edges[at + 1] ?? 0]).filter((_, at) => at % 2 === 0);
   return gaps.filter(([from, to]) => from < to);
 }
-var FRESH = { hashedTo: 0, hashing: void 0, unrecordedBytes: 0, openSegments: 0, doneBytes: 0 };
+var untouched = (digest) => ({
+  hash: newHash(digest),
+  hashedTo: 0,
+  hashing: void 0,
+  written: [],
+  unrecordedBytes: 0,
+  doneBytes: 0,
+  openSegments: 0
+});
 function newJob(descriptor, registry, offset, tars) {
-  const { digest, size } = descriptor;
   const origins = tars.flatMap(({ handle, blobs }) => {
-    const entry = blobs.get(digest);
-    return entry?.sizeBytes === size ? [{ handle, offset: entry.offset }] : [];
+    const entry = blobs.get(descriptor.digest);
+    return entry?.sizeBytes === descriptor.size ? [{ handle, offset: entry.offset }] : [];
   });
-  const state = { ...FRESH, hash: newHash(digest), written: [], freshStarts: 1, isDone: false };
-  return { descriptor, registry, offset, origins, ...state };
+  const freshStarts = 1;
+  return { descriptor, registry, offset, origins, freshStarts, isDone: false, ...untouched(descriptor.digest) };
 }
 var newJobs = ({ entries }, tars, isOwnFile = false) => entries.flatMap(
   ({ blob, offset }) => blob ? [newJob(blob.descriptor, blob.registry, isOwnFile ? 0 : offset, tars)] : []
 );
-var startAfresh = (job) => Object.assign(job, FRESH, { hash: newHash(job.descriptor.digest), written: [] });
+var startAfresh = (job) => Object.assign(job, untouched(job.descriptor.digest));
 var isRight = ({ hash, descriptor }) => hash.digest("hex") === hexOf(descriptor.digest);
-function newTransfer({ settings }, jobs, observe) {
-  const totalBytes = sumOf(jobs, ({ descriptor }) => descriptor.size);
-  const counters = { connections: settings.concurrency, fetchedBytes: 0, reusedBytes: 0, resumedBytes: 0 };
-  return { jobs, totalBytes, observe, pending: [], active: /* @__PURE__ */ new Set(), ...counters };
-}
+var sizeOf = (jobs) => sumOf(jobs, ({ descriptor }) => descriptor.size);
 function newSegment(job, at, to, isTakeover = false) {
   job.openSegments += 1;
-  return { job, at, to, isTakeover, startedAtMs: 0, firstByteMs: 0, receivedBytes: 0 };
+  return { job, at, to, isTakeover, askedFrom: at, startedAtMs: 0, firstByteMs: 0 };
+}
+function newTransfer(outer, jobs, sink, observe) {
+  const stopping = new AbortController();
+  const session = { ...outer, signal: anySignal(outer.signal, stopping.signal) };
+  const stop = (error) => {
+    stopping.abort();
+    throw error;
+  };
+  const [pending, active] = [[], /* @__PURE__ */ new Set()];
+  const counters = { connections: outer.settings.concurrency, fetchedBytes: 0, reusedBytes: 0, resumedBytes: 0 };
+  return { session, stop, jobs, totalBytes: sizeOf(jobs), sink, observe, pending, active, ...counters };
 }
 var remaining = ({ at, to }) => to - at;
+var longestFirst = (left, right) => remaining(right) - remaining(left);
 function cutInHalf(segment) {
-  const middle = segment.at + Math.ceil(remaining(segment) / 2);
-  const rest = newSegment(segment.job, middle, segment.to, true);
-  segment.to = middle;
-  return rest;
+  const { job, at, to } = segment;
+  segment.to = at + Math.ceil((to - at) / 2);
+  return newSegment(job, segment.to, to, true);
 }
 function longestRange(segments) {
   const canCut = ({ job: { origins, registry }, at, to }) => origins.length === 0 && registry.acceptsRanges && to - at >= 2 * (registry.latencyMs < LIMITS.farLatencyMs ? LIMITS.nearSplitBytes : LIMITS.splitBytes);
-  return [...segments].filter(canCut).sort((left, right) => remaining(right) - remaining(left))[0];
+  return [...segments].filter(canCut).sort(longestFirst)[0];
 }
-function isWorthTaking(victim, active) {
+function takeOver({ active, sink }) {
+  const victim = sink.unitBytes ? void 0 : longestRange(active);
   const now = performance.now();
-  const rateOf = ({ receivedBytes, startedAtMs }) => receivedBytes / Math.max(1, now - startedAtMs);
-  const age = now - victim.startedAtMs;
-  if (age < 50 || sumOf(active, rateOf) * 1e3 > LIMITS.fastLineBytesPerSecond) return false;
-  return remaining(victim) / Math.max(rateOf(victim), 1) > Math.max(50, 4 * (victim.firstByteMs || age));
+  const rateOf = ({ at, askedFrom, startedAtMs }) => (at - askedFrom) / Math.max(1, now - startedAtMs);
+  const age = victim ? now - victim.startedAtMs : 0;
+  if (!victim || age < 50 || sumOf(active, rateOf) * 1e3 > LIMITS.fastLineBytesPerSecond) return void 0;
+  const leftMs = remaining(victim) / Math.max(rateOf(victim), 1);
+  return leftMs > Math.max(50, 4 * (victim.firstByteMs || age)) ? cutInHalf(victim) : void 0;
 }
-function enqueue({ pending }, sink, job) {
-  const unit = sink.unitBytes(job);
+function enqueue({ pending, sink }, job) {
+  const unit = sink.unitBytes?.(job) ?? NEVER;
   for (const [from, to] of missingRanges(job.written, job.descriptor.size)) {
     for (let at = from; at < to; at += unit) pending.push(newSegment(job, at, Math.min(to, at + unit)));
   }
   if (job.openSegments === 0) pending.push(newSegment(job, 0, 0));
 }
-async function fetchBlobs(outer, transfer, sink) {
-  const stop = new AbortController();
-  const session = { ...outer, signal: AbortSignal.any([outer.signal, stop.signal]) };
-  const { active, jobs, pending, observe } = transfer;
-  let idle = [];
-  for (const job of jobs) if (!job.isDone) enqueue(transfer, sink, job);
-  if (sink.isSplitting) {
-    const isFar = ({ job }) => job.registry.latencyMs >= LIMITS.farLatencyMs;
-    for (let next; pending.length < transfer.connections && (next = longestRange(pending.filter(isFar))); ) {
-      pending.push(cutInHalf(next));
-    }
-    pending.sort((left, right) => remaining(right) - remaining(left));
+async function fetchBlobs(transfer) {
+  const { session: { signal }, sink, active, jobs, pending, connections, observe } = transfer;
+  let change = new AbortController();
+  for (const job of jobs) enqueue(transfer, job);
+  if (!sink.unitBytes) {
+    const longest = () => longestRange(pending.filter(({ job }) => job.registry.latencyMs >= LIMITS.farLatencyMs));
+    for (let next = longest(); next && pending.length < connections; next = longest()) pending.push(cutInHalf(next));
+    pending.sort(longestFirst);
   }
-  const take = () => {
-    const victim = pending.length > 0 || !sink.isSplitting ? void 0 : longestRange(active);
-    return pending.shift() ?? (victim && isWorthTaking(victim, active) ? cutInHalf(victim) : void 0);
-  };
   const lane = async () => {
-    while (!session.signal.aborted && active.size < transfer.connections && pending.length + active.size > 0) {
-      const segment = take();
+    while (!signal.aborted && active.size < transfer.connections && pending.length + active.size > 0) {
+      const segment = pending.shift() ?? takeOver(transfer);
       if (!segment) {
-        await new Promise((resolve) => {
-          const timer = setTimeout(resolve, 20);
-          idle.push(() => (clearTimeout(timer), resolve()));
-        });
+        await (0, import_promises2.setTimeout)(20, void 0, { signal: change.signal }).catch(() => void 0);
         continue;
       }
       const { job } = segment;
       active.add(segment);
-      await fetchSegment(session, transfer, sink, segment);
-      sink.segmentDone(job);
+      await fetchSegment(transfer, segment);
       job.openSegments -= 1;
       if (job.openSegments === 0) {
         job.isDone = await sink.blobDone(job);
         if (job.isDone) observe(transfer, job);
-        else enqueue(transfer, sink, startAfresh(job));
+        else enqueue(transfer, startAfresh(job));
       }
       active.delete(segment);
-      for (const wake of idle) wake();
-      idle = [];
+      change.abort();
+      change = new AbortController();
     }
   };
-  const stopAll = (error) => {
-    stop.abort();
-    throw error;
-  };
-  const results = await Promise.allSettled(Array.from({ length: transfer.connections }, () => lane().catch(stopAll)));
-  if (outer.signal.aborted) fail("ABORTED", "stopped");
-  settled(results);
+  settled(await Promise.allSettled(Array.from({ length: connections }, () => lane().catch(transfer.stop))));
+  if (signal.aborted) fail("ABORTED", "stopped");
 }
-function fetchSegment(session, transfer, sink, segment) {
+function fetchSegment(transfer, segment) {
   let before = segment.at;
   const gotOn = () => {
     const isEnough = segment.at - before >= Math.min(LIMITS.batchBytes, Math.ceil(segment.job.descriptor.size / 64));
     before = segment.at;
     return isEnough;
   };
-  return withRetries(session, async () => {
+  return withRetries(transfer.session, async () => {
     while (segment.at < segment.to) {
-      await receive(session, transfer, sink, segment).catch((error) => {
+      await receive(transfer, segment).catch((error) => {
         const isCrowded = error instanceof ImgpullError && error.code === "RATE_LIMITED" && segment.isTakeover;
         if (!isCrowded || !giveBack(transfer, segment)) throw error;
         transfer.connections = Math.max(1, transfer.active.size - 1);
@@ -1208,10 +1135,8 @@ function fetchSegment(session, transfer, sink, segment) {
 }
 function giveBack({ active }, segment) {
   const owner = [...active].find(({ job, at, to }) => job === segment.job && to === segment.at && at < to);
-  if (!owner) return false;
-  owner.to = segment.to;
-  segment.to = segment.at;
-  return true;
+  if (owner) [owner.to, segment.to] = [segment.to, segment.at];
+  return owner !== void 0;
 }
 function takeFollowers({ pending }, segment) {
   const follows = ({ job, at }) => job === segment.job && at === segment.to;
@@ -1220,18 +1145,18 @@ function takeFollowers({ pending }, segment) {
     segment.job.openSegments -= 1;
   }
 }
-async function openSegment(session, transfer, segment) {
+async function openSegment(transfer, segment) {
   const { job: { descriptor: { size }, descriptor, registry, origins: [origin] }, at, to } = segment;
   if (origin) {
     const range = { start: origin.offset + at, end: origin.offset + to - 1, autoClose: false, highWaterMark: MIB };
     return { stream: origin.handle.createReadStream(range), doing: "reading a tar at hand", position: at, end: to };
   }
-  const { body, headers, status, url } = await registry.blob(descriptor, at, to, session.signal);
+  const { body, headers, status, url } = await registry.blob(descriptor, at, to, transfer.session.signal);
   if (!body) return void 0;
   const doing = `GET ${redactUrl(url)}`;
-  const refuse = (code, words) => {
+  const refuse = (code, words2) => {
     body.destroy();
-    return fail(code, `${doing}: ${words}`, { status });
+    return fail(code, `${doing}: ${words2}`, { status });
   };
   let [position, end] = [0, size];
   if (status === 206) {
@@ -1247,14 +1172,15 @@ async function openSegment(session, transfer, segment) {
   }
   const stream = decodeBody(body, end - position);
   const length = Number(headers["content-length"] ?? end - position);
-  const isLie = stream === body && length !== end - position;
-  if (isLie) refuse("SIZE_MISMATCH", `${length} bytes are announced where ${end - position} belong`);
+  const words = `${length} bytes are announced where ${end - position} belong`;
+  if (stream === body && length !== end - position) refuse("SIZE_MISMATCH", words);
   return { stream, doing, position, end };
 }
-async function receive(session, transfer, sink, segment) {
+async function receive(transfer, segment) {
+  const { session: { signal }, sink } = transfer;
   const { job } = segment;
-  Object.assign(segment, { startedAtMs: performance.now(), firstByteMs: 0, receivedBytes: 0 });
-  const opened = await openSegment(session, transfer, segment);
+  Object.assign(segment, { askedFrom: segment.at, startedAtMs: performance.now(), firstByteMs: 0 });
+  const opened = await openSegment(transfer, segment);
   if (!opened) return;
   const { stream, doing, end } = opened;
   const counter = job.origins.length > 0 ? "reusedBytes" : "fetchedBytes";
@@ -1263,41 +1189,34 @@ async function receive(session, transfer, sink, segment) {
   let [gathered, gatheredBytes] = [[], 0];
   let writing = Promise.resolve();
   const flush = async () => {
-    const [chunks, from, previous] = [gathered, segment.at - gatheredBytes, writing];
-    [gathered, gatheredBytes] = [[], 0];
-    writing = previous.then(() => sink.write(job, from, chunks));
+    await writing;
+    writing = sink.write(job, segment.at - gatheredBytes, gathered);
     writing.catch(() => void 0);
-    await previous;
+    [gathered, gatheredBytes] = [[], 0];
     transfer.observe(transfer);
   };
-  const take = (wanted) => {
-    sink.accept(job, segment.at, wanted);
-    gathered.push(wanted);
-    gatheredBytes += wanted.length;
-    segment.at += wanted.length;
-    segment.receivedBytes += wanted.length;
-    job.doneBytes += wanted.length;
-    transfer[counter] += wanted.length;
-  };
-  const writer = new import_node_stream.Writable({
-    write: (chunk, _encoding, callback) => {
+  const gather = async (chunks) => {
+    for await (const chunk of chunks) {
       const skipped = Math.min(chunk.length, Math.max(0, segment.at - position));
       const wanted = chunk.subarray(skipped, skipped + remaining(segment));
       position += chunk.length;
-      if (wanted.length > 0) take(wanted);
-      if (position > end || segment.at >= segment.to && position < end) stream.destroy();
-      if (gatheredBytes < LIMITS.batchBytes) callback();
-      else flush().then(() => callback(), callback);
+      if (wanted.length > 0) gathered.push(wanted);
+      gatheredBytes += wanted.length;
+      segment.at += wanted.length;
+      job.doneBytes += wanted.length;
+      transfer[counter] += wanted.length;
+      if (position > end || segment.at >= segment.to && position < end) return;
+      if (gatheredBytes >= LIMITS.batchBytes) await flush();
     }
-  });
-  const failure = await (0, import_promises.pipeline)(stream, writer, { signal: session.signal }).then(() => void 0, (error) => error);
+  };
+  const cause = await (0, import_promises.pipeline)(stream, gather, { signal }).then(() => void 0, (error) => error);
   if (gatheredBytes > 0) await flush();
   await writing;
   if (position > end) fail("SIZE_MISMATCH", `${doing}: more than the ${end} bytes that belong there`);
   if (segment.at >= segment.to) return;
-  if (session.signal.aborted) fail("ABORTED", "stopped");
-  if (failure instanceof ImgpullError) throw failure;
-  if (position < end) fail("NETWORK", `${doing}: the connection ended after ${position} of ${end} bytes`, { cause: failure });
+  if (signal.aborted) fail("ABORTED", "stopped");
+  if (cause instanceof ImgpullError) throw cause;
+  if (position < end) fail("NETWORK", `${doing}: the connection ended after ${position} of ${end} bytes`, { cause });
 }
 async function hashPlace(handle, from, to, hash) {
   const buffer = Buffer.allocUnsafe(Math.min(LIMITS.batchBytes, to - from));
@@ -1309,6 +1228,7 @@ async function hashPlace(handle, from, to, hash) {
   }
   return hash;
 }
+var openForUpdate = (file) => fs.open(file, fs.constants.O_RDWR | fs.constants.O_CREAT);
 var isIntact = async ({ handle, offset }, { digest, size }) => (await hashPlace(handle, offset, offset + size, newHash(digest))).digest("hex") === hexOf(digest);
 async function writeAll(handle, chunks, position) {
   const { bytesWritten } = await handle.writev(chunks, position);
@@ -1324,23 +1244,28 @@ async function openJournal(file, planId) {
     held.set(digest, ranges.filter(([from, to]) => from < to).reduce(addRange, []));
   }
   const handle = await fs.open(file, id === planId ? "a" : "w");
-  let writing = id === planId ? Promise.resolve() : handle.appendFile(`${planId}
+  if (id !== planId) await handle.appendFile(`${planId}
 `);
+  const changed = /* @__PURE__ */ new Set();
+  const lineOf = ({ descriptor, written }) => `${descriptor.digest} ${written.map((range) => range.join("-")).join(",")};
+`;
+  let writing;
+  const flush = async () => {
+    while (changed.size > 0) {
+      const lines2 = [...changed].map(lineOf).join("");
+      changed.clear();
+      await handle.appendFile(lines2).catch(() => void 0);
+    }
+    writing = void 0;
+  };
   const record = (job) => {
     job.unrecordedBytes = 0;
-    const line = `${job.descriptor.digest} ${job.written.map((range) => range.join("-")).join(",")};
-`;
-    writing = writing.then(() => handle.appendFile(line)).catch(() => void 0);
+    changed.add(job);
+    writing ??= flush();
   };
-  return { held, record, close: () => writing.catch(() => void 0).then(() => handle.close()) };
+  return { held, record, close: () => Promise.resolve(writing).then(() => handle.close()) };
 }
-var isRunning = (pid) => {
-  try {
-    return process.kill(pid, 0);
-  } catch (error) {
-    return errorCodeOf(error) === "EPERM";
-  }
-};
+var isRunning = (pid) => (async () => process.kill(pid, 0))().catch((error) => errorCodeOf(error) === "EPERM");
 async function acquireLock(file, dest) {
   const [host, since] = [os.hostname(), performance.timeOrigin];
   const mine = JSON.stringify({ pid: process.pid, host, since, id: Math.random() });
@@ -1349,7 +1274,7 @@ async function acquireLock(file, dest) {
     if (errorCodeOf(error) !== "EEXIST") throw error;
     const owner = parseJson(await readOptional(file) ?? "") ?? {};
     const { mtimeMs } = await fs.stat(file).catch(() => ({ mtimeMs: 0 }));
-    const isThere = owner.pid === process.pid ? owner.since === since : isRunning(Number(owner.pid));
+    const isThere = owner.pid === process.pid ? owner.since === since : await isRunning(Number(owner.pid));
     const isHeld = Date.now() - mtimeMs < 6 * LIMITS.lockBeatMs && (owner.host !== host || isThere);
     if (owner.pid && isHeld) busy(` (process ${owner.pid} on ${owner.host})`);
     await fs.writeFile(`${file}.${process.pid}`, mine);
@@ -1359,46 +1284,38 @@ async function acquireLock(file, dest) {
   });
   const beat = () => void fs.utimes(file, /* @__PURE__ */ new Date(), /* @__PURE__ */ new Date()).catch(() => void 0);
   const timer = setInterval(beat, LIMITS.lockBeatMs).unref();
-  return () => (clearInterval(timer), fs.rm(file, { force: true }));
+  return () => fs.rm(file, { force: true }).finally(() => clearInterval(timer));
 }
-function fileSink({ warn }, places, journal) {
+function fileSink({ warn }, { open: open2, finish }, record) {
   const catchUp = (job) => job.hashing ??= (async () => {
-    for (; ; ) {
-      const to = job.written.find(([from, end]) => from <= job.hashedTo && end > job.hashedTo)?.[1];
-      if (to === void 0) return;
-      await hashPlace(await places.open(job), job.offset + job.hashedTo, job.offset + to, job.hash);
-      job.hashedTo = to;
-    }
+    const { hashedTo, hash, offset, written } = job;
+    const to = written.find(([from, end]) => from <= hashedTo && end > hashedTo)?.[1] ?? hashedTo;
+    await hashPlace(await open2(job), offset + hashedTo, offset + to, hash);
+    job.hashedTo = to;
   })().finally(() => job.hashing = void 0);
   return {
-    isSplitting: true,
-    unitBytes: () => NEVER,
-    accept: (job, position, chunk) => {
-      if (job.hashing || position !== job.hashedTo) return;
-      job.hash.update(chunk);
-      job.hashedTo += chunk.length;
-    },
     write: async (job, position, chunks) => {
       const end = position + sumOf(chunks, ({ length }) => length);
-      await writeAll(await places.open(job), chunks, job.offset + position);
+      await writeAll(await open2(job), chunks, job.offset + position);
       job.written = addRange(job.written, [position, end]);
       job.unrecordedBytes += end - position;
-      if (job.unrecordedBytes >= LIMITS.journalBytes) journal.record(job);
-      if (position <= job.hashedTo && job.hashedTo < end) catchUp(job).catch(() => void 0);
+      if (job.unrecordedBytes >= LIMITS.journalBytes) record(job);
+      if (job.hashing || position !== job.hashedTo) return void catchUp(job).catch(() => void 0);
+      for (const chunk of chunks) job.hash.update(chunk);
+      job.hashedTo = end;
     },
-    segmentDone: (job) => journal.record(job),
     blobDone: async (job) => {
       while (job.hashedTo < job.descriptor.size) await catchUp(job);
       if (isRight(job)) {
-        await places.finish(job);
-        journal.record(job);
+        await finish?.(job);
+        record(job);
         return true;
       }
       if (job.origins.shift()) return false;
       const wrong = `${job.descriptor.digest}: the bytes have another digest`;
       job.freshStarts -= 1;
       if (job.freshStarts < 0) {
-        journal.record(startAfresh(job));
+        record(startAfresh(job));
         fail("DIGEST_MISMATCH", `${wrong}, twice, from ${job.registry.origin}`);
       }
       warn(`${wrong}; fetching the blob once more`);
@@ -1406,32 +1323,25 @@ function fileSink({ warn }, places, journal) {
     }
   };
 }
-async function fillPlaces(session, transfer, base, planId, places) {
-  const { jobs, observe } = transfer;
-  const journal = await openJournal(`${base}.journal`, planId);
-  const sink = fileSink(session, places, journal);
+async function fillPlaces(outer, jobs, places, observe) {
+  const { held, record, close } = await openJournal(places.journal, places.id);
+  const transfer = newTransfer(outer, jobs, fileSink(outer, places, record), observe);
   try {
     for (const job of jobs) {
       const { descriptor: { digest, size } } = job;
-      const ranges = journal.held.get(digest) ?? [];
+      const ranges = held.get(digest) ?? [];
       const placeEnd = ranges.length === 0 ? 0 : (await (await places.open(job)).stat()).size - job.offset;
       job.written = ranges.filter(([, to]) => to <= size && to <= placeEnd);
       job.doneBytes = lengthOf(job.written);
       transfer.resumedBytes += job.doneBytes;
-      if (job.doneBytes === 0) continue;
-      job.origins.length = 0;
-      job.freshStarts += 1;
-      if (job.doneBytes < size) continue;
-      job.isDone = await sink.blobDone(job);
-      if (job.isDone) observe(transfer, job);
-      else startAfresh(job);
+      if (job.doneBytes > 0) Object.assign(job, { origins: [], freshStarts: job.freshStarts + 1 });
     }
-    await fetchBlobs(session, transfer, sink);
+    await fetchBlobs(transfer);
     return transfer;
   } finally {
     await Promise.all(jobs.map((job) => job.hashing?.catch(() => void 0)));
-    for (const job of jobs) if (job.unrecordedBytes > 0) journal.record(job);
-    await journal.close();
+    for (const job of jobs) if (job.unrecordedBytes > 0) record(job);
+    await close();
   }
 }
 async function syncQuietly(handle) {
@@ -1445,22 +1355,21 @@ async function syncFolder(folder) {
 }
 async function checkFreeSpace(dest, folder, neededBytes) {
   const { bavail, bsize } = await fs.statfs(folder).catch(() => ({ bavail: NEVER, bsize: 1 }));
-  const [needed, free] = [formatBytes(neededBytes), formatBytes(bavail * bsize)];
-  const words = `cannot write ${dest}: the disk is full, ${needed} are needed and ${folder} has ${free} free`;
-  if (neededBytes > bavail * bsize) fail("DISK", words);
+  const words = `${formatBytes(neededBytes)} are needed and ${folder} has ${formatBytes(bavail * bsize)} free`;
+  if (neededBytes > bavail * bsize) fail("DISK", `cannot write ${dest}: the disk is full, ${words}`);
 }
-var openForUpdate = (file) => fs.open(file, fs.constants.O_RDWR | fs.constants.O_CREAT, 438);
 async function pullToTar(session, plan, dest, reuse, observe) {
   const partial = `${dest}.partial`;
+  const [journal, old] = [`${partial}.journal`, `${partial}.old`];
   const unlock = await acquireLock(`${partial}.lock`, dest);
   const opened = [];
   let isWorthKeeping = true;
   try {
-    const isOurs = (await readOptional(`${partial}.journal`))?.split("\n")[0] === plan.id && (await fs.stat(partial).catch(() => void 0))?.size === plan.sizeBytes;
+    const isOurs = (await readOptional(journal))?.split("\n")[0] === plan.id && (await fs.stat(partial).catch(() => void 0))?.size === plan.sizeBytes;
     isWorthKeeping = isOurs;
-    if (!isOurs) await fs.rename(partial, `${partial}.old`).catch(() => void 0);
-    if (!isOurs) await fs.rm(`${partial}.journal`, { force: true });
-    const found = await Promise.all([`${partial}.old`, dest].map((file) => openTar(file).catch(() => void 0)));
+    if (!isOurs) await fs.rename(partial, old).catch(() => void 0);
+    if (!isOurs) await fs.rm(journal, { force: true });
+    const found = await Promise.all([old, dest].map((file) => openTar(file).catch(() => void 0)));
     const atHand = found.filter((tar) => tar !== void 0);
     const handle = await openForUpdate(partial);
     opened.push(handle, ...atHand.map((tar) => tar.handle));
@@ -1470,36 +1379,32 @@ async function pullToTar(session, plan, dest, reuse, observe) {
     }
     await writeAll(handle, [plan.trailer], plan.sizeBytes - plan.trailer.length);
     await handle.truncate(plan.sizeBytes);
-    const transfer = newTransfer(session, newJobs(plan, [...reuse, ...atHand]), observe);
+    const jobs = newJobs(plan, [...reuse, ...atHand]);
     try {
-      await fillPlaces(session, transfer, partial, plan.id, { open: async () => handle, finish: async () => void 0 });
+      const transfer = await fillPlaces(session, jobs, { journal, id: plan.id, open: async () => handle }, observe);
       await syncQuietly(handle);
       await fs.rename(partial, dest);
       isWorthKeeping = false;
       await syncFolder(path.dirname(dest));
       return transfer;
     } catch (error) {
-      const keptBytes = sumOf(transfer.jobs, ({ written }) => lengthOf(written));
-      isWorthKeeping = keptBytes > 0;
-      if (isWorthKeeping) session.warn(`${partial} keeps ${formatBytes(keptBytes)}: the same command goes on from there`);
+      const kept = sumOf(jobs, ({ written }) => lengthOf(written));
+      isWorthKeeping = kept > 0;
+      if (isWorthKeeping) session.warn(`${partial} keeps ${formatBytes(kept)}: the same command goes on from there`);
       throw error;
     }
   } finally {
     for (const handle of opened) await handle.close();
-    const leftovers = isWorthKeeping ? [] : [partial, `${partial}.journal`, `${partial}.old`];
-    for (const file of leftovers) await fs.rm(file, { force: true });
+    for (const file of isWorthKeeping ? [] : [partial, journal, old]) await fs.rm(file, { force: true });
     await unlock();
   }
 }
-async function replaceFile(file, bytes) {
-  await fs.writeFile(`${file}.partial`, bytes, { flush: true });
-  await fs.rename(`${file}.partial`, file);
-}
-async function pullToFolder(session, jobs, folder, nameOf, observe) {
+async function pullToFolder(session, jobs, folder, name, observe) {
   const base = path.join(folder, ".imgpull.partial");
+  const journal = `${base}.journal`;
   const unlock = await acquireLock(`${base}.lock`, folder);
   const handles = /* @__PURE__ */ new Map();
-  const fileOf = ({ descriptor }) => path.join(folder, nameOf(descriptor.digest));
+  const fileOf = ({ descriptor }) => path.join(folder, name(descriptor.digest));
   const open2 = (job) => {
     const handle = handles.get(job) ?? openForUpdate(`${fileOf(job)}.partial`);
     handles.set(job, handle);
@@ -1513,21 +1418,18 @@ async function pullToFolder(session, jobs, folder, nameOf, observe) {
     await handle.close();
     await fs.rename(`${fileOf(job)}.partial`, fileOf(job));
   };
-  const isMissing = async (job) => {
-    const handle = await fs.open(fileOf(job), "r").catch(() => void 0);
-    const hasSize = (await handle?.stat())?.size === job.descriptor.size;
-    const isThere = handle && hasSize && await isIntact({ handle, offset: 0 }, job.descriptor);
-    await handle?.close();
-    return isThere !== true;
-  };
+  const missing = [];
   try {
-    const missing = [];
-    for (const job of jobs) if (await isMissing(job)) missing.push(job);
-    const transfer = newTransfer(session, missing, observe);
-    await checkFreeSpace(folder, folder, transfer.totalBytes);
-    await fillPlaces(session, transfer, base, "folder", { open: open2, finish });
-    transfer.reusedBytes += sumOf(jobs, ({ descriptor }) => descriptor.size) - transfer.totalBytes;
-    await fs.rm(`${base}.journal`, { force: true });
+    for (const job of jobs) {
+      const handle = await fs.open(fileOf(job), "r").catch(() => void 0);
+      const hasSize = (await handle?.stat())?.size === job.descriptor.size;
+      if (!handle || !hasSize || !await isIntact({ handle, offset: 0 }, job.descriptor)) missing.push(job);
+      await handle?.close();
+    }
+    await checkFreeSpace(folder, folder, sizeOf(missing));
+    const transfer = await fillPlaces(session, missing, { journal, id: "folder", open: open2, finish }, observe);
+    transfer.reusedBytes += sizeOf(jobs) - transfer.totalBytes;
+    await fs.rm(journal, { force: true });
     return transfer;
   } finally {
     for (const handle of handles.values()) await (await handle).close();
@@ -1543,17 +1445,19 @@ async function pullToLayout(session, plan, folder, tars, observe) {
   const ours = parseJson(files.get("index.json") ?? "");
   const nameOf = ({ annotations }) => annotations?.["org.opencontainers.image.ref.name"];
   const isOurs = (entry) => ours.manifests.some((other) => nameOf(other) === nameOf(entry));
-  const others = (Array.isArray(old.manifests) ? old.manifests : []).filter((entry) => !isOurs(entry));
+  const before = Array.isArray(old.manifests) ? old.manifests : [];
+  const manifests = [...before.filter((entry) => !isOurs(entry)), ...ours.manifests];
   for (const name of ["manifest.json", "index.json"]) files.delete(name);
-  files.set("index.json", encodeJson({ ...old, ...ours, manifests: [...others, ...ours.manifests] }));
-  for (const [name, bytes] of files) if (bytes) await replaceFile(path.join(folder, name), bytes);
+  files.set("index.json", encodeJson({ ...old, ...ours, manifests }));
+  for (const [name, bytes] of files) {
+    const file = path.join(folder, name);
+    if (bytes) await fs.writeFile(`${file}.partial`, bytes, { flush: true });
+    if (bytes) await fs.rename(`${file}.partial`, file);
+  }
   await syncFolder(folder);
   return transfer;
 }
 async function pullToStream(outer, plan, output, tars, observe) {
-  const stop = new AbortController();
-  const session = { ...outer, signal: AbortSignal.any([outer.signal, stop.signal]) };
-  const transfer = newTransfer(session, newJobs(plan, tars), observe);
   const early = /* @__PURE__ */ new Map();
   const waiting = [];
   const wake = () => waiting.splice(0).forEach((resume) => resume());
@@ -1564,51 +1468,49 @@ async function pullToStream(outer, plan, output, tars, observe) {
     }
   };
   let cursor = 0;
+  const sink = {
+    unitBytes: ({ registry: { acceptsRanges, latencyMs }, origins }) => acceptsRanges && latencyMs >= LIMITS.farLatencyMs && origins.length === 0 ? LIMITS.streamUnitBytes : NEVER,
+    write: async ({ offset }, position, chunks) => {
+      await until(() => offset + position < cursor + LIMITS.streamWindowBytes);
+      early.set(offset + position, Buffer.concat(chunks));
+      wake();
+    },
+    blobDone: async () => true
+  };
+  const transfer = newTransfer(outer, newJobs(plan, tars), sink, observe);
+  const { session, jobs, stop } = transfer;
   async function* inOrder() {
-    for (const { lead, bytes, offset, sizeBytes } of [...plan.entries, { lead: plan.trailer, offset: plan.sizeBytes, sizeBytes: 0 }]) {
+    for (const { lead, bytes, offset, sizeBytes } of plan.entries) {
       yield lead;
       if (bytes) yield bytes;
-      const job = bytes ? void 0 : transfer.jobs.find((each) => each.offset === offset);
-      for (cursor = bytes ? offset + sizeBytes : offset; cursor < offset + sizeBytes; ) {
+      const job = jobs.find((each) => each.offset === offset);
+      cursor = job ? offset : offset + sizeBytes;
+      wake();
+      while (cursor < offset + sizeBytes) {
         await until(() => early.has(cursor));
-        const chunks = early.get(cursor) ?? [];
+        const batch = early.get(cursor);
         early.delete(cursor);
-        for (const chunk of chunks) {
-          job?.hash.update(chunk);
-          yield chunk;
-          cursor += chunk.length;
-          wake();
-        }
+        job?.hash.update(batch);
+        yield batch;
+        cursor += batch.length;
+        wake();
       }
       if (job && !isRight(job)) fail("DIGEST_MISMATCH", `${job.descriptor.digest}: the bytes have another digest`);
     }
+    yield plan.trailer;
   }
-  const sink = {
-    isSplitting: false,
-    unitBytes: ({ registry: { acceptsRanges, latencyMs }, origins }) => acceptsRanges && latencyMs >= LIMITS.farLatencyMs && origins.length === 0 ? LIMITS.streamUnitBytes : NEVER,
-    accept: () => void 0,
-    write: async ({ offset }, position, chunks) => {
-      await until(() => offset + position < cursor + LIMITS.streamWindowBytes);
-      early.set(offset + position, chunks);
-      wake();
-    },
-    segmentDone: () => void 0,
-    blobDone: async () => true
-  };
-  session.signal.addEventListener("abort", wake);
-  for (const { origins, descriptor } of transfer.jobs) {
+  for (const { origins, descriptor } of jobs) {
     while (origins[0] && !await isIntact(origins[0], descriptor)) origins.shift();
   }
   const source = import_node_stream.Readable.from(inOrder(), { objectMode: true, highWaterMark: 1 });
-  const stopAll = (error) => stop.abort(error);
-  const emitting = (0, import_promises.pipeline)(source, output, { end: false }).catch(stopAll);
-  await fetchBlobs(session, transfer, sink).catch(stopAll);
-  if (stop.signal.aborted) source.destroy();
-  await emitting;
-  if (outer.signal.aborted) fail("ABORTED", "stopped");
-  if (stop.signal.aborted) throw stop.signal.reason;
+  session.signal.addEventListener("abort", () => {
+    source.destroy(new ImgpullError("ABORTED", "stopped"));
+    wake();
+  });
+  settled(await Promise.allSettled([fetchBlobs(transfer), (0, import_promises.pipeline)(source, output, { end: false }).catch(stop)]));
   return transfer;
 }
+var versionOf = ({ tag, digest }) => digest ?? tag;
 function fetchConfig(session, registry, descriptor) {
   const { digest, size } = descriptor;
   return withRetries(session, async () => {
@@ -1619,41 +1521,37 @@ function fetchConfig(session, registry, descriptor) {
   });
 }
 async function resolveImage(session, reference, name, isAll) {
-  const image = await resolveAs(session, reference, isAll);
-  return { ...image, name: name.replace(/@.*$/, `@${image.top.digest}`) };
-}
-async function resolveAs(session, reference, isAll) {
   const where = formatReference(reference);
   const registry = registryOf(session, reference);
   const { wanted, concurrency } = session.settings;
-  const top = await registry.manifest(reference.digest ?? reference.tag);
-  const parsed = parseManifest(top, where);
-  const common = { reference, registry };
+  const asked = await registry.manifest(versionOf(reference));
+  const parsed = parseManifest(asked, where);
+  const resolved = (top, platform, contents, manifests = [top]) => ({ reference, registry, top, platform, contents, manifests, name: name.replace(/@.*$/, `@${top.digest}`) });
   const fetchChild = async ({ digest, size }) => {
     const child = await registry.manifest(digest);
-    const wrong = `${where}: ${digest} has ${child.bytes.length} bytes, not ${size}`;
-    return child.bytes.length === size ? child : fail("SIZE_MISMATCH", wrong);
+    if (child.bytes.length === size) return child;
+    return fail("SIZE_MISMATCH", `${where}: ${digest} has ${child.bytes.length} bytes, not ${size}`);
   };
   const checkDepth = (depth) => depth <= LIMITS.indexDepth || fail("TOO_LARGE", `${where}: indexes inside indexes, more than ${LIMITS.indexDepth} deep`);
   const isNested = ({ mediaType }) => INDEX_TYPES.includes(mediaType);
   const isAttestation = ({ platform }) => platform?.os === "unknown" || platform?.architecture === "unknown";
   if (isAll) {
-    const manifests = /* @__PURE__ */ new Map([[top.digest, top]]);
-    const contents2 = [];
-    const collect = async (manifest2, platform, depth) => {
+    const manifests = /* @__PURE__ */ new Map([[asked.digest, asked]]);
+    const contents = [];
+    const collect = async (manifest2, depth, platform) => {
       checkDepth(depth);
-      if (manifest2.kind === "image") return void contents2.push({ manifest: manifest2, ...given({ platform }) });
+      if (manifest2.kind === "image") return void contents.push({ manifest: manifest2, ...given({ platform }) });
       const entries = manifest2.manifests.filter(({ digest }) => !manifests.has(digest));
       const children = await mapConcurrently(entries, concurrency, fetchChild);
       for (const [at, child] of children.entries()) {
         if (manifests.has(child.digest)) continue;
         manifests.set(child.digest, child);
-        await collect(parseManifest(child, where), entries[at]?.platform, depth + 1);
+        await collect(parseManifest(child, where), depth + 1, entries[at]?.platform);
       }
     };
-    await collect(parsed, void 0, 0);
-    const ordered = [...contents2.filter((content) => !isAttestation(content)), ...contents2.filter(isAttestation)];
-    return { ...common, top, manifests: [...manifests.values()], contents: ordered, platform: "all" };
+    await collect(parsed, 0);
+    const ordered = contents.sort((left, right) => Number(isAttestation(left)) - Number(isAttestation(right)));
+    return resolved(asked, "all", ordered, [...manifests.values()]);
   }
   if (parsed.kind === "image") {
     const isConfig = CONFIG_TYPES.includes(parsed.config.mediaType);
@@ -1661,11 +1559,10 @@ async function resolveAs(session, reference, isAll) {
     const config = configBytes && parseJson(configBytes);
     const platform = isRecord(config) && config.os ? parsePlatform(config) : void 0;
     if (platform) checkPlatform(session, where, platform);
-    const contents2 = [{ manifest: parsed, ...given({ platform, configBytes }) }];
-    return { ...common, top, manifests: [top], contents: contents2, platform: formatPlatform(platform) };
+    return resolved(asked, formatPlatform(platform), [{ manifest: parsed, ...given({ platform, configBytes }) }]);
   }
   const seen = /* @__PURE__ */ new Set();
-  const search = async (index, platform, depth) => {
+  const search = async (index, platform, depth = 1) => {
     checkDepth(depth);
     const usable = index.manifests.filter((entry2) => !isAttestation(entry2));
     const plain = usable.filter((entry2) => !isNested(entry2));
@@ -1682,9 +1579,9 @@ async function resolveAs(session, reference, isAll) {
     return void 0;
   };
   const host = wantedPlatform(wanted);
-  let found = await search(parsed, host, 1);
+  let found = await search(parsed, host);
   if (!found && wanted.os === void 0 && host.os !== "linux") {
-    found = await search(parsed, { ...host, os: "linux" }, 1);
+    found = await search(parsed, { ...host, os: "linux" });
     if (found) session.warn(`${where} has nothing for ${host.os}: taking linux`);
   }
   const choices = printable([...seen].join(", ") || "none", 1e3);
@@ -1692,18 +1589,17 @@ async function resolveAs(session, reference, isAll) {
   it has: ${choices} (--platform)`);
   const manifest = parseManifest(fetched, where);
   if (manifest.kind !== "image") return fail("PROTOCOL", `${where}: the entry for ${formatPlatform(host)} is an index`);
-  const contents = [{ manifest, ...given({ platform: entry.platform }) }];
-  return { ...common, top: fetched, manifests: [fetched], contents, platform: formatPlatform(entry.platform) };
+  return resolved(fetched, formatPlatform(entry.platform), [{ manifest, ...given({ platform: entry.platform }) }]);
 }
 function checkPlatform({ settings: { wanted }, warn }, where, platform) {
   const asked = { ...platform, ...wanted };
-  const isSame = ({ os: system, architecture }) => system === platform.os && architecture === platform.architecture;
-  const isAsked = wanted.variant === void 0 ? isSame(asked) : matchPlatform([{ mediaType: "", digest: "", size: 0, platform }], asked) !== void 0;
+  const isAsked = matchPlatform([{ mediaType: "", digest: "", size: 0, platform }], asked) !== void 0;
   const what = `it is one image, for ${formatPlatform(platform)}`;
   if (!isAsked) fail("NO_PLATFORM", `${where} has no image for ${formatPlatform(asked)}
   ${what}`);
   const host = wantedPlatform(wanted);
-  if (!isSame({ ...host, os: platform.os === "linux" ? "linux" : host.os })) warn(`${where}: ${what}, not for this machine`);
+  const isForHost = platform.architecture === host.architecture && ["linux", host.os].includes(platform.os);
+  if (!isForHost) warn(`${where}: ${what}, not for this machine`);
 }
 function warnOfLayers({ warn }, images) {
   const kinds = [
@@ -1717,15 +1613,15 @@ function warnOfLayers({ warn }, images) {
 }
 async function pullImages(session, request, observe) {
   const { destination: given2, images: wanted, isAll, since } = request;
-  const isDirectory = (file) => fs.stat(file).then((stats) => stats.isDirectory(), () => false);
-  const isLayout = typeof given2 === "string" && (/[\\/]$/.test(given2) || await isDirectory(given2));
   const doing = `cannot write ${typeof given2 === "string" ? given2 : "the stream"}`;
-  const isSpecial = !isLayout && typeof given2 === "string" && await fs.stat(given2).then((stats) => !stats.isFile(), () => false);
+  const stats = typeof given2 === "string" ? await fs.stat(given2).catch(() => void 0) : void 0;
+  const isLayout = typeof given2 === "string" && (/[\\/]$/.test(given2) || stats?.isDirectory() === true);
+  const isSpecial = !isLayout && stats !== void 0 && !stats.isFile();
   const device = isSpecial ? await onDisk(doing, fs.open(given2, "w")) : void 0;
   const destination = device?.createWriteStream() ?? given2;
   if (typeof destination === "string" && !isLayout) {
     const folder = path.dirname(destination);
-    if (!await isDirectory(folder)) fail("DISK", `${doing}: there is no directory ${folder}`);
+    await fs.access(`${folder}/.`).catch(() => fail("DISK", `${doing}: there is no directory ${folder}`));
     await onDisk(doing, fs.access(folder, fs.constants.W_OK));
   }
   const sources = [];
@@ -1737,8 +1633,8 @@ async function pullImages(session, request, observe) {
     const plan = planTar(images, new Set(base?.blobs.keys()));
     warnOfLayers(session, images);
     if (base) {
-      const size = formatBytes(sumOf(plan.omitted, (layer) => layer.size));
-      session.warn(`left out ${plan.omitted.length} layers (${size}) that ${since} holds: load that first. docker's containerd store and ctr --no-unpack take this tar without it, in silence`);
+      const layers = `${plan.omitted.length} layers (${formatBytes(sumOf(plan.omitted, ({ size }) => size))})`;
+      session.warn(`left out ${layers} that ${since} holds: load that first. docker's containerd store and ctr --no-unpack take this tar without it, in silence`);
     }
     const transfer = await onDisk(
       doing,
@@ -1759,15 +1655,19 @@ async function pullImages(session, request, observe) {
   }
 }
 function settingsOf(opts, environment, certsDirectory = "/etc/docker/certs.d") {
-  const refuse = (reason) => fail("BAD_OPTION", reason);
-  const integer = (value, name, minimum) => Number.isSafeInteger(value) && value >= minimum ? value : refuse(`${name} must be a whole number from ${minimum} on`);
   const { scheme = "https", insecure = false, tlsCert, tlsKey, caCert, username, password, token, namespace } = opts;
-  if (scheme !== "https" && scheme !== "http") refuse(`the scheme is https or http, not "${printable(String(scheme))}"`);
-  if (tlsCert === void 0 !== (tlsKey === void 0)) refuse("a client certificate and its key go together (--cert, --key)");
-  if (password === void 0 !== (username === void 0)) refuse("a user name and a password go together (--user, --password)");
-  if (token !== void 0 && username !== void 0) refuse("--token and --user exclude each other");
-  if (token !== void 0 && !/^[\x21-\x7e]+$/.test(token)) refuse("the token has characters that no header can carry");
-  if (namespace !== void 0 && !isHost(namespace)) refuse(`"${printable(namespace)}" is not a registry's host name (--ns)`);
+  const check = (isRight2, reason) => isRight2 || fail("BAD_OPTION", reason);
+  const integer = (value, name, minimum) => {
+    check(Number.isSafeInteger(value) && value >= minimum, `${name} must be a whole number from ${minimum} on`);
+    return value;
+  };
+  check(["https", "http"].includes(scheme), `the scheme is https or http, not "${printable(String(scheme))}"`);
+  check(tlsCert === void 0 === (tlsKey === void 0), "a certificate and its key go together (--cert, --key)");
+  check(username === void 0 || password !== void 0, "--user needs --password or --password-stdin");
+  check(password === void 0 || username !== void 0, "a password (--password, --password-stdin) needs --user");
+  check(token === void 0 || username === void 0, "--token and --user exclude each other");
+  check(/^[\x21-\x7e]+$/.test(token ?? "-"), "the token has characters that no header can carry");
+  check(namespace === void 0 || isHost(namespace), `"${printable(namespace ?? "")}" is not a host name (--ns)`);
   return {
     scheme,
     insecure,
@@ -1784,10 +1684,12 @@ async function withSession(opts, run, replaced = {}) {
   const { environment = process.env, certsDirectory } = replaced;
   const settings = settingsOf(opts, environment, certsDirectory);
   const transport = createTransport(settings);
-  const { signal = new AbortController().signal, onWarning: warn = () => void 0 } = opts;
+  const signal = anySignal(...opts.signal ? [opts.signal] : []);
+  const { onWarning: warn = () => void 0 } = opts;
   try {
     if (signal.aborted) fail("ABORTED", "stopped", { cause: signal.reason });
-    return await run({ settings, transport, signal, clock: systemClock, challenges: /* @__PURE__ */ new Map(), registries: /* @__PURE__ */ new Map(), warn, ...replaced });
+    const state = { clock: systemClock, challenges: /* @__PURE__ */ new Map(), registries: /* @__PURE__ */ new Map() };
+    return await run({ settings, transport, signal, warn, ...state, ...replaced });
   } finally {
     transport.close();
   }
@@ -1806,31 +1708,32 @@ var Puller = class {
   getOpts() {
     return { ...this.#opts };
   }
-  /** Leaves a verified tar at `dest`, or adds to the OCI image layout there where that is a directory or ends in "/". */
+  /** Leaves a verified tar at `dest`, or adds to the OCI layout there where that is a directory or ends in "/". */
   pullTar(dest) {
     const { namespace, onProgress } = this.#opts;
     const images = [{ reference: this.#reference, name: formatReference(imageName(this.#reference, namespace)) }];
     return withSession(this.#opts, async (session) => {
       const report = progressReporter(onProgress);
-      const { results, transfer } = await pullImages(session, { images, destination: dest, isAll: false, reuse: [] }, report);
+      const request = { images, destination: dest, isAll: false, reuse: [] };
+      const { results, transfer } = await pullImages(session, request, report);
       report(transfer, void 0, "finish");
       return results[0];
     });
   }
   /** The index ("list") or the platform's manifest ("image"). NOT_FOUND where the registry has no index for it. */
-  pullManifest(type) {
-    return withSession(this.#opts, async (session) => {
-      if (type === "image") return this.#holder((await resolveImage(session, this.#reference, "", false)).top);
-      if (type !== "list") fail("BAD_OPTION", `a manifest is "list" or "image", not "${printable(String(type))}"`);
-      const fetched = await this.#fetch(session);
-      if (parseManifest(fetched, this.#opts.url).kind === "index") return this.#holder(fetched);
-      return fail("NOT_FOUND", `${formatReference(this.#reference)} has no list of manifests: it is one image (--manifest image)`);
-    });
+  async pullManifest(type) {
+    if (type === "image") {
+      return withSession(this.#opts, async (session) => this.#holder((await resolveImage(session, this.#reference, "", false)).top));
+    }
+    if (type !== "list") fail("BAD_OPTION", `a manifest is "list" or "image", not "${printable(String(type))}"`);
+    const holder = await this.getManifest();
+    if (isRecord(holder.manifest) && "manifests" in holder.manifest) return holder;
+    return fail("NOT_FOUND", `${formatReference(this.#reference)} is one image, without a list (--manifest image)`);
   }
   /** Whatever the registry has under the reference: an index or an image manifest. */
   getManifest() {
     return withSession(this.#opts, async (session) => {
-      const fetched = await this.#fetch(session);
+      const fetched = await registryOf(session, this.#reference).manifest(versionOf(this.#reference));
       parseManifest(fetched, this.#opts.url);
       return this.#holder(fetched);
     });
@@ -1838,30 +1741,27 @@ var Puller = class {
   /** The manifest's descriptor by a HEAD request; by its bytes where the registry leaves something out. */
   headManifest() {
     return withSession(this.#opts, async (session) => {
-      const { digest: wanted, tag } = this.#reference;
-      const head = await new Registry(session, this.#reference).head(wanted ?? tag);
-      if (head && (wanted ?? head.digest) === head.digest) return head;
-      const { mediaType, digest, bytes } = await this.#fetch(session);
+      const registry = registryOf(session, this.#reference);
+      const wanted = versionOf(this.#reference);
+      const head = await registry.head(wanted);
+      if (head && (!isDigest(wanted) || head.digest === wanted)) return head;
+      const { mediaType, digest, bytes } = await registry.manifest(wanted);
       return { mediaType, digest, size: bytes.length };
     });
   }
   /** Every blob of an image manifest as `dir/HEX`, verified; those that are there already are kept. */
   async pullBlobs(holder, dir) {
     const manifest = parseManifest({ ...holder, bytes: Buffer.from(holder.bytes) }, holder.imageUrl);
-    if (manifest.kind !== "image") return fail("NOT_AN_IMAGE", `${holder.imageUrl}: a list of manifests has no blobs of its own`);
+    if (manifest.kind !== "image") return fail("NOT_AN_IMAGE", `${holder.imageUrl}: a list of manifests has no blobs`);
     const blobs = new Map([manifest.config, ...manifest.layers].map((descriptor) => [descriptor.digest, descriptor]));
     await withSession(this.#opts, async (session) => {
-      const registry = new Registry(session, this.#reference);
+      const registry = registryOf(session, this.#reference);
       const jobs = [...blobs.values()].map((descriptor) => newJob(descriptor, registry, 0, []));
       const report = progressReporter(this.#opts.onProgress);
       await onDisk(`cannot write ${dir}`, fs.mkdir(dir, { recursive: true }));
       const transfer = await onDisk(`cannot write ${dir}`, pullToFolder(session, jobs, dir, hexOf, report));
       report(transfer, void 0, "finish");
     });
-  }
-  #fetch(session) {
-    const { digest, tag } = this.#reference;
-    return new Registry(session, this.#reference).manifest(digest ?? tag);
   }
   #holder({ mediaType, digest, bytes }) {
     return { mediaType, digest, bytes, manifest: parseJson(bytes), imageUrl: this.#opts.url };
@@ -1873,123 +1773,165 @@ function progressReporter(onProgress) {
   return ({ jobs, totalBytes }, _finished, phase = "fetch") => {
     highest = Math.max(highest, Math.min(totalBytes, sumOf(jobs, (job) => job.doneBytes)));
     const doneBytes = phase === "finish" ? totalBytes : highest;
-    onProgress?.({ phase, doneBytes, totalBytes, blobsDone: jobs.filter((job) => job.isDone).length, blobsTotal: jobs.length });
+    const blobsDone = jobs.filter((job) => job.isDone).length;
+    onProgress?.({ phase, doneBytes, totalBytes, blobsDone, blobsTotal: jobs.length });
   };
 }
-async function readEntry({ handle, entries }, name, where) {
-  const entry = entries.get(name);
-  if (!entry) return void 0;
-  if (entry.sizeBytes > LIMITS.tarMetadataBytes) fail("BAD_TAR", `${where}: ${name} is too large`);
-  return parseJson(await readAt(handle, entry.offset, entry.sizeBytes)) ?? fail("BAD_TAR", `${where}: ${name} is not JSON`);
+var counted = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
+var isTexts = (value) => Array.isArray(value) && value.every((item) => typeof item === "string");
+function fileIn({ entries }, name) {
+  const { type = "", linkName = "" } = entries.get(name) ?? {};
+  const folder = type === "2" ? path.posix.dirname(name) : "";
+  const entry = entries.get(type === "1" || type === "2" ? path.posix.join(folder, linkName) : name);
+  return entry && "07".includes(entry.type) ? entry : void 0;
 }
-async function findImages(tar, file, missing) {
-  const images = [];
-  const visit = async (entry, name, depth) => {
-    const json = await readEntry(tar, blobPath(entry.digest), file);
-    if (json === void 0) return void missing.add(blobPath(entry.digest));
-    const manifest = parseManifest({ mediaType: entry.mediaType, digest: entry.digest, bytes: encodeJson(json) }, file);
+async function findImages(tar, file, problems) {
+  const refuse = (reason) => fail("BAD_TAR", `${file}: ${reason}`);
+  const read = async (name) => {
+    const entry = fileIn(tar, name);
+    if (entry && entry.sizeBytes > LIMITS.tarMetadataBytes) refuse(`${printable(name)} is too large`);
+    const bytes = entry && await readAt(tar.handle, entry.offset, entry.sizeBytes);
+    return { bytes, json: bytes && (parseJson(bytes) ?? refuse(`${printable(name)} is not JSON`)) };
+  };
+  const expect = (name, size, remedy = "") => {
+    const held = fileIn(tar, name)?.sizeBytes;
+    if (held === void 0) problems.set(name, `is missing${remedy}`);
+    else if (held !== (size ?? held)) problems.set(name, `has ${held} bytes, not ${size}`);
+  };
+  const diffIds = /* @__PURE__ */ new Map();
+  const describe = async (name, digest, config, layers, stated) => {
+    for (const { entry, size } of layers) expect(entry, size, " (a --since tar needs its base)");
+    const { json } = config === "" || problems.has(config) ? {} : await read(config);
+    const platform = formatPlatform(json === void 0 ? stated : parsePlatform(json));
+    const { diff_ids: ids } = json?.rootfs ?? {};
+    const isRight2 = Array.isArray(ids) && ids.length === layers.length && ids.every(isDigest);
+    if (ids && !isRight2) problems.set(config, "has not one diff_id for each layer");
+    for (const [at, { entry }] of layers.entries()) {
+      const held = fileIn(tar, entry);
+      if (isRight2 && held) diffIds.set(`${held.name} ${ids[at]}`, [held, String(ids[at])]);
+    }
+    return { name, digest, platform, layers, isImage: config !== "", isHere: true };
+  };
+  const indexed = [];
+  const listed = [];
+  const seen = /* @__PURE__ */ new Set();
+  const visit = async (descriptor, name, depth, isNeeded) => {
+    const { digest, size, mediaType, platform } = descriptor;
+    const entry = blobPath(digest);
+    if (seen.has(`${digest} ${name}`)) return;
+    seen.add(`${digest} ${name}`);
+    if (isNeeded || fileIn(tar, entry)) expect(entry, size);
+    const { bytes } = problems.has(entry) ? {} : await read(entry);
+    if (!bytes) return void indexed.push({ ...await describe(name, digest, "", [], platform), isHere: false });
+    const manifest = parseManifest({ mediaType, digest, bytes }, `${file}: ${digest}`);
+    if (sniffMediaType(bytes, mediaType) !== mediaType) problems.set(entry, "is not of the type that is stated");
     if (manifest.kind === "index") {
-      if (depth < LIMITS.indexDepth) for (const child of manifest.manifests) await visit(child, name, depth + 1);
+      if (depth > LIMITS.indexDepth) refuse(`indexes inside indexes, more than ${LIMITS.indexDepth} deep`);
+      const isPart = manifest.manifests.some((child) => fileIn(tar, blobPath(child.digest)));
+      for (const child of manifest.manifests) await visit(child, name, depth + 1, !isPart);
       return;
     }
-    const config = CONFIG_TYPES.includes(manifest.config.mediaType) ? blobPath(manifest.config.digest) : "";
-    for (const { digest } of [manifest.config, ...manifest.layers]) if (!tar.entries.has(blobPath(digest))) missing.add(blobPath(digest));
-    const layers = manifest.layers.map(({ digest, mediaType, size }) => ({ entry: blobPath(digest), mediaType, size }));
-    const platform = config === "" ? entry.platform : parsePlatform(await readEntry(tar, config, file) ?? {});
-    images.push({ name, digest: entry.digest, platform: formatPlatform(platform), config, layers });
+    const config = blobPath(manifest.config.digest);
+    expect(config, manifest.config.size);
+    const layers = manifest.layers.map((layer) => ({ ...layer, entry: blobPath(layer.digest) }));
+    const isImage = CONFIG_TYPES.includes(manifest.config.mediaType);
+    indexed.push(await describe(name, digest, isImage ? config : "", layers, platform));
   };
-  const index = await readEntry(tar, "index.json", file);
-  const docker = await readEntry(tar, "manifest.json", file);
-  if (isRecord(index) && Array.isArray(index.manifests)) {
-    for (const value of index.manifests) {
-      const { annotations } = value;
-      const name = annotations?.["io.containerd.image.name"] ?? annotations?.["org.opencontainers.image.ref.name"] ?? "";
-      await visit(parseDescriptor(value, file), printable(name), 1);
-    }
-  } else if (Array.isArray(docker)) {
-    for (const { Config: config = "", RepoTags: tags, Layers: names = [] } of docker) {
-      const platform = parsePlatform(await readEntry(tar, config, file) ?? {});
-      for (const entry of [config, ...names]) if (!tar.entries.has(entry)) missing.add(printable(entry));
-      const layers = names.map((entry) => ({ entry, mediaType: "", ...given({ size: tar.entries.get(entry)?.sizeBytes }) }));
-      images.push({ name: (tags ?? []).map((tag) => printable(tag)).join(" "), digest: "", platform: formatPlatform(platform), config, layers });
-    }
-  } else {
-    fail("BAD_TAR", `${file} holds no image: neither an index.json nor a manifest.json`);
+  const { json: layout } = await read("oci-layout");
+  const isLayout = isRecord(layout) && layout.imageLayoutVersion === "1.0.0";
+  if (layout && !isLayout) problems.set("oci-layout", "is not of version 1.0.0");
+  const { json: index = { manifests: [] } } = await read("index.json");
+  if (!isRecord(index) || !Array.isArray(index.manifests)) return refuse("index.json is not an index");
+  for (const value of index.manifests) {
+    const descriptor = parseDescriptor(value, `${file}: index.json`);
+    const names = value.annotations ?? {};
+    const name = names["io.containerd.image.name"] ?? names["org.opencontainers.image.ref.name"] ?? "";
+    await visit(descriptor, printable(String(name)), 1, true);
   }
-  return images;
-}
-async function listTar(io, file) {
-  const tar = await openTar(file);
-  try {
-    for (const { name, digest, platform, layers } of await findImages(tar, file, /* @__PURE__ */ new Set())) {
-      const rows = layers.map(({ entry, size = 0 }) => ({ digest: digestInName(entry) ?? entry, size, present: tar.entries.has(entry) }));
-      const row = { name, digest, platform, sizeBytes: sumOf(rows, ({ size }) => size), layers: rows };
-      const table = [
-        `${name || "(no name)"}  ${platform}  ${formatBytes(row.sizeBytes)}`,
-        ...digest ? [`  ${digest}`] : [],
-        ...rows.map((layer) => `  ${formatBytes(layer.size).padStart(8)}  ${layer.digest}${layer.present ? "" : "  not here"}`)
-      ];
-      io.stdout.write(io.stdout.isTTY ? `${table.join("\n")}
-` : `${JSON.stringify(row)}
-`);
-    }
-  } finally {
-    await tar.handle.close();
+  for (const value of [(await read("manifest.json")).json ?? []].flat()) {
+    const { Config: config, RepoTags, Layers } = isRecord(value) ? value : {};
+    const [tags, names] = [RepoTags ?? [], Layers ?? []];
+    const isRight2 = typeof config === "string" && isTexts(tags) && isTexts(names);
+    if (!isRight2) return refuse("manifest.json is not as docker save makes it");
+    expect(config);
+    const layers = names.map((entry) => ({ entry, size: fileIn(tar, entry)?.sizeBytes ?? 0 }));
+    const name = tags.map((tag) => printable(tag)).join(" ");
+    listed.push(await describe(name, "", config, layers));
   }
+  const images = indexed.length > 0 ? indexed : listed;
+  if (images.length === 0) refuse("it holds no image: neither index.json nor manifest.json names one");
+  return { images, isDocker: listed.length > 0, isOci: isLayout && indexed.length > 0, diffIds };
 }
-async function diffIdOf({ handle }, { offset, sizeBytes }) {
-  const magic = (await readAt(handle, offset, 4)).toString("hex");
-  const { createZstdDecompress } = zlib;
-  const isZstd = magic === "28b52ffd";
-  if (isZstd && !createZstdDecompress) return void 0;
-  const hash = (0, import_node_crypto.createHash)("sha256");
-  if (sizeBytes === 0) return `sha256:${hash.digest("hex")}`;
-  const stream = handle.createReadStream({ start: offset, end: offset + sizeBytes - 1, autoClose: false, highWaterMark: MIB });
-  const unpack = magic.startsWith("1f8b") ? zlib.createGunzip() : isZstd ? createZstdDecompress?.() : void 0;
-  const sink = new import_node_stream.Writable({ write: (chunk, _encoding, callback) => (hash.update(chunk), callback()) });
-  await (unpack ? (0, import_promises.pipeline)(stream, unpack, sink) : (0, import_promises.pipeline)(stream, sink));
-  return `sha256:${hash.digest("hex")}`;
-}
-async function verifyTar(io, file) {
-  const tar = await openTar(file);
-  try {
-    const problems = [];
-    for (const [digest, { name, offset, sizeBytes }] of tar.blobs) {
-      const descriptor = { mediaType: "", digest, size: sizeBytes };
-      const isNamedByContent = name.startsWith("blobs/") || name.endsWith(".json") || name.endsWith(".gz");
-      if (isNamedByContent && !await isIntact({ handle: tar.handle, offset }, descriptor)) problems.push(`${digest} is damaged`);
-    }
-    const missing = /* @__PURE__ */ new Set();
-    const images = problems.length > 0 ? [] : await findImages(tar, file, missing);
-    let unpacked = 0;
-    for (const { config, layers, name } of images) {
-      const json = await readEntry(tar, config, file);
-      const { diff_ids: ids } = isRecord(json) && isRecord(json.rootfs) ? json.rootfs : {};
-      for (const [at, { entry }] of layers.entries()) {
-        const link = tar.entries.get(entry);
-        const target = link?.type === "2" ? tar.entries.get(path.posix.join(path.posix.dirname(entry), link.linkName)) : link;
-        if (!target || !ids) continue;
-        const diffId = await diffIdOf(tar, target).catch(() => "what cannot be unpacked");
-        if (diffId !== void 0) unpacked += 1;
-        if (diffId !== void 0 && diffId !== ids[at]) problems.push(`${entry} of ${name} is ${diffId}, its config says ${ids[at]}`);
-      }
-    }
-    for (const name of missing) problems.push(`${name} is missing${name.startsWith("blobs/") ? " (a --since tar needs its base)" : ""}`);
-    if (problems.length > 0) fail("BAD_TAR", `${file}: ${problems.join(`
-imgpull: ${file}: `)}`);
-    const types = images.flatMap(({ layers }) => layers.map(({ mediaType }) => mediaType));
-    const oldDocker = types.some((type) => type.includes("zstd")) ? "docker from 23 on" : "docker";
-    const loaders = [
-      ...tar.entries.has("manifest.json") ? [oldDocker, "podman", "skopeo docker-archive:"] : [],
-      ...tar.entries.has("oci-layout") ? ["ctr", "skopeo oci-archive:"] : []
+async function listTar({ stdout }, tar, file) {
+  for (const { layers: held, isHere, name, digest, platform } of (await findImages(tar, file, /* @__PURE__ */ new Map())).images) {
+    const layers = held.map(({ entry, size }) => ({ digest: digestInName(entry) ?? printable(entry), size, present: fileIn(tar, entry) !== void 0 }));
+    const sizeBytes = sumOf(layers, ({ size }) => size);
+    const row = { name, digest, platform, sizeBytes, present: isHere, layers };
+    const table = [
+      `${name || "(no name)"}  ${platform}  ${isHere ? formatBytes(sizeBytes) : "not here"}`,
+      ...digest ? [`  ${digest}`] : [],
+      ...layers.map(({ digest: layer, size, present }) => `  ${formatBytes(size).padStart(8)}  ${layer}${present ? "" : "  not here"}`)
     ];
-    io.stdout.write(`${file}: ${images.length} images, ${tar.blobs.size} blobs hashed, ${unpacked} layers unpacked: all is right
+    stdout.write(`${stdout.isTTY ? table.join("\n") : JSON.stringify(row)}
 `);
-    io.stdout.write(`loads in ${loaders.join(", ")}
-`);
-  } finally {
-    await tar.handle.close();
   }
+}
+async function hasDigest(file, entry, digest, signal, isGzip = false) {
+  const { offset: start, sizeBytes } = entry;
+  const range = { start, end: start + sizeBytes - 1, highWaterMark: MIB };
+  const stream = sizeBytes > 0 ? (await fs.open(file)).createReadStream(range) : import_node_stream.Readable.from([]);
+  const unpack = isGzip ? [zlib.createGunzip({ chunkSize: MIB })] : [];
+  const hash = newHash(digest);
+  await (0, import_promises.pipeline)([stream, ...unpack, hash], { signal }).catch((error) => {
+    if (!errorCodeOf(error).startsWith("Z_")) throw error;
+  });
+  return hash.read()?.toString("hex") === hexOf(digest);
+}
+async function verifyTar({ stdout }, tar, file, signal) {
+  const problems = /* @__PURE__ */ new Map();
+  let [end, hashed, unpacked, packed] = [0, 0, 0, 0];
+  for (const [name, entry] of tar.entries) {
+    end = Math.max(end, entry.offset + entry.sizeBytes);
+    const digest = digestInName(name);
+    if (digest === void 0 || fileIn(tar, name) !== entry) continue;
+    hashed += 1;
+    if (!await hasDigest(file, entry, digest, signal)) problems.set(name, "is damaged");
+  }
+  if ((await tar.handle.stat()).size < end + BLOCK) problems.set("its end", "is missing: it was cut off");
+  const { images, isDocker, isOci, diffIds } = await findImages(tar, file, problems);
+  for (const [entry, diffId] of diffIds.values()) {
+    if (problems.has(entry.name)) continue;
+    const magic = (await readAt(tar.handle, entry.offset, 4)).toString("hex");
+    if (/^(28b52ffd|5.2a4d18)/.test(magic)) packed += 1;
+    else if (await hasDigest(file, entry, diffId, signal, magic.startsWith("1f8b"))) unpacked += 1;
+    else problems.set(entry.name, `does not unpack to ${diffId}, the diff_id in its config`);
+  }
+  const lines = [...problems].map(([name, words]) => `${file}: ${printable(name)} ${words}`);
+  if (lines.length > 0) fail("BAD_TAR", lines.join("\nimgpull: "));
+  const absent = images.filter(({ isHere }) => !isHere).length;
+  const since = (version) => packed > 0 ? ` from ${version} on` : "";
+  const list = (words) => words.filter(Boolean).join(", ");
+  const counts = list([
+    counted(images.length - absent, "image"),
+    `${counted(hashed, "blob")} hashed`,
+    `${counted(unpacked, "layer")} unpacked`,
+    packed > 0 && `${packed} (zstd) not`,
+    absent > 0 && `${absent} more of an index not here`
+  ]);
+  const loaders = list([
+    isDocker && `docker${since(23)}`,
+    images.some(({ isImage }) => isImage) && `podman${since(4)}`,
+    "ctr",
+    isDocker && "skopeo docker-archive:",
+    isOci && "skopeo oci-archive:"
+  ]);
+  stdout.write(`${file}: ${counts}: all is right
+loads in ${loaders}
+`);
+}
+async function lookAtTar(io, file, look, signal) {
+  const tar = await onDisk(`cannot read ${file}`, openTar(file));
+  await onDisk(`cannot read ${file}`, look(io, tar, file, signal)).finally(() => tar.handle.close());
 }
 var OPTION_GROUPS = [
   ["What to pull", [
@@ -2008,7 +1950,7 @@ var OPTION_GROUPS = [
     { name: "user", short: "u", value: "NAME", isForOneHost: true, help: "user name for basic authentication" },
     { name: "password", short: "p", value: "WORD", isForOneHost: true, isSecret: true, help: "its password" },
     { name: "password-stdin", help: "read the password from stdin" },
-    { name: "token", short: "t", value: "TOKEN", isForOneHost: true, isSecret: true, help: "sent as Authorization: Basic TOKEN" },
+    { name: "token", short: "t", value: "TOKEN", isForOneHost: true, isSecret: true, help: "sent as Basic TOKEN" },
     { name: "cert", short: "c", value: "FILE", isForOneHost: true, help: "client certificate (PEM)" },
     { name: "key", short: "k", value: "FILE", isForOneHost: true, help: "its key (PEM)" },
     { name: "cacert", short: "x", value: "FILE", help: "trust this CA as well (PEM); alias --ca" },
@@ -2044,13 +1986,13 @@ function helpText() {
 var usage = (reason) => fail("BAD_OPTION", `${reason} (imgpull --help)`);
 var likeness = (left, right) => [...`^${left}`].filter((letter, at) => `^${right}$`.includes(letter + (left[at] ?? "$"))).length;
 function parseCommandLine(argv) {
-  const options = Object.fromEntries([...OPTIONS, { name: "ca", value: "FILE" }].map(({ name, short, value }) => [name, { type: value ? "string" : "boolean", ...given({ short }) }]));
-  const { tokens } = (0, import_node_util.parseArgs)({ args: [...argv], options, strict: false, allowPositionals: true, tokens: true });
+  const specs = [...OPTIONS, { name: "ca", value: "FILE", help: "" }];
+  const options = Object.fromEntries(specs.map(({ name, short, value }) => [name, { type: value ? "string" : "boolean", ...given({ short }) }]));
+  const parsed = (0, import_node_util.parseArgs)({ args: [...argv], options, strict: false, allowPositionals: true, tokens: true });
   const values = {};
   const switches = /* @__PURE__ */ new Set();
-  const [reuse, positionals] = [[], []];
-  for (const token of tokens) {
-    if (token.kind === "positional") positionals.push(token.value);
+  const reuse = [];
+  for (const token of parsed.tokens) {
     if (token.kind !== "option") continue;
     const { rawName, inlineValue } = token;
     const name = token.name === "ca" ? "cacert" : token.name;
@@ -2061,42 +2003,41 @@ function parseCommandLine(argv) {
     }
     if (values[name] !== void 0 || switches.has(name)) usage(`--${name} is given twice`);
     const value = rawName.startsWith("--") || !inlineValue ? token.value : token.value?.replace(/^=/, "");
-    if (!spec.value) {
-      if (value !== void 0) usage(`${rawName} takes no value`);
-      switches.add(name);
-    } else if (!value || !inlineValue && value.startsWith("-") && value !== "-") {
-      usage(`${rawName} needs a value (${spec.value})`);
-    } else if (spec.isRepeatable) {
-      reuse.push(value);
-    } else {
-      values[name] = value;
-    }
+    if (!spec.value && value !== void 0) usage(`${rawName} takes no value`);
+    const isMissing = !value || !inlineValue && value.startsWith("-") && value !== "-";
+    if (!spec.value) switches.add(name);
+    else if (isMissing) usage(`${rawName} needs a value (${spec.value})`);
+    else if (spec.isRepeatable) reuse.push(value);
+    else values[name] = value;
   }
-  return { values, switches, reuse, positionals };
+  return { values, switches, reuse, positionals: parsed.positionals };
 }
 function planCommand({ values, switches, reuse, positionals }) {
-  const { platform, user: username, password, token, cert: tlsCert, key: tlsKey, cacert: caCert, ns: namespace, from, name, since } = values;
+  const { platform, user: username, password, cert: tlsCert, key: tlsKey, cacert: caCert, ns: namespace } = values;
+  const { token, from, name, since, os: system, arch, "list-tar": listTarFile, verify } = values;
   const isAll = platform === "all";
+  const isWhole = platform === void 0 || isAll;
   const isPasswordOnStdin = switches.has("password-stdin");
-  if (platform !== void 0 && (values.os ?? values.arch ?? values.variant) !== void 0) usage("--platform excludes --os, --arch and --variant");
-  if (platform !== void 0 && !isAll && !/^[^/]+\/[^/]+(\/[^/]+)?$/.test(platform)) {
+  const isBeside = (system ?? arch ?? values.variant) !== void 0;
+  if (platform !== void 0 && isBeside) usage("--platform excludes --os, --arch and --variant");
+  if (!isWhole && !/^[^/]+\/[^/]+(\/[^/]+)?$/.test(platform)) {
     usage(`--platform is OS/ARCH, OS/ARCH/VARIANT or all, not "${printable(platform)}"`);
   }
-  const [osType, archType, variant] = platform === void 0 || isAll ? [values.os, values.arch, values.variant] : platform.split("/");
+  const [osType, archType, variant] = isWhole ? [system, arch, values.variant] : platform.split("/");
   const choice = (option, choices) => {
     const value = values[option];
     return value === void 0 ? void 0 : choices.find((each) => each === value) ?? usage(`--${option} is ${choices.join(" or ")}, not "${printable(value)}"`);
   };
-  const number = (option, minimum, maximum, pattern = /^\d+$/) => {
+  const number = (option, minimum, maximum, kind = "whole number") => {
     const value = values[option];
-    if (value === void 0 || pattern.test(value) && Number(value) >= minimum && Number(value) <= maximum) return value && Number(value);
-    return usage(`--${option} is a ${pattern.test("0.5") ? "" : "whole "}number from ${minimum} to ${maximum}, not "${printable(value)}"`);
+    if (value === void 0) return void 0;
+    const isNumber = (kind === "number" ? /^\d+(\.\d+)?$/ : /^\d+$/).test(value);
+    if (isNumber && Number(value) >= minimum && Number(value) <= maximum) return Number(value);
+    return usage(`--${option} is a ${kind} from ${minimum} to ${maximum}, not "${printable(value)}"`);
   };
-  if (username !== void 0 && password === void 0 && !isPasswordOnStdin) usage("--user needs --password or --password-stdin");
   if (password !== void 0 && isPasswordOnStdin) usage("--password and --password-stdin exclude each other");
-  if (isPasswordOnStdin && username === void 0) usage("--password-stdin needs --user");
   if (isPasswordOnStdin && from === "-") usage("stdin is asked for twice: --password-stdin and --from -");
-  const timeout = number("timeout", 1e-3, 86400, /^\d+(\.\d+)?$/);
+  const timeout = number("timeout", 1e-3, 86400, "number");
   const opts = given({
     scheme: choice("scheme", ["https", "http"]),
     osType,
@@ -2110,37 +2051,31 @@ function planCommand({ values, switches, reuse, positionals }) {
     caCert,
     insecure: switches.has("insecure") || void 0,
     namespace,
-    concurrency: number("concurrency", 1, 64) || void 0,
+    concurrency: number("concurrency", 1, 64),
     retries: number("retries", 0, 100),
-    timeoutMs: timeout ? Math.ceil(timeout * 1e3) : void 0
+    timeoutMs: timeout && Math.ceil(timeout * 1e3)
   });
   settingsOf({ url: "", ...opts, ...isPasswordOnStdin ? { password: "" } : {} }, {});
   const manifest = choice("manifest", ["list", "image"]);
-  const isLooking = values["list-tar"] !== void 0 || values.verify !== void 0;
   const hasDestination = manifest === void 0 && positionals.length > (from === void 0 ? 1 : 0);
   const destination = hasDestination ? positionals.at(-1) : void 0;
-  const images = manifest === void 0 ? positionals.slice(0, hasDestination ? -1 : void 0) : positionals.slice(0, 1);
-  if (isLooking && positionals.length > 0) usage("--list-tar and --verify take no IMAGE");
-  if (!isLooking && images.length === 0 && from === void 0) usage("IMAGE is missing");
-  if (!isLooking && manifest === void 0 && from !== void 0 && destination === void 0) usage("DEST is missing");
-  if (name !== void 0 && (images.length !== 1 || from !== void 0)) usage("--name goes with one IMAGE");
+  const images = positionals.slice(0, manifest !== void 0 ? 1 : hasDestination ? -1 : void 0);
   const bound = OPTIONS.find((option) => option.isForOneHost && values[option.name] !== void 0)?.name;
-  return { opts, images, destination, manifest, from, name, since, reuse, isAll, isPasswordOnStdin, isQuiet: switches.has("quiet"), bound };
+  const isLooking = (listTarFile ?? verify) !== void 0;
+  const isOneTar = positionals.length === 0 && (listTarFile === void 0 || verify === void 0);
+  if (isLooking && !isOneTar) usage("--list-tar and --verify take one tar, and no IMAGE");
+  if (!isLooking && images.length === 0 && from === void 0) usage("IMAGE is missing");
+  if (!isLooking && !manifest && from !== void 0 && !destination) usage("DEST is missing");
+  if (name !== void 0 && (images.length !== 1 || from !== void 0)) usage("--name goes with one IMAGE");
+  const isQuiet = switches.has("quiet");
+  return { opts, images, destination, manifest, from, name, since, reuse, isAll, isPasswordOnStdin, isQuiet, bound };
 }
-function checkDestinationName(destination) {
+async function checkDestinationName(destination) {
   if (/[\\/]|\.(tar|oci|img|tgz|zip|gz)$/i.test(destination) || !/[:@]/.test(destination)) return;
-  try {
-    parseReference(destination);
-  } catch {
-    return;
-  }
-  usage(`DEST is missing: "${destination}" reads as an IMAGE; say ./${destination} to mean a file`);
+  const isReference = await Promise.resolve(destination).then(parseReference).then(() => true, () => false);
+  if (isReference) usage(`DEST is missing: "${destination}" reads as an IMAGE; say ./${destination} to mean a file`);
 }
-async function readStdin({ stdin }) {
-  const chunks = [];
-  for await (const chunk of stdin) chunks.push(Buffer.from(chunk));
-  return Buffer.concat(chunks).toString("utf8");
-}
+var readStdin = async ({ stdin }) => Buffer.concat(await import_node_stream.Readable.from(stdin).toArray()).toString("utf8");
 function showProgress({ stderr, environment }, isQuiet) {
   const isLive = stderr.isTTY === true && !isQuiet && environment.TERM !== "dumb";
   const dim = (text) => environment.NO_COLOR ? text : `\x1B[2m${text}\x1B[22m`;
@@ -2170,19 +2105,20 @@ function showProgress({ stderr, environment }, isQuiet) {
 `);
     const width = Math.max(20, (stderr.columns ?? 80) - 1);
     const moving = [...new Set([...latest.active].map(({ job }) => job))].slice(0, 12);
-    const lines = [...moving.map((job) => dim(bar(job, width).slice(0, width))), total(latest).slice(0, width)];
     clear();
-    stderr.write(lines.map((line) => `${line}
-`).join(""));
-    drawnLines = lines.length;
+    const bars = moving.map((job) => `${dim(bar(job, width).slice(0, width))}
+`);
+    stderr.write(`${bars.join("")}${total(latest).slice(0, width)}
+`);
+    drawnLines = bars.length + 1;
   };
   const timer = isQuiet ? void 0 : setInterval(draw, isLive ? 100 : 1e4).unref();
   return {
     seconds,
     observe: (transfer, finished) => {
       latest = transfer;
-      if (!finished || isQuiet || isLive) return;
-      stderr.write(`imgpull: ${finished.descriptor.digest.slice(0, 19)} ${formatBytes(finished.descriptor.size)} done
+      const { digest = "", size = 0 } = finished?.descriptor ?? {};
+      if (finished && !isQuiet && !isLive) stderr.write(`imgpull: ${digest.slice(0, 19)} ${formatBytes(size)} done
 `);
     },
     say: (text) => {
@@ -2199,7 +2135,8 @@ function showProgress({ stderr, environment }, isQuiet) {
 }
 async function listImages(io, command) {
   const { from, name: givenName, bound, opts: { namespace } } = command;
-  const list = from === void 0 ? "" : from === "-" ? await readStdin(io) : await fs.readFile(from, "utf8").catch((error) => usage(`cannot read --from ${from}: ${diskWords(error)}`));
+  const refuse = (error) => usage(`cannot read --from ${from}: ${diskWords(error)}`);
+  const list = from === "-" ? await readStdin(io) : from ? await fs.readFile(from, "utf8").catch(refuse) : "";
   const lines = list.split(/\r?\n/).map((line) => line.replace(/(^|\s)#.*$/, "").trim()).filter(Boolean);
   const texts = [...command.images, ...lines];
   if (texts.length === 0) usage("no IMAGE is given");
@@ -2207,44 +2144,46 @@ async function listImages(io, command) {
   const hosts = [...new Set(references.map(({ host }) => host))];
   if (hosts.length > 1 && bound) usage(`--${bound} belongs to one registry, and the IMAGEs are on ${hosts.join(", ")}`);
   const unique = new Map(references.map((reference) => [formatReference(reference), reference]));
-  const images = [...unique.values()].map((reference) => {
-    const named = givenName === void 0 ? imageName(reference, namespace) : parseReference(givenName);
-    return { reference, name: formatReference(named) };
+  const names = /* @__PURE__ */ new Set();
+  return [...unique.values()].map((reference) => {
+    const name = formatReference(givenName === void 0 ? imageName(reference, namespace) : parseReference(givenName));
+    if (names.has(name)) usage(`two IMAGEs would have the name ${name} in the tar`);
+    names.add(name);
+    return { reference, name };
   });
-  const names = images.map(({ name }) => name);
-  const doubled = names.find((name, at) => names.indexOf(name) !== at);
-  if (doubled !== void 0) usage(`two IMAGEs would have the name ${doubled} in the tar`);
-  return images;
 }
+var deviceOf = (file) => fs.stat(file).then((stats) => stats.isFile() ? "" : `${stats.dev} ${stats.ino}`, () => "");
 async function runCommand(argv, io, signal) {
   const { stdout, stderr, environment } = io;
   const line = parseCommandLine(argv);
+  const version = `imgpull version: ${"1.0.0"} build date: ${"2026-11-23T00:00:00Z"}
+`;
   if (line.switches.has("help")) return void stdout.write(helpText());
-  if (line.switches.has("version")) return void stdout.write(`imgpull version: ${"1.0.0"} build date: ${"2026-11-23T00:00:00Z"}
-`);
-  const { opts, bound: _bound, ...rest } = planCommand(line);
-  const command = { opts, bound: _bound, ...rest };
-  const { isAll, reuse, since, isQuiet } = command;
+  if (line.switches.has("version")) return void stdout.write(version);
+  const command = planCommand(line);
+  const { opts, manifest: kind, isAll, reuse, since, isQuiet } = command;
   if (line.switches.has("parsed")) {
     const secrets = OPTIONS.filter(({ name, isSecret }) => isSecret && name in opts).map(({ name }) => [name, "***"]);
-    return void stdout.write(`${JSON.stringify({ ...rest, ...opts, ...Object.fromEntries(secrets) }, null, 2)}
+    const shown = { ...command, opts: void 0, bound: void 0, ...opts, ...Object.fromEntries(secrets) };
+    return void stdout.write(`${JSON.stringify(shown, null, 2)}
 `);
   }
-  if (line.values["list-tar"] !== void 0) return listTar(io, line.values["list-tar"]);
-  if (line.values.verify !== void 0) return verifyTar(io, line.values.verify);
+  const { "list-tar": listed, verify } = line.values;
+  if (listed !== void 0) return lookAtTar(io, listed, listTar, signal);
+  if (verify !== void 0) return lookAtTar(io, verify, verifyTar, signal);
   const images = await listImages(io, command);
   const { reference } = images[0];
   const destination = command.destination ?? defaultDestination(reference);
-  if (command.destination !== void 0) checkDestinationName(destination);
-  const [there, own] = await Promise.all([destination, "/dev/stdout"].map((name) => fs.stat(name).catch(() => void 0)));
-  const isStream = destination === "-" || there !== void 0 && !there.isFile() && there.ino === own?.ino && there.dev === own.dev;
+  if (command.destination !== void 0) await checkDestinationName(destination);
+  const device = await deviceOf(destination);
+  const isStream = destination === "-" || device !== "" && device === await deviceOf("/dev/stdout");
   if (isStream && stdout.isTTY) usage("the tar is not written to a terminal: redirect stdout");
   const password = command.isPasswordOnStdin ? { password: (await readStdin(io)).replace(/\r?\n$/, "") } : {};
   const progress = showProgress(io, isQuiet);
   const pullerOpts = { ...opts, ...password, url: formatReference(reference), signal, onWarning: progress.say };
   try {
-    if (command.manifest !== void 0) {
-      const { bytes, digest, manifest } = await new Puller(pullerOpts).pullManifest(command.manifest);
+    if (kind !== void 0) {
+      const { bytes, digest, manifest } = await new Puller(pullerOpts).pullManifest(kind);
       stdout.write(stdout.isTTY ? `${JSON.stringify(manifest, null, 2)}
 ` : bytes);
       return void stderr.write(`${digest}
@@ -2254,14 +2193,14 @@ async function runCommand(argv, io, signal) {
     const pull = (session) => pullImages(session, request, progress.observe);
     const { results, transfer, plan } = await withSession(pullerOpts, pull, { environment });
     progress.stop();
-    const pinned = images.map((image, at) => formatReference({ ...image.reference, digest: results[at]?.digest }));
-    if (!isStream) stdout.write(pinned.map((each) => `${each}
+    const pinned = images.map((image, at) => ({ ...image.reference, digest: results[at]?.digest }));
+    if (!isStream) stdout.write(pinned.map((each) => `${formatReference(each)}
 `).join(""));
     if (isQuiet) return;
-    const counts = [[transfer.fetchedBytes, "fetched"], [transfer.reusedBytes, "reused"], [transfer.resumedBytes, "resumed"]];
-    const parts = counts.filter(([bytes], at) => at === 0 || bytes > 0).map(([bytes, how]) => `${formatBytes(bytes)} ${how}`);
-    const what = `${images.length === 1 ? "1 image" : `${images.length} images`}, ${formatBytes(plan.sizeBytes)}`;
-    progress.say(`${what} in ${isStream ? "the stream" : destination}: ${parts.join(", ")}, ${progress.seconds().toFixed(1)} s`);
+    const parts = ["fetched", "reused", "resumed"].map((how) => [transfer[`${how}Bytes`], how]).filter(([bytes, how]) => bytes > 0 || how === "fetched").map(([bytes, how]) => `${formatBytes(bytes)} ${how}`);
+    const what = `${counted(images.length, "image")}, ${formatBytes(plan.sizeBytes)}`;
+    const where = isStream ? "the stream" : destination;
+    progress.say(`${what} in ${where}: ${parts.join(", ")}, ${progress.seconds().toFixed(1)} s`);
   } finally {
     progress.stop();
   }

@@ -15,8 +15,7 @@ interface Descriptor {
 }
 /** What to pull and how. Only `url` is required; the rest has the command's defaults (SPEC §1, §9). */
 interface PullerOpts {
-    /** The image reference: `[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]`. */
-    url: string;
+    /** The image reference: `[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]`. */ url: string;
     scheme?: "https" | "http";
     /** Platform wanted, in Go's words; the default is this machine's. */
     osType?: string;
@@ -24,26 +23,19 @@ interface PullerOpts {
     variant?: string;
     username?: string;
     password?: string;
-    /** An outside token (ECR's), sent as `Authorization: Basic TOKEN`. */
-    token?: string;
+    /** An outside token (ECR's), sent as `Authorization: Basic TOKEN`. */ token?: string;
     /** Paths of PEM files: client certificate and key, and additional certificate authorities. */
     tlsCert?: string;
     tlsKey?: string;
     caCert?: string;
-    /** Does not verify the server's certificate. */
-    insecure?: boolean;
-    /** The upstream registry that a mirror stands for: `?ns=HOST`. */
-    namespace?: string;
-    /** Connections used at once; default 8, at most 64. */
-    concurrency?: number;
-    /** Attempts after the first; default 5. */
-    retries?: number;
-    /** How long a connection may be silent, in milliseconds; default 30000. */
-    timeoutMs?: number;
+    /** Does not verify the server's certificate. */ insecure?: boolean;
+    /** The upstream registry that a mirror stands for: `?ns=HOST`. */ namespace?: string;
+    /** Connections used at once; default 8, at most 64. */ concurrency?: number;
+    /** Attempts after the first; default 5. */ retries?: number;
+    /** How long a connection may be silent, in milliseconds; default 30000. */ timeoutMs?: number;
     signal?: AbortSignal;
     onProgress?: (progress: Progress) => void;
-    /** One line each: a retry, a fallback, a layer that some loaders refuse. */
-    onWarning?: (message: string) => void;
+    /** One line each: a retry, a fallback, a layer that some loaders refuse. */ onWarning?: (message: string) => void;
 }
 /** Bytes are of blobs, before any tar header; `doneBytes` never falls, and equals `totalBytes` at the end. */
 interface Progress {
@@ -93,7 +85,7 @@ declare class Puller {
     constructor(urlOrOpts: string | PullerOpts);
     getUrl(): string;
     getOpts(): PullerOpts;
-    /** Leaves a verified tar at `dest`, or adds to the OCI image layout there where that is a directory or ends in "/". */
+    /** Leaves a verified tar at `dest`, or adds to the OCI layout there where that is a directory or ends in "/". */
     pullTar(dest: string): Promise<PullResult>;
     /** The index ("list") or the platform's manifest ("image"). NOT_FOUND where the registry has no index for it. */
     pullManifest(type: "list" | "image"): Promise<ManifestHolder>;

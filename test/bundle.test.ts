@@ -472,7 +472,7 @@ for (const stream of ["stdout", "stderr"] as const) {
 }
 
 test("a slow reader holds the line back: read-ahead and memory are bounded", { timeout: 60_000 }, async (t) => {
-  const large = makeMultiPlatform(["linux/amd64"], { seed: "slow", layers: [96_000_000] });
+  const large = makeMultiPlatform(["linux/amd64"], { seed: "slow", layers: [128_000_000] });
   const registry = await startRegistry({}, t);
   const reference = registry.add(large, "team/app", "1.0");
   const { child: process, result } = startCommand([...OPTIONS, "-q", reference, "-"]);
@@ -497,8 +497,8 @@ test("a slow reader holds the line back: read-ahead and memory are bounded", { t
   assert.equal(exitCode, 0);
   filesOf(tar);
   assert.ok(aheadBytes > 8 * MIB, `the reader was not slow: ${aheadBytes} bytes ahead`);
-  // The window, and what the system holds in the sockets of one connection.
-  assert.ok(aheadBytes < internals.LIMITS.streamWindowBytes + 24 * MIB, `${aheadBytes} bytes ahead of the reader`);
+  // The window, and what Linux may hold in the sockets of one connection: 32 MiB to read, 4 MiB to send.
+  assert.ok(aheadBytes < internals.LIMITS.streamWindowBytes + 48 * MIB, `${aheadBytes} bytes ahead of the reader`);
   assert.ok(peakMemory < 192 * MIB, `${peakMemory} bytes of memory`);
 });
 
