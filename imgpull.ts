@@ -500,11 +500,12 @@ function createTransport(settings: Settings): Transport {
     });
     outgoing.on("error", () => undefined).end(body); // it is met below, or by the one who reads
     try {
-      [incoming] = (await once(outgoing, "response")) as [http.IncomingMessage];
+      // With the signal: while a proxy says nothing, there is no socket yet whose end could tell.
+      [incoming] = (await once(outgoing, "response", { signal })) as [http.IncomingMessage];
     } catch (error) {
       // A kept-alive connection that the server closed at the same moment: nothing was answered, so ask again.
       if (outgoing.reusedSocket && errorCodeOf(error) === "ECONNRESET") return sendOnce(request, url, headers);
-      throw connectionError(error, doing);
+      throw connectionError(error, forwarder ? `${proxyName(forwarder)}, ${doing}` : doing);
     }
     if (!forwarder || incoming.statusCode !== 407) return incoming;
     outgoing.destroy();

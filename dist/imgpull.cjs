@@ -382,10 +382,10 @@ function createTransport(settings) {
     });
     outgoing.on("error", () => void 0).end(body);
     try {
-      [incoming] = await (0, import_node_events.once)(outgoing, "response");
+      [incoming] = await (0, import_node_events.once)(outgoing, "response", { signal });
     } catch (error) {
       if (outgoing.reusedSocket && errorCodeOf(error) === "ECONNRESET") return sendOnce(request, url, headers);
-      throw connectionError(error, doing);
+      throw connectionError(error, forwarder ? `${proxyName(forwarder)}, ${doing}` : doing);
     }
     if (!forwarder || incoming.statusCode !== 407) return incoming;
     outgoing.destroy();

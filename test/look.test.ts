@@ -1,6 +1,7 @@
 // --list-tar and --verify of SPEC §1: tars of our own and of other programs, whole, damaged, cut off and hostile.
 import assert from "node:assert/strict";
-import { spawnSync } from "node:child_process";
+import { spawn, spawnSync } from "node:child_process";
+import { once } from "node:events";
 import { mkdirSync, readFileSync, truncateSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { after, before, test } from "node:test";
@@ -80,7 +81,8 @@ const json = (value: unknown): string => JSON.stringify(value);
 function ociArchive(contents: TestContent[], fields: Record<string, unknown> = {}): Entry[] {
   const blobs = new Map(contents.flatMap(({ blobs: own, manifests }) =>
     [...own, ...[...manifests].map(([digest, { bytes }]): [string, Buffer] => [digest, bytes])]));
-  const manifests = contents.map(({ mediaType, digest, bytes }) => ({ mediaType, digest, size: bytes.length, ...fields }));
+  const manifests = contents.map(({ mediaType, digest, bytes }) =>
+    ({ mediaType, digest, size: bytes.length, ...fields }));
   return [
     ["blobs/", { folder: true }], ["blobs/sha256/", { folder: true }],
     ...[...blobs].map(([digest, bytes]): Entry => [blobName(digest), bytes]),
@@ -113,7 +115,8 @@ function skopeoDockerArchive(image: TestImage): Entry[] {
   const config = `${hexOf(image.config.digest)}.json`;
   return [
     ...unique.map((layer): Entry => [name(layer), layer.bytes]), [config, image.configBytes],
-    ...image.layers.map((layer, at): Entry => [`${hexOf(digestOf(`${at}`))}/layer.tar`, { symlink: `../${name(layer)}` }]),
+    ...image.layers.map((layer, at): Entry =>
+      [`${hexOf(digestOf(`${at}`))}/layer.tar`, { symlink: `../${name(layer)}` }]),
     ["manifest.json", json([{ Config: config, RepoTags: ["docker.io/team/app:1.0"], Layers: image.layers.map(name) }])],
   ];
 }
@@ -154,7 +157,9 @@ async function fails(file: string, ...says: (RegExp | string)[]): Promise<string
   const { exitCode, stdout, stderr } = await runMain(["--verify", file]);
   assert.deepEqual([exitCode, String(stdout)], [1, ""], stderr);
   assert.ok(stderr.startsWith(`imgpull: ${file}: `), stderr);
-  for (const each of says) assert.ok(typeof each === "string" ? stderr.includes(each) : each.test(stderr), `${each}: ${stderr}`);
+  for (const each of says) {
+    assert.ok(typeof each === "string" ? stderr.includes(each) : each.test(stderr), `${each}: ${stderr}`);
+  }
   assertHarmless(stderr);
   return stderr;
 }
@@ -205,12 +210,12 @@ test("one image under two names, without layers, with an empty and with many lay
 });
 
 test("every platform, with attestations: each is listed; indexes inside indexes too", async () => {
-  const index = makeMultiPlatform(["linux/arm64", "linux/amd64", "linux/arm/v7"], { seed: "look-all", attestations: true });
+  const platforms = ["linux/arm64", "linux/amd64", "linux/arm/v7"];
+  const index = makeMultiPlatform(platforms, { seed: "look-all", attestations: true });
   const file = await pull(index, "all", ["--platform", "all"]);
   const rows = await list(file);
   assert.deepEqual(rows.map(({ digest }) => digest), index.children.map(({ digest }) => digest));
-  assert.deepEqual(rows.map(({ platform }) => platform).slice(0, 4),
-    ["linux/arm64", "linux/amd64", "linux/arm/v7", "unknown/unknown"]);
+  assert.deepEqual(rows.map(({ platform }) => platform).slice(0, 4), [...platforms, "unknown/unknown"]);
   assert.match(await passes(file), /6 images/);
   const nested = makeIndex([makeIndex([index]), makeImage({ seed: "look-nested" })]);
   const deep = await pull(nested, "deep", ["--platform", "all"]);
@@ -235,7 +240,8 @@ test("a --since tar: its table says what is not here, --verify that it needs its
   const reference = serve(makeImage({ seed: "since-2", layers: [base, top] }), "since-2");
   const file = await pullWith([reference], ["--since", baseFile]);
   const [row] = await list(file);
-  assert.deepEqual(row?.layers.map(({ digest, present }) => [digest, present]), [[base.digest, false], [top.digest, true]]);
+  assert.deepEqual(row?.layers.map(({ digest, present }) => [digest, present]),
+    [[base.digest, false], [top.digest, true]]);
   const said = await fails(file, /missing.*--since/);
   assert.ok(said.includes(hexOf(base.digest)) && !said.includes(hexOf(top.digest)), said);
 });
@@ -262,8 +268,10 @@ const packed = makeImage({ seed: "others-gzip" });
 test("docker save's old form: plain layers in folders, a link for the second of two", async () => {
   const file = fileOf(tarOf(oldDockerSave(plain)));
   const [row] = await list(file);
-  assert.deepEqual([row?.name, row?.platform, row?.sizeBytes], ["team/app:1.0", "linux/amd64", rowOf(plain, "").sizeBytes]);
-  assert.deepEqual(row?.layers.map(({ size, present }) => [size, present]), plain.layers.map(({ bytes }) => [bytes.length, true]));
+  assert.deepEqual([row?.name, row?.platform, row?.sizeBytes],
+    ["team/app:1.0", "linux/amd64", rowOf(plain, "").sizeBytes]);
+  assert.deepEqual(row?.layers.map(({ size, present }) => [size, present]),
+    plain.layers.map(({ bytes }) => [bytes.length, true]));
   assert.match(await passes(file), /: 1 image, .*\nloads in docker/);
   const [untagged] = await list(fileOf(tarOf(oldDockerSave(plain, null))));
   assert.equal(untagged?.name, "");
@@ -281,9 +289,14 @@ test("a hard link, and links that lead nowhere, in a circle, to a folder or out 
   const [name] = entries[last] as Entry;
   const first = entries.find(([each]) => each.endsWith("/layer.tar"))?.[0] as string;
   const withLink = (content: Entry[1]) => fileOf(tarOf(entries.with(last, [name, content])));
-  for (const good of [{ hardlink: first }, { hardlink: `./${first}` }, { symlink: `../${first}` }]) await passes(withLink(good));
-  for (const bad of [{ symlink: "../gone/layer.tar" }, { symlink: "layer.tar" }, { symlink: first.slice(0, 64) },
-    { symlink: "../../../../etc/passwd" }, { symlink: "/etc/passwd" }, { hardlink: "/etc/passwd" }, { folder: true } as const]) {
+  for (const good of [{ hardlink: first }, { hardlink: `./${first}` }, { symlink: `../${first}` }]) {
+    await passes(withLink(good));
+  }
+  const nowhere: Entry[1][] = [
+    { symlink: "../gone/layer.tar" }, { symlink: "layer.tar" }, { symlink: first.slice(0, 64) }, { folder: true },
+    { symlink: "../../../../etc/passwd" }, { symlink: "/etc/passwd" }, { hardlink: "/etc/passwd" },
+  ];
+  for (const bad of nowhere) {
     await fails(withLink(bad), `${name} is missing`);
     const rows = await list(withLink(bad));
     assert.deepEqual(rows[0]?.layers.map(({ present }) => present), [true, true, false]);
@@ -338,11 +351,18 @@ test("tars that skopeo and crane themselves make", { skip: !programs && "skopeo 
   }
   for (const kind of ["docker-archive", "oci-archive"]) {
     const file = join(folder, `${kind}.tar`);
-    const { status, stderr } = spawnSync("skopeo", ["--insecure-policy", "copy", `oci:${layout}:1`, `${kind}:${file}:app:1`]);
+    const words = ["--insecure-policy", "copy", `oci:${layout}:1`, `${kind}:${file}:app:1`];
+    const { status, stderr } = spawnSync("skopeo", words);
     assert.equal(status, 0, String(stderr));
     assert.equal((await list(file))[0]?.layers.length, 3);
     assert.match(await passes(file), /2 layers/);
   }
+  const file = join(folder, "crane.tar");
+  // Not spawnSync: the registry is in this process.
+  const crane = spawn("crane", ["pull", "--insecure", serve(image, "crane"), file], { stdio: "ignore" });
+  assert.deepEqual(await once(crane, "close"), [0, null]);
+  assert.equal((await list(file))[0]?.layers.length, 3);
+  assert.match(await passes(file), /2 layers/);
 });
 
 test("zstd layers are hashed, and said not to be unpacked", async () => {
@@ -353,11 +373,13 @@ test("zstd layers are hashed, and said not to be unpacked", async () => {
   assert.match(said, /loads in docker from 23 on, podman from 4 on/);
   const [row] = await list(file);
   assert.deepEqual(row?.layers.map(({ size }) => size), [300_000, 4096]);
-  await fails(fileOf(flipped(readFileSync(file), readFileSync(file).indexOf("28b52ffd", 0, "hex") + 5000)), /is damaged/);
+  const tar = readFileSync(file);
+  await fails(fileOf(flipped(tar, tar.indexOf("28b52ffd", 0, "hex") + 5000)), /is damaged/);
   const skippable = makeLayer({ seed: "skippable", compression: "zstd" });
   skippable.bytes = Buffer.concat([Buffer.from("502a4d1800000000", "hex"), skippable.bytes]);
   skippable.digest = digestOf(skippable.bytes);
-  assert.match(await passes(fileOf(tarOf(ociArchive([makeImage({ layers: [skippable] })])))), /0 layers unpacked.*1.*zstd/);
+  const archive = fileOf(tarOf(ociArchive([makeImage({ layers: [skippable] })])));
+  assert.match(await passes(archive), /0 layers unpacked.*1.*zstd/);
 });
 
 // ====== Damage ======
@@ -371,8 +393,10 @@ function flipped(tar: Buffer, at: number): Buffer {
 test("one flipped bit at the start, middle and end of any blob: exit 1, and the blob is named", async () => {
   const index = makeMultiPlatform(["linux/amd64", "linux/arm64"], { seed: "flip-index" });
   const tars = [
-    await pull(makeImage({ seed: "flip", layers: [4096, 90_000] }), "flip"), await pull(index, "flip-all", ["--platform", "all"]),
-    await pull(makeImage({ seed: "flip-512", algorithm: "sha512" }), "flip-512"), await pull(makeOrasArtifact("flip"), "flip-oras"),
+    await pull(makeImage({ seed: "flip", layers: [4096, 90_000] }), "flip"),
+    await pull(index, "flip-all", ["--platform", "all"]),
+    await pull(makeImage({ seed: "flip-512", algorithm: "sha512" }), "flip-512"),
+    await pull(makeOrasArtifact("flip"), "flip-oras"),
     fileOf(tarOf(skopeoDockerArchive(plain))), fileOf(tarOf(craneTar(packed))), fileOf(tarOf(ociArchive([packed]))),
     fileOf(tarOf(oldDockerSave(plain))),
   ].map((file) => readFileSync(file));
@@ -424,15 +448,18 @@ test("a changed digest, size, type or brace in index.json, manifest.json and oci
   const layer = hexOf(SAMPLE.layers[1]?.digest ?? "");
   const places: [name: string, text: string, shift: number][] = [
     ["index.json", hex, 0], ["index.json", hex, 63], ["index.json", "sha256:", 0], ["index.json", "sha256:", 6],
-    ["index.json", `"size":`, 7], ["index.json", `"size":`, 1], ["index.json", `"digest"`, 2], ["index.json", `"manifests"`, 3],
+    ["index.json", `"size":`, 7], ["index.json", `"size":`, 1], ["index.json", `"digest"`, 2],
+    ["index.json", `"manifests"`, 3],
     ["index.json", "{", 0], ["index.json", "[", 0], ["index.json", "manifest.v1+json", 12],
-    ["manifest.json", config, 0], ["manifest.json", config, 63], ["manifest.json", layer, 5], ["manifest.json", "blobs/", 2],
-    ["manifest.json", `"Config"`, 3], ["manifest.json", `"Layers"`, 3], ["manifest.json", "[", 0], ["manifest.json", "{", 0],
+    ["manifest.json", config, 0], ["manifest.json", config, 63], ["manifest.json", layer, 5],
+    ["manifest.json", "blobs/", 2], ["manifest.json", `"Config"`, 3], ["manifest.json", `"Layers"`, 3],
+    ["manifest.json", "[", 0], ["manifest.json", "{", 0],
     ["oci-layout", "1.0.0", 0], ["oci-layout", "imageLayoutVersion", 0], ["oci-layout", "{", 0],
   ];
   for (const [name, text, shift] of places) {
     const said = await fails(fileOf(flipped(tar, at(name, text) + shift)));
-    assert.match(said, /blobs\/|sha\d|index\.json|manifest\.json|oci-layout|neither/, `${name} ${text} ${shift}: ${said}`);
+    const named = /blobs\/|sha\d|index\.json|manifest\.json|oci-layout|neither/;
+    assert.match(said, named, `${name} ${text} ${shift}: ${said}`);
   }
 });
 
@@ -478,7 +505,9 @@ test("any entry taken out: exit 1, and it is named", async () => {
   assert.equal((await runMain(["-l", bare])).exitCode, 1);
 });
 
-const withIds = (ids: unknown) => makeImage({ seed: "ids", editConfig: (config) => ({ ...config, rootfs: { type: "layers", diff_ids: ids } }) });
+const withIds = (ids: unknown) => makeImage({
+  seed: "ids", editConfig: (config) => ({ ...config, rootfs: { type: "layers", diff_ids: ids } }),
+});
 
 test("layers that are not what the config's diff_ids say", async () => {
   const { layers } = withIds([]);
@@ -502,7 +531,8 @@ test("layers that are not what the config's diff_ids say", async () => {
 test("sizes that manifests and indexes state, and types that they name", async () => {
   const smaller = makeImage({ seed: "sizes", editManifest: (manifest) =>
     ({ ...manifest, layers: manifest.layers.map((layer) => ({ ...layer, size: layer.size - 1 })) }) });
-  await fails(fileOf(tarOf(ociArchive([smaller]))), `${blobName(smaller.layers[0]?.digest ?? "")} has 8192 bytes, not 8191`);
+  const layer = blobName(smaller.layers[0]?.digest ?? "");
+  await fails(fileOf(tarOf(ociArchive([smaller]))), `${layer} has 8192 bytes, not 8191`);
   await fails(fileOf(tarOf(ociArchive([packed], { size: 5 }))), blobName(packed.digest), /not 5/);
   await fails(fileOf(tarOf(ociArchive([packed], { mediaType: MEDIA.dockerManifest }))), packed.digest.slice(7));
   const child = makeIndex([{ content: packed, fields: { size: 7 } }]);
@@ -529,8 +559,8 @@ test("what is not a tar, is not there, is a folder, is too large", async () => {
 });
 
 test("--list-tar and --verify go with no IMAGE and not with each other", async () => {
-  for (const args of [["-l", "a.tar", "alpine"], ["--verify", "a.tar", "alpine"], ["-l", "a.tar", "--verify", "a.tar"]]) {
-    const { exitCode, stderr } = await runMain(args);
+  for (const words of ["-l a.tar alpine", "--verify a.tar alpine", "-l a.tar --verify a.tar"]) {
+    const { exitCode, stderr } = await runMain(words.split(" "));
     assert.equal(exitCode, 2, stderr);
     assert.match(stderr, /--list-tar.*--verify/);
   }
@@ -543,21 +573,25 @@ const entriesOf = (config: unknown, manifest: unknown, layer = "layer"): Entry[]
 const ODD: [name: string, entries: Entry[]][] = [
   ...[null, 5, "x", {}, [null], [5], ["x"], [{}], [{ Config: 5, Layers: [] }], [{ Config: "c.json", Layers: "l" }],
     [{ Config: "c.json", Layers: [5] }], [{ Config: "c.json", Layers: ["l"], RepoTags: "x" }],
-    [{ Config: "c.json", Layers: ["l"], RepoTags: [5] }], [{ Config: "c.json", Layers: ["l"], RepoTags: {} }], [{ Layers: ["l"] }],
-    [{ Config: "", Layers: [""] }], [{ Config: "__proto__", Layers: ["constructor"] }], [],
+    [{ Config: "c.json", Layers: ["l"], RepoTags: [5] }], [{ Config: "c.json", Layers: ["l"], RepoTags: {} }],
+    [{ Layers: ["l"] }], [{ Config: "", Layers: [""] }], [{ Config: "__proto__", Layers: ["constructor"] }], [],
   ].map((manifest): [string, Entry[]] => [`manifest.json ${json(manifest)}`, entriesOf({}, manifest)]),
   ...[null, 5, [], "x", { rootfs: 5 }, { rootfs: null }, { rootfs: { diff_ids: 5 } }, { rootfs: { diff_ids: null } },
     { rootfs: { diff_ids: { 0: "x" } } }, { rootfs: { diff_ids: "x" } }, { os: 5, architecture: {}, variant: [] },
-  ].map((config): [string, Entry[]] => [`config ${json(config)}`, entriesOf(config, [{ Config: "c.json", Layers: ["l"] }])]),
-  ...[null, 5, "x", [], {}, { manifests: {} }, { manifests: [null] }, { manifests: [5] }, { manifests: [{}] }, { manifests: [] },
+  ].map((config): [string, Entry[]] =>
+    [`config ${json(config)}`, entriesOf(config, [{ Config: "c.json", Layers: ["l"] }])]),
+  ...[null, 5, "x", [], {}, { manifests: {} }, { manifests: [null] }, { manifests: [5] }, { manifests: [{}] },
+    { manifests: [] },
     { manifests: [{ digest: "sha256:x", size: 1 }] }, { manifests: [{ digest: packed.digest, size: -1 }] },
   ].map((index): [string, Entry[]] => [`index.json ${json(index)}`, [["index.json", json(index)]]]),
-  ...[5, null, {}, "x", { "io.containerd.image.name": 5 }, { "io.containerd.image.name": {} }].map((annotations): [string, Entry[]] =>
-    [`annotations ${json(annotations)}`, ociArchive([packed], { annotations })]),
+  ...[5, null, {}, "x", { "io.containerd.image.name": 5 }, { "io.containerd.image.name": {} }].map(
+    (annotations): [string, Entry[]] => [`annotations ${json(annotations)}`, ociArchive([packed], { annotations })]),
   ["a manifest that is none", ociArchive([makeManifest(MEDIA.ociManifest, "text")])],
   ["a manifest of schema 1", ociArchive([makeManifest(MEDIA.dockerSchema1, { schemaVersion: 1 })])],
-  ["a manifest that is two things", ociArchive([makeManifest(MEDIA.ociManifest, { config: packed.config, layers: [], manifests: [] })])],
-  ["a folder in a config's place", [["c.json", { folder: true }], ["manifest.json", json([{ Config: "c.json", Layers: [] }])]]],
+  ["a manifest that is two things",
+    ociArchive([makeManifest(MEDIA.ociManifest, { config: packed.config, layers: [], manifests: [] })])],
+  ["a folder in a config's place",
+    [["c.json", { folder: true }], ["manifest.json", json([{ Config: "c.json", Layers: [] }])]]],
   ["folders in the place of everything", [["index.json", { folder: true }], ["manifest.json", { folder: true }]]],
 ];
 
@@ -565,7 +599,8 @@ test("odd values in every place: a line that says so, never a stack trace", asyn
   for (const [name, entries] of ODD) {
     const file = fileOf(tarOf(entries));
     for (const args of [["-l", file], ["--verify", file]]) {
-      const { exitCode, stderr } = await runMain(args).catch((error: unknown) => assert.fail(`${name}: ${(error as Error).stack}`));
+      const { exitCode, stderr } = await runMain(args).catch((error: unknown) =>
+        assert.fail(`${name}: ${(error as Error).stack}`));
       assert.ok(exitCode === 0 || exitCode === 1, name);
       assert.equal(exitCode, stderr === "" ? 0 : 1, name);
       assert.doesNotMatch(stderr, /\[object/, name);
@@ -576,12 +611,15 @@ test("odd values in every place: a line that says so, never a stack trace", asyn
 test("indexes that contain themselves or each other many times over end soon", async () => {
   const digest = digestOf("an index that claims to be itself");
   const entry = { mediaType: MEDIA.ociIndex, digest, size: 10 };
-  const index = (count: number) => json({ schemaVersion: 2, mediaType: MEDIA.ociIndex, manifests: Array(count).fill(entry) });
+  const index = (count: number) =>
+    json({ schemaVersion: 2, mediaType: MEDIA.ociIndex, manifests: Array(count).fill(entry) });
   await fails(fileOf(tarOf([["index.json", index(1)], [blobName(digest), index(1000)]])), hexOf(digest));
   const loop = await runMain(["-l", fileOf(tarOf([["index.json", index(1)], [blobName(digest), index(1000)]]))]);
   assert.ok(loop.exitCode === 0 || loop.exitCode === 1);
   let nested: TestContent = packed;
-  for (let depth = 0; depth < 7; depth += 1) nested = makeIndex([nested, makeIndex([nested], { editIndex: (each) => ({ ...each, depth }) })]);
+  for (let depth = 0; depth < 7; depth += 1) {
+    nested = makeIndex([nested, makeIndex([nested], { editIndex: (each) => ({ ...each, depth }) })]);
+  }
   await fails(fileOf(tarOf(ociArchive([nested]))), /deep/);
 });
 
@@ -596,11 +634,14 @@ test("names with control characters are printed harmlessly, on a terminal and in
     evil(packed), evil(platform), evil(withIds([EVIL, EVIL])), evil(makeIndex([packed])), evil(packed).slice(3),
     evil(makeImage({ layers: [makeLayer({ mediaType: EVIL })] })), ociArchive([packed], { mediaType: EVIL }),
     ociArchive([packed], { digest: EVIL }), ociArchive([packed], { size: EVIL }), evil(makeManifest(EVIL, EVIL)),
-    [[EVIL, json(config)], ["l", "l"], ["manifest.json", json([{ Config: EVIL, RepoTags: [EVIL, EVIL], Layers: ["l", EVIL, "l"] }])]],
-    [["c", json(config)], [EVIL, "l"], ["manifest.json", json([{ Config: "c", RepoTags: [EVIL], Layers: [EVIL, "gone", EVIL] }])]],
+    [[EVIL, json(config)], ["l", "l"],
+      ["manifest.json", json([{ Config: EVIL, RepoTags: [EVIL, EVIL], Layers: ["l", EVIL, "l"] }])]],
+    [["c", json(config)], [EVIL, "l"],
+      ["manifest.json", json([{ Config: "c", RepoTags: [EVIL], Layers: [EVIL, "gone", EVIL] }])]],
     [[EVIL, "{"], ["manifest.json", json([{ Config: EVIL, RepoTags: [], Layers: [] }])]],
     [[EVIL, Buffer.alloc(17 * 1024 * 1024)], ["manifest.json", json([{ Config: EVIL, RepoTags: [], Layers: [] }])]],
-    [["index.json", EVIL]], [["manifest.json", EVIL]], [["oci-layout", json(EVIL)], ...ociArchive([packed]).slice(0, -1)],
+    [["index.json", EVIL]], [["manifest.json", EVIL]],
+    [["oci-layout", json(EVIL)], ...ociArchive([packed]).slice(0, -1)],
   ];
   for (const [at, entries] of cases.entries()) {
     const file = fileOf(tarOf(entries));
