@@ -1079,7 +1079,10 @@ type ResolvedImage = Readonly<{
   reference: Reference; name: string; registry: Registry; top: FetchedManifest; manifests: readonly FetchedManifest[];
   contents: readonly ImageContent[]; platform: string;
 }>;
-/** A file of DEST: `bytes`, or a blob that `registry` has, at `offset` of the tar; `lead` is padding and header. */
+/**
+ * One file of the tar or directory. Its content is `bytes`, or a blob that `registry` has, and begins at `offset` of
+ * the tar; `lead` is the padding of the entry before and this one's header.
+ */
 type PlanEntry = Readonly<{
   name: string; sizeBytes: number; lead: Buffer; offset: number; bytes?: Buffer;
   blob?: Readonly<{ descriptor: Descriptor; registry: Registry }>;
@@ -1246,11 +1249,9 @@ function missingRanges(ranges: readonly Range[], sizeBytes: number): Range[] {
   const gaps = edges.map((from, at): Range => [from, edges[at + 1] ?? 0]).filter((_, at) => at % 2 === 0);
   return gaps.filter(([from, to]) => from < to);
 }
-/** A blob of which nothing is in place. Bytes below `hashedTo` are hashed; `hashing` reads others back for that. */
-const untouched = (digest: string) => ({
-  hash: newHash(digest), hashedTo: 0, hashing: undefined as Promise<void> | undefined,
-  written: [] as Range[], unrecordedBytes: 0, doneBytes: 0, openSegments: 0,
-});
+/** A blob of which nothing is in place. Bytes below `hashedTo` are in place and hashed. */
+const untouched = (digest: string) => (
+  { hash: newHash(digest), hashedTo: 0, written: [] as Range[], unrecordedBytes: 0, doneBytes: 0, openSegments: 0 });
 /** A blob on its way to `offset` of the tar, or to 0 of a file of its own. */
 function newJob(descriptor: Descriptor, registry: Registry, offset: number, tars: Tars) {
   // Tars at hand that claim to hold it: the first is read in the registry's stead, and dropped if it lied.
@@ -1286,7 +1287,8 @@ type Observer = (transfer: Transfer, finished?: BlobJob) => void;
 function newTransfer(outer: Session, jobs: readonly BlobJob[], sink: Sink, observe: Observer) {
   const stopping = new AbortController();
   const session = { ...outer, signal: anySignal(outer.signal, stopping.signal) };
-  const stop = (error: unknown): never => { // ends all that is under way
+  /** Ends all that is under way for an error, and throws that on. */
+  const stop = (error: unknown): never => {
     stopping.abort();
     throw error;
   };
@@ -1557,15 +1559,8 @@ async function acquireLock(file: string, dest: string): Promise<() => Promise<vo
 type Places = Readonly<{
   journal: string; id: string; open: (job: BlobJob) => Promise<fs.FileHandle>; finish?: (job: BlobJob) => Promise<void>;
 }>;
-/** Bytes into files: hashed as they come where they come in order, from disk where they do not. */
+/** Bytes into files: hashed as they come where they come in order, from disk at the end where they did not. */
 function fileSink({ warn }: Session, { open, finish }: Places, record: (job: BlobJob) => void): Sink {
-  /** Hashes what is written beyond what is hashed: bytes that an earlier run or another connection put there. */
-  const catchUp = (job: BlobJob): Promise<void> => (job.hashing ??= (async () => {
-    const { hashedTo, hash, offset, written } = job;
-    const to = written.find(([from, end]) => from <= hashedTo && end > hashedTo)?.[1] ?? hashedTo;
-    await hashPlace(await open(job), offset + hashedTo, offset + to, hash);
-    job.hashedTo = to;
-  })().finally(() => (job.hashing = undefined)));
   return {
     write: async (job, position, chunks) => {
       const end = position + sumOf(chunks, ({ length }) => length);
@@ -1573,12 +1568,12 @@ function fileSink({ warn }: Session, { open, finish }: Places, record: (job: Blo
       job.written = addRange(job.written, [position, end]);
       job.unrecordedBytes += end - position;
       if (job.unrecordedBytes >= LIMITS.journalBytes) record(job);
-      if (job.hashing || position !== job.hashedTo) return void catchUp(job).catch(() => undefined); // blobDone throws
+      if (position !== job.hashedTo) return; // out of order: blobDone reads it back
       for (const chunk of chunks) job.hash.update(chunk);
       job.hashedTo = end;
     },
     blobDone: async (job) => {
-      while (job.hashedTo < job.descriptor.size) await catchUp(job);
+      await hashPlace(await open(job), job.offset + job.hashedTo, job.offset + job.descriptor.size, job.hash);
       if (isRight(job)) {
         await finish?.(job);
         record(job);
@@ -1614,7 +1609,6 @@ async function fillPlaces(outer: Session, jobs: readonly BlobJob[], places: Plac
     await fetchBlobs(transfer);
     return transfer;
   } finally {
-    await Promise.all(jobs.map((job) => job.hashing?.catch(() => undefined)));
     for (const job of jobs) if (job.unrecordedBytes > 0) record(job);
     await close();
   }
