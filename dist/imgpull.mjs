@@ -994,15 +994,7 @@ function missingRanges(ranges, sizeBytes) {
   const gaps = edges.map((from, at) => [from, edges[at + 1] ?? 0]).filter((_, at) => at % 2 === 0);
   return gaps.filter(([from, to]) => from < to);
 }
-var untouched = (digest) => ({
-  hash: newHash(digest),
-  hashedTo: 0,
-  hashing: void 0,
-  written: [],
-  unrecordedBytes: 0,
-  doneBytes: 0,
-  openSegments: 0
-});
+var untouched = (digest) => ({ hash: newHash(digest), hashedTo: 0, written: [], unrecordedBytes: 0, doneBytes: 0, openSegments: 0 });
 function newJob(descriptor, registry, offset, tars) {
   const origins = tars.flatMap(({ handle, blobs }) => {
     const entry = blobs.get(descriptor.digest);
@@ -1263,12 +1255,6 @@ async function acquireLock(file, dest) {
   return () => fs.rm(file, { force: true }).finally(() => clearInterval(timer));
 }
 function fileSink({ warn }, { open: open2, finish }, record) {
-  const catchUp = (job) => job.hashing ??= (async () => {
-    const { hashedTo, hash, offset, written } = job;
-    const to = written.find(([from, end]) => from <= hashedTo && end > hashedTo)?.[1] ?? hashedTo;
-    await hashPlace(await open2(job), offset + hashedTo, offset + to, hash);
-    job.hashedTo = to;
-  })().finally(() => job.hashing = void 0);
   return {
     write: async (job, position, chunks) => {
       const end = position + sumOf(chunks, ({ length }) => length);
@@ -1276,12 +1262,12 @@ function fileSink({ warn }, { open: open2, finish }, record) {
       job.written = addRange(job.written, [position, end]);
       job.unrecordedBytes += end - position;
       if (job.unrecordedBytes >= LIMITS.journalBytes) record(job);
-      if (job.hashing || position !== job.hashedTo) return void catchUp(job).catch(() => void 0);
+      if (position !== job.hashedTo) return;
       for (const chunk of chunks) job.hash.update(chunk);
       job.hashedTo = end;
     },
     blobDone: async (job) => {
-      while (job.hashedTo < job.descriptor.size) await catchUp(job);
+      await hashPlace(await open2(job), job.offset + job.hashedTo, job.offset + job.descriptor.size, job.hash);
       if (isRight(job)) {
         await finish?.(job);
         record(job);
@@ -1315,7 +1301,6 @@ async function fillPlaces(outer, jobs, places, observe) {
     await fetchBlobs(transfer);
     return transfer;
   } finally {
-    await Promise.all(jobs.map((job) => job.hashing?.catch(() => void 0)));
     for (const job of jobs) if (job.unrecordedBytes > 0) record(job);
     await close();
   }
