@@ -3,14 +3,14 @@
  *
  *    1 imports, media types, limits   2 public types   3 errors   4 primitives   5 references   6 transport   7 retry
  *    8 credentials and tokens   9 registry   10 manifests and platforms   11 tar   12 pull   13 Puller
- *   14 looking at a tar   15 command line   16 exports
+ *   14 command line   15 exports
  *
  * Data flows one way: options → references → manifests → plan (every entry with its offset) → bytes → DEST.
  *
  * Requests made: GET and HEAD /v2/REPOSITORY/manifests/…, GET /v2/REPOSITORY/blobs/…, what these redirect to, the
  * token endpoint that the registry names (GET, or POST for an identity token), CONNECT to a proxy, and the `urls` of
  * a foreign layer that the registry does not have. Nothing else is contacted.
- * Files read: --cert, --key, --cacert, --from, --reuse, --since, the tar to look at; the credential files of section
+ * Files read: --cert, --key, --cacert, --from, --reuse, --since; the credential files of section
  * 8; the system's certificates and /etc/docker/certs.d (section 6). Files written: DEST, and meanwhile DEST.partial
  * with DEST.partial.journal, .lock and .old. Programs run: docker-credential-NAME, where a credential file names it.
  * Environment read: HOME, DOCKER_CONFIG, DOCKER_AUTH_CONFIG, REGISTRY_AUTH_FILE, XDG_RUNTIME_DIR, SSL_CERT_FILE,
@@ -2083,172 +2083,7 @@ function progressReporter(onProgress: PullerOpts["onProgress"]) {
   };
 }
 
-// ====== 14. Looking at a tar ======
-// What a tar holds and whether it is whole, offline: ours, OCI archives, docker save's old and new, crane's, skopeo's.
-// Anyone may have made it: every type, reference, name and size in it is checked before it is used or printed.
-
-const counted = (count: number, noun: string): string => `${count} ${noun}${count === 1 ? "" : "s"}`;
-const isTexts = (value: unknown): value is string[] =>
-  Array.isArray(value) && value.every((item) => typeof item === "string");
-/** The file behind a name: docker save makes a link of a layer that occurs twice. */
-function fileIn({ entries }: OpenTar, name: string): TarEntry | undefined {
-  const { type = "", linkName = "" } = entries.get(name) ?? {};
-  const folder = type === "2" ? path.posix.dirname(name) : "";
-  const entry = entries.get(type === "1" || type === "2" ? path.posix.join(folder, linkName) : name);
-  return entry && "07".includes(entry.type) ? entry : undefined;
-}
-/**
- * The images by index.json (`indexed`) and by manifest.json (`listed`), and which diff_id is said of which layer. What
- * is missing or not as described goes to `problems`, by entry; an entry that has one already is not read.
- */
-async function findImages(tar: OpenTar, file: string, problems: Map<string, string>) {
-  const refuse = (reason: string): never => fail("BAD_TAR", `${file}: ${reason}`);
-  const read = async (name: string) => {
-    const entry = fileIn(tar, name);
-    if (entry && entry.sizeBytes > LIMITS.tarMetadataBytes) refuse(`${printable(name)} is too large`);
-    const bytes = entry && (await readAt(tar.handle, entry.offset, entry.sizeBytes));
-    return { bytes, json: bytes && (parseJson(bytes) ?? refuse(`${printable(name)} is not JSON`)) };
-  };
-  const expect = (name: string, size?: number, remedy = "") => {
-    const held = fileIn(tar, name)?.sizeBytes;
-    if (held === undefined) problems.set(name, `is missing${remedy}`);
-    else if (held !== (size ?? held)) problems.set(name, `has ${held} bytes, not ${size}`);
-  };
-  const diffIds = new Map<string, readonly [entry: TarEntry, diffId: string]>(); // each pair once
-  type Layers = readonly { entry: string; size: number }[];
-  const describe = async (name: string, digest: string, config: string, layers: Layers, stated?: Platform) => {
-    for (const { entry, size } of layers) expect(entry, size, " (a --since tar needs its base)");
-    const { json } = config === "" || problems.has(config) ? {} : await read(config);
-    const platform = formatPlatform(json === undefined ? stated : parsePlatform(json as Record<string, unknown>));
-    const { diff_ids: ids } = (json as { rootfs?: { diff_ids?: unknown } } | undefined)?.rootfs ?? {};
-    const isRight = Array.isArray(ids) && ids.length === layers.length && ids.every(isDigest);
-    if (ids && !isRight) problems.set(config, "has not one diff_id for each layer");
-    for (const [at, { entry }] of layers.entries()) {
-      const held = fileIn(tar, entry);
-      if (isRight && held) diffIds.set(`${held.name} ${ids[at]}`, [held, String(ids[at])]);
-    }
-    return { name, digest, platform, layers, isImage: config !== "", isHere: true };
-  };
-  const indexed: Awaited<ReturnType<typeof describe>>[] = [];
-  const listed: typeof indexed = [];
-  const seen = new Set<string>(); // before it is hashed, an index may well claim to be inside itself
-  const visit = async (descriptor: Descriptor, name: string, depth: number, isNeeded: boolean): Promise<void> => {
-    const { digest, size, mediaType, platform } = descriptor;
-    const entry = blobPath(digest);
-    if (seen.has(`${digest} ${name}`)) return;
-    seen.add(`${digest} ${name}`);
-    if (isNeeded || fileIn(tar, entry)) expect(entry, size);
-    const { bytes } = problems.has(entry) ? {} : await read(entry);
-    if (!bytes) return void indexed.push({ ...(await describe(name, digest, "", [], platform)), isHere: false });
-    const manifest = parseManifest({ mediaType, digest, bytes }, `${file}: ${digest}`);
-    if (sniffMediaType(bytes, mediaType) !== mediaType) problems.set(entry, "is not of the type that is stated");
-    if (manifest.kind === "index") {
-      if (depth > LIMITS.indexDepth) refuse(`indexes inside indexes, more than ${LIMITS.indexDepth} deep`);
-      // docker save and ctr export keep an index as it is and leave out the platforms that they do not have.
-      const isPart = manifest.manifests.some((child) => fileIn(tar, blobPath(child.digest)));
-      for (const child of manifest.manifests) await visit(child, name, depth + 1, !isPart);
-      return;
-    }
-    const config = blobPath(manifest.config.digest);
-    expect(config, manifest.config.size);
-    const layers = manifest.layers.map((layer) => ({ ...layer, entry: blobPath(layer.digest) }));
-    const isImage = CONFIG_TYPES.includes(manifest.config.mediaType);
-    indexed.push(await describe(name, digest, isImage ? config : "", layers, platform));
-  };
-  const { json: layout } = await read("oci-layout");
-  const isLayout = isRecord(layout) && layout.imageLayoutVersion === "1.0.0";
-  if (layout && !isLayout) problems.set("oci-layout", "is not of version 1.0.0");
-  const { json: index = { manifests: [] } } = await read("index.json");
-  if (!isRecord(index) || !Array.isArray(index.manifests)) return refuse("index.json is not an index");
-  for (const value of index.manifests as Descriptor[]) {
-    const descriptor = parseDescriptor(value, `${file}: index.json`);
-    const names = value.annotations ?? {};
-    const name = names["io.containerd.image.name"] ?? names["org.opencontainers.image.ref.name"] ?? "";
-    await visit(descriptor, printable(String(name)), 1, true);
-  }
-  for (const value of [(await read("manifest.json")).json ?? []].flat() as unknown[]) {
-    const { Config: config, RepoTags, Layers } = isRecord(value) ? value : {};
-    const [tags, names] = [RepoTags ?? [], Layers ?? []];
-    const isRight = typeof config === "string" && isTexts(tags) && isTexts(names);
-    if (!isRight) return refuse("manifest.json is not as docker save makes it");
-    expect(config);
-    const layers = names.map((entry) => ({ entry, size: fileIn(tar, entry)?.sizeBytes ?? 0 }));
-    const name = tags.map((tag) => printable(tag)).join(" ");
-    listed.push(await describe(name, "", config, layers));
-  }
-  const images = indexed.length > 0 ? indexed : listed;
-  if (images.length === 0) refuse("it holds no image: neither index.json nor manifest.json names one");
-  return { images, isDocker: listed.length > 0, isOci: isLayout && indexed.length > 0, diffIds };
-}
-/** A table for a person, a line of JSON for each image otherwise. */
-async function listTar({ stdout }: CommandIO, tar: OpenTar, file: string): Promise<void> {
-  for (const { layers: held, isHere, name, digest, platform } of (await findImages(tar, file, new Map())).images) {
-    const layers = held.map(({ entry, size }) =>
-      ({ digest: digestInName(entry) ?? printable(entry), size, present: fileIn(tar, entry) !== undefined }));
-    const sizeBytes = sumOf(layers, ({ size }) => size);
-    const row = { name, digest, platform, sizeBytes, present: isHere, layers };
-    const table = [`${name || "(no name)"}  ${platform}  ${isHere ? formatBytes(sizeBytes) : "not here"}`,
-      ...(digest ? [`  ${digest}`] : []), ...layers.map(({ digest: layer, size, present }) =>
-        `  ${formatBytes(size).padStart(8)}  ${layer}${present ? "" : "  not here"}`)];
-    stdout.write(`${stdout.isTTY ? table.join("\n") : JSON.stringify(row)}\n`);
-  }
-}
-/** Whether an entry, or what it unpacks to, has a digest. The stream closes what it reads: a handle of its own. */
-async function hasDigest(file: string, entry: TarEntry, digest: string, signal: AbortSignal, isGzip = false) {
-  const { offset: start, sizeBytes } = entry;
-  const range = { start, end: start + sizeBytes - 1, highWaterMark: MIB };
-  const stream = sizeBytes > 0 ? (await fs.open(file)).createReadStream(range) : Readable.from([]);
-  const unpack = isGzip ? [zlib.createGunzip({ chunkSize: MIB })] : [];
-  const hash = newHash(digest);
-  await pipeline([stream, ...unpack, hash], { signal }).catch((error: unknown) => {
-    if (!errorCodeOf(error).startsWith("Z_")) throw error;
-  });
-  return (hash.read() as Buffer | null)?.toString("hex") === hexOf(digest);
-}
-/** Hashes every blob, looks for every reference, unpacks every layer. Throws BAD_TAR naming all that is wrong. */
-async function verifyTar({ stdout }: CommandIO, tar: OpenTar, file: string, signal: AbortSignal): Promise<void> {
-  const problems = new Map<string, string>();
-  let [end, hashed, unpacked, packed] = [0, 0, 0, 0];
-  for (const [name, entry] of tar.entries) {
-    end = Math.max(end, entry.offset + entry.sizeBytes);
-    const digest = digestInName(name);
-    if (digest === undefined || fileIn(tar, name) !== entry) continue;
-    hashed += 1;
-    if (!(await hasDigest(file, entry, digest, signal))) problems.set(name, "is damaged");
-  }
-  if ((await tar.handle.stat()).size < end + BLOCK) problems.set("its end", "is missing: it was cut off");
-  const { images, isDocker, isOci, diffIds } = await findImages(tar, file, problems);
-  for (const [entry, diffId] of diffIds.values()) {
-    if (problems.has(entry.name)) continue;
-    const magic = (await readAt(tar.handle, entry.offset, 4)).toString("hex");
-    // Not zstd: Node, where it has it at all, reads no more than the first of several frames (nodejs/node#64741).
-    if (/^(28b52ffd|5.2a4d18)/.test(magic)) packed += 1;
-    else if (await hasDigest(file, entry, diffId, signal, magic.startsWith("1f8b"))) unpacked += 1;
-    else problems.set(entry.name, `does not unpack to ${diffId}, the diff_id in its config`);
-  }
-  const lines = [...problems].map(([name, words]) => `${file}: ${printable(name)} ${words}`);
-  if (lines.length > 0) fail("BAD_TAR", lines.join("\nimgpull: "));
-  const absent = images.filter(({ isHere }) => !isHere).length;
-  const since = (version: number) => (packed > 0 ? ` from ${version} on` : "");
-  const list = (words: readonly (string | false)[]) => words.filter(Boolean).join(", ");
-  const counts = list([
-    counted(images.length - absent, "image"), `${counted(hashed, "blob")} hashed`,
-    `${counted(unpacked, "layer")} unpacked`, packed > 0 && `${packed} (zstd) not`,
-    absent > 0 && `${absent} more of an index not here`,
-  ]);
-  const loaders = list([
-    isDocker && `docker${since(23)}`, images.some(({ isImage }) => isImage) && `podman${since(4)}`, "ctr",
-    isDocker && "skopeo docker-archive:", isOci && "skopeo oci-archive:",
-  ]);
-  stdout.write(`${file}: ${counts}: all is right\nloads in ${loaders}\n`);
-}
-/** --list-tar and --verify. */
-async function lookAtTar(io: CommandIO, file: string, look: typeof verifyTar, signal: AbortSignal): Promise<void> {
-  const tar = await onDisk(`cannot read ${file}`, openTar(file));
-  await onDisk(`cannot read ${file}`, look(io, tar, file, signal)).finally(() => tar.handle.close());
-}
-
-// ====== 15. Command line ======
+// ====== 14. Command line ======
 // One table of options, from which parsing, help, --parsed and the README's come. stdout is data, stderr is talk.
 // SPEC §1, §8.
 
@@ -2283,10 +2118,8 @@ const OPTION_GROUPS: readonly (readonly [title: string, options: readonly Option
     { name: "retries", value: "N", help: "attempts after the first; default 5" },
     { name: "timeout", value: "SECONDS", help: "how long a connection may be silent; default 30" },
   ]],
-  ["Look, do not pull", [
+  ["Other", [
     { name: "manifest", short: "m", value: "list|image", help: "print the manifest" },
-    { name: "list-tar", short: "l", value: "TAR", help: "say what a tar holds, offline" },
-    { name: "verify", value: "TAR", help: "hash a tar again, offline" },
     { name: "parsed", help: "print the parsed command line as JSON" },
     { name: "quiet", short: "q", help: "no progress" },
     { name: "version", short: "v", help: "print the version" },
@@ -2310,6 +2143,7 @@ function helpText(): string {
   ].join("\n");
 }
 
+const counted = (count: number, noun: string): string => `${count} ${noun}${count === 1 ? "" : "s"}`;
 const usage = (reason: string): never => fail("BAD_OPTION", `${reason} (imgpull --help)`);
 /** How many pairs of neighbouring letters two names share, to name the option that was meant. */
 const likeness = (left: string, right: string): number =>
@@ -2347,7 +2181,7 @@ function parseCommandLine(argv: readonly string[]) {
 /** The command line in the words of the library, checked as far as that goes without reading anything. */
 function planCommand({ values, switches, reuse, positionals }: ReturnType<typeof parseCommandLine>) {
   const { platform, user: username, password, cert: tlsCert, key: tlsKey, cacert: caCert, ns: namespace } = values;
-  const { token, from, name, since, os: system, arch, "list-tar": listTarFile, verify } = values;
+  const { token, from, name, since, os: system, arch } = values;
   const isAll = platform === "all";
   const isWhole = platform === undefined || isAll;
   const isPasswordOnStdin = switches.has("password-stdin");
@@ -2383,11 +2217,8 @@ function planCommand({ values, switches, reuse, positionals }: ReturnType<typeof
   const destination = hasDestination ? positionals.at(-1) : undefined;
   const images = positionals.slice(0, manifest !== undefined ? 1 : hasDestination ? -1 : undefined);
   const bound = OPTIONS.find((option) => option.isForOneHost && values[option.name] !== undefined)?.name;
-  const isLooking = (listTarFile ?? verify) !== undefined;
-  const isOneTar = positionals.length === 0 && (listTarFile === undefined || verify === undefined);
-  if (isLooking && !isOneTar) usage("--list-tar and --verify take one tar, and no IMAGE");
-  if (!isLooking && images.length === 0 && from === undefined) usage("IMAGE is missing");
-  if (!isLooking && !manifest && from !== undefined && !destination) usage("DEST is missing");
+  if (images.length === 0 && from === undefined) usage("IMAGE is missing");
+  if (!manifest && from !== undefined && !destination) usage("DEST is missing");
   if (name !== undefined && (images.length !== 1 || from !== undefined)) usage("--name goes with one IMAGE");
   const isQuiet = switches.has("quiet");
   return { opts, images, destination, manifest, from, name, since, reuse, isAll, isPasswordOnStdin, isQuiet, bound };
@@ -2496,9 +2327,6 @@ async function runCommand(argv: readonly string[], io: CommandIO, signal: AbortS
     const shown = { ...command, opts: undefined, bound: undefined, ...opts, ...Object.fromEntries(secrets) };
     return void stdout.write(`${JSON.stringify(shown, null, 2)}\n`);
   }
-  const { "list-tar": listed, verify } = line.values;
-  if (listed !== undefined) return lookAtTar(io, listed, listTar, signal);
-  if (verify !== undefined) return lookAtTar(io, verify, verifyTar, signal);
   const images = await listImages(io, command);
   const { reference } = images[0] as PullRequest["images"][number];
   const destination = command.destination ?? defaultDestination(reference);
@@ -2560,7 +2388,7 @@ async function main(argv: readonly string[], io?: CommandIO): Promise<number> {
   }
 }
 
-// ====== 16. Exports ======
+// ====== 15. Exports ======
 
 /** @internal for the tests */
 const internals = Object.freeze({

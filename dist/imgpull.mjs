@@ -1742,162 +1742,6 @@ function progressReporter(onProgress) {
     onProgress?.({ phase, doneBytes, totalBytes, blobsDone, blobsTotal: jobs.length });
   };
 }
-var counted = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
-var isTexts = (value) => Array.isArray(value) && value.every((item) => typeof item === "string");
-function fileIn({ entries }, name) {
-  const { type = "", linkName = "" } = entries.get(name) ?? {};
-  const folder = type === "2" ? path.posix.dirname(name) : "";
-  const entry = entries.get(type === "1" || type === "2" ? path.posix.join(folder, linkName) : name);
-  return entry && "07".includes(entry.type) ? entry : void 0;
-}
-async function findImages(tar, file, problems) {
-  const refuse = (reason) => fail("BAD_TAR", `${file}: ${reason}`);
-  const read = async (name) => {
-    const entry = fileIn(tar, name);
-    if (entry && entry.sizeBytes > LIMITS.tarMetadataBytes) refuse(`${printable(name)} is too large`);
-    const bytes = entry && await readAt(tar.handle, entry.offset, entry.sizeBytes);
-    return { bytes, json: bytes && (parseJson(bytes) ?? refuse(`${printable(name)} is not JSON`)) };
-  };
-  const expect = (name, size, remedy = "") => {
-    const held = fileIn(tar, name)?.sizeBytes;
-    if (held === void 0) problems.set(name, `is missing${remedy}`);
-    else if (held !== (size ?? held)) problems.set(name, `has ${held} bytes, not ${size}`);
-  };
-  const diffIds = /* @__PURE__ */ new Map();
-  const describe = async (name, digest, config, layers, stated) => {
-    for (const { entry, size } of layers) expect(entry, size, " (a --since tar needs its base)");
-    const { json } = config === "" || problems.has(config) ? {} : await read(config);
-    const platform = formatPlatform(json === void 0 ? stated : parsePlatform(json));
-    const { diff_ids: ids } = json?.rootfs ?? {};
-    const isRight2 = Array.isArray(ids) && ids.length === layers.length && ids.every(isDigest);
-    if (ids && !isRight2) problems.set(config, "has not one diff_id for each layer");
-    for (const [at, { entry }] of layers.entries()) {
-      const held = fileIn(tar, entry);
-      if (isRight2 && held) diffIds.set(`${held.name} ${ids[at]}`, [held, String(ids[at])]);
-    }
-    return { name, digest, platform, layers, isImage: config !== "", isHere: true };
-  };
-  const indexed = [];
-  const listed = [];
-  const seen = /* @__PURE__ */ new Set();
-  const visit = async (descriptor, name, depth, isNeeded) => {
-    const { digest, size, mediaType, platform } = descriptor;
-    const entry = blobPath(digest);
-    if (seen.has(`${digest} ${name}`)) return;
-    seen.add(`${digest} ${name}`);
-    if (isNeeded || fileIn(tar, entry)) expect(entry, size);
-    const { bytes } = problems.has(entry) ? {} : await read(entry);
-    if (!bytes) return void indexed.push({ ...await describe(name, digest, "", [], platform), isHere: false });
-    const manifest = parseManifest({ mediaType, digest, bytes }, `${file}: ${digest}`);
-    if (sniffMediaType(bytes, mediaType) !== mediaType) problems.set(entry, "is not of the type that is stated");
-    if (manifest.kind === "index") {
-      if (depth > LIMITS.indexDepth) refuse(`indexes inside indexes, more than ${LIMITS.indexDepth} deep`);
-      const isPart = manifest.manifests.some((child) => fileIn(tar, blobPath(child.digest)));
-      for (const child of manifest.manifests) await visit(child, name, depth + 1, !isPart);
-      return;
-    }
-    const config = blobPath(manifest.config.digest);
-    expect(config, manifest.config.size);
-    const layers = manifest.layers.map((layer) => ({ ...layer, entry: blobPath(layer.digest) }));
-    const isImage = CONFIG_TYPES.includes(manifest.config.mediaType);
-    indexed.push(await describe(name, digest, isImage ? config : "", layers, platform));
-  };
-  const { json: layout } = await read("oci-layout");
-  const isLayout = isRecord(layout) && layout.imageLayoutVersion === "1.0.0";
-  if (layout && !isLayout) problems.set("oci-layout", "is not of version 1.0.0");
-  const { json: index = { manifests: [] } } = await read("index.json");
-  if (!isRecord(index) || !Array.isArray(index.manifests)) return refuse("index.json is not an index");
-  for (const value of index.manifests) {
-    const descriptor = parseDescriptor(value, `${file}: index.json`);
-    const names = value.annotations ?? {};
-    const name = names["io.containerd.image.name"] ?? names["org.opencontainers.image.ref.name"] ?? "";
-    await visit(descriptor, printable(String(name)), 1, true);
-  }
-  for (const value of [(await read("manifest.json")).json ?? []].flat()) {
-    const { Config: config, RepoTags, Layers } = isRecord(value) ? value : {};
-    const [tags, names] = [RepoTags ?? [], Layers ?? []];
-    const isRight2 = typeof config === "string" && isTexts(tags) && isTexts(names);
-    if (!isRight2) return refuse("manifest.json is not as docker save makes it");
-    expect(config);
-    const layers = names.map((entry) => ({ entry, size: fileIn(tar, entry)?.sizeBytes ?? 0 }));
-    const name = tags.map((tag) => printable(tag)).join(" ");
-    listed.push(await describe(name, "", config, layers));
-  }
-  const images = indexed.length > 0 ? indexed : listed;
-  if (images.length === 0) refuse("it holds no image: neither index.json nor manifest.json names one");
-  return { images, isDocker: listed.length > 0, isOci: isLayout && indexed.length > 0, diffIds };
-}
-async function listTar({ stdout }, tar, file) {
-  for (const { layers: held, isHere, name, digest, platform } of (await findImages(tar, file, /* @__PURE__ */ new Map())).images) {
-    const layers = held.map(({ entry, size }) => ({ digest: digestInName(entry) ?? printable(entry), size, present: fileIn(tar, entry) !== void 0 }));
-    const sizeBytes = sumOf(layers, ({ size }) => size);
-    const row = { name, digest, platform, sizeBytes, present: isHere, layers };
-    const table = [
-      `${name || "(no name)"}  ${platform}  ${isHere ? formatBytes(sizeBytes) : "not here"}`,
-      ...digest ? [`  ${digest}`] : [],
-      ...layers.map(({ digest: layer, size, present }) => `  ${formatBytes(size).padStart(8)}  ${layer}${present ? "" : "  not here"}`)
-    ];
-    stdout.write(`${stdout.isTTY ? table.join("\n") : JSON.stringify(row)}
-`);
-  }
-}
-async function hasDigest(file, entry, digest, signal, isGzip = false) {
-  const { offset: start, sizeBytes } = entry;
-  const range = { start, end: start + sizeBytes - 1, highWaterMark: MIB };
-  const stream = sizeBytes > 0 ? (await fs.open(file)).createReadStream(range) : Readable.from([]);
-  const unpack = isGzip ? [zlib.createGunzip({ chunkSize: MIB })] : [];
-  const hash = newHash(digest);
-  await pipeline([stream, ...unpack, hash], { signal }).catch((error) => {
-    if (!errorCodeOf(error).startsWith("Z_")) throw error;
-  });
-  return hash.read()?.toString("hex") === hexOf(digest);
-}
-async function verifyTar({ stdout }, tar, file, signal) {
-  const problems = /* @__PURE__ */ new Map();
-  let [end, hashed, unpacked, packed] = [0, 0, 0, 0];
-  for (const [name, entry] of tar.entries) {
-    end = Math.max(end, entry.offset + entry.sizeBytes);
-    const digest = digestInName(name);
-    if (digest === void 0 || fileIn(tar, name) !== entry) continue;
-    hashed += 1;
-    if (!await hasDigest(file, entry, digest, signal)) problems.set(name, "is damaged");
-  }
-  if ((await tar.handle.stat()).size < end + BLOCK) problems.set("its end", "is missing: it was cut off");
-  const { images, isDocker, isOci, diffIds } = await findImages(tar, file, problems);
-  for (const [entry, diffId] of diffIds.values()) {
-    if (problems.has(entry.name)) continue;
-    const magic = (await readAt(tar.handle, entry.offset, 4)).toString("hex");
-    if (/^(28b52ffd|5.2a4d18)/.test(magic)) packed += 1;
-    else if (await hasDigest(file, entry, diffId, signal, magic.startsWith("1f8b"))) unpacked += 1;
-    else problems.set(entry.name, `does not unpack to ${diffId}, the diff_id in its config`);
-  }
-  const lines = [...problems].map(([name, words]) => `${file}: ${printable(name)} ${words}`);
-  if (lines.length > 0) fail("BAD_TAR", lines.join("\nimgpull: "));
-  const absent = images.filter(({ isHere }) => !isHere).length;
-  const since = (version) => packed > 0 ? ` from ${version} on` : "";
-  const list = (words) => words.filter(Boolean).join(", ");
-  const counts = list([
-    counted(images.length - absent, "image"),
-    `${counted(hashed, "blob")} hashed`,
-    `${counted(unpacked, "layer")} unpacked`,
-    packed > 0 && `${packed} (zstd) not`,
-    absent > 0 && `${absent} more of an index not here`
-  ]);
-  const loaders = list([
-    isDocker && `docker${since(23)}`,
-    images.some(({ isImage }) => isImage) && `podman${since(4)}`,
-    "ctr",
-    isDocker && "skopeo docker-archive:",
-    isOci && "skopeo oci-archive:"
-  ]);
-  stdout.write(`${file}: ${counts}: all is right
-loads in ${loaders}
-`);
-}
-async function lookAtTar(io, file, look, signal) {
-  const tar = await onDisk(`cannot read ${file}`, openTar(file));
-  await onDisk(`cannot read ${file}`, look(io, tar, file, signal)).finally(() => tar.handle.close());
-}
 var OPTION_GROUPS = [
   ["What to pull", [
     { name: "os", short: "o", value: "OS", help: "operating system wanted; default: this machine's" },
@@ -1924,10 +1768,8 @@ var OPTION_GROUPS = [
     { name: "retries", value: "N", help: "attempts after the first; default 5" },
     { name: "timeout", value: "SECONDS", help: "how long a connection may be silent; default 30" }
   ]],
-  ["Look, do not pull", [
+  ["Other", [
     { name: "manifest", short: "m", value: "list|image", help: "print the manifest" },
-    { name: "list-tar", short: "l", value: "TAR", help: "say what a tar holds, offline" },
-    { name: "verify", value: "TAR", help: "hash a tar again, offline" },
     { name: "parsed", help: "print the parsed command line as JSON" },
     { name: "quiet", short: "q", help: "no progress" },
     { name: "version", short: "v", help: "print the version" },
@@ -1948,6 +1790,7 @@ function helpText() {
     ""
   ].join("\n");
 }
+var counted = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
 var usage = (reason) => fail("BAD_OPTION", `${reason} (imgpull --help)`);
 var likeness = (left, right) => [...`^${left}`].filter((letter, at) => `^${right}$`.includes(letter + (left[at] ?? "$"))).length;
 function parseCommandLine(argv) {
@@ -1979,7 +1822,7 @@ function parseCommandLine(argv) {
 }
 function planCommand({ values, switches, reuse, positionals }) {
   const { platform, user: username, password, cert: tlsCert, key: tlsKey, cacert: caCert, ns: namespace } = values;
-  const { token, from, name, since, os: system, arch, "list-tar": listTarFile, verify } = values;
+  const { token, from, name, since, os: system, arch } = values;
   const isAll = platform === "all";
   const isWhole = platform === void 0 || isAll;
   const isPasswordOnStdin = switches.has("password-stdin");
@@ -2026,11 +1869,8 @@ function planCommand({ values, switches, reuse, positionals }) {
   const destination = hasDestination ? positionals.at(-1) : void 0;
   const images = positionals.slice(0, manifest !== void 0 ? 1 : hasDestination ? -1 : void 0);
   const bound = OPTIONS.find((option) => option.isForOneHost && values[option.name] !== void 0)?.name;
-  const isLooking = (listTarFile ?? verify) !== void 0;
-  const isOneTar = positionals.length === 0 && (listTarFile === void 0 || verify === void 0);
-  if (isLooking && !isOneTar) usage("--list-tar and --verify take one tar, and no IMAGE");
-  if (!isLooking && images.length === 0 && from === void 0) usage("IMAGE is missing");
-  if (!isLooking && !manifest && from !== void 0 && !destination) usage("DEST is missing");
+  if (images.length === 0 && from === void 0) usage("IMAGE is missing");
+  if (!manifest && from !== void 0 && !destination) usage("DEST is missing");
   if (name !== void 0 && (images.length !== 1 || from !== void 0)) usage("--name goes with one IMAGE");
   const isQuiet = switches.has("quiet");
   return { opts, images, destination, manifest, from, name, since, reuse, isAll, isPasswordOnStdin, isQuiet, bound };
@@ -2133,9 +1973,6 @@ async function runCommand(argv, io, signal) {
     return void stdout.write(`${JSON.stringify(shown, null, 2)}
 `);
   }
-  const { "list-tar": listed, verify } = line.values;
-  if (listed !== void 0) return lookAtTar(io, listed, listTar, signal);
-  if (verify !== void 0) return lookAtTar(io, verify, verifyTar, signal);
   const images = await listImages(io, command);
   const { reference } = images[0];
   const destination = command.destination ?? defaultDestination(reference);

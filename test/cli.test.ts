@@ -192,7 +192,7 @@ test("--version and --help", async () => {
     assert.match(help, new RegExp(`--${long}\\b`));
     if (short) assert.match(help, new RegExp(`-${short}, --${long}\\b`));
   }
-  const switches = ["password-stdin", "insecure", "list-tar", "verify", "parsed", "quiet", "version", "help"];
+  const switches = ["password-stdin", "insecure", "parsed", "quiet", "version", "help"];
   for (const name of switches) assert.match(help, new RegExp(`--${name}\\b`));
   const lines = help.trimEnd().split("\n");
   assert.ok(lines.length <= 40, `${lines.length} lines`);
