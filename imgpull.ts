@@ -72,7 +72,7 @@ const LIMITS = Object.freeze({
   splitBytes: MIB, // neither half of a range that is cut in two is smaller,
   nearSplitBytes: 16 * MIB, // nor on a near line, where a server has megabytes under way that a cut throws away
   fastLineBytesPerSecond: 256 * MIB, // from here on the processor is the limit, and more connections only cost
-  farLatencyMs: 10, // from here on a line is worth several connections before its speed is known
+  farLatencyMs: 20, // from here on a line is worth several connections before its speed is known
   streamUnitBytes: 4 * MIB, // DEST `-`: one request's share of a large blob
   streamWindowBytes: 32 * MIB, // DEST `-`: how far the line may be ahead of the reader
   lockBeatMs: 10_000, // a lock of another machine that is six beats old belongs to nobody
@@ -807,7 +807,9 @@ class Registry {
     const authorizationFor = (origin: string) => this.#authorizationFor(origin);
     const isRegistry = (origin: string) => origin === this.origin;
     for (let round = 0; ; round += 1) {
+      const startedAt = performance.now();
       const answer = await transport.send({ method, url, headers, signal, authorizationFor, isRegistry, ...more });
+      this.latencyMs = Math.min(this.latencyMs, performance.now() - startedAt);
       if (answer.body) return answer;
       if (round === 3 || !(await this.#authorize(answer, round))) throw await this.#refusal(answer, kind, name);
     }
@@ -900,9 +902,7 @@ class Registry {
   /** The manifest of a tag or digest, verified against the digest where one was asked for. */
   manifest(tagOrDigest: string): Promise<FetchedManifest> {
     return withRetries(this.#session, async () => {
-      const startedAt = performance.now();
       const { body, url, headers } = await this.#request("GET", "manifest", tagOrDigest);
-      this.latencyMs = Math.min(this.latencyMs, performance.now() - startedAt);
       const where = redactUrl(url);
       const bytes = await readBody(body as http.IncomingMessage, LIMITS.manifestBytes, `the manifest ${where}`);
       const wanted = isDigest(tagOrDigest) ? tagOrDigest : undefined;
@@ -1319,7 +1319,9 @@ function takeOver({ active, sink }: Transfer): Segment | undefined {
   const age = victim ? now - victim.startedAtMs : 0;
   if (!victim || age < 50 || sumOf(active, rateOf) * 1000 > LIMITS.fastLineBytesPerSecond) return undefined;
   const leftMs = remaining(victim) / Math.max(rateOf(victim), 1);
-  return leftMs > Math.max(50, 4 * (victim.firstByteMs || age)) ? cutInHalf(victim) : undefined;
+  // On a near line what is left ought to be long: the server's buffers are full of what a cut throws away.
+  const isFar = victim.job.registry.latencyMs >= LIMITS.farLatencyMs;
+  return leftMs > Math.max(isFar ? 50 : 1000, 4 * (victim.firstByteMs || age)) ? cutInHalf(victim) : undefined;
 }
 
 function enqueue({ pending, sink }: Transfer, job: BlobJob): void {

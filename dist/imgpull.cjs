@@ -78,7 +78,7 @@ var LIMITS = Object.freeze({
   // nor on a near line, where a server has megabytes under way that a cut throws away
   fastLineBytesPerSecond: 256 * MIB,
   // from here on the processor is the limit, and more connections only cost
-  farLatencyMs: 10,
+  farLatencyMs: 20,
   // from here on a line is worth several connections before its speed is known
   streamUnitBytes: 4 * MIB,
   // DEST `-`: one request's share of a large blob
@@ -636,7 +636,9 @@ var Registry = class {
     const authorizationFor = (origin) => this.#authorizationFor(origin);
     const isRegistry = (origin) => origin === this.origin;
     for (let round = 0; ; round += 1) {
+      const startedAt = performance.now();
       const answer = await transport.send({ method, url, headers, signal, authorizationFor, isRegistry, ...more });
+      this.latencyMs = Math.min(this.latencyMs, performance.now() - startedAt);
       if (answer.body) return answer;
       if (round === 3 || !await this.#authorize(answer, round)) throw await this.#refusal(answer, kind, name);
     }
@@ -724,9 +726,7 @@ var Registry = class {
   /** The manifest of a tag or digest, verified against the digest where one was asked for. */
   manifest(tagOrDigest) {
     return withRetries(this.#session, async () => {
-      const startedAt = performance.now();
       const { body, url, headers } = await this.#request("GET", "manifest", tagOrDigest);
-      this.latencyMs = Math.min(this.latencyMs, performance.now() - startedAt);
       const where = redactUrl(url);
       const bytes = await readBody(body, LIMITS.manifestBytes, `the manifest ${where}`);
       const wanted = isDigest(tagOrDigest) ? tagOrDigest : void 0;
@@ -1066,7 +1066,8 @@ function takeOver({ active, sink }) {
   const age = victim ? now - victim.startedAtMs : 0;
   if (!victim || age < 50 || sumOf(active, rateOf) * 1e3 > LIMITS.fastLineBytesPerSecond) return void 0;
   const leftMs = remaining(victim) / Math.max(rateOf(victim), 1);
-  return leftMs > Math.max(50, 4 * (victim.firstByteMs || age)) ? cutInHalf(victim) : void 0;
+  const isFar = victim.job.registry.latencyMs >= LIMITS.farLatencyMs;
+  return leftMs > Math.max(isFar ? 50 : 1e3, 4 * (victim.firstByteMs || age)) ? cutInHalf(victim) : void 0;
 }
 function enqueue({ pending, sink }, job) {
   const unit = sink.unitBytes?.(job) ?? NEVER;
