@@ -784,7 +784,7 @@ class Registry {
   readonly reference: Reference;
   readonly origin: string;
   acceptsRanges = true; // false once it has answered a range with the whole
-  latencyMs = NEVER; // of the quickest answer so far: how far away it is
+  latencyMs = NEVER; // of the quickest manifest so far: how far away it is
   readonly #session: Session;
   readonly #held = new Map<string, Authorization>();
   readonly #renewals = new Map<string, Promise<boolean>>();
@@ -809,7 +809,7 @@ class Registry {
     for (let round = 0; ; round += 1) {
       const startedAt = performance.now();
       const answer = await transport.send({ method, url, headers, signal, authorizationFor, isRegistry, ...more });
-      this.latencyMs = Math.min(this.latencyMs, performance.now() - startedAt);
+      if (kind === "manifest") this.latencyMs = Math.min(this.latencyMs, performance.now() - startedAt);
       if (answer.body) return answer;
       if (round === 3 || !(await this.#authorize(answer, round))) throw await this.#refusal(answer, kind, name);
     }

@@ -613,7 +613,7 @@ var Registry = class {
   acceptsRanges = true;
   // false once it has answered a range with the whole
   latencyMs = NEVER;
-  // of the quickest answer so far: how far away it is
+  // of the quickest manifest so far: how far away it is
   #session;
   #held = /* @__PURE__ */ new Map();
   #renewals = /* @__PURE__ */ new Map();
@@ -638,7 +638,7 @@ var Registry = class {
     for (let round = 0; ; round += 1) {
       const startedAt = performance.now();
       const answer = await transport.send({ method, url, headers, signal, authorizationFor, isRegistry, ...more });
-      this.latencyMs = Math.min(this.latencyMs, performance.now() - startedAt);
+      if (kind === "manifest") this.latencyMs = Math.min(this.latencyMs, performance.now() - startedAt);
       if (answer.body) return answer;
       if (round === 3 || !await this.#authorize(answer, round)) throw await this.#refusal(answer, kind, name);
     }
