@@ -1806,44 +1806,82 @@ function fetchConfig(session: Session, registry: Registry, descriptor: Descripto
     return fail("DIGEST_MISMATCH", `${redactUrl(url)}: the config's bytes have another digest`);
   });
 }
+/** Fetches what an index names; its size is the index's word, and checked. */
+async function fetchChild(registry: Registry, where: string, { digest, size }: Descriptor): Promise<FetchedManifest> {
+  const child = await registry.manifest(digest);
+  if (child.bytes.length === size) return child;
+  return fail("SIZE_MISMATCH", `${where}: ${digest} has ${child.bytes.length} bytes, not ${size}`);
+}
+
+const checkDepth = (depth: number, where: string): boolean => depth <= LIMITS.indexDepth
+  || fail("TOO_LARGE", `${where}: indexes inside indexes, more than ${LIMITS.indexDepth} deep`);
+const isAttestation = ({ platform }: { platform?: Platform }): boolean =>
+  platform?.os === "unknown" || platform?.architecture === "unknown";
+/** All that an index names, its own manifest first, and the images in it, attestations last. */
+async function collectAll(session: Session, registry: Registry, where: string, top: FetchedManifest) {
+  const manifests = new Map([[top.digest, top]]);
+  const contents: ImageContent[] = [];
+  const collect = async (fetched: FetchedManifest, depth: number, platform?: Platform): Promise<void> => {
+    checkDepth(depth, where);
+    const manifest = parseManifest(fetched, where);
+    if (manifest.kind === "image") return void contents.push({ manifest, ...given({ platform }) });
+    const entries = manifest.manifests.filter(({ digest }) => !manifests.has(digest));
+    const children = await mapConcurrently(entries, session.settings.concurrency, (entry) =>
+      fetchChild(registry, where, entry));
+    for (const [at, child] of children.entries()) {
+      if (manifests.has(child.digest)) continue;
+      manifests.set(child.digest, child);
+      await collect(child, depth + 1, entries[at]?.platform);
+    }
+  };
+  await collect(top, 0);
+  contents.sort((left, right) => Number(isAttestation(left)) - Number(isAttestation(right)));
+  return { manifests: [...manifests.values()], contents };
+}
+/** The image of an index for a platform, with what the index says of it; NO_PLATFORM names those that there are. */
+async function findPlatform(session: Session, registry: Registry, where: string, top: IndexManifest) {
+  const { settings: { wanted }, warn } = session;
+  const seen = new Set<string>();
+  type Found = [Descriptor, FetchedManifest] | undefined;
+  const search = async (index: IndexManifest, platform: Platform, depth = 1): Promise<Found> => {
+    checkDepth(depth, where);
+    const usable = index.manifests.filter((entry) => !isAttestation(entry));
+    const nested = usable.filter(({ mediaType }) => INDEX_TYPES.includes(mediaType));
+    const plain = usable.filter((entry) => !nested.includes(entry));
+    for (const entry of plain) if (entry.platform) seen.add(formatPlatform(entry.platform));
+    const only = usable.length === 1 && !plain[0]?.platform ? plain[0] : undefined;
+    const found = matchPlatform(plain, platform) ?? only;
+    if (found) return [found, await fetchChild(registry, where, found)];
+    for (const entry of nested) {
+      if (entry.platform?.os && !matchPlatform([entry], platform)) continue;
+      const inner = parseManifest(await fetchChild(registry, where, entry), where);
+      const inside = inner.kind === "index" ? await search(inner, platform, depth + 1) : undefined;
+      if (inside) return inside;
+    }
+    return undefined;
+  };
+  const host = wantedPlatform(wanted);
+  const found = await search(top, host);
+  if (found) return found;
+  const mayBeLinux = wanted.os === undefined && host.os !== "linux";
+  const onLinux = mayBeLinux ? await search(top, { ...host, os: "linux" }) : undefined;
+  if (onLinux) warn(`${where} has nothing for ${host.os}: taking linux`);
+  const choices = printable([...seen].join(", ") || "none", 1000);
+  return onLinux
+    ?? fail("NO_PLATFORM", `${where} has no image for ${formatPlatform(host)}\n  it has: ${choices} (--platform)`);
+}
 /** The manifests for one reference: the platform's, or all of them. */
 async function resolveImage(session: Session, reference: Reference, name: string, isAll: boolean) {
   const where = formatReference(reference);
   const registry = registryOf(session, reference);
-  const { wanted, concurrency } = session.settings;
   const asked = await registry.manifest(versionOf(reference));
   const parsed = parseManifest(asked, where);
   // What has no tag is named by the digest that DEST holds, so that the printed line gives the same name again.
   const resolved = (top: FetchedManifest, platform: string, contents: readonly ImageContent[], manifests = [top]) =>
     ({ reference, registry, top, platform, contents, manifests, name: name.replace(/@.*$/, `@${top.digest}`) });
-  const fetchChild = async ({ digest, size }: Descriptor) => {
-    const child = await registry.manifest(digest);
-    if (child.bytes.length === size) return child;
-    return fail("SIZE_MISMATCH", `${where}: ${digest} has ${child.bytes.length} bytes, not ${size}`);
-  };
-  const checkDepth = (depth: number) => depth <= LIMITS.indexDepth
-    || fail("TOO_LARGE", `${where}: indexes inside indexes, more than ${LIMITS.indexDepth} deep`);
-  const isNested = ({ mediaType }: Descriptor) => INDEX_TYPES.includes(mediaType);
-  const isAttestation = ({ platform }: { platform?: Platform }) =>
-    platform?.os === "unknown" || platform?.architecture === "unknown";
-
   if (isAll) {
-    const manifests = new Map([[asked.digest, asked]]);
-    const contents: ImageContent[] = [];
-    const collect = async (manifest: typeof parsed, depth: number, platform?: Platform): Promise<void> => {
-      checkDepth(depth);
-      if (manifest.kind === "image") return void contents.push({ manifest, ...given({ platform }) });
-      const entries = manifest.manifests.filter(({ digest }) => !manifests.has(digest));
-      const children = await mapConcurrently(entries, concurrency, fetchChild);
-      for (const [at, child] of children.entries()) {
-        if (manifests.has(child.digest)) continue;
-        manifests.set(child.digest, child);
-        await collect(parseManifest(child, where), depth + 1, entries[at]?.platform);
-      }
-    };
-    await collect(parsed, 0);
-    const ordered = contents.sort((left, right) => Number(isAttestation(left)) - Number(isAttestation(right)));
-    return resolved(asked, "all", ordered, [...manifests.values()]);
+    const { contents, manifests } = await collectAll(session, registry, where, asked);
+    return resolved(asked, "all", contents, manifests);
   }
   if (parsed.kind === "image") {
     const isConfig = CONFIG_TYPES.includes(parsed.config.mediaType);
@@ -1853,36 +1891,10 @@ async function resolveImage(session: Session, reference: Reference, name: string
     if (platform) checkPlatform(session, where, platform);
     return resolved(asked, formatPlatform(platform), [{ manifest: parsed, ...given({ platform, configBytes }) }]);
   }
-  const seen = new Set<string>();
-  type Found = [Descriptor, FetchedManifest] | undefined;
-  const search = async (index: IndexManifest, platform: Platform, depth = 1): Promise<Found> => {
-    checkDepth(depth);
-    const usable = index.manifests.filter((entry) => !isAttestation(entry));
-    const plain = usable.filter((entry) => !isNested(entry));
-    for (const entry of plain) if (entry.platform) seen.add(formatPlatform(entry.platform));
-    const only = usable.length === 1 && !plain[0]?.platform ? plain[0] : undefined;
-    const found = matchPlatform(plain, platform) ?? only;
-    if (found) return [found, await fetchChild(found)];
-    for (const entry of usable.filter(isNested)) {
-      if (entry.platform?.os && !matchPlatform([entry], platform)) continue;
-      const nested = parseManifest(await fetchChild(entry), where);
-      const inside = nested.kind === "index" ? await search(nested, platform, depth + 1) : undefined;
-      if (inside) return inside;
-    }
-    return undefined;
-  };
-  const host = wantedPlatform(wanted);
-  let found = await search(parsed, host);
-  if (!found && wanted.os === undefined && host.os !== "linux") {
-    found = await search(parsed, { ...host, os: "linux" });
-    if (found) session.warn(`${where} has nothing for ${host.os}: taking linux`);
-  }
-  const choices = printable([...seen].join(", ") || "none", 1000);
-  const [entry, fetched] = found
-    ?? fail("NO_PLATFORM", `${where} has no image for ${formatPlatform(host)}\n  it has: ${choices} (--platform)`);
+  const [{ platform }, fetched] = await findPlatform(session, registry, where, parsed);
   const manifest = parseManifest(fetched, where);
-  if (manifest.kind !== "image") return fail("PROTOCOL", `${where}: the entry for ${formatPlatform(host)} is an index`);
-  return resolved(fetched, formatPlatform(entry.platform), [{ manifest, ...given({ platform: entry.platform }) }]);
+  if (manifest.kind !== "image") return fail("PROTOCOL", `${where}: ${fetched.digest} is an index, and not said to be`);
+  return resolved(fetched, formatPlatform(platform), [{ manifest, ...given({ platform }) }]);
 }
 /** A single image for another platform than the one asked for is an error; than this machine's, a warning. */
 function checkPlatform({ settings: { wanted }, warn }: Session, where: string, platform: Platform): void {

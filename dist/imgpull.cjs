@@ -1506,76 +1506,84 @@ function fetchConfig(session, registry, descriptor) {
     return fail("DIGEST_MISMATCH", `${redactUrl(url)}: the config's bytes have another digest`);
   });
 }
-async function resolveImage(session, reference, name, isAll) {
-  const where = formatReference(reference);
-  const registry = registryOf(session, reference);
-  const { wanted, concurrency } = session.settings;
-  const asked = await registry.manifest(versionOf(reference));
-  const parsed = parseManifest(asked, where);
-  const resolved = (top, platform, contents, manifests = [top]) => ({ reference, registry, top, platform, contents, manifests, name: name.replace(/@.*$/, `@${top.digest}`) });
-  const fetchChild = async ({ digest, size }) => {
-    const child = await registry.manifest(digest);
-    if (child.bytes.length === size) return child;
-    return fail("SIZE_MISMATCH", `${where}: ${digest} has ${child.bytes.length} bytes, not ${size}`);
+async function fetchChild(registry, where, { digest, size }) {
+  const child = await registry.manifest(digest);
+  if (child.bytes.length === size) return child;
+  return fail("SIZE_MISMATCH", `${where}: ${digest} has ${child.bytes.length} bytes, not ${size}`);
+}
+var checkDepth = (depth, where) => depth <= LIMITS.indexDepth || fail("TOO_LARGE", `${where}: indexes inside indexes, more than ${LIMITS.indexDepth} deep`);
+var isAttestation = ({ platform }) => platform?.os === "unknown" || platform?.architecture === "unknown";
+async function collectAll(session, registry, where, top) {
+  const manifests = /* @__PURE__ */ new Map([[top.digest, top]]);
+  const contents = [];
+  const collect = async (fetched, depth, platform) => {
+    checkDepth(depth, where);
+    const manifest = parseManifest(fetched, where);
+    if (manifest.kind === "image") return void contents.push({ manifest, ...given({ platform }) });
+    const entries = manifest.manifests.filter(({ digest }) => !manifests.has(digest));
+    const children = await mapConcurrently(entries, session.settings.concurrency, (entry) => fetchChild(registry, where, entry));
+    for (const [at, child] of children.entries()) {
+      if (manifests.has(child.digest)) continue;
+      manifests.set(child.digest, child);
+      await collect(child, depth + 1, entries[at]?.platform);
+    }
   };
-  const checkDepth = (depth) => depth <= LIMITS.indexDepth || fail("TOO_LARGE", `${where}: indexes inside indexes, more than ${LIMITS.indexDepth} deep`);
-  const isNested = ({ mediaType }) => INDEX_TYPES.includes(mediaType);
-  const isAttestation = ({ platform }) => platform?.os === "unknown" || platform?.architecture === "unknown";
-  if (isAll) {
-    const manifests = /* @__PURE__ */ new Map([[asked.digest, asked]]);
-    const contents = [];
-    const collect = async (manifest2, depth, platform) => {
-      checkDepth(depth);
-      if (manifest2.kind === "image") return void contents.push({ manifest: manifest2, ...given({ platform }) });
-      const entries = manifest2.manifests.filter(({ digest }) => !manifests.has(digest));
-      const children = await mapConcurrently(entries, concurrency, fetchChild);
-      for (const [at, child] of children.entries()) {
-        if (manifests.has(child.digest)) continue;
-        manifests.set(child.digest, child);
-        await collect(parseManifest(child, where), depth + 1, entries[at]?.platform);
-      }
-    };
-    await collect(parsed, 0);
-    const ordered = contents.sort((left, right) => Number(isAttestation(left)) - Number(isAttestation(right)));
-    return resolved(asked, "all", ordered, [...manifests.values()]);
-  }
-  if (parsed.kind === "image") {
-    const isConfig = CONFIG_TYPES.includes(parsed.config.mediaType);
-    const configBytes = isConfig ? await fetchConfig(session, registry, parsed.config) : void 0;
-    const config = configBytes && parseJson(configBytes);
-    const platform = isRecord(config) && config.os ? parsePlatform(config) : void 0;
-    if (platform) checkPlatform(session, where, platform);
-    return resolved(asked, formatPlatform(platform), [{ manifest: parsed, ...given({ platform, configBytes }) }]);
-  }
+  await collect(top, 0);
+  contents.sort((left, right) => Number(isAttestation(left)) - Number(isAttestation(right)));
+  return { manifests: [...manifests.values()], contents };
+}
+async function findPlatform(session, registry, where, top) {
+  const { settings: { wanted }, warn } = session;
   const seen = /* @__PURE__ */ new Set();
   const search = async (index, platform, depth = 1) => {
-    checkDepth(depth);
-    const usable = index.manifests.filter((entry2) => !isAttestation(entry2));
-    const plain = usable.filter((entry2) => !isNested(entry2));
-    for (const entry2 of plain) if (entry2.platform) seen.add(formatPlatform(entry2.platform));
+    checkDepth(depth, where);
+    const usable = index.manifests.filter((entry) => !isAttestation(entry));
+    const nested = usable.filter(({ mediaType }) => INDEX_TYPES.includes(mediaType));
+    const plain = usable.filter((entry) => !nested.includes(entry));
+    for (const entry of plain) if (entry.platform) seen.add(formatPlatform(entry.platform));
     const only = usable.length === 1 && !plain[0]?.platform ? plain[0] : void 0;
     const found2 = matchPlatform(plain, platform) ?? only;
-    if (found2) return [found2, await fetchChild(found2)];
-    for (const entry2 of usable.filter(isNested)) {
-      if (entry2.platform?.os && !matchPlatform([entry2], platform)) continue;
-      const nested = parseManifest(await fetchChild(entry2), where);
-      const inside = nested.kind === "index" ? await search(nested, platform, depth + 1) : void 0;
+    if (found2) return [found2, await fetchChild(registry, where, found2)];
+    for (const entry of nested) {
+      if (entry.platform?.os && !matchPlatform([entry], platform)) continue;
+      const inner = parseManifest(await fetchChild(registry, where, entry), where);
+      const inside = inner.kind === "index" ? await search(inner, platform, depth + 1) : void 0;
       if (inside) return inside;
     }
     return void 0;
   };
   const host = wantedPlatform(wanted);
-  let found = await search(parsed, host);
-  if (!found && wanted.os === void 0 && host.os !== "linux") {
-    found = await search(parsed, { ...host, os: "linux" });
-    if (found) session.warn(`${where} has nothing for ${host.os}: taking linux`);
-  }
+  const found = await search(top, host);
+  if (found) return found;
+  const mayBeLinux = wanted.os === void 0 && host.os !== "linux";
+  const onLinux = mayBeLinux ? await search(top, { ...host, os: "linux" }) : void 0;
+  if (onLinux) warn(`${where} has nothing for ${host.os}: taking linux`);
   const choices = printable([...seen].join(", ") || "none", 1e3);
-  const [entry, fetched] = found ?? fail("NO_PLATFORM", `${where} has no image for ${formatPlatform(host)}
+  return onLinux ?? fail("NO_PLATFORM", `${where} has no image for ${formatPlatform(host)}
   it has: ${choices} (--platform)`);
+}
+async function resolveImage(session, reference, name, isAll) {
+  const where = formatReference(reference);
+  const registry = registryOf(session, reference);
+  const asked = await registry.manifest(versionOf(reference));
+  const parsed = parseManifest(asked, where);
+  const resolved = (top, platform2, contents, manifests = [top]) => ({ reference, registry, top, platform: platform2, contents, manifests, name: name.replace(/@.*$/, `@${top.digest}`) });
+  if (isAll) {
+    const { contents, manifests } = await collectAll(session, registry, where, asked);
+    return resolved(asked, "all", contents, manifests);
+  }
+  if (parsed.kind === "image") {
+    const isConfig = CONFIG_TYPES.includes(parsed.config.mediaType);
+    const configBytes = isConfig ? await fetchConfig(session, registry, parsed.config) : void 0;
+    const config = configBytes && parseJson(configBytes);
+    const platform2 = isRecord(config) && config.os ? parsePlatform(config) : void 0;
+    if (platform2) checkPlatform(session, where, platform2);
+    return resolved(asked, formatPlatform(platform2), [{ manifest: parsed, ...given({ platform: platform2, configBytes }) }]);
+  }
+  const [{ platform }, fetched] = await findPlatform(session, registry, where, parsed);
   const manifest = parseManifest(fetched, where);
-  if (manifest.kind !== "image") return fail("PROTOCOL", `${where}: the entry for ${formatPlatform(host)} is an index`);
-  return resolved(fetched, formatPlatform(entry.platform), [{ manifest, ...given({ platform: entry.platform }) }]);
+  if (manifest.kind !== "image") return fail("PROTOCOL", `${where}: ${fetched.digest} is an index, and not said to be`);
+  return resolved(fetched, formatPlatform(platform), [{ manifest, ...given({ platform }) }]);
 }
 function checkPlatform({ settings: { wanted }, warn }, where, platform) {
   const asked = { ...platform, ...wanted };
