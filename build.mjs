@@ -50,7 +50,8 @@ async function buildDist() {
     "--emitDeclarationOnly", "--rootDir", ".", "--outDir", "build/types"]);
   // What is @internal is declared no more, so it is not exported either.
   const types = readFileSync("build/types/imgpull.d.ts", "utf8");
-  const isDeclared = (name) => new RegExp(`^(declare )?(class|function|const|interface|type) ${name}\\b`, "m").test(types);
+  const kinds = "class|function|const|interface|type";
+  const isDeclared = (name) => new RegExp(`^(declare )?(${kinds}) ${name}\\b`, "m").test(types);
   writeFileSync("dist/imgpull.d.ts", types.replace(/^export \{ (.*) \};$/m, (_line, names) =>
     `export { ${names.split(", ").filter(isDeclared).join(", ")} };`));
 }
