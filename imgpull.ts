@@ -278,11 +278,13 @@ const TAG = /^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$/;
 
 function isHost(text: string): boolean {
   const { ipv6, port = "443" } = HOST.exec(text)?.groups ?? {};
-  return HOST.test(text) && Number(port) >= 1 && Number(port) <= 65535 && (ipv6 === undefined || net.isIPv6(ipv6));
+  const isPort = Number(port) >= 1 && Number(port) <= 65535;
+  // A URL refuses more: 10.0.0.256, punycode that is none.
+  return HOST.test(text) && isPort && (ipv6 === undefined || net.isIPv6(ipv6)) && URL.canParse(`http://${text}`);
 }
 /** Throws BAD_REFERENCE with the reason; nothing is asked of any registry for a reference that cannot be right. */
 function parseReference(text: string): Reference {
-  const shown = printable(text.replace(/:[^@]*@(?!sha(256|512):)/, ":***@")); // which may have been a password
+  const shown = printable(text.replace(/:.*@(?!sha(256|512):)/, ":***@")); // which may have been a password
   const named = `bad image reference "${shown}"`;
   const refuse = (reason: string): never => fail("BAD_REFERENCE", `${named}: ${reason}`);
   if (text === "") refuse("it is empty");
@@ -316,7 +318,8 @@ const apiHost = (host: string): string => (host === "docker.io" ? "registry-1.do
  */
 function imageName({ host, repository, tag, digest }: Reference, namespace?: string): Reference {
   const version = tag === undefined ? `@${digest}` : `:${tag}`;
-  const isMirrored = namespace === undefined && /^[^/]*\.[^/]*\//.test(repository);
+  const [first = ""] = /^[^/]*\.[^/]*(?=\/)/.exec(repository) ?? [];
+  const isMirrored = namespace === undefined && isHost(first);
   return parseReference(`${isMirrored ? "" : `${namespace ?? host}/`}${repository}${version}`);
 }
 /** `NAME-TAG.tar`, in the working directory. */
@@ -499,6 +502,8 @@ function createTransport(settings: Settings): Transport {
       (incoming ?? outgoing).destroy(new ImgpullError("TIMEOUT", `${doing}: nothing came for ${timeoutMs / 1000} s`));
     });
     outgoing.on("error", () => undefined).end(body); // it is met below, or by the one who reads
+    // After a 101 that nobody asked for, Node closes without a response or an error.
+    outgoing.once("close", () => outgoing.emit("error", new Error("closed without an answer")));
     try {
       // With the signal: while a proxy says nothing, there is no socket yet whose end could tell.
       [incoming] = (await once(outgoing, "response", { signal })) as [http.IncomingMessage];
@@ -671,6 +676,7 @@ function decodeAuthEntry(entry: Record<string, unknown>, source: string): Creden
   if (text("auth") && !decoded.includes(":")) fail("CREDENTIALS", `${source}: "auth" is not USER:PASSWORD in base64`);
   const [, username = text("username"), password = text("password")] = /^([^:]*):([^]*)$/.exec(decoded) ?? [];
   const [identity, bearer] = [text("identitytoken"), text("registrytoken")];
+  if (/[^\x21-\x7e]/.test(bearer)) fail("CREDENTIALS", `${source}: its "registrytoken" fits no header`);
   const kind = identity ? "identity" : bearer ? "bearer" : "basic";
   const secret = identity || bearer || password;
   return username === "" && secret === "" ? undefined : { kind, username, secret, source, stored: true };
@@ -728,7 +734,9 @@ async function readCredentialFile(file: string, isNamed: boolean): Promise<strin
   return fail("CREDENTIALS", `${what}: too large for a credential file`);
 }
 /** A token for one repository (distribution specification, "Token Authentication"; OAuth2 for identity tokens). */
-async function fetchToken(session: Session, origin: string, asked: Record<string, string>, credential?: Credential) {
+async function fetchToken(
+  session: Session, origin: string, asked: Record<string, string>, isRegistry: boolean, credential?: Credential,
+) {
   const { realm = "", service, scope } = asked;
   if (realm === "" || !URL.canParse(realm, origin)) fail("PROTOCOL", `${origin} names no usable realm for its tokens`);
   const url = new URL(realm, origin);
@@ -740,7 +748,7 @@ async function fetchToken(session: Session, origin: string, asked: Record<string
     method, url, signal: session.signal, ...given({ body }),
     headers: body === undefined ? {} : { "Content-Type": "application/x-www-form-urlencoded" },
     authorizationFor: async (each) => (each === url.origin ? authorization : undefined),
-    isRegistry: (each) => each === origin,
+    isRegistry: (each) => each === origin && isRegistry,
   });
   const { kind, username, secret = "" } = credential ?? {};
   const grant = { ...query, grant_type: "refresh_token", client_id: "imgpull", refresh_token: secret };
@@ -871,7 +879,8 @@ class Registry {
     // The target of a redirect has repositories of its own, and says which one it wants.
     const theirs = origin !== this.origin && bearer.parameters.scope;
     const asked = { ...bearer.parameters, scope: theirs || `repository:${this.reference.repository}:pull` };
-    return fetchToken(this.#session, origin, asked, credential).catch(async (error: ImgpullError) => {
+    const asking = fetchToken(this.#session, origin, asked, origin === this.origin, credential);
+    return asking.catch(async (error: ImgpullError) => {
       if (![400, 401, 403, 404].includes(error.status ?? 0)) throw error;
       if (!credential?.stored) throw error.status === 401 || credential ? await this.#withTried(error) : error;
       this.#giveUp(credential, error.message);
@@ -964,7 +973,8 @@ interface IndexManifest { readonly kind: "index"; readonly manifests: readonly D
 /** A descriptor whose digest and size can be relied on to be a digest and a size. */
 function parseDescriptor(value: unknown, where: string): Descriptor {
   const refuse = (reason: string): never => fail("PROTOCOL", `${where}: ${reason}`);
-  const quote = (word: unknown) => printable(JSON.stringify(word) ?? "none", 100);
+  const quote = (word: unknown) => // never an object, which may be too deep for JSON.stringify
+    printable(typeof word === "object" ? "an object" : JSON.stringify(word) ?? "none", 100);
   if (!isRecord(value)) return refuse("a descriptor is not an object");
   const { mediaType: type, digest, size, urls, platform: words } = value;
   if (!isDigest(digest)) return refuse(`${quote(digest)} is not a digest that is safe to use`);
@@ -1215,6 +1225,7 @@ async function openTar(file: string) {
   const handle = await onDisk(`cannot read ${file}`, fs.open(file, "r"));
   const [entries, blobs] = [new Map<string, TarEntry>(), new Map<string, TarEntry>()];
   try {
+    if (!(await handle.stat()).isFile()) fail("BAD_TAR", `${file}: it is not a file`);
     for await (const entry of readTar(handle, file)) {
       const digest = digestInName(entry.name);
       entries.set(entry.name, entry);
@@ -1548,6 +1559,7 @@ async function acquireLock(file: string, dest: string): Promise<() => Promise<vo
     const isThere = owner.pid === process.pid ? owner.since === since : await isRunning(Number(owner.pid));
     const isHeld = Date.now() - mtimeMs < 6 * LIMITS.lockBeatMs && (owner.host !== host || isThere);
     if (owner.pid && isHeld) busy(` (process ${owner.pid} on ${owner.host})`);
+    if (mtimeMs === 0) busy(""); // it was let go at this moment: whoever comes next has it
     await fs.writeFile(`${file}.${process.pid}`, mine);
     await fs.rename(`${file}.${process.pid}`, file);
     await delay(20); // another that saw the same stale lock has put its own here by now: the last one has it
@@ -1677,7 +1689,9 @@ async function pullToTar(session: Session, plan: Plan, dest: string, reuse: Tars
   }
 }
 /** Each blob as a file of its own under `folder`; those that are there already are verified and kept. */
-async function pullToFolder(session: Session, jobs: BlobJob[], folder: string, name: typeof hexOf, observe: Observer) {
+async function pullToFolder(
+  session: Session, jobs: BlobJob[], folder: string, name: typeof hexOf, observe: Observer, seal?: () => Promise<void>,
+) {
   const base = path.join(folder, ".imgpull.partial");
   const journal = `${base}.journal`;
   const unlock = await acquireLock(`${base}.lock`, folder);
@@ -1707,10 +1721,12 @@ async function pullToFolder(session: Session, jobs: BlobJob[], folder: string, n
     await checkFreeSpace(folder, folder, sizeOf(missing));
     const transfer = await fillPlaces(session, missing, { journal, id: "folder", open, finish }, observe);
     transfer.reusedBytes += sizeOf(jobs) - transfer.totalBytes;
+    await seal?.();
     await fs.rm(journal, { force: true });
     return transfer;
   } finally {
-    for (const handle of handles.values()) await (await handle).close();
+    const opened = await Promise.allSettled(handles.values());
+    for (const handle of opened) if (handle.status === "fulfilled") await handle.value.close();
     await unlock();
   }
 }
@@ -1718,23 +1734,27 @@ async function pullToFolder(session: Session, jobs: BlobJob[], folder: string, n
 async function pullToLayout(session: Session, plan: Plan, folder: string, tars: Tars, observe: Observer) {
   const files = new Map(plan.entries.map(({ name, bytes }) => [name, bytes]));
   for (const name of files.keys()) await fs.mkdir(path.dirname(path.join(folder, name)), { recursive: true });
-  const old = parseJson((await readOptional(path.join(folder, "index.json"))) ?? "{}");
-  if (!isRecord(old)) return fail("DISK", `${folder} holds an index.json that is not a JSON object`);
-  const transfer = await pullToFolder(session, newJobs(plan, tars, true), folder, blobPath, observe);
-  const ours = parseJson(files.get("index.json") ?? "") as { manifests: Descriptor[] };
-  const nameOf = ({ annotations }: Descriptor) => annotations?.["org.opencontainers.image.ref.name"];
-  const isOurs = (entry: Descriptor) => ours.manifests.some((other) => nameOf(other) === nameOf(entry));
-  const before = Array.isArray(old.manifests) ? (old.manifests as Descriptor[]) : [];
-  const manifests = [...before.filter((entry) => !isOurs(entry)), ...ours.manifests];
-  for (const name of ["manifest.json", "index.json"]) files.delete(name);
-  files.set("index.json", encodeJson({ ...old, ...ours, manifests })); // last of all
-  for (const [name, bytes] of files) {
-    const file = path.join(folder, name);
-    if (bytes) await fs.writeFile(`${file}.partial`, bytes, { flush: true } as object);
-    if (bytes) await fs.rename(`${file}.partial`, file);
-  }
-  await syncFolder(folder);
-  return transfer;
+  const readIndex = async () => {
+    const old = parseJson((await readOptional(path.join(folder, "index.json"))) ?? "{}");
+    return isRecord(old) ? old : fail("DISK", `${folder} holds an index.json that is not a JSON object`);
+  };
+  await readIndex();
+  return pullToFolder(session, newJobs(plan, tars, true), folder, blobPath, observe, async () => {
+    const old = await readIndex(); // again, under the lock: another run may have added to it
+    const ours = parseJson(files.get("index.json") ?? "") as { manifests: Descriptor[] };
+    const nameOf = ({ annotations }: Descriptor) => annotations?.["org.opencontainers.image.ref.name"];
+    const isOurs = (entry: Descriptor) => ours.manifests.some((other) => nameOf(other) === nameOf(entry));
+    const before = Array.isArray(old.manifests) ? (old.manifests as Descriptor[]) : [];
+    const manifests = [...before.filter((entry) => !isOurs(entry)), ...ours.manifests];
+    for (const name of ["manifest.json", "index.json"]) files.delete(name);
+    files.set("index.json", encodeJson({ ...old, ...ours, manifests })); // last of all
+    for (const [name, bytes] of files) {
+      const file = path.join(folder, name);
+      if (bytes) await fs.writeFile(`${file}.partial`, bytes, { flush: true } as object);
+      if (bytes) await fs.rename(`${file}.partial`, file);
+    }
+    await syncFolder(folder);
+  });
 }
 /** The plan in order onto a stream. What comes early waits in a window; the trailer follows only if all was right. */
 async function pullToStream(outer: Session, plan: Plan, output: NodeJS.WritableStream, tars: Tars, observe: Observer) {
@@ -2232,6 +2252,7 @@ function planCommand({ values, switches, reuse, positionals }: ReturnType<typeof
   const images = positionals.slice(0, manifest !== undefined ? 1 : hasDestination ? -1 : undefined);
   const bound = OPTIONS.find((option) => option.isForOneHost && values[option.name] !== undefined)?.name;
   if (images.length === 0 && from === undefined) usage("IMAGE is missing");
+  if (destination === "") usage("DEST is empty");
   if (!manifest && from !== undefined && !destination) usage("DEST is missing");
   if (name !== undefined && (images.length !== 1 || from !== undefined)) usage("--name goes with one IMAGE");
   const isQuiet = switches.has("quiet");
@@ -2381,13 +2402,17 @@ async function main(argv: readonly string[], io?: CommandIO): Promise<number> {
   const stop = new AbortController();
   let signalCode = 0;
   const interrupt = (name: NodeJS.Signals) => {
-    if (signalCode !== 0) process.exit(signalCode); // asked twice: at once
     signalCode = name === "SIGINT" ? 130 : 143;
     stop.abort();
   };
   if (!io) {
-    process.on("SIGINT", interrupt).on("SIGTERM", interrupt);
+    process.once("SIGINT", interrupt).once("SIGTERM", interrupt); // asked twice: the system ends us at once
     for (const stream of [stdout, stderr]) stream.on("error", () => undefined); // a reader that has gone
+    stdout.once("error", (error) => {
+      if (errorCodeOf(error) === "EPIPE") return;
+      stderr.write(`imgpull: cannot write stdout: ${diskWords(error)}\n`);
+      process.once("exit", () => (process.exitCode ||= 1));
+    });
   }
   try {
     await runCommand(argv, used, stop.signal);

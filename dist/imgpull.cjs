@@ -205,10 +205,11 @@ var REPOSITORY = new RegExp(`^${PATH_PART}(?:/${PATH_PART})*$`);
 var TAG = /^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$/;
 function isHost(text) {
   const { ipv6, port = "443" } = HOST.exec(text)?.groups ?? {};
-  return HOST.test(text) && Number(port) >= 1 && Number(port) <= 65535 && (ipv6 === void 0 || net.isIPv6(ipv6));
+  const isPort = Number(port) >= 1 && Number(port) <= 65535;
+  return HOST.test(text) && isPort && (ipv6 === void 0 || net.isIPv6(ipv6)) && URL.canParse(`http://${text}`);
 }
 function parseReference(text) {
-  const shown = printable(text.replace(/:[^@]*@(?!sha(256|512):)/, ":***@"));
+  const shown = printable(text.replace(/:.*@(?!sha(256|512):)/, ":***@"));
   const named = `bad image reference "${shown}"`;
   const refuse = (reason) => fail("BAD_REFERENCE", `${named}: ${reason}`);
   if (text === "") refuse("it is empty");
@@ -235,7 +236,8 @@ var formatReference = ({ host, repository, tag, digest }) => `${host}/${reposito
 var apiHost = (host) => host === "docker.io" ? "registry-1.docker.io" : host;
 function imageName({ host, repository, tag, digest }, namespace) {
   const version = tag === void 0 ? `@${digest}` : `:${tag}`;
-  const isMirrored = namespace === void 0 && /^[^/]*\.[^/]*\//.test(repository);
+  const [first = ""] = /^[^/]*\.[^/]*(?=\/)/.exec(repository) ?? [];
+  const isMirrored = namespace === void 0 && isHost(first);
   return parseReference(`${isMirrored ? "" : `${namespace ?? host}/`}${repository}${version}`);
 }
 var defaultDestination = ({ repository, tag, digest = "" }) => `${repository.slice(repository.lastIndexOf("/") + 1)}-${tag ?? hexOf(digest).slice(0, 12)}.tar`;
@@ -381,6 +383,7 @@ function createTransport(settings) {
       (incoming ?? outgoing).destroy(new ImgpullError("TIMEOUT", `${doing}: nothing came for ${timeoutMs / 1e3} s`));
     });
     outgoing.on("error", () => void 0).end(body);
+    outgoing.once("close", () => outgoing.emit("error", new Error("closed without an answer")));
     try {
       [incoming] = await (0, import_node_events.once)(outgoing, "response", { signal });
     } catch (error) {
@@ -515,6 +518,7 @@ function decodeAuthEntry(entry, source) {
   if (text("auth") && !decoded.includes(":")) fail("CREDENTIALS", `${source}: "auth" is not USER:PASSWORD in base64`);
   const [, username = text("username"), password = text("password")] = /^([^:]*):([^]*)$/.exec(decoded) ?? [];
   const [identity, bearer] = [text("identitytoken"), text("registrytoken")];
+  if (/[^\x21-\x7e]/.test(bearer)) fail("CREDENTIALS", `${source}: its "registrytoken" fits no header`);
   const kind = identity ? "identity" : bearer ? "bearer" : "basic";
   const secret = identity || bearer || password;
   return username === "" && secret === "" ? void 0 : { kind, username, secret, source, stored: true };
@@ -562,7 +566,7 @@ async function readCredentialFile(file, isNamed) {
   }
   return fail("CREDENTIALS", `${what}: too large for a credential file`);
 }
-async function fetchToken(session, origin, asked, credential) {
+async function fetchToken(session, origin, asked, isRegistry, credential) {
   const { realm = "", service, scope } = asked;
   if (realm === "" || !URL.canParse(realm, origin)) fail("PROTOCOL", `${origin} names no usable realm for its tokens`);
   const url = new URL(realm, origin);
@@ -577,7 +581,7 @@ async function fetchToken(session, origin, asked, credential) {
     ...given({ body }),
     headers: body === void 0 ? {} : { "Content-Type": "application/x-www-form-urlencoded" },
     authorizationFor: async (each) => each === url.origin ? authorization : void 0,
-    isRegistry: (each) => each === origin
+    isRegistry: (each) => each === origin && isRegistry
   });
   const { kind, username, secret = "" } = credential ?? {};
   const grant = { ...query, grant_type: "refresh_token", client_id: "imgpull", refresh_token: secret };
@@ -695,7 +699,8 @@ var Registry = class {
     if (kind === "bearer") return { header: `Bearer ${secret}`, expiresAt: NEVER };
     const theirs = origin !== this.origin && bearer.parameters.scope;
     const asked = { ...bearer.parameters, scope: theirs || `repository:${this.reference.repository}:pull` };
-    return fetchToken(this.#session, origin, asked, credential).catch(async (error) => {
+    const asking = fetchToken(this.#session, origin, asked, origin === this.origin, credential);
+    return asking.catch(async (error) => {
       if (![400, 401, 403, 404].includes(error.status ?? 0)) throw error;
       if (!credential?.stored) throw error.status === 401 || credential ? await this.#withTried(error) : error;
       this.#giveUp(credential, error.message);
@@ -779,7 +784,10 @@ function sniffMediaType(bytes, contentType = "") {
 }
 function parseDescriptor(value, where) {
   const refuse = (reason) => fail("PROTOCOL", `${where}: ${reason}`);
-  const quote = (word) => printable(JSON.stringify(word) ?? "none", 100);
+  const quote = (word) => (
+    // never an object, which may be too deep for JSON.stringify
+    printable(typeof word === "object" ? "an object" : JSON.stringify(word) ?? "none", 100)
+  );
   if (!isRecord(value)) return refuse("a descriptor is not an object");
   const { mediaType: type, digest, size, urls, platform: words } = value;
   if (!isDigest(digest)) return refuse(`${quote(digest)} is not a digest that is safe to use`);
@@ -995,6 +1003,7 @@ async function openTar(file) {
   const handle = await onDisk(`cannot read ${file}`, fs.open(file, "r"));
   const [entries, blobs] = [/* @__PURE__ */ new Map(), /* @__PURE__ */ new Map()];
   try {
+    if (!(await handle.stat()).isFile()) fail("BAD_TAR", `${file}: it is not a file`);
     for await (const entry of readTar(handle, file)) {
       const digest = digestInName(entry.name);
       entries.set(entry.name, entry);
@@ -1270,6 +1279,7 @@ async function acquireLock(file, dest) {
     const isThere = owner.pid === process.pid ? owner.since === since : await isRunning(Number(owner.pid));
     const isHeld = Date.now() - mtimeMs < 6 * LIMITS.lockBeatMs && (owner.host !== host || isThere);
     if (owner.pid && isHeld) busy(` (process ${owner.pid} on ${owner.host})`);
+    if (mtimeMs === 0) busy("");
     await fs.writeFile(`${file}.${process.pid}`, mine);
     await fs.rename(`${file}.${process.pid}`, file);
     await (0, import_promises2.setTimeout)(20);
@@ -1385,7 +1395,7 @@ async function pullToTar(session, plan, dest, reuse, observe) {
     await unlock();
   }
 }
-async function pullToFolder(session, jobs, folder, name, observe) {
+async function pullToFolder(session, jobs, folder, name, observe, seal) {
   const base = path.join(folder, ".imgpull.partial");
   const journal = `${base}.journal`;
   const unlock = await acquireLock(`${base}.lock`, folder);
@@ -1415,33 +1425,39 @@ async function pullToFolder(session, jobs, folder, name, observe) {
     await checkFreeSpace(folder, folder, sizeOf(missing));
     const transfer = await fillPlaces(session, missing, { journal, id: "folder", open: open2, finish }, observe);
     transfer.reusedBytes += sizeOf(jobs) - transfer.totalBytes;
+    await seal?.();
     await fs.rm(journal, { force: true });
     return transfer;
   } finally {
-    for (const handle of handles.values()) await (await handle).close();
+    const opened = await Promise.allSettled(handles.values());
+    for (const handle of opened) if (handle.status === "fulfilled") await handle.value.close();
     await unlock();
   }
 }
 async function pullToLayout(session, plan, folder, tars, observe) {
   const files = new Map(plan.entries.map(({ name, bytes }) => [name, bytes]));
   for (const name of files.keys()) await fs.mkdir(path.dirname(path.join(folder, name)), { recursive: true });
-  const old = parseJson(await readOptional(path.join(folder, "index.json")) ?? "{}");
-  if (!isRecord(old)) return fail("DISK", `${folder} holds an index.json that is not a JSON object`);
-  const transfer = await pullToFolder(session, newJobs(plan, tars, true), folder, blobPath, observe);
-  const ours = parseJson(files.get("index.json") ?? "");
-  const nameOf = ({ annotations }) => annotations?.["org.opencontainers.image.ref.name"];
-  const isOurs = (entry) => ours.manifests.some((other) => nameOf(other) === nameOf(entry));
-  const before = Array.isArray(old.manifests) ? old.manifests : [];
-  const manifests = [...before.filter((entry) => !isOurs(entry)), ...ours.manifests];
-  for (const name of ["manifest.json", "index.json"]) files.delete(name);
-  files.set("index.json", encodeJson({ ...old, ...ours, manifests }));
-  for (const [name, bytes] of files) {
-    const file = path.join(folder, name);
-    if (bytes) await fs.writeFile(`${file}.partial`, bytes, { flush: true });
-    if (bytes) await fs.rename(`${file}.partial`, file);
-  }
-  await syncFolder(folder);
-  return transfer;
+  const readIndex = async () => {
+    const old = parseJson(await readOptional(path.join(folder, "index.json")) ?? "{}");
+    return isRecord(old) ? old : fail("DISK", `${folder} holds an index.json that is not a JSON object`);
+  };
+  await readIndex();
+  return pullToFolder(session, newJobs(plan, tars, true), folder, blobPath, observe, async () => {
+    const old = await readIndex();
+    const ours = parseJson(files.get("index.json") ?? "");
+    const nameOf = ({ annotations }) => annotations?.["org.opencontainers.image.ref.name"];
+    const isOurs = (entry) => ours.manifests.some((other) => nameOf(other) === nameOf(entry));
+    const before = Array.isArray(old.manifests) ? old.manifests : [];
+    const manifests = [...before.filter((entry) => !isOurs(entry)), ...ours.manifests];
+    for (const name of ["manifest.json", "index.json"]) files.delete(name);
+    files.set("index.json", encodeJson({ ...old, ...ours, manifests }));
+    for (const [name, bytes] of files) {
+      const file = path.join(folder, name);
+      if (bytes) await fs.writeFile(`${file}.partial`, bytes, { flush: true });
+      if (bytes) await fs.rename(`${file}.partial`, file);
+    }
+    await syncFolder(folder);
+  });
 }
 async function pullToStream(outer, plan, output, tars, observe) {
   const early = /* @__PURE__ */ new Map();
@@ -1899,6 +1915,7 @@ function planCommand({ values, switches, reuse, positionals }) {
   const images = positionals.slice(0, manifest !== void 0 ? 1 : hasDestination ? -1 : void 0);
   const bound = OPTIONS.find((option) => option.isForOneHost && values[option.name] !== void 0)?.name;
   if (images.length === 0 && from === void 0) usage("IMAGE is missing");
+  if (destination === "") usage("DEST is empty");
   if (!manifest && from !== void 0 && !destination) usage("DEST is missing");
   if (name !== void 0 && (images.length !== 1 || from !== void 0)) usage("--name goes with one IMAGE");
   const isQuiet = switches.has("quiet");
@@ -2042,13 +2059,18 @@ async function main(argv, io) {
   const stop = new AbortController();
   let signalCode = 0;
   const interrupt = (name) => {
-    if (signalCode !== 0) process.exit(signalCode);
     signalCode = name === "SIGINT" ? 130 : 143;
     stop.abort();
   };
   if (!io) {
-    process.on("SIGINT", interrupt).on("SIGTERM", interrupt);
+    process.once("SIGINT", interrupt).once("SIGTERM", interrupt);
     for (const stream of [stdout, stderr]) stream.on("error", () => void 0);
+    stdout.once("error", (error) => {
+      if (errorCodeOf(error) === "EPIPE") return;
+      stderr.write(`imgpull: cannot write stdout: ${diskWords(error)}
+`);
+      process.once("exit", () => process.exitCode ||= 1);
+    });
   }
   try {
     await runCommand(argv, used, stop.signal);

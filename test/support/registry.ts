@@ -16,6 +16,8 @@ export interface TlsOptions {
   cert: string;
   /** PEM of the CA whose clients alone may connect (mTLS). */
   clientCa?: string;
+  /** Asks for a client certificate, and goes on without. */
+  clientOptional?: boolean;
 }
 
 export interface AuthOptions {
@@ -345,7 +347,9 @@ class Listener {
     const server = tls
       ? createTlsServer({
         ...limits, key: tls.key, cert: tls.cert,
-        ...(tls.clientCa !== undefined && { ca: tls.clientCa, requestCert: true, rejectUnauthorized: true }),
+        ...(tls.clientCa !== undefined && {
+          ca: tls.clientCa, requestCert: true, rejectUnauthorized: tls.clientOptional !== true,
+        }),
       }, answer)
       : createServer(limits, answer);
     server.on("connection", (socket: Socket) => {
