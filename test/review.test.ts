@@ -114,7 +114,7 @@ test("a folder's lock is let go although one of its files could not be opened", 
   await puller.pullBlobs(holder, folder);
 });
 
-test("two pulls into one layout, one after the other's start, lose no image", async (t) => {
+test("a second pull into a layout that is being filled says so, and adds to it afterwards", async (t) => {
   const registry = await startRegistry({}, t);
   const held = gate();
   const [first, second] = [makeImage({ seed: "first" }), makeImage({ seed: "second" })];
