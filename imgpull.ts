@@ -21,22 +21,23 @@
 
 // ====== 1. Imports, media types, limits ======
 
-import { spawnSync } from "node:child_process";
-import { createHash, type Hash } from "node:crypto";
+import type { Hash } from "node:crypto";
 import { once, setMaxListeners } from "node:events";
 import * as fs from "node:fs/promises";
-import * as http from "node:http";
-import * as https from "node:https";
+import type * as http from "node:http";
+import type * as https from "node:https";
 import * as net from "node:net";
 import * as os from "node:os";
 import * as path from "node:path";
 import { unescape } from "node:querystring"; // decodeURIComponent that does not throw
 import { Readable } from "node:stream";
-import { pipeline } from "node:stream/promises";
+import { finished, pipeline } from "node:stream/promises";
 import { setTimeout as delay } from "node:timers/promises";
-import * as tls from "node:tls";
+import type * as tls from "node:tls";
 import { parseArgs } from "node:util";
-import * as zlib from "node:zlib";
+
+/** The modules of Node that take long to load, each at its first use: `--version` needs none, a pull over http two. */
+const load = process.getBuiltinModule;
 
 declare const IMGPULL_VERSION: string;
 declare const IMGPULL_BUILD_DATE: string;
@@ -69,9 +70,10 @@ const LIMITS = Object.freeze({
   retryAfterMs: 120_000, // longer waits are the user's to decide
   batchBytes: MIB, // one write to disk: fewer trips to Node's thread pool than one for each chunk
   journalBytes: MIB, // how much a kill -9 may cost each blob, beside what a connection has gathered
+  syncBytes: 32 * MIB, // the disk works while the line does, and little is left for the sync at the end
   splitBytes: MIB, // neither half of a range that is cut in two is smaller,
   nearSplitBytes: 16 * MIB, // nor on a near line, where a server has megabytes under way that a cut throws away
-  fastLineBytesPerSecond: 256 * MIB, // from here on the processor is the limit, and more connections only cost
+  busyLoop: 0.4, // of Node's event loop: from here on the processor is the limit, and more connections only cost
   farLatencyMs: 20, // from here on a line is worth several connections before its speed is known
   streamUnitBytes: 4 * MIB, // DEST `-`: one request's share of a large blob
   streamWindowBytes: 32 * MIB, // DEST `-`: how far the line may be ahead of the reader
@@ -205,7 +207,8 @@ function onDisk<T>(doing: string, work: Promise<T>): Promise<T> {
 const isDigest = (text: unknown): text is string =>
   typeof text === "string" && /^(sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})$/.test(text);
 const hexOf = (digest: string): string => digest.slice(digest.indexOf(":") + 1);
-const newHash = (digest: string): Hash => createHash(digest.slice(0, digest.indexOf(":")));
+const newHash = (digest: string): Hash =>
+  load("node:crypto").createHash(digest.slice(0, digest.indexOf(":")));
 /** The digest of bytes, by the algorithm of another digest. */
 const digestOf = (bytes: Uint8Array, like = "sha256:"): string =>
   `${like.slice(0, like.indexOf(":"))}:${newHash(like).update(bytes).digest("hex")}`;
@@ -370,9 +373,10 @@ async function systemCertificates(environment: Environment): Promise<string[]> {
     for (const text of await Promise.all(names.map((name) => readOptional(path.join(directory, name))))) add(text);
   }
   // macOS and Windows keep theirs in no file; Node reads them since 22.15.
-  const { getCACertificates } = tls as { getCACertificates?: (type: string) => string[] };
+  const { getCACertificates, rootCertificates } =
+    load("node:tls") as typeof tls & { getCACertificates?: (type: string) => string[] };
   if (bundle === "" && ["darwin", "win32"].includes(process.platform)) getCACertificates?.("system").forEach(add);
-  if (bundle === "") tls.rootCertificates.forEach(add);
+  if (bundle === "") rootCertificates.forEach(add);
   if (extra) add(await readOptional(extra));
   return [bundle];
 }
@@ -396,7 +400,7 @@ async function secureContextFor(url: URL, isRegistry: boolean, settings: Setting
   const cert = tlsCert === undefined ? await read(".cert") : await readPem(tlsCert, "--cert");
   const key = tlsKey === undefined ? await read(".key") : await readPem(tlsKey, "--key");
   try {
-    return tls.createSecureContext({ ca, cert, key });
+    return load("node:tls").createSecureContext({ ca, cert, key });
   } catch (error) {
     return fail("TLS", `cannot use the certificates given: ${printable((error as Error).message)}`, { cause: error });
   }
@@ -437,7 +441,7 @@ const basicAuthorization = (username: string, secret: string): string =>
 const proxyHeaders = ({ username, password }: URL): Record<string, string> => (username === "" ? {}
   : { "Proxy-Authorization": basicAuthorization(unescape(username), unescape(password)) });
 const PROXY_REMEDY = "\n  the proxy wants credentials: http://USER:PASSWORD@HOST:PORT";
-const clientFor = ({ protocol }: URL) => (protocol === "https:" ? https : http);
+const clientFor = ({ protocol }: URL) => load(protocol === "https:" ? "node:https" : "node:http");
 const proxyName = ({ protocol, host }: URL): string => `the proxy ${protocol}//${host}`;
 /** What a proxy refuses is told in its name: the registry never saw it. */
 function proxyRefusal(proxy: URL, what: string, { statusCode: status, statusMessage = "" }: http.IncomingMessage) {
@@ -451,7 +455,7 @@ function connectThrough(proxy: URL, options: https.RequestOptions, target: tls.C
   const headers = { Host: authority, ...proxyHeaders(proxy) };
   const connect = clientFor(proxy).request(proxy.origin, { ...options, method: "CONNECT", path: authority, headers });
   connect.once("connect", (response, socket) => {
-    if (response.statusCode === 200) return done(null, tls.connect({ ...target, socket }));
+    if (response.statusCode === 200) return done(null, load("node:tls").connect({ ...target, socket }));
     socket.destroy();
     done(proxyRefusal(proxy, `CONNECT ${authority}`, response));
   });
@@ -470,9 +474,9 @@ function createTransport(settings: Settings): Transport {
     // Node takes the name to verify from the Host header, which is the target's, unless it is told.
     const servername = isTlsProxy && net.isIP(proxy.hostname) === 0 ? proxy.hostname : "";
     const proxyTls = isTlsProxy ? { secureContext: await secureContextFor(proxy, false, settings), servername } : {};
-    if (url.protocol === "http:") return new (isTlsProxy ? https : http).Agent({ ...keepAlive, ...proxyTls });
+    if (url.protocol === "http:") return new (clientFor(isTlsProxy ? proxy : url).Agent)({ ...keepAlive, ...proxyTls });
     const secureContext = await secureContextFor(url, isRegistry, settings);
-    const agent = new https.Agent({ ...keepAlive, secureContext, rejectUnauthorized: insecure !== true });
+    const agent = new (clientFor(url).Agent)({ ...keepAlive, secureContext, rejectUnauthorized: insecure !== true });
     if (!proxy) return agent;
     const createConnection = (target: tls.ConnectionOptions, done: OnConnection) => {
       const connect = connectThrough(proxy, { ...proxyTls, agent: false, timeout: timeoutMs }, target, done);
@@ -555,7 +559,7 @@ function decodeBody(response: http.IncomingMessage, expectedBytes?: number): Rea
   const { "content-encoding": encoding = "", "content-length": length } = response.headers;
   const isRaw = expectedBytes !== undefined && Number(length) === expectedBytes;
   if (!/^(x-)?gzip$/i.test(encoding) || isRaw) return response;
-  const decoded = zlib.createGunzip();
+  const decoded = load("node:zlib").createGunzip();
   response.once("error", (error) => decoded.destroy(error));
   return response.pipe(decoded.once("close", () => response.destroy()));
 }
@@ -687,7 +691,8 @@ function runCredentialHelper(name: string, input: string, environment: Environme
   const refuse = (reason: string): never => fail("CREDENTIALS", `the credential helper ${printable(source)} ${reason}`);
   if (!/^[\w.+-]+$/.test(name)) refuse("has a name that is not one");
   const bounds = { encoding: "utf8", timeout: 60_000, maxBuffer: LIMITS.tokenBytes } as const;
-  const { status, stdout, stderr, error } = spawnSync(source, ["get"], { input, env: { ...environment }, ...bounds });
+  const options = { input, env: { ...environment }, ...bounds };
+  const { status, stdout, stderr, error } = load("node:child_process").spawnSync(source, ["get"], options);
   if (error) refuse(`cannot be run: ${errorCodeOf(error) === "ENOENT" ? "it is not on the PATH" : errorCodeOf(error)}`);
   const words = printable(stdout || stderr) || `exit code ${status}`;
   if (status !== 0) return /credentials not found/i.test(words) ? undefined : refuse(`failed: ${words}`);
@@ -1140,7 +1145,7 @@ function planTar(images: readonly ResolvedImage[], omit: ReadonlySet<string> = n
     }
   }
   const entries: PlanEntry[] = [];
-  const identity = createHash("sha256");
+  const identity = newHash("sha256:");
   let [offset, blobBytes] = [0, 0];
   for (const [name, content] of contents) {
     const lead = Buffer.concat([Buffer.alloc(paddingOf(offset)), encodeTarHeader(name, content.sizeBytes)]);
@@ -1157,11 +1162,21 @@ function planTar(images: readonly ResolvedImage[], omit: ReadonlySet<string> = n
 type Plan = ReturnType<typeof planTar>;
 type TarEntry = Readonly<{ name: string; sizeBytes: number; offset: number; type: string; linkName: string }>;
 /** Reads up to `length` bytes; fewer only at the end of the file. */
-async function readAt(handle: fs.FileHandle, position: number, length: number, buffer = Buffer.alloc(length)) {
+async function readAt(handle: fs.FileHandle, position: number, length: number): Promise<Buffer> {
+  const buffer = Buffer.allocUnsafe(length);
   for (let filled = 0; ; ) {
     const { bytesRead } = await handle.read(buffer, filled, length - filled, position + filled);
     filled += bytesRead;
     if (bytesRead === 0 || filled === length) return buffer.subarray(0, filled);
+  }
+}
+/** What lies at a place of a file, piece by piece. */
+async function* readPlace(handle: fs.FileHandle, from: number, to: number): AsyncGenerator<Buffer> {
+  for (let at = from; at < to; at += LIMITS.batchBytes) {
+    const length = Math.min(LIMITS.batchBytes, to - at);
+    const piece = await readAt(handle, at, length);
+    if (piece.length < length) fail("DISK", "a file became shorter while it was read");
+    yield piece;
   }
 }
 /** The entries of a tar that anyone made: ustar, pax, and GNU's long names and base-256 sizes. */
@@ -1292,6 +1307,8 @@ type Sink = Readonly<{
   write: (job: BlobJob, position: number, chunks: Buffer[]) => Promise<void>;
   /** All bytes of the blob were written; false asks for them once more. */
   blobDone: (job: BlobJob) => Promise<boolean>;
+  /** All blobs are done. */
+  end?: () => Promise<void>;
 }>;
 type Observer = (transfer: Transfer, finished?: BlobJob) => void;
 /** One use of the line: what is to come, what nobody fetches yet, what is under way, and what it came to. */
@@ -1305,7 +1322,8 @@ function newTransfer(outer: Session, jobs: readonly BlobJob[], sink: Sink, obser
   };
   const [pending, active]: [Segment[], Set<Segment>] = [[], new Set()];
   const counters = { connections: outer.settings.concurrency, fetchedBytes: 0, reusedBytes: 0, resumedBytes: 0 };
-  return { session, stop, jobs, totalBytes: sizeOf(jobs), sink, observe, pending, active, ...counters };
+  const loopBefore = performance.eventLoopUtilization();
+  return { session, stop, jobs, totalBytes: sizeOf(jobs), sink, observe, pending, active, loopBefore, ...counters };
 }
 type Transfer = ReturnType<typeof newTransfer>;
 const remaining = ({ at, to }: Segment): number => to - at;
@@ -1323,12 +1341,13 @@ function longestRange(segments: Iterable<Segment>): Segment | undefined {
   return [...segments].filter(canCut).sort(longestFirst)[0];
 }
 /** Half of what a connection has left, where that takes longer than a new request, on a line that is not full. */
-function takeOver({ active, sink }: Transfer): Segment | undefined {
+function takeOver({ active, sink, loopBefore }: Transfer): Segment | undefined {
   const victim = sink.unitBytes ? undefined : longestRange(active);
   const now = performance.now();
   const rateOf = ({ at, askedFrom, startedAtMs }: Segment) => (at - askedFrom) / Math.max(1, now - startedAtMs);
   const age = victim ? now - victim.startedAtMs : 0;
-  if (!victim || age < 50 || sumOf(active, rateOf) * 1000 > LIMITS.fastLineBytesPerSecond) return undefined;
+  const isBusy = performance.eventLoopUtilization(loopBefore).utilization > LIMITS.busyLoop;
+  if (!victim || age < 50 || isBusy) return undefined;
   const leftMs = remaining(victim) / Math.max(rateOf(victim), 1);
   // On a near line what is left ought to be long: the server's buffers are full of what a cut throws away.
   const isFar = victim.job.registry.latencyMs >= LIMITS.farLatencyMs;
@@ -1376,6 +1395,7 @@ async function fetchBlobs(transfer: Transfer): Promise<void> {
   };
   settled(await Promise.allSettled(Array.from({ length: connections }, () => lane().catch(transfer.stop))));
   if (signal.aborted) fail("ABORTED", "stopped");
+  await sink.end?.();
 }
 /** Fetches a range to its end, however many answers that takes. */
 function fetchSegment(transfer: Transfer, segment: Segment): Promise<void> {
@@ -1415,8 +1435,8 @@ function takeFollowers({ pending }: Transfer, segment: Segment): void {
 async function openSegment(transfer: Transfer, segment: Segment) {
   const { job: { descriptor: { size }, descriptor, registry, origins: [origin] }, at, to } = segment;
   if (origin) {
-    const range = { start: origin.offset + at, end: origin.offset + to - 1, autoClose: false, highWaterMark: MIB };
-    return { stream: origin.handle.createReadStream(range), doing: "reading a tar at hand", position: at, end: to };
+    const stream = Readable.from(readPlace(origin.handle, origin.offset + at, origin.offset + to));
+    return { stream, doing: "reading a tar at hand", position: at, end: to };
   }
   const { body, headers, status, url } = await registry.blob(descriptor, at, to, transfer.session.signal);
   if (!body) return undefined;
@@ -1443,6 +1463,13 @@ async function openSegment(transfer: Transfer, segment: Segment) {
   if (stream === body && length !== end - position) refuse("SIZE_MISMATCH", words);
   return { stream, doing, position, end };
 }
+/** Takes bytes into a blob's hash where their turn has come: others are read back later. */
+function hashInOrder(job: BlobJob, position: number, bytes: Buffer): void {
+  const known = job.hashedTo - position;
+  if (known < 0 || known >= bytes.length) return;
+  job.hash.update(bytes.subarray(known));
+  job.hashedTo = position + bytes.length;
+}
 /** One request for what a segment still lacks, and its bytes into the sink. */
 async function receive(transfer: Transfer, segment: Segment): Promise<void> {
   const { session: { signal }, sink } = transfer;
@@ -1454,33 +1481,38 @@ async function receive(transfer: Transfer, segment: Segment): Promise<void> {
   const counter = job.origins.length > 0 ? "reusedBytes" : "fetchedBytes";
   segment.firstByteMs = performance.now() - segment.startedAtMs;
   let { position } = opened;
-  let [gathered, gatheredBytes]: [Buffer[], number] = [[], 0];
-  let writing = Promise.resolve();
-  /** One batch is on its way to disk while the next one is gathered. */
-  const flush = async () => {
-    await writing;
-    writing = sink.write(job, segment.at - gatheredBytes, gathered);
-    writing.catch(() => undefined); // it is awaited below
-    [gathered, gatheredBytes] = [[], 0];
+  let [batch, batchBytes, underWay]: [Buffer[], number, number] = [[], 0, 0];
+  let writing: Promise<unknown> = Promise.resolve();
+  /** One batch is on its way to disk while the next one is gathered; the line waits for the disk from there on. */
+  const flush = () => {
+    const written = sink.write(job, segment.at - batchBytes, batch).finally(() => {
+      underWay -= 1;
+      stream.resume();
+    });
+    [batch, batchBytes, underWay] = [[], 0, underWay + 1];
+    if (underWay > 1) stream.pause();
+    writing = Promise.all([writing, written]);
+    writing.catch(() => stream.destroy()); // it is awaited below
     transfer.observe(transfer);
   };
-  const gather = async (chunks: AsyncIterable<Buffer>) => {
-    for await (const chunk of chunks) {
-      const skipped = Math.min(chunk.length, Math.max(0, segment.at - position));
-      const wanted = chunk.subarray(skipped, skipped + remaining(segment));
-      position += chunk.length;
-      if (wanted.length > 0) gathered.push(wanted);
-      gatheredBytes += wanted.length;
-      segment.at += wanted.length;
-      job.doneBytes += wanted.length;
-      transfer[counter] += wanted.length;
-      // More than belongs there, or another connection has taken the rest over: no need to hear it to its end.
-      if (position > end || (segment.at >= segment.to && position < end)) return;
-      if (gatheredBytes >= LIMITS.batchBytes) await flush();
-    }
-  };
-  const cause = await pipeline(stream, gather, { signal }).then(() => undefined, (error: unknown) => error);
-  if (gatheredBytes > 0) await flush();
+  // Events rather than an iterator: a quarter of the time that a gigabyte takes went into promises, one for each chunk.
+  stream.on("data", (chunk: Buffer) => {
+    const skipped = Math.min(chunk.length, Math.max(0, segment.at - position));
+    const wanted = chunk.subarray(skipped, skipped + remaining(segment));
+    position += chunk.length;
+    if (wanted.length > 0) batch.push(wanted);
+    batchBytes += wanted.length;
+    hashInOrder(job, segment.at, wanted);
+    segment.at += wanted.length;
+    job.doneBytes += wanted.length;
+    transfer[counter] += wanted.length;
+    // More than belongs there, or another connection has taken the rest over: no need to hear it to its end.
+    if (position > end || (segment.at >= segment.to && position < end)) stream.destroy();
+    else if (batchBytes >= LIMITS.batchBytes) flush();
+  });
+  const cause = await finished(stream, { signal }).then(() => undefined, (error: unknown) => error);
+  stream.destroy();
+  if (batchBytes > 0) flush();
   await writing;
   if (position > end) fail("SIZE_MISMATCH", `${doing}: more than the ${end} bytes that belong there`);
   if (segment.at >= segment.to) return;
@@ -1488,27 +1520,20 @@ async function receive(transfer: Transfer, segment: Segment): Promise<void> {
   if (cause instanceof ImgpullError) throw cause;
   if (position < end) fail("NETWORK", `${doing}: the connection ended after ${position} of ${end} bytes`, { cause });
 }
-/** Hashes what lies at a place. */
-async function hashPlace(handle: fs.FileHandle, from: number, to: number, hash: Hash): Promise<Hash> {
-  const buffer = Buffer.allocUnsafe(Math.min(LIMITS.batchBytes, to - from));
-  for (let at = from; at < to; ) {
-    const piece = await readAt(handle, at, Math.min(buffer.length, to - at), buffer);
-    if (piece.length === 0) fail("DISK", "a file became shorter while it was read");
-    hash.update(piece);
-    at += piece.length;
-  }
-  return hash;
-}
-
 const openForUpdate = (file: string) => fs.open(file, fs.constants.O_RDWR | fs.constants.O_CREAT);
 type Origin = Readonly<{ handle: fs.FileHandle; offset: number }>;
-const isIntact = async ({ handle, offset }: Origin, { digest, size }: Descriptor): Promise<boolean> =>
-  (await hashPlace(handle, offset, offset + size, newHash(digest))).digest("hex") === hexOf(digest);
+async function isIntact({ handle, offset }: Origin, { digest, size }: Descriptor): Promise<boolean> {
+  const hash = newHash(digest);
+  for await (const piece of readPlace(handle, offset, offset + size)) hash.update(piece);
+  return hash.digest("hex") === hexOf(digest);
+}
 
-async function writeAll(handle: fs.FileHandle, chunks: Buffer[], position: number): Promise<void> {
+/** Writes all, however often that takes, and says how much it was. */
+async function writeAll(handle: fs.FileHandle, chunks: Buffer[], position: number): Promise<number> {
   const { bytesWritten } = await handle.writev(chunks, position);
-  if (bytesWritten === sumOf(chunks, ({ length }) => length)) return;
-  await writeAll(handle, [Buffer.concat(chunks).subarray(bytesWritten)], position + bytesWritten);
+  if (bytesWritten === sumOf(chunks, ({ length }) => length)) return bytesWritten;
+  const rest = Buffer.concat(chunks).subarray(bytesWritten);
+  return bytesWritten + (await writeAll(handle, [rest], position + bytesWritten));
 }
 /** What the partial holds, a line at a time, true after a kill -9: the plan's id, then `digest from-to,…;`. */
 async function openJournal(file: string, planId: string) {
@@ -1573,21 +1598,27 @@ async function acquireLock(file: string, dest: string): Promise<() => Promise<vo
 type Places = Readonly<{
   journal: string; id: string; open: (job: BlobJob) => Promise<fs.FileHandle>; finish?: (job: BlobJob) => Promise<void>;
 }>;
-/** Bytes into files: hashed as they come where they come in order, from disk at the end where they did not. */
+/** Bytes into files; what came out of order is hashed from disk at the end. */
 function fileSink({ warn }: Session, { open, finish }: Places, record: (job: BlobJob) => void): Sink {
+  let [unsyncedBytes, syncing] = [0, Promise.resolve()];
   return {
     write: async (job, position, chunks) => {
-      const end = position + sumOf(chunks, ({ length }) => length);
-      await writeAll(await open(job), chunks, job.offset + position);
-      job.written = addRange(job.written, [position, end]);
-      job.unrecordedBytes += end - position;
+      const handle = await open(job);
+      const sizeBytes = await writeAll(handle, chunks, job.offset + position);
+      job.written = addRange(job.written, [position, position + sizeBytes]);
+      job.unrecordedBytes += sizeBytes;
       if (job.unrecordedBytes >= LIMITS.journalBytes) record(job);
-      if (position !== job.hashedTo) return; // out of order: blobDone reads it back
-      for (const chunk of chunks) job.hash.update(chunk);
-      job.hashedTo = end;
+      unsyncedBytes += sizeBytes;
+      if (unsyncedBytes < LIMITS.syncBytes) return;
+      unsyncedBytes = 0;
+      await syncing; // an error of the disk is told to one sync only: none may be lost
+      syncing = syncQuietly(handle);
+      syncing.catch(() => undefined);
     },
+    end: () => syncing,
     blobDone: async (job) => {
-      await hashPlace(await open(job), job.offset + job.hashedTo, job.offset + job.descriptor.size, job.hash);
+      const { offset, hashedTo, descriptor: { size } } = job;
+      for await (const piece of readPlace(await open(job), offset + hashedTo, offset + size)) job.hash.update(piece);
       if (isRight(job)) {
         await finish?.(job);
         record(job);
@@ -1791,7 +1822,7 @@ async function pullToStream(outer: Session, plan: Plan, output: NodeJS.WritableS
         await until(() => early.has(cursor));
         const batch = early.get(cursor) as Buffer;
         early.delete(cursor);
-        job?.hash.update(batch);
+        if (job) hashInOrder(job, cursor - offset, batch);
         yield batch;
         cursor += batch.length;
         wake();
@@ -2264,18 +2295,18 @@ async function checkDestinationName(destination: string): Promise<void> {
   const isReference = await Promise.resolve(destination).then(parseReference).then(() => true, () => false);
   if (isReference) usage(`DEST is missing: "${destination}" reads as an IMAGE; say ./${destination} to mean a file`);
 }
-/** @internal The streams that a command runs with; tests give their own. */
+/** @internal What a command has of its process: all that it reads and writes, but for files. Tests give their own. */
 type CommandIO = Readonly<{
   stdin: NodeJS.ReadableStream; stdout: NodeJS.WritableStream & { isTTY?: boolean };
-  stderr: NodeJS.WritableStream & { isTTY?: boolean; columns?: number }; environment: Environment;
+  stderr: NodeJS.WritableStream & { isTTY?: boolean; columns?: number }; env: Environment;
 }>;
 
 const readStdin = async ({ stdin }: CommandIO): Promise<string> =>
   Buffer.concat((await Readable.from(stdin).toArray()) as Buffer[]).toString("utf8");
 /** Progress on stderr: redrawn in place on a terminal, a plain line for each blob and every ten seconds elsewhere. */
-function showProgress({ stderr, environment }: CommandIO, isQuiet: boolean) {
-  const isLive = stderr.isTTY === true && !isQuiet && environment.TERM !== "dumb";
-  const dim = (text: string) => (environment.NO_COLOR ? text : `\u001b[2m${text}\u001b[22m`);
+function showProgress({ stderr, env }: CommandIO, isQuiet: boolean) {
+  const isLive = stderr.isTTY === true && !isQuiet && env.TERM !== "dumb";
+  const dim = (text: string) => (env.NO_COLOR ? text : `\u001b[2m${text}\u001b[22m`);
   const startedAtMs = performance.now();
   const seconds = () => (performance.now() - startedAtMs) / 1000;
   let latest: Transfer | undefined;
@@ -2350,7 +2381,7 @@ const deviceOf = (file: string): Promise<string> =>
   fs.stat(file).then((stats) => (stats.isFile() ? "" : `${stats.dev} ${stats.ino}`), () => "");
 
 async function runCommand(argv: readonly string[], io: CommandIO, signal: AbortSignal): Promise<void> {
-  const { stdout, stderr, environment } = io;
+  const { stdout, stderr, env: environment } = io;
   const line = parseCommandLine(argv);
   const version = `imgpull version: ${IMGPULL_VERSION} build date: ${IMGPULL_BUILD_DATE}\n`;
   if (line.switches.has("help")) return void stdout.write(helpText());
@@ -2396,16 +2427,16 @@ async function runCommand(argv: readonly string[], io: CommandIO, signal: AbortS
   }
 }
 /** @internal Runs the command; resolves to its exit code: 0 done, 1 failed, 2 usage, 130 SIGINT, 143 SIGTERM. */
-async function main(argv: readonly string[], io?: CommandIO): Promise<number> {
-  const { stdin, stdout, stderr, env: environment } = process;
-  const used = io ?? { stdin, stdout, stderr, environment };
+async function main(argv: readonly string[], io: CommandIO = process): Promise<number> {
+  const { stdout, stderr } = io;
+  const isProcess = io === process;
   const stop = new AbortController();
   let signalCode = 0;
   const interrupt = (name: NodeJS.Signals) => {
     signalCode = name === "SIGINT" ? 130 : 143;
     stop.abort();
   };
-  if (!io) {
+  if (isProcess) {
     process.once("SIGINT", interrupt).once("SIGTERM", interrupt); // asked twice: the system ends us at once
     for (const stream of [stdout, stderr]) stream.on("error", () => undefined); // a reader that has gone
     stdout.once("error", (error) => {
@@ -2415,15 +2446,15 @@ async function main(argv: readonly string[], io?: CommandIO): Promise<number> {
     });
   }
   try {
-    await runCommand(argv, used, stop.signal);
+    await runCommand(argv, io, stop.signal);
     return 0;
   } catch (error) {
     if (signalCode !== 0) return signalCode;
     if (!(error instanceof ImgpullError)) throw error;
-    if (errorCodeOf(error.cause) !== "EPIPE") used.stderr.write(`imgpull: ${error.message}\n`);
+    if (errorCodeOf(error.cause) !== "EPIPE") stderr.write(`imgpull: ${error.message}\n`);
     return error.code === "BAD_REFERENCE" || error.code === "BAD_OPTION" ? 2 : 1;
   } finally {
-    if (!io) process.off("SIGINT", interrupt).off("SIGTERM", interrupt);
+    if (isProcess) process.off("SIGINT", interrupt).off("SIGTERM", interrupt);
   }
 }
 

@@ -1,20 +1,15 @@
 // imgpull.ts
-import { spawnSync } from "node:child_process";
-import { createHash } from "node:crypto";
 import { once, setMaxListeners } from "node:events";
 import * as fs from "node:fs/promises";
-import * as http from "node:http";
-import * as https from "node:https";
 import * as net from "node:net";
 import * as os from "node:os";
 import * as path from "node:path";
 import { unescape } from "node:querystring";
 import { Readable } from "node:stream";
-import { pipeline } from "node:stream/promises";
+import { finished, pipeline } from "node:stream/promises";
 import { setTimeout as delay } from "node:timers/promises";
-import * as tls from "node:tls";
 import { parseArgs } from "node:util";
-import * as zlib from "node:zlib";
+var load = process.getBuiltinModule;
 var DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json";
 var DOCKER_INDEX = "application/vnd.docker.distribution.manifest.list.v2+json";
 var DOCKER_SCHEMA_1 = "application/vnd.docker.distribution.manifest.v1";
@@ -48,12 +43,14 @@ var LIMITS = Object.freeze({
   // one write to disk: fewer trips to Node's thread pool than one for each chunk
   journalBytes: MIB,
   // how much a kill -9 may cost each blob, beside what a connection has gathered
+  syncBytes: 32 * MIB,
+  // the disk works while the line does, and little is left for the sync at the end
   splitBytes: MIB,
   // neither half of a range that is cut in two is smaller,
   nearSplitBytes: 16 * MIB,
   // nor on a near line, where a server has megabytes under way that a cut throws away
-  fastLineBytesPerSecond: 256 * MIB,
-  // from here on the processor is the limit, and more connections only cost
+  busyLoop: 0.4,
+  // of Node's event loop: from here on the processor is the limit, and more connections only cost
   farLatencyMs: 20,
   // from here on a line is worth several connections before its speed is known
   streamUnitBytes: 4 * MIB,
@@ -129,7 +126,7 @@ function onDisk(doing, work) {
 }
 var isDigest = (text) => typeof text === "string" && /^(sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})$/.test(text);
 var hexOf = (digest) => digest.slice(digest.indexOf(":") + 1);
-var newHash = (digest) => createHash(digest.slice(0, digest.indexOf(":")));
+var newHash = (digest) => load("node:crypto").createHash(digest.slice(0, digest.indexOf(":")));
 var digestOf = (bytes, like = "sha256:") => `${like.slice(0, like.indexOf(":"))}:${newHash(like).update(bytes).digest("hex")}`;
 var isRecord = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
 var encodeJson = (value) => Buffer.from(JSON.stringify(value), "utf8");
@@ -242,9 +239,9 @@ async function systemCertificates(environment) {
     const names = await fs.readdir(directory).catch(() => []);
     for (const text of await Promise.all(names.map((name) => readOptional(path.join(directory, name))))) add(text);
   }
-  const { getCACertificates } = tls;
+  const { getCACertificates, rootCertificates } = load("node:tls");
   if (bundle === "" && ["darwin", "win32"].includes(process.platform)) getCACertificates?.("system").forEach(add);
-  if (bundle === "") tls.rootCertificates.forEach(add);
+  if (bundle === "") rootCertificates.forEach(add);
   if (extra) add(await readOptional(extra));
   return [bundle];
 }
@@ -266,7 +263,7 @@ async function secureContextFor(url, isRegistry, settings) {
   const cert = tlsCert === void 0 ? await read(".cert") : await readPem(tlsCert, "--cert");
   const key = tlsKey === void 0 ? await read(".key") : await readPem(tlsKey, "--key");
   try {
-    return tls.createSecureContext({ ca, cert, key });
+    return load("node:tls").createSecureContext({ ca, cert, key });
   } catch (error) {
     return fail("TLS", `cannot use the certificates given: ${printable(error.message)}`, { cause: error });
   }
@@ -302,7 +299,7 @@ function proxyFor(url, environment) {
 var basicAuthorization = (username, secret) => `Basic ${Buffer.from(`${username}:${secret}`, "utf8").toString("base64")}`;
 var proxyHeaders = ({ username, password }) => username === "" ? {} : { "Proxy-Authorization": basicAuthorization(unescape(username), unescape(password)) };
 var PROXY_REMEDY = "\n  the proxy wants credentials: http://USER:PASSWORD@HOST:PORT";
-var clientFor = ({ protocol }) => protocol === "https:" ? https : http;
+var clientFor = ({ protocol }) => load(protocol === "https:" ? "node:https" : "node:http");
 var proxyName = ({ protocol, host }) => `the proxy ${protocol}//${host}`;
 function proxyRefusal(proxy, what, { statusCode: status, statusMessage = "" }) {
   const words = `${proxyName(proxy)} refused ${what}: ${status} ${printable(statusMessage)}`;
@@ -311,15 +308,15 @@ function proxyRefusal(proxy, what, { statusCode: status, statusMessage = "" }) {
 function connectThrough(proxy, options, target, done) {
   const authority = `${net.isIPv6(String(target.host)) ? `[${target.host}]` : target.host}:${target.port}`;
   const headers = { Host: authority, ...proxyHeaders(proxy) };
-  const connect2 = clientFor(proxy).request(proxy.origin, { ...options, method: "CONNECT", path: authority, headers });
-  connect2.once("connect", (response, socket) => {
-    if (response.statusCode === 200) return done(null, tls.connect({ ...target, socket }));
+  const connect = clientFor(proxy).request(proxy.origin, { ...options, method: "CONNECT", path: authority, headers });
+  connect.once("connect", (response, socket) => {
+    if (response.statusCode === 200) return done(null, load("node:tls").connect({ ...target, socket }));
     socket.destroy();
     done(proxyRefusal(proxy, `CONNECT ${authority}`, response));
   });
-  connect2.once("timeout", () => connect2.destroy(new ImgpullError("TIMEOUT", `${proxyName(proxy)} is silent`)));
-  connect2.once("error", (error) => done(connectionError(error, proxyName(proxy))));
-  return connect2.end();
+  connect.once("timeout", () => connect.destroy(new ImgpullError("TIMEOUT", `${proxyName(proxy)} is silent`)));
+  connect.once("error", (error) => done(connectionError(error, proxyName(proxy))));
+  return connect.end();
 }
 function createTransport(settings) {
   const agents = /* @__PURE__ */ new Map();
@@ -330,13 +327,13 @@ function createTransport(settings) {
     const isTlsProxy = proxy?.protocol === "https:";
     const servername = isTlsProxy && net.isIP(proxy.hostname) === 0 ? proxy.hostname : "";
     const proxyTls = isTlsProxy ? { secureContext: await secureContextFor(proxy, false, settings), servername } : {};
-    if (url.protocol === "http:") return new (isTlsProxy ? https : http).Agent({ ...keepAlive, ...proxyTls });
+    if (url.protocol === "http:") return new (clientFor(isTlsProxy ? proxy : url)).Agent({ ...keepAlive, ...proxyTls });
     const secureContext = await secureContextFor(url, isRegistry, settings);
-    const agent = new https.Agent({ ...keepAlive, secureContext, rejectUnauthorized: insecure !== true });
+    const agent = new (clientFor(url)).Agent({ ...keepAlive, secureContext, rejectUnauthorized: insecure !== true });
     if (!proxy) return agent;
     const createConnection = (target, done) => {
-      const connect2 = connectThrough(proxy, { ...proxyTls, agent: false, timeout: timeoutMs }, target, done);
-      tunnels.add(connect2.once("close", () => tunnels.delete(connect2)));
+      const connect = connectThrough(proxy, { ...proxyTls, agent: false, timeout: timeoutMs }, target, done);
+      tunnels.add(connect.once("close", () => tunnels.delete(connect)));
     };
     return Object.assign(agent, { createConnection });
   };
@@ -403,7 +400,7 @@ function decodeBody(response, expectedBytes) {
   const { "content-encoding": encoding = "", "content-length": length } = response.headers;
   const isRaw = expectedBytes !== void 0 && Number(length) === expectedBytes;
   if (!/^(x-)?gzip$/i.test(encoding) || isRaw) return response;
-  const decoded = zlib.createGunzip();
+  const decoded = load("node:zlib").createGunzip();
   response.once("error", (error) => decoded.destroy(error));
   return response.pipe(decoded.once("close", () => response.destroy()));
 }
@@ -504,7 +501,8 @@ function runCredentialHelper(name, input, environment) {
   const refuse = (reason) => fail("CREDENTIALS", `the credential helper ${printable(source)} ${reason}`);
   if (!/^[\w.+-]+$/.test(name)) refuse("has a name that is not one");
   const bounds = { encoding: "utf8", timeout: 6e4, maxBuffer: LIMITS.tokenBytes };
-  const { status, stdout, stderr, error } = spawnSync(source, ["get"], { input, env: { ...environment }, ...bounds });
+  const options = { input, env: { ...environment }, ...bounds };
+  const { status, stdout, stderr, error } = load("node:child_process").spawnSync(source, ["get"], options);
   if (error) refuse(`cannot be run: ${errorCodeOf(error) === "ENOENT" ? "it is not on the PATH" : errorCodeOf(error)}`);
   const words = printable(stdout || stderr) || `exit code ${status}`;
   if (status !== 0) return /credentials not found/i.test(words) ? void 0 : refuse(`failed: ${words}`);
@@ -902,7 +900,7 @@ function planTar(images, omit = /* @__PURE__ */ new Set()) {
     }
   }
   const entries = [];
-  const identity = createHash("sha256");
+  const identity = newHash("sha256:");
   let [offset, blobBytes] = [0, 0];
   for (const [name, content] of contents) {
     const lead = Buffer.concat([Buffer.alloc(paddingOf(offset)), encodeTarHeader(name, content.sizeBytes)]);
@@ -916,11 +914,20 @@ function planTar(images, omit = /* @__PURE__ */ new Set()) {
   const sizeBytes = offset + trailer.length;
   return { entries, trailer, sizeBytes, blobBytes, id: identity.digest("hex"), omitted: [...omitted.values()] };
 }
-async function readAt(handle, position, length, buffer = Buffer.alloc(length)) {
+async function readAt(handle, position, length) {
+  const buffer = Buffer.allocUnsafe(length);
   for (let filled = 0; ; ) {
     const { bytesRead } = await handle.read(buffer, filled, length - filled, position + filled);
     filled += bytesRead;
     if (bytesRead === 0 || filled === length) return buffer.subarray(0, filled);
+  }
+}
+async function* readPlace(handle, from, to) {
+  for (let at = from; at < to; at += LIMITS.batchBytes) {
+    const length = Math.min(LIMITS.batchBytes, to - at);
+    const piece = await readAt(handle, at, length);
+    if (piece.length < length) fail("DISK", "a file became shorter while it was read");
+    yield piece;
   }
 }
 async function* readTar(handle, where) {
@@ -1031,7 +1038,8 @@ function newTransfer(outer, jobs, sink, observe) {
   };
   const [pending, active] = [[], /* @__PURE__ */ new Set()];
   const counters = { connections: outer.settings.concurrency, fetchedBytes: 0, reusedBytes: 0, resumedBytes: 0 };
-  return { session, stop, jobs, totalBytes: sizeOf(jobs), sink, observe, pending, active, ...counters };
+  const loopBefore = performance.eventLoopUtilization();
+  return { session, stop, jobs, totalBytes: sizeOf(jobs), sink, observe, pending, active, loopBefore, ...counters };
 }
 var remaining = ({ at, to }) => to - at;
 var longestFirst = (left, right) => remaining(right) - remaining(left);
@@ -1044,12 +1052,13 @@ function longestRange(segments) {
   const canCut = ({ job: { origins, registry }, at, to }) => origins.length === 0 && registry.acceptsRanges && to - at >= 2 * (registry.latencyMs < LIMITS.farLatencyMs ? LIMITS.nearSplitBytes : LIMITS.splitBytes);
   return [...segments].filter(canCut).sort(longestFirst)[0];
 }
-function takeOver({ active, sink }) {
+function takeOver({ active, sink, loopBefore }) {
   const victim = sink.unitBytes ? void 0 : longestRange(active);
   const now = performance.now();
   const rateOf = ({ at, askedFrom, startedAtMs }) => (at - askedFrom) / Math.max(1, now - startedAtMs);
   const age = victim ? now - victim.startedAtMs : 0;
-  if (!victim || age < 50 || sumOf(active, rateOf) * 1e3 > LIMITS.fastLineBytesPerSecond) return void 0;
+  const isBusy = performance.eventLoopUtilization(loopBefore).utilization > LIMITS.busyLoop;
+  if (!victim || age < 50 || isBusy) return void 0;
   const leftMs = remaining(victim) / Math.max(rateOf(victim), 1);
   const isFar = victim.job.registry.latencyMs >= LIMITS.farLatencyMs;
   return leftMs > Math.max(isFar ? 50 : 1e3, 4 * (victim.firstByteMs || age)) ? cutInHalf(victim) : void 0;
@@ -1093,6 +1102,7 @@ async function fetchBlobs(transfer) {
   };
   settled(await Promise.allSettled(Array.from({ length: connections }, () => lane().catch(transfer.stop))));
   if (signal.aborted) fail("ABORTED", "stopped");
+  await sink.end?.();
 }
 function fetchSegment(transfer, segment) {
   let before = segment.at;
@@ -1126,8 +1136,8 @@ function takeFollowers({ pending }, segment) {
 async function openSegment(transfer, segment) {
   const { job: { descriptor: { size }, descriptor, registry, origins: [origin] }, at, to } = segment;
   if (origin) {
-    const range = { start: origin.offset + at, end: origin.offset + to - 1, autoClose: false, highWaterMark: MIB };
-    return { stream: origin.handle.createReadStream(range), doing: "reading a tar at hand", position: at, end: to };
+    const stream2 = Readable.from(readPlace(origin.handle, origin.offset + at, origin.offset + to));
+    return { stream: stream2, doing: "reading a tar at hand", position: at, end: to };
   }
   const { body, headers, status, url } = await registry.blob(descriptor, at, to, transfer.session.signal);
   if (!body) return void 0;
@@ -1154,6 +1164,12 @@ async function openSegment(transfer, segment) {
   if (stream === body && length !== end - position) refuse("SIZE_MISMATCH", words);
   return { stream, doing, position, end };
 }
+function hashInOrder(job, position, bytes) {
+  const known = job.hashedTo - position;
+  if (known < 0 || known >= bytes.length) return;
+  job.hash.update(bytes.subarray(known));
+  job.hashedTo = position + bytes.length;
+}
 async function receive(transfer, segment) {
   const { session: { signal }, sink } = transfer;
   const { job } = segment;
@@ -1164,31 +1180,35 @@ async function receive(transfer, segment) {
   const counter = job.origins.length > 0 ? "reusedBytes" : "fetchedBytes";
   segment.firstByteMs = performance.now() - segment.startedAtMs;
   let { position } = opened;
-  let [gathered, gatheredBytes] = [[], 0];
+  let [batch, batchBytes, underWay] = [[], 0, 0];
   let writing = Promise.resolve();
-  const flush = async () => {
-    await writing;
-    writing = sink.write(job, segment.at - gatheredBytes, gathered);
-    writing.catch(() => void 0);
-    [gathered, gatheredBytes] = [[], 0];
+  const flush = () => {
+    const written = sink.write(job, segment.at - batchBytes, batch).finally(() => {
+      underWay -= 1;
+      stream.resume();
+    });
+    [batch, batchBytes, underWay] = [[], 0, underWay + 1];
+    if (underWay > 1) stream.pause();
+    writing = Promise.all([writing, written]);
+    writing.catch(() => stream.destroy());
     transfer.observe(transfer);
   };
-  const gather = async (chunks) => {
-    for await (const chunk of chunks) {
-      const skipped = Math.min(chunk.length, Math.max(0, segment.at - position));
-      const wanted = chunk.subarray(skipped, skipped + remaining(segment));
-      position += chunk.length;
-      if (wanted.length > 0) gathered.push(wanted);
-      gatheredBytes += wanted.length;
-      segment.at += wanted.length;
-      job.doneBytes += wanted.length;
-      transfer[counter] += wanted.length;
-      if (position > end || segment.at >= segment.to && position < end) return;
-      if (gatheredBytes >= LIMITS.batchBytes) await flush();
-    }
-  };
-  const cause = await pipeline(stream, gather, { signal }).then(() => void 0, (error) => error);
-  if (gatheredBytes > 0) await flush();
+  stream.on("data", (chunk) => {
+    const skipped = Math.min(chunk.length, Math.max(0, segment.at - position));
+    const wanted = chunk.subarray(skipped, skipped + remaining(segment));
+    position += chunk.length;
+    if (wanted.length > 0) batch.push(wanted);
+    batchBytes += wanted.length;
+    hashInOrder(job, segment.at, wanted);
+    segment.at += wanted.length;
+    job.doneBytes += wanted.length;
+    transfer[counter] += wanted.length;
+    if (position > end || segment.at >= segment.to && position < end) stream.destroy();
+    else if (batchBytes >= LIMITS.batchBytes) flush();
+  });
+  const cause = await finished(stream, { signal }).then(() => void 0, (error) => error);
+  stream.destroy();
+  if (batchBytes > 0) flush();
   await writing;
   if (position > end) fail("SIZE_MISMATCH", `${doing}: more than the ${end} bytes that belong there`);
   if (segment.at >= segment.to) return;
@@ -1196,22 +1216,17 @@ async function receive(transfer, segment) {
   if (cause instanceof ImgpullError) throw cause;
   if (position < end) fail("NETWORK", `${doing}: the connection ended after ${position} of ${end} bytes`, { cause });
 }
-async function hashPlace(handle, from, to, hash) {
-  const buffer = Buffer.allocUnsafe(Math.min(LIMITS.batchBytes, to - from));
-  for (let at = from; at < to; ) {
-    const piece = await readAt(handle, at, Math.min(buffer.length, to - at), buffer);
-    if (piece.length === 0) fail("DISK", "a file became shorter while it was read");
-    hash.update(piece);
-    at += piece.length;
-  }
-  return hash;
-}
 var openForUpdate = (file) => fs.open(file, fs.constants.O_RDWR | fs.constants.O_CREAT);
-var isIntact = async ({ handle, offset }, { digest, size }) => (await hashPlace(handle, offset, offset + size, newHash(digest))).digest("hex") === hexOf(digest);
+async function isIntact({ handle, offset }, { digest, size }) {
+  const hash = newHash(digest);
+  for await (const piece of readPlace(handle, offset, offset + size)) hash.update(piece);
+  return hash.digest("hex") === hexOf(digest);
+}
 async function writeAll(handle, chunks, position) {
   const { bytesWritten } = await handle.writev(chunks, position);
-  if (bytesWritten === sumOf(chunks, ({ length }) => length)) return;
-  await writeAll(handle, [Buffer.concat(chunks).subarray(bytesWritten)], position + bytesWritten);
+  if (bytesWritten === sumOf(chunks, ({ length }) => length)) return bytesWritten;
+  const rest = Buffer.concat(chunks).subarray(bytesWritten);
+  return bytesWritten + await writeAll(handle, [rest], position + bytesWritten);
 }
 async function openJournal(file, planId) {
   const [id, ...lines] = (await readOptional(file) ?? "").split("\n");
@@ -1266,19 +1281,25 @@ async function acquireLock(file, dest) {
   return () => fs.rm(file, { force: true }).finally(() => clearInterval(timer));
 }
 function fileSink({ warn }, { open: open2, finish }, record) {
+  let [unsyncedBytes, syncing] = [0, Promise.resolve()];
   return {
     write: async (job, position, chunks) => {
-      const end = position + sumOf(chunks, ({ length }) => length);
-      await writeAll(await open2(job), chunks, job.offset + position);
-      job.written = addRange(job.written, [position, end]);
-      job.unrecordedBytes += end - position;
+      const handle = await open2(job);
+      const sizeBytes = await writeAll(handle, chunks, job.offset + position);
+      job.written = addRange(job.written, [position, position + sizeBytes]);
+      job.unrecordedBytes += sizeBytes;
       if (job.unrecordedBytes >= LIMITS.journalBytes) record(job);
-      if (position !== job.hashedTo) return;
-      for (const chunk of chunks) job.hash.update(chunk);
-      job.hashedTo = end;
+      unsyncedBytes += sizeBytes;
+      if (unsyncedBytes < LIMITS.syncBytes) return;
+      unsyncedBytes = 0;
+      await syncing;
+      syncing = syncQuietly(handle);
+      syncing.catch(() => void 0);
     },
+    end: () => syncing,
     blobDone: async (job) => {
-      await hashPlace(await open2(job), job.offset + job.hashedTo, job.offset + job.descriptor.size, job.hash);
+      const { offset, hashedTo, descriptor: { size } } = job;
+      for await (const piece of readPlace(await open2(job), offset + hashedTo, offset + size)) job.hash.update(piece);
       if (isRight(job)) {
         await finish?.(job);
         record(job);
@@ -1468,7 +1489,7 @@ async function pullToStream(outer, plan, output, tars, observe) {
         await until(() => early.has(cursor));
         const batch = early.get(cursor);
         early.delete(cursor);
-        job?.hash.update(batch);
+        if (job) hashInOrder(job, cursor - offset, batch);
         yield batch;
         cursor += batch.length;
         wake();
@@ -1907,9 +1928,9 @@ async function checkDestinationName(destination) {
   if (isReference) usage(`DEST is missing: "${destination}" reads as an IMAGE; say ./${destination} to mean a file`);
 }
 var readStdin = async ({ stdin }) => Buffer.concat(await Readable.from(stdin).toArray()).toString("utf8");
-function showProgress({ stderr, environment }, isQuiet) {
-  const isLive = stderr.isTTY === true && !isQuiet && environment.TERM !== "dumb";
-  const dim = (text) => environment.NO_COLOR ? text : `\x1B[2m${text}\x1B[22m`;
+function showProgress({ stderr, env }, isQuiet) {
+  const isLive = stderr.isTTY === true && !isQuiet && env.TERM !== "dumb";
+  const dim = (text) => env.NO_COLOR ? text : `\x1B[2m${text}\x1B[22m`;
   const startedAtMs = performance.now();
   const seconds = () => (performance.now() - startedAtMs) / 1e3;
   let latest;
@@ -1946,10 +1967,10 @@ function showProgress({ stderr, environment }, isQuiet) {
   const timer = isQuiet ? void 0 : setInterval(draw, isLive ? 100 : 1e4).unref();
   return {
     seconds,
-    observe: (transfer, finished) => {
+    observe: (transfer, finished2) => {
       latest = transfer;
-      const { digest = "", size = 0 } = finished?.descriptor ?? {};
-      if (finished && !isQuiet && !isLive) stderr.write(`imgpull: ${digest.slice(0, 19)} ${formatBytes(size)} done
+      const { digest = "", size = 0 } = finished2?.descriptor ?? {};
+      if (finished2 && !isQuiet && !isLive) stderr.write(`imgpull: ${digest.slice(0, 19)} ${formatBytes(size)} done
 `);
     },
     say: (text) => {
@@ -1985,7 +2006,7 @@ async function listImages(io, command) {
 }
 var deviceOf = (file) => fs.stat(file).then((stats) => stats.isFile() ? "" : `${stats.dev} ${stats.ino}`, () => "");
 async function runCommand(argv, io, signal) {
-  const { stdout, stderr, environment } = io;
+  const { stdout, stderr, env: environment } = io;
   const line = parseCommandLine(argv);
   const version = `imgpull version: ${"1.0.0"} build date: ${"2026-11-23T00:00:00Z"}
 `;
@@ -2033,16 +2054,16 @@ async function runCommand(argv, io, signal) {
     progress.stop();
   }
 }
-async function main(argv, io) {
-  const { stdin, stdout, stderr, env: environment } = process;
-  const used = io ?? { stdin, stdout, stderr, environment };
+async function main(argv, io = process) {
+  const { stdout, stderr } = io;
+  const isProcess = io === process;
   const stop = new AbortController();
   let signalCode = 0;
   const interrupt = (name) => {
     signalCode = name === "SIGINT" ? 130 : 143;
     stop.abort();
   };
-  if (!io) {
+  if (isProcess) {
     process.once("SIGINT", interrupt).once("SIGTERM", interrupt);
     for (const stream of [stdout, stderr]) stream.on("error", () => void 0);
     stdout.once("error", (error) => {
@@ -2053,16 +2074,16 @@ async function main(argv, io) {
     });
   }
   try {
-    await runCommand(argv, used, stop.signal);
+    await runCommand(argv, io, stop.signal);
     return 0;
   } catch (error) {
     if (signalCode !== 0) return signalCode;
     if (!(error instanceof ImgpullError)) throw error;
-    if (errorCodeOf(error.cause) !== "EPIPE") used.stderr.write(`imgpull: ${error.message}
+    if (errorCodeOf(error.cause) !== "EPIPE") stderr.write(`imgpull: ${error.message}
 `);
     return error.code === "BAD_REFERENCE" || error.code === "BAD_OPTION" ? 2 : 1;
   } finally {
-    if (!io) process.off("SIGINT", interrupt).off("SIGTERM", interrupt);
+    if (isProcess) process.off("SIGINT", interrupt).off("SIGTERM", interrupt);
   }
 }
 var internals = Object.freeze({

@@ -38,8 +38,7 @@ export async function runMain(args: string[], options: MainOptions = {}): Promis
   if (terminalColumns !== undefined) {
     for (const stream of [stdout, stderr]) Object.assign(stream, { isTTY: true, columns: terminalColumns });
   }
-  const environment = { ...cleanEnvironment(), ...env };
-  const io = { stdin: Readable.from([Buffer.from(stdin)]), stdout, stderr, environment };
+  const io = { stdin: Readable.from([Buffer.from(stdin)]), stdout, stderr, env: { ...cleanEnvironment(), ...env } };
   const exitCode = await main(args, io);
   recordOutput(stdout.bytes);
   recordOutput(stderr.bytes);
