@@ -3,14 +3,14 @@
  *
  *    1 imports, media types, limits   2 public types   3 errors   4 primitives   5 references   6 transport   7 retry
  *    8 credentials and tokens   9 registry   10 manifests and platforms   11 tar   12 pull   13 Puller
- *   14 command line   15 exports
+ *   14 looking at a tar   15 command line   16 exports
  *
  * Data flows one way: options → references → manifests → plan (every entry with its offset) → bytes → DEST.
  *
  * Requests made: GET and HEAD /v2/REPOSITORY/manifests/…, GET /v2/REPOSITORY/blobs/…, what these redirect to, the
  * token endpoint that the registry names (GET, or POST for an identity token), CONNECT to a proxy, and the `urls` of
  * a foreign layer that the registry does not have. Nothing else is contacted.
- * Files read: --cert, --key, --cacert, --from, --reuse, --since; the credential files of section
+ * Files read: --cert, --key, --cacert, --from, --reuse, --since, the tar to look at; the credential files of section
  * 8; the system's certificates and /etc/docker/certs.d (section 6). Files written: DEST, and meanwhile DEST.partial
  * with DEST.partial.journal, .lock and .old. Programs run: docker-credential-NAME, where a credential file names it.
  * Environment read: HOME, DOCKER_CONFIG, DOCKER_AUTH_CONFIG, REGISTRY_AUTH_FILE, XDG_RUNTIME_DIR, SSL_CERT_FILE,
@@ -20,17 +20,16 @@
  */
 
 // ====== 1. Imports, media types, limits ======
-
 import type { Hash } from "node:crypto";
-import { once, setMaxListeners } from "node:events";
+import { EventEmitter, once, setMaxListeners } from "node:events";
+import { appendFileSync, existsSync } from "node:fs";
 import * as fs from "node:fs/promises";
 import type * as http from "node:http";
-import type * as https from "node:https";
 import * as net from "node:net";
 import * as os from "node:os";
 import * as path from "node:path";
 import { unescape } from "node:querystring"; // decodeURIComponent that does not throw
-import { Readable } from "node:stream";
+import { Readable, type Transform } from "node:stream";
 import { finished, pipeline } from "node:stream/promises";
 import { setTimeout as delay } from "node:timers/promises";
 import type * as tls from "node:tls";
@@ -56,24 +55,19 @@ const NEVER = Number.POSITIVE_INFINITY;
 /** Every bound in one place. What a registry can make us hold in memory is here, whatever it sends. */
 const LIMITS = Object.freeze({
   manifestBytes: 4 * MIB, // the distribution specification's own floor for registries
-  configBytes: 16 * MIB,
-  tokenBytes: MIB,
-  errorBodyBytes: MIB / 16,
-  credentialFileBytes: 4 * MIB,
+  configBytes: 16 * MIB, tokenBytes: MIB, errorBodyBytes: MIB / 16, credentialFileBytes: 4 * MIB,
   tarMetadataBytes: 16 * MIB, // index.json and the like of a tar that someone else made
-  indexDepth: 4,
-  indexEntries: 1024, // with `--platform all` each entry is a request
+  indexDepth: 4, indexEntries: 1024, // with `--platform all` each entry is a request
   redirects: 10,
   tokenFloorMs: 60_000, // the token specification's default, and more than a skewed clock takes away
-  firstBackoffMs: 1000,
-  backoffMs: 30_000,
+  firstBackoffMs: 1000, backoffMs: 30_000,
   retryAfterMs: 120_000, // longer waits are the user's to decide
   batchBytes: MIB, // one write to disk: fewer trips to Node's thread pool than one for each chunk
   journalBytes: MIB, // how much a kill -9 may cost each blob, beside what a connection has gathered
   syncBytes: 32 * MIB, // the disk works while the line does, and little is left for the sync at the end
   splitBytes: MIB, // neither half of a range that is cut in two is smaller,
   nearSplitBytes: 16 * MIB, // nor on a near line, where a server has megabytes under way that a cut throws away
-  busyLoop: 0.4, // of Node's event loop: from here on the processor is the limit, and more connections only cost
+  busyLoop: 0.4, judgeMs: 100, // of Node's event loop, over that time: from here on the processor is the limit
   farLatencyMs: 20, // from here on a line is worth several connections before its speed is known
   streamUnitBytes: 4 * MIB, // DEST `-`: one request's share of a large blob
   streamWindowBytes: 32 * MIB, // DEST `-`: how far the line may be ahead of the reader
@@ -81,7 +75,6 @@ const LIMITS = Object.freeze({
 });
 
 // ====== 2. Public types ======
-
 /** An operating system and processor in Go's words: `{ os: "linux", architecture: "arm", variant: "v7" }`. */
 interface Platform { os: string; architecture: string; variant?: string }
 /** A content descriptor, OCI image specification, descriptor.md. `size` is in bytes. */
@@ -112,17 +105,14 @@ interface PullerOpts {
 interface Progress {
   phase: "resolve" | "fetch" | "finish"; doneBytes: number; totalBytes: number; blobsDone: number; blobsTotal: number;
 }
-/**
- * What DEST now holds. `digest` is the manifest's (the index's when every platform was asked for); `platform` is
- * `os/architecture[/variant]`, `all`, or empty for what is not an image; `sizeBytes` is DEST's (in a directory: of the
- * blobs), `fetchedBytes` what came over the line as blobs: the rest was there already.
- */
+/** What DEST now holds. `digest` is the manifest's (the index's when every platform was asked for); `platform` is
+ *  `os/architecture[/variant]`, `all`, or empty for what is not an image; `sizeBytes` is DEST's (in a directory: of the
+ *  blobs), `fetchedBytes` what came over the line as blobs: the rest was there already. */
 interface PullResult {
   name: string; digest: string; platform: string; layers: number; sizeBytes: number; fetchedBytes: number;
 }
 /** A manifest as the registry sent it. `bytes` has the digest; `manifest` is the parsed JSON. */
 interface ManifestHolder { mediaType: string; digest: string; bytes: Uint8Array; manifest: unknown; imageUrl: string }
-
 type ErrorCode =
   | "BAD_REFERENCE" | "BAD_OPTION" | "NOT_FOUND" | "UNAUTHORIZED" | "FORBIDDEN" | "RATE_LIMITED" | "NO_PLATFORM"
   | "NOT_AN_IMAGE" | "UNSUPPORTED" | "TOO_LARGE" | "DIGEST_MISMATCH" | "SIZE_MISMATCH" | "PROTOCOL" | "NETWORK"
@@ -130,27 +120,22 @@ type ErrorCode =
 
 // ====== 3. Errors ======
 // One class with a code. The message is what failed, then the request and the registry's words, then the remedy.
-
 interface ErrorDetails { status?: number | undefined; retryAfterMs?: number | undefined; cause?: unknown }
 /** The only error thrown on purpose; anything else is a bug. `status` is the HTTP status, where there was one. */
 class ImgpullError extends Error {
   override readonly name = "ImgpullError";
-  readonly code: ErrorCode;
+  readonly code!: ErrorCode;
   readonly status?: number;
   /** @internal How long the server asks us to stay away. */ readonly retryAfterMs?: number;
-
-  constructor(code: ErrorCode, message: string, details: { status?: number | undefined; cause?: unknown } = {}) {
-    super(message, details.cause === undefined ? undefined : { cause: details.cause });
-    this.code = code;
-    const { status, retryAfterMs } = details as ErrorDetails;
-    Object.assign(this, { status, retryAfterMs });
+  constructor(code: ErrorCode, message: string, more: { status?: number | undefined; cause?: unknown } = {}) {
+    const { cause, ...details } = more;
+    super(message, cause === undefined ? undefined : { cause });
+    Object.assign(this, { code, ...details });
   }
 }
-
 function fail(code: ErrorCode, message: string, details?: ErrorDetails): never {
   throw new ImgpullError(code, message, details);
 }
-
 const errorCodeOf = (error: unknown): string => String((error as { code?: unknown } | undefined)?.code ?? "");
 /** Text from outside, fit for a terminal: no control characters or escapes, no line breaks, bounded. */
 function printable(text: string, maximum = 300): string {
@@ -171,20 +156,21 @@ function connectionError(error: unknown, doing: string): ImgpullError {
   const cause = error as NodeJS.ErrnoException & { errors?: Error[] };
   const code = errorCodeOf(error);
   const said = printable(cause.message || cause.errors?.[0]?.message || code); // happy eyeballs: one for each address
-  const make = (kind: ErrorCode, words: string) => new ImgpullError(kind, `${doing}: ${words}`, { cause });
   if (cause.name === "AbortError") return new ImgpullError("ABORTED", "stopped", { cause });
-  // An https client that meets plain HTTP reads "HTTP/1.1" as a TLS record of an absurd version or length.
-  const isPlain = /wrong version number|packet length too long|unknown protocol|record layer failure/i.test(said);
-  if (isPlain) return make("TLS", "the server answers plain HTTP on this port\n  try --scheme http");
   const strange = "its certificate authority is not known here: --cacert FILE gives it, --insecure goes without";
-  if (/^(UNABLE_TO|SELF_SIGNED|DEPTH_ZERO)/.test(code)) return make("TLS", `${said}\n  ${strange}`);
-  const wantsClient = /certificate required|bad certificate|handshake failure/i.test(said);
-  const remedy = wantsClient ? "\n  it may want a client certificate: --cert FILE --key FILE" : "";
-  if (/^(CERT_|INVALID_|ERR_TLS|ERR_SSL|EPROTO)/.test(code)) return make("TLS", said + remedy);
-  const plain = { ENOTFOUND: "no such host", ECONNRESET: "connection lost", ECONNREFUSED: "connection refused" };
-  return make("NETWORK", plain[code as keyof typeof plain] ?? said);
+  const known: [words: RegExp, kind: ErrorCode, said: string][] = [
+    // An https client that meets plain HTTP reads "HTTP/1.1" as a TLS record of an absurd version or length.
+    [/wrong version number|packet length too long|unknown protocol|record layer failure/i, "TLS",
+      "the server answers plain HTTP on this port\n  try --scheme http"],
+    [/^(UNABLE_TO|SELF_SIGNED|DEPTH_ZERO)/, "TLS", `${said}\n  ${strange}`],
+    [/certificate required|bad certificate|handshake failure/i, "TLS",
+      `${said}\n  it may want a client certificate: --cert FILE --key FILE`],
+    [/^(CERT_|INVALID_|ERR_TLS|ERR_SSL|EPROTO)/, "TLS", said], [/^ENOTFOUND/, "NETWORK", "no such host"],
+    [/^ECONNRESET/, "NETWORK", "connection lost"], [/^ECONNREFUSED/, "NETWORK", "connection refused"],
+  ];
+  const [, kind, words] = known.find(([pattern]) => pattern.test(`${code} ${said}`)) ?? [/^/, "NETWORK", said];
+  return new ImgpullError(kind as ErrorCode, `${doing}: ${words}`, { cause });
 }
-
 const DISK_WORDS: Record<string, string> = {
   ENOSPC: "the disk is full", EDQUOT: "the disk quota is used up", EROFS: "the file system is read-only",
   EACCES: "permission denied", EPERM: "permission denied", ERR_ACCESS_DENIED: "not allowed by Node's permission model",
@@ -202,20 +188,17 @@ function onDisk<T>(doing: string, work: Promise<T>): Promise<T> {
 
 // ====== 4. Primitives ======
 // Digests, sizes, JSON from outside, work side by side. Nothing here knows of a registry.
-
 /** A digest is checked here before it touches a path or a URL: algorithm known, lower-case hex, exact length. */
 const isDigest = (text: unknown): text is string =>
   typeof text === "string" && /^(sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})$/.test(text);
 const hexOf = (digest: string): string => digest.slice(digest.indexOf(":") + 1);
-const newHash = (digest: string): Hash =>
-  load("node:crypto").createHash(digest.slice(0, digest.indexOf(":")));
+const newHash = (digest: string): Hash => load("node:crypto").createHash(digest.slice(0, digest.indexOf(":")));
 /** The digest of bytes, by the algorithm of another digest. */
 const digestOf = (bytes: Uint8Array, like = "sha256:"): string =>
   `${like.slice(0, like.indexOf(":"))}:${newHash(like).update(bytes).digest("hex")}`;
 const isRecord = (value: unknown): value is Record<string, unknown> =>
   typeof value === "object" && value !== null && !Array.isArray(value);
 const encodeJson = (value: unknown): Buffer => Buffer.from(JSON.stringify(value), "utf8");
-
 function parseJson(text: string | Buffer): unknown {
   try {
     return JSON.parse(String(text)) as unknown;
@@ -228,13 +211,11 @@ const given = <T extends object>(values: T): { [K in keyof T]?: Exclude<T[K], un
   Object.fromEntries(Object.entries(values).filter(([, value]) => value !== undefined && value !== "")) as never;
 const sumOf = <T>(items: Iterable<T>, value: (item: T) => number): number =>
   Array.from(items, value).reduce((sum, each) => sum + each, 0);
-
 function formatBytes(bytes: number): string {
   let [value, unit] = [bytes, "B"];
   for (const larger of ["kB", "MB", "GB", "TB"]) if (value >= 999.5) [value, unit] = [value / 1000, larger];
   return `${unit === "B" || value >= 99.95 ? Math.round(value) : value.toFixed(1)} ${unit}`;
 }
-
 const formatPlatform = ({ os: system, architecture, variant }: Partial<Platform> = {}): string =>
   [system, architecture, variant].filter(Boolean).join("/");
 /** Runs at most `limit` at once, keeps the order, and lets every one end before what failed is thrown. */
@@ -259,7 +240,6 @@ function settled<R>(results: readonly PromiseSettledResult<R>[]): R[] {
   if (messages.length < 2) throw first;
   return fail(first.code, messages.join("\n"), { status: first.status, cause: first });
 }
-
 /** Aborts with the first of them. That many requests listen to it is no leak, whatever Node warns. */
 function anySignal(...signals: AbortSignal[]): AbortSignal {
   const signal = AbortSignal.any(signals);
@@ -269,7 +249,6 @@ function anySignal(...signals: AbortSignal[]): AbortSignal {
 
 // ====== 5. References ======
 // The grammar of the distribution specification ("Pulling manifests") and of docker's reference package. SPEC §2.
-
 /** `host` is the name people use (`docker.io`); apiHost() says where its API is. */
 type Reference = Readonly<{ host: string; repository: string; tag?: string; digest?: string }>;
 const HUB_HOSTS = ["docker.io", "index.docker.io", "registry-1.docker.io"];
@@ -278,7 +257,6 @@ const HOST = new RegExp(`^(?:${LABEL}(?:\\.${LABEL})*|\\[(?<ipv6>[0-9a-fA-F:.]+)
 const PATH_PART = "[a-z0-9]+(?:(?:\\.|_{1,2}|-+)[a-z0-9]+)*";
 const REPOSITORY = new RegExp(`^${PATH_PART}(?:/${PATH_PART})*$`);
 const TAG = /^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$/;
-
 function isHost(text: string): boolean {
   const { ipv6, port = "443" } = HOST.exec(text)?.groups ?? {};
   const isPort = Number(port) >= 1 && Number(port) <= 65535;
@@ -311,14 +289,11 @@ function parseReference(text: string): Reference {
   const version = given({ tag: tag ?? (digest === undefined ? "latest" : undefined), digest });
   return { host: isHub ? "docker.io" : host, repository, ...version };
 }
-
 const formatReference = ({ host, repository, tag, digest }: Reference): string =>
   `${host}/${repository}${tag === undefined ? "" : `:${tag}`}${digest === undefined ? "" : `@${digest}`}`;
 const apiHost = (host: string): string => (host === "docker.io" ? "registry-1.docker.io" : host);
-/**
- * The name an image gets in the tar. A mirror stands for another registry, told by --ns or by the path's first
- * segment; the tag names, and only a reference without one is named by its digest.
- */
+/** The name an image gets in the tar. A mirror stands for another registry, told by --ns or by the path's first
+ *  segment; the tag names, and only a reference without one is named by its digest. */
 function imageName({ host, repository, tag, digest }: Reference, namespace?: string): Reference {
   const version = tag === undefined ? `@${digest}` : `:${tag}`;
   const [first = ""] = /^[^/]*\.[^/]*(?=\/)/.exec(repository) ?? [];
@@ -332,7 +307,6 @@ const defaultDestination = ({ repository, tag, digest = "" }: Reference): string
 // ====== 6. Transport ======
 // One request: certificates, proxy, silence, redirects. It knows no registry and keeps no bytes. SPEC §6, §7.
 // Invariant: an Authorization header and a client certificate are chosen anew for each origin, never carried over.
-
 /** @internal */
 type Environment = Readonly<Record<string, string | undefined>>;
 /** What a pull was told, checked. `certsDirectory` is /etc/docker/certs.d, but for tests. */
@@ -349,9 +323,7 @@ type Answer = Readonly<{
   status: number; headers: http.IncomingHttpHeaders; url: URL; authorization: string | undefined;
   body?: http.IncomingMessage; words: string;
 }>;
-interface Transport { send(request: HttpRequest): Promise<Answer>; close(): void }
 type SendOnce = (request: HttpRequest, url: URL, headers: Record<string, string>) => Promise<http.IncomingMessage>;
-
 const readOptional = (file: string): Promise<string | undefined> => fs.readFile(file, "utf8").catch(() => undefined);
 /** Where the distributions keep their certificates, in the order in which Go's crypto/x509 looks (root_linux.go). */
 const CA_BUNDLES = [
@@ -373,14 +345,12 @@ async function systemCertificates(environment: Environment): Promise<string[]> {
     for (const text of await Promise.all(names.map((name) => readOptional(path.join(directory, name))))) add(text);
   }
   // macOS and Windows keep theirs in no file; Node reads them since 22.15.
-  const { getCACertificates, rootCertificates } =
-    load("node:tls") as typeof tls & { getCACertificates?: (type: string) => string[] };
+  const { getCACertificates, rootCertificates } = load("node:tls") as Partial<typeof tls>;
   if (bundle === "" && ["darwin", "win32"].includes(process.platform)) getCACertificates?.("system").forEach(add);
-  if (bundle === "") rootCertificates.forEach(add);
+  if (bundle === "") rootCertificates?.forEach(add);
   if (extra) add(await readOptional(extra));
   return [bundle];
 }
-
 async function readPem(file: string, option: string): Promise<string> {
   const text = await fs.readFile(file, "utf8").catch((error: unknown) =>
     fail("TLS", `cannot read ${option} ${file}: ${diskWords(error)}`));
@@ -435,7 +405,6 @@ function proxyFor(url: URL, environment: Environment): URL | undefined {
   if (proxy.protocol === "http:" || proxy.protocol === "https:") return proxy;
   return fail("PROXY", `${name}: a ${proxy.protocol}// proxy is not supported, only http:// and https:// ones are`);
 }
-
 const basicAuthorization = (username: string, secret: string): string =>
   `Basic ${Buffer.from(`${username}:${secret}`, "utf8").toString("base64")}`;
 const proxyHeaders = ({ username, password }: URL): Record<string, string> => (username === "" ? {}
@@ -450,7 +419,7 @@ function proxyRefusal(proxy: URL, what: string, { statusCode: status, statusMess
 }
 type OnConnection = (error: Error | null, socket?: net.Socket) => void;
 /** An agent's new connection: TLS inside a CONNECT tunnel (RFC 9110 §9.3.6). */
-function connectThrough(proxy: URL, options: https.RequestOptions, target: tls.ConnectionOptions, done: OnConnection) {
+function connectThrough(proxy: URL, options: http.RequestOptions, target: tls.ConnectionOptions, done: OnConnection) {
   const authority = `${net.isIPv6(String(target.host)) ? `[${target.host}]` : target.host}:${target.port}`;
   const headers = { Host: authority, ...proxyHeaders(proxy) };
   const connect = clientFor(proxy).request(proxy.origin, { ...options, method: "CONNECT", path: authority, headers });
@@ -461,12 +430,12 @@ function connectThrough(proxy: URL, options: https.RequestOptions, target: tls.C
   });
   connect.once("timeout", () => connect.destroy(new ImgpullError("TIMEOUT", `${proxyName(proxy)} is silent`)));
   connect.once("error", (error) => done(connectionError(error, proxyName(proxy))));
-  return connect.end();
+  connect.end();
 }
-/** Agents keep connections: one for each registry with what it is shown, one for all other hosts, by proxy. */
-function createTransport(settings: Settings): Transport {
+/** Agents keep connections: one for each registry that is shown something of ours, one for all others, by proxy. */
+function createTransport(settings: Settings) {
   const agents = new Map<string, Promise<http.Agent>>();
-  const tunnels = new Set<http.ClientRequest>(); // that are being asked for: no agent knows them yet
+  const closing = new AbortController(); // for tunnels that are being asked for: no agent knows them yet
   const { timeoutMs, environment, insecure } = settings;
   const makeAgent = async (url: URL, isRegistry: boolean, proxy: URL | undefined): Promise<http.Agent> => {
     const keepAlive = { keepAlive: true, scheduling: "lifo" as const };
@@ -478,25 +447,22 @@ function createTransport(settings: Settings): Transport {
     const secureContext = await secureContextFor(url, isRegistry, settings);
     const agent = new (clientFor(url).Agent)({ ...keepAlive, secureContext, rejectUnauthorized: insecure !== true });
     if (!proxy) return agent;
-    const createConnection = (target: tls.ConnectionOptions, done: OnConnection) => {
-      const connect = connectThrough(proxy, { ...proxyTls, agent: false, timeout: timeoutMs }, target, done);
-      tunnels.add(connect.once("close", () => tunnels.delete(connect)));
-    };
-    return Object.assign(agent, { createConnection });
+    const options = { ...proxyTls, agent: false, timeout: timeoutMs, signal: closing.signal };
+    return Object.assign(agent, { createConnection: connectThrough.bind(undefined, proxy, options) });
   };
-
   const sendOnce: SendOnce = async (request, url, headers) => {
     const { method, signal, body } = request;
     const doing = `${method} ${redactUrl(url)}`;
-    const isRegistry = request.isRegistry(url.origin);
+    const hasOwn = settings.tlsCert !== undefined || existsSync(path.join(settings.certsDirectory, url.host));
+    const isRegistry = hasOwn && request.isRegistry(url.origin); // others share the system's certificates, parsed once
     const proxy = proxyFor(url, environment);
     const key = `${url.protocol} ${isRegistry ? url.host : ""} ${proxy?.href ?? ""}`;
     const making = agents.get(key) ?? makeAgent(url, isRegistry, proxy);
     agents.set(key, making);
     const forwarder = url.protocol === "http:" ? proxy : undefined; // plain HTTP goes to the proxy in absolute form
-    const forwarded = forwarder && { Host: url.host, ...proxyHeaders(forwarder) };
     const absolute = forwarder && { path: url.href };
-    const options = { method, signal, agent: await making, timeout: timeoutMs, headers: { ...headers, ...forwarded } };
+    const added = forwarder && { Host: url.host, ...proxyHeaders(forwarder) };
+    const options = { method, signal, agent: await making, timeout: timeoutMs, headers: { ...headers, ...added } };
     // The proxy's origin, not its URL: Node would make an Authorization header, for the registry, of its password.
     const outgoing = clientFor(forwarder ?? url).request(forwarder?.origin ?? url, { ...options, ...absolute });
     let incoming: http.IncomingMessage | undefined;
@@ -521,9 +487,9 @@ function createTransport(settings: Settings): Transport {
     throw proxyRefusal(forwarder, doing, incoming);
   };
   return {
-    send: (request) => followRedirects(request, sendOnce),
+    send: (request: HttpRequest) => followRedirects(request, sendOnce),
     close: () => {
-      for (const tunnel of tunnels) tunnel.destroy();
+      closing.abort();
       for (const agent of agents.values()) agent.then((ready) => ready.destroy(), () => undefined);
     },
   };
@@ -543,18 +509,15 @@ async function followRedirects(request: HttpRequest, sendOnce: SendOnce): Promis
     response.on("error", () => undefined).resume();
     const from = redactUrl(url);
     if (hop >= LIMITS.redirects) fail("PROTOCOL", `${from}: more than ${LIMITS.redirects} redirects`);
-    const next = URL.canParse(location, url) ? new URL(location, url)
-      : fail("PROTOCOL", `${from} redirects to what is not a URL`);
+    const next = URL.canParse(location, url) ? new URL(location, url) : fail("PROTOCOL", `${from} redirects to no URL`);
     if (next.protocol !== "https:" && (next.protocol !== "http:" || url.protocol === "https:")) {
       fail("PROTOCOL", `${from} redirects to ${redactUrl(next)}: not followed from https to ${next.protocol}`);
     }
     url = next;
   }
 }
-/**
- * Some front ends compress although `identity` was asked for. Others store a gzip layer with a Content-Encoding that
- * describes the layer itself: there the length gives it away, and the bytes are what was asked for.
- */
+/** Some front ends compress although `identity` was asked for. Others store a gzip layer with a Content-Encoding that
+ *  describes the layer itself: there the length gives it away, and the bytes are what was asked for. */
 function decodeBody(response: http.IncomingMessage, expectedBytes?: number): Readable {
   const { "content-encoding": encoding = "", "content-length": length } = response.headers;
   const isRaw = expectedBytes !== undefined && Number(length) === expectedBytes;
@@ -595,7 +558,6 @@ async function readWords(response: http.IncomingMessage): Promise<string> {
 
 // ====== 7. Retry ======
 // Pure but for the clock, which tests replace. Only known passing faults are retried; a bug never is. SPEC §6.
-
 const sleep = (waitMs: number, signal: AbortSignal): Promise<unknown> => delay(waitMs, undefined, { signal });
 const systemClock = { now: Date.now, random: Math.random, sleep };
 /** Retry-After is seconds or a date (RFC 9110 §10.2.3). */
@@ -603,11 +565,11 @@ function parseRetryAfter(value = "", now: number): number | undefined {
   const waitMs = /^\s*\d+\s*$/.test(value) ? Number(value) * 1000 : Math.max(0, Date.parse(value) - now);
   return Number.isNaN(waitMs) ? undefined : waitMs;
 }
-
 function isRetriable(error: unknown): error is ImgpullError {
   if (!(error instanceof ImgpullError)) return false;
   const { code, status = 0, retryAfterMs } = error;
-  if (code === "NETWORK") return errorCodeOf(error.cause) !== "ENOTFOUND"; // a name that does not exist is a typo
+  // A name that does not exist is a typo, and what Node's permission model refuses stays refused.
+  if (code === "NETWORK") return !["ENOTFOUND", "ERR_ACCESS_DENIED"].includes(errorCodeOf(error.cause));
   if (/^(TIMEOUT|RATE_LIMITED|(DIGEST|SIZE)_MISMATCH)$/.test(code) || retryAfterMs !== undefined) return true;
   return status === 408 || status === 425 || (status >= 500 && status !== 501 && status !== 505);
 }
@@ -622,7 +584,7 @@ function retryDelayMs(error: unknown, failures: number, retries: number, random:
 }
 /** What one pull has in common: the challenge of each origin, a Registry (and so a token) for each repository. */
 type Session = Readonly<{
-  settings: Settings; transport: Transport; clock: typeof systemClock; signal: AbortSignal;
+  settings: Settings; transport: ReturnType<typeof createTransport>; clock: typeof systemClock; signal: AbortSignal;
   challenges: Map<string, readonly Challenge[]>; registries: Map<string, Registry>; warn: (message: string) => void;
 }>;
 /** Runs `attempt` until it succeeds. `gotOn` says whether the failed one brought us forward: the count starts anew. */
@@ -646,7 +608,6 @@ async function withRetries<T>(session: Session, attempt: () => Promise<T>, gotOn
 // ====== 8. Credentials and tokens ======
 // Challenges (RFC 9110 §11.6.1), docker's and podman's files, helpers, the distribution token protocol. SPEC §6, §7.
 // Invariant: a credential is for one registry; it goes there and to the token endpoint which that registry names.
-
 interface Challenge { readonly scheme: string; readonly parameters: Record<string, string> }
 interface Authorization { readonly header: string; readonly expiresAt: number }
 /** Every challenge of every header line: commas separate both parameters and challenges, and may be inside quotes. */
@@ -690,9 +651,9 @@ function runCredentialHelper(name: string, input: string, environment: Environme
   const source = `docker-credential-${name}`;
   const refuse = (reason: string): never => fail("CREDENTIALS", `the credential helper ${printable(source)} ${reason}`);
   if (!/^[\w.+-]+$/.test(name)) refuse("has a name that is not one");
-  const bounds = { encoding: "utf8", timeout: 60_000, maxBuffer: LIMITS.tokenBytes } as const;
-  const options = { input, env: { ...environment }, ...bounds };
-  const { status, stdout, stderr, error } = load("node:child_process").spawnSync(source, ["get"], options);
+  const options = { input, env: { ...environment }, timeout: 60_000, maxBuffer: LIMITS.tokenBytes };
+  const run = load("node:child_process").spawnSync(source, ["get"], { ...options, encoding: "utf8" });
+  const { status, stdout, stderr, error } = run;
   if (error) refuse(`cannot be run: ${errorCodeOf(error) === "ENOENT" ? "it is not on the PATH" : errorCodeOf(error)}`);
   const words = printable(stdout || stderr) || `exit code ${status}`;
   if (status !== 0) return /credentials not found/i.test(words) ? undefined : refuse(`failed: ${words}`);
@@ -790,9 +751,7 @@ function statusError({ status, words, headers, url }: Answer, now: number, who: 
 
 // ====== 9. Registry ======
 // One repository of one registry: manifests and blobs from an offset, with whatever handshake it wants. SPEC §6.
-
 interface FetchedManifest { readonly mediaType: string; readonly digest: string; readonly bytes: Buffer }
-
 class Registry {
   readonly reference: Reference;
   readonly origin: string;
@@ -803,7 +762,6 @@ class Registry {
   readonly #renewals = new Map<string, Promise<boolean>>();
   #found: Promise<Credential | undefined> | undefined;
   #refused: Credential | undefined; // from then on it is nobody who asks
-
   constructor(session: Session, reference: Reference) {
     const { scheme, token } = session.settings;
     this.#session = session;
@@ -827,7 +785,6 @@ class Registry {
       if (round === 3 || !(await this.#authorize(answer, round))) throw await this.#refusal(answer, kind, name);
     }
   }
-
   async #authorizationFor(origin: string): Promise<string | undefined> {
     const isFresh = (this.#held.get(origin)?.expiresAt ?? 0) > this.#session.clock.now();
     const isBearer = this.#session.challenges.get(origin)?.some(({ scheme }) => scheme === "bearer");
@@ -857,7 +814,6 @@ class Registry {
     if (this.#refused || origin !== this.origin) return undefined;
     return (this.#found ??= findCredential(this.#session.settings, this.reference));
   }
-
   #giveUp(credential: Credential, reason: string): void {
     this.#refused = credential;
     this.#held.delete(this.origin);
@@ -913,20 +869,27 @@ class Registry {
     const doubt = answer.headers["content-type"]?.includes("html") ? `: is ${this.reference.host} a registry?` : "";
     return new ImgpullError(code, `no such ${missing}\n  ${message}${doubt}`, { status });
   }
-  /** The manifest of a tag or digest, verified against the digest where one was asked for. */
-  manifest(tagOrDigest: string): Promise<FetchedManifest> {
+  /** A manifest or config as a whole, verified against the digest where one was asked for. */
+  #document(kind: "manifest" | "blob", name: string, maximumBytes: number) {
     return withRetries(this.#session, async () => {
-      const { body, url, headers } = await this.#request("GET", "manifest", tagOrDigest);
+      const { body, url, headers } = await this.#request("GET", kind, name);
       const where = redactUrl(url);
-      const bytes = await readBody(body as http.IncomingMessage, LIMITS.manifestBytes, `the manifest ${where}`);
-      const wanted = isDigest(tagOrDigest) ? tagOrDigest : undefined;
+      const bytes = await readBody(body as http.IncomingMessage, maximumBytes, `the ${kind} ${where}`);
+      const wanted = isDigest(name) ? name : undefined;
       const digest = digestOf(bytes, wanted);
       if (wanted && digest !== wanted) fail("DIGEST_MISMATCH", `${where}: the bytes have the digest ${digest}`);
-      const mediaType = sniffMediaType(bytes, headers["content-type"]);
-      if (mediaType !== undefined) return { mediaType, digest, bytes };
-      const type = printable(headers["content-type"] ?? "nothing named", 80);
-      return fail("PROTOCOL", `${where}: this is not a manifest but ${type}: is ${this.reference.host} a registry?`);
+      return { bytes, digest, where, type: headers["content-type"] ?? "nothing named" };
     });
+  }
+  async manifest(tagOrDigest: string): Promise<FetchedManifest> {
+    const { bytes, digest, where, type } = await this.#document("manifest", tagOrDigest, LIMITS.manifestBytes);
+    const what = `this is not a manifest but ${printable(type, 80)}: is ${this.reference.host} a registry?`;
+    return { bytes, digest, mediaType: sniffMediaType(bytes, type) ?? fail("PROTOCOL", `${where}: ${what}`) };
+  }
+  /** A config before its turn, where the platform stands nowhere else. */
+  async config({ digest, size }: Descriptor): Promise<Buffer> {
+    const { bytes, where } = await this.#document("blob", digest, LIMITS.configBytes);
+    return bytes.length === size ? bytes : fail("SIZE_MISMATCH", `${where}: ${bytes.length} bytes, not ${size}`);
   }
   /** What HEAD tells of a manifest; undefined where the registry leaves something out. */
   head(tagOrDigest: string): Promise<{ mediaType: string; digest: string; size: number } | undefined> {
@@ -972,7 +935,6 @@ function sniffMediaType(bytes: Buffer, contentType = ""): string | undefined {
 
 // ====== 10. Manifests and platforms ======
 // One shape for Docker and OCI. Everything that a registry says of digests and sizes is checked here. SPEC §3.
-
 interface ImageManifest { readonly kind: "image"; readonly config: Descriptor; readonly layers: readonly Descriptor[] }
 interface IndexManifest { readonly kind: "index"; readonly manifests: readonly Descriptor[] }
 /** A descriptor whose digest and size can be relied on to be a digest and a size. */
@@ -990,12 +952,10 @@ function parseDescriptor(value: unknown, where: string): Descriptor {
   const mediaType = typeof type === "string" ? type : "";
   return { mediaType, digest, size, ...given({ urls: isUrlList ? (urls as string[]) : undefined, platform }) };
 }
-
 function parsePlatform(value: Record<string, unknown>): Platform {
   const word = (name: string) => (typeof value[name] === "string" ? printable(value[name], 64) : "");
   return { os: word("os"), architecture: word("architecture"), ...given({ variant: word("variant") }) };
 }
-
 function parseManifest({ bytes, mediaType }: FetchedManifest, where: string): ImageManifest | IndexManifest {
   const refuse = (code: ErrorCode, reason: string): never => fail(code, `${where}: ${reason}`);
   const json = parseJson(bytes);
@@ -1042,7 +1002,6 @@ function acceptableVariants(architecture: string, variant: string | undefined): 
   const names = down.flatMap((each) => (each === plain ? [`v${each}`, ""] : [`v${each}`]));
   return variant === undefined ? ["", ...names] : names;
 }
-
 function matchPlatform(candidates: readonly Descriptor[], { os: system, architecture, variant }: Platform) {
   const fitting = candidates.filter(({ platform: it }) => it?.os === system && it.architecture === architecture);
   return acceptableVariants(architecture, variant).flatMap((each) =>
@@ -1057,7 +1016,6 @@ function wantedPlatform(wanted: Partial<Platform>, host = hostPlatform()): Platf
 // ====== 11. Tar ======
 // POSIX pax: a pure header encoder, the plan of a whole tar before its first byte, a reader for any tar. SPEC §4.
 // Invariant: the same digests give the same plan, and the plan gives the same bytes, on every machine.
-
 const BLOCK = 512;
 const paddingOf = (sizeBytes: number): number => (BLOCK - (sizeBytes % BLOCK)) % BLOCK;
 const untilNul = (bytes: Buffer): string => bytes.toString("utf8").split("\0", 1)[0] ?? "";
@@ -1094,18 +1052,17 @@ type ResolvedImage = Readonly<{
   reference: Reference; name: string; registry: Registry; top: FetchedManifest; manifests: readonly FetchedManifest[];
   contents: readonly ImageContent[]; platform: string;
 }>;
-/**
- * One file of the tar or directory. Its content is `bytes`, or a blob that `registry` has, and begins at `offset` of
- * the tar; `lead` is the padding of the entry before and this one's header.
- */
+/** One file of the tar or directory. Its content is `bytes`, or a blob that `registry` has, and begins at `offset` of
+ *  the tar; `lead` is the padding of the entry before and this one's header. */
 type PlanEntry = Readonly<{
   name: string; sizeBytes: number; lead: Buffer; offset: number; bytes?: Buffer;
   blob?: Readonly<{ descriptor: Descriptor; registry: Registry }>;
 }>;
 const blobPath = (digest: string): string => `blobs/${digest.replace(":", "/")}`;
-/** index.json's entry: both annotations, since containerd reads the one and skopeo and podman the other. */
+/** Where an index has an image's name: containerd reads the first, skopeo and podman the second. */
+const NAME_KEYS = ["io.containerd.image.name", "org.opencontainers.image.ref.name"] as const;
 function indexEntry({ name, top }: ResolvedImage): unknown {
-  const annotations = { "io.containerd.image.name": name, "org.opencontainers.image.ref.name": name };
+  const annotations = Object.fromEntries(NAME_KEYS.map((key) => [key, name]));
   return { mediaType: top.mediaType, digest: top.digest, size: top.bytes.length, annotations };
 }
 /** manifest.json's entry, what `docker load` reads: one image for each name. Classic docker cannot name a digest. */
@@ -1117,11 +1074,9 @@ function dockerEntry({ name, contents }: ResolvedImage): unknown {
   const tags = name.includes("@") ? [] : [name];
   return { Config: blobPath(config.digest), RepoTags: tags, Layers: layers.map(({ digest }) => blobPath(digest)) };
 }
-/**
- * Everything that will be in DEST, known before a byte of a layer: tar, stream and directory are made from it. Two
- * plans with the same `id` put the same bytes at the same offsets. `omit` has the digests of layers that the receiving
- * side holds already; those that are left out for it are `omitted`.
- */
+/** Everything that will be in DEST, known before a byte of a layer: tar, stream and directory are made from it. Two
+ *  plans with the same `id` put the same bytes at the same offsets. `omit` has the digests of layers that the receiving
+ *  side holds already; those that are left out for it are `omitted`. */
 function planTar(images: readonly ResolvedImage[], omit: ReadonlySet<string> = new Set()) {
   const contents = new Map<string, Pick<PlanEntry, "sizeBytes" | "bytes" | "blob">>();
   const addBytes = (name: string, bytes: Buffer) => contents.set(name, { sizeBytes: bytes.length, bytes });
@@ -1215,7 +1170,6 @@ async function* readTar(handle: fs.FileHandle, where: string): AsyncGenerator<Ta
     extended = {};
   }
 }
-
 function parsePaxRecords(body: Buffer): Record<string, string> {
   const records: Record<string, string> = {};
   for (let at = 0; at < body.length; ) {
@@ -1259,7 +1213,6 @@ type Tars = readonly OpenTar[];
 // Plan → bytes in place → verify → rename. Blobs are fetched side by side into DEST.partial and hashed in order as
 // they come; idle connections take over half of the longest remaining range. SPEC §5.
 // Invariant: nothing has DEST's name before every byte of it was hashed and compared.
-
 type Range = [from: number, to: number];
 const lengthOf = (ranges: readonly Range[]): number => sumOf(ranges, ([from, to]) => to - from);
 /** Adds a range to a sorted list of disjoint ones. */
@@ -1269,7 +1222,6 @@ function addRange(ranges: readonly Range[], [from, to]: Range): Range[] {
   const merged: Range = [Math.min(...edges), Math.max(...edges)];
   return [...ranges.filter(isApart), merged].sort((left, right) => left[0] - right[0]);
 }
-
 function missingRanges(ranges: readonly Range[], sizeBytes: number): Range[] {
   const edges = [0, ...ranges.flat(), sizeBytes];
   const gaps = edges.map((from, at): Range => [from, edges[at + 1] ?? 0]).filter((_, at) => at % 2 === 0);
@@ -1297,7 +1249,7 @@ const sizeOf = (jobs: readonly BlobJob[]): number => sumOf(jobs, ({ descriptor }
 /** A range that one connection fetches: `at` is the next byte, and `to` comes down when another takes the end over. */
 function newSegment(job: BlobJob, at: number, to: number, isTakeover = false) {
   job.openSegments += 1;
-  return { job, at, to, isTakeover, askedFrom: at, startedAtMs: 0, firstByteMs: 0 };
+  return { job, at, to, isTakeover };
 }
 type Segment = ReturnType<typeof newSegment>;
 /** Where bytes go: into files in any order, or onto a stream. */
@@ -1328,7 +1280,6 @@ function newTransfer(outer: Session, jobs: readonly BlobJob[], sink: Sink, obser
 type Transfer = ReturnType<typeof newTransfer>;
 const remaining = ({ at, to }: Segment): number => to - at;
 const longestFirst = (left: Segment, right: Segment): number => remaining(right) - remaining(left);
-
 function cutInHalf(segment: Segment): Segment {
   const { job, at, to } = segment;
   segment.to = at + Math.ceil((to - at) / 2);
@@ -1340,20 +1291,13 @@ function longestRange(segments: Iterable<Segment>): Segment | undefined {
     && to - at >= 2 * (registry.latencyMs < LIMITS.farLatencyMs ? LIMITS.nearSplitBytes : LIMITS.splitBytes);
   return [...segments].filter(canCut).sort(longestFirst)[0];
 }
-/** Half of what a connection has left, where that takes longer than a new request, on a line that is not full. */
+/** Half of what a connection has left, where it is the line that is slow. */
 function takeOver({ active, sink, loopBefore }: Transfer): Segment | undefined {
   const victim = sink.unitBytes ? undefined : longestRange(active);
-  const now = performance.now();
-  const rateOf = ({ at, askedFrom, startedAtMs }: Segment) => (at - askedFrom) / Math.max(1, now - startedAtMs);
-  const age = victim ? now - victim.startedAtMs : 0;
-  const isBusy = performance.eventLoopUtilization(loopBefore).utilization > LIMITS.busyLoop;
-  if (!victim || age < 50 || isBusy) return undefined;
-  const leftMs = remaining(victim) / Math.max(rateOf(victim), 1);
-  // On a near line what is left ought to be long: the server's buffers are full of what a cut throws away.
-  const isFar = victim.job.registry.latencyMs >= LIMITS.farLatencyMs;
-  return leftMs > Math.max(isFar ? 50 : 1000, 4 * (victim.firstByteMs || age)) ? cutInHalf(victim) : undefined;
+  const { active: busyMs, idle: idleMs, utilization } = performance.eventLoopUtilization(loopBefore);
+  const isKnown = busyMs + idleMs > LIMITS.judgeMs;
+  return victim && isKnown && utilization < LIMITS.busyLoop ? cutInHalf(victim) : undefined;
 }
-
 function enqueue({ pending, sink }: Transfer, job: BlobJob): void {
   const unit = sink.unitBytes?.(job) ?? NEVER;
   for (const [from, to] of missingRanges(job.written, job.descriptor.size)) {
@@ -1423,14 +1367,6 @@ function giveBack({ active }: Transfer, segment: Segment): boolean {
   if (owner) [owner.to, segment.to] = [segment.to, segment.at];
   return owner !== undefined;
 }
-/** The server sends the whole from the start: what nobody has begun is taken along. */
-function takeFollowers({ pending }: Transfer, segment: Segment): void {
-  const follows = ({ job, at }: Segment) => job === segment.job && at === segment.to;
-  for (let next = pending.findIndex(follows); next >= 0; next = pending.findIndex(follows)) {
-    segment.to = (pending.splice(next, 1) as [Segment])[0].to;
-    segment.job.openSegments -= 1;
-  }
-}
 /** Asks for what a segment still lacks: bytes from `position` on, up to `end`. Undefined where another brings it. */
 async function openSegment(transfer: Transfer, segment: Segment) {
   const { job: { descriptor: { size }, descriptor, registry, origins: [origin] }, at, to } = segment;
@@ -1455,7 +1391,10 @@ async function openSegment(transfer: Transfer, segment: Segment) {
   } else if (at > 0 || to < size) {
     registry.acceptsRanges = false;
     if (giveBack(transfer, segment)) return void body.destroy();
-    takeFollowers(transfer, segment);
+    const follows = ({ job, at: from }: Segment) => job === segment.job && from >= to; // not yet begun
+    for (const next of transfer.pending.filter(follows)) {
+      [segment.to, next.at] = [Math.max(segment.to, next.to), next.to];
+    }
   }
   const stream = decodeBody(body, end - position);
   const length = Number(headers["content-length"] ?? end - position);
@@ -1474,12 +1413,10 @@ function hashInOrder(job: BlobJob, position: number, bytes: Buffer): void {
 async function receive(transfer: Transfer, segment: Segment): Promise<void> {
   const { session: { signal }, sink } = transfer;
   const { job } = segment;
-  Object.assign(segment, { askedFrom: segment.at, startedAtMs: performance.now(), firstByteMs: 0 });
   const opened = await openSegment(transfer, segment);
   if (!opened) return;
   const { stream, doing, end } = opened;
   const counter = job.origins.length > 0 ? "reusedBytes" : "fetchedBytes";
-  segment.firstByteMs = performance.now() - segment.startedAtMs;
   let { position } = opened;
   let [batch, batchBytes, underWay]: [Buffer[], number, number] = [[], 0, 0];
   let writing: Promise<unknown> = Promise.resolve();
@@ -1522,12 +1459,18 @@ async function receive(transfer: Transfer, segment: Segment): Promise<void> {
 }
 const openForUpdate = (file: string) => fs.open(file, fs.constants.O_RDWR | fs.constants.O_CREAT);
 type Origin = Readonly<{ handle: fs.FileHandle; offset: number }>;
-async function isIntact({ handle, offset }: Origin, { digest, size }: Descriptor): Promise<boolean> {
+/** Whether bytes at hand, or what they unpack to, have a digest. */
+async function isIntact(
+  { handle, offset }: Origin, { digest, size }: Pick<Descriptor, "digest" | "size">, signal?: AbortSignal,
+  unpacker?: Transform,
+): Promise<boolean> {
   const hash = newHash(digest);
-  for await (const piece of readPlace(handle, offset, offset + size)) hash.update(piece);
-  return hash.digest("hex") === hexOf(digest);
+  const pieces = Readable.from(readPlace(handle, offset, offset + size));
+  await pipeline([pieces, ...(unpacker ? [unpacker] : []), hash], given({ signal })).catch((error: unknown) => {
+    if (!errorCodeOf(error).startsWith("Z")) throw error; // zlib's and zstd's words for what does not unpack
+  });
+  return (hash.read() as Buffer | null)?.toString("hex") === hexOf(digest);
 }
-
 /** Writes all, however often that takes, and says how much it was. */
 async function writeAll(handle: fs.FileHandle, chunks: Buffer[], position: number): Promise<number> {
   const { bytesWritten } = await handle.writev(chunks, position);
@@ -1544,52 +1487,39 @@ async function openJournal(file: string, planId: string) {
     const ranges = text.split(",").map((range) => range.split("-").map(Number) as Range);
     held.set(digest, ranges.filter(([from, to]) => from < to).reduce<Range[]>(addRange, []));
   }
-  const handle = await fs.open(file, id === planId ? "a" : "w");
-  if (id !== planId) await handle.appendFile(`${planId}\n`);
-  const changed = new Set<BlobJob>();
-  const lineOf = ({ descriptor, written }: BlobJob) =>
-    `${descriptor.digest} ${written.map((range) => range.join("-")).join(",")};\n`;
-  let writing: Promise<void> | undefined;
-  /** One append for all that has changed: lines that queue behind the blobs' own writes would come too late. */
-  const flush = async () => {
-    while (changed.size > 0) {
-      const lines = [...changed].map(lineOf).join("");
-      changed.clear();
-      await handle.appendFile(lines).catch(() => undefined); // losing a line costs bytes only
-    }
-    writing = undefined;
-  };
+  if (id !== planId) await fs.writeFile(file, `${planId}\n`);
+  /** At once, for a line takes microseconds: one that queued behind the blobs' own writes would come too late. */
   const record = (job: BlobJob) => {
     job.unrecordedBytes = 0;
-    changed.add(job);
-    writing ??= flush();
+    const ranges = job.written.map((range) => range.join("-")).join(",");
+    try {
+      appendFileSync(file, `${job.descriptor.digest} ${ranges};\n`);
+    } catch {
+      // losing a line costs bytes only
+    }
   };
-  return { held, record, close: () => Promise.resolve(writing).then(() => handle.close()) };
+  return { held, record };
 }
-
 const isRunning = (pid: number): Promise<boolean> =>
   (async () => process.kill(pid, 0))().catch((error: unknown) => errorCodeOf(error) === "EPERM");
-/**
- * Two runs at one DEST would write over each other: the second stops. A lock says who has it, and is touched while
- * held; one that was left alone, or whose process is gone from this machine, is taken over.
- */
+/** Two runs at one DEST would write over each other: the second stops. A lock says who has it, and is touched while
+ *  held; one that was left alone, or whose process is gone from this machine, is taken over. */
 async function acquireLock(file: string, dest: string): Promise<() => Promise<void>> {
   const [host, since] = [os.hostname(), performance.timeOrigin];
   const mine = JSON.stringify({ pid: process.pid, host, since, id: Math.random() });
-  const busy = (who: string) => fail("DISK", `${dest} is being pulled by another imgpull${who}`);
-  await fs.writeFile(file, mine, { flag: "wx" }).catch(async (error: unknown) => {
-    if (errorCodeOf(error) !== "EEXIST") throw error;
-    const owner = (parseJson((await readOptional(file)) ?? "") ?? {}) as Record<string, unknown>;
-    const { mtimeMs } = await fs.stat(file).catch(() => ({ mtimeMs: 0 }));
-    const isThere = owner.pid === process.pid ? owner.since === since : await isRunning(Number(owner.pid));
-    const isHeld = Date.now() - mtimeMs < 6 * LIMITS.lockBeatMs && (owner.host !== host || isThere);
-    if (owner.pid && isHeld) busy(` (process ${owner.pid} on ${owner.host})`);
-    if (mtimeMs === 0) busy(""); // it was let go at this moment: whoever comes next has it
-    await fs.writeFile(`${file}.${process.pid}`, mine);
-    await fs.rename(`${file}.${process.pid}`, file);
-    await delay(20); // another that saw the same stale lock has put its own here by now: the last one has it
-    if ((await readOptional(file)) !== mine) busy("");
-  });
+  const busy = (who = "") => fail("DISK", `${dest} is being pulled by another imgpull${who}`);
+  const before = await readOptional(file);
+  const { mtimeMs } = await fs.stat(file).catch(() => ({ mtimeMs: 0 }));
+  const owner = (parseJson(before ?? "") ?? {}) as Record<string, unknown>;
+  const isThere = owner.pid === process.pid ? owner.since === since : await isRunning(Number(owner.pid));
+  const isHeld = Date.now() - mtimeMs < 6 * LIMITS.lockBeatMs && (owner.host !== host || isThere);
+  if (isHeld) busy(owner.pid ? ` (process ${owner.pid} on ${owner.host})` : "");
+  if (before !== undefined) await fs.rm(file, { force: true });
+  await fs.writeFile(file, mine, { flag: "wx" }).catch((error: unknown) =>
+    (errorCodeOf(error) === "EEXIST" ? busy() : Promise.reject(error)));
+  // Another that saw the same stale lock may have taken ours for it: the last one has it.
+  if (before !== undefined) await delay(20);
+  if ((await readOptional(file)) !== mine) busy();
   const beat = () => void fs.utimes(file, new Date(), new Date()).catch(() => undefined);
   const timer = setInterval(beat, LIMITS.lockBeatMs).unref();
   return () => fs.rm(file, { force: true }).finally(() => clearInterval(timer));
@@ -1638,7 +1568,7 @@ function fileSink({ warn }: Session, { open, finish }: Places, record: (job: Blo
 }
 /** Brings every job's bytes to its place: what the journal of this plan says is there stays, the rest comes. */
 async function fillPlaces(outer: Session, jobs: readonly BlobJob[], places: Places, observe: Observer) {
-  const { held, record, close } = await openJournal(places.journal, places.id);
+  const { held, record } = await openJournal(places.journal, places.id);
   const transfer = newTransfer(outer, jobs, fileSink(outer, places, record), observe);
   try {
     for (const job of jobs) {
@@ -1655,7 +1585,6 @@ async function fillPlaces(outer: Session, jobs: readonly BlobJob[], places: Plac
     return transfer;
   } finally {
     for (const job of jobs) if (job.unrecordedBytes > 0) record(job);
-    await close();
   }
 }
 /** Sync where the file system and Node's permission model let us; what they refuse is no reason to fail. */
@@ -1664,12 +1593,10 @@ async function syncQuietly(handle: fs.FileHandle): Promise<void> {
     if (!["ERR_ACCESS_DENIED", "EINVAL", "ENOSYS", "ENOTSUP", "EPERM"].includes(errorCodeOf(error))) throw error;
   });
 }
-
 async function syncFolder(folder: string): Promise<void> {
   const handle = await fs.open(folder, "r").catch(() => undefined); // Windows has no handle for a folder
   if (handle) await syncQuietly(handle).finally(() => handle.close());
 }
-
 async function checkFreeSpace(dest: string, folder: string, neededBytes: number): Promise<void> {
   const { bavail, bsize } = await fs.statfs(folder).catch(() => ({ bavail: NEVER, bsize: 1 }));
   const words = `${formatBytes(neededBytes)} are needed and ${folder} has ${formatBytes(bavail * bsize)} free`;
@@ -1773,7 +1700,7 @@ async function pullToLayout(session: Session, plan: Plan, folder: string, tars: 
   return pullToFolder(session, newJobs(plan, tars, true), folder, blobPath, observe, async () => {
     const old = await readIndex(); // again, under the lock: another run may have added to it
     const ours = parseJson(files.get("index.json") ?? "") as { manifests: Descriptor[] };
-    const nameOf = ({ annotations }: Descriptor) => annotations?.["org.opencontainers.image.ref.name"];
+    const nameOf = ({ annotations }: Descriptor) => annotations?.[NAME_KEYS[1]];
     const isOurs = (entry: Descriptor) => ours.manifests.some((other) => nameOf(other) === nameOf(entry));
     const before = Array.isArray(old.manifests) ? (old.manifests as Descriptor[]) : [];
     const manifests = [...before.filter((entry) => !isOurs(entry)), ...ours.manifests];
@@ -1790,13 +1717,10 @@ async function pullToLayout(session: Session, plan: Plan, folder: string, tars: 
 /** The plan in order onto a stream. What comes early waits in a window; the trailer follows only if all was right. */
 async function pullToStream(outer: Session, plan: Plan, output: NodeJS.WritableStream, tars: Tars, observe: Observer) {
   const early = new Map<number, Buffer>(); // by offset in the tar
-  const waiting: (() => void)[] = [];
-  const wake = () => waiting.splice(0).forEach((resume) => resume());
+  const bell = new EventEmitter().setMaxListeners(0);
+  const wake = () => bell.emit("change");
   const until = async (isReady: () => boolean) => {
-    while (!isReady()) {
-      if (session.signal.aborted) fail("ABORTED", "stopped");
-      await new Promise<void>((resolve) => waiting.push(resolve));
-    }
+    while (!isReady()) await once(bell, "change", { signal: session.signal });
   };
   let cursor = 0;
   const sink: Sink = {
@@ -1836,51 +1760,40 @@ async function pullToStream(outer: Session, plan: Plan, output: NodeJS.WritableS
     while (origins[0] && !(await isIntact(origins[0], descriptor))) origins.shift();
   }
   const source = Readable.from(inOrder(), { objectMode: true, highWaterMark: 1 });
-  session.signal.addEventListener("abort", () => {
-    source.destroy(new ImgpullError("ABORTED", "stopped"));
-    wake();
-  });
-  settled(await Promise.allSettled([fetchBlobs(transfer), pipeline(source, output, { end: false }).catch(stop)]));
+  const sending = pipeline(source, output, { end: false, signal: session.signal });
+  const failed = (error: unknown) => stop(session.signal.aborted ? connectionError(error, "the stream") : error);
+  settled(await Promise.allSettled([fetchBlobs(transfer).catch(failed), sending.catch(failed)]));
   return transfer;
 }
 // ====== 13. Puller ======
 // References → resolved images → plan → DEST. All is resolved, and every failure named, before a layer moves.
-
 const versionOf = ({ tag, digest }: Reference): string => digest ?? (tag as string);
-/** Reads a config before its turn, where the platform stands nowhere else. */
-function fetchConfig(session: Session, registry: Registry, descriptor: Descriptor): Promise<Buffer> {
-  const { digest, size } = descriptor;
-  return withRetries(session, async () => {
-    const { body, url } = await registry.blob(descriptor, 0, size, session.signal);
-    const bytes = await readBody(body as http.IncomingMessage, LIMITS.configBytes, `the config ${digest}`);
-    if (digestOf(bytes, digest) === digest && bytes.length === size) return bytes;
-    return fail("DIGEST_MISMATCH", `${redactUrl(url)}: the config's bytes have another digest`);
-  });
-}
+type Reader<T = FetchedManifest | undefined> = (descriptor: Descriptor) => Promise<T>;
 /** Fetches what an index names; its size is the index's word, and checked. */
-async function fetchChild(registry: Registry, where: string, { digest, size }: Descriptor): Promise<FetchedManifest> {
+const childrenOf = (registry: Registry, where: string): Reader<FetchedManifest> => async ({ digest, size }) => {
   const child = await registry.manifest(digest);
   if (child.bytes.length === size) return child;
   return fail("SIZE_MISMATCH", `${where}: ${digest} has ${child.bytes.length} bytes, not ${size}`);
-}
-
+};
 const checkDepth = (depth: number, where: string): boolean => depth <= LIMITS.indexDepth
   || fail("TOO_LARGE", `${where}: indexes inside indexes, more than ${LIMITS.indexDepth} deep`);
 const isAttestation = ({ platform }: { platform?: Platform }): boolean =>
   platform?.os === "unknown" || platform?.architecture === "unknown";
-/** All that an index names, its own manifest first, and the images in it, attestations last. */
-async function collectAll(session: Session, registry: Registry, where: string, top: FetchedManifest) {
+/** All that an index names, its own manifest first, and the images in it, attestations last. What `readChild` has not
+ *  is left out, but something has to be there. */
+async function collectAll(readChild: Reader, limit: number, where: string, top: FetchedManifest) {
   const manifests = new Map([[top.digest, top]]);
-  const contents: ImageContent[] = [];
+  const contents: (ImageContent & { digest: string })[] = [];
   const collect = async (fetched: FetchedManifest, depth: number, platform?: Platform): Promise<void> => {
     checkDepth(depth, where);
-    const manifest = parseManifest(fetched, where);
-    if (manifest.kind === "image") return void contents.push({ manifest, ...given({ platform }) });
-    const entries = manifest.manifests.filter(({ digest }) => !manifests.has(digest));
-    const children = await mapConcurrently(entries, session.settings.concurrency, (entry) =>
-      fetchChild(registry, where, entry));
+    const [manifest, { digest }] = [parseManifest(fetched, where), fetched];
+    if (manifest.kind === "image") return void contents.push({ digest, manifest, ...given({ platform }) });
+    const entries = manifest.manifests.filter((entry) => !manifests.has(entry.digest));
+    const children = await mapConcurrently(entries, limit, readChild);
+    const isEmpty = entries.length > 0 && children.every((child) => child === undefined);
+    if (isEmpty) fail("BAD_TAR", entries.map((entry) => `${where}: ${blobPath(entry.digest)} is missing`).join("\n"));
     for (const [at, child] of children.entries()) {
-      if (manifests.has(child.digest)) continue;
+      if (!child || manifests.has(child.digest)) continue;
       manifests.set(child.digest, child);
       await collect(child, depth + 1, entries[at]?.platform);
     }
@@ -1890,36 +1803,30 @@ async function collectAll(session: Session, registry: Registry, where: string, t
   return { manifests: [...manifests.values()], contents };
 }
 /** The image of an index for a platform, with what the index says of it; NO_PLATFORM names those that there are. */
-async function findPlatform(session: Session, registry: Registry, where: string, top: IndexManifest) {
-  const { settings: { wanted }, warn } = session;
-  const seen = new Set<string>();
-  type Found = [Descriptor, FetchedManifest] | undefined;
-  const search = async (index: IndexManifest, platform: Platform, depth = 1): Promise<Found> => {
-    checkDepth(depth, where);
-    const usable = index.manifests.filter((entry) => !isAttestation(entry));
-    const nested = usable.filter(({ mediaType }) => INDEX_TYPES.includes(mediaType));
-    const plain = usable.filter((entry) => !nested.includes(entry));
-    for (const entry of plain) if (entry.platform) seen.add(formatPlatform(entry.platform));
-    const only = usable.length === 1 && !plain[0]?.platform ? plain[0] : undefined;
-    const found = matchPlatform(plain, platform) ?? only;
-    if (found) return [found, await fetchChild(registry, where, found)];
-    for (const entry of nested) {
-      if (entry.platform?.os && !matchPlatform([entry], platform)) continue;
-      const inner = parseManifest(await fetchChild(registry, where, entry), where);
-      const inside = inner.kind === "index" ? await search(inner, platform, depth + 1) : undefined;
-      if (inside) return inside;
-    }
-    return undefined;
-  };
+async function findPlatform(session: Session, readChild: Reader<FetchedManifest>, where: string, top: IndexManifest) {
+  const { settings: { wanted, concurrency }, warn } = session;
   const host = wantedPlatform(wanted);
-  const found = await search(top, host);
-  if (found) return found;
+  const images: Descriptor[] = [];
+  for (let [level, depth]: [IndexManifest[], number] = [[top], 1]; level.length > 0; depth += 1) {
+    checkDepth(depth, where);
+    const usable = level.flatMap(({ manifests }) => manifests).filter((entry) => !isAttestation(entry));
+    const nested = usable.filter(({ mediaType }) => INDEX_TYPES.includes(mediaType));
+    images.push(...usable.filter((entry) => !nested.includes(entry)));
+    const only = usable.length + nested.length === 1 && !usable[0]?.platform ? usable[0] : undefined;
+    const found = matchPlatform(images, host) ?? only;
+    if (found) return [found, await readChild(found)] as const;
+    const fitting = nested.filter((entry) => !entry.platform?.os || matchPlatform([entry], host));
+    const inner = (await mapConcurrently(fitting, concurrency, readChild)).map((child) => parseManifest(child, where));
+    level = inner.filter((manifest) => manifest.kind === "index");
+  }
   const mayBeLinux = wanted.os === undefined && host.os !== "linux";
-  const onLinux = mayBeLinux ? await search(top, { ...host, os: "linux" }) : undefined;
-  if (onLinux) warn(`${where} has nothing for ${host.os}: taking linux`);
-  const choices = printable([...seen].join(", ") || "none", 1000);
-  return onLinux
-    ?? fail("NO_PLATFORM", `${where} has no image for ${formatPlatform(host)}\n  it has: ${choices} (--platform)`);
+  const onLinux = mayBeLinux ? matchPlatform(images, { ...host, os: "linux" }) : undefined;
+  const names = images.flatMap(({ platform }) => (platform ? [formatPlatform(platform)] : []));
+  const choices = printable([...new Set(names)].join(", ") || "none", 1000);
+  const words = `${where} has no image for ${formatPlatform(host)}\n  it has: ${choices} (--platform)`;
+  if (!onLinux) return fail("NO_PLATFORM", words);
+  warn(`${where} has nothing for ${host.os}: taking linux`);
+  return [onLinux, await readChild(onLinux)] as const;
 }
 /** The manifests for one reference: the platform's, or all of them. */
 async function resolveImage(session: Session, reference: Reference, name: string, isAll: boolean) {
@@ -1931,18 +1838,19 @@ async function resolveImage(session: Session, reference: Reference, name: string
   const resolved = (top: FetchedManifest, platform: string, contents: readonly ImageContent[], manifests = [top]) =>
     ({ reference, registry, top, platform, contents, manifests, name: name.replace(/@.*$/, `@${top.digest}`) });
   if (isAll) {
-    const { contents, manifests } = await collectAll(session, registry, where, asked);
+    const readChild = childrenOf(registry, where);
+    const { contents, manifests } = await collectAll(readChild, session.settings.concurrency, where, asked);
     return resolved(asked, "all", contents, manifests);
   }
   if (parsed.kind === "image") {
     const isConfig = CONFIG_TYPES.includes(parsed.config.mediaType);
-    const configBytes = isConfig ? await fetchConfig(session, registry, parsed.config) : undefined;
+    const configBytes = isConfig ? await registry.config(parsed.config) : undefined;
     const config = configBytes && parseJson(configBytes);
     const platform = isRecord(config) && config.os ? parsePlatform(config) : undefined;
     if (platform) checkPlatform(session, where, platform);
     return resolved(asked, formatPlatform(platform), [{ manifest: parsed, ...given({ platform, configBytes }) }]);
   }
-  const [{ platform }, fetched] = await findPlatform(session, registry, where, parsed);
+  const [{ platform }, fetched] = await findPlatform(session, childrenOf(registry, where), where, parsed);
   const manifest = parseManifest(fetched, where);
   if (manifest.kind !== "image") return fail("PROTOCOL", `${where}: ${fetched.digest} is an index, and not said to be`);
   return resolved(fetched, formatPlatform(platform), [{ manifest, ...given({ platform }) }]);
@@ -1957,20 +1865,16 @@ function checkPlatform({ settings: { wanted }, warn }: Session, where: string, p
   const isForHost = platform.architecture === host.architecture && ["linux", host.os].includes(platform.os);
   if (!isForHost) warn(`${where}: ${what}, not for this machine`);
 }
-
 type PullRequest = Readonly<{
   images: readonly Readonly<{ reference: Reference; name: string }>[]; destination: string | NodeJS.WritableStream;
   isAll: boolean; reuse: readonly string[]; since?: string;
 }>;
-
 function warnOfLayers({ warn }: Session, images: readonly ResolvedImage[]): void {
-  const kinds: [RegExp, string][] = [
-    [/zstd/, "has layers compressed with zstd: Docker before 23 and podman before 4 will not load it"],
-    [/foreign|nondistributable/, "has foreign layers, which Docker on Linux and some registries do not take"],
-  ];
   for (const { contents, name } of images) {
-    const types = contents.flatMap(({ manifest }) => manifest.layers.map(({ mediaType }) => mediaType));
-    for (const [kind, words] of kinds) if (types.some((type) => kind.test(type))) warn(`${name} ${words}`);
+    const types = contents.flatMap(({ manifest }) => manifest.layers.map(({ mediaType }) => mediaType)).join(" ");
+    const [zstd, foreign] = [/zstd/.test(types), /foreign|nondistributable/.test(types)];
+    if (zstd) warn(`${name} has layers compressed with zstd: Docker before 23 and podman before 4 will not load it`);
+    if (foreign) warn(`${name} has foreign layers, which Docker on Linux and some registries do not take`);
   }
 }
 /** The whole job, for the library and the command alike. */
@@ -1985,7 +1889,7 @@ async function pullImages(session: Session, request: PullRequest, observe: Obser
   const destination = device?.createWriteStream() ?? given;
   if (typeof destination === "string" && !isLayout) {
     const folder = path.dirname(destination);
-    await fs.access(`${folder}/.`).catch(() => fail("DISK", `${doing}: there is no directory ${folder}`));
+    await onDisk(`${doing}: the directory ${folder}`, fs.access(`${folder}/.`));
     await onDisk(doing, fs.access(folder, fs.constants.W_OK));
   }
   const sources: OpenTar[] = [];
@@ -2019,10 +1923,10 @@ async function pullImages(session: Session, request: PullRequest, observe: Obser
 /** Checks a caller's options; what is wrong is named as the option it is. */
 function settingsOf(opts: PullerOpts, environment: Environment, certsDirectory = "/etc/docker/certs.d"): Settings {
   const { scheme = "https", insecure = false, tlsCert, tlsKey, caCert, username, password, token, namespace } = opts;
-  const check = (isRight: boolean, reason: string) => isRight || fail("BAD_OPTION", reason);
-  const integer = (value: number, name: string, minimum: number): number => {
-    check(Number.isSafeInteger(value) && value >= minimum, `${name} must be a whole number from ${minimum} on`);
-    return value;
+  const check = (isRight: boolean, reason: string): true => isRight || fail("BAD_OPTION", reason);
+  const integer = (value: number, name: string, minimum: number, maximum: number, unit = ""): number => {
+    const isRight = Number.isSafeInteger(value) && value >= minimum && value <= maximum;
+    return check(isRight, `${name} is a whole number from ${minimum} to ${maximum}${unit}, not ${value}`) && value;
   };
   check(["https", "http"].includes(scheme), `the scheme is https or http, not "${printable(String(scheme))}"`);
   check((tlsCert === undefined) === (tlsKey === undefined), "a certificate and its key go together (--cert, --key)");
@@ -2033,9 +1937,9 @@ function settingsOf(opts: PullerOpts, environment: Environment, certsDirectory =
   check(namespace === undefined || isHost(namespace), `"${printable(namespace ?? "")}" is not a host name (--ns)`);
   return {
     scheme, insecure, environment, certsDirectory,
-    timeoutMs: integer(opts.timeoutMs ?? 30_000, "the timeout", 1),
-    concurrency: Math.min(64, integer(opts.concurrency ?? 8, "concurrency", 1)),
-    retries: integer(opts.retries ?? 5, "retries", 0),
+    timeoutMs: integer(opts.timeoutMs ?? 30_000, "--timeout", 1, 86_400_000, " ms"),
+    concurrency: integer(opts.concurrency ?? 8, "--concurrency", 1, 64),
+    retries: integer(opts.retries ?? 5, "--retries", 0, 100),
     wanted: given({ os: opts.osType, architecture: opts.archType, variant: opts.variant }),
     ...given({ tlsCert, tlsKey, caCert, username, password, token, namespace }),
   };
@@ -2066,13 +1970,11 @@ function newPullerOpts(url: string): PullerOpts {
 class Puller {
   readonly #opts: PullerOpts;
   readonly #reference: Reference;
-
   constructor(urlOrOpts: string | PullerOpts) {
     this.#opts = typeof urlOrOpts === "string" ? { url: urlOrOpts } : { ...urlOrOpts };
     this.#reference = parseReference(this.#opts.url);
     settingsOf(this.#opts, {});
   }
-
   getUrl(): string { return this.#opts.url; }
   getOpts(): PullerOpts { return { ...this.#opts }; }
   /** Leaves a verified tar at `dest`, or adds to the OCI layout there where that is a directory or ends in "/". */
@@ -2131,7 +2033,6 @@ class Puller {
       report(transfer, undefined, "finish");
     });
   }
-
   #holder({ mediaType, digest, bytes }: FetchedManifest): ManifestHolder {
     return { mediaType, digest, bytes, manifest: parseJson(bytes), imageUrl: this.#opts.url };
   }
@@ -2148,74 +2049,206 @@ function progressReporter(onProgress: PullerOpts["onProgress"]) {
   };
 }
 
-// ====== 14. Command line ======
-// One table of options, from which parsing, help, --parsed and the README's come. stdout is data, stderr is talk.
-// SPEC §1, §8.
-
-/** `value` names the value, and a switch has none; `isForOneHost`: not with IMAGEs on several hosts. */
-type OptionSpec = Readonly<{
-  name: string; short?: string; value?: string; help: string; isSecret?: true; isRepeatable?: true; isForOneHost?: true;
+// ====== 14. Looking at a tar ======
+// What a tar holds and whether it is whole, offline: ours, OCI archives, docker save's old and new, crane's, skopeo's.
+// Anyone may have made it: every type, reference, name and size in it is checked before it is used or printed.
+/** An image that a tar names, and the entries that it is made of: config first, then layers. */
+type HeldImage = Readonly<{
+  name: string; digest: string; platform: string; isImage: boolean; diffIds: unknown;
+  parts: readonly Readonly<{ entry: string; size: number; mediaType?: string }>[];
 }>;
-
-const OPTION_GROUPS: readonly (readonly [title: string, options: readonly OptionSpec[]])[] = [
-  ["What to pull", [
-    { name: "os", short: "o", value: "OS", help: "operating system wanted; default: this machine's" },
-    { name: "arch", short: "a", value: "ARCH", help: "processor wanted (amd64, arm64, arm ...)" },
-    { name: "variant", value: "V", help: "processor variant wanted (v7, v8 ...)" },
-    { name: "platform", value: "OS/ARCH[/V]", help: "the three in one word; all takes every platform" },
-    { name: "from", value: "FILE", help: "read more IMAGEs, one a line; - is stdin" },
-    { name: "name", value: "NAME", help: "the name that the image gets in the tar" },
-    { name: "reuse", value: "TAR", isRepeatable: true, help: "take blobs from a tar that exists (repeatable)" },
-    { name: "since", value: "TAR", help: "leave out layers that this tar holds" },
-  ]],
-  ["Registry", [
-    { name: "ns", short: "n", value: "HOST", isForOneHost: true, help: "the registry that a mirror stands for (?ns=)" },
-    { name: "scheme", short: "s", value: "https|http", help: "default https" },
-    { name: "user", short: "u", value: "NAME", isForOneHost: true, help: "user name for basic authentication" },
-    { name: "password", short: "p", value: "WORD", isForOneHost: true, isSecret: true, help: "its password" },
-    { name: "password-stdin", help: "read the password from stdin" },
-    { name: "token", short: "t", value: "TOKEN", isForOneHost: true, isSecret: true, help: "sent as Basic TOKEN" },
-    { name: "cert", short: "c", value: "FILE", isForOneHost: true, help: "client certificate (PEM)" },
-    { name: "key", short: "k", value: "FILE", isForOneHost: true, help: "its key (PEM)" },
-    { name: "cacert", short: "x", value: "FILE", help: "trust this CA as well (PEM); alias --ca" },
-    { name: "insecure", short: "i", help: "do not verify the server's certificate" },
-    { name: "concurrency", short: "j", value: "N", help: "connections used at once; default 8" },
-    { name: "retries", value: "N", help: "attempts after the first; default 5" },
-    { name: "timeout", value: "SECONDS", help: "how long a connection may be silent; default 30" },
-  ]],
-  ["Other", [
-    { name: "manifest", short: "m", value: "list|image", help: "print the manifest" },
-    { name: "parsed", help: "print the parsed command line as JSON" },
-    { name: "quiet", short: "q", help: "no progress" },
-    { name: "version", short: "v", help: "print the version" },
-    { name: "help", short: "h", help: "print this help" },
-  ]],
-];
-const OPTIONS = OPTION_GROUPS.flatMap(([, options]) => options);
-
-function helpText(): string {
-  const row = ({ name, short, value, help }: OptionSpec) =>
-    `  ${short ? `-${short}, ` : "    "}${`--${name}${value ? ` ${value}` : ""}`.padEnd(24)}${help}`;
-  return [
-    "imgpull [options] IMAGE [IMAGE...] [DEST]    pull images into one verified tar",
-    "DEST: a file; - for stdout; a directory or NAME/ for an OCI layout",
-    ...OPTION_GROUPS.flatMap(([title, options]) => [`${title}:`, ...options.map(row)]),
-    "Examples:",
-    "  imgpull alpine:3.22 alpine.tar && docker load -i alpine.tar",
-    "  imgpull ghcr.io/org/app:1 --platform linux/arm64 - | ssh host podman load",
-    "  imgpull --from images.txt bundle.tar > images.lock",
-    "",
-  ].join("\n");
+const counted = (count: number, noun: string): string => `${count} ${noun}${count === 1 ? "" : "s"}`;
+const isTexts = (value: unknown): value is string[] =>
+  Array.isArray(value) && value.every((item) => typeof item === "string");
+const [DAMAGED, MISSING] = ["is damaged", "is missing (a --since tar needs its base)"];
+/** The file behind a name: docker save makes a link of a layer that occurs twice. */
+function fileIn({ entries }: OpenTar, name: string): TarEntry | undefined {
+  const { type = "", linkName = "" } = entries.get(name) ?? {};
+  const folder = type === "2" ? path.posix.dirname(name) : "";
+  const entry = entries.get(type === "1" || type === "2" ? path.posix.join(folder, linkName) : name);
+  return entry && "07".includes(entry.type) ? entry : undefined;
+}
+/** The images by index.json, or else by manifest.json; what keeps an image from being read goes to `problems`. */
+async function imagesIn(tar: OpenTar, file: string, problems: Set<string>) {
+  const refuse = (reason: string): never => fail("BAD_TAR", `${file}: ${reason}`);
+  const read = async (name: string) => {
+    const entry = fileIn(tar, name);
+    if (problems.has(`${name} ${DAMAGED}`)) refuse(`${printable(name)} ${DAMAGED}`);
+    if (entry && entry.sizeBytes > LIMITS.tarMetadataBytes) refuse(`${printable(name)} is too large`);
+    const bytes = entry && (await readAt(tar.handle, entry.offset, entry.sizeBytes));
+    return { bytes, json: bytes && (parseJson(bytes) ?? refuse(`${printable(name)} is not JSON`)) };
+  };
+  /** What an index names; undefined where it is not here: docker save keeps an index and leaves platforms out. */
+  const readChild = async ({ digest, size, mediaType }: Descriptor): Promise<FetchedManifest | undefined> => {
+    const { bytes } = await read(blobPath(digest));
+    if (bytes && bytes.length !== size) refuse(`${blobPath(digest)} has ${bytes.length} bytes, not ${size}`);
+    if (bytes && digestOf(bytes, digest) !== digest) refuse(`${blobPath(digest)} ${DAMAGED}`);
+    if (bytes && sniffMediaType(bytes, mediaType) !== mediaType) refuse(`${blobPath(digest)} is of another type`);
+    return bytes && { mediaType, digest, bytes };
+  };
+  const describe = async (parts: HeldImage["parts"], isImage: boolean, stated?: Platform) => {
+    const { json } = isImage ? await read(parts[0]?.entry ?? "") : {};
+    const { rootfs, ...words } = isRecord(json) ? json : {};
+    const platform = formatPlatform(json === undefined ? stated : parsePlatform(words));
+    return { platform, isImage, parts, diffIds: isRecord(rootfs) ? rootfs.diff_ids : undefined };
+  };
+  const [indexed, listed]: [HeldImage[], HeldImage[]] = [[], []];
+  const { json: index = { manifests: [] } } = await read("index.json");
+  if (!isRecord(index) || !Array.isArray(index.manifests)) return refuse("index.json is not an index");
+  for (const value of index.manifests as Descriptor[]) {
+    const descriptor = parseDescriptor(value, `${file}: index.json`);
+    const names = value.annotations ?? {};
+    const name = printable(String(names[NAME_KEYS[0]] ?? names[NAME_KEYS[1]] ?? ""));
+    const top = (await readChild(descriptor)) ?? refuse(`${blobPath(descriptor.digest)} is missing`);
+    for (const { digest, manifest, platform } of (await collectAll(readChild, 1, file, top)).contents) {
+      const parts = [manifest.config, ...manifest.layers].map((each) => ({ ...each, entry: blobPath(each.digest) }));
+      const isImage = CONFIG_TYPES.includes(manifest.config.mediaType);
+      indexed.push({ name, digest, ...(await describe(parts, isImage, platform ?? descriptor.platform)) });
+    }
+  }
+  const { json: layout } = await read("oci-layout");
+  const isOci = indexed.length > 0 && isRecord(layout) && layout.imageLayoutVersion === "1.0.0";
+  if (layout && !isOci) problems.add("oci-layout is not of version 1.0.0");
+  for (const value of [(await read("manifest.json")).json ?? []].flat() as unknown[]) {
+    const { Config: config, RepoTags, Layers } = isRecord(value) ? value : {};
+    const [tags, layers] = [RepoTags ?? [], Layers ?? []];
+    const isRight = typeof config === "string" && isTexts(tags) && isTexts(layers);
+    if (!isRight) return refuse("manifest.json is not as docker save makes it");
+    const parts = [config, ...layers].map((entry) => ({ entry, size: fileIn(tar, entry)?.sizeBytes ?? 0 }));
+    listed.push({ name: printable(tags.join(" ")), digest: "", ...(await describe(parts, true)) });
+  }
+  const images = indexed.length > 0 ? indexed : listed;
+  if (images.length === 0) refuse("it holds no image: neither index.json nor manifest.json names one");
+  return { images, named: [...indexed, ...listed], isDocker: listed.length > 0, isOci };
+}
+/** A table for a person, a line of JSON for each image otherwise. */
+async function listTar({ stdout }: CommandIO, tar: OpenTar, file: string): Promise<void> {
+  for (const { parts, name, digest, platform } of (await imagesIn(tar, file, new Set())).images) {
+    const layers = parts.slice(1).map(({ entry, size }) =>
+      ({ digest: digestInName(entry) ?? printable(entry), size, present: fileIn(tar, entry) !== undefined }));
+    const sizeBytes = sumOf(layers, ({ size }) => size);
+    const rows = layers.map(({ digest: layer, size, present }) =>
+      `  ${formatBytes(size).padStart(8)}  ${layer}${present ? "" : "  not here"}`);
+    const title = `${name || "(no name)"}  ${platform}  ${formatBytes(sizeBytes)}`;
+    const table = [title, ...(digest ? [`  ${digest}`] : []), ...rows].join("\n");
+    stdout.write(`${stdout.isTTY ? table : JSON.stringify({ name, digest, platform, sizeBytes, layers })}\n`);
+  }
+}
+/** Whether a layer unpacks to its diff_id; undefined where this Node cannot unpack it to its end. */
+async function unpacksTo(digest: string, entry: TarEntry, handle: fs.FileHandle, signal: AbortSignal) {
+  const { offset, sizeBytes: size } = entry;
+  const magic = (await readAt(handle, offset, 4)).toString("hex");
+  const isZstd = /^(28b52ffd|5.2a4d18)/.test(magic);
+  const { createGunzip, createZstdDecompress } = load("node:zlib") as Partial<typeof import("node:zlib")>;
+  const unpacker = isZstd ? createZstdDecompress?.() : magic.startsWith("1f8b") ? createGunzip?.() : undefined;
+  const isRight = await isIntact({ handle, offset }, { digest, size }, signal, unpacker);
+  // Before Node 26 the first of several zstd frames is the last (nodejs/node#64741).
+  return !isRight && isZstd && (unpacker?.bytesWritten ?? 0) < size ? undefined : isRight;
+}
+/** Hashes every blob, looks for every reference, unpacks every layer. Throws BAD_TAR naming all that is wrong. */
+async function verifyTar({ stdout }: CommandIO, tar: OpenTar, file: string, signal: AbortSignal): Promise<void> {
+  const { handle, entries } = tar;
+  const problems = new Set<string>();
+  const blobs = [...entries.values()].filter((entry) => digestInName(entry.name) && fileIn(tar, entry.name) === entry);
+  for (const { name, offset, sizeBytes: size } of blobs) {
+    const digest = digestInName(name) as string;
+    if (!(await isIntact({ handle, offset }, { digest, size }, signal))) problems.add(`${name} ${DAMAGED}`);
+  }
+  const end = Math.max(...[...entries.values()].map(({ offset, sizeBytes }) => offset + sizeBytes + BLOCK));
+  if ((await handle.stat()).size < end) problems.add("its end is missing: it was cut off");
+  const found = await imagesIn(tar, file, problems).catch((error: ImgpullError) => {
+    problems.add(error.message.replaceAll(`${file}: `, ""));
+    return { images: [], named: [], isDocker: false, isOci: false };
+  });
+  const unpacked = new Map<string, boolean | undefined>(); // each pair of a layer and a diff_id once
+  for (const { parts, diffIds: ids } of found.named) {
+    const isRight = Array.isArray(ids) && ids.length === parts.length - 1 && ids.every(isDigest);
+    if (ids && !isRight) problems.add(`${parts[0]?.entry} has not one diff_id for each layer`);
+    for (const [at, { entry, size }] of parts.entries()) {
+      const held = fileIn(tar, entry);
+      const diffId = isRight && at > 0 ? String(ids[at - 1]) : undefined;
+      const key = `${held?.name} ${diffId}`;
+      if (!held) problems.add(`${entry} ${MISSING}`);
+      else if (held.sizeBytes !== size) problems.add(`${entry} has ${held.sizeBytes} bytes, not ${size}`);
+      else if (diffId && !unpacked.has(key) && !problems.has(`${held.name} ${DAMAGED}`)) {
+        unpacked.set(key, await unpacksTo(diffId, held, handle, signal));
+        if (unpacked.get(key) === false) problems.add(`${held.name} does not unpack to ${diffId}, its diff_id`);
+      }
+    }
+  }
+  const lines = [...problems].map((words) => `${file}: ${printable(words, 1000)}`);
+  if (lines.length > 0) fail("BAD_TAR", lines.join("\nimgpull: "));
+  const list = (words: readonly (string | false)[]) => words.filter(Boolean).join(", ");
+  const types = found.images.flatMap(({ parts }) => parts.map(({ mediaType = "" }) => mediaType));
+  const since = (version: number) => (types.some((type) => type.includes("zstd")) ? ` from ${version} on` : "");
+  const whole = [...unpacked.values()].filter(Boolean).length;
+  const counts = [counted(found.images.length, "image"), `${counted(blobs.length, "blob")} hashed`,
+    `${counted(whole, "layer")} unpacked`, whole < unpacked.size && `${unpacked.size - whole} (zstd) not`];
+  const isImage = found.images.some((image) => image.isImage);
+  const loaders = [found.isDocker && `docker${since(23)}`, isImage && `podman${since(4)}`, found.isOci && "ctr",
+    found.isDocker && "skopeo docker-archive:", found.isOci && "skopeo oci-archive:"];
+  stdout.write(`${file}: ${list(counts)}: all is right\nloads in ${list(loaders)}\n`);
+}
+/** --list-tar and --verify. */
+async function lookAtTar(io: CommandIO, file: string, look: typeof verifyTar, signal: AbortSignal): Promise<void> {
+  const tar = await onDisk(`cannot read ${file}`, openTar(file));
+  await onDisk(`cannot read ${file}`, look(io, tar, file, signal)).finally(() => tar.handle.close());
 }
 
-const counted = (count: number, noun: string): string => `${count} ${noun}${count === 1 ? "" : "s"}`;
+// ====== 15. Command line ======
+// One table of options, from which parsing, help, --parsed and the README's come. stdout is data, stderr is talk.
+// SPEC §1, §8.
+/** What --help prints is the table: the options are read from its lines (--ca besides, an alias). */
+const HELP = `imgpull [options] IMAGE [IMAGE...] [DEST]    pull images into one verified tar
+DEST: a file; - for stdout; a directory or NAME/ for an OCI layout
+What to pull:
+  -o, --os OS                 operating system wanted; default: this machine's
+  -a, --arch ARCH             processor wanted (amd64, arm64, arm ...)
+      --variant V             processor variant wanted (v7, v8 ...)
+      --platform OS/ARCH[/V]  the three in one word; all takes every platform
+      --from FILE             read more IMAGEs, one a line; - is stdin
+      --name NAME             the name that the image gets in the tar
+      --reuse TAR             take blobs from a tar that exists (repeatable)
+      --since TAR             leave out layers that this tar holds
+Registry:
+  -n, --ns HOST               the registry that a mirror stands for (?ns=)
+  -s, --scheme https|http     default https
+  -u, --user NAME             user name for basic authentication
+  -p, --password WORD         its password
+      --password-stdin        read the password from stdin
+  -t, --token TOKEN           sent as Basic TOKEN
+  -c, --cert FILE             client certificate (PEM)
+  -k, --key FILE              its key (PEM)
+  -x, --cacert FILE           trust this CA as well (PEM); alias --ca
+  -i, --insecure              do not verify the server's certificate
+  -j, --concurrency N         connections used at once; default 8
+      --retries N             attempts after the first; default 5
+      --timeout SECONDS       how long a connection may be silent; default 30
+Look, do not pull:
+  -m, --manifest list|image   print the manifest
+  -l, --list-tar TAR          say what a tar holds, offline
+      --verify TAR            hash a tar again, offline
+      --parsed                print the parsed command line as JSON
+  -q, --quiet                 no progress
+  -v, --version               print the version
+  -h, --help                  print this help
+Examples:
+  imgpull alpine:3.22 alpine.tar && docker load -i alpine.tar
+  imgpull ghcr.io/org/app:1 --platform linux/arm64 - | ssh host podman load
+  imgpull --from images.txt bundle.tar > images.lock
+`;
+/** `value` names the value, and a switch has none. */
+const OPTIONS = [...HELP.matchAll(/^  (?:-(?<short>.),|   ) --(?<name>\S+) (?<value>\S+)? +(?<help>.+)$/gm)].map(
+  ({ groups = {} }) => groups as { name: string; short?: string; value?: string; help: string });
+const SECRET = ["password", "token"];
+/** Not with IMAGEs on several hosts. */
+const FOR_ONE_HOST = ["user", "password", "token", "cert", "key", "ns"];
 const usage = (reason: string): never => fail("BAD_OPTION", `${reason} (imgpull --help)`);
 /** How many pairs of neighbouring letters two names share, to name the option that was meant. */
 const likeness = (left: string, right: string): number =>
   [...`^${left}`].filter((letter, at) => `^${right}$`.includes(letter + (left[at] ?? "$"))).length;
-
 function parseCommandLine(argv: readonly string[]) {
-  const specs = [...OPTIONS, { name: "ca", value: "FILE", help: "" } as OptionSpec];
+  const specs: typeof OPTIONS = [...OPTIONS, { name: "ca", value: "FILE", help: "" }];
   const options = Object.fromEntries(specs.map(({ name, short, value }) =>
     [name, { type: value ? "string" as const : "boolean" as const, ...given({ short }) }]));
   const parsed = parseArgs({ args: [...argv], options, strict: false, allowPositionals: true, tokens: true });
@@ -2238,15 +2271,19 @@ function parseCommandLine(argv: readonly string[]) {
     const isMissing = !value || (!inlineValue && value.startsWith("-") && value !== "-");
     if (!spec.value) switches.add(name);
     else if (isMissing) usage(`${rawName} needs a value (${spec.value})`);
-    else if (spec.isRepeatable) reuse.push(value);
+    else if (name === "reuse") reuse.push(value);
     else values[name] = value;
+    const choices = spec.value?.split("|") ?? [];
+    const isChoice = choices.length < 2 || choices.includes(value ?? "");
+    if (!isChoice) usage(`--${name} is ${choices.join(" or ")}, not "${printable(value ?? "")}"`);
   }
   return { values, switches, reuse, positionals: parsed.positionals };
 }
 /** The command line in the words of the library, checked as far as that goes without reading anything. */
 function planCommand({ values, switches, reuse, positionals }: ReturnType<typeof parseCommandLine>) {
   const { platform, user: username, password, cert: tlsCert, key: tlsKey, cacert: caCert, ns: namespace } = values;
-  const { token, from, name, since, os: system, arch } = values;
+  const { token, from, name, since, os: system, arch, "list-tar": listed, verify, scheme } = values;
+  const manifest = values.manifest as "list" | "image" | undefined;
   const isAll = platform === "all";
   const isWhole = platform === undefined || isAll;
   const isPasswordOnStdin = switches.has("password-stdin");
@@ -2256,33 +2293,24 @@ function planCommand({ values, switches, reuse, positionals }: ReturnType<typeof
     usage(`--platform is OS/ARCH, OS/ARCH/VARIANT or all, not "${printable(platform)}"`);
   }
   const [osType, archType, variant] = isWhole ? [system, arch, values.variant] : platform.split("/");
-  const choice = <T extends string>(option: string, choices: T[]): T | undefined => {
-    const value = values[option];
-    return value === undefined ? undefined : choices.find((each) => each === value)
-      ?? usage(`--${option} is ${choices.join(" or ")}, not "${printable(value)}"`);
-  };
-  const number = (option: string, minimum: number, maximum: number, kind = "whole number") => {
-    const value = values[option];
-    if (value === undefined) return undefined;
-    const isNumber = (kind === "number" ? /^\d+(\.\d+)?$/ : /^\d+$/).test(value);
-    if (isNumber && Number(value) >= minimum && Number(value) <= maximum) return Number(value);
-    return usage(`--${option} is a ${kind} from ${minimum} to ${maximum}, not "${printable(value)}"`);
-  };
+  const number = (option: string, value = values[option]) => (value === undefined ? undefined
+    : /^\d+(\.\d+)?$/.test(value) ? Number(value) : usage(`--${option} is a number, not "${printable(value)}"`));
   if (password !== undefined && isPasswordOnStdin) usage("--password and --password-stdin exclude each other");
   if (isPasswordOnStdin && from === "-") usage("stdin is asked for twice: --password-stdin and --from -");
-  const timeout = number("timeout", 0.001, 86_400, "number");
+  const timeout = number("timeout");
   const opts = given({
-    scheme: choice("scheme", ["https", "http"]), osType, archType, variant, username, password, token, tlsCert, tlsKey,
-    caCert, insecure: switches.has("insecure") || undefined, namespace, concurrency: number("concurrency", 1, 64),
-    retries: number("retries", 0, 100), timeoutMs: timeout && Math.ceil(timeout * 1000),
+    scheme, osType, archType, variant, username, password, token, tlsCert, tlsKey, caCert, namespace,
+    insecure: switches.has("insecure") || undefined, concurrency: number("concurrency"),
+    retries: number("retries"), timeoutMs: timeout === undefined ? undefined : Math.ceil(timeout * 1000),
   }) as Omit<PullerOpts, "url">;
   settingsOf({ url: "", ...opts, ...(isPasswordOnStdin ? { password: "" } : {}) }, {});
-  const manifest = choice("manifest", ["list", "image"]);
   const hasDestination = manifest === undefined && positionals.length > (from === undefined ? 1 : 0);
   const destination = hasDestination ? positionals.at(-1) : undefined;
+  const isLooking = (listed ?? verify) !== undefined;
+  if (isLooking && (positionals.length > 0 || (listed && verify))) usage("--list-tar or --verify takes one tar");
   const images = positionals.slice(0, manifest !== undefined ? 1 : hasDestination ? -1 : undefined);
-  const bound = OPTIONS.find((option) => option.isForOneHost && values[option.name] !== undefined)?.name;
-  if (images.length === 0 && from === undefined) usage("IMAGE is missing");
+  const bound = FOR_ONE_HOST.find((option) => values[option] !== undefined);
+  if (images.length === 0 && from === undefined && !isLooking) usage("IMAGE is missing");
   if (destination === "") usage("DEST is empty");
   if (!manifest && from !== undefined && !destination) usage("DEST is missing");
   if (name !== undefined && (images.length !== 1 || from !== undefined)) usage("--name goes with one IMAGE");
@@ -2298,9 +2326,8 @@ async function checkDestinationName(destination: string): Promise<void> {
 /** @internal What a command has of its process: all that it reads and writes, but for files. Tests give their own. */
 type CommandIO = Readonly<{
   stdin: NodeJS.ReadableStream; stdout: NodeJS.WritableStream & { isTTY?: boolean };
-  stderr: NodeJS.WritableStream & { isTTY?: boolean; columns?: number }; env: Environment;
+  stderr: NodeJS.WritableStream & { isTTY?: boolean; columns?: number; rows?: number }; env: Environment;
 }>;
-
 const readStdin = async ({ stdin }: CommandIO): Promise<string> =>
   Buffer.concat((await Readable.from(stdin).toArray()) as Buffer[]).toString("utf8");
 /** Progress on stderr: redrawn in place on a terminal, a plain line for each blob and every ten seconds elsewhere. */
@@ -2309,6 +2336,7 @@ function showProgress({ stderr, env }: CommandIO, isQuiet: boolean) {
   const dim = (text: string) => (env.NO_COLOR ? text : `\u001b[2m${text}\u001b[22m`);
   const startedAtMs = performance.now();
   const seconds = () => (performance.now() - startedAtMs) / 1000;
+  const samples: [atMs: number, bytes: number][] = [];
   let latest: Transfer | undefined;
   let drawnLines = 0;
   const clear = () => {
@@ -2317,12 +2345,15 @@ function showProgress({ stderr, env }: CommandIO, isQuiet: boolean) {
   };
   const total = ({ jobs, totalBytes, fetchedBytes }: Transfer) => {
     const doneBytes = sumOf(jobs, (job) => job.doneBytes);
-    const rate = fetchedBytes / Math.max(0.001, seconds());
+    if (samples.push([performance.now(), fetchedBytes]) > 50) samples.shift(); // five seconds, on a terminal
+    const [[sinceMs, sinceBytes]] = samples as [[number, number]];
+    const rate = ((fetchedBytes - sinceBytes) * 1000) / Math.max(1, performance.now() - sinceMs);
     const left = rate > 0 ? `, ${Math.ceil((totalBytes - doneBytes) / rate)} s left` : "";
     return `${formatBytes(doneBytes)} of ${formatBytes(totalBytes)}, ${formatBytes(rate)}/s${left}`;
   };
   const bar = ({ descriptor: { digest, size }, doneBytes }: BlobJob, width: number) => {
-    const label = `${hexOf(digest).slice(0, 12)} ${formatBytes(doneBytes)}/${formatBytes(size)} `;
+    const sizes = `${formatBytes(doneBytes).padStart(7)} of ${formatBytes(size).padStart(7)}`;
+    const label = `${hexOf(digest).slice(0, 12)} ${sizes} `;
     const room = Math.min(30, width - label.length - 2);
     const filled = Math.round((Math.max(0, room) * doneBytes) / Math.max(1, size));
     return room < 5 ? label : `${label}[${"#".repeat(filled)}${" ".repeat(room - filled)}]`;
@@ -2331,9 +2362,10 @@ function showProgress({ stderr, env }: CommandIO, isQuiet: boolean) {
     if (!latest) return;
     if (!isLive) return void stderr.write(`imgpull: ${total(latest)}\n`);
     const width = Math.max(20, (stderr.columns ?? 80) - 1);
-    const moving = [...new Set([...latest.active].map(({ job }) => job))].slice(0, 12);
+    const moving = [...new Set([...latest.active].map(({ job }) => job))].sort((a, b) => a.offset - b.offset);
+    const most = Math.max(0, Math.min(12, (stderr.rows ?? 24) - 2)); // a taller block would fill the scrollback
+    const bars = moving.slice(0, most).map((job) => `${dim(bar(job, width).slice(0, width))}\n`);
     clear();
-    const bars = moving.map((job) => `${dim(bar(job, width).slice(0, width))}\n`);
     stderr.write(`${bars.join("")}${total(latest).slice(0, width)}\n`);
     drawnLines = bars.length + 1;
   };
@@ -2376,30 +2408,29 @@ async function listImages(io: CommandIO, command: ReturnType<typeof planCommand>
     return { reference, name };
   });
 }
-/** What a name is that is there and not a plain file: the same for /dev/stdout by every name. */
-const deviceOf = (file: string): Promise<string> =>
-  fs.stat(file).then((stats) => (stats.isFile() ? "" : `${stats.dev} ${stats.ino}`), () => "");
-
 async function runCommand(argv: readonly string[], io: CommandIO, signal: AbortSignal): Promise<void> {
   const { stdout, stderr, env: environment } = io;
   const line = parseCommandLine(argv);
   const version = `imgpull version: ${IMGPULL_VERSION} build date: ${IMGPULL_BUILD_DATE}\n`;
-  if (line.switches.has("help")) return void stdout.write(helpText());
+  if (line.switches.has("help")) return void stdout.write(HELP);
   if (line.switches.has("version")) return void stdout.write(version);
   const command = planCommand(line);
   const { opts, manifest: kind, isAll, reuse, since, isQuiet } = command;
   if (line.switches.has("parsed")) {
-    const secrets = OPTIONS.filter(({ name, isSecret }) => isSecret && name in opts).map(({ name }) => [name, "***"]);
+    const secrets = SECRET.filter((name) => name in opts).map((name) => [name, "***"]);
     const shown = { ...command, opts: undefined, bound: undefined, ...opts, ...Object.fromEntries(secrets) };
     return void stdout.write(`${JSON.stringify(shown, null, 2)}\n`);
   }
+  const { "list-tar": listed, verify } = line.values;
+  if (listed ?? verify) return lookAtTar(io, (listed ?? verify) as string, listed ? listTar : verifyTar, signal);
   const images = await listImages(io, command);
   const { reference } = images[0] as PullRequest["images"][number];
   const destination = command.destination ?? defaultDestination(reference);
   if (command.destination !== undefined) await checkDestinationName(destination);
-  // Stdout may be a socket, which cannot be opened by its name, and no talk may follow the tar.
-  const device = await deviceOf(destination);
-  const isStream = destination === "-" || (device !== "" && device === (await deviceOf("/dev/stdout")));
+  // Stdout by another name may be a socket, which cannot be opened, and no talk may follow the tar.
+  const files = [destination, "/dev/stdout"];
+  const [dest, out] = await Promise.all(files.map((file) => fs.stat(file).catch(() => undefined)));
+  const isStream = destination === "-" || (dest?.isFile() === false && dest.ino === out?.ino && dest.dev === out.dev);
   if (isStream && stdout.isTTY) usage("the tar is not written to a terminal: redirect stdout");
   const password = command.isPasswordOnStdin ? { password: (await readStdin(io)).replace(/\r?\n$/, "") } : {};
   const progress = showProgress(io, isQuiet);
@@ -2458,16 +2489,12 @@ async function main(argv: readonly string[], io: CommandIO = process): Promise<n
   }
 }
 
-// ====== 15. Exports ======
-
+// ====== 16. Exports ======
 /** @internal for the tests */
 const internals = Object.freeze({
-  LIMITS, OPTIONS, acceptableVariants, addRange, apiHost, defaultDestination, digestInName, encodeTarHeader,
-  findCredential, formatBytes, formatReference, helpText, hostPlatform, imageName, isExemptFromProxy, isRetriable,
-  matchPlatform, missingRanges, normalizeAuthKey, parseChallenges, parseCommandLine, parseManifest, parseReference,
-  parseRetryAfter, planCommand, planTar, printable, proxyFor, pullImages, readTar, redactUrl, resolveImage,
-  retryDelayMs, settingsOf, systemCertificates, wantedPlatform, withSession,
+  LIMITS, OPTIONS, defaultDestination, encodeTarHeader, formatReference, imageName, isExemptFromProxy, matchPlatform,
+  parseChallenges, parseCommandLine, parseManifest, parseReference, planCommand, planTar, printable, proxyFor,
+  pullImages, readTar, wantedPlatform, withSession,
 });
-
 export { ImgpullError, Puller, internals, main, newPullerOpts };
 export type { Descriptor, ErrorCode, ManifestHolder, Platform, Progress, PullerOpts, PullResult };

@@ -45,11 +45,9 @@ interface Progress {
     blobsDone: number;
     blobsTotal: number;
 }
-/**
- * What DEST now holds. `digest` is the manifest's (the index's when every platform was asked for); `platform` is
- * `os/architecture[/variant]`, `all`, or empty for what is not an image; `sizeBytes` is DEST's (in a directory: of the
- * blobs), `fetchedBytes` what came over the line as blobs: the rest was there already.
- */
+/** What DEST now holds. `digest` is the manifest's (the index's when every platform was asked for); `platform` is
+ *  `os/architecture[/variant]`, `all`, or empty for what is not an image; `sizeBytes` is DEST's (in a directory: of the
+ *  blobs), `fetchedBytes` what came over the line as blobs: the rest was there already. */
 interface PullResult {
     name: string;
     digest: string;
@@ -72,7 +70,7 @@ declare class ImgpullError extends Error {
     readonly name = "ImgpullError";
     readonly code: ErrorCode;
     readonly status?: number;
-    constructor(code: ErrorCode, message: string, details?: {
+    constructor(code: ErrorCode, message: string, more?: {
         status?: number | undefined;
         cause?: unknown;
     });

@@ -1,5 +1,6 @@
 // imgpull.ts
-import { once, setMaxListeners } from "node:events";
+import { EventEmitter, once, setMaxListeners } from "node:events";
+import { appendFileSync, existsSync } from "node:fs";
 import * as fs from "node:fs/promises";
 import * as net from "node:net";
 import * as os from "node:os";
@@ -50,7 +51,8 @@ var LIMITS = Object.freeze({
   nearSplitBytes: 16 * MIB,
   // nor on a near line, where a server has megabytes under way that a cut throws away
   busyLoop: 0.4,
-  // of Node's event loop: from here on the processor is the limit, and more connections only cost
+  judgeMs: 100,
+  // of Node's event loop, over that time: from here on the processor is the limit
   farLatencyMs: 20,
   // from here on a line is worth several connections before its speed is known
   streamUnitBytes: 4 * MIB,
@@ -66,11 +68,10 @@ var ImgpullError = class extends Error {
   status;
   /** @internal How long the server asks us to stay away. */
   retryAfterMs;
-  constructor(code, message, details = {}) {
-    super(message, details.cause === void 0 ? void 0 : { cause: details.cause });
-    this.code = code;
-    const { status, retryAfterMs } = details;
-    Object.assign(this, { status, retryAfterMs });
+  constructor(code, message, more = {}) {
+    const { cause, ...details } = more;
+    super(message, cause === void 0 ? void 0 : { cause });
+    Object.assign(this, { code, ...details });
   }
 };
 function fail(code, message, details) {
@@ -92,18 +93,30 @@ function connectionError(error, doing) {
   const cause = error;
   const code = errorCodeOf(error);
   const said = printable(cause.message || cause.errors?.[0]?.message || code);
-  const make = (kind, words) => new ImgpullError(kind, `${doing}: ${words}`, { cause });
   if (cause.name === "AbortError") return new ImgpullError("ABORTED", "stopped", { cause });
-  const isPlain = /wrong version number|packet length too long|unknown protocol|record layer failure/i.test(said);
-  if (isPlain) return make("TLS", "the server answers plain HTTP on this port\n  try --scheme http");
   const strange = "its certificate authority is not known here: --cacert FILE gives it, --insecure goes without";
-  if (/^(UNABLE_TO|SELF_SIGNED|DEPTH_ZERO)/.test(code)) return make("TLS", `${said}
-  ${strange}`);
-  const wantsClient = /certificate required|bad certificate|handshake failure/i.test(said);
-  const remedy = wantsClient ? "\n  it may want a client certificate: --cert FILE --key FILE" : "";
-  if (/^(CERT_|INVALID_|ERR_TLS|ERR_SSL|EPROTO)/.test(code)) return make("TLS", said + remedy);
-  const plain = { ENOTFOUND: "no such host", ECONNRESET: "connection lost", ECONNREFUSED: "connection refused" };
-  return make("NETWORK", plain[code] ?? said);
+  const known = [
+    // An https client that meets plain HTTP reads "HTTP/1.1" as a TLS record of an absurd version or length.
+    [
+      /wrong version number|packet length too long|unknown protocol|record layer failure/i,
+      "TLS",
+      "the server answers plain HTTP on this port\n  try --scheme http"
+    ],
+    [/^(UNABLE_TO|SELF_SIGNED|DEPTH_ZERO)/, "TLS", `${said}
+  ${strange}`],
+    [
+      /certificate required|bad certificate|handshake failure/i,
+      "TLS",
+      `${said}
+  it may want a client certificate: --cert FILE --key FILE`
+    ],
+    [/^(CERT_|INVALID_|ERR_TLS|ERR_SSL|EPROTO)/, "TLS", said],
+    [/^ENOTFOUND/, "NETWORK", "no such host"],
+    [/^ECONNRESET/, "NETWORK", "connection lost"],
+    [/^ECONNREFUSED/, "NETWORK", "connection refused"]
+  ];
+  const [, kind, words] = known.find(([pattern]) => pattern.test(`${code} ${said}`)) ?? [/^/, "NETWORK", said];
+  return new ImgpullError(kind, `${doing}: ${words}`, { cause });
 }
 var DISK_WORDS = {
   ENOSPC: "the disk is full",
@@ -241,7 +254,7 @@ async function systemCertificates(environment) {
   }
   const { getCACertificates, rootCertificates } = load("node:tls");
   if (bundle === "" && ["darwin", "win32"].includes(process.platform)) getCACertificates?.("system").forEach(add);
-  if (bundle === "") rootCertificates.forEach(add);
+  if (bundle === "") rootCertificates?.forEach(add);
   if (extra) add(await readOptional(extra));
   return [bundle];
 }
@@ -316,11 +329,11 @@ function connectThrough(proxy, options, target, done) {
   });
   connect.once("timeout", () => connect.destroy(new ImgpullError("TIMEOUT", `${proxyName(proxy)} is silent`)));
   connect.once("error", (error) => done(connectionError(error, proxyName(proxy))));
-  return connect.end();
+  connect.end();
 }
 function createTransport(settings) {
   const agents = /* @__PURE__ */ new Map();
-  const tunnels = /* @__PURE__ */ new Set();
+  const closing = new AbortController();
   const { timeoutMs, environment, insecure } = settings;
   const makeAgent = async (url, isRegistry, proxy) => {
     const keepAlive = { keepAlive: true, scheduling: "lifo" };
@@ -331,24 +344,22 @@ function createTransport(settings) {
     const secureContext = await secureContextFor(url, isRegistry, settings);
     const agent = new (clientFor(url)).Agent({ ...keepAlive, secureContext, rejectUnauthorized: insecure !== true });
     if (!proxy) return agent;
-    const createConnection = (target, done) => {
-      const connect = connectThrough(proxy, { ...proxyTls, agent: false, timeout: timeoutMs }, target, done);
-      tunnels.add(connect.once("close", () => tunnels.delete(connect)));
-    };
-    return Object.assign(agent, { createConnection });
+    const options = { ...proxyTls, agent: false, timeout: timeoutMs, signal: closing.signal };
+    return Object.assign(agent, { createConnection: connectThrough.bind(void 0, proxy, options) });
   };
   const sendOnce = async (request, url, headers) => {
     const { method, signal, body } = request;
     const doing = `${method} ${redactUrl(url)}`;
-    const isRegistry = request.isRegistry(url.origin);
+    const hasOwn = settings.tlsCert !== void 0 || existsSync(path.join(settings.certsDirectory, url.host));
+    const isRegistry = hasOwn && request.isRegistry(url.origin);
     const proxy = proxyFor(url, environment);
     const key = `${url.protocol} ${isRegistry ? url.host : ""} ${proxy?.href ?? ""}`;
     const making = agents.get(key) ?? makeAgent(url, isRegistry, proxy);
     agents.set(key, making);
     const forwarder = url.protocol === "http:" ? proxy : void 0;
-    const forwarded = forwarder && { Host: url.host, ...proxyHeaders(forwarder) };
     const absolute = forwarder && { path: url.href };
-    const options = { method, signal, agent: await making, timeout: timeoutMs, headers: { ...headers, ...forwarded } };
+    const added = forwarder && { Host: url.host, ...proxyHeaders(forwarder) };
+    const options = { method, signal, agent: await making, timeout: timeoutMs, headers: { ...headers, ...added } };
     const outgoing = clientFor(forwarder ?? url).request(forwarder?.origin ?? url, { ...options, ...absolute });
     let incoming;
     outgoing.on("timeout", () => {
@@ -370,7 +381,7 @@ function createTransport(settings) {
   return {
     send: (request) => followRedirects(request, sendOnce),
     close: () => {
-      for (const tunnel of tunnels) tunnel.destroy();
+      closing.abort();
       for (const agent of agents.values()) agent.then((ready) => ready.destroy(), () => void 0);
     }
   };
@@ -389,7 +400,7 @@ async function followRedirects(request, sendOnce) {
     response.on("error", () => void 0).resume();
     const from = redactUrl(url);
     if (hop >= LIMITS.redirects) fail("PROTOCOL", `${from}: more than ${LIMITS.redirects} redirects`);
-    const next = URL.canParse(location, url) ? new URL(location, url) : fail("PROTOCOL", `${from} redirects to what is not a URL`);
+    const next = URL.canParse(location, url) ? new URL(location, url) : fail("PROTOCOL", `${from} redirects to no URL`);
     if (next.protocol !== "https:" && (next.protocol !== "http:" || url.protocol === "https:")) {
       fail("PROTOCOL", `${from} redirects to ${redactUrl(next)}: not followed from https to ${next.protocol}`);
     }
@@ -439,7 +450,7 @@ function parseRetryAfter(value = "", now) {
 function isRetriable(error) {
   if (!(error instanceof ImgpullError)) return false;
   const { code, status = 0, retryAfterMs } = error;
-  if (code === "NETWORK") return errorCodeOf(error.cause) !== "ENOTFOUND";
+  if (code === "NETWORK") return !["ENOTFOUND", "ERR_ACCESS_DENIED"].includes(errorCodeOf(error.cause));
   if (/^(TIMEOUT|RATE_LIMITED|(DIGEST|SIZE)_MISMATCH)$/.test(code) || retryAfterMs !== void 0) return true;
   return status === 408 || status === 425 || status >= 500 && status !== 501 && status !== 505;
 }
@@ -500,9 +511,9 @@ function runCredentialHelper(name, input, environment) {
   const source = `docker-credential-${name}`;
   const refuse = (reason) => fail("CREDENTIALS", `the credential helper ${printable(source)} ${reason}`);
   if (!/^[\w.+-]+$/.test(name)) refuse("has a name that is not one");
-  const bounds = { encoding: "utf8", timeout: 6e4, maxBuffer: LIMITS.tokenBytes };
-  const options = { input, env: { ...environment }, ...bounds };
-  const { status, stdout, stderr, error } = load("node:child_process").spawnSync(source, ["get"], options);
+  const options = { input, env: { ...environment }, timeout: 6e4, maxBuffer: LIMITS.tokenBytes };
+  const run = load("node:child_process").spawnSync(source, ["get"], { ...options, encoding: "utf8" });
+  const { status, stdout, stderr, error } = run;
   if (error) refuse(`cannot be run: ${errorCodeOf(error) === "ENOENT" ? "it is not on the PATH" : errorCodeOf(error)}`);
   const words = printable(stdout || stderr) || `exit code ${status}`;
   if (status !== 0) return /credentials not found/i.test(words) ? void 0 : refuse(`failed: ${words}`);
@@ -702,20 +713,27 @@ var Registry = class {
     return new ImgpullError(code, `no such ${missing}
   ${message}${doubt}`, { status });
   }
-  /** The manifest of a tag or digest, verified against the digest where one was asked for. */
-  manifest(tagOrDigest) {
+  /** A manifest or config as a whole, verified against the digest where one was asked for. */
+  #document(kind, name, maximumBytes) {
     return withRetries(this.#session, async () => {
-      const { body, url, headers } = await this.#request("GET", "manifest", tagOrDigest);
+      const { body, url, headers } = await this.#request("GET", kind, name);
       const where = redactUrl(url);
-      const bytes = await readBody(body, LIMITS.manifestBytes, `the manifest ${where}`);
-      const wanted = isDigest(tagOrDigest) ? tagOrDigest : void 0;
+      const bytes = await readBody(body, maximumBytes, `the ${kind} ${where}`);
+      const wanted = isDigest(name) ? name : void 0;
       const digest = digestOf(bytes, wanted);
       if (wanted && digest !== wanted) fail("DIGEST_MISMATCH", `${where}: the bytes have the digest ${digest}`);
-      const mediaType = sniffMediaType(bytes, headers["content-type"]);
-      if (mediaType !== void 0) return { mediaType, digest, bytes };
-      const type = printable(headers["content-type"] ?? "nothing named", 80);
-      return fail("PROTOCOL", `${where}: this is not a manifest but ${type}: is ${this.reference.host} a registry?`);
+      return { bytes, digest, where, type: headers["content-type"] ?? "nothing named" };
     });
+  }
+  async manifest(tagOrDigest) {
+    const { bytes, digest, where, type } = await this.#document("manifest", tagOrDigest, LIMITS.manifestBytes);
+    const what = `this is not a manifest but ${printable(type, 80)}: is ${this.reference.host} a registry?`;
+    return { bytes, digest, mediaType: sniffMediaType(bytes, type) ?? fail("PROTOCOL", `${where}: ${what}`) };
+  }
+  /** A config before its turn, where the platform stands nowhere else. */
+  async config({ digest, size }) {
+    const { bytes, where } = await this.#document("blob", digest, LIMITS.configBytes);
+    return bytes.length === size ? bytes : fail("SIZE_MISMATCH", `${where}: ${bytes.length} bytes, not ${size}`);
   }
   /** What HEAD tells of a manifest; undefined where the registry leaves something out. */
   head(tagOrDigest) {
@@ -865,8 +883,9 @@ function encodeTarHeader(name, sizeBytes) {
   return Buffer.concat([encodeUstarHeader("PaxHeaders/blob", records.length, "x"), padded, plain]);
 }
 var blobPath = (digest) => `blobs/${digest.replace(":", "/")}`;
+var NAME_KEYS = ["io.containerd.image.name", "org.opencontainers.image.ref.name"];
 function indexEntry({ name, top }) {
-  const annotations = { "io.containerd.image.name": name, "org.opencontainers.image.ref.name": name };
+  const annotations = Object.fromEntries(NAME_KEYS.map((key) => [key, name]));
   return { mediaType: top.mediaType, digest: top.digest, size: top.bytes.length, annotations };
 }
 function dockerEntry({ name, contents }) {
@@ -1027,7 +1046,7 @@ var isRight = ({ hash, descriptor }) => hash.digest("hex") === hexOf(descriptor.
 var sizeOf = (jobs) => sumOf(jobs, ({ descriptor }) => descriptor.size);
 function newSegment(job, at, to, isTakeover = false) {
   job.openSegments += 1;
-  return { job, at, to, isTakeover, askedFrom: at, startedAtMs: 0, firstByteMs: 0 };
+  return { job, at, to, isTakeover };
 }
 function newTransfer(outer, jobs, sink, observe) {
   const stopping = new AbortController();
@@ -1054,14 +1073,9 @@ function longestRange(segments) {
 }
 function takeOver({ active, sink, loopBefore }) {
   const victim = sink.unitBytes ? void 0 : longestRange(active);
-  const now = performance.now();
-  const rateOf = ({ at, askedFrom, startedAtMs }) => (at - askedFrom) / Math.max(1, now - startedAtMs);
-  const age = victim ? now - victim.startedAtMs : 0;
-  const isBusy = performance.eventLoopUtilization(loopBefore).utilization > LIMITS.busyLoop;
-  if (!victim || age < 50 || isBusy) return void 0;
-  const leftMs = remaining(victim) / Math.max(rateOf(victim), 1);
-  const isFar = victim.job.registry.latencyMs >= LIMITS.farLatencyMs;
-  return leftMs > Math.max(isFar ? 50 : 1e3, 4 * (victim.firstByteMs || age)) ? cutInHalf(victim) : void 0;
+  const { active: busyMs, idle: idleMs, utilization } = performance.eventLoopUtilization(loopBefore);
+  const isKnown = busyMs + idleMs > LIMITS.judgeMs;
+  return victim && isKnown && utilization < LIMITS.busyLoop ? cutInHalf(victim) : void 0;
 }
 function enqueue({ pending, sink }, job) {
   const unit = sink.unitBytes?.(job) ?? NEVER;
@@ -1126,13 +1140,6 @@ function giveBack({ active }, segment) {
   if (owner) [owner.to, segment.to] = [segment.to, segment.at];
   return owner !== void 0;
 }
-function takeFollowers({ pending }, segment) {
-  const follows = ({ job, at }) => job === segment.job && at === segment.to;
-  for (let next = pending.findIndex(follows); next >= 0; next = pending.findIndex(follows)) {
-    segment.to = pending.splice(next, 1)[0].to;
-    segment.job.openSegments -= 1;
-  }
-}
 async function openSegment(transfer, segment) {
   const { job: { descriptor: { size }, descriptor, registry, origins: [origin] }, at, to } = segment;
   if (origin) {
@@ -1156,7 +1163,10 @@ async function openSegment(transfer, segment) {
   } else if (at > 0 || to < size) {
     registry.acceptsRanges = false;
     if (giveBack(transfer, segment)) return void body.destroy();
-    takeFollowers(transfer, segment);
+    const follows = ({ job, at: from }) => job === segment.job && from >= to;
+    for (const next of transfer.pending.filter(follows)) {
+      [segment.to, next.at] = [Math.max(segment.to, next.to), next.to];
+    }
   }
   const stream = decodeBody(body, end - position);
   const length = Number(headers["content-length"] ?? end - position);
@@ -1173,12 +1183,10 @@ function hashInOrder(job, position, bytes) {
 async function receive(transfer, segment) {
   const { session: { signal }, sink } = transfer;
   const { job } = segment;
-  Object.assign(segment, { askedFrom: segment.at, startedAtMs: performance.now(), firstByteMs: 0 });
   const opened = await openSegment(transfer, segment);
   if (!opened) return;
   const { stream, doing, end } = opened;
   const counter = job.origins.length > 0 ? "reusedBytes" : "fetchedBytes";
-  segment.firstByteMs = performance.now() - segment.startedAtMs;
   let { position } = opened;
   let [batch, batchBytes, underWay] = [[], 0, 0];
   let writing = Promise.resolve();
@@ -1217,10 +1225,13 @@ async function receive(transfer, segment) {
   if (position < end) fail("NETWORK", `${doing}: the connection ended after ${position} of ${end} bytes`, { cause });
 }
 var openForUpdate = (file) => fs.open(file, fs.constants.O_RDWR | fs.constants.O_CREAT);
-async function isIntact({ handle, offset }, { digest, size }) {
+async function isIntact({ handle, offset }, { digest, size }, signal, unpacker) {
   const hash = newHash(digest);
-  for await (const piece of readPlace(handle, offset, offset + size)) hash.update(piece);
-  return hash.digest("hex") === hexOf(digest);
+  const pieces = Readable.from(readPlace(handle, offset, offset + size));
+  await pipeline([pieces, ...unpacker ? [unpacker] : [], hash], given({ signal })).catch((error) => {
+    if (!errorCodeOf(error).startsWith("Z")) throw error;
+  });
+  return hash.read()?.toString("hex") === hexOf(digest);
 }
 async function writeAll(handle, chunks, position) {
   const { bytesWritten } = await handle.writev(chunks, position);
@@ -1236,46 +1247,34 @@ async function openJournal(file, planId) {
     const ranges = text.split(",").map((range) => range.split("-").map(Number));
     held.set(digest, ranges.filter(([from, to]) => from < to).reduce(addRange, []));
   }
-  const handle = await fs.open(file, id === planId ? "a" : "w");
-  if (id !== planId) await handle.appendFile(`${planId}
+  if (id !== planId) await fs.writeFile(file, `${planId}
 `);
-  const changed = /* @__PURE__ */ new Set();
-  const lineOf = ({ descriptor, written }) => `${descriptor.digest} ${written.map((range) => range.join("-")).join(",")};
-`;
-  let writing;
-  const flush = async () => {
-    while (changed.size > 0) {
-      const lines2 = [...changed].map(lineOf).join("");
-      changed.clear();
-      await handle.appendFile(lines2).catch(() => void 0);
-    }
-    writing = void 0;
-  };
   const record = (job) => {
     job.unrecordedBytes = 0;
-    changed.add(job);
-    writing ??= flush();
+    const ranges = job.written.map((range) => range.join("-")).join(",");
+    try {
+      appendFileSync(file, `${job.descriptor.digest} ${ranges};
+`);
+    } catch {
+    }
   };
-  return { held, record, close: () => Promise.resolve(writing).then(() => handle.close()) };
+  return { held, record };
 }
 var isRunning = (pid) => (async () => process.kill(pid, 0))().catch((error) => errorCodeOf(error) === "EPERM");
 async function acquireLock(file, dest) {
   const [host, since] = [os.hostname(), performance.timeOrigin];
   const mine = JSON.stringify({ pid: process.pid, host, since, id: Math.random() });
-  const busy = (who) => fail("DISK", `${dest} is being pulled by another imgpull${who}`);
-  await fs.writeFile(file, mine, { flag: "wx" }).catch(async (error) => {
-    if (errorCodeOf(error) !== "EEXIST") throw error;
-    const owner = parseJson(await readOptional(file) ?? "") ?? {};
-    const { mtimeMs } = await fs.stat(file).catch(() => ({ mtimeMs: 0 }));
-    const isThere = owner.pid === process.pid ? owner.since === since : await isRunning(Number(owner.pid));
-    const isHeld = Date.now() - mtimeMs < 6 * LIMITS.lockBeatMs && (owner.host !== host || isThere);
-    if (owner.pid && isHeld) busy(` (process ${owner.pid} on ${owner.host})`);
-    if (mtimeMs === 0) busy("");
-    await fs.writeFile(`${file}.${process.pid}`, mine);
-    await fs.rename(`${file}.${process.pid}`, file);
-    await delay(20);
-    if (await readOptional(file) !== mine) busy("");
-  });
+  const busy = (who = "") => fail("DISK", `${dest} is being pulled by another imgpull${who}`);
+  const before = await readOptional(file);
+  const { mtimeMs } = await fs.stat(file).catch(() => ({ mtimeMs: 0 }));
+  const owner = parseJson(before ?? "") ?? {};
+  const isThere = owner.pid === process.pid ? owner.since === since : await isRunning(Number(owner.pid));
+  const isHeld = Date.now() - mtimeMs < 6 * LIMITS.lockBeatMs && (owner.host !== host || isThere);
+  if (isHeld) busy(owner.pid ? ` (process ${owner.pid} on ${owner.host})` : "");
+  if (before !== void 0) await fs.rm(file, { force: true });
+  await fs.writeFile(file, mine, { flag: "wx" }).catch((error) => errorCodeOf(error) === "EEXIST" ? busy() : Promise.reject(error));
+  if (before !== void 0) await delay(20);
+  if (await readOptional(file) !== mine) busy();
   const beat = () => void fs.utimes(file, /* @__PURE__ */ new Date(), /* @__PURE__ */ new Date()).catch(() => void 0);
   const timer = setInterval(beat, LIMITS.lockBeatMs).unref();
   return () => fs.rm(file, { force: true }).finally(() => clearInterval(timer));
@@ -1318,7 +1317,7 @@ function fileSink({ warn }, { open: open2, finish }, record) {
   };
 }
 async function fillPlaces(outer, jobs, places, observe) {
-  const { held, record, close } = await openJournal(places.journal, places.id);
+  const { held, record } = await openJournal(places.journal, places.id);
   const transfer = newTransfer(outer, jobs, fileSink(outer, places, record), observe);
   try {
     for (const job of jobs) {
@@ -1334,7 +1333,6 @@ async function fillPlaces(outer, jobs, places, observe) {
     return transfer;
   } finally {
     for (const job of jobs) if (job.unrecordedBytes > 0) record(job);
-    await close();
   }
 }
 async function syncQuietly(handle) {
@@ -1442,7 +1440,7 @@ async function pullToLayout(session, plan, folder, tars, observe) {
   return pullToFolder(session, newJobs(plan, tars, true), folder, blobPath, observe, async () => {
     const old = await readIndex();
     const ours = parseJson(files.get("index.json") ?? "");
-    const nameOf = ({ annotations }) => annotations?.["org.opencontainers.image.ref.name"];
+    const nameOf = ({ annotations }) => annotations?.[NAME_KEYS[1]];
     const isOurs = (entry) => ours.manifests.some((other) => nameOf(other) === nameOf(entry));
     const before = Array.isArray(old.manifests) ? old.manifests : [];
     const manifests = [...before.filter((entry) => !isOurs(entry)), ...ours.manifests];
@@ -1458,13 +1456,10 @@ async function pullToLayout(session, plan, folder, tars, observe) {
 }
 async function pullToStream(outer, plan, output, tars, observe) {
   const early = /* @__PURE__ */ new Map();
-  const waiting = [];
-  const wake = () => waiting.splice(0).forEach((resume) => resume());
+  const bell = new EventEmitter().setMaxListeners(0);
+  const wake = () => bell.emit("change");
   const until = async (isReady) => {
-    while (!isReady()) {
-      if (session.signal.aborted) fail("ABORTED", "stopped");
-      await new Promise((resolve) => waiting.push(resolve));
-    }
+    while (!isReady()) await once(bell, "change", { signal: session.signal });
   };
   let cursor = 0;
   const sink = {
@@ -1502,41 +1497,32 @@ async function pullToStream(outer, plan, output, tars, observe) {
     while (origins[0] && !await isIntact(origins[0], descriptor)) origins.shift();
   }
   const source = Readable.from(inOrder(), { objectMode: true, highWaterMark: 1 });
-  session.signal.addEventListener("abort", () => {
-    source.destroy(new ImgpullError("ABORTED", "stopped"));
-    wake();
-  });
-  settled(await Promise.allSettled([fetchBlobs(transfer), pipeline(source, output, { end: false }).catch(stop)]));
+  const sending = pipeline(source, output, { end: false, signal: session.signal });
+  const failed = (error) => stop(session.signal.aborted ? connectionError(error, "the stream") : error);
+  settled(await Promise.allSettled([fetchBlobs(transfer).catch(failed), sending.catch(failed)]));
   return transfer;
 }
 var versionOf = ({ tag, digest }) => digest ?? tag;
-function fetchConfig(session, registry, descriptor) {
-  const { digest, size } = descriptor;
-  return withRetries(session, async () => {
-    const { body, url } = await registry.blob(descriptor, 0, size, session.signal);
-    const bytes = await readBody(body, LIMITS.configBytes, `the config ${digest}`);
-    if (digestOf(bytes, digest) === digest && bytes.length === size) return bytes;
-    return fail("DIGEST_MISMATCH", `${redactUrl(url)}: the config's bytes have another digest`);
-  });
-}
-async function fetchChild(registry, where, { digest, size }) {
+var childrenOf = (registry, where) => async ({ digest, size }) => {
   const child = await registry.manifest(digest);
   if (child.bytes.length === size) return child;
   return fail("SIZE_MISMATCH", `${where}: ${digest} has ${child.bytes.length} bytes, not ${size}`);
-}
+};
 var checkDepth = (depth, where) => depth <= LIMITS.indexDepth || fail("TOO_LARGE", `${where}: indexes inside indexes, more than ${LIMITS.indexDepth} deep`);
 var isAttestation = ({ platform }) => platform?.os === "unknown" || platform?.architecture === "unknown";
-async function collectAll(session, registry, where, top) {
+async function collectAll(readChild, limit, where, top) {
   const manifests = /* @__PURE__ */ new Map([[top.digest, top]]);
   const contents = [];
   const collect = async (fetched, depth, platform) => {
     checkDepth(depth, where);
-    const manifest = parseManifest(fetched, where);
-    if (manifest.kind === "image") return void contents.push({ manifest, ...given({ platform }) });
-    const entries = manifest.manifests.filter(({ digest }) => !manifests.has(digest));
-    const children = await mapConcurrently(entries, session.settings.concurrency, (entry) => fetchChild(registry, where, entry));
+    const [manifest, { digest }] = [parseManifest(fetched, where), fetched];
+    if (manifest.kind === "image") return void contents.push({ digest, manifest, ...given({ platform }) });
+    const entries = manifest.manifests.filter((entry) => !manifests.has(entry.digest));
+    const children = await mapConcurrently(entries, limit, readChild);
+    const isEmpty = entries.length > 0 && children.every((child) => child === void 0);
+    if (isEmpty) fail("BAD_TAR", entries.map((entry) => `${where}: ${blobPath(entry.digest)} is missing`).join("\n"));
     for (const [at, child] of children.entries()) {
-      if (manifests.has(child.digest)) continue;
+      if (!child || manifests.has(child.digest)) continue;
       manifests.set(child.digest, child);
       await collect(child, depth + 1, entries[at]?.platform);
     }
@@ -1545,35 +1531,31 @@ async function collectAll(session, registry, where, top) {
   contents.sort((left, right) => Number(isAttestation(left)) - Number(isAttestation(right)));
   return { manifests: [...manifests.values()], contents };
 }
-async function findPlatform(session, registry, where, top) {
-  const { settings: { wanted }, warn } = session;
-  const seen = /* @__PURE__ */ new Set();
-  const search = async (index, platform, depth = 1) => {
-    checkDepth(depth, where);
-    const usable = index.manifests.filter((entry) => !isAttestation(entry));
-    const nested = usable.filter(({ mediaType }) => INDEX_TYPES.includes(mediaType));
-    const plain = usable.filter((entry) => !nested.includes(entry));
-    for (const entry of plain) if (entry.platform) seen.add(formatPlatform(entry.platform));
-    const only = usable.length === 1 && !plain[0]?.platform ? plain[0] : void 0;
-    const found2 = matchPlatform(plain, platform) ?? only;
-    if (found2) return [found2, await fetchChild(registry, where, found2)];
-    for (const entry of nested) {
-      if (entry.platform?.os && !matchPlatform([entry], platform)) continue;
-      const inner = parseManifest(await fetchChild(registry, where, entry), where);
-      const inside = inner.kind === "index" ? await search(inner, platform, depth + 1) : void 0;
-      if (inside) return inside;
-    }
-    return void 0;
-  };
+async function findPlatform(session, readChild, where, top) {
+  const { settings: { wanted, concurrency }, warn } = session;
   const host = wantedPlatform(wanted);
-  const found = await search(top, host);
-  if (found) return found;
+  const images = [];
+  for (let [level, depth] = [[top], 1]; level.length > 0; depth += 1) {
+    checkDepth(depth, where);
+    const usable = level.flatMap(({ manifests }) => manifests).filter((entry) => !isAttestation(entry));
+    const nested = usable.filter(({ mediaType }) => INDEX_TYPES.includes(mediaType));
+    images.push(...usable.filter((entry) => !nested.includes(entry)));
+    const only = usable.length + nested.length === 1 && !usable[0]?.platform ? usable[0] : void 0;
+    const found = matchPlatform(images, host) ?? only;
+    if (found) return [found, await readChild(found)];
+    const fitting = nested.filter((entry) => !entry.platform?.os || matchPlatform([entry], host));
+    const inner = (await mapConcurrently(fitting, concurrency, readChild)).map((child) => parseManifest(child, where));
+    level = inner.filter((manifest) => manifest.kind === "index");
+  }
   const mayBeLinux = wanted.os === void 0 && host.os !== "linux";
-  const onLinux = mayBeLinux ? await search(top, { ...host, os: "linux" }) : void 0;
-  if (onLinux) warn(`${where} has nothing for ${host.os}: taking linux`);
-  const choices = printable([...seen].join(", ") || "none", 1e3);
-  return onLinux ?? fail("NO_PLATFORM", `${where} has no image for ${formatPlatform(host)}
-  it has: ${choices} (--platform)`);
+  const onLinux = mayBeLinux ? matchPlatform(images, { ...host, os: "linux" }) : void 0;
+  const names = images.flatMap(({ platform }) => platform ? [formatPlatform(platform)] : []);
+  const choices = printable([...new Set(names)].join(", ") || "none", 1e3);
+  const words = `${where} has no image for ${formatPlatform(host)}
+  it has: ${choices} (--platform)`;
+  if (!onLinux) return fail("NO_PLATFORM", words);
+  warn(`${where} has nothing for ${host.os}: taking linux`);
+  return [onLinux, await readChild(onLinux)];
 }
 async function resolveImage(session, reference, name, isAll) {
   const where = formatReference(reference);
@@ -1582,18 +1564,19 @@ async function resolveImage(session, reference, name, isAll) {
   const parsed = parseManifest(asked, where);
   const resolved = (top, platform2, contents, manifests = [top]) => ({ reference, registry, top, platform: platform2, contents, manifests, name: name.replace(/@.*$/, `@${top.digest}`) });
   if (isAll) {
-    const { contents, manifests } = await collectAll(session, registry, where, asked);
+    const readChild = childrenOf(registry, where);
+    const { contents, manifests } = await collectAll(readChild, session.settings.concurrency, where, asked);
     return resolved(asked, "all", contents, manifests);
   }
   if (parsed.kind === "image") {
     const isConfig = CONFIG_TYPES.includes(parsed.config.mediaType);
-    const configBytes = isConfig ? await fetchConfig(session, registry, parsed.config) : void 0;
+    const configBytes = isConfig ? await registry.config(parsed.config) : void 0;
     const config = configBytes && parseJson(configBytes);
     const platform2 = isRecord(config) && config.os ? parsePlatform(config) : void 0;
     if (platform2) checkPlatform(session, where, platform2);
     return resolved(asked, formatPlatform(platform2), [{ manifest: parsed, ...given({ platform: platform2, configBytes }) }]);
   }
-  const [{ platform }, fetched] = await findPlatform(session, registry, where, parsed);
+  const [{ platform }, fetched] = await findPlatform(session, childrenOf(registry, where), where, parsed);
   const manifest = parseManifest(fetched, where);
   if (manifest.kind !== "image") return fail("PROTOCOL", `${where}: ${fetched.digest} is an index, and not said to be`);
   return resolved(fetched, formatPlatform(platform), [{ manifest, ...given({ platform }) }]);
@@ -1609,13 +1592,11 @@ function checkPlatform({ settings: { wanted }, warn }, where, platform) {
   if (!isForHost) warn(`${where}: ${what}, not for this machine`);
 }
 function warnOfLayers({ warn }, images) {
-  const kinds = [
-    [/zstd/, "has layers compressed with zstd: Docker before 23 and podman before 4 will not load it"],
-    [/foreign|nondistributable/, "has foreign layers, which Docker on Linux and some registries do not take"]
-  ];
   for (const { contents, name } of images) {
-    const types = contents.flatMap(({ manifest }) => manifest.layers.map(({ mediaType }) => mediaType));
-    for (const [kind, words] of kinds) if (types.some((type) => kind.test(type))) warn(`${name} ${words}`);
+    const types = contents.flatMap(({ manifest }) => manifest.layers.map(({ mediaType }) => mediaType)).join(" ");
+    const [zstd, foreign] = [/zstd/.test(types), /foreign|nondistributable/.test(types)];
+    if (zstd) warn(`${name} has layers compressed with zstd: Docker before 23 and podman before 4 will not load it`);
+    if (foreign) warn(`${name} has foreign layers, which Docker on Linux and some registries do not take`);
   }
 }
 async function pullImages(session, request, observe) {
@@ -1628,7 +1609,7 @@ async function pullImages(session, request, observe) {
   const destination = device?.createWriteStream() ?? given2;
   if (typeof destination === "string" && !isLayout) {
     const folder = path.dirname(destination);
-    await fs.access(`${folder}/.`).catch(() => fail("DISK", `${doing}: there is no directory ${folder}`));
+    await onDisk(`${doing}: the directory ${folder}`, fs.access(`${folder}/.`));
     await onDisk(doing, fs.access(folder, fs.constants.W_OK));
   }
   const sources = [];
@@ -1664,9 +1645,9 @@ async function pullImages(session, request, observe) {
 function settingsOf(opts, environment, certsDirectory = "/etc/docker/certs.d") {
   const { scheme = "https", insecure = false, tlsCert, tlsKey, caCert, username, password, token, namespace } = opts;
   const check = (isRight2, reason) => isRight2 || fail("BAD_OPTION", reason);
-  const integer = (value, name, minimum) => {
-    check(Number.isSafeInteger(value) && value >= minimum, `${name} must be a whole number from ${minimum} on`);
-    return value;
+  const integer = (value, name, minimum, maximum, unit = "") => {
+    const isRight2 = Number.isSafeInteger(value) && value >= minimum && value <= maximum;
+    return check(isRight2, `${name} is a whole number from ${minimum} to ${maximum}${unit}, not ${value}`) && value;
   };
   check(["https", "http"].includes(scheme), `the scheme is https or http, not "${printable(String(scheme))}"`);
   check(tlsCert === void 0 === (tlsKey === void 0), "a certificate and its key go together (--cert, --key)");
@@ -1680,9 +1661,9 @@ function settingsOf(opts, environment, certsDirectory = "/etc/docker/certs.d") {
     insecure,
     environment,
     certsDirectory,
-    timeoutMs: integer(opts.timeoutMs ?? 3e4, "the timeout", 1),
-    concurrency: Math.min(64, integer(opts.concurrency ?? 8, "concurrency", 1)),
-    retries: integer(opts.retries ?? 5, "retries", 0),
+    timeoutMs: integer(opts.timeoutMs ?? 3e4, "--timeout", 1, 864e5, " ms"),
+    concurrency: integer(opts.concurrency ?? 8, "--concurrency", 1, 64),
+    retries: integer(opts.retries ?? 5, "--retries", 0, 100),
     wanted: given({ os: opts.osType, architecture: opts.archType, variant: opts.variant }),
     ...given({ tlsCert, tlsKey, caCert, username, password, token, namespace })
   };
@@ -1788,55 +1769,187 @@ function progressReporter(onProgress) {
     onProgress?.({ phase, doneBytes, totalBytes, blobsDone, blobsTotal: jobs.length });
   };
 }
-var OPTION_GROUPS = [
-  ["What to pull", [
-    { name: "os", short: "o", value: "OS", help: "operating system wanted; default: this machine's" },
-    { name: "arch", short: "a", value: "ARCH", help: "processor wanted (amd64, arm64, arm ...)" },
-    { name: "variant", value: "V", help: "processor variant wanted (v7, v8 ...)" },
-    { name: "platform", value: "OS/ARCH[/V]", help: "the three in one word; all takes every platform" },
-    { name: "from", value: "FILE", help: "read more IMAGEs, one a line; - is stdin" },
-    { name: "name", value: "NAME", help: "the name that the image gets in the tar" },
-    { name: "reuse", value: "TAR", isRepeatable: true, help: "take blobs from a tar that exists (repeatable)" },
-    { name: "since", value: "TAR", help: "leave out layers that this tar holds" }
-  ]],
-  ["Registry", [
-    { name: "ns", short: "n", value: "HOST", isForOneHost: true, help: "the registry that a mirror stands for (?ns=)" },
-    { name: "scheme", short: "s", value: "https|http", help: "default https" },
-    { name: "user", short: "u", value: "NAME", isForOneHost: true, help: "user name for basic authentication" },
-    { name: "password", short: "p", value: "WORD", isForOneHost: true, isSecret: true, help: "its password" },
-    { name: "password-stdin", help: "read the password from stdin" },
-    { name: "token", short: "t", value: "TOKEN", isForOneHost: true, isSecret: true, help: "sent as Basic TOKEN" },
-    { name: "cert", short: "c", value: "FILE", isForOneHost: true, help: "client certificate (PEM)" },
-    { name: "key", short: "k", value: "FILE", isForOneHost: true, help: "its key (PEM)" },
-    { name: "cacert", short: "x", value: "FILE", help: "trust this CA as well (PEM); alias --ca" },
-    { name: "insecure", short: "i", help: "do not verify the server's certificate" },
-    { name: "concurrency", short: "j", value: "N", help: "connections used at once; default 8" },
-    { name: "retries", value: "N", help: "attempts after the first; default 5" },
-    { name: "timeout", value: "SECONDS", help: "how long a connection may be silent; default 30" }
-  ]],
-  ["Other", [
-    { name: "manifest", short: "m", value: "list|image", help: "print the manifest" },
-    { name: "parsed", help: "print the parsed command line as JSON" },
-    { name: "quiet", short: "q", help: "no progress" },
-    { name: "version", short: "v", help: "print the version" },
-    { name: "help", short: "h", help: "print this help" }
-  ]]
-];
-var OPTIONS = OPTION_GROUPS.flatMap(([, options]) => options);
-function helpText() {
-  const row = ({ name, short, value, help }) => `  ${short ? `-${short}, ` : "    "}${`--${name}${value ? ` ${value}` : ""}`.padEnd(24)}${help}`;
-  return [
-    "imgpull [options] IMAGE [IMAGE...] [DEST]    pull images into one verified tar",
-    "DEST: a file; - for stdout; a directory or NAME/ for an OCI layout",
-    ...OPTION_GROUPS.flatMap(([title, options]) => [`${title}:`, ...options.map(row)]),
-    "Examples:",
-    "  imgpull alpine:3.22 alpine.tar && docker load -i alpine.tar",
-    "  imgpull ghcr.io/org/app:1 --platform linux/arm64 - | ssh host podman load",
-    "  imgpull --from images.txt bundle.tar > images.lock",
-    ""
-  ].join("\n");
-}
 var counted = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
+var isTexts = (value) => Array.isArray(value) && value.every((item) => typeof item === "string");
+var [DAMAGED, MISSING] = ["is damaged", "is missing (a --since tar needs its base)"];
+function fileIn({ entries }, name) {
+  const { type = "", linkName = "" } = entries.get(name) ?? {};
+  const folder = type === "2" ? path.posix.dirname(name) : "";
+  const entry = entries.get(type === "1" || type === "2" ? path.posix.join(folder, linkName) : name);
+  return entry && "07".includes(entry.type) ? entry : void 0;
+}
+async function imagesIn(tar, file, problems) {
+  const refuse = (reason) => fail("BAD_TAR", `${file}: ${reason}`);
+  const read = async (name) => {
+    const entry = fileIn(tar, name);
+    if (problems.has(`${name} ${DAMAGED}`)) refuse(`${printable(name)} ${DAMAGED}`);
+    if (entry && entry.sizeBytes > LIMITS.tarMetadataBytes) refuse(`${printable(name)} is too large`);
+    const bytes = entry && await readAt(tar.handle, entry.offset, entry.sizeBytes);
+    return { bytes, json: bytes && (parseJson(bytes) ?? refuse(`${printable(name)} is not JSON`)) };
+  };
+  const readChild = async ({ digest, size, mediaType }) => {
+    const { bytes } = await read(blobPath(digest));
+    if (bytes && bytes.length !== size) refuse(`${blobPath(digest)} has ${bytes.length} bytes, not ${size}`);
+    if (bytes && digestOf(bytes, digest) !== digest) refuse(`${blobPath(digest)} ${DAMAGED}`);
+    if (bytes && sniffMediaType(bytes, mediaType) !== mediaType) refuse(`${blobPath(digest)} is of another type`);
+    return bytes && { mediaType, digest, bytes };
+  };
+  const describe = async (parts, isImage, stated) => {
+    const { json } = isImage ? await read(parts[0]?.entry ?? "") : {};
+    const { rootfs, ...words } = isRecord(json) ? json : {};
+    const platform = formatPlatform(json === void 0 ? stated : parsePlatform(words));
+    return { platform, isImage, parts, diffIds: isRecord(rootfs) ? rootfs.diff_ids : void 0 };
+  };
+  const [indexed, listed] = [[], []];
+  const { json: index = { manifests: [] } } = await read("index.json");
+  if (!isRecord(index) || !Array.isArray(index.manifests)) return refuse("index.json is not an index");
+  for (const value of index.manifests) {
+    const descriptor = parseDescriptor(value, `${file}: index.json`);
+    const names = value.annotations ?? {};
+    const name = printable(String(names[NAME_KEYS[0]] ?? names[NAME_KEYS[1]] ?? ""));
+    const top = await readChild(descriptor) ?? refuse(`${blobPath(descriptor.digest)} is missing`);
+    for (const { digest, manifest, platform } of (await collectAll(readChild, 1, file, top)).contents) {
+      const parts = [manifest.config, ...manifest.layers].map((each) => ({ ...each, entry: blobPath(each.digest) }));
+      const isImage = CONFIG_TYPES.includes(manifest.config.mediaType);
+      indexed.push({ name, digest, ...await describe(parts, isImage, platform ?? descriptor.platform) });
+    }
+  }
+  const { json: layout } = await read("oci-layout");
+  const isOci = indexed.length > 0 && isRecord(layout) && layout.imageLayoutVersion === "1.0.0";
+  if (layout && !isOci) problems.add("oci-layout is not of version 1.0.0");
+  for (const value of [(await read("manifest.json")).json ?? []].flat()) {
+    const { Config: config, RepoTags, Layers } = isRecord(value) ? value : {};
+    const [tags, layers] = [RepoTags ?? [], Layers ?? []];
+    const isRight2 = typeof config === "string" && isTexts(tags) && isTexts(layers);
+    if (!isRight2) return refuse("manifest.json is not as docker save makes it");
+    const parts = [config, ...layers].map((entry) => ({ entry, size: fileIn(tar, entry)?.sizeBytes ?? 0 }));
+    listed.push({ name: printable(tags.join(" ")), digest: "", ...await describe(parts, true) });
+  }
+  const images = indexed.length > 0 ? indexed : listed;
+  if (images.length === 0) refuse("it holds no image: neither index.json nor manifest.json names one");
+  return { images, named: [...indexed, ...listed], isDocker: listed.length > 0, isOci };
+}
+async function listTar({ stdout }, tar, file) {
+  for (const { parts, name, digest, platform } of (await imagesIn(tar, file, /* @__PURE__ */ new Set())).images) {
+    const layers = parts.slice(1).map(({ entry, size }) => ({ digest: digestInName(entry) ?? printable(entry), size, present: fileIn(tar, entry) !== void 0 }));
+    const sizeBytes = sumOf(layers, ({ size }) => size);
+    const rows = layers.map(({ digest: layer, size, present }) => `  ${formatBytes(size).padStart(8)}  ${layer}${present ? "" : "  not here"}`);
+    const title = `${name || "(no name)"}  ${platform}  ${formatBytes(sizeBytes)}`;
+    const table = [title, ...digest ? [`  ${digest}`] : [], ...rows].join("\n");
+    stdout.write(`${stdout.isTTY ? table : JSON.stringify({ name, digest, platform, sizeBytes, layers })}
+`);
+  }
+}
+async function unpacksTo(digest, entry, handle, signal) {
+  const { offset, sizeBytes: size } = entry;
+  const magic = (await readAt(handle, offset, 4)).toString("hex");
+  const isZstd = /^(28b52ffd|5.2a4d18)/.test(magic);
+  const { createGunzip, createZstdDecompress } = load("node:zlib");
+  const unpacker = isZstd ? createZstdDecompress?.() : magic.startsWith("1f8b") ? createGunzip?.() : void 0;
+  const isRight2 = await isIntact({ handle, offset }, { digest, size }, signal, unpacker);
+  return !isRight2 && isZstd && (unpacker?.bytesWritten ?? 0) < size ? void 0 : isRight2;
+}
+async function verifyTar({ stdout }, tar, file, signal) {
+  const { handle, entries } = tar;
+  const problems = /* @__PURE__ */ new Set();
+  const blobs = [...entries.values()].filter((entry) => digestInName(entry.name) && fileIn(tar, entry.name) === entry);
+  for (const { name, offset, sizeBytes: size } of blobs) {
+    const digest = digestInName(name);
+    if (!await isIntact({ handle, offset }, { digest, size }, signal)) problems.add(`${name} ${DAMAGED}`);
+  }
+  const end = Math.max(...[...entries.values()].map(({ offset, sizeBytes }) => offset + sizeBytes + BLOCK));
+  if ((await handle.stat()).size < end) problems.add("its end is missing: it was cut off");
+  const found = await imagesIn(tar, file, problems).catch((error) => {
+    problems.add(error.message.replaceAll(`${file}: `, ""));
+    return { images: [], named: [], isDocker: false, isOci: false };
+  });
+  const unpacked = /* @__PURE__ */ new Map();
+  for (const { parts, diffIds: ids } of found.named) {
+    const isRight2 = Array.isArray(ids) && ids.length === parts.length - 1 && ids.every(isDigest);
+    if (ids && !isRight2) problems.add(`${parts[0]?.entry} has not one diff_id for each layer`);
+    for (const [at, { entry, size }] of parts.entries()) {
+      const held = fileIn(tar, entry);
+      const diffId = isRight2 && at > 0 ? String(ids[at - 1]) : void 0;
+      const key = `${held?.name} ${diffId}`;
+      if (!held) problems.add(`${entry} ${MISSING}`);
+      else if (held.sizeBytes !== size) problems.add(`${entry} has ${held.sizeBytes} bytes, not ${size}`);
+      else if (diffId && !unpacked.has(key) && !problems.has(`${held.name} ${DAMAGED}`)) {
+        unpacked.set(key, await unpacksTo(diffId, held, handle, signal));
+        if (unpacked.get(key) === false) problems.add(`${held.name} does not unpack to ${diffId}, its diff_id`);
+      }
+    }
+  }
+  const lines = [...problems].map((words) => `${file}: ${printable(words, 1e3)}`);
+  if (lines.length > 0) fail("BAD_TAR", lines.join("\nimgpull: "));
+  const list = (words) => words.filter(Boolean).join(", ");
+  const types = found.images.flatMap(({ parts }) => parts.map(({ mediaType = "" }) => mediaType));
+  const since = (version) => types.some((type) => type.includes("zstd")) ? ` from ${version} on` : "";
+  const whole = [...unpacked.values()].filter(Boolean).length;
+  const counts = [
+    counted(found.images.length, "image"),
+    `${counted(blobs.length, "blob")} hashed`,
+    `${counted(whole, "layer")} unpacked`,
+    whole < unpacked.size && `${unpacked.size - whole} (zstd) not`
+  ];
+  const isImage = found.images.some((image) => image.isImage);
+  const loaders = [
+    found.isDocker && `docker${since(23)}`,
+    isImage && `podman${since(4)}`,
+    found.isOci && "ctr",
+    found.isDocker && "skopeo docker-archive:",
+    found.isOci && "skopeo oci-archive:"
+  ];
+  stdout.write(`${file}: ${list(counts)}: all is right
+loads in ${list(loaders)}
+`);
+}
+async function lookAtTar(io, file, look, signal) {
+  const tar = await onDisk(`cannot read ${file}`, openTar(file));
+  await onDisk(`cannot read ${file}`, look(io, tar, file, signal)).finally(() => tar.handle.close());
+}
+var HELP = `imgpull [options] IMAGE [IMAGE...] [DEST]    pull images into one verified tar
+DEST: a file; - for stdout; a directory or NAME/ for an OCI layout
+What to pull:
+  -o, --os OS                 operating system wanted; default: this machine's
+  -a, --arch ARCH             processor wanted (amd64, arm64, arm ...)
+      --variant V             processor variant wanted (v7, v8 ...)
+      --platform OS/ARCH[/V]  the three in one word; all takes every platform
+      --from FILE             read more IMAGEs, one a line; - is stdin
+      --name NAME             the name that the image gets in the tar
+      --reuse TAR             take blobs from a tar that exists (repeatable)
+      --since TAR             leave out layers that this tar holds
+Registry:
+  -n, --ns HOST               the registry that a mirror stands for (?ns=)
+  -s, --scheme https|http     default https
+  -u, --user NAME             user name for basic authentication
+  -p, --password WORD         its password
+      --password-stdin        read the password from stdin
+  -t, --token TOKEN           sent as Basic TOKEN
+  -c, --cert FILE             client certificate (PEM)
+  -k, --key FILE              its key (PEM)
+  -x, --cacert FILE           trust this CA as well (PEM); alias --ca
+  -i, --insecure              do not verify the server's certificate
+  -j, --concurrency N         connections used at once; default 8
+      --retries N             attempts after the first; default 5
+      --timeout SECONDS       how long a connection may be silent; default 30
+Look, do not pull:
+  -m, --manifest list|image   print the manifest
+  -l, --list-tar TAR          say what a tar holds, offline
+      --verify TAR            hash a tar again, offline
+      --parsed                print the parsed command line as JSON
+  -q, --quiet                 no progress
+  -v, --version               print the version
+  -h, --help                  print this help
+Examples:
+  imgpull alpine:3.22 alpine.tar && docker load -i alpine.tar
+  imgpull ghcr.io/org/app:1 --platform linux/arm64 - | ssh host podman load
+  imgpull --from images.txt bundle.tar > images.lock
+`;
+var OPTIONS = [...HELP.matchAll(/^  (?:-(?<short>.),|   ) --(?<name>\S+) (?<value>\S+)? +(?<help>.+)$/gm)].map(
+  ({ groups = {} }) => groups
+);
+var SECRET = ["password", "token"];
+var FOR_ONE_HOST = ["user", "password", "token", "cert", "key", "ns"];
 var usage = (reason) => fail("BAD_OPTION", `${reason} (imgpull --help)`);
 var likeness = (left, right) => [...`^${left}`].filter((letter, at) => `^${right}$`.includes(letter + (left[at] ?? "$"))).length;
 function parseCommandLine(argv) {
@@ -1861,14 +1974,18 @@ function parseCommandLine(argv) {
     const isMissing = !value || !inlineValue && value.startsWith("-") && value !== "-";
     if (!spec.value) switches.add(name);
     else if (isMissing) usage(`${rawName} needs a value (${spec.value})`);
-    else if (spec.isRepeatable) reuse.push(value);
+    else if (name === "reuse") reuse.push(value);
     else values[name] = value;
+    const choices = spec.value?.split("|") ?? [];
+    const isChoice = choices.length < 2 || choices.includes(value ?? "");
+    if (!isChoice) usage(`--${name} is ${choices.join(" or ")}, not "${printable(value ?? "")}"`);
   }
   return { values, switches, reuse, positionals: parsed.positionals };
 }
 function planCommand({ values, switches, reuse, positionals }) {
   const { platform, user: username, password, cert: tlsCert, key: tlsKey, cacert: caCert, ns: namespace } = values;
-  const { token, from, name, since, os: system, arch } = values;
+  const { token, from, name, since, os: system, arch, "list-tar": listed, verify, scheme } = values;
+  const manifest = values.manifest;
   const isAll = platform === "all";
   const isWhole = platform === void 0 || isAll;
   const isPasswordOnStdin = switches.has("password-stdin");
@@ -1878,22 +1995,12 @@ function planCommand({ values, switches, reuse, positionals }) {
     usage(`--platform is OS/ARCH, OS/ARCH/VARIANT or all, not "${printable(platform)}"`);
   }
   const [osType, archType, variant] = isWhole ? [system, arch, values.variant] : platform.split("/");
-  const choice = (option, choices) => {
-    const value = values[option];
-    return value === void 0 ? void 0 : choices.find((each) => each === value) ?? usage(`--${option} is ${choices.join(" or ")}, not "${printable(value)}"`);
-  };
-  const number = (option, minimum, maximum, kind = "whole number") => {
-    const value = values[option];
-    if (value === void 0) return void 0;
-    const isNumber = (kind === "number" ? /^\d+(\.\d+)?$/ : /^\d+$/).test(value);
-    if (isNumber && Number(value) >= minimum && Number(value) <= maximum) return Number(value);
-    return usage(`--${option} is a ${kind} from ${minimum} to ${maximum}, not "${printable(value)}"`);
-  };
+  const number = (option, value = values[option]) => value === void 0 ? void 0 : /^\d+(\.\d+)?$/.test(value) ? Number(value) : usage(`--${option} is a number, not "${printable(value)}"`);
   if (password !== void 0 && isPasswordOnStdin) usage("--password and --password-stdin exclude each other");
   if (isPasswordOnStdin && from === "-") usage("stdin is asked for twice: --password-stdin and --from -");
-  const timeout = number("timeout", 1e-3, 86400, "number");
+  const timeout = number("timeout");
   const opts = given({
-    scheme: choice("scheme", ["https", "http"]),
+    scheme,
     osType,
     archType,
     variant,
@@ -1903,19 +2010,20 @@ function planCommand({ values, switches, reuse, positionals }) {
     tlsCert,
     tlsKey,
     caCert,
-    insecure: switches.has("insecure") || void 0,
     namespace,
-    concurrency: number("concurrency", 1, 64),
-    retries: number("retries", 0, 100),
-    timeoutMs: timeout && Math.ceil(timeout * 1e3)
+    insecure: switches.has("insecure") || void 0,
+    concurrency: number("concurrency"),
+    retries: number("retries"),
+    timeoutMs: timeout === void 0 ? void 0 : Math.ceil(timeout * 1e3)
   });
   settingsOf({ url: "", ...opts, ...isPasswordOnStdin ? { password: "" } : {} }, {});
-  const manifest = choice("manifest", ["list", "image"]);
   const hasDestination = manifest === void 0 && positionals.length > (from === void 0 ? 1 : 0);
   const destination = hasDestination ? positionals.at(-1) : void 0;
+  const isLooking = (listed ?? verify) !== void 0;
+  if (isLooking && (positionals.length > 0 || listed && verify)) usage("--list-tar or --verify takes one tar");
   const images = positionals.slice(0, manifest !== void 0 ? 1 : hasDestination ? -1 : void 0);
-  const bound = OPTIONS.find((option) => option.isForOneHost && values[option.name] !== void 0)?.name;
-  if (images.length === 0 && from === void 0) usage("IMAGE is missing");
+  const bound = FOR_ONE_HOST.find((option) => values[option] !== void 0);
+  if (images.length === 0 && from === void 0 && !isLooking) usage("IMAGE is missing");
   if (destination === "") usage("DEST is empty");
   if (!manifest && from !== void 0 && !destination) usage("DEST is missing");
   if (name !== void 0 && (images.length !== 1 || from !== void 0)) usage("--name goes with one IMAGE");
@@ -1933,6 +2041,7 @@ function showProgress({ stderr, env }, isQuiet) {
   const dim = (text) => env.NO_COLOR ? text : `\x1B[2m${text}\x1B[22m`;
   const startedAtMs = performance.now();
   const seconds = () => (performance.now() - startedAtMs) / 1e3;
+  const samples = [];
   let latest;
   let drawnLines = 0;
   const clear = () => {
@@ -1941,12 +2050,15 @@ function showProgress({ stderr, env }, isQuiet) {
   };
   const total = ({ jobs, totalBytes, fetchedBytes }) => {
     const doneBytes = sumOf(jobs, (job) => job.doneBytes);
-    const rate = fetchedBytes / Math.max(1e-3, seconds());
+    if (samples.push([performance.now(), fetchedBytes]) > 50) samples.shift();
+    const [[sinceMs, sinceBytes]] = samples;
+    const rate = (fetchedBytes - sinceBytes) * 1e3 / Math.max(1, performance.now() - sinceMs);
     const left = rate > 0 ? `, ${Math.ceil((totalBytes - doneBytes) / rate)} s left` : "";
     return `${formatBytes(doneBytes)} of ${formatBytes(totalBytes)}, ${formatBytes(rate)}/s${left}`;
   };
   const bar = ({ descriptor: { digest, size }, doneBytes }, width) => {
-    const label = `${hexOf(digest).slice(0, 12)} ${formatBytes(doneBytes)}/${formatBytes(size)} `;
+    const sizes = `${formatBytes(doneBytes).padStart(7)} of ${formatBytes(size).padStart(7)}`;
+    const label = `${hexOf(digest).slice(0, 12)} ${sizes} `;
     const room = Math.min(30, width - label.length - 2);
     const filled = Math.round(Math.max(0, room) * doneBytes / Math.max(1, size));
     return room < 5 ? label : `${label}[${"#".repeat(filled)}${" ".repeat(room - filled)}]`;
@@ -1956,10 +2068,11 @@ function showProgress({ stderr, env }, isQuiet) {
     if (!isLive) return void stderr.write(`imgpull: ${total(latest)}
 `);
     const width = Math.max(20, (stderr.columns ?? 80) - 1);
-    const moving = [...new Set([...latest.active].map(({ job }) => job))].slice(0, 12);
-    clear();
-    const bars = moving.map((job) => `${dim(bar(job, width).slice(0, width))}
+    const moving = [...new Set([...latest.active].map(({ job }) => job))].sort((a, b) => a.offset - b.offset);
+    const most = Math.max(0, Math.min(12, (stderr.rows ?? 24) - 2));
+    const bars = moving.slice(0, most).map((job) => `${dim(bar(job, width).slice(0, width))}
 `);
+    clear();
     stderr.write(`${bars.join("")}${total(latest).slice(0, width)}
 `);
     drawnLines = bars.length + 1;
@@ -2004,28 +2117,30 @@ async function listImages(io, command) {
     return { reference, name };
   });
 }
-var deviceOf = (file) => fs.stat(file).then((stats) => stats.isFile() ? "" : `${stats.dev} ${stats.ino}`, () => "");
 async function runCommand(argv, io, signal) {
   const { stdout, stderr, env: environment } = io;
   const line = parseCommandLine(argv);
   const version = `imgpull version: ${"1.0.0"} build date: ${"2026-11-23T00:00:00Z"}
 `;
-  if (line.switches.has("help")) return void stdout.write(helpText());
+  if (line.switches.has("help")) return void stdout.write(HELP);
   if (line.switches.has("version")) return void stdout.write(version);
   const command = planCommand(line);
   const { opts, manifest: kind, isAll, reuse, since, isQuiet } = command;
   if (line.switches.has("parsed")) {
-    const secrets = OPTIONS.filter(({ name, isSecret }) => isSecret && name in opts).map(({ name }) => [name, "***"]);
+    const secrets = SECRET.filter((name) => name in opts).map((name) => [name, "***"]);
     const shown = { ...command, opts: void 0, bound: void 0, ...opts, ...Object.fromEntries(secrets) };
     return void stdout.write(`${JSON.stringify(shown, null, 2)}
 `);
   }
+  const { "list-tar": listed, verify } = line.values;
+  if (listed ?? verify) return lookAtTar(io, listed ?? verify, listed ? listTar : verifyTar, signal);
   const images = await listImages(io, command);
   const { reference } = images[0];
   const destination = command.destination ?? defaultDestination(reference);
   if (command.destination !== void 0) await checkDestinationName(destination);
-  const device = await deviceOf(destination);
-  const isStream = destination === "-" || device !== "" && device === await deviceOf("/dev/stdout");
+  const files = [destination, "/dev/stdout"];
+  const [dest, out] = await Promise.all(files.map((file) => fs.stat(file).catch(() => void 0)));
+  const isStream = destination === "-" || dest?.isFile() === false && dest.ino === out?.ino && dest.dev === out.dev;
   if (isStream && stdout.isTTY) usage("the tar is not written to a terminal: redirect stdout");
   const password = command.isPasswordOnStdin ? { password: (await readStdin(io)).replace(/\r?\n$/, "") } : {};
   const progress = showProgress(io, isQuiet);
@@ -2089,39 +2204,22 @@ async function main(argv, io = process) {
 var internals = Object.freeze({
   LIMITS,
   OPTIONS,
-  acceptableVariants,
-  addRange,
-  apiHost,
   defaultDestination,
-  digestInName,
   encodeTarHeader,
-  findCredential,
-  formatBytes,
   formatReference,
-  helpText,
-  hostPlatform,
   imageName,
   isExemptFromProxy,
-  isRetriable,
   matchPlatform,
-  missingRanges,
-  normalizeAuthKey,
   parseChallenges,
   parseCommandLine,
   parseManifest,
   parseReference,
-  parseRetryAfter,
   planCommand,
   planTar,
   printable,
   proxyFor,
   pullImages,
   readTar,
-  redactUrl,
-  resolveImage,
-  retryDelayMs,
-  settingsOf,
-  systemCertificates,
   wantedPlatform,
   withSession
 });

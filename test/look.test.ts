@@ -1,0 +1,668 @@
+// --list-tar and --verify of SPEC §1: tars of our own and of other programs, whole, damaged, cut off and hostile.
+import assert from "node:assert/strict";
+import { spawn, spawnSync } from "node:child_process";
+import { once } from "node:events";
+import { mkdirSync, readFileSync, truncateSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { after, before, test } from "node:test";
+import * as zlib from "node:zlib";
+import { runCommand, temporaryFolder, type TestScope } from "./support/command.ts";
+import {
+  MEDIA, digestOf, makeAttestation, makeHelmChart, makeImage, makeIndex, makeLayer, makeManifest, makeMultiPlatform,
+  makeOrasArtifact, pseudoRandom, readTar, writeTar, type TestContent, type TestImage, type TestLayer,
+} from "./support/image.ts";
+import { runMain } from "./support/main.ts";
+import { blobName, filesOf } from "./support/pull.ts";
+import { startRegistry, type Registry } from "./support/registry.ts";
+
+const hexOf = (digest: string): string => digest.slice(digest.indexOf(":") + 1);
+
+// ====== The tars ======
+
+const cleanUps: (() => unknown)[] = [];
+const scope: TestScope = { after: (cleanUp) => cleanUps.push(cleanUp) };
+let registry: Registry;
+let folder: string;
+
+before(async () => {
+  registry = await startRegistry({}, scope);
+  folder = temporaryFolder(scope);
+});
+after(async () => {
+  for (const cleanUp of cleanUps.reverse()) await cleanUp();
+});
+
+let made = 0;
+
+/** A file of these bytes. */
+function fileOf(bytes: Buffer): string {
+  const file = join(folder, `${made += 1}.tar`);
+  writeFileSync(file, bytes);
+  return file;
+}
+
+async function pullWith(references: string[], args: string[] = []): Promise<string> {
+  const file = join(folder, `${made += 1}.tar`);
+  const platform = args.includes("--platform") ? [] : ["--platform", "linux/amd64"];
+  const result = await runMain(["--scheme", "http", "-q", ...platform, ...args, ...references, file]);
+  assert.equal(result.exitCode, 0, result.stderr);
+  return file;
+}
+
+function serve(content: TestContent, tag: string): string {
+  return registry.add(content, "team/app", tag);
+}
+
+const pull = (content: TestContent, tag: string, args: string[] = []): Promise<string> =>
+  pullWith([serve(content, tag)], args);
+
+type Entry = [name: string, content: Buffer | string | { symlink: string } | { hardlink: string } | { folder: true }];
+
+/** A tar as other programs make it, with links and folders. */
+function tarOf(entries: Entry[]): Buffer {
+  const parts = entries.map(([name, content]) => {
+    if (typeof content === "string" || Buffer.isBuffer(content)) {
+      return writeTar([[name, Buffer.from(content)]]).subarray(0, -1024);
+    }
+    const header = writeTar([[name, Buffer.alloc(0)]]).subarray(0, 512);
+    header.write("folder" in content ? "5" : "symlink" in content ? "2" : "1", 156);
+    header.write("folder" in content ? "" : "symlink" in content ? content.symlink : content.hardlink, 157);
+    header.write(" ".repeat(8), 148);
+    const sum = header.reduce((total, byte) => total + byte, 0);
+    header.write(`${sum.toString(8).padStart(6, "0")}\0 `, 148);
+    return header;
+  });
+  return Buffer.concat([...parts, Buffer.alloc(1024)]);
+}
+
+const json = (value: unknown): string => JSON.stringify(value);
+
+/** An OCI archive of what index.json's entries lead to; `fields` are laid over each entry. */
+function ociArchive(contents: TestContent[], fields: Record<string, unknown> = {}): Entry[] {
+  const blobs = new Map(contents.flatMap(({ blobs: own, manifests }) =>
+    [...own, ...[...manifests].map(([digest, { bytes }]): [string, Buffer] => [digest, bytes])]));
+  const manifests = contents.map(({ mediaType, digest, bytes }) =>
+    ({ mediaType, digest, size: bytes.length, ...fields }));
+  return [
+    ["blobs/", { folder: true }], ["blobs/sha256/", { folder: true }],
+    ...[...blobs].map(([digest, bytes]): Entry => [blobName(digest), bytes]),
+    ["index.json", json({ schemaVersion: 2, manifests })], ["oci-layout", json({ imageLayoutVersion: "1.0.0" })],
+  ];
+}
+
+/** docker save before 25: the same layer a second time is a link to the first. */
+function oldDockerSave(image: TestImage, tags: string[] | null = ["team/app:1.0"]): Entry[] {
+  const first = new Map<string, string>();
+  const ids = image.layers.map((_, position) => hexOf(digestOf(`v1 id ${position}`)));
+  const layers = image.layers.flatMap((layer, position): Entry[] => {
+    const known = first.get(layer.digest);
+    const name = `${ids[position]}/layer.tar`;
+    first.set(layer.digest, known ?? name);
+    return [
+      [`${ids[position]}/`, { folder: true }], [`${ids[position]}/VERSION`, "1.0"],
+      [`${ids[position]}/json`, json({ id: ids[position] })], [name, known ? { symlink: `../${known}` } : layer.bytes],
+    ];
+  });
+  const config = `${hexOf(image.config.digest)}.json`;
+  const manifest = [{ Config: config, RepoTags: tags, Layers: ids.map((id) => `${id}/layer.tar`) }];
+  return [...layers, [config, image.configBytes], ["manifest.json", json(manifest)], ["repositories", "{}"]];
+}
+
+/** skopeo's docker-archive: plain layers by their own digest, and docker's old names as links to them. */
+function skopeoDockerArchive(image: TestImage): Entry[] {
+  const name = ({ digest }: TestLayer) => `${hexOf(digest)}.tar`;
+  const unique = [...new Map(image.layers.map((layer) => [layer.digest, layer])).values()];
+  const config = `${hexOf(image.config.digest)}.json`;
+  return [
+    ...unique.map((layer): Entry => [name(layer), layer.bytes]), [config, image.configBytes],
+    ...image.layers.map((layer, at): Entry =>
+      [`${hexOf(digestOf(`${at}`))}/layer.tar`, { symlink: `../${name(layer)}` }]),
+    ["manifest.json", json([{ Config: config, RepoTags: ["docker.io/team/app:1.0"], Layers: image.layers.map(name) }])],
+  ];
+}
+
+/** crane pull: the config under its whole digest, layers as the registry has them. */
+function craneTar(image: TestImage): Entry[] {
+  const names = image.layers.map(({ digest }) => `${hexOf(digest)}.tar.gz`);
+  const manifest = [{ Config: image.config.digest, RepoTags: ["team/app:1.0"], Layers: names }];
+  const layers = new Map(image.layers.map(({ bytes }, at) => [names[at] as string, bytes]));
+  return [[image.config.digest, image.configBytes], ...layers, ["manifest.json", json(manifest)]];
+}
+
+// ====== What the command says ======
+
+interface Row {
+  name: string; digest: string; platform: string; sizeBytes: number;
+  layers: { digest: string; size: number; present: boolean }[];
+}
+
+async function list(file: string): Promise<Row[]> {
+  const { exitCode, stdout, stderr } = await runMain(["--list-tar", file]);
+  assert.deepEqual([exitCode, stderr], [0, ""], file);
+  return String(stdout).trimEnd().split("\n").map((line) => JSON.parse(line) as Row);
+}
+
+/** No letter but printable ones and line ends: nothing that moves a cursor, changes a colour or turns text around. */
+function assertHarmless(text: string): void {
+  assert.doesNotMatch(text, /[\u0000-\u0009\u000b-\u001f\u007f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]/);
+}
+
+async function passes(file: string): Promise<string> {
+  const { exitCode, stdout, stderr } = await runMain(["--verify", file]);
+  assert.deepEqual([exitCode, stderr], [0, ""]);
+  return String(stdout);
+}
+
+async function fails(file: string, ...says: (RegExp | string)[]): Promise<string> {
+  const { exitCode, stdout, stderr } = await runMain(["--verify", file]);
+  assert.deepEqual([exitCode, String(stdout)], [1, ""], stderr);
+  assert.ok(stderr.startsWith(`imgpull: ${file}: `), stderr);
+  for (const each of says) {
+    assert.ok(typeof each === "string" ? stderr.includes(each) : each.test(stderr), `${each}: ${stderr}`);
+  }
+  assertHarmless(stderr);
+  return stderr;
+}
+
+const rowOf = (image: TestImage, name: string, digest = image.digest): Row => ({
+  name, digest, platform: `${image.platform.os}/${image.platform.architecture}`,
+  sizeBytes: image.layers.reduce((sum, { bytes }) => sum + bytes.length, 0),
+  layers: image.layers.map((layer) => ({ digest: layer.digest, size: layer.bytes.length, present: true })),
+});
+
+// ====== Whole tars of our own ======
+
+test("one image, by tag and by digest, Docker's and OCI's, sha512", async () => {
+  for (const [tag, image] of Object.entries({
+    oci: makeImage({ seed: "look-oci" }), docker: makeImage({ seed: "look-docker", format: "docker" }),
+    sha512: makeImage({ seed: "look-512", algorithm: "sha512" }),
+  })) {
+    const reference = serve(image, tag);
+    const file = await pullWith([reference]);
+    // A tag says nothing of an algorithm: the manifest's digest is SHA-256 then, whatever its blobs have.
+    assert.deepEqual(await list(file), [rowOf(image, reference, digestOf(image.bytes))]);
+    assert.match(await passes(file), /: 1 image, 4 blobs .*2 layers .*\nloads in docker, podman/, tag);
+    const bare = `${registry.host}/team/app@${image.digest}`;
+    const pinned = await pullWith([bare]);
+    assert.deepEqual(await list(pinned), [rowOf(image, bare)]);
+    await passes(pinned);
+  }
+});
+
+test("several images, and a layer that they share, unpacked once", async () => {
+  const base = makeLayer({ seed: "look-base", sizeBytes: 300_000 });
+  const images = [1, 2, 3].map((each) => makeImage({ seed: `look-${each}`, layers: [base, 4096, base] }));
+  const references = images.map((image, at) => serve(image, `many-${at}`));
+  const file = await pullWith(references);
+  assert.deepEqual(await list(file), images.map((image, at) => rowOf(image, references[at] as string)));
+  assert.match(await passes(file), /3 images, 10 blobs .*4 layers/);
+});
+
+test("one image under two names, without layers, with an empty and with many layers", async () => {
+  const image = makeImage({ seed: "look-names" });
+  const references = [serve(image, "name-1"), serve(image, "name-2")];
+  assert.deepEqual((await list(await pullWith(references))).map(({ name }) => name), references);
+  assert.deepEqual((await list(await pull(makeImage({ layers: [] }), "none"))).map(({ layers }) => layers), [[]]);
+  const many = makeImage({ seed: "look-many", layers: Array.from({ length: 40 }, () => 4096) });
+  const { exitCode, stdout, stderr } = await runCommand(["--verify", await pull(many, "many-layers")]);
+  assert.deepEqual([exitCode, stderr], [0, ""]); // and no warning of Node's
+  assert.match(String(stdout), /40 layers/);
+});
+
+test("every platform, with attestations: each is listed; indexes inside indexes too", async () => {
+  const platforms = ["linux/arm64", "linux/amd64", "linux/arm/v7"];
+  const index = makeMultiPlatform(platforms, { seed: "look-all", attestations: true });
+  const file = await pull(index, "all", ["--platform", "all"]);
+  const rows = await list(file);
+  assert.deepEqual(rows.map(({ digest }) => digest), index.children.map(({ digest }) => digest));
+  assert.deepEqual(rows.map(({ platform }) => platform).slice(0, 4), [...platforms, "unknown/unknown"]);
+  assert.match(await passes(file), /6 images/);
+  const nested = makeIndex([makeIndex([index]), makeImage({ seed: "look-nested" })]);
+  const deep = await pull(nested, "deep", ["--platform", "all"]);
+  assert.equal((await list(deep)).length, 7);
+  assert.match(await passes(deep), /7 images/);
+});
+
+test("what is not an image: listed, hashed, and said to load where it does", async () => {
+  const artifact = makeOrasArtifact("look");
+  const file = await pull(artifact, "artifact");
+  const [row, ...more] = await list(file);
+  assert.deepEqual([row?.digest, row?.platform, more.length], [artifact.digest, "", 0]);
+  const said = await passes(file);
+  assert.match(said, /ctr/);
+  assert.doesNotMatch(said, /docker|podman/);
+  await passes(await pullWith([serve(makeHelmChart("look"), "chart"), serve(makeImage(), "beside")]));
+});
+
+test("a --since tar: its table says what is not here, --verify that it needs its base", async () => {
+  const [base, top] = [makeLayer({ seed: "since-base" }), makeLayer({ seed: "since-top" })];
+  const baseFile = await pull(makeImage({ seed: "since-1", layers: [base] }), "since-1");
+  const reference = serve(makeImage({ seed: "since-2", layers: [base, top] }), "since-2");
+  const file = await pullWith([reference], ["--since", baseFile]);
+  const [row] = await list(file);
+  assert.deepEqual(row?.layers.map(({ digest, present }) => [digest, present]),
+    [[base.digest, false], [top.digest, true]]);
+  const said = await fails(file, /missing.*--since/);
+  assert.ok(said.includes(hexOf(base.digest)) && !said.includes(hexOf(top.digest)), said);
+});
+
+test("a table on a terminal, lines of JSON elsewhere", async () => {
+  const image = makeImage({ seed: "look-table", layers: [4096, 1_500_000] });
+  const reference = serve(image, "table");
+  const file = await pullWith([reference]);
+  const { stdout } = await runMain(["-l", file], { terminalColumns: 80 });
+  assert.equal(String(stdout), [
+    `${reference}  linux/amd64  1.5 MB`, `  ${image.digest}`, `    4.1 kB  ${image.layers[0]?.digest}`,
+    `    1.5 MB  ${image.layers[1]?.digest}`, "",
+  ].join("\n"));
+  const piped = await runCommand(["-l", file]);
+  assert.deepEqual([piped.exitCode, piped.stderr, JSON.parse(String(piped.stdout))], [0, "", rowOf(image, reference)]);
+});
+
+// ====== Whole tars of others ======
+
+const twice = makeLayer({ seed: "others", compression: "none" });
+const plain = makeImage({ seed: "others", layers: [twice, { compression: "none", sizeBytes: 4096 }, twice] });
+const packed = makeImage({ seed: "others-gzip" });
+
+test("docker save's old form: plain layers in folders, a link for the second of two", async () => {
+  const file = fileOf(tarOf(oldDockerSave(plain)));
+  const [row] = await list(file);
+  assert.deepEqual([row?.name, row?.platform, row?.sizeBytes],
+    ["team/app:1.0", "linux/amd64", rowOf(plain, "").sizeBytes]);
+  assert.deepEqual(row?.layers.map(({ size, present }) => [size, present]),
+    plain.layers.map(({ bytes }) => [bytes.length, true]));
+  assert.match(await passes(file), /: 1 image, .*\nloads in docker/);
+  const [untagged] = await list(fileOf(tarOf(oldDockerSave(plain, null))));
+  assert.equal(untagged?.name, "");
+  const bare = { Config: `${hexOf(plain.config.digest)}.json`, RepoTags: ["a:1", "b:2"], Layers: null };
+  const noLayers = makeImage({ layers: [], seed: "scratch" });
+  const scratch = fileOf(tarOf([[`${hexOf(noLayers.config.digest)}.json`, noLayers.configBytes],
+    ["manifest.json", json([{ ...bare, Config: `${hexOf(noLayers.config.digest)}.json` }])]]));
+  assert.deepEqual((await list(scratch)).map(({ name, layers }) => [name, layers]), [["a:1 b:2", []]]);
+  await passes(scratch);
+});
+
+test("a hard link, and links that lead nowhere, in a circle, to a folder or out of the tar", async () => {
+  const entries = oldDockerSave(plain);
+  const last = entries.findLastIndex(([name]) => name.endsWith("/layer.tar"));
+  const [name] = entries[last] as Entry;
+  const first = entries.find(([each]) => each.endsWith("/layer.tar"))?.[0] as string;
+  const withLink = (content: Entry[1]) => fileOf(tarOf(entries.with(last, [name, content])));
+  for (const good of [{ hardlink: first }, { hardlink: `./${first}` }, { symlink: `../${first}` }]) {
+    await passes(withLink(good));
+  }
+  const nowhere: Entry[1][] = [
+    { symlink: "../gone/layer.tar" }, { symlink: "layer.tar" }, { symlink: first.slice(0, 64) }, { folder: true },
+    { symlink: "../../../../etc/passwd" }, { symlink: "/etc/passwd" }, { hardlink: "/etc/passwd" },
+  ];
+  for (const bad of nowhere) {
+    await fails(withLink(bad), `${name} is missing`);
+    const rows = await list(withLink(bad));
+    assert.deepEqual(rows[0]?.layers.map(({ present }) => present), [true, true, false]);
+  }
+});
+
+test("OCI archives with and without names; docker save's new form; skopeo's and crane's tars", async () => {
+  const nameless = fileOf(tarOf(ociArchive([packed])));
+  assert.deepEqual(await list(nameless), [rowOf(packed, "")]);
+  assert.match(await passes(nameless), /loads in .*ctr/);
+  const annotations = { "org.opencontainers.image.ref.name": "1.0" };
+  const named = fileOf(tarOf(ociArchive([packed], { annotations })));
+  assert.deepEqual(await list(named), [rowOf(packed, "1.0")]);
+  const full = { ...annotations, "io.containerd.image.name": "docker.io/team/app:1.0" };
+  const names = plain.layers.map(({ digest }) => blobName(digest));
+  const saved = fileOf(tarOf([...ociArchive([plain], { annotations: full }),
+    ["manifest.json", json([{ Config: blobName(plain.config.digest), RepoTags: ["team/app:1.0"], Layers: names }])]]));
+  assert.deepEqual(await list(saved), [rowOf(plain, "docker.io/team/app:1.0")]);
+  assert.match(await passes(saved), /: 1 image, 4 blobs .*2 layers .*\nloads in docker.*ctr/);
+  const skopeo = fileOf(tarOf(skopeoDockerArchive(plain)));
+  assert.deepEqual(await list(skopeo), [rowOf(plain, "docker.io/team/app:1.0", "")]);
+  assert.match(await passes(skopeo), /3 blobs .*2 layers/);
+  const crane = fileOf(tarOf(craneTar(packed)));
+  assert.deepEqual(await list(crane), [rowOf(packed, "team/app:1.0", "")]);
+  assert.match(await passes(crane), /3 blobs .*2 layers/);
+});
+
+test("an index of which only some platforms are here, as docker save and ctr export make it", async () => {
+  const index = makeMultiPlatform(["linux/amd64", "linux/arm64"], { seed: "look-some" });
+  const [held, other] = index.children as [TestImage, TestImage];
+  const absent = new Set([other.digest, ...other.blobs.keys()].map(blobName));
+  const entries = ociArchive([index]);
+  const some = fileOf(tarOf(entries.filter(([name]) => !absent.has(name))));
+  assert.deepEqual((await list(some)).map(({ digest, platform }) => [digest, platform]), [[held.digest, "linux/amd64"]]);
+  assert.match(await passes(some), /: 1 image, /);
+  const none = entries.filter(([name]) => !absent.has(name) && name !== blobName(held.digest));
+  await fails(fileOf(tarOf(none)), blobName(held.digest), blobName(other.digest));
+});
+
+const programs = spawnSync("skopeo", ["--version"]).status === 0 && spawnSync("crane", ["version"]).status === 0;
+
+test("tars that skopeo and crane themselves make", { skip: !programs && "skopeo or crane is not here" }, async (t) => {
+  const layer = makeLayer({ seed: "programs" });
+  const image = makeImage({ seed: "programs", layers: [layer, 4096, layer] });
+  const layout = join(temporaryFolder(t), "layout");
+  for (const [name, content] of ociArchive([image], { annotations: { "org.opencontainers.image.ref.name": "1" } })) {
+    mkdirSync(join(layout, name, ".."), { recursive: true });
+    if (Buffer.isBuffer(content) || typeof content === "string") writeFileSync(join(layout, name), content);
+  }
+  for (const kind of ["docker-archive", "oci-archive"]) {
+    const file = join(folder, `${kind}.tar`);
+    const words = ["--insecure-policy", "copy", `oci:${layout}:1`, `${kind}:${file}:app:1`];
+    const { status, stderr } = spawnSync("skopeo", words);
+    assert.equal(status, 0, String(stderr));
+    assert.equal((await list(file))[0]?.layers.length, 3);
+    assert.match(await passes(file), /2 layers/);
+  }
+  const file = join(folder, "crane.tar");
+  // Not spawnSync: the registry is in this process.
+  const crane = spawn("crane", ["pull", "--insecure", serve(image, "crane"), file], { stdio: "ignore" });
+  assert.deepEqual(await once(crane, "close"), [0, null]);
+  assert.equal((await list(file))[0]?.layers.length, 3);
+  assert.match(await passes(file), /2 layers/);
+});
+
+/** Node has had zstd since 22.15; before 26 it reads no more than the first frame (nodejs/node#64741). */
+const hasZstd = "createZstdDecompress" in zlib;
+const readsAllFrames = Number(process.versions.node.split(".")[0]) >= 26;
+
+test("zstd layers are unpacked where Node can, and said not to be where it cannot", async () => {
+  const image = makeImage({ seed: "look-zstd", layers: [{ compression: "zstd", sizeBytes: 300_000 }, 4096] });
+  const file = await pull(image, "zstd");
+  const said = await passes(file);
+  assert.match(said, hasZstd ? /2 layers unpacked: / : /1 layer unpacked, 1 \(zstd\) not/);
+  assert.match(said, /loads in docker from 23 on, podman from 4 on/);
+  const [row] = await list(file);
+  assert.deepEqual(row?.layers.map(({ size }) => size), [300_000, 4096]);
+  const tar = readFileSync(file);
+  await fails(fileOf(flipped(tar, tar.indexOf("28b52ffd", 0, "hex") + 5000)), /is damaged/);
+  const skippable = makeLayer({ seed: "skippable", compression: "zstd" });
+  skippable.bytes = Buffer.concat([Buffer.from("502a4d1800000000", "hex"), skippable.bytes]);
+  skippable.digest = digestOf(skippable.bytes);
+  const archive = fileOf(tarOf(ociArchive([makeImage({ layers: [skippable] })])));
+  assert.match(await passes(archive), readsAllFrames ? /1 layer unpacked: / : /0 layers unpacked, 1 \(zstd\) not/);
+  const wrong = makeLayer({ seed: "wrong-zstd", compression: "zstd" });
+  wrong.diffId = digestOf("something else");
+  const lying = fileOf(tarOf(ociArchive([makeImage({ layers: [wrong] })])));
+  if (hasZstd) await fails(lying, /does not unpack to/);
+  else assert.match(await passes(lying), /1 \(zstd\) not/);
+});
+
+// ====== Damage ======
+
+function flipped(tar: Buffer, at: number): Buffer {
+  const copy = Buffer.from(tar);
+  copy[at] = (copy[at] as number) ^ 1;
+  return copy;
+}
+
+test("one flipped bit at the start, middle and end of any blob: exit 1, and the blob is named", async () => {
+  const index = makeMultiPlatform(["linux/amd64", "linux/arm64"], { seed: "flip-index" });
+  const tars = [
+    await pull(makeImage({ seed: "flip", layers: [4096, 90_000] }), "flip"),
+    await pull(index, "flip-all", ["--platform", "all"]),
+    await pull(makeImage({ seed: "flip-512", algorithm: "sha512" }), "flip-512"),
+    await pull(makeOrasArtifact("flip"), "flip-oras"),
+    fileOf(tarOf(skopeoDockerArchive(plain))), fileOf(tarOf(craneTar(packed))), fileOf(tarOf(ociArchive([packed]))),
+    fileOf(tarOf(oldDockerSave(plain))),
+  ].map((file) => readFileSync(file));
+  for (const tar of tars) {
+    for (const { name, offset, size } of readTar(tar)) {
+      if (size < 5 || /(^|\/)(index|manifest|oci-layout|repositories|VERSION|json)(\.json)?$/.test(name)) continue;
+      const hex = /[0-9a-f]{64,}/.exec(name)?.[0] as string;
+      for (const at of [0, size >> 1, size - 1]) {
+        const said = await fails(fileOf(flipped(tar, offset + at)), hex);
+        assert.equal(said.trimEnd().split("\n").length, 1, said);
+      }
+    }
+  }
+});
+
+test("two damaged blobs and a missing one are all named", async () => {
+  const image = makeImage({ seed: "damages", layers: [4096, 4097, 4098, 4099] });
+  const tar = readFileSync(await pull(image, "damages"));
+  const [first, second, third, fourth] = image.layers.map(({ digest }) => digest) as [string, string, string, string];
+  const entries = [...filesOf(tar)].filter(([name]) => name !== blobName(third)).map(([name, bytes]): Entry =>
+    [name, [first, second].map(blobName).includes(name) ? flipped(bytes, 1000) : bytes]);
+  const said = await fails(fileOf(tarOf(entries)), hexOf(first), hexOf(second), hexOf(third));
+  assert.ok(!said.includes(hexOf(fourth)));
+});
+
+test("a flipped bit anywhere in a header: exit 1", async () => {
+  const tar = readFileSync(await pull(makeImage({ seed: "flip-header" }), "flip-header"));
+  for (const { name, headerOffset } of readTar(tar)) {
+    // The checksum's own end (a NUL and a space) is read by nobody.
+    for (let at = 0; at < 512; at += 7) {
+      if (at !== 154 && at !== 155) await fails(fileOf(flipped(tar, headerOffset + at)), /checksum|not a tar/);
+    }
+    await fails(fileOf(flipped(tar, headerOffset + name.length - 1)));
+  }
+});
+
+const SAMPLE = makeImage({ seed: "flip-index-json" });
+
+test("a changed digest, size, type or brace in index.json, manifest.json and oci-layout: exit 1", async () => {
+  const tar = readFileSync(await pull(SAMPLE, "flip-index-json"));
+  const at = (name: string, text: string): number => {
+    const { offset = 0, size = 0 } = readTar(tar).find((entry) => entry.name === name) ?? {};
+    const position = tar.subarray(offset, offset + size).indexOf(text);
+    assert.ok(position >= 0, `${text} in ${name}`);
+    return offset + position;
+  };
+  const hex = hexOf(SAMPLE.digest);
+  const config = hexOf(SAMPLE.config.digest);
+  const layer = hexOf(SAMPLE.layers[1]?.digest ?? "");
+  const places: [name: string, text: string, shift: number][] = [
+    ["index.json", hex, 0], ["index.json", hex, 63], ["index.json", "sha256:", 0], ["index.json", "sha256:", 6],
+    ["index.json", `"size":`, 7], ["index.json", `"size":`, 1], ["index.json", `"digest"`, 2],
+    ["index.json", `"manifests"`, 3],
+    ["index.json", "{", 0], ["index.json", "[", 0], ["index.json", "manifest.v1+json", 12],
+    ["manifest.json", config, 0], ["manifest.json", config, 63], ["manifest.json", layer, 5],
+    ["manifest.json", "blobs/", 2], ["manifest.json", `"Config"`, 3], ["manifest.json", `"Layers"`, 3],
+    ["manifest.json", "[", 0], ["manifest.json", "{", 0],
+    ["oci-layout", "1.0.0", 0], ["oci-layout", "imageLayoutVersion", 0], ["oci-layout", "{", 0],
+  ];
+  for (const [name, text, shift] of places) {
+    const said = await fails(fileOf(flipped(tar, at(name, text) + shift)));
+    const named = /blobs\/|sha\d|index\.json|manifest\.json|oci-layout|neither/;
+    assert.match(said, named, `${name} ${text} ${shift}: ${said}`);
+  }
+});
+
+test("every byte of index.json: what still passes differs in a name alone", async () => {
+  const tar = readFileSync(await pull(SAMPLE, "flip-index-json"));
+  const { offset = 0, size = 0 } = readTar(tar).find(({ name }) => name === "index.json") ?? {};
+  const index = (bytes: Buffer) => JSON.parse(String(bytes.subarray(offset, offset + size)));
+  for (let at = 0; at < size; at += 1) {
+    const changed = flipped(tar, offset + at);
+    const { exitCode } = await runMain(["--verify", fileOf(changed)]);
+    if (exitCode === 1) continue;
+    const [entry] = index(changed).manifests;
+    const { mediaType, digest, size: sizeBytes } = index(tar).manifests[0];
+    assert.deepEqual([exitCode, entry.mediaType, entry.digest, entry.size], [0, mediaType, digest, sizeBytes]);
+  }
+});
+
+test("a tar that was cut off, anywhere", async () => {
+  const tar = readFileSync(await pull(makeImage({ seed: "cut", layers: [4096, 5000] }), "cut"));
+  const lengths = readTar(tar).flatMap(({ headerOffset, offset, size }) =>
+    [headerOffset, headerOffset + 300, offset, offset + (size >> 1), offset + size - 1, offset + size]);
+  for (const length of [...lengths, tar.length - 1024]) {
+    const file = fileOf(tar);
+    truncateSync(file, length);
+    const { exitCode, stderr } = await runMain(["--verify", file]);
+    assert.equal(exitCode, 1, `${length} of ${tar.length}`);
+    assert.match(stderr, /cut off|middle of|missing|holds no image/, stderr);
+  }
+});
+
+test("any entry taken out: exit 1, and it is named", async () => {
+  const image = makeImage({ seed: "gone" });
+  const files = filesOf(readFileSync(await pull(image, "gone")));
+  for (const gone of [...files.keys()].filter((name) => name.startsWith("blobs/"))) {
+    const file = fileOf(tarOf([...files].filter(([name]) => name !== gone)));
+    await fails(file, `${gone} is missing`);
+    const { exitCode, stdout, stderr } = await runMain(["--list-tar", file]);
+    const isManifest = gone === blobName(image.digest);
+    assert.equal(exitCode, isManifest ? 1 : 0, stderr);
+    assert.ok(isManifest ? stderr.includes(`${gone} is missing`) : String(stdout).includes(image.digest));
+  }
+  const bare = fileOf(tarOf([...files].filter(([name]) => name !== "index.json" && name !== "manifest.json")));
+  await fails(bare, /no image.*index\.json.*manifest\.json/);
+  assert.equal((await runMain(["-l", bare])).exitCode, 1);
+});
+
+const withIds = (ids: unknown) => makeImage({
+  seed: "ids", editConfig: (config) => ({ ...config, rootfs: { type: "layers", diff_ids: ids } }),
+});
+
+test("layers that are not what the config's diff_ids say", async () => {
+  const { layers } = withIds([]);
+  const ids = layers.map(({ diffId }) => diffId) as [string, string];
+  const firstName = blobName(layers[0]?.digest ?? "");
+  await passes(fileOf(tarOf(ociArchive([withIds(ids)]))));
+  await fails(fileOf(tarOf(ociArchive([withIds([digestOf("another"), ids[1]])]))), firstName, digestOf("another"));
+  await fails(fileOf(tarOf(ociArchive([withIds(ids.toReversed())]))), firstName);
+  for (const bad of [[ids[0]], [...ids, ids[0]], [], ["x", ids[1]], [null, ids[1]], [{}, ids[1]]]) {
+    await fails(fileOf(tarOf(ociArchive([withIds(bad)]))), /diff_id/);
+  }
+  const old = oldDockerSave(plain).map(([name, content]): Entry =>
+    [name, Buffer.isBuffer(content) && name.endsWith("layer.tar") ? flipped(content, 600) : content]);
+  await fails(fileOf(tarOf(old)), "layer.tar", plain.layers[0]?.diffId ?? "");
+  const junk = makeLayer({ seed: "junk" });
+  junk.bytes = Buffer.concat([junk.bytes.subarray(0, 3000), pseudoRandom("junk", 500)]);
+  junk.digest = digestOf(junk.bytes);
+  await fails(fileOf(tarOf(ociArchive([makeImage({ layers: [junk] })]))), blobName(junk.digest), junk.diffId);
+});
+
+test("sizes that manifests and indexes state, and types that they name", async () => {
+  const smaller = makeImage({ seed: "sizes", editManifest: (manifest) =>
+    ({ ...manifest, layers: manifest.layers.map((layer) => ({ ...layer, size: layer.size - 1 })) }) });
+  const layer = blobName(smaller.layers[0]?.digest ?? "");
+  await fails(fileOf(tarOf(ociArchive([smaller]))), `${layer} has 8192 bytes, not 8191`);
+  await fails(fileOf(tarOf(ociArchive([packed], { size: 5 }))), blobName(packed.digest), /not 5/);
+  await fails(fileOf(tarOf(ociArchive([packed], { mediaType: MEDIA.dockerManifest }))), packed.digest.slice(7));
+  const child = makeIndex([{ content: packed, fields: { size: 7 } }]);
+  await fails(fileOf(tarOf(ociArchive([child]))), blobName(packed.digest), /not 7/);
+});
+
+// ====== What is no tar, and what is meant to harm ======
+
+test("what is not a tar, is not there, is a folder, is too large", async () => {
+  const gone = join(folder, "no-such.tar");
+  for (const how of ["--list-tar", "--verify"]) {
+    for (const [file, says] of [
+      [gone, /no such file/], [folder, /not a file/], [fileOf(Buffer.from("x".repeat(5000))), /not a tar/],
+      [fileOf(zlib.gzipSync(tarOf(ociArchive([packed])))), /not a tar/], [fileOf(Buffer.alloc(0)), /no image/],
+      [fileOf(Buffer.alloc(2048)), /no image/], [fileOf(Buffer.alloc(100)), /middle of a header/],
+      [fileOf(tarOf([["index.json", Buffer.alloc(17 * 1024 * 1024, " ")]])), /index\.json is too large/],
+    ] as const) {
+      const { exitCode, stdout, stderr } = await runMain([how, file]);
+      assert.deepEqual([exitCode, String(stdout)], [1, ""], `${how} ${file}: ${stderr}`);
+      assert.match(stderr, says);
+      assert.match(stderr, /^imgpull: .*\n$/);
+    }
+  }
+});
+
+test("--list-tar and --verify go with no IMAGE and not with each other", async () => {
+  for (const words of ["-l a.tar alpine", "--verify a.tar alpine", "-l a.tar --verify a.tar"]) {
+    const { exitCode, stderr } = await runMain(words.split(" "));
+    assert.equal(exitCode, 2, stderr);
+    assert.match(stderr, /--list-tar.*--verify/);
+  }
+});
+
+const entriesOf = (config: unknown, manifest: unknown, layer = "layer"): Entry[] =>
+  [["c.json", json(config)], ["l", layer], ["manifest.json", json(manifest)]];
+
+/** Each is refused or read, in bounded time, without a stack trace. */
+const ODD: [name: string, entries: Entry[]][] = [
+  ...[null, 5, "x", {}, [null], [5], ["x"], [{}], [{ Config: 5, Layers: [] }], [{ Config: "c.json", Layers: "l" }],
+    [{ Config: "c.json", Layers: [5] }], [{ Config: "c.json", Layers: ["l"], RepoTags: "x" }],
+    [{ Config: "c.json", Layers: ["l"], RepoTags: [5] }], [{ Config: "c.json", Layers: ["l"], RepoTags: {} }],
+    [{ Layers: ["l"] }], [{ Config: "", Layers: [""] }], [{ Config: "__proto__", Layers: ["constructor"] }], [],
+  ].map((manifest): [string, Entry[]] => [`manifest.json ${json(manifest)}`, entriesOf({}, manifest)]),
+  ...[null, 5, [], "x", { rootfs: 5 }, { rootfs: null }, { rootfs: { diff_ids: 5 } }, { rootfs: { diff_ids: null } },
+    { rootfs: { diff_ids: { 0: "x" } } }, { rootfs: { diff_ids: "x" } }, { os: 5, architecture: {}, variant: [] },
+  ].map((config): [string, Entry[]] =>
+    [`config ${json(config)}`, entriesOf(config, [{ Config: "c.json", Layers: ["l"] }])]),
+  ...[null, 5, "x", [], {}, { manifests: {} }, { manifests: [null] }, { manifests: [5] }, { manifests: [{}] },
+    { manifests: [] },
+    { manifests: [{ digest: "sha256:x", size: 1 }] }, { manifests: [{ digest: packed.digest, size: -1 }] },
+  ].map((index): [string, Entry[]] => [`index.json ${json(index)}`, [["index.json", json(index)]]]),
+  ...[5, null, {}, "x", { "io.containerd.image.name": 5 }, { "io.containerd.image.name": {} }].map(
+    (annotations): [string, Entry[]] => [`annotations ${json(annotations)}`, ociArchive([packed], { annotations })]),
+  ["a manifest that is none", ociArchive([makeManifest(MEDIA.ociManifest, "text")])],
+  ["a manifest of schema 1", ociArchive([makeManifest(MEDIA.dockerSchema1, { schemaVersion: 1 })])],
+  ["a manifest that is two things",
+    ociArchive([makeManifest(MEDIA.ociManifest, { config: packed.config, layers: [], manifests: [] })])],
+  ["a folder in a config's place",
+    [["c.json", { folder: true }], ["manifest.json", json([{ Config: "c.json", Layers: [] }])]]],
+  ["folders in the place of everything", [["index.json", { folder: true }], ["manifest.json", { folder: true }]]],
+];
+
+test("odd values in every place: a line that says so, never a stack trace", async () => {
+  for (const [name, entries] of ODD) {
+    const file = fileOf(tarOf(entries));
+    for (const args of [["-l", file], ["--verify", file]]) {
+      const { exitCode, stderr } = await runMain(args).catch((error: unknown) =>
+        assert.fail(`${name}: ${(error as Error).stack}`));
+      assert.ok(exitCode === 0 || exitCode === 1, name);
+      assert.equal(exitCode, stderr === "" ? 0 : 1, name);
+      assert.doesNotMatch(stderr, /\[object/, name);
+    }
+  }
+});
+
+test("indexes that contain themselves or each other many times over end soon", async () => {
+  const digest = digestOf("an index that claims to be itself");
+  const entry = { mediaType: MEDIA.ociIndex, digest, size: 10 };
+  const index = (count: number) =>
+    json({ schemaVersion: 2, mediaType: MEDIA.ociIndex, manifests: Array(count).fill(entry) });
+  await fails(fileOf(tarOf([["index.json", index(1)], [blobName(digest), index(1000)]])), hexOf(digest));
+  const loop = await runMain(["-l", fileOf(tarOf([["index.json", index(1)], [blobName(digest), index(1000)]]))]);
+  assert.ok(loop.exitCode === 0 || loop.exitCode === 1);
+  let nested: TestContent = packed;
+  for (let depth = 0; depth < 7; depth += 1) {
+    nested = makeIndex([nested, makeIndex([nested], { editIndex: (each) => ({ ...each, depth }) })]);
+  }
+  await fails(fileOf(tarOf(ociArchive([nested]))), /deep/);
+});
+
+const EVIL = "a\u001b[2J\u001b]0;owned\u0007\r\nimgpull: all is right\u009b31m\u202etxt\u2066b";
+
+test("names with control characters are printed harmlessly, on a terminal and in errors", async () => {
+  const evil = (content: TestContent) => ociArchive([content],
+    { annotations: { "io.containerd.image.name": EVIL }, platform: { os: EVIL, architecture: EVIL } });
+  const platform = makeImage({ editConfig: (config) => ({ ...config, os: EVIL, architecture: EVIL, variant: EVIL }) });
+  const config = { os: EVIL, architecture: EVIL, rootfs: { diff_ids: [EVIL, digestOf("x"), EVIL] } };
+  const cases: Entry[][] = [
+    evil(packed), evil(platform), evil(withIds([EVIL, EVIL])), evil(makeIndex([packed])), evil(packed).slice(3),
+    evil(makeImage({ layers: [makeLayer({ mediaType: EVIL })] })), ociArchive([packed], { mediaType: EVIL }),
+    ociArchive([packed], { digest: EVIL }), ociArchive([packed], { size: EVIL }), evil(makeManifest(EVIL, EVIL)),
+    [[EVIL, json(config)], ["l", "l"],
+      ["manifest.json", json([{ Config: EVIL, RepoTags: [EVIL, EVIL], Layers: ["l", EVIL, "l"] }])]],
+    [["c", json(config)], [EVIL, "l"],
+      ["manifest.json", json([{ Config: "c", RepoTags: [EVIL], Layers: [EVIL, "gone", EVIL] }])]],
+    [[EVIL, "{"], ["manifest.json", json([{ Config: EVIL, RepoTags: [], Layers: [] }])]],
+    [[EVIL, Buffer.alloc(17 * 1024 * 1024)], ["manifest.json", json([{ Config: EVIL, RepoTags: [], Layers: [] }])]],
+    [["index.json", EVIL]], [["manifest.json", EVIL]],
+    [["oci-layout", json(EVIL)], ...ociArchive([packed]).slice(0, -1)],
+  ];
+  for (const [at, entries] of cases.entries()) {
+    const file = fileOf(tarOf(entries));
+    for (const [args, columns] of [[["-l", file], 80], [["-l", file]], [["--verify", file], 80]] as const) {
+      const { exitCode, stdout, stderr } = await runMain([...args], columns ? { terminalColumns: columns } : {});
+      assert.ok(exitCode === 0 || exitCode === 1, `case ${at}`);
+      assertHarmless(String(stdout) + stderr);
+      assert.doesNotMatch(String(stdout) + stderr, /^imgpull: all is right/m);
+      if (exitCode === 1) assert.match(stderr, /^imgpull: /);
+    }
+  }
+});
+
+test("an attestation's layers are checked where its config has diff_ids, and left alone where not", async () => {
+  const index = makeIndex([packed, makeAttestation(packed)]);
+  await passes(fileOf(tarOf(ociArchive([index]))));
+});
