@@ -1,5 +1,5 @@
 // What is shipped (SPEC §10): the script, run in each way that people run it, and the library of SPEC §9 as a
-// consumer has it, from a node_modules of its own.
+// consumer has it, from the package that npm packs and installs.
 import assert from "node:assert/strict";
 import {
   accessSync, constants, cpSync, mkdirSync, readFileSync, readdirSync, rmSync, statSync, symlinkSync, writeFileSync,
@@ -13,6 +13,7 @@ import {
   COMMAND_PATH, SECRETS, USER, runCommand, temporaryFolder, type CommandOptions, type CommandResult, type TestScope,
 } from "./support/command.ts";
 import { digestOf, makeImage, makeMultiPlatform, readTar } from "./support/image.ts";
+import { installedPackage, npm, packPackage } from "./support/package.ts";
 import { startProxy } from "./support/proxy.ts";
 import { startRegistry, type Registry, type RegistryOptions } from "./support/registry.ts";
 
@@ -90,6 +91,30 @@ test("dist/ is what the build makes, byte for byte, elsewhere too", async (t) =>
   assert.equal(manifest.version, version);
 });
 
+test("the package holds these files and no others, and only the command may be executed", async () => {
+  const { files, tarball } = await packPackage();
+  const wanted = ["CHANGELOG.md", "LICENSE", "README.md", "dist/imgpull.cjs", "dist/imgpull.d.ts", "dist/imgpull.mjs",
+    "package.json"];
+  assert.deepEqual(files.map(({ path }) => path).sort(), wanted);
+  assert.deepEqual(files.filter(({ mode }) => (mode & 0o111) !== 0).map(({ path }) => path), ["dist/imgpull.cjs"]);
+  assert.ok(statSync(tarball).size < 150_000, `${statSync(tarball).size} bytes`);
+  const installed = join(await installedPackage(), "node_modules");
+  const visible = readdirSync(installed).filter((name) => !name.startsWith("."));
+  assert.deepEqual(visible, ["imgpull"], "it brought something along");
+  for (const path of wanted) assert.ok(readFileSync(path).equals(readFileSync(join(installed, "imgpull", path))), path);
+});
+
+test("the installed command: node_modules/.bin/imgpull, and npx", async (t) => {
+  const registry = await serve(t);
+  const folder = await makeConsumer(t, { "package.json": '{ "private": true }' });
+  const args = [`${registry.host}/team/app:1.0`, "--scheme", "http", "-o", "linux", "-a", "amd64"];
+  const pinned = `${args[0]}@${image.digest}\n`;
+  const byLink = await run(join(folder, "node_modules/.bin/imgpull"), [...args, "link.tar"], { cwd: folder });
+  const byNpx = await npm(["exec", "--no", "--", "imgpull", ...args, "npx.tar"], folder);
+  assert.deepEqual([String(byLink.stdout), byNpx], [pinned, pinned]);
+  assert.ok(readFileSync(join(folder, "link.tar")).equals(readFileSync(join(folder, "npx.tar"))));
+});
+
 test("package.json: the command, the types first, no dependency, every file there", () => {
   assert.equal(resolve(manifest.bin.imgpull), COMMAND_PATH);
   assert.equal(Object.keys(manifest.exports["."])[0], "types");
@@ -104,12 +129,10 @@ test("package.json: the command, the types first, no dependency, every file ther
 
 // ====== A consumer ======
 
-function makeConsumer(t: TestScope, files: Record<string, string>): string {
+async function makeConsumer(t: TestScope, files: Record<string, string>): Promise<string> {
   const folder = temporaryFolder(t);
-  const installed = join(folder, "node_modules/imgpull");
-  mkdirSync(installed, { recursive: true });
-  cpSync("package.json", join(installed, "package.json"));
-  cpSync("dist", join(installed, "dist"), { recursive: true });
+  const installed = join(await installedPackage(), "node_modules");
+  cpSync(installed, join(folder, "node_modules"), { recursive: true, verbatimSymlinks: true });
   for (const [name, text] of Object.entries(files)) writeFileSync(join(folder, name), text);
   return folder;
 }
@@ -124,7 +147,7 @@ const COMMONJS = `const { Puller } = require("imgpull");\nvoid (async () => {\n$
 test("the library's first example, as ESM and as CommonJS", async (t) => {
   const authority = makeAuthority();
   const files = { "first.mjs": ESM, "first.cjs": COMMONJS, "first.js": COMMONJS };
-  const folder = makeConsumer(t, { ...files, "ca.pem": authority.cert });
+  const folder = await makeConsumer(t, { ...files, "ca.pem": authority.cert });
   const tls = authority.issueServer({ dns: ["registry-1.docker.io"] });
   const registry = await startRegistry({ tls, auth: "bearer" }, t);
   const { archType = "" } = newPullerOpts("alpine");
@@ -217,7 +240,7 @@ const COMPILERS: Record<string, { options: object; files: string[] }> = {
 
 for (const [name, { options, files }] of Object.entries(COMPILERS)) {
   test(`the types compile under strict: ${name}`, async (t) => {
-    const folder = makeConsumer(t, {
+    const folder = await makeConsumer(t, {
       "typed.ts": TYPED, "typed.mts": TYPED, "typed.cts": TYPED, "first.mts": `${ESM}export {};\n`,
       "tsconfig.json": JSON.stringify({ compilerOptions: { ...STRICT, ...options }, files }),
     });
@@ -278,7 +301,7 @@ test("importing has no side effect, and pulling leaves nothing behind", async (t
   await new Promise((done) => setImmediate(done));
   compare("pulled");
   console.log("end");`;
-  const folder = makeConsumer(t, {
+  const folder = await makeConsumer(t, {
     "esm.mjs": `import http from "node:http";\nimport https from "node:https";\n${PROBE}
       const { Puller } = await import("imgpull");\n${pulling}`,
     "commonjs.cjs": `const http = require("node:http");\nconst https = require("node:https");\n${PROBE}
