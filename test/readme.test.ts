@@ -1,8 +1,21 @@
-// The front page: what it says of options is the option table, and its commands are ones that the program takes.
+// The front page: what it says of options is the option table, each of its command blocks is run, each message that it
+// explains is one that the program gives.
 import assert from "node:assert/strict";
-import { existsSync, readFileSync } from "node:fs";
-import { test } from "node:test";
+import { once } from "node:events";
+import { cpSync, existsSync, readFileSync, readdirSync, symlinkSync, writeFileSync } from "node:fs";
+import { createServer } from "node:http";
+import type { AddressInfo } from "node:net";
+import { join, resolve } from "node:path";
+import { after, before, describe, test } from "node:test";
 import { internals } from "../imgpull.ts";
+import { makeAuthority } from "./support/certificates.ts";
+import { SECRETS, USER, runCommand, temporaryFolder, type CommandOptions } from "./support/command.ts";
+import { digestOf, makeImage, makeManifest, makeMultiPlatform, MEDIA } from "./support/image.ts";
+import { installedPackage } from "./support/package.ts";
+import { startProxy } from "./support/proxy.ts";
+import { filesOf } from "./support/pull.ts";
+import { IMAGES, makeReader, readmeBlocks, type Reader } from "./support/readme.ts";
+import { startRegistry, type Registry, type RegistryOptions } from "./support/registry.ts";
 
 const readme = readFileSync("README.md", "utf8");
 
@@ -15,21 +28,309 @@ test("the options table has every option, in the program's own words", () => {
   assert.deepEqual(table, rows);
 });
 
-test("every imgpull command in it is one that the program takes", () => {
-  const blocks = [...readme.matchAll(/```sh\n([^]*?)```/g)].map(([, block = ""]) => block);
-  const lines = blocks.flatMap((block) => block.split("\n"));
-  const commands = lines.flatMap((line) => /\b(?:imgpull|node dist\/imgpull\.cjs|node -) ([^#|&<>]*)/.exec(line)?.[1] ?? []);
-  assert.ok(commands.length >= 7, `only ${commands.length} commands found`);
-  for (const command of commands) {
-    const line = internals.parseCommandLine(command.trim().split(/\s+/));
-    const { images, from } = internals.planCommand(line);
-    assert.ok(images.length > 0 || from !== undefined, command);
-    for (const image of images) internals.parseReference(image);
-  }
-});
-
-test("the files that it links to are there", () => {
+test("the files that it links to are there, and so are the headings", () => {
   const links = [...readme.matchAll(/\]\((?!https?:)([^)#]+)\)/g)].map(([, link = ""]) => link);
   assert.ok(links.length > 3);
   for (const link of links) assert.ok(existsSync(link), link);
+  const titles = [...readme.matchAll(/^#+ (.*)$/gm)].map(([, title = ""]) => title);
+  const headings = titles.map((title) => title.toLowerCase().replaceAll(" ", "-"));
+  for (const [, anchor = ""] of readme.matchAll(/\]\(#([^)]+)\)/g)) assert.ok(headings.includes(anchor), anchor);
+});
+
+test("the environment table has every variable that the module names", () => {
+  const header = readFileSync("imgpull.ts", "utf8").split("*/")[0] ?? "";
+  const [, named = ""] = /Environment read: ([^]*?)\.\n/.exec(header) ?? [];
+  const variables = named.match(/\b[A-Z][A-Z_]+\b/g) ?? [];
+  assert.ok(variables.length >= 14);
+  const [, section = ""] = readme.split("## Environment variables");
+  const table = section.split("\n## ")[0] ?? "";
+  assert.deepEqual(variables.filter((name) => !table.includes(`\`${name}\``)), []);
+});
+
+// ====== The command blocks ======
+
+type Name = "alpine:3.22" | "alpine:3.23" | "busybox:1.37" | "node-exporter" | "app" | "curl";
+const CONTENT = {
+  "alpine:3.22": IMAGES["docker.io"]["library/alpine:3.22"], "alpine:3.23": IMAGES["docker.io"]["library/alpine:3.23"],
+  "busybox:1.37": IMAGES["docker.io"]["library/busybox:1.37"],
+  "node-exporter": IMAGES["quay.io"]["prometheus/node-exporter:v1.8.2"],
+  "app": IMAGES["registry.corp.example"]["team/app:1.4"], "curl": IMAGES["mirror.corp.example"]["curl/curl:8.10.1"],
+};
+
+/** A tar with these images, every blob right, under these names. */
+function checkTar(tar: Buffer, images: Partial<Record<Name, string>>): void {
+  const files = filesOf(tar);
+  const { manifests } = JSON.parse(String(files.get("index.json")));
+  const names = manifests.map(({ annotations }: { annotations: Record<string, string> }) =>
+    annotations["org.opencontainers.image.ref.name"]);
+  assert.deepEqual(names, Object.values(images));
+  for (const [at, name] of (Object.keys(images) as Name[]).entries()) {
+    const content = CONTENT[name];
+    const digests = "children" in content ? content.children.map(({ digest }) => digest) : [content.digest];
+    assert.ok(digests.includes(manifests[at].digest), name);
+  }
+}
+
+const read = ({ folder }: Reader, name: string): Buffer => readFileSync(join(folder, name));
+const ALPINE = { "alpine:3.22": "docker.io/library/alpine:3.22" };
+const EXPORTER = { "node-exporter": "quay.io/prometheus/node-exporter:v1.8.2" };
+const hasAlpine = (reader: Reader): void => checkTar(read(reader, "alpine.tar"), ALPINE);
+const BUNDLE = "imgpull alpine:3.22 quay.io/prometheus/node-exporter:v1.8.2 bundle.tar";
+
+/** What has to be there before, and what is there when it has run. */
+interface Case { given?: (reader: Reader) => unknown; gives: (reader: Reader, stdout: string) => unknown }
+
+/** Blocks by their first line. */
+const RUN: Record<string, Case> = {
+  "node dist/imgpull.cjs alpine:3.22 alpine.tar": {
+    given: ({ folder }) => cpSync("dist", join(folder, "dist"), { recursive: true }), gives: hasAlpine,
+  },
+  "npm run demo": {
+    given: ({ folder }) => {
+      for (const name of ["build.mjs", "package.json", "CHANGELOG.md", "imgpull.ts", "test", "dist"]) {
+        cpSync(name, join(folder, name), { recursive: true, filter: (path) => path !== join("dist", "bin") });
+      }
+      symlinkSync(resolve("node_modules"), join(folder, "node_modules"));
+    },
+    gives: (reader, stdout) => {
+      assert.match(stdout, /^The tar:$/m);
+      assert.equal(filesOf(read(reader, "build/demo/hello.tar")).size, 7);
+      // The figure of the tar is this one; only index.json's size is the port's.
+      const figure = readmeBlocks("text")[0]?.text ?? "";
+      const [, listed = ""] = /^The tar:\n.*\n([^]*?) {2}in all/m.exec(stdout) ?? [];
+      const rows = listed.trimEnd().split("\n").map((row) => row.trim().split(/ +/));
+      assert.equal(rows.length, 7);
+      for (const [name = "", offset, size = ""] of rows) {
+        const shown = name.replace(/^blobs\/sha256\/(.{12}).*/, "$1");
+        assert.match(figure, new RegExp(`^ *${offset} +${name === "index.json" ? "\\d+" : size} .*${shown}`, "m"));
+      }
+      assert.match(readme, new RegExp(`of ${/in all ([\d,]+) bytes/.exec(stdout)?.[1]} bytes`));
+    },
+  },
+  'curl -fsSL --remote-name-all "$RELEASE/imgpull-linux-x64.tar.gz" "$RELEASE/SHA256SUMS"': {
+    gives: (reader, stdout) => {
+      assert.match(stdout, /^imgpull-linux-x64\.tar\.gz: OK$/m);
+      hasAlpine(reader);
+    },
+  },
+  'curl -fsSL "$RELEASE/imgpull.cjs" | node - alpine:3.22 alpine.tar': { gives: hasAlpine },
+  'curl -fsSL --remote-name-all "$RELEASE/imgpull.cjs" "$RELEASE/SHA256SUMS"': {
+    gives: (reader, stdout) => {
+      assert.match(stdout, /^imgpull\.cjs: OK$/m);
+      hasAlpine(reader);
+    },
+  },
+  "npx --yes imgpull alpine:3.22 alpine.tar": { gives: hasAlpine },
+  "npm install --global imgpull": {
+    gives: (reader) => {
+      assert.ok(existsSync(join(reader.folder, "../global/bin/imgpull")));
+      hasAlpine(reader);
+    },
+  },
+  "imgpull alpine:3.22 alpine.tar && docker load -i alpine.tar": {
+    gives: (reader) => {
+      hasAlpine(reader);
+      assert.deepEqual(reader.calls(), ["docker load -i alpine.tar", "docker load", "ssh pi podman load"]);
+      for (const program of ["docker", "ssh"]) checkTar(reader.stdinOf(program), ALPINE);
+      const { manifests } = JSON.parse(String(read(reader, "layout/index.json")));
+      assert.equal(manifests.length, 1);
+    },
+  },
+  [BUNDLE]: { gives: (reader) => checkTar(read(reader, "bundle.tar"), { ...ALPINE, ...EXPORTER }) },
+  "imgpull --verify bundle.tar": {
+    given: ({ run }) => run(BUNDLE),
+    gives: ({ calls }) => assert.deepEqual(calls(), ["docker load -i bundle.tar"]),
+  },
+  "imgpull alpine:3.23 delta.tar --since bundle.tar": {
+    given: ({ run }) => run(BUNDLE),
+    gives: (reader) => {
+      checkTar(read(reader, "delta.tar"), { "alpine:3.23": "docker.io/library/alpine:3.23" });
+      checkTar(read(reader, "next.tar"), {
+        "alpine:3.23": "docker.io/library/alpine:3.23", "busybox:1.37": "docker.io/library/busybox:1.37",
+      });
+    },
+  },
+  "imgpull registry.corp.example:5000/team/app:1.4 app.tar \\": {
+    gives: (reader) => checkTar(read(reader, "app.tar"), { app: "registry.corp.example:5000/team/app:1.4" }),
+  },
+  "imgpull mirror.corp.example/curl/curl:8.10.1 curl.tar --ns quay.io": {
+    gives: (reader) => {
+      checkTar(read(reader, "curl.tar"), { curl: "quay.io/curl/curl:8.10.1" });
+      const requests = reader.registries["mirror.corp.example"].manifestRequests();
+      assert.ok(requests.length > 0 && requests.every(({ query }) => query.get("ns") === "quay.io"));
+    },
+  },
+  "imgpull alpine:3.22 busybox:1.37 tools.tar > images.lock": {
+    gives: (reader) => {
+      checkTar(read(reader, "tools.tar"), { ...ALPINE, "busybox:1.37": "docker.io/library/busybox:1.37" });
+      const [first = "", second = ""] = String(read(reader, "images.lock")).split("\n");
+      assert.match(first, /^docker\.io\/library\/alpine:3\.22@sha256:[0-9a-f]{64}$/);
+      assert.match(second, /^docker\.io\/library\/busybox:1\.37@sha256:[0-9a-f]{64}$/);
+    },
+  },
+};
+
+const NOT_RUN: Record<string, string> = {
+  "npm cit": "it is what runs this test",
+  "npm ci": "the rebuild of dist/ is in dist.test.ts, that of the binaries in the test of the binaries",
+  'curl -fsSL "$RELEASE/imgpull.cjs" | node --permission --allow-net --allow-fs-read=. --allow-fs-write=. \\':
+    "it needs Node 26: nodes.test.ts runs it",
+};
+
+describe("every command block", { concurrency: 2 }, () => {
+  test("is run here, or listed with the reason why not", () => {
+    const blocks = readmeBlocks("sh").map(({ firstLine }) => firstLine);
+    assert.deepEqual(blocks.sort(), [...Object.keys(RUN), ...Object.keys(NOT_RUN)].sort());
+    const shells = [...readme.matchAll(/^```(\w*)$/gm)].map(([, language = ""]) => language).filter(Boolean);
+    assert.deepEqual([...new Set(shells)].sort(), ["sh", "text", "ts"]);
+  });
+
+  for (const { firstLine, text } of readmeBlocks("sh")) {
+    const { given, gives } = RUN[firstLine] ?? {};
+    if (!gives) continue;
+    test(firstLine, async (t) => {
+      const reader = await makeReader(t);
+      await given?.(reader);
+      const { exitCode, stdout, stderr } = await reader.run(text);
+      assert.equal(exitCode, 0, `${stdout}${stderr}`);
+      await gives(reader, String(stdout));
+      const left = readdirSync(reader.folder).filter((name) => name.includes(".partial"));
+      assert.deepEqual(left, []);
+    });
+  }
+});
+
+test("the library's example runs as it stands there", async (t) => {
+  const [block] = readmeBlocks("ts");
+  assert.ok(block);
+  const reader = await makeReader(t);
+  cpSync(join(await installedPackage(), "node_modules"), join(reader.folder, "node_modules"),
+    { recursive: true, verbatimSymlinks: true });
+  writeFileSync(join(reader.folder, "example.mjs"), `${block.text}console.log(digest, platform, sizeBytes);\n`);
+  const { exitCode, stdout, stderr } = await reader.run("node example.mjs");
+  assert.deepEqual([exitCode, stderr], [0, ""]);
+  const tar = read(reader, "hello-world.tar");
+  filesOf(tar);
+  assert.match(String(stdout), new RegExp(`^sha256:[0-9a-f]{64} linux/\\w+ ${tar.length}\n$`));
+});
+
+// ====== The messages ======
+
+const content = makeMultiPlatform(["linux/amd64", "linux/s390x"], { seed: "messages", layers: [5000] });
+const authority = makeAuthority();
+const HTML = { status: 200, body: "<html>Log in</html>", headers: { "content-type": "text/html" } };
+
+interface Message {
+  serve?: RegistryOptions;
+  prepare?: (registry: Registry) => unknown;
+  /** In place of `REGISTRY/team/app:1.0` and of `app.tar`. */
+  image?: (host: string) => string;
+  dest?: string;
+  /** Laid over { scheme: "http", platform: "linux/amd64", retries: "1" }. */
+  options?: Record<string, string>;
+  run?: (folder: string) => CommandOptions;
+  exitCode?: number;
+}
+
+/** What makes the program say it, by the words as they stand in the table. */
+const MESSAGES: Record<string, Message> = {
+  // The test registry hangs up instead, which no real one does.
+  "the server answers plain HTTP on this port": { image: () => `${plainHost}/app:1`, options: { scheme: "https" } },
+  "this port is https: try without --scheme http": {
+    prepare: (registry) => registry.on({}, { status: 400, body: "Client sent an HTTP request to an HTTPS server.\n" }),
+  },
+  "its certificate authority is not known here": {
+    serve: { tls: authority.issueServer() }, options: { scheme: "https" },
+  },
+  "answered 401 … no credentials were found": { serve: { auth: "basic" } },
+  "answered 401 … refused: the credentials of": {
+    serve: { auth: "basic" }, options: { user: USER, password: SECRETS.proxyPassword },
+  },
+  "no such tag:": { image: (host) => `${host}/team/app:none` },
+  "no such repository:": { image: (host) => `${host}/team/none:1.0` },
+  "has no image for … it has:": { options: { platform: "linux/arm64" } },
+  "too many requests: come back in … s, at": {
+    prepare: (registry) => registry.on({ kind: "manifest" }, { status: 429, headers: { "retry-after": "3600" } }),
+  },
+  "the disk is full, … are needed and … has … free": {
+    prepare: (registry) => {
+      const huge = makeImage({ seed: "huge", platform: "linux/amd64" });
+      const layers = [{ mediaType: MEDIA.ociGzip, digest: digestOf("huge"), size: 8e15 }];
+      const manifest = makeManifest(huge.mediaType, { ...huge.manifest, layers });
+      registry.add({ ...manifest, blobs: huge.blobs, configs: huge.configs }, "team/app", "1.0");
+    },
+  },
+  "is being pulled by another imgpull (process": {
+    run: (folder) => {
+      const lock = { pid: process.pid, host: "elsewhere.example", since: 1, id: 1 };
+      writeFileSync(join(folder, "app.tar.partial.lock"), JSON.stringify(lock));
+      return {};
+    },
+  },
+  "the bytes have another digest, twice, from": {
+    prepare: (registry) => registry.on({ kind: "layer" }, { corruptAt: 100 }),
+  },
+  "refused CONNECT … 407 … the proxy wants credentials": {
+    image: () => "registry.corp.example/team/app:1.0", options: { scheme: "https" },
+  },
+  "no such host": { image: () => "registry.invalid/team/app:1.0", options: { scheme: "https" } },
+  "nothing came for … s": {
+    prepare: (registry) => registry.on({ kind: "layer" }, { stallAfter: 10 }),
+    options: { timeout: "0.2", retries: "0" },
+  },
+  "cannot be run: it is not on the PATH": {
+    serve: { auth: "basic" },
+    run: () => ({ env: { DOCKER_AUTH_CONFIG: JSON.stringify({ credsStore: "not-installed" }) } }),
+  },
+  "is … a registry?": { prepare: (registry) => registry.on({ kind: "manifest" }, HTML) },
+  "DEST is missing: … reads as an IMAGE": { dest: "busybox:1.37", exitCode: 2 },
+  "not allowed by Node's permission model": {
+    run: (folder) => {
+      const [major = 0] = process.versions.node.split(".").map(Number);
+      const model = major < 24 ? "--experimental-permission" : "--permission";
+      const net = major < 25 ? [] : ["--allow-net"];
+      return { nodeArgs: [model, ...net, "--allow-fs-read=*", `--allow-fs-write=${join(folder, "other")}`] };
+    },
+  },
+};
+
+const plainServer = createServer((_request, response) => response.end());
+let plainHost = "";
+before(async () => {
+  plainServer.listen(0, "127.0.0.1");
+  await once(plainServer, "listening");
+  plainHost = `127.0.0.1:${(plainServer.address() as AddressInfo).port}`;
+});
+after(() => (plainServer.close(), plainServer.closeAllConnections()));
+
+describe("every message that is explained", { concurrency: 2 }, () => {
+  const [, section = ""] = readme.split("## Troubleshooting");
+  const [table = ""] = section.split("\n## ");
+  const explained = [...table.matchAll(/^\| `([^`]+)` \|/gm)].map(([, words = ""]) => words);
+
+  test("is among these", () => assert.deepEqual(explained, Object.keys(MESSAGES)));
+
+  for (const explanation of explained) {
+    const message = MESSAGES[explanation];
+    if (!message) continue;
+    test(explanation, async (t) => {
+      const { serve, prepare, image = (host) => `${host}/team/app:1.0`, dest = "app.tar", exitCode = 1 } = message;
+      const registry = await startRegistry(serve, t);
+      registry.add(content, "team/app", "1.0");
+      prepare?.(registry);
+      const folder = temporaryFolder(t);
+      const options = { scheme: "http", platform: "linux/amd64", retries: "1", ...message.options };
+      const words = Object.entries(options).flatMap(([name, value]) => [`--${name}`, value]);
+      const { env = {}, ...run } = message.run?.(folder) ?? {};
+      // Only one case is for a proxy, which wants credentials.
+      const proxy = explanation.includes("CONNECT") ? await startProxy(t, { hosts: {}, credentials: true }) : undefined;
+      const result = await runCommand([image(registry.host), dest, ...words], {
+        cwd: folder, ...run, env: { ...env, ...(proxy && { HTTPS_PROXY: proxy.url }) },
+      });
+      assert.equal(result.exitCode, exitCode, result.stderr);
+      const escaped = explanation.split("…").map((part) => part.trim().replace(/[.*+?^${}()|[\]\\]/g, "\\$&"));
+      assert.match(result.stderr, new RegExp(escaped.join("[^]*")));
+      assert.equal(existsSync(join(folder, "app.tar")), false);
+    });
+  }
 });
