@@ -1,0 +1,56 @@
+// Node executables of the lines that the script promises to run on, from npm's packages of them. Kept under build/,
+// where the next run finds them.
+import { execFile } from "node:child_process";
+import { existsSync, mkdirSync, mkdtempSync, renameSync, rmSync } from "node:fs";
+import { dirname, join, resolve } from "node:path";
+import { promisify } from "node:util";
+
+/** The oldest one promised, and the last of each line that is maintained. */
+export const NODE_VERSIONS = ["20.19.0", "22.23.3", "24.21.0", "26.10.0"];
+/** The one whose permission model knows of the network. */
+export const NEWEST_NODE = NODE_VERSIONS.at(-1) as string;
+
+async function fetchNode(version: string, executable: string): Promise<void> {
+  const packed = `node-${process.platform === "win32" ? "win" : process.platform}-${process.arch}@${version}`;
+  const folder = resolve("build/nodes");
+  mkdirSync(folder, { recursive: true });
+  const unpacked = mkdtempSync(join(folder, "unpacking-"));
+  try {
+    // npm compares what it fetches with the SHA-512 of its index.
+    const flags = ["--silent", "--pack-destination", unpacked, "--fetch-retries=1", "--fetch-retry-mintimeout=1000"];
+    const { stdout } = await promisify(execFile)("npm", ["pack", packed, ...flags], { timeout: 300_000 });
+    const inside = `package/bin/${process.platform === "win32" ? "node.exe" : "node"}`;
+    await promisify(execFile)("tar", ["-xzf", join(unpacked, stdout.trim()), "-C", unpacked, inside]);
+    mkdirSync(dirname(executable), { recursive: true });
+    renameSync(join(unpacked, inside), executable); // in one step: another test process may fetch the same one
+  } finally {
+    rmSync(unpacked, { recursive: true, force: true });
+  }
+}
+
+type NodeExecutable = { path: string } | { missing: string };
+const known = new Map<string, Promise<NodeExecutable>>();
+
+/**
+ * The executable of a version; or, where it cannot be fetched, a reason to skip. With IMGPULL_INTEROP=required, as CI
+ * sets it, that is an error.
+ */
+export function nodeExecutable(version: string): Promise<NodeExecutable> {
+  const looking = known.get(version) ?? findNode(version);
+  known.set(version, looking);
+  return looking;
+}
+
+async function findNode(version: string): Promise<NodeExecutable> {
+  if (process.versions.node === version) return { path: process.execPath };
+  const path = resolve("build/nodes", version, "bin", process.platform === "win32" ? "node.exe" : "node");
+  try {
+    if (!existsSync(path)) await fetchNode(version, path);
+    return { path };
+  } catch (error) {
+    const missing = `missing here: Node ${version}`;
+    if (process.env["IMGPULL_INTEROP"] === "required") throw new Error(`${missing}: required`, { cause: error });
+    console.error(`\n*** TESTS SKIPPED, ${missing} (npm pack) ***\n`);
+    return { missing };
+  }
+}
