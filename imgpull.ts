@@ -22,7 +22,7 @@
 // ====== 1. Imports, media types, limits ======
 import type { Hash } from "node:crypto";
 import { EventEmitter, once, setMaxListeners } from "node:events";
-import { appendFileSync, existsSync } from "node:fs";
+import { appendFileSync } from "node:fs";
 import * as fs from "node:fs/promises";
 import type * as http from "node:http";
 import * as net from "node:net";
@@ -432,19 +432,25 @@ function connectThrough(proxy: URL, options: http.RequestOptions, target: tls.Co
   connect.once("error", (error) => done(connectionError(error, proxyName(proxy))));
   connect.end();
 }
-/** Agents keep connections: one for each registry that is shown something of ours, one for all others, by proxy. */
+/** Agents keep connections, one agent for each origin and proxy. */
 function createTransport(settings: Settings) {
   const agents = new Map<string, Promise<http.Agent>>();
   const closing = new AbortController(); // for tunnels that are being asked for: no agent knows them yet
-  const { timeoutMs, environment, insecure } = settings;
+  const { timeoutMs, environment, insecure, tlsCert, certsDirectory } = settings;
+  let common: Promise<tls.SecureContext> | undefined; // to parse the system's certificates takes longer than a request
+  const contextFor = async (url: URL, isRegistry: boolean) => {
+    const hasFolder = fs.access(path.join(certsDirectory, url.host)).then(() => true, () => false);
+    const hasOwn = isRegistry && (tlsCert !== undefined || (await hasFolder));
+    return hasOwn ? secureContextFor(url, true, settings) : (common ??= secureContextFor(url, false, settings));
+  };
   const makeAgent = async (url: URL, isRegistry: boolean, proxy: URL | undefined): Promise<http.Agent> => {
     const keepAlive = { keepAlive: true, scheduling: "lifo" as const };
     const isTlsProxy = proxy?.protocol === "https:";
     // Node takes the name to verify from the Host header, which is the target's, unless it is told.
     const servername = isTlsProxy && net.isIP(proxy.hostname) === 0 ? proxy.hostname : "";
-    const proxyTls = isTlsProxy ? { secureContext: await secureContextFor(proxy, false, settings), servername } : {};
+    const proxyTls = isTlsProxy ? { secureContext: await contextFor(proxy, false), servername } : {};
     if (url.protocol === "http:") return new (clientFor(isTlsProxy ? proxy : url).Agent)({ ...keepAlive, ...proxyTls });
-    const secureContext = await secureContextFor(url, isRegistry, settings);
+    const secureContext = await contextFor(url, isRegistry);
     const agent = new (clientFor(url).Agent)({ ...keepAlive, secureContext, rejectUnauthorized: insecure !== true });
     if (!proxy) return agent;
     const options = { ...proxyTls, agent: false, timeout: timeoutMs, signal: closing.signal };
@@ -453,10 +459,9 @@ function createTransport(settings: Settings) {
   const sendOnce: SendOnce = async (request, url, headers) => {
     const { method, signal, body } = request;
     const doing = `${method} ${redactUrl(url)}`;
-    const hasOwn = settings.tlsCert !== undefined || existsSync(path.join(settings.certsDirectory, url.host));
-    const isRegistry = hasOwn && request.isRegistry(url.origin); // others share the system's certificates, parsed once
+    const isRegistry = request.isRegistry(url.origin);
     const proxy = proxyFor(url, environment);
-    const key = `${url.protocol} ${isRegistry ? url.host : ""} ${proxy?.href ?? ""}`;
+    const key = `${url.origin} ${isRegistry} ${proxy?.href}`;
     const making = agents.get(key) ?? makeAgent(url, isRegistry, proxy);
     agents.set(key, making);
     const forwarder = url.protocol === "http:" ? proxy : undefined; // plain HTTP goes to the proxy in absolute form
@@ -1780,7 +1785,7 @@ const checkDepth = (depth: number, where: string): boolean => depth <= LIMITS.in
 const isAttestation = ({ platform }: { platform?: Platform }): boolean =>
   platform?.os === "unknown" || platform?.architecture === "unknown";
 /** All that an index names, its own manifest first, and the images in it, attestations last. What `readChild` has not
- *  is left out, but something has to be there. */
+ *  is left out. */
 async function collectAll(readChild: Reader, limit: number, where: string, top: FetchedManifest) {
   const manifests = new Map([[top.digest, top]]);
   const contents: (ImageContent & { digest: string })[] = [];
@@ -1790,8 +1795,6 @@ async function collectAll(readChild: Reader, limit: number, where: string, top: 
     if (manifest.kind === "image") return void contents.push({ digest, manifest, ...given({ platform }) });
     const entries = manifest.manifests.filter((entry) => !manifests.has(entry.digest));
     const children = await mapConcurrently(entries, limit, readChild);
-    const isEmpty = entries.length > 0 && children.every((child) => child === undefined);
-    if (isEmpty) fail("BAD_TAR", entries.map((entry) => `${where}: ${blobPath(entry.digest)} is missing`).join("\n"));
     for (const [at, child] of children.entries()) {
       if (!child || manifests.has(child.digest)) continue;
       manifests.set(child.digest, child);
@@ -1879,14 +1882,11 @@ function warnOfLayers({ warn }: Session, images: readonly ResolvedImage[]): void
 }
 /** The whole job, for the library and the command alike. */
 async function pullImages(session: Session, request: PullRequest, observe: Observer) {
-  const { destination: given, images: wanted, isAll, since } = request;
-  const doing = `cannot write ${typeof given === "string" ? given : "the stream"}`;
-  const stats = typeof given === "string" ? await fs.stat(given).catch(() => undefined) : undefined;
-  const isLayout = typeof given === "string" && (/[\\/]$/.test(given) || stats?.isDirectory() === true);
-  // A device or FIFO is written to in order; it must not be replaced by a file.
-  const isSpecial = !isLayout && stats !== undefined && !stats.isFile();
-  const device = isSpecial ? await onDisk(doing, fs.open(given as string, "w")) : undefined;
-  const destination = device?.createWriteStream() ?? given;
+  const { destination, images: wanted, isAll, since } = request;
+  const doing = `cannot write ${typeof destination === "string" ? destination : "the stream"}`;
+  const stats = typeof destination === "string" ? await fs.stat(destination).catch(() => undefined) : undefined;
+  const isLayout = typeof destination === "string" && (/[\\/]$/.test(destination) || stats?.isDirectory() === true);
+  if (!isLayout && stats?.isFile() === false) fail("DISK", `${doing}: it is there, and not a file (- is stdout)`);
   if (typeof destination === "string" && !isLayout) {
     const folder = path.dirname(destination);
     await onDisk(`${doing}: the directory ${folder}`, fs.access(`${folder}/.`));
@@ -1917,7 +1917,6 @@ async function pullImages(session: Session, request: PullRequest, observe: Obser
     return { results, transfer, plan };
   } finally {
     for (const { handle } of sources) await handle.close();
-    await device?.close().catch(() => undefined);
   }
 }
 /** Checks a caller's options; what is wrong is named as the option it is. */
@@ -2078,9 +2077,10 @@ async function imagesIn(tar: OpenTar, file: string, problems: Set<string>) {
     const bytes = entry && (await readAt(tar.handle, entry.offset, entry.sizeBytes));
     return { bytes, json: bytes && (parseJson(bytes) ?? refuse(`${printable(name)} is not JSON`)) };
   };
-  /** What an index names; undefined where it is not here: docker save keeps an index and leaves platforms out. */
+  let absent = 0; // docker save keeps an index and leaves platforms out
   const readChild = async ({ digest, size, mediaType }: Descriptor): Promise<FetchedManifest | undefined> => {
     const { bytes } = await read(blobPath(digest));
+    if (!bytes) absent += 1;
     if (bytes && bytes.length !== size) refuse(`${blobPath(digest)} has ${bytes.length} bytes, not ${size}`);
     if (bytes && digestOf(bytes, digest) !== digest) refuse(`${blobPath(digest)} ${DAMAGED}`);
     if (bytes && sniffMediaType(bytes, mediaType) !== mediaType) refuse(`${blobPath(digest)} is of another type`);
@@ -2100,7 +2100,9 @@ async function imagesIn(tar: OpenTar, file: string, problems: Set<string>) {
     const names = value.annotations ?? {};
     const name = printable(String(names[NAME_KEYS[0]] ?? names[NAME_KEYS[1]] ?? ""));
     const top = (await readChild(descriptor)) ?? refuse(`${blobPath(descriptor.digest)} is missing`);
-    for (const { digest, manifest, platform } of (await collectAll(readChild, 1, file, top)).contents) {
+    const { contents } = await collectAll(readChild, 1, file, top);
+    if (contents.length === 0) problems.add(`${blobPath(top.digest)} names nothing that is here`);
+    for (const { digest, manifest, platform } of contents) {
       const parts = [manifest.config, ...manifest.layers].map((each) => ({ ...each, entry: blobPath(each.digest) }));
       const isImage = CONFIG_TYPES.includes(manifest.config.mediaType);
       indexed.push({ name, digest, ...(await describe(parts, isImage, platform ?? descriptor.platform)) });
@@ -2119,7 +2121,7 @@ async function imagesIn(tar: OpenTar, file: string, problems: Set<string>) {
   }
   const images = indexed.length > 0 ? indexed : listed;
   if (images.length === 0) refuse("it holds no image: neither index.json nor manifest.json names one");
-  return { images, named: [...indexed, ...listed], isDocker: listed.length > 0, isOci };
+  return { images, named: [...indexed, ...listed], isDocker: listed.length > 0, isOci, absent };
 }
 /** A table for a person, a line of JSON for each image otherwise. */
 async function listTar({ stdout }: CommandIO, tar: OpenTar, file: string): Promise<void> {
@@ -2158,7 +2160,7 @@ async function verifyTar({ stdout }: CommandIO, tar: OpenTar, file: string, sign
   if ((await handle.stat()).size < end) problems.add("its end is missing: it was cut off");
   const found = await imagesIn(tar, file, problems).catch((error: ImgpullError) => {
     problems.add(error.message.replaceAll(`${file}: `, ""));
-    return { images: [], named: [], isDocker: false, isOci: false };
+    return { images: [], named: [], isDocker: false, isOci: false, absent: 0 };
   });
   const unpacked = new Map<string, boolean | undefined>(); // each pair of a layer and a diff_id once
   for (const { parts, diffIds: ids } of found.named) {
@@ -2183,7 +2185,8 @@ async function verifyTar({ stdout }: CommandIO, tar: OpenTar, file: string, sign
   const since = (version: number) => (types.some((type) => type.includes("zstd")) ? ` from ${version} on` : "");
   const whole = [...unpacked.values()].filter(Boolean).length;
   const counts = [counted(found.images.length, "image"), `${counted(blobs.length, "blob")} hashed`,
-    `${counted(whole, "layer")} unpacked`, whole < unpacked.size && `${unpacked.size - whole} (zstd) not`];
+    `${counted(whole, "layer")} unpacked`, whole < unpacked.size && `${unpacked.size - whole} (zstd) not`,
+    found.absent > 0 && `${found.absent} more of an index not here`];
   const isImage = found.images.some((image) => image.isImage);
   const loaders = [found.isDocker && `docker${since(23)}`, isImage && `podman${since(4)}`, found.isOci && "ctr",
     found.isDocker && "skopeo docker-archive:", found.isOci && "skopeo oci-archive:"];
@@ -2427,10 +2430,7 @@ async function runCommand(argv: readonly string[], io: CommandIO, signal: AbortS
   const { reference } = images[0] as PullRequest["images"][number];
   const destination = command.destination ?? defaultDestination(reference);
   if (command.destination !== undefined) await checkDestinationName(destination);
-  // Stdout by another name may be a socket, which cannot be opened, and no talk may follow the tar.
-  const files = [destination, "/dev/stdout"];
-  const [dest, out] = await Promise.all(files.map((file) => fs.stat(file).catch(() => undefined)));
-  const isStream = destination === "-" || (dest?.isFile() === false && dest.ino === out?.ino && dest.dev === out.dev);
+  const isStream = ["-", "/dev/stdout"].includes(destination);
   if (isStream && stdout.isTTY) usage("the tar is not written to a terminal: redirect stdout");
   const password = command.isPasswordOnStdin ? { password: (await readStdin(io)).replace(/\r?\n$/, "") } : {};
   const progress = showProgress(io, isQuiet);

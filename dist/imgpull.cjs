@@ -358,14 +358,20 @@ function connectThrough(proxy, options, target, done) {
 function createTransport(settings) {
   const agents = /* @__PURE__ */ new Map();
   const closing = new AbortController();
-  const { timeoutMs, environment, insecure } = settings;
+  const { timeoutMs, environment, insecure, tlsCert, certsDirectory } = settings;
+  let common;
+  const contextFor = async (url, isRegistry) => {
+    const hasFolder = fs.access(path.join(certsDirectory, url.host)).then(() => true, () => false);
+    const hasOwn = isRegistry && (tlsCert !== void 0 || await hasFolder);
+    return hasOwn ? secureContextFor(url, true, settings) : common ??= secureContextFor(url, false, settings);
+  };
   const makeAgent = async (url, isRegistry, proxy) => {
     const keepAlive = { keepAlive: true, scheduling: "lifo" };
     const isTlsProxy = proxy?.protocol === "https:";
     const servername = isTlsProxy && net.isIP(proxy.hostname) === 0 ? proxy.hostname : "";
-    const proxyTls = isTlsProxy ? { secureContext: await secureContextFor(proxy, false, settings), servername } : {};
+    const proxyTls = isTlsProxy ? { secureContext: await contextFor(proxy, false), servername } : {};
     if (url.protocol === "http:") return new (clientFor(isTlsProxy ? proxy : url)).Agent({ ...keepAlive, ...proxyTls });
-    const secureContext = await secureContextFor(url, isRegistry, settings);
+    const secureContext = await contextFor(url, isRegistry);
     const agent = new (clientFor(url)).Agent({ ...keepAlive, secureContext, rejectUnauthorized: insecure !== true });
     if (!proxy) return agent;
     const options = { ...proxyTls, agent: false, timeout: timeoutMs, signal: closing.signal };
@@ -374,10 +380,9 @@ function createTransport(settings) {
   const sendOnce = async (request, url, headers) => {
     const { method, signal, body } = request;
     const doing = `${method} ${redactUrl(url)}`;
-    const hasOwn = settings.tlsCert !== void 0 || (0, import_node_fs.existsSync)(path.join(settings.certsDirectory, url.host));
-    const isRegistry = hasOwn && request.isRegistry(url.origin);
+    const isRegistry = request.isRegistry(url.origin);
     const proxy = proxyFor(url, environment);
-    const key = `${url.protocol} ${isRegistry ? url.host : ""} ${proxy?.href ?? ""}`;
+    const key = `${url.origin} ${isRegistry} ${proxy?.href}`;
     const making = agents.get(key) ?? makeAgent(url, isRegistry, proxy);
     agents.set(key, making);
     const forwarder = url.protocol === "http:" ? proxy : void 0;
@@ -1543,8 +1548,6 @@ async function collectAll(readChild, limit, where, top) {
     if (manifest.kind === "image") return void contents.push({ digest, manifest, ...given({ platform }) });
     const entries = manifest.manifests.filter((entry) => !manifests.has(entry.digest));
     const children = await mapConcurrently(entries, limit, readChild);
-    const isEmpty = entries.length > 0 && children.every((child) => child === void 0);
-    if (isEmpty) fail("BAD_TAR", entries.map((entry) => `${where}: ${blobPath(entry.digest)} is missing`).join("\n"));
     for (const [at, child] of children.entries()) {
       if (!child || manifests.has(child.digest)) continue;
       manifests.set(child.digest, child);
@@ -1624,13 +1627,11 @@ function warnOfLayers({ warn }, images) {
   }
 }
 async function pullImages(session, request, observe) {
-  const { destination: given2, images: wanted, isAll, since } = request;
-  const doing = `cannot write ${typeof given2 === "string" ? given2 : "the stream"}`;
-  const stats = typeof given2 === "string" ? await fs.stat(given2).catch(() => void 0) : void 0;
-  const isLayout = typeof given2 === "string" && (/[\\/]$/.test(given2) || stats?.isDirectory() === true);
-  const isSpecial = !isLayout && stats !== void 0 && !stats.isFile();
-  const device = isSpecial ? await onDisk(doing, fs.open(given2, "w")) : void 0;
-  const destination = device?.createWriteStream() ?? given2;
+  const { destination, images: wanted, isAll, since } = request;
+  const doing = `cannot write ${typeof destination === "string" ? destination : "the stream"}`;
+  const stats = typeof destination === "string" ? await fs.stat(destination).catch(() => void 0) : void 0;
+  const isLayout = typeof destination === "string" && (/[\\/]$/.test(destination) || stats?.isDirectory() === true);
+  if (!isLayout && stats?.isFile() === false) fail("DISK", `${doing}: it is there, and not a file (- is stdout)`);
   if (typeof destination === "string" && !isLayout) {
     const folder = path.dirname(destination);
     await onDisk(`${doing}: the directory ${folder}`, fs.access(`${folder}/.`));
@@ -1663,7 +1664,6 @@ async function pullImages(session, request, observe) {
     return { results, transfer, plan };
   } finally {
     for (const { handle } of sources) await handle.close();
-    await device?.close().catch(() => void 0);
   }
 }
 function settingsOf(opts, environment, certsDirectory = "/etc/docker/certs.d") {
@@ -1807,8 +1807,10 @@ async function imagesIn(tar, file, problems) {
     const bytes = entry && await readAt(tar.handle, entry.offset, entry.sizeBytes);
     return { bytes, json: bytes && (parseJson(bytes) ?? refuse(`${printable(name)} is not JSON`)) };
   };
+  let absent = 0;
   const readChild = async ({ digest, size, mediaType }) => {
     const { bytes } = await read(blobPath(digest));
+    if (!bytes) absent += 1;
     if (bytes && bytes.length !== size) refuse(`${blobPath(digest)} has ${bytes.length} bytes, not ${size}`);
     if (bytes && digestOf(bytes, digest) !== digest) refuse(`${blobPath(digest)} ${DAMAGED}`);
     if (bytes && sniffMediaType(bytes, mediaType) !== mediaType) refuse(`${blobPath(digest)} is of another type`);
@@ -1828,7 +1830,9 @@ async function imagesIn(tar, file, problems) {
     const names = value.annotations ?? {};
     const name = printable(String(names[NAME_KEYS[0]] ?? names[NAME_KEYS[1]] ?? ""));
     const top = await readChild(descriptor) ?? refuse(`${blobPath(descriptor.digest)} is missing`);
-    for (const { digest, manifest, platform } of (await collectAll(readChild, 1, file, top)).contents) {
+    const { contents } = await collectAll(readChild, 1, file, top);
+    if (contents.length === 0) problems.add(`${blobPath(top.digest)} names nothing that is here`);
+    for (const { digest, manifest, platform } of contents) {
       const parts = [manifest.config, ...manifest.layers].map((each) => ({ ...each, entry: blobPath(each.digest) }));
       const isImage = CONFIG_TYPES.includes(manifest.config.mediaType);
       indexed.push({ name, digest, ...await describe(parts, isImage, platform ?? descriptor.platform) });
@@ -1847,7 +1851,7 @@ async function imagesIn(tar, file, problems) {
   }
   const images = indexed.length > 0 ? indexed : listed;
   if (images.length === 0) refuse("it holds no image: neither index.json nor manifest.json names one");
-  return { images, named: [...indexed, ...listed], isDocker: listed.length > 0, isOci };
+  return { images, named: [...indexed, ...listed], isDocker: listed.length > 0, isOci, absent };
 }
 async function listTar({ stdout }, tar, file) {
   for (const { parts, name, digest, platform } of (await imagesIn(tar, file, /* @__PURE__ */ new Set())).images) {
@@ -1881,7 +1885,7 @@ async function verifyTar({ stdout }, tar, file, signal) {
   if ((await handle.stat()).size < end) problems.add("its end is missing: it was cut off");
   const found = await imagesIn(tar, file, problems).catch((error) => {
     problems.add(error.message.replaceAll(`${file}: `, ""));
-    return { images: [], named: [], isDocker: false, isOci: false };
+    return { images: [], named: [], isDocker: false, isOci: false, absent: 0 };
   });
   const unpacked = /* @__PURE__ */ new Map();
   for (const { parts, diffIds: ids } of found.named) {
@@ -1909,7 +1913,8 @@ async function verifyTar({ stdout }, tar, file, signal) {
     counted(found.images.length, "image"),
     `${counted(blobs.length, "blob")} hashed`,
     `${counted(whole, "layer")} unpacked`,
-    whole < unpacked.size && `${unpacked.size - whole} (zstd) not`
+    whole < unpacked.size && `${unpacked.size - whole} (zstd) not`,
+    found.absent > 0 && `${found.absent} more of an index not here`
   ];
   const isImage = found.images.some((image) => image.isImage);
   const loaders = [
@@ -2158,9 +2163,7 @@ async function runCommand(argv, io, signal) {
   const { reference } = images[0];
   const destination = command.destination ?? defaultDestination(reference);
   if (command.destination !== void 0) await checkDestinationName(destination);
-  const files = [destination, "/dev/stdout"];
-  const [dest, out] = await Promise.all(files.map((file) => fs.stat(file).catch(() => void 0)));
-  const isStream = destination === "-" || dest?.isFile() === false && dest.ino === out?.ino && dest.dev === out.dev;
+  const isStream = ["-", "/dev/stdout"].includes(destination);
   if (isStream && stdout.isTTY) usage("the tar is not written to a terminal: redirect stdout");
   const password = command.isPasswordOnStdin ? { password: (await readStdin(io)).replace(/\r?\n$/, "") } : {};
   const progress = showProgress(io, isQuiet);

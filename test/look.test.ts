@@ -331,9 +331,9 @@ test("an index of which only some platforms are here, as docker save and ctr exp
   const entries = ociArchive([index]);
   const some = fileOf(tarOf(entries.filter(([name]) => !absent.has(name))));
   assert.deepEqual((await list(some)).map(({ digest, platform }) => [digest, platform]), [[held.digest, "linux/amd64"]]);
-  assert.match(await passes(some), /: 1 image, /);
+  assert.match(await passes(some), /: 1 image, .*1 more of an index not here/);
   const none = entries.filter(([name]) => !absent.has(name) && name !== blobName(held.digest));
-  await fails(fileOf(tarOf(none)), blobName(held.digest), blobName(other.digest));
+  await fails(fileOf(tarOf(none)), `${blobName(index.digest)} names nothing that is here`);
 });
 
 const programs = spawnSync("skopeo", ["--version"]).status === 0 && spawnSync("crane", ["version"]).status === 0;
