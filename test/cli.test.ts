@@ -9,7 +9,7 @@ import { after, before, test } from "node:test";
 import { internals } from "../imgpull.ts";
 import { makeAuthority } from "./support/certificates.ts";
 import {
-  COMMAND_PATH, SECRETS, USER, runCommand, secretForms, startCommand, temporaryFolder, type CommandOptions,
+  COMMAND, SECRETS, USER, runCommand, secretForms, startCommand, temporaryFolder, type CommandOptions,
   type TestScope,
 } from "./support/command.ts";
 import {
@@ -395,7 +395,7 @@ test("the examples of the description, typed as written into a shell", async (t)
     const proxy = await startProxy(t, { hosts });
     const cwd = temporaryFolder(t);
     mkdirSync(join(cwd, "bin"));
-    symlinkSync(COMMAND_PATH, join(cwd, "bin/imgpull"));
+    symlinkSync(COMMAND.at(-1) ?? "", join(cwd, "bin/imgpull"));
     const typed = line.replaceAll(":8080", `:${port}`).replaceAll("/path/to/", `${folder}/`);
     const proxies = { HTTPS_PROXY: proxy.url, HTTP_PROXY: proxy.url };
     const env = { HOME: folder, SSL_CERT_FILE: join(folder, "system.pem"), ...proxies };
@@ -446,7 +446,7 @@ before(async () => await once(plainServer.listen(0, "127.0.0.1"), "listening"));
 after(() => plainServer.close());
 
 const inShell = (script: string) => (words: string[]): CommandOptions =>
-  ({ command: ["sh", "-c", script, process.execPath, COMMAND_PATH, ...words] });
+  ({ command: ["sh", "-c", script, ...COMMAND, ...words] });
 const html = { body: "<!doctype html><title>Welcome</title>", headers: { "content-type": "text/html" } };
 const petabyte = makeImage({ editManifest: (manifest) =>
   ({ ...manifest, layers: manifest.layers.map((layer) => ({ ...layer, size: 2 ** 50 })) }) });
@@ -459,7 +459,7 @@ const large = makeImage({ layers: [60_000] });
 const BAD_INPUTS: Record<string, BadInput> = {
   "no such host": {
     words: () => ["registry.invalid/team/app:1.0", "app.tar", "--retries", "0"],
-    command: () => ({ nodeArgs: ["--require", "./no-such-host.cjs"] }), says: /registry\.invalid.*no such host/,
+    command: () => ({ env: { NODE_OPTIONS: "--require ./no-such-host.cjs" } }), says: /registry\.invalid.*no such host/,
   },
   "no such repository": {
     words: (host) => [`${host}/team/none:1.0`, "app.tar", ...AMD64], says: /no such repository.*team\/none/,

@@ -8,7 +8,7 @@ import {
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { test, type TestContext } from "node:test";
-import { runCommand, startCommand, temporaryFolder, type CommandResult } from "./support/command.ts";
+import { COMMAND, runCommand, startCommand, temporaryFolder, type CommandResult } from "./support/command.ts";
 import { makeImage, makeLayer, makeMultiPlatform, readTar, writeTar, type TestImage } from "./support/image.ts";
 import {
   NAME, assertRight, assertUntouched, blobBytes, blobName, childOf, failure, pull, serve, undisturbedTar, type Served,
@@ -243,8 +243,8 @@ test("a folder without room for the rest keeps what is there", { skip: process.p
   const served = await serve(t, APP);
   await interrupt(served, 3_000_000, "SIGINT");
   // A limit on the size of files stands for a full disk: it needs no mount.
-  const limited = await runCommand(["-c", 'ulimit -f 100; exec "$@"', "-", process.execPath,
-    "dist/imgpull.cjs", ...OPTIONS, served.reference, served.dest], { command: ["/bin/sh"] });
+  const limited = await runCommand(["-c", 'ulimit -f 100; exec "$@"', "-", ...COMMAND, ...OPTIONS,
+    served.reference, served.dest], { command: ["/bin/sh"] });
   assert.equal(limited.exitCode, 1, limited.stderr);
   assert.match(limited.stderr, /app\.tar/);
   assert.doesNotMatch(limited.stderr, /^\s+at /m, "a stack trace");

@@ -70,8 +70,9 @@ export interface CommandOptions {
   killSignal?: NodeJS.Signals;
   onStdout?: (chunk: Buffer) => void;
   onStderr?: (text: string) => void;
+  /** By this Node and as a script, whatever IMGPULL_BINARY says. */
   nodePath?: string;
-  /** Before the script: `["--permission", …]`. */
+  /** The same, with options before the script: `["--permission", …]`. */
   nodeArgs?: string[];
   /** Instead of node and the script: a binary, `[nodePath, "-"]` … */
   command?: [string, ...string[]];
@@ -93,6 +94,10 @@ export interface RunningCommand {
 }
 
 export const COMMAND_PATH = resolve("dist/imgpull.cjs");
+const { IMGPULL_BINARY } = process.env;
+/** How the command is run: by node as a script or, where IMGPULL_BINARY names one, as a binary of its own. */
+export const COMMAND: [string, ...string[]] =
+  IMGPULL_BINARY ? [resolve(IMGPULL_BINARY)] : [process.execPath, COMMAND_PATH];
 
 let emptyHome: string | undefined;
 
@@ -114,8 +119,10 @@ function mergedEnvironment(changes: Record<string, string | undefined> = {}): Re
 
 /** Starts the command and gives the process too, for tests that send signals or close pipes. */
 export function startCommand(args: string[], options: CommandOptions = {}): RunningCommand {
-  const { nodePath = process.execPath, nodeArgs = [], guardMs = 60_000, killSignal = "SIGINT" } = options;
-  const [program, ...words] = options.command ?? [nodePath, ...nodeArgs, COMMAND_PATH];
+  const { nodePath, nodeArgs, guardMs = 60_000, killSignal = "SIGINT" } = options;
+  const isScript = nodePath !== undefined || nodeArgs !== undefined;
+  const script: [string, ...string[]] = [nodePath ?? process.execPath, ...(nodeArgs ?? []), COMMAND_PATH];
+  const [program, ...words] = options.command ?? (isScript ? script : COMMAND);
   const child = spawn(program, [...words, ...args], {
     cwd: options.cwd ?? process.cwd(), env: mergedEnvironment(options.env), stdio: ["pipe", "pipe", "pipe"],
   });
@@ -157,7 +164,7 @@ export function startCommand(args: string[], options: CommandOptions = {}): Runn
   return { child, result };
 }
 
-/** Runs dist/imgpull.cjs to its end. */
+/** Runs the command to its end. */
 export function runCommand(args: string[], options: CommandOptions = {}): Promise<CommandResult> {
   return startCommand(args, options).result;
 }
