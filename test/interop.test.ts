@@ -8,11 +8,12 @@ import { arch } from "node:os";
 import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
 import { makeAuthority } from "./support/certificates.ts";
-import { runCommand, SECRETS, USER, type CommandOptions } from "./support/command.ts";
+import { runCommand, SECRETS, USER } from "./support/command.ts";
 import { digestOf } from "./support/image.ts";
 import {
-  interopFolder, makePodman, makeUmociImage, run, skipWithout, skopeo, startContainerd, startDocker, startNginx,
-  startRealRegistry, storedManifest, treeOf, type Containerd, type Docker, type RealRegistry, type StoredManifest,
+  HOST_ARCHITECTURE, imgpull, interopFolder, makePodman, makeUmociImage, manifestDigestInContainerd, run, skipWithout,
+  skopeo, startContainerd, startDocker, startNginx, startRealRegistry, storedManifest, takeFromContainerd,
+  takeFromDocker, treeOf, type Containerd, type Docker, type RealRegistry, type StoredManifest,
 } from "./support/interop.ts";
 
 const skip = skipWithout(
@@ -23,7 +24,6 @@ const skip = skipWithout(
 // ====== Real images ======
 
 const ESBUILD = `node_modules/@esbuild/${process.platform}-${arch()}/bin/esbuild`;
-const HOST_ARCHITECTURE = arch() === "x64" ? "amd64" : arch();
 
 type Change = (rootfs: string) => void;
 
@@ -155,12 +155,6 @@ async function expectedManifests(host: string, wanted: Case): Promise<Pick<Pulle
   return { entry: wanted.platform === "all" ? top : image, image };
 }
 
-async function imgpull(args: string[], options: CommandOptions = {}): Promise<string> {
-  const { exitCode, stdout, stderr } = await runCommand(args, options);
-  assert.equal(exitCode, 0, stderr);
-  return stdout.toString();
-}
-
 async function pull(shelf: Shelf, wanted: Case): Promise<Pulled> {
   const { host } = shelf.registry;
   const name = `${host}/${wanted.repository}:v1`;
@@ -177,19 +171,6 @@ async function pull(shelf: Shelf, wanted: Case): Promise<Pulled> {
 /** What a loader made of a tar: undefined is what it does not keep. */
 interface Loaded { rootfs: string; configDigest: string; manifestDigest: string | undefined }
 
-/** The root file system of an image that dockerd has; then the image is removed. */
-async function takeFromDocker(docker: Docker, image: string): Promise<string> {
-  const folder = interopFolder("docker-export");
-  const rootfs = join(folder, "rootfs");
-  mkdirSync(rootfs);
-  const container = (await docker.docker("create", image, "/never-run")).trim();
-  await docker.docker("export", "--output", join(folder, "export.tar"), container);
-  await docker.docker("rm", container);
-  await docker.docker("image", "rm", "--force", image);
-  await run(["tar", "-xpf", join(folder, "export.tar"), "-C", rootfs]);
-  return rootfs;
-}
-
 async function loadWithDocker(docker: Docker, pulled: Pulled): Promise<Loaded> {
   assert.equal(await docker.docker("load", "--input", pulled.tar), `Loaded image: ${pulled.name}\n`);
   const configDigest = (await docker.docker("image", "inspect", "--format", "{{.Id}}", pulled.name)).trim();
@@ -204,27 +185,6 @@ async function loadWithPodman(pulled: Pulled): Promise<Loaded> {
   // With the vfs driver this is a plain folder, not a mount.
   const rootfs = (await podman("image", "mount", pulled.name)).trim();
   return { rootfs, configDigest: `sha256:${id}`, manifestDigest };
-}
-
-async function manifestDigestInContainerd(containerd: Containerd, name: string): Promise<string | undefined> {
-  const lines = (await containerd.ctr("images", "ls", `name==${name}`)).trim().split("\n").slice(1);
-  return lines.map((line) => line.split(/\s+/)).find(([reference]) => reference === name)?.[2];
-}
-
-async function takeFromContainerd(containerd: Containerd, name: string, architecture: string): Promise<string> {
-  const folder = interopFolder("containerd-mount");
-  const mounted = join(folder, "mounted");
-  const rootfs = join(folder, "rootfs");
-  mkdirSync(mounted);
-  const platform = `linux/${architecture}`;
-  await containerd.ctr("images", "mount", "--snapshotter", "native", "--platform", platform, name, mounted);
-  try {
-    await run(["cp", "--archive", mounted, rootfs]);
-  } finally {
-    await containerd.ctr("images", "unmount", "--snapshotter", "native", "--rm", mounted);
-  }
-  await containerd.ctr("images", "rm", "--sync", name);
-  return rootfs;
 }
 
 function architectureOf(config: string): string {

@@ -1,6 +1,7 @@
 // Real programs for the interop tests: docker-registry, dockerd, containerd, squid and nginx, started by the tests on
 // loopback, and the commands that load images. Each has its state in a temporary folder of its own, and ends with the
 // test process, however that ends.
+import assert from "node:assert/strict";
 import { execFile, spawn, type ChildProcess } from "node:child_process";
 import { once } from "node:events";
 import {
@@ -8,11 +9,15 @@ import {
   readdirSync, readlinkSync, rmSync, writeFileSync,
 } from "node:fs";
 import { createServer, type AddressInfo, type Socket } from "node:net";
-import { tmpdir } from "node:os";
+import { arch, tmpdir } from "node:os";
 import { delimiter, join } from "node:path";
 import { setTimeout as pause } from "node:timers/promises";
 import { promisify } from "node:util";
+import { runCommand, type CommandOptions } from "./command.ts";
 import { digestOf } from "./image.ts";
+
+/** In Go's words. */
+export const HOST_ARCHITECTURE = arch() === "x64" ? "amd64" : arch();
 
 // ====== Which programs there are ======
 
@@ -89,6 +94,13 @@ export async function run(command: readonly string[], options: RunOptions = {}):
     const { stdout = "", stderr = "" } = failure as { stdout?: string; stderr?: string };
     throw new Error(`failed: ${command.join(" ")}\n${stdout}${stderr}`, { cause: failure });
   }
+}
+
+/** Runs the built command; it has to succeed. Gives what it printed. */
+export async function imgpull(args: string[], options: CommandOptions = {}): Promise<string> {
+  const { exitCode, stdout, stderr } = await runCommand(args, options);
+  assert.equal(exitCode, 0, stderr);
+  return stdout.toString();
 }
 
 // ====== Services ======
@@ -546,6 +558,40 @@ export async function makeUmociImage(image: UmociImage): Promise<string> {
 }
 
 // ====== A look inside ======
+
+/** The root file system of an image that dockerd has; then the image is removed. */
+export async function takeFromDocker(docker: Docker, image: string): Promise<string> {
+  const folder = interopFolder("docker-export");
+  const rootfs = join(folder, "rootfs");
+  mkdirSync(rootfs);
+  const container = (await docker.docker("create", image, "/never-run")).trim();
+  await docker.docker("export", "--output", join(folder, "export.tar"), container);
+  await docker.docker("rm", container);
+  await docker.docker("image", "rm", "--force", image);
+  await run(["tar", "-xpf", join(folder, "export.tar"), "-C", rootfs]);
+  return rootfs;
+}
+
+export async function manifestDigestInContainerd(containerd: Containerd, name: string): Promise<string | undefined> {
+  const lines = (await containerd.ctr("images", "ls", `name==${name}`)).trim().split("\n").slice(1);
+  return lines.map((line) => line.split(/\s+/)).find(([reference]) => reference === name)?.[2];
+}
+
+export async function takeFromContainerd(containerd: Containerd, name: string, architecture: string): Promise<string> {
+  const folder = interopFolder("containerd-mount");
+  const mounted = join(folder, "mounted");
+  const rootfs = join(folder, "rootfs");
+  mkdirSync(mounted);
+  const platform = `linux/${architecture}`;
+  await containerd.ctr("images", "mount", "--snapshotter", "native", "--platform", platform, name, mounted);
+  try {
+    await run(["cp", "--archive", mounted, rootfs]);
+  } finally {
+    await containerd.ctr("images", "unmount", "--snapshotter", "native", "--rm", mounted);
+  }
+  await containerd.ctr("images", "rm", "--sync", name);
+  return rootfs;
+}
 
 /** Every path below a folder with what it is: `file 644 sha256:…`, `folder 755`, `link → target`. */
 export function treeOf(folder: string): Map<string, string> {
