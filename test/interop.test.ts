@@ -330,7 +330,7 @@ describe("interop", { skip }, () => {
     assertContents(loaded.rootfs, shelf.contents.oci);
   });
 
-  test("a tar on stdout goes straight into docker load and ctr images import", async () => {
+  test("a tar on stdout goes straight into docker load, podman load and ctr images import", async () => {
     const { host } = shelf.registry;
     const name = `${host}/docker/app:v1`;
     const manifest = await storedManifest(host, "docker/app", "v1");
@@ -340,6 +340,9 @@ describe("interop", { skip }, () => {
 
     assert.equal(await pipe("docker load"), `Loaded image: ${name}\n`);
     assertContents(await takeFromDocker(docker, name), shelf.contents.docker);
+    const podman = makePodman();
+    assert.equal(await pipe(podman.command("load").join(" ")), `Loaded image: ${name}\n`);
+    assertContents((await podman("image", "mount", name)).trim(), shelf.contents.docker);
     await pipe(`ctr --address ${containerd.address} images import --snapshotter native -`);
     assert.equal(await manifestDigestInContainerd(containerd, name), manifest.digest);
     assertContents(await takeFromContainerd(containerd, name, HOST_ARCHITECTURE), shelf.contents.docker);

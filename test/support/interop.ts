@@ -515,12 +515,19 @@ export async function startDocker(containerd: Containerd): Promise<Docker> {
   return docker;
 }
 
+export interface Podman {
+  (...args: string[]): Promise<string>;
+  /** What it runs for these arguments. */
+  command: (...args: string[]) => string[];
+}
+
 /** podman with a store of its own; it has no daemon. */
-export function makePodman(): (...args: string[]) => Promise<string> {
+export function makePodman(): Podman {
   const folder = interopFolder("podman");
   const store = ["root", "runroot", "tmpdir"].flatMap((name) => [`--${name}`, join(folder, name)]);
   const settings = ["--storage-driver", "vfs", "--events-backend", "file", "--cgroup-manager", "cgroupfs"];
-  return (...args) => run(["podman", ...store, ...settings, ...args]);
+  const command = (...args: string[]) => ["podman", ...store, ...settings, ...args];
+  return Object.assign((...args: string[]) => run(command(...args)), { command });
 }
 
 export function skopeo(...args: string[]): Promise<string> {
