@@ -13,7 +13,7 @@ import { makeImage, makeLayer, makeMultiPlatform, readTar, writeTar, type TestIm
 import {
   NAME, assertRight, assertUntouched, blobBytes, blobName, childOf, failure, pull, serve, undisturbedTar, type Served,
 } from "./support/pull.ts";
-import { gate, type Registry } from "./support/registry.ts";
+import { gate, untilRead, type Registry } from "./support/registry.ts";
 
 const OPTIONS = ["--scheme", "http", "--platform", "linux/amd64", "--name", NAME];
 const MIB = 1024 * 1024;
@@ -50,16 +50,6 @@ function serveOnly(registry: Registry, budgetBytes: number): Budget {
     },
   });
   return { spent: spent.promise, sentBytes: () => sentBytes, remove };
-}
-
-/** Linux shows what lies in a socket that nobody has read yet; elsewhere some of the last bytes may be lost. */
-async function untilRead(registry: Registry): Promise<void> {
-  const port = Number(registry.host.split(":")[1]).toString(16).toUpperCase().padStart(4, "0");
-  const isWaiting = (): boolean => readFileSync("/proc/net/tcp", "latin1").split("\n").slice(1).some((line) => {
-    const [, local = "", remote = "", , queues = ""] = line.trim().split(/\s+/);
-    return (local.endsWith(`:${port}`) || remote.endsWith(`:${port}`)) && queues !== "00000000:00000000";
-  });
-  while (process.platform === "linux" && isWaiting()) await new Promise(setImmediate);
 }
 
 /** Runs the command until it has got so many bytes of blobs, and ends it by this signal. */

@@ -1,6 +1,7 @@
 // A registry on loopback over real sockets, with a token service and a storage server of its own, which does what a
 // test tells it: faults are chosen by request, by times and by position, never by the clock.
 import { once } from "node:events";
+import { readFileSync } from "node:fs";
 import { createServer, type IncomingHttpHeaders, type IncomingMessage, type ServerResponse } from "node:http";
 import { createServer as createTlsServer } from "node:https";
 import type { AddressInfo, Server, Socket } from "node:net";
@@ -821,4 +822,17 @@ export async function startRegistry(options: RegistryOptions = {}, t?: TestScope
   const registry = await Registry.start(options);
   t?.after(() => registry.close());
   return registry;
+}
+
+/**
+ * Waits until nothing lies in a socket of this server or its clients that nobody has read yet. Only Linux shows it;
+ * elsewhere some of the last bytes may be lost.
+ */
+export async function untilRead(server: { host: string }): Promise<void> {
+  const port = Number(server.host.split(":")[1]).toString(16).toUpperCase().padStart(4, "0");
+  const isWaiting = (): boolean => readFileSync("/proc/net/tcp", "latin1").split("\n").slice(1).some((line) => {
+    const [, local = "", remote = "", , queues = ""] = line.trim().split(/\s+/);
+    return (local.endsWith(`:${port}`) || remote.endsWith(`:${port}`)) && queues !== "00000000:00000000";
+  });
+  while (process.platform === "linux" && isWaiting()) await new Promise(setImmediate);
 }
