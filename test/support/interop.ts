@@ -14,7 +14,7 @@ import { delimiter, join } from "node:path";
 import { setTimeout as pause } from "node:timers/promises";
 import { promisify } from "node:util";
 import { runCommand, type CommandOptions } from "./command.ts";
-import { digestOf } from "./image.ts";
+import { digestOf, type TestContent } from "./image.ts";
 
 /** In Go's words. */
 export const HOST_ARCHITECTURE = arch() === "x64" ? "amd64" : arch();
@@ -246,10 +246,14 @@ export interface RealRegistryOptions {
   port?: number;
 }
 
+/** A GET of a blob that was answered. */
+export interface ServedBlob { digest: string; status: number }
+
 /** Debian's docker-registry (distribution 2.8). `stop("SIGKILL")` drops what it sends; `restart()` keeps its port. */
 export class RealRegistry extends Service {
   port = 0;
   readonly storage: string;
+  #takenLength = 0;
 
   constructor(program: Program, storage: string) {
     super(program);
@@ -260,6 +264,28 @@ export class RealRegistry extends Service {
   get host(): string {
     return `localhost:${this.port}`;
   }
+
+  /** What it has served since it was last asked, once no request is under way any more. */
+  async takeServed(): Promise<ServedBlob[]> {
+    for (const end = Date.now() + 60_000; ; await pause(20)) {
+      const log = this.log();
+      if (log.split('msg="authorizing request"').length === log.split(/" \d{3} \d+ "[^"]*" "[^"]*"\n/).length) {
+        const lines = log.slice(this.#takenLength).matchAll(/"GET [^ ?]*\/blobs\/(\S+) HTTP\/1\.1" (\d+)/g);
+        this.#takenLength = log.length;
+        return Array.from(lines, ([, digest = "", status]) => ({ digest, status: Number(status) }));
+      }
+      if (Date.now() > end) throw new Error(`docker-registry has not answered all:\n${log.slice(-4000)}`);
+    }
+  }
+}
+
+/** Puts an image there, byte for byte, by skopeo. */
+export async function pushImage(content: TestContent, name: string): Promise<void> {
+  const folder = interopFolder("image");
+  writeFileSync(join(folder, "version"), "Directory Transport Version: 1.1\n");
+  writeFileSync(join(folder, "manifest.json"), content.bytes);
+  for (const [digest, bytes] of content.blobs) writeFileSync(join(folder, digest.slice("sha256:".length)), bytes);
+  await skopeo("copy", "--preserve-digests", "--dest-tls-verify=false", `dir:${folder}`, `docker://${name}`);
 }
 
 export async function startRealRegistry(options: RealRegistryOptions = {}): Promise<RealRegistry> {
@@ -273,7 +299,7 @@ export async function startRealRegistry(options: RealRegistryOptions = {}): Prom
   // The configuration is YAML, of which JSON is a part.
   const configure = (port: number) => writeFileSync(configPath, JSON.stringify({
     version: "0.1",
-    log: { level: "info" },
+    log: { level: "debug" }, // says too when a request begins
     storage: {
       filesystem: { rootdirectory: storage }, delete: { enabled: true }, cache: { blobdescriptor: "inmemory" },
     },
