@@ -58,9 +58,8 @@ const LIMITS = Object.freeze({
   configBytes: 16 * MIB, tokenBytes: MIB, errorBodyBytes: MIB / 16, credentialFileBytes: 4 * MIB,
   tarMetadataBytes: 16 * MIB, // index.json and the like of a tar that someone else made
   indexDepth: 4, indexEntries: 1024, // with `--platform all` each entry is a request
-  redirects: 10,
   tokenFloorMs: 60_000, // the token specification's default, and more than a skewed clock takes away
-  firstBackoffMs: 1000, backoffMs: 30_000,
+  redirects: 10, firstBackoffMs: 1000, backoffMs: 30_000,
   retryAfterMs: 120_000, // longer waits are the user's to decide
   batchBytes: MIB, // one write to disk: fewer trips to Node's thread pool than one for each chunk
   journalBytes: MIB, // how much a kill -9 may cost each blob, beside what a connection has gathered
@@ -175,7 +174,7 @@ const DISK_WORDS: Record<string, string> = {
   ENOSPC: "the disk is full", EDQUOT: "the disk quota is used up", EROFS: "the file system is read-only",
   EACCES: "permission denied", EPERM: "permission denied", ERR_ACCESS_DENIED: "not allowed by Node's permission model",
   ENOENT: "no such file or directory", ENOTDIR: "a part of the path is not a directory", EISDIR: "it is a directory",
-  EFBIG: "the file system does not take a file of that size",
+  EFBIG: "the file system does not take a file of that size", ENAMETOOLONG: "a name in the path is too long",
 };
 const diskWords = (error: unknown): string => DISK_WORDS[errorCodeOf(error)] ?? printable((error as Error).message);
 /** Waits for work on files; what the system refuses becomes a DISK error that says which and why. */
@@ -881,7 +880,8 @@ class Registry {
       const where = redactUrl(url);
       const bytes = await readBody(body as http.IncomingMessage, maximumBytes, `the ${kind} ${where}`);
       const wanted = isDigest(name) ? name : undefined;
-      const digest = digestOf(bytes, wanted);
+      const told = headers["docker-content-digest"]; // of an algorithm that the registry may know it by alone
+      const digest = digestOf(bytes, wanted ?? (isDigest(told) && told === digestOf(bytes, told) ? told : undefined));
       if (wanted && digest !== wanted) fail("DIGEST_MISMATCH", `${where}: the bytes have the digest ${digest}`);
       return { bytes, digest, where, type: headers["content-type"] ?? "nothing named" };
     });
@@ -1464,14 +1464,12 @@ async function receive(transfer: Transfer, segment: Segment): Promise<void> {
 }
 const openForUpdate = (file: string) => fs.open(file, fs.constants.O_RDWR | fs.constants.O_CREAT);
 type Origin = Readonly<{ handle: fs.FileHandle; offset: number }>;
+type Sized = Pick<Descriptor, "digest" | "size">;
 /** Whether bytes at hand, or what they unpack to, have a digest. */
-async function isIntact(
-  { handle, offset }: Origin, { digest, size }: Pick<Descriptor, "digest" | "size">, signal?: AbortSignal,
-  unpacker?: Transform,
-): Promise<boolean> {
+async function isIntact({ handle, offset }: Origin, { digest, size }: Sized, signal?: AbortSignal, unpack?: Transform) {
   const hash = newHash(digest);
   const pieces = Readable.from(readPlace(handle, offset, offset + size));
-  await pipeline([pieces, ...(unpacker ? [unpacker] : []), hash], given({ signal })).catch((error: unknown) => {
+  await pipeline([pieces, ...(unpack ? [unpack] : []), hash], given({ signal })).catch((error: unknown) => {
     if (!errorCodeOf(error).startsWith("Z")) throw error; // zlib's and zstd's words for what does not unpack
   });
   return (hash.read() as Buffer | null)?.toString("hex") === hexOf(digest);
@@ -1625,6 +1623,8 @@ async function pullToTar(session: Session, plan: Plan, dest: string, reuse: Tars
     const atHand = found.filter((tar) => tar !== undefined);
     const handle = await openForUpdate(partial);
     opened.push(handle, ...atHand.map((tar) => tar.handle));
+    const { mode = undefined } = (await fs.stat(dest).catch(() => undefined)) ?? {};
+    if (mode !== undefined) await handle.chmod(mode & 0o777).catch(() => undefined); // what was private stays so
     await checkFreeSpace(dest, path.dirname(dest), plan.sizeBytes - (await handle.stat()).blocks * BLOCK);
     for (const { lead, bytes, offset } of plan.entries) {
       await writeAll(handle, [lead, bytes ?? Buffer.alloc(0)], offset - lead.length);
@@ -1647,7 +1647,7 @@ async function pullToTar(session: Session, plan: Plan, dest: string, reuse: Tars
     }
   } finally {
     for (const handle of opened) await handle.close();
-    for (const file of isWorthKeeping ? [] : [partial, journal, old]) await fs.rm(file, { force: true });
+    if (!isWorthKeeping) await Promise.allSettled([partial, journal, old].map((file) => fs.rm(file, { force: true })));
     await unlock();
   }
 }
@@ -1875,11 +1875,13 @@ type PullRequest = Readonly<{
 function warnOfLayers({ warn }: Session, images: readonly ResolvedImage[]): void {
   for (const { contents, name } of images) {
     const types = contents.flatMap(({ manifest }) => manifest.layers.map(({ mediaType }) => mediaType)).join(" ");
-    const [zstd, foreign] = [/zstd/.test(types), /foreign|nondistributable/.test(types)];
-    if (zstd) warn(`${name} has layers compressed with zstd: Docker before 23 and podman before 4 will not load it`);
-    if (foreign) warn(`${name} has foreign layers, which Docker on Linux and some registries do not take`);
+    if (/zstd/.test(types)) warn(`${name} has zstd layers: Docker before 23 and podman before 4 will not load it`);
+    if (/foreign|nondistributable/.test(types)) warn(`${name} has foreign layers, which Docker on Linux does not take`);
   }
 }
+/** Where a link leads to a file that is not there yet: it is made there, and the link stays. */
+const behind = (file: string): Promise<string> =>
+  fs.readlink(file).then((link) => path.resolve(path.dirname(file), link), () => file);
 /** The whole job, for the library and the command alike. */
 async function pullImages(session: Session, request: PullRequest, observe: Observer) {
   const { destination, images: wanted, isAll, since } = request;
@@ -1887,21 +1889,21 @@ async function pullImages(session: Session, request: PullRequest, observe: Obser
   const stats = typeof destination === "string" ? await fs.stat(destination).catch(() => undefined) : undefined;
   const isLayout = typeof destination === "string" && (/[\\/]$/.test(destination) || stats?.isDirectory() === true);
   if (!isLayout && stats?.isFile() === false) fail("DISK", `${doing}: it is there, and not a file (- is stdout)`);
-  if (typeof destination === "string" && !isLayout) {
-    const folder = path.dirname(destination);
-    await onDisk(`${doing}: the directory ${folder}`, fs.access(`${folder}/.`));
-    await onDisk(doing, fs.access(folder, fs.constants.W_OK));
-  }
+  const folder = typeof destination === "string" && !isLayout ? path.dirname(destination) : undefined;
+  if (folder) await onDisk(`${doing}: the directory ${folder}`, fs.access(`${folder}/.`, fs.constants.W_OK));
   const sources: OpenTar[] = [];
   try {
     for (const file of request.reuse) sources.push(await openTar(file));
     const base = since === undefined ? undefined : await openTar(since);
-    await base?.handle.close();
+    const baseStats = await base?.handle.stat().finally(() => base.handle.close());
+    const isOneFile = stats !== undefined && stats.ino === baseStats?.ino && stats.dev === baseStats.dev;
+    if (isOneFile) fail("BAD_OPTION", `--since ${since} is DEST: the delta would take the place of its own base`);
     const images = await mapConcurrently(wanted, session.settings.concurrency, ({ reference, name }) =>
       resolveImage(session, reference, name, isAll));
     const plan = planTar(images, new Set(base?.blobs.keys()));
     warnOfLayers(session, images);
-    if (base) {
+    if (base && plan.omitted.length === 0) session.warn(`${since} holds none of the layers: nothing is left out`);
+    else if (base) {
       const layers = `${plan.omitted.length} layers (${formatBytes(sumOf(plan.omitted, ({ size }) => size))})`;
       session.warn(`left out ${layers} that ${since} holds: load that first. docker's containerd store and ` +
         "ctr --no-unpack take this tar without it, in silence");
@@ -1909,7 +1911,7 @@ async function pullImages(session: Session, request: PullRequest, observe: Obser
     const transfer = await onDisk(doing,
       typeof destination !== "string" ? pullToStream(session, plan, destination, sources, observe)
       : isLayout ? pullToLayout(session, plan, destination, sources, observe)
-      : pullToTar(session, plan, await fs.realpath(destination).catch(() => destination), sources, observe));
+      : pullToTar(session, plan, await fs.realpath(destination).catch(() => behind(destination)), sources, observe));
     const results = images.map(({ name, top, platform, contents }): PullResult => ({
       name, digest: top.digest, platform, layers: sumOf(contents, ({ manifest }) => manifest.layers.length),
       sizeBytes: isLayout ? plan.blobBytes : plan.sizeBytes, fetchedBytes: transfer.fetchedBytes,
@@ -2243,7 +2245,6 @@ Examples:
 /** `value` names the value, and a switch has none. */
 const OPTIONS = [...HELP.matchAll(/^  (?:-(?<short>.),|   ) --(?<name>\S+) (?<value>\S+)? +(?<help>.+)$/gm)].map(
   ({ groups = {} }) => groups as { name: string; short?: string; value?: string; help: string });
-const SECRET = ["password", "token"];
 /** Not with IMAGEs on several hosts. */
 const FOR_ONE_HOST = ["user", "password", "token", "cert", "key", "ns"];
 const usage = (reason: string): never => fail("BAD_OPTION", `${reason} (imgpull --help)`);
@@ -2290,8 +2291,7 @@ function planCommand({ values, switches, reuse, positionals }: ReturnType<typeof
   const isAll = platform === "all";
   const isWhole = platform === undefined || isAll;
   const isPasswordOnStdin = switches.has("password-stdin");
-  const isBeside = (system ?? arch ?? values.variant) !== undefined;
-  if (platform !== undefined && isBeside) usage("--platform excludes --os, --arch and --variant");
+  if (platform && (system ?? arch ?? values.variant)) usage("--platform excludes --os, --arch and --variant");
   if (!isWhole && !/^[^/]+\/[^/]+(\/[^/]+)?$/.test(platform)) {
     usage(`--platform is OS/ARCH, OS/ARCH/VARIANT or all, not "${printable(platform)}"`);
   }
@@ -2355,7 +2355,7 @@ function showProgress({ stderr, env }: CommandIO, isQuiet: boolean) {
     return `${formatBytes(doneBytes)} of ${formatBytes(totalBytes)}, ${formatBytes(rate)}/s${left}`;
   };
   const bar = ({ descriptor: { digest, size }, doneBytes }: BlobJob, width: number) => {
-    const sizes = `${formatBytes(doneBytes).padStart(7)} of ${formatBytes(size).padStart(7)}`;
+    const sizes = [doneBytes, size].map((bytes) => formatBytes(bytes).padStart(7)).join(" of ");
     const label = `${hexOf(digest).slice(0, 12)} ${sizes} `;
     const room = Math.min(30, width - label.length - 2);
     const filled = Math.round((Math.max(0, room) * doneBytes) / Math.max(1, size));
@@ -2420,7 +2420,7 @@ async function runCommand(argv: readonly string[], io: CommandIO, signal: AbortS
   const command = planCommand(line);
   const { opts, manifest: kind, isAll, reuse, since, isQuiet } = command;
   if (line.switches.has("parsed")) {
-    const secrets = SECRET.filter((name) => name in opts).map((name) => [name, "***"]);
+    const secrets = ["password", "token"].filter((name) => name in opts).map((name) => [name, "***"]);
     const shown = { ...command, opts: undefined, bound: undefined, ...opts, ...Object.fromEntries(secrets) };
     return void stdout.write(`${JSON.stringify(shown, null, 2)}\n`);
   }

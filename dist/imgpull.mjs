@@ -33,9 +33,9 @@ var LIMITS = Object.freeze({
   indexDepth: 4,
   indexEntries: 1024,
   // with `--platform all` each entry is a request
-  redirects: 10,
   tokenFloorMs: 6e4,
   // the token specification's default, and more than a skewed clock takes away
+  redirects: 10,
   firstBackoffMs: 1e3,
   backoffMs: 3e4,
   retryAfterMs: 12e4,
@@ -128,7 +128,8 @@ var DISK_WORDS = {
   ENOENT: "no such file or directory",
   ENOTDIR: "a part of the path is not a directory",
   EISDIR: "it is a directory",
-  EFBIG: "the file system does not take a file of that size"
+  EFBIG: "the file system does not take a file of that size",
+  ENAMETOOLONG: "a name in the path is too long"
 };
 var diskWords = (error) => DISK_WORDS[errorCodeOf(error)] ?? printable(error.message);
 function onDisk(doing, work) {
@@ -725,7 +726,8 @@ var Registry = class {
       const where = redactUrl(url);
       const bytes = await readBody(body, maximumBytes, `the ${kind} ${where}`);
       const wanted = isDigest(name) ? name : void 0;
-      const digest = digestOf(bytes, wanted);
+      const told = headers["docker-content-digest"];
+      const digest = digestOf(bytes, wanted ?? (isDigest(told) && told === digestOf(bytes, told) ? told : void 0));
       if (wanted && digest !== wanted) fail("DIGEST_MISMATCH", `${where}: the bytes have the digest ${digest}`);
       return { bytes, digest, where, type: headers["content-type"] ?? "nothing named" };
     });
@@ -1230,10 +1232,10 @@ async function receive(transfer, segment) {
   if (position < end) fail("NETWORK", `${doing}: the connection ended after ${position} of ${end} bytes`, { cause });
 }
 var openForUpdate = (file) => fs.open(file, fs.constants.O_RDWR | fs.constants.O_CREAT);
-async function isIntact({ handle, offset }, { digest, size }, signal, unpacker) {
+async function isIntact({ handle, offset }, { digest, size }, signal, unpack) {
   const hash = newHash(digest);
   const pieces = Readable.from(readPlace(handle, offset, offset + size));
-  await pipeline([pieces, ...unpacker ? [unpacker] : [], hash], given({ signal })).catch((error) => {
+  await pipeline([pieces, ...unpack ? [unpack] : [], hash], given({ signal })).catch((error) => {
     if (!errorCodeOf(error).startsWith("Z")) throw error;
   });
   return hash.read()?.toString("hex") === hexOf(digest);
@@ -1369,6 +1371,8 @@ async function pullToTar(session, plan, dest, reuse, observe) {
     const atHand = found.filter((tar) => tar !== void 0);
     const handle = await openForUpdate(partial);
     opened.push(handle, ...atHand.map((tar) => tar.handle));
+    const { mode = void 0 } = await fs.stat(dest).catch(() => void 0) ?? {};
+    if (mode !== void 0) await handle.chmod(mode & 511).catch(() => void 0);
     await checkFreeSpace(dest, path.dirname(dest), plan.sizeBytes - (await handle.stat()).blocks * BLOCK);
     for (const { lead, bytes, offset } of plan.entries) {
       await writeAll(handle, [lead, bytes ?? Buffer.alloc(0)], offset - lead.length);
@@ -1391,7 +1395,7 @@ async function pullToTar(session, plan, dest, reuse, observe) {
     }
   } finally {
     for (const handle of opened) await handle.close();
-    for (const file of isWorthKeeping ? [] : [partial, journal, old]) await fs.rm(file, { force: true });
+    if (!isWorthKeeping) await Promise.allSettled([partial, journal, old].map((file) => fs.rm(file, { force: true })));
     await unlock();
   }
 }
@@ -1597,37 +1601,37 @@ function checkPlatform({ settings: { wanted }, warn }, where, platform) {
 function warnOfLayers({ warn }, images) {
   for (const { contents, name } of images) {
     const types = contents.flatMap(({ manifest }) => manifest.layers.map(({ mediaType }) => mediaType)).join(" ");
-    const [zstd, foreign] = [/zstd/.test(types), /foreign|nondistributable/.test(types)];
-    if (zstd) warn(`${name} has layers compressed with zstd: Docker before 23 and podman before 4 will not load it`);
-    if (foreign) warn(`${name} has foreign layers, which Docker on Linux and some registries do not take`);
+    if (/zstd/.test(types)) warn(`${name} has zstd layers: Docker before 23 and podman before 4 will not load it`);
+    if (/foreign|nondistributable/.test(types)) warn(`${name} has foreign layers, which Docker on Linux does not take`);
   }
 }
+var behind = (file) => fs.readlink(file).then((link) => path.resolve(path.dirname(file), link), () => file);
 async function pullImages(session, request, observe) {
   const { destination, images: wanted, isAll, since } = request;
   const doing = `cannot write ${typeof destination === "string" ? destination : "the stream"}`;
   const stats = typeof destination === "string" ? await fs.stat(destination).catch(() => void 0) : void 0;
   const isLayout = typeof destination === "string" && (/[\\/]$/.test(destination) || stats?.isDirectory() === true);
   if (!isLayout && stats?.isFile() === false) fail("DISK", `${doing}: it is there, and not a file (- is stdout)`);
-  if (typeof destination === "string" && !isLayout) {
-    const folder = path.dirname(destination);
-    await onDisk(`${doing}: the directory ${folder}`, fs.access(`${folder}/.`));
-    await onDisk(doing, fs.access(folder, fs.constants.W_OK));
-  }
+  const folder = typeof destination === "string" && !isLayout ? path.dirname(destination) : void 0;
+  if (folder) await onDisk(`${doing}: the directory ${folder}`, fs.access(`${folder}/.`, fs.constants.W_OK));
   const sources = [];
   try {
     for (const file of request.reuse) sources.push(await openTar(file));
     const base = since === void 0 ? void 0 : await openTar(since);
-    await base?.handle.close();
+    const baseStats = await base?.handle.stat().finally(() => base.handle.close());
+    const isOneFile = stats !== void 0 && stats.ino === baseStats?.ino && stats.dev === baseStats.dev;
+    if (isOneFile) fail("BAD_OPTION", `--since ${since} is DEST: the delta would take the place of its own base`);
     const images = await mapConcurrently(wanted, session.settings.concurrency, ({ reference, name }) => resolveImage(session, reference, name, isAll));
     const plan = planTar(images, new Set(base?.blobs.keys()));
     warnOfLayers(session, images);
-    if (base) {
+    if (base && plan.omitted.length === 0) session.warn(`${since} holds none of the layers: nothing is left out`);
+    else if (base) {
       const layers = `${plan.omitted.length} layers (${formatBytes(sumOf(plan.omitted, ({ size }) => size))})`;
       session.warn(`left out ${layers} that ${since} holds: load that first. docker's containerd store and ctr --no-unpack take this tar without it, in silence`);
     }
     const transfer = await onDisk(
       doing,
-      typeof destination !== "string" ? pullToStream(session, plan, destination, sources, observe) : isLayout ? pullToLayout(session, plan, destination, sources, observe) : pullToTar(session, plan, await fs.realpath(destination).catch(() => destination), sources, observe)
+      typeof destination !== "string" ? pullToStream(session, plan, destination, sources, observe) : isLayout ? pullToLayout(session, plan, destination, sources, observe) : pullToTar(session, plan, await fs.realpath(destination).catch(() => behind(destination)), sources, observe)
     );
     const results = images.map(({ name, top, platform, contents }) => ({
       name,
@@ -1953,7 +1957,6 @@ Examples:
 var OPTIONS = [...HELP.matchAll(/^  (?:-(?<short>.),|   ) --(?<name>\S+) (?<value>\S+)? +(?<help>.+)$/gm)].map(
   ({ groups = {} }) => groups
 );
-var SECRET = ["password", "token"];
 var FOR_ONE_HOST = ["user", "password", "token", "cert", "key", "ns"];
 var usage = (reason) => fail("BAD_OPTION", `${reason} (imgpull --help)`);
 var likeness = (left, right) => [...`^${left}`].filter((letter, at) => `^${right}$`.includes(letter + (left[at] ?? "$"))).length;
@@ -1994,8 +1997,7 @@ function planCommand({ values, switches, reuse, positionals }) {
   const isAll = platform === "all";
   const isWhole = platform === void 0 || isAll;
   const isPasswordOnStdin = switches.has("password-stdin");
-  const isBeside = (system ?? arch ?? values.variant) !== void 0;
-  if (platform !== void 0 && isBeside) usage("--platform excludes --os, --arch and --variant");
+  if (platform && (system ?? arch ?? values.variant)) usage("--platform excludes --os, --arch and --variant");
   if (!isWhole && !/^[^/]+\/[^/]+(\/[^/]+)?$/.test(platform)) {
     usage(`--platform is OS/ARCH, OS/ARCH/VARIANT or all, not "${printable(platform)}"`);
   }
@@ -2062,7 +2064,7 @@ function showProgress({ stderr, env }, isQuiet) {
     return `${formatBytes(doneBytes)} of ${formatBytes(totalBytes)}, ${formatBytes(rate)}/s${left}`;
   };
   const bar = ({ descriptor: { digest, size }, doneBytes }, width) => {
-    const sizes = `${formatBytes(doneBytes).padStart(7)} of ${formatBytes(size).padStart(7)}`;
+    const sizes = [doneBytes, size].map((bytes) => formatBytes(bytes).padStart(7)).join(" of ");
     const label = `${hexOf(digest).slice(0, 12)} ${sizes} `;
     const room = Math.min(30, width - label.length - 2);
     const filled = Math.round(Math.max(0, room) * doneBytes / Math.max(1, size));
@@ -2132,7 +2134,7 @@ async function runCommand(argv, io, signal) {
   const command = planCommand(line);
   const { opts, manifest: kind, isAll, reuse, since, isQuiet } = command;
   if (line.switches.has("parsed")) {
-    const secrets = SECRET.filter((name) => name in opts).map((name) => [name, "***"]);
+    const secrets = ["password", "token"].filter((name) => name in opts).map((name) => [name, "***"]);
     const shown = { ...command, opts: void 0, bound: void 0, ...opts, ...Object.fromEntries(secrets) };
     return void stdout.write(`${JSON.stringify(shown, null, 2)}
 `);

@@ -1,6 +1,6 @@
 // Faults that a review found, each first as a test that failed: odd peers, odd input, runs beside each other.
 import assert from "node:assert/strict";
-import { mkdirSync, readFileSync, rmdirSync, writeFileSync } from "node:fs";
+import { mkdirSync, readFileSync, readlinkSync, rmdirSync, symlinkSync, writeFileSync } from "node:fs";
 import { createServer } from "node:net";
 import { join } from "node:path";
 import { test } from "node:test";
@@ -141,4 +141,64 @@ test("what cannot be written to stdout is not a success", async (t) => {
   const { exitCode, stderr } = await runCommand(args, { command: ["sh"] });
   assert.equal(exitCode, 1);
   assert.match(stderr, /cannot write stdout: the disk is full/);
+});
+
+test("many blobs out of one tar print nothing", async (t) => {
+  const registry = await startRegistry({}, t);
+  const reference = registry.add(makeImage({ layers: Array<number>(12).fill(8192) }), REFERENCE, "1.0");
+  const tar = join(temporaryFolder(t), "a.tar");
+  for (const run of ["fetched", "taken from DEST"]) {
+    const { exitCode, stderr } = await runCommand([reference, tar, ...AMD64]);
+    assert.deepEqual([exitCode, stderr], [0, ""], run);
+  }
+});
+
+test("a delta is not written over its own base", async (t) => {
+  const registry = await startRegistry({}, t);
+  const reference = registry.add(image, REFERENCE, "1.0");
+  const folder = temporaryFolder(t);
+  const tar = join(folder, "a.tar");
+  await runCommand([reference, tar, ...AMD64]);
+  const base = readFileSync(tar);
+  symlinkSync("a.tar", join(folder, "link.tar"));
+  for (const since of [tar, `${folder}/./a.tar`, join(folder, "link.tar")]) {
+    const { exitCode, stderr } = await runCommand([reference, tar, "--since", since, ...AMD64]);
+    assert.notEqual(exitCode, 0, since);
+    assert.match(stderr, /--since/);
+    assert.ok(readFileSync(tar).equals(base));
+  }
+});
+
+test("a tar that leaves nothing out needs no base, and says so", async (t) => {
+  const registry = await startRegistry({}, t);
+  const folder = temporaryFolder(t);
+  const base = registry.add(makeImage({ seed: "other" }), "team/other", "1.0");
+  await runCommand([base, join(folder, "base.tar"), ...AMD64]);
+  const reference = registry.add(image, REFERENCE, "1.0");
+  const args = [reference, join(folder, "a.tar"), "--since", join(folder, "base.tar"), ...AMD64];
+  const { exitCode, stderr } = await runCommand(args);
+  assert.equal(exitCode, 0, stderr);
+  assert.doesNotMatch(stderr, /load that first/);
+});
+
+test("a link at DEST to a file that is not there yet stays a link", async (t) => {
+  const registry = await startRegistry({}, t);
+  const reference = registry.add(image, REFERENCE, "1.0");
+  const folder = temporaryFolder(t);
+  mkdirSync(join(folder, "store"));
+  symlinkSync("store/a.tar", join(folder, "a.tar"));
+  const { exitCode, stderr } = await runCommand([reference, join(folder, "a.tar"), ...AMD64]);
+  assert.equal(exitCode, 0, stderr);
+  assert.equal(readlinkSync(join(folder, "a.tar")), "store/a.tar");
+  assert.ok(readFileSync(join(folder, "store/a.tar")).length > 0);
+});
+
+test("a manifest that its registry knows by sha512 is pinned so that it is found again", async (t) => {
+  const registry = await startRegistry({}, t);
+  const reference = registry.add(makeImage({ algorithm: "sha512" }), REFERENCE, "1.0");
+  const folder = temporaryFolder(t);
+  const { stdout } = await runCommand([reference, join(folder, "a.tar"), ...AMD64]);
+  const again = await runCommand([String(stdout).trim(), join(folder, "b.tar"), ...AMD64]);
+  assert.equal(again.exitCode, 0, again.stderr);
+  assert.ok(readFileSync(join(folder, "b.tar")).equals(readFileSync(join(folder, "a.tar"))));
 });
