@@ -94,8 +94,8 @@ const NODE_PACKAGES = {
 const isWindows = process.platform === "win32";
 const hashOf = (algorithm, file, encoding) => createHash(algorithm).update(readFileSync(file)).digest(encoding);
 
-/** A target's Node executable, from its package: fetched once, compared with the pinned hash before each use. */
-function fetchNode(target) {
+/** A file of a target's Node package: fetched once, compared with the pinned hash before each use. */
+function fetchFromPackage(target, wanted) {
   const pinned = NODE_PACKAGES[target];
   if (!pinned) throw new Error(`${target}: no Node ${SEA_NODE} is known for it; give its executable with --node PATH`);
   const file = `build/node/node-${target}-${SEA_NODE}.tgz`;
@@ -110,10 +110,11 @@ function fetchNode(target) {
   for (let at = 0, sizeBytes; at < tar.length; at += 512 + Math.ceil(sizeBytes / 512) * 512) {
     sizeBytes = parseInt(tar.toString("latin1", at + 124, at + 136), 8) || 0;
     const name = tar.toString("latin1", at, tar.indexOf(0, at));
-    if (/^package\/bin\/node(\.exe)?$/.test(name)) return tar.subarray(at + 512, at + 512 + sizeBytes);
+    if (wanted.test(name)) return tar.subarray(at + 512, at + 512 + sizeBytes);
   }
-  throw new Error(`${file} holds no package/bin/node`);
+  throw new Error(`${file} holds no ${wanted}`);
 }
+const fetchNode = (target) => fetchFromPackage(target, /^package\/bin\/node(\.exe)?$/);
 
 /**
  * Takes out what does not run: symbols (a quarter of the file) and a signature that the blob would break. Not by the
@@ -150,16 +151,18 @@ function stripExecutable(node) {
   return node;
 }
 
-/** A tar of one executable that is the same on every machine. */
-function tarGz(name, bytes) {
-  const header = Buffer.alloc(512);
+/** A tar that is the same on every machine. */
+function tarGz(entries) {
   const octal = (value, digits) => `${value.toString(8).padStart(digits, "0")}\0`;
-  const fields = [[0, name], [100, octal(0o755, 7)], [108, octal(0, 7)], [116, octal(0, 7)],
-    [124, octal(bytes.length, 11)], [136, octal(0, 11)], [148, " ".repeat(8)], [156, "0"], [257, "ustar\x0000"]];
-  for (const [offset, text] of fields) header.write(text, offset, "latin1");
-  header.write(`${octal(header.reduce((sum, byte) => sum + byte, 0), 6)} `, 148, "latin1");
-  const padding = Buffer.alloc(1024 + (512 - (bytes.length % 512)) % 512);
-  const compressed = gzipSync(Buffer.concat([header, bytes, padding]));
+  const blocks = entries.flatMap(([name, mode, bytes]) => {
+    const header = Buffer.alloc(512);
+    const fields = [[0, name], [100, octal(mode, 7)], [108, octal(0, 7)], [116, octal(0, 7)],
+      [124, octal(bytes.length, 11)], [136, octal(0, 11)], [148, " ".repeat(8)], [156, "0"], [257, "ustar\x0000"]];
+    for (const [offset, text] of fields) header.write(text, offset, "latin1");
+    header.write(`${octal(header.reduce((sum, byte) => sum + byte, 0), 6)} `, 148, "latin1");
+    return [header, bytes, Buffer.alloc((512 - (bytes.length % 512)) % 512)];
+  });
+  const compressed = gzipSync(Buffer.concat([...blocks, Buffer.alloc(1024)]));
   compressed[9] = 255; // else the kind of system that compressed it
   return compressed;
 }
@@ -184,7 +187,9 @@ function buildBinary(target, nodePath) {
   const isSigned = target.startsWith("darwin-") && process.platform === "darwin";
   if (isSigned) run("codesign", ["--force", "--identifier", "imgpull", "--sign", "-", output]);
   const binary = readFileSync(output);
-  const download = tarGz(`imgpull${suffix}`, binary);
+  const nodeLicense = fetchFromPackage(Object.keys(NODE_PACKAGES)[0], /^package\/LICENSE$/); // the same for every target
+  const licenses = Buffer.concat([readFileSync("LICENSE"), Buffer.from("\nNode.js, which is in it:\n\n"), nodeLicense]);
+  const download = tarGz([[`imgpull${suffix}`, 0o755, binary], ["imgpull.LICENSES.txt", 0o644, licenses]]);
   writeFileSync(`dist/bin/imgpull-${target}.tar.gz`, download);
   const [size, compressed] = [binary, download].map((bytes) => `${(bytes.length / 1e6).toFixed(1)} MB`);
   const unsigned = target.startsWith("darwin-") && !isSigned ? "; not signed: on the Mac, codesign --sign - FILE" : "";

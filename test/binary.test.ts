@@ -182,8 +182,11 @@ describe("binaries", { skip: reasonToSkip() }, () => {
       assert.ok(compressed.length < 45e6, `${compressed.length} bytes`);
       assert.deepEqual([...compressed.subarray(0, 10)], [0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 255]);
       const tar = gunzipSync(compressed);
-      const [entry, ...others] = readTar(tar);
-      assert.ok(entry && others.length === 0);
+      const [entry, licenses, ...others] = readTar(tar);
+      assert.ok(entry && licenses && others.length === 0);
+      assert.deepEqual([licenses.name, licenses.mode, licenses.mtime], ["imgpull.LICENSES.txt", 0o644, 0]);
+      const text = tar.toString("utf8", licenses.offset, licenses.offset + licenses.size);
+      assert.match(text, /Apache License[^]*Node\.js is licensed for use as follows/);
       const { name, type, mode, uid, gid, mtime, offset, size } = entry;
       const fields = { type: "0", mode: 0o755, uid: 0, gid: 0, mtime: 0 };
       const expected = { name: target.startsWith("win-") ? "imgpull.exe" : "imgpull", ...fields };

@@ -80,8 +80,8 @@ async function makeRelease(folder: string): Promise<void> {
   if (existsSync(built)) {
     copyFileSync(built, join(folder, archive));
   } else {
-    copyFileSync(COMMAND_PATH, join(folder, "imgpull-linux-x64"));
-    await run(["tar", "-czf", archive, "imgpull-linux-x64"], { cwd: folder });
+    copyFileSync(COMMAND_PATH, join(folder, "imgpull"));
+    await run(["tar", "-czf", archive, "imgpull"], { cwd: folder });
   }
   const sums = [archive, "imgpull.cjs", "imgpull-win-x64.exe"].map((name) =>
     `${existsSync(join(folder, name)) ? sumOf(join(folder, name)) : "0".repeat(64)}  ${name}\n`);
