@@ -1433,11 +1433,11 @@ async function receive(transfer: Transfer, segment: Segment): Promise<void> {
     });
     [batch, batchBytes, underWay] = [[], 0, underWay + 1];
     if (underWay > 1) stream.pause();
-    writing = Promise.all([writing, written]);
+    writing = Promise.all([writing, written]).then(() => undefined);
     writing.catch(() => stream.destroy()); // it is awaited below
     transfer.observe(transfer);
   };
-  // Events rather than an iterator: a quarter of the time that a gigabyte takes went into promises, one for each chunk.
+  // Events rather than an iterator, which makes promises for each chunk.
   stream.on("data", (chunk: Buffer) => {
     const skipped = Math.min(chunk.length, Math.max(0, segment.at - position));
     const wanted = chunk.subarray(skipped, skipped + remaining(segment));
@@ -1809,6 +1809,7 @@ async function collectAll(readChild: Reader, limit: number, where: string, top: 
 async function findPlatform(session: Session, readChild: Reader<FetchedManifest>, where: string, top: IndexManifest) {
   const { settings: { wanted, concurrency }, warn } = session;
   const host = wantedPlatform(wanted);
+  const second = wanted.os === undefined ? { ...host, os: "linux" } : host;
   const images: Descriptor[] = [];
   for (let [level, depth]: [IndexManifest[], number] = [[top], 1]; level.length > 0; depth += 1) {
     checkDepth(depth, where);
@@ -1818,12 +1819,11 @@ async function findPlatform(session: Session, readChild: Reader<FetchedManifest>
     const only = usable.length + nested.length === 1 && !usable[0]?.platform ? usable[0] : undefined;
     const found = matchPlatform(images, host) ?? only;
     if (found) return [found, await readChild(found)] as const;
-    const fitting = nested.filter((entry) => !entry.platform?.os || matchPlatform([entry], host));
-    const inner = (await mapConcurrently(fitting, concurrency, readChild)).map((child) => parseManifest(child, where));
-    level = inner.filter((manifest) => manifest.kind === "index");
+    const fit = nested.filter((it) => !it.platform?.os || matchPlatform([it], host) || matchPlatform([it], second));
+    const inner = await mapConcurrently(fit, concurrency, readChild);
+    level = inner.map((child) => parseManifest(child, where)).filter((manifest) => manifest.kind === "index");
   }
-  const mayBeLinux = wanted.os === undefined && host.os !== "linux";
-  const onLinux = mayBeLinux ? matchPlatform(images, { ...host, os: "linux" }) : undefined;
+  const onLinux = matchPlatform(images, second);
   const names = images.flatMap(({ platform }) => (platform ? [formatPlatform(platform)] : []));
   const choices = printable([...new Set(names)].join(", ") || "none", 1000);
   const words = `${where} has no image for ${formatPlatform(host)}\n  it has: ${choices} (--platform)`;
@@ -2158,7 +2158,7 @@ async function verifyTar({ stdout }: CommandIO, tar: OpenTar, file: string, sign
     const digest = digestInName(name) as string;
     if (!(await isIntact({ handle, offset }, { digest, size }, signal))) problems.add(`${name} ${DAMAGED}`);
   }
-  const end = Math.max(...[...entries.values()].map(({ offset, sizeBytes }) => offset + sizeBytes + BLOCK));
+  const end = [...entries.values()].reduce((at, { offset, sizeBytes }) => Math.max(at, offset + sizeBytes + BLOCK), 0);
   if ((await handle.stat()).size < end) problems.add("its end is missing: it was cut off");
   const found = await imagesIn(tar, file, problems).catch((error: ImgpullError) => {
     problems.add(error.message.replaceAll(`${file}: `, ""));

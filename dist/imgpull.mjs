@@ -1204,7 +1204,7 @@ async function receive(transfer, segment) {
     });
     [batch, batchBytes, underWay] = [[], 0, underWay + 1];
     if (underWay > 1) stream.pause();
-    writing = Promise.all([writing, written]);
+    writing = Promise.all([writing, written]).then(() => void 0);
     writing.catch(() => stream.destroy());
     transfer.observe(transfer);
   };
@@ -1541,6 +1541,7 @@ async function collectAll(readChild, limit, where, top) {
 async function findPlatform(session, readChild, where, top) {
   const { settings: { wanted, concurrency }, warn } = session;
   const host = wantedPlatform(wanted);
+  const second = wanted.os === void 0 ? { ...host, os: "linux" } : host;
   const images = [];
   for (let [level, depth] = [[top], 1]; level.length > 0; depth += 1) {
     checkDepth(depth, where);
@@ -1550,12 +1551,11 @@ async function findPlatform(session, readChild, where, top) {
     const only = usable.length + nested.length === 1 && !usable[0]?.platform ? usable[0] : void 0;
     const found = matchPlatform(images, host) ?? only;
     if (found) return [found, await readChild(found)];
-    const fitting = nested.filter((entry) => !entry.platform?.os || matchPlatform([entry], host));
-    const inner = (await mapConcurrently(fitting, concurrency, readChild)).map((child) => parseManifest(child, where));
-    level = inner.filter((manifest) => manifest.kind === "index");
+    const fit = nested.filter((it) => !it.platform?.os || matchPlatform([it], host) || matchPlatform([it], second));
+    const inner = await mapConcurrently(fit, concurrency, readChild);
+    level = inner.map((child) => parseManifest(child, where)).filter((manifest) => manifest.kind === "index");
   }
-  const mayBeLinux = wanted.os === void 0 && host.os !== "linux";
-  const onLinux = mayBeLinux ? matchPlatform(images, { ...host, os: "linux" }) : void 0;
+  const onLinux = matchPlatform(images, second);
   const names = images.flatMap(({ platform }) => platform ? [formatPlatform(platform)] : []);
   const choices = printable([...new Set(names)].join(", ") || "none", 1e3);
   const words = `${where} has no image for ${formatPlatform(host)}
@@ -1865,7 +1865,7 @@ async function verifyTar({ stdout }, tar, file, signal) {
     const digest = digestInName(name);
     if (!await isIntact({ handle, offset }, { digest, size }, signal)) problems.add(`${name} ${DAMAGED}`);
   }
-  const end = Math.max(...[...entries.values()].map(({ offset, sizeBytes }) => offset + sizeBytes + BLOCK));
+  const end = [...entries.values()].reduce((at, { offset, sizeBytes }) => Math.max(at, offset + sizeBytes + BLOCK), 0);
   if ((await handle.stat()).size < end) problems.add("its end is missing: it was cut off");
   const found = await imagesIn(tar, file, problems).catch((error) => {
     problems.add(error.message.replaceAll(`${file}: `, ""));
