@@ -103,8 +103,7 @@ function fail(code, message, details) {
 }
 var errorCodeOf = (error) => String(error?.code ?? "");
 function printable(text, maximum = 300) {
-  const controls = /[\u0000-\u001f\u007f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]+/g;
-  const clean = text.replace(controls, " ").trim();
+  const clean = text.replace(/[\u0000-\u001f\u007f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]+/g, " ").trim();
   return clean.length > maximum ? `${clean.slice(0, maximum)}…` : clean;
 }
 function redactUrl(url) {
@@ -166,6 +165,7 @@ var isDigest = (text) => typeof text === "string" && /^(sha256:[0-9a-f]{64}|sha5
 var hexOf = (digest) => digest.slice(digest.indexOf(":") + 1);
 var newHash = (digest) => load("node:crypto").createHash(digest.slice(0, digest.indexOf(":")));
 var digestOf = (bytes, like = "sha256:") => `${like.slice(0, like.indexOf(":"))}:${newHash(like).update(bytes).digest("hex")}`;
+var ignore = () => void 0;
 var isRecord = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
 var encodeJson = (value) => Buffer.from(JSON.stringify(value), "utf8");
 function parseJson(text) {
@@ -182,6 +182,7 @@ function formatBytes(bytes) {
   for (const larger of ["kB", "MB", "GB", "TB"]) if (value >= 999.5) [value, unit] = [value / 1e3, larger];
   return `${unit === "B" || value >= 99.95 ? Math.round(value) : value.toFixed(1)} ${unit}`;
 }
+var counted = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
 var formatPlatform = ({ os: system, architecture, variant } = {}) => [system, architecture, variant].filter(Boolean).join("/");
 async function mapConcurrently(items, limit, run) {
   const results = [];
@@ -396,7 +397,8 @@ function createTransport(settings) {
       if (incoming && incoming.readableLength > 0) return void outgoing.setTimeout(timeoutMs);
       (incoming ?? outgoing).destroy(new ImgpullError("TIMEOUT", `${doing}: nothing came for ${timeoutMs / 1e3} s`));
     });
-    outgoing.on("error", () => void 0).end(body);
+    outgoing.on("error", ignore).end(body);
+    outgoing.once("socket", (socket) => socket.off("error", ignore).on("error", ignore));
     outgoing.once("close", () => outgoing.emit("error", new Error("closed without an answer")));
     try {
       [incoming] = await (0, import_node_events.once)(outgoing, "response", { signal });
@@ -832,8 +834,6 @@ function parseManifest({ bytes, mediaType }, where) {
   const { manifests, layers, schemaVersion } = json;
   const isSchema1 = schemaVersion === 1 || mediaType.startsWith(DOCKER_SCHEMA_1);
   if (isSchema1) refuse("UNSUPPORTED", "a schema 1 manifest, which Docker itself has given up: push the image anew");
-  const isDraft = mediaType === "application/vnd.oci.artifact.manifest.v1+json";
-  if (isDraft) refuse("UNSUPPORTED", "an OCI artifact manifest, a draft that the specification has withdrawn");
   const isIndex = Array.isArray(manifests);
   const isImage = isRecord(json.config) && Array.isArray(layers);
   const isOther = MANIFEST_TYPES.includes(mediaType) && INDEX_TYPES.includes(mediaType) !== isIndex;
@@ -1032,13 +1032,16 @@ function digestInName(name) {
   const digest = blob?.replace("/", ":") ?? `sha256:${bare}`;
   return isDigest(digest) ? digest : void 0;
 }
-async function openTar(file) {
+async function openTar(file, signal) {
   const handle = await onDisk(`cannot read ${file}`, fs.open(file, "r"));
   const [entries, blobs] = [/* @__PURE__ */ new Map(), /* @__PURE__ */ new Map()];
   try {
     if (!(await handle.stat()).isFile()) fail("BAD_TAR", `${file}: it is not a file`);
     for await (const entry of readTar(handle, file)) {
+      signal?.throwIfAborted();
       const digest = digestInName(entry.name);
+      const isTwice = entries.has(entry.name) && entry.type !== "5";
+      if (isTwice) fail("BAD_TAR", `${file}: two entries are called ${printable(entry.name)}`);
       entries.set(entry.name, entry);
       if (digest !== void 0 && (entry.type === "0" || entry.type === "7")) blobs.set(digest, entry);
     }
@@ -1118,6 +1121,7 @@ function enqueue({ pending, sink }, job) {
 async function fetchBlobs(transfer) {
   const { session: { signal }, sink, active, jobs, pending, connections, observe } = transfer;
   let change = new AbortController();
+  observe(transfer);
   for (const job of jobs) enqueue(transfer, job);
   if (!sink.unitBytes) {
     const longest = () => longestRange(pending.filter(({ job }) => job.registry.latencyMs >= LIMITS.farLatencyMs));
@@ -1180,9 +1184,9 @@ async function openSegment(transfer, segment) {
   const { body, headers, status, url } = await registry.blob(descriptor, at, to, transfer.session.signal);
   if (!body) return void 0;
   const doing = `GET ${redactUrl(url)}`;
-  const refuse = (code, words2) => {
+  const refuse = (code, words) => {
     body.destroy();
-    return fail(code, `${doing}: ${words2}`, { status });
+    return fail(code, `${doing}: ${words}`, { status });
   };
   let [position, end] = [0, size];
   if (status === 206) {
@@ -1195,14 +1199,14 @@ async function openSegment(transfer, segment) {
     registry.acceptsRanges = false;
     if (giveBack(transfer, segment)) return void body.destroy();
     const follows = ({ job, at: from }) => job === segment.job && from >= to;
-    for (const next of transfer.pending.filter(follows)) {
+    const edge = Math.min(...[...transfer.active].filter(follows).map(({ at: from }) => from));
+    for (const next of transfer.pending.filter((each) => follows(each) && each.at < edge)) {
       [segment.to, next.at] = [Math.max(segment.to, next.to), next.to];
     }
   }
   const stream = decodeBody(body, end - position);
   const length = Number(headers["content-length"] ?? end - position);
-  const words = `${length} bytes are announced where ${end - position} belong`;
-  if (stream === body && length !== end - position) refuse("SIZE_MISMATCH", words);
+  if (stream === body && length !== end - position) refuse("SIZE_MISMATCH", `${length} bytes, not ${end - position}`);
   return { stream, doing, position, end };
 }
 function hashInOrder(job, position, bytes) {
@@ -1240,7 +1244,7 @@ async function receive(transfer, segment) {
     batchBytes += wanted.length;
     hashInOrder(job, segment.at, wanted);
     segment.at += wanted.length;
-    job.doneBytes += wanted.length;
+    job.doneBytes = Math.min(job.descriptor.size, job.doneBytes + wanted.length);
     transfer[counter] += wanted.length;
     if (position > end || segment.at >= segment.to && position < end) stream.destroy();
     else if (batchBytes >= LIMITS.batchBytes) flush();
@@ -1252,10 +1256,10 @@ async function receive(transfer, segment) {
   if (position > end) fail("SIZE_MISMATCH", `${doing}: more than the ${end} bytes that belong there`);
   if (segment.at >= segment.to) return;
   if (signal.aborted) fail("ABORTED", "stopped");
-  if (cause instanceof ImgpullError) throw cause;
+  if (cause instanceof ImgpullError || cause && job.origins.length > 0) throw cause;
   if (position < end) fail("NETWORK", `${doing}: the connection ended after ${position} of ${end} bytes`, { cause });
 }
-var openForUpdate = (file) => fs.open(file, fs.constants.O_RDWR | fs.constants.O_CREAT);
+var openForUpdate = (file, mode = 438) => fs.open(file, fs.constants.O_RDWR | fs.constants.O_CREAT, mode);
 async function isIntact({ handle, offset }, { digest, size }, signal, unpack) {
   const hash = newHash(digest);
   const pieces = import_node_stream.Readable.from(readPlace(handle, offset, offset + size));
@@ -1300,7 +1304,8 @@ async function acquireLock(file, dest) {
   const { mtimeMs } = await fs.stat(file).catch(() => ({ mtimeMs: 0 }));
   const owner = parseJson(before ?? "") ?? {};
   const isThere = owner.pid === process.pid ? owner.since === since : await isRunning(Number(owner.pid));
-  const isHeld = Date.now() - mtimeMs < 6 * LIMITS.lockBeatMs && (owner.host !== host || isThere);
+  const ageMs = Date.now() - mtimeMs;
+  const isHeld = owner.host === host ? isThere && ageMs < os.uptime() * 1e3 : ageMs < 6 * LIMITS.lockBeatMs;
   if (isHeld) busy(owner.pid ? ` (process ${owner.pid} on ${owner.host})` : "");
   if (before !== void 0) await fs.rm(file, { force: true });
   await fs.writeFile(file, mine, { flag: "wx" }).catch((error) => errorCodeOf(error) === "EEXIST" ? busy() : Promise.reject(error));
@@ -1322,9 +1327,9 @@ function fileSink({ warn }, { open: open2, finish }, record) {
       unsyncedBytes += sizeBytes;
       if (unsyncedBytes < LIMITS.syncBytes) return;
       unsyncedBytes = 0;
-      await syncing;
-      syncing = syncQuietly(handle);
-      syncing.catch(() => void 0);
+      const before = syncing;
+      (syncing = before.then(() => syncQuietly(handle))).catch(ignore);
+      await before;
     },
     end: () => syncing,
     blobDone: async (job) => {
@@ -1385,19 +1390,19 @@ async function pullToTar(session, plan, dest, reuse, observe) {
   const [journal, old] = [`${partial}.journal`, `${partial}.old`];
   const unlock = await acquireLock(`${partial}.lock`, dest);
   const opened = [];
-  let isWorthKeeping = true;
+  let leftovers = [];
   try {
-    const isOurs = (await readOptional(journal))?.split("\n")[0] === plan.id && (await fs.stat(partial).catch(() => void 0))?.size === plan.sizeBytes;
-    isWorthKeeping = isOurs;
+    const held = await fs.stat(partial).catch(() => void 0);
+    const isOurs = (await readOptional(journal))?.split("\n")[0] === plan.id && held?.size === plan.sizeBytes;
+    await checkFreeSpace(dest, path.dirname(dest), plan.sizeBytes - (isOurs ? held.blocks * BLOCK : 0));
+    leftovers = isOurs ? [] : [partial, journal];
     if (!isOurs) await fs.rename(partial, old).catch(() => void 0);
     if (!isOurs) await fs.rm(journal, { force: true });
     const found = await Promise.all([old, dest].map((file) => openTar(file).catch(() => void 0)));
     const atHand = found.filter((tar) => tar !== void 0);
-    const handle = await openForUpdate(partial);
+    const { mode = 438 } = await fs.stat(dest).catch(() => void 0) ?? {};
+    const handle = await openForUpdate(partial, mode & 511);
     opened.push(handle, ...atHand.map((tar) => tar.handle));
-    const { mode = void 0 } = await fs.stat(dest).catch(() => void 0) ?? {};
-    if (mode !== void 0) await handle.chmod(mode & 511).catch(() => void 0);
-    await checkFreeSpace(dest, path.dirname(dest), plan.sizeBytes - (await handle.stat()).blocks * BLOCK);
     for (const { lead, bytes, offset } of plan.entries) {
       await writeAll(handle, [lead, bytes ?? Buffer.alloc(0)], offset - lead.length);
     }
@@ -1408,18 +1413,18 @@ async function pullToTar(session, plan, dest, reuse, observe) {
       const transfer = await fillPlaces(session, jobs, { journal, id: plan.id, open: async () => handle }, observe);
       await syncQuietly(handle);
       await fs.rename(partial, dest);
-      isWorthKeeping = false;
+      leftovers = [journal, old];
       await syncFolder(path.dirname(dest));
       return transfer;
     } catch (error) {
       const kept = sumOf(jobs, ({ written }) => lengthOf(written));
-      isWorthKeeping = kept > 0;
-      if (isWorthKeeping) session.warn(`${partial} keeps ${formatBytes(kept)}: the same command goes on from there`);
+      leftovers = kept > 0 ? [] : [partial, journal];
+      if (kept > 0) session.warn(`${partial} keeps ${formatBytes(kept)}: the same command goes on from there`);
       throw error;
     }
   } finally {
     for (const handle of opened) await handle.close();
-    if (!isWorthKeeping) await Promise.allSettled([partial, journal, old].map((file) => fs.rm(file, { force: true })));
+    await Promise.allSettled(leftovers.map((file) => fs.rm(file, { force: true })));
     await unlock();
   }
 }
@@ -1629,7 +1634,7 @@ function warnOfLayers({ warn }, images) {
     if (/foreign|nondistributable/.test(types)) warn(`${name} has foreign layers, which Docker on Linux does not take`);
   }
 }
-var behind = (file) => fs.readlink(file).then((link) => path.resolve(path.dirname(file), link), () => file);
+var behind = (file) => fs.readlink(file).then(async (link) => path.resolve(await fs.realpath(path.dirname(file)), link), () => file);
 async function pullImages(session, request, observe) {
   const { destination, images: wanted, isAll, since } = request;
   const doing = `cannot write ${typeof destination === "string" ? destination : "the stream"}`;
@@ -1650,8 +1655,8 @@ async function pullImages(session, request, observe) {
     warnOfLayers(session, images);
     if (base && plan.omitted.length === 0) session.warn(`${since} holds none of the layers: nothing is left out`);
     else if (base) {
-      const layers = `${plan.omitted.length} layers (${formatBytes(sumOf(plan.omitted, ({ size }) => size))})`;
-      session.warn(`left out ${layers} that ${since} holds: load that first. docker's containerd store and ctr --no-unpack take this tar without it, in silence`);
+      const bytes = sumOf(plan.omitted, ({ size }) => size);
+      session.warn(`left out ${counted(plan.omitted.length, "layer")} (${formatBytes(bytes)}) that ${since} holds: load that first. docker's containerd store and ctr --no-unpack take this tar without it, in silence`);
     }
     const transfer = await onDisk(
       doing,
@@ -1703,7 +1708,6 @@ async function withSession(opts, run, replaced = {}) {
   const signal = anySignal(...opts.signal ? [opts.signal] : []);
   const { onWarning: warn = () => void 0 } = opts;
   try {
-    if (signal.aborted) fail("ABORTED", "stopped", { cause: signal.reason });
     const state = { clock: systemClock, challenges: /* @__PURE__ */ new Map(), registries: /* @__PURE__ */ new Map() };
     return await run({ settings, transport, signal, warn, ...state, ...replaced });
   } finally {
@@ -1793,8 +1797,7 @@ function progressReporter(onProgress) {
     onProgress?.({ phase, doneBytes, totalBytes, blobsDone, blobsTotal: jobs.length });
   };
 }
-var counted = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
-var isTexts = (value) => Array.isArray(value) && value.every((item) => typeof item === "string");
+var isTexts = (list) => Array.isArray(list) && list.every((it) => typeof it === "string");
 var [DAMAGED, MISSING] = ["is damaged", "is missing (a --since tar needs its base)"];
 function fileIn({ entries }, name) {
   const { type = "", linkName = "" } = entries.get(name) ?? {};
@@ -1802,9 +1805,10 @@ function fileIn({ entries }, name) {
   const entry = entries.get(type === "1" || type === "2" ? path.posix.join(folder, linkName) : name);
   return entry && "07".includes(entry.type) ? entry : void 0;
 }
-async function imagesIn(tar, file, problems) {
+async function imagesIn(tar, file, signal, problems) {
   const refuse = (reason) => fail("BAD_TAR", `${file}: ${reason}`);
   const read = async (name) => {
+    signal.throwIfAborted();
     const entry = fileIn(tar, name);
     if (problems.has(`${name} ${DAMAGED}`)) refuse(`${printable(name)} ${DAMAGED}`);
     if (entry && entry.sizeBytes > LIMITS.tarMetadataBytes) refuse(`${printable(name)} is too large`);
@@ -1816,7 +1820,6 @@ async function imagesIn(tar, file, problems) {
     const { bytes } = await read(blobPath(digest));
     if (!bytes) absent += 1;
     if (bytes && bytes.length !== size) refuse(`${blobPath(digest)} has ${bytes.length} bytes, not ${size}`);
-    if (bytes && digestOf(bytes, digest) !== digest) refuse(`${blobPath(digest)} ${DAMAGED}`);
     if (bytes && sniffMediaType(bytes, mediaType) !== mediaType) refuse(`${blobPath(digest)} is of another type`);
     return bytes && { mediaType, digest, bytes };
   };
@@ -1831,8 +1834,8 @@ async function imagesIn(tar, file, problems) {
   if (!isRecord(index) || !Array.isArray(index.manifests)) return refuse("index.json is not an index");
   for (const value of index.manifests) {
     const descriptor = parseDescriptor(value, `${file}: index.json`);
-    const names = value.annotations ?? {};
-    const name = printable(String(names[NAME_KEYS[0]] ?? names[NAME_KEYS[1]] ?? ""));
+    const names = NAME_KEYS.map((key) => value.annotations?.[key]).filter((each) => typeof each === "string");
+    const name = printable(names[0] ?? "");
     const top = await readChild(descriptor) ?? refuse(`${blobPath(descriptor.digest)} is missing`);
     const { contents } = await collectAll(readChild, 1, file, top);
     if (contents.length === 0) problems.add(`${blobPath(top.digest)} names nothing that is here`);
@@ -1844,7 +1847,7 @@ async function imagesIn(tar, file, problems) {
   }
   const { json: layout } = await read("oci-layout");
   const isOci = indexed.length > 0 && isRecord(layout) && layout.imageLayoutVersion === "1.0.0";
-  if (layout && !isOci) problems.add("oci-layout is not of version 1.0.0");
+  if (layout && !isOci) problems.add("oci-layout is there, but not of version 1.0.0 and with an index.json");
   for (const value of [(await read("manifest.json")).json ?? []].flat()) {
     const { Config: config, RepoTags, Layers } = isRecord(value) ? value : {};
     const [tags, layers] = [RepoTags ?? [], Layers ?? []];
@@ -1857,13 +1860,13 @@ async function imagesIn(tar, file, problems) {
   if (images.length === 0) refuse("it holds no image: neither index.json nor manifest.json names one");
   return { images, named: [...indexed, ...listed], isDocker: listed.length > 0, isOci, absent };
 }
-async function listTar({ stdout }, tar, file) {
-  for (const { parts, name, digest, platform } of (await imagesIn(tar, file, /* @__PURE__ */ new Set())).images) {
+async function listTar({ stdout }, tar, file, signal) {
+  for (const { parts, name, digest, platform } of (await imagesIn(tar, file, signal, /* @__PURE__ */ new Set())).images) {
     const layers = parts.slice(1).map(({ entry, size }) => ({ digest: digestInName(entry) ?? printable(entry), size, present: fileIn(tar, entry) !== void 0 }));
     const sizeBytes = sumOf(layers, ({ size }) => size);
-    const rows = layers.map(({ digest: layer, size, present }) => `  ${formatBytes(size).padStart(8)}  ${layer}${present ? "" : "  not here"}`);
+    const rows = layers.map(({ digest: layer, size, present }) => `${(present ? formatBytes(size) : "absent").padStart(7)} ${layer}`);
     const title = `${name || "(no name)"}  ${platform}  ${formatBytes(sizeBytes)}`;
-    const table = [title, ...digest ? [`  ${digest}`] : [], ...rows].join("\n");
+    const table = [title, ...digest ? [`        ${digest}`] : [], ...rows].join("\n");
     stdout.write(`${stdout.isTTY ? table : JSON.stringify({ name, digest, platform, sizeBytes, layers })}
 `);
   }
@@ -1887,14 +1890,15 @@ async function verifyTar({ stdout }, tar, file, signal) {
   }
   const end = [...entries.values()].reduce((at, { offset, sizeBytes }) => Math.max(at, offset + sizeBytes + BLOCK), 0);
   if ((await handle.stat()).size < end) problems.add("its end is missing: it was cut off");
-  const found = await imagesIn(tar, file, problems).catch((error) => {
+  const found = await imagesIn(tar, file, signal, problems).catch((error) => {
     problems.add(error.message.replaceAll(`${file}: `, ""));
     return { images: [], named: [], isDocker: false, isOci: false, absent: 0 };
   });
   const unpacked = /* @__PURE__ */ new Map();
-  for (const { parts, diffIds: ids } of found.named) {
+  for (const { parts, diffIds: ids, isImage, platform } of found.named) {
     const isRight2 = Array.isArray(ids) && ids.length === parts.length - 1 && ids.every(isDigest);
-    if (ids && !isRight2) problems.add(`${parts[0]?.entry} has not one diff_id for each layer`);
+    const isDue = ids !== void 0 || isImage && parts.length > 1 && !platform.startsWith("unknown");
+    if (isDue && !isRight2) problems.add(`${parts[0]?.entry} has not one diff_id for each layer`);
     for (const [at, { entry, size }] of parts.entries()) {
       const held = fileIn(tar, entry);
       const diffId = isRight2 && at > 0 ? String(ids[at - 1]) : void 0;
@@ -1907,8 +1911,8 @@ async function verifyTar({ stdout }, tar, file, signal) {
       }
     }
   }
-  const lines = [...problems].map((words) => `${file}: ${printable(words, 1e3)}`);
-  if (lines.length > 0) fail("BAD_TAR", lines.join("\nimgpull: "));
+  const wrong = [...problems].map((words) => `${file}: ${printable(words, 1e3)}`).join("\nimgpull: ");
+  if (wrong) fail("BAD_TAR", wrong);
   const list = (words) => words.filter(Boolean).join(", ");
   const types = found.images.flatMap(({ parts }) => parts.map(({ mediaType = "" }) => mediaType));
   const since = (version) => types.some((type) => type.includes("zstd")) ? ` from ${version} on` : "";
@@ -1920,20 +1924,21 @@ async function verifyTar({ stdout }, tar, file, signal) {
     whole < unpacked.size && `${unpacked.size - whole} (zstd) not`,
     found.absent > 0 && `${found.absent} more of an index not here`
   ];
-  const isImage = found.images.some((image) => image.isImage);
+  const [{ images, isDocker, isOci }, many] = [found, found.images.length > 1 ? "FILE:NAME" : "FILE"];
+  const isPodman = images.some(({ isImage }) => isImage) && (isDocker || images.length === 1);
   const loaders = [
-    found.isDocker && `docker${since(23)}`,
-    isImage && `podman${since(4)}`,
-    found.isOci && "ctr",
-    found.isDocker && "skopeo docker-archive:",
-    found.isOci && "skopeo oci-archive:"
+    isDocker && `docker${since(23)}`,
+    isPodman && `podman${since(4)}`,
+    images.some(({ name, digest }) => name && (digest || isDocker)) && "ctr",
+    isDocker && `skopeo docker-archive:${many}`,
+    isOci && `skopeo oci-archive:${many}`
   ];
   stdout.write(`${file}: ${list(counts)}: all is right
 loads in ${list(loaders)}
 `);
 }
 async function lookAtTar(io, file, look, signal) {
-  const tar = await onDisk(`cannot read ${file}`, openTar(file));
+  const tar = await onDisk(`cannot read ${file}`, openTar(file, signal));
   await onDisk(`cannot read ${file}`, look(io, tar, file, signal)).finally(() => tar.handle.close());
 }
 var HELP = `imgpull [options] IMAGE [IMAGE...] [DEST]    pull images into one verified tar
@@ -2108,6 +2113,7 @@ function showProgress({ stderr, env }, isQuiet) {
   return {
     seconds,
     observe: (transfer, finished2) => {
+      if (!latest) samples.push([performance.now(), transfer.fetchedBytes]);
       latest = transfer;
       const { digest = "", size = 0 } = finished2?.descriptor ?? {};
       if (finished2 && !isQuiet && !isLive) stderr.write(`imgpull: ${digest.slice(0, 19)} ${formatBytes(size)} done
@@ -2147,7 +2153,7 @@ async function listImages(io, command) {
 async function runCommand(argv, io, signal) {
   const { stdout, stderr, env: environment } = io;
   const line = parseCommandLine(argv);
-  const version = `imgpull version: ${"1.0.0"} build date: ${"2026-11-23T00:00:00Z"}
+  const version = `imgpull version: ${"1.0.0"} build date: ${"2026-11-25T00:00:00Z"}
 `;
   if (line.switches.has("help")) return void stdout.write(HELP);
   if (line.switches.has("version")) return void stdout.write(version);
@@ -2187,9 +2193,9 @@ async function runCommand(argv, io, signal) {
 `).join(""));
     if (isQuiet) return;
     const parts = ["fetched", "reused", "resumed"].map((how) => [transfer[`${how}Bytes`], how]).filter(([bytes, how]) => bytes > 0 || how === "fetched").map(([bytes, how]) => `${formatBytes(bytes)} ${how}`);
-    const what = `${counted(images.length, "image")}, ${formatBytes(plan.sizeBytes)}`;
-    const where = isStream ? "the stream" : destination;
-    progress.say(`${what} in ${where}: ${parts.join(", ")}, ${progress.seconds().toFixed(1)} s`);
+    const place = isStream ? "the stream" : destination;
+    const what = `${counted(images.length, "image")}, ${formatBytes(plan.sizeBytes)} in ${place}`;
+    progress.say(`${what}: ${parts.join(", ")}, ${progress.seconds().toFixed(1)} s`);
   } finally {
     progress.stop();
   }
