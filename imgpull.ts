@@ -971,7 +971,7 @@ function parseManifest({ bytes, mediaType }: FetchedManifest, where: string): Im
   const isOther = MANIFEST_TYPES.includes(mediaType) && INDEX_TYPES.includes(mediaType) !== isIndex;
   // One document read as two things by two readers is an attack (CVE-2021-41190).
   const isAmbiguous = isIndex === isImage || (isIndex && Array.isArray(layers)) || isOther;
-  if (isAmbiguous) refuse("PROTOCOL", `${printable(mediaType, 100)} with the fields of something else`);
+  if (isAmbiguous) refuse("PROTOCOL", `${printable(mediaType, 80)}: no manifest, or with fields of something else`);
   if (isIndex) {
     if (manifests.length > LIMITS.indexEntries) refuse("TOO_LARGE", `more than ${LIMITS.indexEntries} entries`);
     return { kind: "index", manifests: manifests.map((entry) => parseDescriptor(entry, where)) };
@@ -1298,8 +1298,7 @@ function longestRange(segments: Iterable<Segment>): Segment | undefined {
 function takeOver({ active, sink, loopBefore }: Transfer): Segment | undefined {
   const victim = sink.unitBytes ? undefined : longestRange(active);
   const { active: busyMs, idle: idleMs, utilization } = performance.eventLoopUtilization(loopBefore);
-  const isKnown = busyMs + idleMs > LIMITS.judgeMs;
-  return victim && isKnown && utilization < LIMITS.busyLoop ? cutInHalf(victim) : undefined;
+  return victim && busyMs + idleMs > LIMITS.judgeMs && utilization < LIMITS.busyLoop ? cutInHalf(victim) : undefined;
 }
 function enqueue({ pending, sink }: Transfer, job: BlobJob): void {
   const unit = sink.unitBytes?.(job) ?? NEVER;
@@ -1624,7 +1623,7 @@ async function pullToTar(session: Session, plan: Plan, dest: string, reuse: Tars
     const found = await Promise.all([old, dest].map((file) => openTar(file).catch(() => undefined)));
     const atHand = found.filter((tar) => tar !== undefined);
     const { mode = 0o666 } = (await fs.stat(dest).catch(() => undefined)) ?? {};
-    const handle = await openForUpdate(partial, mode & 0o777); // what was private stays so
+    const handle = await openForUpdate(partial, (mode & 0o777) | 0o600); // what was private stays so
     opened.push(handle, ...atHand.map((tar) => tar.handle));
     for (const { lead, bytes, offset } of plan.entries) {
       await writeAll(handle, [lead, bytes ?? Buffer.alloc(0)], offset - lead.length);
@@ -2157,7 +2156,8 @@ async function verifyTar({ stdout }: CommandIO, tar: OpenTar, file: string, sign
   }
   const end = [...entries.values()].reduce((at, { offset, sizeBytes }) => Math.max(at, offset + sizeBytes + BLOCK), 0);
   if ((await handle.stat()).size < end) problems.add("its end is missing: it was cut off");
-  const found = await imagesIn(tar, file, signal, problems).catch((error: ImgpullError) => {
+  const found = await imagesIn(tar, file, signal, problems).catch((error: unknown) => {
+    if (!(error instanceof ImgpullError)) throw error;
     problems.add(error.message.replaceAll(`${file}: `, ""));
     return { images: [], named: [], isDocker: false, isOci: false, absent: 0 };
   });

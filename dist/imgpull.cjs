@@ -838,7 +838,7 @@ function parseManifest({ bytes, mediaType }, where) {
   const isImage = isRecord(json.config) && Array.isArray(layers);
   const isOther = MANIFEST_TYPES.includes(mediaType) && INDEX_TYPES.includes(mediaType) !== isIndex;
   const isAmbiguous = isIndex === isImage || isIndex && Array.isArray(layers) || isOther;
-  if (isAmbiguous) refuse("PROTOCOL", `${printable(mediaType, 100)} with the fields of something else`);
+  if (isAmbiguous) refuse("PROTOCOL", `${printable(mediaType, 80)}: no manifest, or with fields of something else`);
   if (isIndex) {
     if (manifests.length > LIMITS.indexEntries) refuse("TOO_LARGE", `more than ${LIMITS.indexEntries} entries`);
     return { kind: "index", manifests: manifests.map((entry) => parseDescriptor(entry, where)) };
@@ -1108,8 +1108,7 @@ function longestRange(segments) {
 function takeOver({ active, sink, loopBefore }) {
   const victim = sink.unitBytes ? void 0 : longestRange(active);
   const { active: busyMs, idle: idleMs, utilization } = performance.eventLoopUtilization(loopBefore);
-  const isKnown = busyMs + idleMs > LIMITS.judgeMs;
-  return victim && isKnown && utilization < LIMITS.busyLoop ? cutInHalf(victim) : void 0;
+  return victim && busyMs + idleMs > LIMITS.judgeMs && utilization < LIMITS.busyLoop ? cutInHalf(victim) : void 0;
 }
 function enqueue({ pending, sink }, job) {
   const unit = sink.unitBytes?.(job) ?? NEVER;
@@ -1401,7 +1400,7 @@ async function pullToTar(session, plan, dest, reuse, observe) {
     const found = await Promise.all([old, dest].map((file) => openTar(file).catch(() => void 0)));
     const atHand = found.filter((tar) => tar !== void 0);
     const { mode = 438 } = await fs.stat(dest).catch(() => void 0) ?? {};
-    const handle = await openForUpdate(partial, mode & 511);
+    const handle = await openForUpdate(partial, mode & 511 | 384);
     opened.push(handle, ...atHand.map((tar) => tar.handle));
     for (const { lead, bytes, offset } of plan.entries) {
       await writeAll(handle, [lead, bytes ?? Buffer.alloc(0)], offset - lead.length);
@@ -1891,6 +1890,7 @@ async function verifyTar({ stdout }, tar, file, signal) {
   const end = [...entries.values()].reduce((at, { offset, sizeBytes }) => Math.max(at, offset + sizeBytes + BLOCK), 0);
   if ((await handle.stat()).size < end) problems.add("its end is missing: it was cut off");
   const found = await imagesIn(tar, file, signal, problems).catch((error) => {
+    if (!(error instanceof ImgpullError)) throw error;
     problems.add(error.message.replaceAll(`${file}: `, ""));
     return { images: [], named: [], isDocker: false, isOci: false, absent: 0 };
   });

@@ -2,7 +2,7 @@
 // partials and locks that others left. Each of these failed once.
 import assert from "node:assert/strict";
 import {
-  existsSync, mkdirSync, readFileSync, readdirSync, readlinkSync, symlinkSync, utimesSync, writeFileSync,
+  existsSync, mkdirSync, readFileSync, readdirSync, readlinkSync, statSync, symlinkSync, utimesSync, writeFileSync,
 } from "node:fs";
 import * as fs from "node:fs/promises";
 import { join } from "node:path";
@@ -151,6 +151,21 @@ test("a partial of another image outlives a pull that gets nowhere, and is used 
   refused.remove();
   await pull(reference, dest);
   await assertRight(t, served, two as NonNullable<typeof two>);
+});
+
+test("what was private stays so, and a partial can be opened again whatever DEST's mode was", async (t) => {
+  const image = makeImage({ seed: "modes", layers: [3 * MIB, 70_000] });
+  const { registry, reference, folder } = await serve(t, image);
+  for (const [mode, partialMode] of [[0o600, 0o600], [0o444, 0o644], [0o400, 0o600]] as const) {
+    const dest = join(folder, `${mode.toString(8)}.tar`);
+    writeFileSync(dest, "", { mode });
+    const { remove } = registry.on({ digest: image.layers[1]?.digest as string }, { status: 404 });
+    await failure(pull(reference, dest, { concurrency: 1 }));
+    remove();
+    assert.equal(statSync(`${dest}.partial`).mode & 0o777, partialMode & ~process.umask());
+    await pull(reference, dest);
+    assert.equal(statSync(dest).mode & 0o777, partialMode & ~process.umask());
+  }
 });
 
 test("a lock is its process's as long as that runs, however long it has slept", async (t) => {
