@@ -34,6 +34,7 @@ import { finished, pipeline } from "node:stream/promises";
 import { setTimeout as delay } from "node:timers/promises";
 import type * as tls from "node:tls";
 import { parseArgs } from "node:util";
+
 /** The modules of Node that take long to load, each at its first use: `--version` needs none, a pull over http two. */
 const load = process.getBuiltinModule;
 declare const IMGPULL_VERSION: string, IMGPULL_BUILD_DATE: string;
@@ -44,24 +45,34 @@ const OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json";
 const OCI_INDEX = "application/vnd.oci.image.index.v1+json";
 const INDEX_TYPES = [OCI_INDEX, DOCKER_INDEX];
 const MANIFEST_TYPES = [...INDEX_TYPES, OCI_MANIFEST, DOCKER_MANIFEST];
-const CONFIG_TYPES = ["application/vnd.docker.container.image.v1+json", "application/vnd.oci.image.config.v1+json"];
+const CONFIG_TYPES = [
+  "application/vnd.docker.container.image.v1+json",
+  "application/vnd.oci.image.config.v1+json",
+];
 const MIB = 1024 * 1024;
 const NEVER = Number.POSITIVE_INFINITY;
 /** Every bound in one place. What a registry can make us hold in memory is here, whatever it sends. */
 const LIMITS = Object.freeze({
   manifestBytes: 4 * MIB, // the distribution specification's own floor for registries
-  configBytes: 16 * MIB, tokenBytes: MIB, errorBodyBytes: MIB / 16, credentialFileBytes: 4 * MIB,
+  configBytes: 16 * MIB,
+  tokenBytes: MIB,
+  errorBodyBytes: MIB / 16,
+  credentialFileBytes: 4 * MIB,
   tarMetadataBytes: 16 * MIB, // index.json and the like of a tar that someone else made
-  indexDepth: 4, indexEntries: 1024, // with `--platform all` each entry is a request
+  indexDepth: 4,
+  indexEntries: 1024, // with `--platform all` each entry is a request
   tokenFloorMs: 60_000, // the token specification's default, and more than a skewed clock takes away
-  redirects: 10, firstBackoffMs: 1000, backoffMs: 30_000,
+  redirects: 10,
+  firstBackoffMs: 1000,
+  backoffMs: 30_000,
   retryAfterMs: 120_000, // longer waits are the user's to decide
   batchBytes: MIB, // one write to disk: fewer trips to Node's thread pool than one for each chunk
   journalBytes: MIB, // how much a kill -9 may cost each blob, beside what a connection has gathered
   syncBytes: 32 * MIB, // the disk works while the line does, and little is left for the sync at the end
   splitBytes: MIB, // neither half of a range that is cut in two is smaller,
   nearSplitBytes: 16 * MIB, // nor on a near line, where a server has megabytes under way that a cut throws away
-  busyLoop: 0.4, judgeMs: 100, // of Node's event loop, over that time: from here on the processor is the limit
+  busyLoop: 0.4,
+  judgeMs: 100, // of Node's event loop, over that time: from here on the processor is the limit
   farLatencyMs: 20, // from here on a line is worth several connections before its speed is known
   streamUnitBytes: 4 * MIB, // DEST `-`: one request's share of a large blob
   streamWindowBytes: 32 * MIB, // DEST `-`: how far the line may be ahead of the reader
@@ -70,22 +81,35 @@ const LIMITS = Object.freeze({
 
 // ====== 2. Public types ======
 /** An operating system and processor in Go's words: `{ os: "linux", architecture: "arm", variant: "v7" }`. */
-interface Platform { os: string; architecture: string; variant?: string }
+interface Platform {
+  os: string;
+  architecture: string;
+  variant?: string;
+}
 /** A content descriptor, OCI image specification, descriptor.md. `size` is in bytes. */
 interface Descriptor {
-  mediaType: string; digest: string; size: number; urls?: string[];
-  platform?: Platform; annotations?: Record<string, string>;
+  mediaType: string;
+  digest: string;
+  size: number;
+  urls?: string[];
+  platform?: Platform;
+  annotations?: Record<string, string>;
 }
 /** What to pull and how. Only `url` is required; the rest has the command's defaults (SPEC §1, §9). */
 interface PullerOpts {
   /** The image reference: `[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]`. */ url: string;
   scheme?: "https" | "http";
   /** Platform wanted, in Go's words; the default is this machine's. */
-  osType?: string; archType?: string; variant?: string;
-  username?: string; password?: string;
+  osType?: string;
+  archType?: string;
+  variant?: string;
+  username?: string;
+  password?: string;
   /** An outside token (ECR's), sent as `Authorization: Basic TOKEN`. */ token?: string;
   /** Paths of PEM files: client certificate and key, and additional certificate authorities. */
-  tlsCert?: string; tlsKey?: string; caCert?: string;
+  tlsCert?: string;
+  tlsKey?: string;
+  caCert?: string;
   /** Does not verify the server's certificate. */ insecure?: boolean;
   /** The upstream registry that a mirror stands for: `?ns=HOST`. */ namespace?: string;
   /** Connections used at once; default 8, at most 64. */ concurrency?: number;
@@ -93,35 +117,78 @@ interface PullerOpts {
   /** How long a connection may be silent, in milliseconds; default 30000. */ timeoutMs?: number;
   signal?: AbortSignal;
   onProgress?: (progress: Progress) => void;
-  /** One line each: a retry, a fallback, a layer that some loaders refuse. */ onWarning?: (message: string) => void;
+  /** One line each: a retry, a fallback, a layer that some loaders refuse. */ onWarning?: (
+    message: string,
+  ) => void;
 }
 /** Bytes are of blobs, before any tar header; `doneBytes` never falls, and equals `totalBytes` at the end. */
 interface Progress {
-  phase: "resolve" | "fetch" | "finish"; doneBytes: number; totalBytes: number; blobsDone: number; blobsTotal: number;
+  phase: "resolve" | "fetch" | "finish";
+  doneBytes: number;
+  totalBytes: number;
+  blobsDone: number;
+  blobsTotal: number;
 }
 /** What DEST now holds. `digest` is the manifest's (the index's when every platform was asked for); `platform` is
  *  `os/architecture[/variant]`, `all`, or empty for what is not an image; `sizeBytes` is DEST's (in a directory: of the
  *  blobs), `fetchedBytes` what came over the line as blobs: the rest was there already. */
 interface PullResult {
-  name: string; digest: string; platform: string; layers: number; sizeBytes: number; fetchedBytes: number;
+  name: string;
+  digest: string;
+  platform: string;
+  layers: number;
+  sizeBytes: number;
+  fetchedBytes: number;
 }
 /** A manifest as the registry sent it. `bytes` has the digest; `manifest` is the parsed JSON. */
-interface ManifestHolder { mediaType: string; digest: string; bytes: Uint8Array; manifest: unknown; imageUrl: string }
+interface ManifestHolder {
+  mediaType: string;
+  digest: string;
+  bytes: Uint8Array;
+  manifest: unknown;
+  imageUrl: string;
+}
 type ErrorCode =
-  | "BAD_REFERENCE" | "BAD_OPTION" | "NOT_FOUND" | "UNAUTHORIZED" | "FORBIDDEN" | "RATE_LIMITED" | "NO_PLATFORM"
-  | "NOT_AN_IMAGE" | "UNSUPPORTED" | "TOO_LARGE" | "DIGEST_MISMATCH" | "SIZE_MISMATCH" | "PROTOCOL" | "NETWORK"
-  | "TIMEOUT" | "TLS" | "CREDENTIALS" | "PROXY" | "DISK" | "BAD_TAR" | "ABORTED";
+  | "BAD_REFERENCE"
+  | "BAD_OPTION"
+  | "NOT_FOUND"
+  | "UNAUTHORIZED"
+  | "FORBIDDEN"
+  | "RATE_LIMITED"
+  | "NO_PLATFORM"
+  | "NOT_AN_IMAGE"
+  | "UNSUPPORTED"
+  | "TOO_LARGE"
+  | "DIGEST_MISMATCH"
+  | "SIZE_MISMATCH"
+  | "PROTOCOL"
+  | "NETWORK"
+  | "TIMEOUT"
+  | "TLS"
+  | "CREDENTIALS"
+  | "PROXY"
+  | "DISK"
+  | "BAD_TAR"
+  | "ABORTED";
 
 // ====== 3. Errors ======
 // One class with a code. The message is what failed, then the request and the registry's words, then the remedy.
-interface ErrorDetails { status?: number | undefined; retryAfterMs?: number | undefined; cause?: unknown }
+interface ErrorDetails {
+  status?: number | undefined;
+  retryAfterMs?: number | undefined;
+  cause?: unknown;
+}
 /** The only error thrown on purpose; anything else is a bug. `status` is the HTTP status, where there was one. */
 class ImgpullError extends Error {
   override readonly name = "ImgpullError";
   readonly code!: ErrorCode;
   readonly status?: number;
   /** @internal How long the server asks us to stay away. */ readonly retryAfterMs?: number;
-  constructor(code: ErrorCode, message: string, more: { status?: number | undefined; cause?: unknown } = {}) {
+  constructor(
+    code: ErrorCode,
+    message: string,
+    more: { status?: number | undefined; cause?: unknown } = {},
+  ) {
     const { cause, ...details } = more;
     super(message, cause === undefined ? undefined : { cause });
     Object.assign(this, { code, ...details });
@@ -130,18 +197,23 @@ class ImgpullError extends Error {
 function fail(code: ErrorCode, message: string, details?: ErrorDetails): never {
   throw new ImgpullError(code, message, details);
 }
-const errorCodeOf = (error: unknown): string => String((error as { code?: unknown } | undefined)?.code ?? "");
+const errorCodeOf = (error: unknown): string =>
+  String((error as { code?: unknown } | undefined)?.code ?? "");
 /** Text from outside, fit for a terminal: no control characters or escapes, no line breaks, bounded. */
 function printable(text: string, maximum = 300): string {
   // C0, DEL, C1, and the bidirectional and line controls that reorder what a person reads.
-  const clean = text.replace(/[\u0000-\u001f\u007f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]+/g, " ").trim();
+  const clean = text
+    .replace(/[\u0000-\u001f\u007f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]+/g, " ")
+    .trim();
   return clean.length > maximum ? `${clean.slice(0, maximum)}…` : clean;
 }
 /** A URL without user, password and query (which may be a signature); `?ns=` is ours and is kept. */
 function redactUrl(url: URL | string): string {
   const { protocol, host, pathname, searchParams } = new URL(url);
   const namespace = searchParams.get("ns");
-  return printable(`${protocol}//${host}${pathname}${namespace === null ? "" : `?ns=${namespace}`}`);
+  return printable(
+    `${protocol}//${host}${pathname}${namespace === null ? "" : `?ns=${namespace}`}`,
+  );
 }
 /** What Node says of a connection that failed, in our codes, with the remedy where one is known. */
 function connectionError(error: unknown, doing: string): ImgpullError {
@@ -150,32 +222,55 @@ function connectionError(error: unknown, doing: string): ImgpullError {
   const code = errorCodeOf(error);
   const said = printable(cause.message || cause.errors?.[0]?.message || code); // happy eyeballs: one for each address
   if (cause.name === "AbortError") return new ImgpullError("ABORTED", "stopped", { cause });
-  const strange = "its certificate authority is not known here: --cacert FILE gives it, --insecure goes without";
+  const strange =
+    "its certificate authority is not known here: --cacert FILE gives it, --insecure goes without";
   const known: [words: RegExp, kind: ErrorCode, said: string][] = [
     // An https client that meets plain HTTP reads "HTTP/1.1" as a TLS record of an absurd version or length.
-    [/wrong version number|packet length too long|unknown protocol|record layer failure/i, "TLS",
-      "the server answers plain HTTP on this port\n  try --scheme http"],
+    [
+      /wrong version number|packet length too long|unknown protocol|record layer failure/i,
+      "TLS",
+      "the server answers plain HTTP on this port\n  try --scheme http",
+    ],
     [/^(UNABLE_TO|SELF_SIGNED|DEPTH_ZERO)/, "TLS", `${said}\n  ${strange}`],
-    [/certificate required|bad certificate|handshake failure/i, "TLS",
-      `${said}\n  it may want a client certificate: --cert FILE --key FILE`],
-    [/^(CERT_|INVALID_|ERR_TLS|ERR_SSL|EPROTO)/, "TLS", said], [/^ENOTFOUND/, "NETWORK", "no such host"],
-    [/^ECONNRESET/, "NETWORK", "connection lost"], [/^ECONNREFUSED/, "NETWORK", "connection refused"],
+    [
+      /certificate required|bad certificate|handshake failure/i,
+      "TLS",
+      `${said}\n  it may want a client certificate: --cert FILE --key FILE`,
+    ],
+    [/^(CERT_|INVALID_|ERR_TLS|ERR_SSL|EPROTO)/, "TLS", said],
+    [/^ENOTFOUND/, "NETWORK", "no such host"],
+    [/^ECONNRESET/, "NETWORK", "connection lost"],
+    [/^ECONNREFUSED/, "NETWORK", "connection refused"],
   ];
-  const [, kind, words] = known.find(([pattern]) => pattern.test(`${code} ${said}`)) ?? [/^/, "NETWORK", said];
+  const [, kind, words] = known.find(([pattern]) => pattern.test(`${code} ${said}`)) ?? [
+    /^/,
+    "NETWORK",
+    said,
+  ];
   return new ImgpullError(kind as ErrorCode, `${doing}: ${words}`, { cause });
 }
 const DISK_WORDS: Record<string, string> = {
-  ENOSPC: "the disk is full", EDQUOT: "the disk quota is used up", EROFS: "the file system is read-only",
-  EACCES: "permission denied", EPERM: "permission denied", ERR_ACCESS_DENIED: "not allowed by Node's permission model",
-  ENOENT: "no such file or directory", ENOTDIR: "a part of the path is not a directory", EISDIR: "it is a directory",
-  EFBIG: "the file system does not take a file of that size", ENAMETOOLONG: "a name in the path is too long",
+  ENOSPC: "the disk is full",
+  EDQUOT: "the disk quota is used up",
+  EROFS: "the file system is read-only",
+  EACCES: "permission denied",
+  EPERM: "permission denied",
+  ERR_ACCESS_DENIED: "not allowed by Node's permission model",
+  ENOENT: "no such file or directory",
+  ENOTDIR: "a part of the path is not a directory",
+  EISDIR: "it is a directory",
+  EFBIG: "the file system does not take a file of that size",
+  ENAMETOOLONG: "a name in the path is too long",
 };
-const diskWords = (error: unknown): string => DISK_WORDS[errorCodeOf(error)] ?? printable((error as Error).message);
+const diskWords = (error: unknown): string =>
+  DISK_WORDS[errorCodeOf(error)] ?? printable((error as Error).message);
 /** Waits for work on files; what the system refuses becomes a DISK error that says which and why. */
 function onDisk<T>(doing: string, work: Promise<T>): Promise<T> {
   return work.catch((error: NodeJS.ErrnoException) => {
     const isSystem = error.syscall !== undefined || errorCodeOf(error) === "ERR_ACCESS_DENIED";
-    throw isSystem ? new ImgpullError("DISK", `${doing}: ${diskWords(error)}`, { cause: error }) : error;
+    throw isSystem
+      ? new ImgpullError("DISK", `${doing}: ${diskWords(error)}`, { cause: error })
+      : error;
   });
 }
 
@@ -185,7 +280,8 @@ function onDisk<T>(doing: string, work: Promise<T>): Promise<T> {
 const isDigest = (text: unknown): text is string =>
   typeof text === "string" && /^(sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})$/.test(text);
 const hexOf = (digest: string): string => digest.slice(digest.indexOf(":") + 1);
-const newHash = (digest: string): Hash => load("node:crypto").createHash(digest.slice(0, digest.indexOf(":")));
+const newHash = (digest: string): Hash =>
+  load("node:crypto").createHash(digest.slice(0, digest.indexOf(":")));
 /** The digest of bytes, by the algorithm of another digest. */
 const digestOf = (bytes: Uint8Array, like = "sha256:"): string =>
   `${like.slice(0, like.indexOf(":"))}:${newHash(like).update(bytes).digest("hex")}`;
@@ -202,19 +298,27 @@ function parseJson(text: string | Buffer): unknown {
 }
 /** The values that are there: what is undefined or empty is left out. */
 const given = <T extends object>(values: T): { [K in keyof T]?: Exclude<T[K], undefined> } =>
-  Object.fromEntries(Object.entries(values).filter(([, value]) => value !== undefined && value !== "")) as never;
+  Object.fromEntries(
+    Object.entries(values).filter(([, value]) => value !== undefined && value !== ""),
+  ) as never;
 const sumOf = <T>(items: Iterable<T>, value: (item: T) => number): number =>
   Array.from(items, value).reduce((sum, each) => sum + each, 0);
 function formatBytes(bytes: number): string {
   let [value, unit] = [bytes, "B"];
-  for (const larger of ["kB", "MB", "GB", "TB"]) if (value >= 999.5) [value, unit] = [value / 1000, larger];
+  for (const larger of ["kB", "MB", "GB", "TB"])
+    if (value >= 999.5) [value, unit] = [value / 1000, larger];
   return `${unit === "B" || value >= 99.95 ? Math.round(value) : value.toFixed(1)} ${unit}`;
 }
-const counted = (count: number, noun: string): string => `${count} ${noun}${count === 1 ? "" : "s"}`;
+const counted = (count: number, noun: string): string =>
+  `${count} ${noun}${count === 1 ? "" : "s"}`;
 const formatPlatform = ({ os: system, architecture, variant }: Partial<Platform> = {}): string =>
   [system, architecture, variant].filter(Boolean).join("/");
 /** Runs at most `limit` at once, keeps the order, and lets every one end before what failed is thrown. */
-async function mapConcurrently<T, R>(items: readonly T[], limit: number, run: (item: T) => Promise<R>) {
+async function mapConcurrently<T, R>(
+  items: readonly T[],
+  limit: number,
+  run: (item: T) => Promise<R>,
+) {
   const results: PromiseSettledResult<Awaited<R>>[] = [];
   const queue = items.entries(); // all lanes take from it
   const lane = async () => {
@@ -225,9 +329,12 @@ async function mapConcurrently<T, R>(items: readonly T[], limit: number, run: (i
 }
 /** What all came to. Several things that failed are one error that names each, so that a list is mended in one go. */
 function settled<R>(results: readonly PromiseSettledResult<R>[]): R[] {
-  const failures = results.flatMap((result) => (result.status === "rejected" ? [result.reason as unknown] : []));
+  const failures = results.flatMap((result) =>
+    result.status === "rejected" ? [result.reason as unknown] : [],
+  );
   const known = failures.filter((failure) => failure instanceof ImgpullError);
-  if (known.length < failures.length) throw failures.find((failure) => !(failure instanceof ImgpullError)); // a bug
+  if (known.length < failures.length)
+    throw failures.find((failure) => !(failure instanceof ImgpullError)); // a bug
   const told = known.filter(({ code }) => code !== "ABORTED");
   const [first = known[0]] = told;
   if (!first) return results.map((result) => (result as PromiseFulfilledResult<R>).value);
@@ -248,7 +355,9 @@ function anySignal(...signals: AbortSignal[]): AbortSignal {
 type Reference = Readonly<{ host: string; repository: string; tag?: string; digest?: string }>;
 const HUB_HOSTS = ["docker.io", "index.docker.io", "registry-1.docker.io"];
 const LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?";
-const HOST = new RegExp(`^(?:${LABEL}(?:\\.${LABEL})*|\\[(?<ipv6>[0-9a-fA-F:.]+)\\])(?::(?<port>\\d{1,5}))?$`);
+const HOST = new RegExp(
+  `^(?:${LABEL}(?:\\.${LABEL})*|\\[(?<ipv6>[0-9a-fA-F:.]+)\\])(?::(?<port>\\d{1,5}))?$`,
+);
 const PATH_PART = "[a-z0-9]+(?:(?:\\.|_{1,2}|-+)[a-z0-9]+)*";
 const REPOSITORY = new RegExp(`^${PATH_PART}(?:/${PATH_PART})*$`);
 const TAG = /^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$/;
@@ -256,7 +365,12 @@ function isHost(text: string): boolean {
   const { ipv6, port = "443" } = HOST.exec(text)?.groups ?? {};
   const isPort = Number(port) >= 1 && Number(port) <= 65535;
   // A URL refuses more: 10.0.0.256, punycode that is none.
-  return HOST.test(text) && isPort && (ipv6 === undefined || net.isIPv6(ipv6)) && URL.canParse(`http://${text}`);
+  return (
+    HOST.test(text) &&
+    isPort &&
+    (ipv6 === undefined || net.isIPv6(ipv6)) &&
+    URL.canParse(`http://${text}`)
+  );
 }
 /** Throws BAD_REFERENCE with the reason; nothing is asked of any registry for a reference that cannot be right. */
 function parseReference(text: string): Reference {
@@ -269,7 +383,8 @@ function parseReference(text: string): Reference {
   const [place = "", digest, ...tooMany] = text.split("@");
   if (tooMany.length > 0) refuse("it has more than one @");
   const wanted = "sha256: and 64, or sha512: and 128 lower-case hex digits";
-  if (digest !== undefined && !isDigest(digest)) refuse(`"${printable(digest)}" is not a digest: ${wanted}`);
+  if (digest !== undefined && !isDigest(digest))
+    refuse(`"${printable(digest)}" is not a digest: ${wanted}`);
   // A first segment with a dot or a port is a host; what follows the last colon of the rest is a tag.
   const parts = /^(?:(localhost|[^/]*[.:][^/]*)\/)?(.*?)(?::([^:]*))?$/.exec(place) ?? [];
   const [, host = "docker.io", name = "", tag] = parts;
@@ -280,7 +395,8 @@ function parseReference(text: string): Reference {
   if (tag !== undefined && !TAG.test(tag)) refuse(`"${tag}" is not a tag`);
   const isHub = HUB_HOSTS.includes(host.toLowerCase());
   const repository = isHub && !name.includes("/") ? `library/${name}` : name;
-  if (host.length + repository.length + 1 > 255) refuse("host and repository are longer than 255 characters");
+  if (host.length + repository.length + 1 > 255)
+    refuse("host and repository are longer than 255 characters");
   const version = given({ tag: tag ?? (digest === undefined ? "latest" : undefined), digest });
   return { host: isHub ? "docker.io" : host, repository, ...version };
 }
@@ -305,60 +421,104 @@ const defaultDestination = ({ repository, tag, digest = "" }: Reference): string
 /** @internal */
 type Environment = Readonly<Record<string, string | undefined>>;
 /** What a pull was told, checked. `certsDirectory` is /etc/docker/certs.d, but for tests. */
-type Settings = Readonly<Omit<PullerOpts, "url" | "osType" | "archType" | "variant" | "signal">
-  & Required<Pick<PullerOpts, "scheme" | "concurrency" | "retries" | "timeoutMs">>
-  & { wanted: Partial<Platform>; environment: Environment; certsDirectory: string }>;
+type Settings = Readonly<
+  Omit<PullerOpts, "url" | "osType" | "archType" | "variant" | "signal"> &
+    Required<Pick<PullerOpts, "scheme" | "concurrency" | "retries" | "timeoutMs">> & {
+      wanted: Partial<Platform>;
+      environment: Environment;
+      certsDirectory: string;
+    }
+>;
 /** A request as its maker sees it. The registry's own origin gets client certificate and certs.d, no other does. */
 type HttpRequest = Readonly<{
-  method: string; url: URL; headers: Readonly<Record<string, string>>; body?: string; signal: AbortSignal;
-  authorizationFor: (origin: string) => Promise<string | undefined>; isRegistry: (origin: string) => boolean;
+  method: string;
+  url: URL;
+  headers: Readonly<Record<string, string>>;
+  body?: string;
+  signal: AbortSignal;
+  authorizationFor: (origin: string) => Promise<string | undefined>;
+  isRegistry: (origin: string) => boolean;
 }>;
 /** What a server answered to which header. A body is there on success only; otherwise its words were read. */
 type Answer = Readonly<{
-  status: number; headers: http.IncomingHttpHeaders; url: URL; authorization: string | undefined;
-  body?: http.IncomingMessage; words: string;
+  status: number;
+  headers: http.IncomingHttpHeaders;
+  url: URL;
+  authorization: string | undefined;
+  body?: http.IncomingMessage;
+  words: string;
 }>;
-type SendOnce = (request: HttpRequest, url: URL, headers: Record<string, string>) => Promise<http.IncomingMessage>;
-const readOptional = (file: string): Promise<string | undefined> => fs.readFile(file, "utf8").catch(() => undefined);
+type SendOnce = (
+  request: HttpRequest,
+  url: URL,
+  headers: Record<string, string>,
+) => Promise<http.IncomingMessage>;
+const readOptional = (file: string): Promise<string | undefined> =>
+  fs.readFile(file, "utf8").catch(() => undefined);
 /** Where the distributions keep their certificates, in the order in which Go's crypto/x509 looks (root_linux.go). */
 const CA_BUNDLES = [
-  "/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem",
-  "/etc/pki/tls/cacert.pem", "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem", "/etc/ssl/cert.pem",
-  "/usr/local/etc/ssl/cert.pem", "/usr/local/share/certs/ca-root-nss.crt", "/etc/openssl/certs/ca-certificates.crt",
+  "/etc/ssl/certs/ca-certificates.crt",
+  "/etc/pki/tls/certs/ca-bundle.crt",
+  "/etc/ssl/ca-bundle.pem",
+  "/etc/pki/tls/cacert.pem",
+  "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",
+  "/etc/ssl/cert.pem",
+  "/usr/local/etc/ssl/cert.pem",
+  "/usr/local/share/certs/ca-root-nss.crt",
+  "/etc/openssl/certs/ca-certificates.crt",
 ];
 const CA_DIRECTORIES = ["/etc/ssl/certs", "/etc/pki/tls/certs", "/system/etc/security/cacerts"];
 /** The system's certificate store, as Go reads it; Node's own roots only where the system has none. */
 async function systemCertificates(environment: Environment): Promise<string[]> {
-  const { SSL_CERT_FILE: file, SSL_CERT_DIR: directories, NODE_EXTRA_CA_CERTS: extra } = environment;
+  const {
+    SSL_CERT_FILE: file,
+    SSL_CERT_DIR: directories,
+    NODE_EXTRA_CA_CERTS: extra,
+  } = environment;
   let bundle = "";
   const add = (text: string | undefined) => {
-    if (text?.includes("-----BEGIN CERTIFICATE-----") && !bundle.includes(text.trim())) bundle += `${text}\n`;
+    if (text?.includes("-----BEGIN CERTIFICATE-----") && !bundle.includes(text.trim()))
+      bundle += `${text}\n`;
   };
   for (const each of file ? [file] : CA_BUNDLES) if (bundle === "") add(await readOptional(each));
-  for (const directory of directories?.split(path.delimiter) ?? (bundle === "" ? CA_DIRECTORIES : [])) {
+  for (const directory of directories?.split(path.delimiter) ??
+    (bundle === "" ? CA_DIRECTORIES : [])) {
     const names = await fs.readdir(directory).catch(() => []);
-    for (const text of await Promise.all(names.map((name) => readOptional(path.join(directory, name))))) add(text);
+    for (const text of await Promise.all(
+      names.map((name) => readOptional(path.join(directory, name))),
+    ))
+      add(text);
   }
   // macOS and Windows keep theirs in no file; Node reads them since 22.15.
   const { getCACertificates, rootCertificates } = load("node:tls") as Partial<typeof tls>;
-  if (bundle === "" && ["darwin", "win32"].includes(process.platform)) getCACertificates?.("system").forEach(add);
+  if (bundle === "" && ["darwin", "win32"].includes(process.platform))
+    getCACertificates?.("system").forEach(add);
   if (bundle === "") rootCertificates?.forEach(add);
   if (extra) add(await readOptional(extra));
   return [bundle];
 }
 async function readPem(file: string, option: string): Promise<string> {
-  const text = await fs.readFile(file, "utf8").catch((error: unknown) =>
-    fail("TLS", `cannot read ${option} ${file}: ${diskWords(error)}`));
+  const text = await fs
+    .readFile(file, "utf8")
+    .catch((error: unknown) => fail("TLS", `cannot read ${option} ${file}: ${diskWords(error)}`));
   return text.includes("-----BEGIN ") ? text : fail("TLS", `${option} ${file} is not a PEM file`);
 }
 /** Whom a peer must be known to, and for the registry what we show it (certs.d as docker's documentation has it). */
-async function secureContextFor(url: URL, isRegistry: boolean, settings: Settings): Promise<tls.SecureContext> {
+async function secureContextFor(
+  url: URL,
+  isRegistry: boolean,
+  settings: Settings,
+): Promise<tls.SecureContext> {
   const { caCert, certsDirectory, environment } = settings;
   const { tlsCert, tlsKey }: Partial<Settings> = isRegistry ? settings : {};
   const folder = path.join(certsDirectory, url.host);
   const names = isRegistry ? (await fs.readdir(folder).catch(() => [])).sort() : [];
-  const read = (suffix: string) => Promise.all(
-    names.filter((name) => name.endsWith(suffix)).map((name) => readPem(path.join(folder, name), "certificate")));
+  const read = (suffix: string) =>
+    Promise.all(
+      names
+        .filter((name) => name.endsWith(suffix))
+        .map((name) => readPem(path.join(folder, name), "certificate")),
+    );
   const ca = await systemCertificates(environment);
   if (caCert !== undefined) ca.push(await readPem(caCert, "--cacert"));
   ca.push(...(await read(".crt")));
@@ -367,7 +527,11 @@ async function secureContextFor(url: URL, isRegistry: boolean, settings: Setting
   try {
     return load("node:tls").createSecureContext({ ca, cert, key });
   } catch (error) {
-    return fail("TLS", `cannot use the certificates given: ${printable((error as Error).message)}`, { cause: error });
+    return fail(
+      "TLS",
+      `cannot use the certificates given: ${printable((error as Error).message)}`,
+      { cause: error },
+    );
   }
 }
 /** NO_PROXY as Go and curl take it: `*`, names with subdomains, ports, addresses, CIDR blocks; loopback always. */
@@ -377,53 +541,87 @@ function isExemptFromProxy(url: URL, noProxy: string): boolean {
   const isAddress = net.isIP(host) !== 0;
   const familyOf = (address: string) => (net.isIPv6(address) ? "ipv6" : "ipv4");
   const blocks = new net.BlockList();
-  const entries = `localhost,127.0.0.0/8,::1/128,${noProxy}`.toLowerCase().split(/[\s,]+/).filter(Boolean);
+  const entries = `localhost,127.0.0.0/8,::1/128,${noProxy}`
+    .toLowerCase()
+    .split(/[\s,]+/)
+    .filter(Boolean);
   return entries.some((entry) => {
     const [block = "", bits = ""] = entry.split("/");
-    const isBlock = net.isIP(block) !== 0 && /^\d+$/.test(bits) && Number(bits) <= (net.isIPv6(block) ? 128 : 32);
+    const isBlock =
+      net.isIP(block) !== 0 && /^\d+$/.test(bits) && Number(bits) <= (net.isIPv6(block) ? 128 : 32);
     if (isBlock) blocks.addSubnet(block, Number(bits), familyOf(block));
     if (isAddress && blocks.check(host, familyOf(host))) return true;
-    const [, bracketed, bare, wantedPort] = /^(?:\[([^\]]*)\]|([^:]*)|)(?::(\d+))?$/.exec(entry) ?? ["", entry];
+    const [, bracketed, bare, wantedPort] = /^(?:\[([^\]]*)\]|([^:]*)|)(?::(\d+))?$/.exec(
+      entry,
+    ) ?? ["", entry];
     if (wantedPort !== undefined && wantedPort !== port) return false;
     const name = (bracketed ?? bare ?? "").replace(/^\*?\./, "");
-    return name === "*" || (name !== "" && (host === name || (!isAddress && host.endsWith(`.${name}`))));
+    return (
+      name === "*" || (name !== "" && (host === name || (!isAddress && host.endsWith(`.${name}`))))
+    );
   });
 }
 /** The proxy that the environment names for a URL, unless NO_PROXY exempts it. */
 function proxyFor(url: URL, environment: Environment): URL | undefined {
   const variable = (name: string) => environment[name] || environment[name.toLowerCase()] || "";
-  const name = [url.protocol === "https:" ? "HTTPS_PROXY" : "HTTP_PROXY", "ALL_PROXY"].find(variable);
+  const name = [url.protocol === "https:" ? "HTTPS_PROXY" : "HTTP_PROXY", "ALL_PROXY"].find(
+    variable,
+  );
   if (name === undefined || isExemptFromProxy(url, variable("NO_PROXY"))) return undefined;
-  const text = /^[a-z][a-z0-9+.-]*:\/\//i.test(variable(name)) ? variable(name) : `http://${variable(name)}`;
+  const text = /^[a-z][a-z0-9+.-]*:\/\//i.test(variable(name))
+    ? variable(name)
+    : `http://${variable(name)}`;
   if (!URL.canParse(text)) fail("PROXY", `${name} is not a URL`);
   const proxy = new URL(text);
   if (proxy.protocol === "http:" || proxy.protocol === "https:") return proxy;
-  return fail("PROXY", `${name}: a ${proxy.protocol}// proxy is not supported, only http:// and https:// ones are`);
+  return fail(
+    "PROXY",
+    `${name}: a ${proxy.protocol}// proxy is not supported, only http:// and https:// ones are`,
+  );
 }
 const basicAuthorization = (username: string, secret: string): string =>
   `Basic ${Buffer.from(`${username}:${secret}`, "utf8").toString("base64")}`;
-const proxyHeaders = ({ username, password }: URL): Record<string, string> => (username === "" ? {}
-  : { "Proxy-Authorization": basicAuthorization(unescape(username), unescape(password)) });
+const proxyHeaders = ({ username, password }: URL): Record<string, string> =>
+  username === ""
+    ? {}
+    : { "Proxy-Authorization": basicAuthorization(unescape(username), unescape(password)) };
 const PROXY_REMEDY = "\n  the proxy wants credentials: http://USER:PASSWORD@HOST:PORT";
 const clientFor = ({ protocol }: URL) => load(protocol === "https:" ? "node:https" : "node:http");
 const proxyName = ({ protocol, host }: URL): string => `the proxy ${protocol}//${host}`;
 /** What a proxy refuses is told in its name: the registry never saw it. */
-function proxyRefusal(proxy: URL, what: string, { statusCode: status, statusMessage = "" }: http.IncomingMessage) {
+function proxyRefusal(
+  proxy: URL,
+  what: string,
+  { statusCode: status, statusMessage = "" }: http.IncomingMessage,
+) {
   const words = `${proxyName(proxy)} refused ${what}: ${status} ${printable(statusMessage)}`;
   return new ImgpullError("PROXY", words + (status === 407 ? PROXY_REMEDY : ""), { status });
 }
 type OnConnection = (error: Error | null, socket?: net.Socket) => void;
 /** An agent's new connection: TLS inside a CONNECT tunnel (RFC 9110 §9.3.6). */
-function connectThrough(proxy: URL, options: http.RequestOptions, target: tls.ConnectionOptions, done: OnConnection) {
+function connectThrough(
+  proxy: URL,
+  options: http.RequestOptions,
+  target: tls.ConnectionOptions,
+  done: OnConnection,
+) {
   const authority = `${net.isIPv6(String(target.host)) ? `[${target.host}]` : target.host}:${target.port}`;
   const headers = { Host: authority, ...proxyHeaders(proxy) };
-  const connect = clientFor(proxy).request(proxy.origin, { ...options, method: "CONNECT", path: authority, headers });
+  const connect = clientFor(proxy).request(proxy.origin, {
+    ...options,
+    method: "CONNECT",
+    path: authority,
+    headers,
+  });
   connect.once("connect", (response, socket) => {
-    if (response.statusCode === 200) return done(null, load("node:tls").connect({ ...target, socket }));
+    if (response.statusCode === 200)
+      return done(null, load("node:tls").connect({ ...target, socket }));
     socket.destroy();
     done(proxyRefusal(proxy, `CONNECT ${authority}`, response));
   });
-  connect.once("timeout", () => connect.destroy(new ImgpullError("TIMEOUT", `${proxyName(proxy)} is silent`)));
+  connect.once("timeout", () =>
+    connect.destroy(new ImgpullError("TIMEOUT", `${proxyName(proxy)} is silent`)),
+  );
   connect.once("error", (error) => done(connectionError(error, proxyName(proxy))));
   connect.end();
 }
@@ -434,22 +632,40 @@ function createTransport(settings: Settings) {
   const { timeoutMs, environment, insecure, tlsCert, certsDirectory } = settings;
   let common: Promise<tls.SecureContext> | undefined; // to parse the system's certificates takes longer than a request
   const contextFor = async (url: URL, isRegistry: boolean) => {
-    const hasFolder = fs.access(path.join(certsDirectory, url.host)).then(() => true, () => false);
+    const hasFolder = fs.access(path.join(certsDirectory, url.host)).then(
+      () => true,
+      () => false,
+    );
     const hasOwn = isRegistry && (tlsCert !== undefined || (await hasFolder));
-    return hasOwn ? secureContextFor(url, true, settings) : (common ??= secureContextFor(url, false, settings));
+    return hasOwn
+      ? secureContextFor(url, true, settings)
+      : (common ??= secureContextFor(url, false, settings));
   };
-  const makeAgent = async (url: URL, isRegistry: boolean, proxy: URL | undefined): Promise<http.Agent> => {
+  const makeAgent = async (
+    url: URL,
+    isRegistry: boolean,
+    proxy: URL | undefined,
+  ): Promise<http.Agent> => {
     const keepAlive = { keepAlive: true, scheduling: "lifo" as const };
     const isTlsProxy = proxy?.protocol === "https:";
     // Node takes the name to verify from the Host header, which is the target's, unless it is told.
     const servername = isTlsProxy && net.isIP(proxy.hostname) === 0 ? proxy.hostname : "";
-    const proxyTls = isTlsProxy ? { secureContext: await contextFor(proxy, false), servername } : {};
-    if (url.protocol === "http:") return new (clientFor(isTlsProxy ? proxy : url).Agent)({ ...keepAlive, ...proxyTls });
+    const proxyTls = isTlsProxy
+      ? { secureContext: await contextFor(proxy, false), servername }
+      : {};
+    if (url.protocol === "http:")
+      return new (clientFor(isTlsProxy ? proxy : url).Agent)({ ...keepAlive, ...proxyTls });
     const secureContext = await contextFor(url, isRegistry);
-    const agent = new (clientFor(url).Agent)({ ...keepAlive, secureContext, rejectUnauthorized: insecure !== true });
+    const agent = new (clientFor(url).Agent)({
+      ...keepAlive,
+      secureContext,
+      rejectUnauthorized: insecure !== true,
+    });
     if (!proxy) return agent;
     const options = { ...proxyTls, agent: false, timeout: timeoutMs, signal: closing.signal };
-    return Object.assign(agent, { createConnection: connectThrough.bind(undefined, proxy, options) });
+    return Object.assign(agent, {
+      createConnection: connectThrough.bind(undefined, proxy, options),
+    });
   };
   const sendOnce: SendOnce = async (request, url, headers) => {
     const { method, signal, body } = request;
@@ -462,14 +678,25 @@ function createTransport(settings: Settings) {
     const forwarder = url.protocol === "http:" ? proxy : undefined; // plain HTTP goes to the proxy in absolute form
     const absolute = forwarder && { path: url.href };
     const added = forwarder && { Host: url.host, ...proxyHeaders(forwarder) };
-    const options = { method, signal, agent: await making, timeout: timeoutMs, headers: { ...headers, ...added } };
+    const options = {
+      method,
+      signal,
+      agent: await making,
+      timeout: timeoutMs,
+      headers: { ...headers, ...added },
+    };
     // The proxy's origin, not its URL: Node would make an Authorization header, for the registry, of its password.
-    const outgoing = clientFor(forwarder ?? url).request(forwarder?.origin ?? url, { ...options, ...absolute });
+    const outgoing = clientFor(forwarder ?? url).request(forwarder?.origin ?? url, {
+      ...options,
+      ...absolute,
+    });
     let incoming: http.IncomingMessage | undefined;
     outgoing.on("timeout", () => {
       // Silence that we asked for (the disk or the reader is slower than the line) is not the server's.
       if (incoming && incoming.readableLength > 0) return void outgoing.setTimeout(timeoutMs);
-      (incoming ?? outgoing).destroy(new ImgpullError("TIMEOUT", `${doing}: nothing came for ${timeoutMs / 1000} s`));
+      (incoming ?? outgoing).destroy(
+        new ImgpullError("TIMEOUT", `${doing}: nothing came for ${timeoutMs / 1000} s`),
+      );
     });
     outgoing.on("error", ignore).end(body); // it is met below, or by the one who reads
     // Between two requests a connection has no listener: until Node 26 an abort at that moment would end the process.
@@ -481,7 +708,8 @@ function createTransport(settings: Settings) {
       [incoming] = (await once(outgoing, "response", { signal })) as [http.IncomingMessage];
     } catch (error) {
       // A kept-alive connection that the server closed at the same moment: nothing was answered, so ask again.
-      if (outgoing.reusedSocket && errorCodeOf(error) === "ECONNRESET") return sendOnce(request, url, headers);
+      if (outgoing.reusedSocket && errorCodeOf(error) === "ECONNRESET")
+        return sendOnce(request, url, headers);
       throw connectionError(error, forwarder ? `${proxyName(forwarder)}, ${doing}` : doing);
     }
     if (!forwarder || incoming.statusCode !== 407) return incoming;
@@ -492,7 +720,11 @@ function createTransport(settings: Settings) {
     send: (request: HttpRequest) => followRedirects(request, sendOnce),
     close: () => {
       closing.abort();
-      for (const agent of agents.values()) agent.then((ready) => ready.destroy(), () => undefined);
+      for (const agent of agents.values())
+        agent.then(
+          (ready) => ready.destroy(),
+          () => undefined,
+        );
     },
   };
 }
@@ -501,19 +733,37 @@ async function followRedirects(request: HttpRequest, sendOnce: SendOnce): Promis
   let { url } = request;
   for (let hop = 0; ; hop += 1) {
     const authorization = await request.authorizationFor(url.origin);
-    const common = { "User-Agent": `imgpull/${IMGPULL_VERSION}`, "Accept-Encoding": "identity", ...request.headers };
-    const response = await sendOnce(request, url, { ...common, ...given({ Authorization: authorization }) });
-    const { statusCode: status = 0, headers, headers: { location } } = response;
+    const common = {
+      "User-Agent": `imgpull/${IMGPULL_VERSION}`,
+      "Accept-Encoding": "identity",
+      ...request.headers,
+    };
+    const response = await sendOnce(request, url, {
+      ...common,
+      ...given({ Authorization: authorization }),
+    });
+    const {
+      statusCode: status = 0,
+      headers,
+      headers: { location },
+    } = response;
     const answer = { status, headers, url, authorization, words: "" };
     if (status >= 200 && status < 300) return { ...answer, body: response };
     const isRedirect = [301, 302, 303, 307, 308].includes(status) && request.body === undefined;
-    if (!isRedirect || location === undefined) return { ...answer, words: await readWords(response) };
+    if (!isRedirect || location === undefined)
+      return { ...answer, words: await readWords(response) };
     response.on("error", () => undefined).resume();
     const from = redactUrl(url);
-    if (hop >= LIMITS.redirects) fail("PROTOCOL", `${from}: more than ${LIMITS.redirects} redirects`);
-    const next = URL.canParse(location, url) ? new URL(location, url) : fail("PROTOCOL", `${from} redirects to no URL`);
+    if (hop >= LIMITS.redirects)
+      fail("PROTOCOL", `${from}: more than ${LIMITS.redirects} redirects`);
+    const next = URL.canParse(location, url)
+      ? new URL(location, url)
+      : fail("PROTOCOL", `${from} redirects to no URL`);
     if (next.protocol !== "https:" && (next.protocol !== "http:" || url.protocol === "https:")) {
-      fail("PROTOCOL", `${from} redirects to ${redactUrl(next)}: not followed from https to ${next.protocol}`);
+      fail(
+        "PROTOCOL",
+        `${from} redirects to ${redactUrl(next)}: not followed from https to ${next.protocol}`,
+      );
     }
     url = next;
   }
@@ -529,7 +779,11 @@ function decodeBody(response: http.IncomingMessage, expectedBytes?: number): Rea
   return response.pipe(decoded.once("close", () => response.destroy()));
 }
 /** A whole body of at most `maximumBytes`; more is refused by name before it is held. */
-async function readBody(response: http.IncomingMessage, maximumBytes: number, what: string): Promise<Buffer> {
+async function readBody(
+  response: http.IncomingMessage,
+  maximumBytes: number,
+  what: string,
+): Promise<Buffer> {
   const checkSize = (bytes: number) =>
     bytes <= maximumBytes || fail("TOO_LARGE", `${what} is larger than ${maximumBytes} bytes`);
   const chunks: Buffer[] = [];
@@ -549,34 +803,51 @@ async function readBody(response: http.IncomingMessage, maximumBytes: number, wh
 /** The registry's own words: `errors[]` of the distribution specification, a token service's, or plain text. */
 async function readWords(response: http.IncomingMessage): Promise<string> {
   const reading = readBody(response, LIMITS.errorBodyBytes, "the error's body");
-  const body = await reading.catch((error: ImgpullError) => (error.code === "ABORTED" ? Promise.reject(error) : ""));
+  const body = await reading.catch((error: ImgpullError) =>
+    error.code === "ABORTED" ? Promise.reject(error) : "",
+  );
   const json = parseJson(body);
   if (!isRecord(json)) return /^\s*</.test(String(body)) ? "" : printable(String(body));
   const [first] = Array.isArray(json.errors) ? (json.errors as unknown[]) : [];
   const { code, message } = isRecord(first) ? first : {};
   const words = [code, message, json.details, json.message, json.error_description, json.error];
-  return printable(words.filter((word) => typeof word === "string" && word !== "").slice(0, 2).join(": "));
+  return printable(
+    words
+      .filter((word) => typeof word === "string" && word !== "")
+      .slice(0, 2)
+      .join(": "),
+  );
 }
 
 // ====== 7. Retry ======
 // Pure but for the clock, which tests replace. Only known passing faults are retried; a bug never is. SPEC §6.
-const sleep = (waitMs: number, signal: AbortSignal): Promise<unknown> => delay(waitMs, undefined, { signal });
+const sleep = (waitMs: number, signal: AbortSignal): Promise<unknown> =>
+  delay(waitMs, undefined, { signal });
 const systemClock = { now: Date.now, random: Math.random, sleep };
 /** Retry-After is seconds or a date (RFC 9110 §10.2.3). */
 function parseRetryAfter(value = "", now: number): number | undefined {
-  const waitMs = /^\s*\d+\s*$/.test(value) ? Number(value) * 1000 : Math.max(0, Date.parse(value) - now);
+  const waitMs = /^\s*\d+\s*$/.test(value)
+    ? Number(value) * 1000
+    : Math.max(0, Date.parse(value) - now);
   return Number.isNaN(waitMs) ? undefined : waitMs;
 }
 function isRetriable(error: unknown): error is ImgpullError {
   if (!(error instanceof ImgpullError)) return false;
   const { code, status = 0, retryAfterMs } = error;
   // A name that does not exist is a typo, and what Node's permission model refuses stays refused.
-  if (code === "NETWORK") return !["ENOTFOUND", "ERR_ACCESS_DENIED"].includes(errorCodeOf(error.cause));
-  if (/^(TIMEOUT|RATE_LIMITED|(DIGEST|SIZE)_MISMATCH)$/.test(code) || retryAfterMs !== undefined) return true;
+  if (code === "NETWORK")
+    return !["ENOTFOUND", "ERR_ACCESS_DENIED"].includes(errorCodeOf(error.cause));
+  if (/^(TIMEOUT|RATE_LIMITED|(DIGEST|SIZE)_MISMATCH)$/.test(code) || retryAfterMs !== undefined)
+    return true;
   return status === 408 || status === 425 || (status >= 500 && status !== 501 && status !== 505);
 }
 /** How long to wait before the next attempt; undefined where there is none. `failures` counts those so far. */
-function retryDelayMs(error: unknown, failures: number, retries: number, random: number): number | undefined {
+function retryDelayMs(
+  error: unknown,
+  failures: number,
+  retries: number,
+  random: number,
+): number | undefined {
   if (!isRetriable(error)) return undefined;
   const { code, retryAfterMs = 0 } = error;
   const most = code.endsWith("_MISMATCH") ? Math.min(1, retries) : retries;
@@ -586,12 +857,25 @@ function retryDelayMs(error: unknown, failures: number, retries: number, random:
 }
 /** What one pull has in common: the challenge of each origin, a Registry (and so a token) for each repository. */
 type Session = Readonly<{
-  settings: Settings; transport: ReturnType<typeof createTransport>; clock: typeof systemClock; signal: AbortSignal;
-  challenges: Map<string, readonly Challenge[]>; registries: Map<string, Registry>; warn: (message: string) => void;
+  settings: Settings;
+  transport: ReturnType<typeof createTransport>;
+  clock: typeof systemClock;
+  signal: AbortSignal;
+  challenges: Map<string, readonly Challenge[]>;
+  registries: Map<string, Registry>;
+  warn: (message: string) => void;
 }>;
 /** Runs `attempt` until it succeeds. `gotOn` says whether the failed one brought us forward: the count starts anew. */
-async function withRetries<T>(session: Session, attempt: () => Promise<T>, gotOn = () => false): Promise<T> {
-  const { clock, settings: { retries }, signal } = session;
+async function withRetries<T>(
+  session: Session,
+  attempt: () => Promise<T>,
+  gotOn = () => false,
+): Promise<T> {
+  const {
+    clock,
+    settings: { retries },
+    signal,
+  } = session;
   for (let failures = 1; ; failures += 1) {
     try {
       return await attempt();
@@ -601,8 +885,12 @@ async function withRetries<T>(session: Session, attempt: () => Promise<T>, gotOn
       const waitMs = retryDelayMs(error, failures, retries, clock.random());
       if (waitMs === undefined) throw error;
       const [said] = (error as Error).message.split("\n");
-      session.warn(`${said}; trying again in ${(waitMs / 1000).toFixed(1)} s (${failures} of ${retries})`);
-      await clock.sleep(waitMs, signal).catch((cause: unknown) => fail("ABORTED", "stopped", { cause }));
+      session.warn(
+        `${said}; trying again in ${(waitMs / 1000).toFixed(1)} s (${failures} of ${retries})`,
+      );
+      await clock
+        .sleep(waitMs, signal)
+        .catch((cause: unknown) => fail("ABORTED", "stopped", { cause }));
     }
   }
 }
@@ -610,8 +898,14 @@ async function withRetries<T>(session: Session, attempt: () => Promise<T>, gotOn
 // ====== 8. Credentials and tokens ======
 // Challenges (RFC 9110 §11.6.1), docker's and podman's files, helpers, the distribution token protocol. SPEC §6, §7.
 // Invariant: a credential is for one registry; it goes there and to the token endpoint which that registry names.
-interface Challenge { readonly scheme: string; readonly parameters: Record<string, string> }
-interface Authorization { readonly header: string; readonly expiresAt: number }
+interface Challenge {
+  readonly scheme: string;
+  readonly parameters: Record<string, string>;
+}
+interface Authorization {
+  readonly header: string;
+  readonly expiresAt: number;
+}
 /** Every challenge of every header line: commas separate both parameters and challenges, and may be inside quotes. */
 function parseChallenges(lines: readonly string[]): Challenge[] {
   const challenges: Challenge[] = [];
@@ -621,7 +915,8 @@ function parseChallenges(lines: readonly string[]): Challenge[] {
     const current = challenges.at(-1)?.parameters;
     if (value === undefined && (match.index === 0 || separator.includes(","))) {
       challenges.push({ scheme: name.toLowerCase(), parameters: {} });
-    } else if (current && value !== undefined && !/^=*$/.test(value)) { // otherwise a token68, as Negotiate sends
+    } else if (current && value !== undefined && !/^=*$/.test(value)) {
+      // otherwise a token68, as Negotiate sends
       current[name.toLowerCase()] ??= value.replace(/^"|"$/g, "").replace(/\\(.)/g, "$1");
     }
   }
@@ -629,98 +924,173 @@ function parseChallenges(lines: readonly string[]): Challenge[] {
 }
 /** `stored` ones come from a file or a helper: where they are refused, a public image can still be pulled. */
 type Credential = Readonly<{
-  kind: "basic" | "identity" | "bearer"; username: string; secret: string; source: string; stored: boolean;
+  kind: "basic" | "identity" | "bearer";
+  username: string;
+  secret: string;
+  source: string;
+  stored: boolean;
 }>;
 /** A credential file's key as host[/path]: docker writes URLs with /v1/, podman writes paths. */
 function normalizeAuthKey(key: string): string {
-  const [host = "", ...rest] = key.replace(/^https?:\/\//, "").replace(/\/(v1|v2)?\/?$/, "").split("/");
+  const [host = "", ...rest] = key
+    .replace(/^https?:\/\//, "")
+    .replace(/\/(v1|v2)?\/?$/, "")
+    .split("/");
   return [HUB_HOSTS.includes(host) ? "docker.io" : host, ...rest].join("/");
 }
 /** An entry of `auths`; undefined where it is empty. */
 function decodeAuthEntry(entry: Record<string, unknown>, source: string): Credential | undefined {
   const text = (name: string) => (typeof entry[name] === "string" ? entry[name] : "");
   const decoded = Buffer.from(text("auth"), "base64").toString("utf8").replace(/\0+$/, "");
-  if (text("auth") && !decoded.includes(":")) fail("CREDENTIALS", `${source}: "auth" is not USER:PASSWORD in base64`);
-  const [, username = text("username"), password = text("password")] = /^([^:]*):([^]*)$/.exec(decoded) ?? [];
+  if (text("auth") && !decoded.includes(":"))
+    fail("CREDENTIALS", `${source}: "auth" is not USER:PASSWORD in base64`);
+  const [, username = text("username"), password = text("password")] =
+    /^([^:]*):([^]*)$/.exec(decoded) ?? [];
   const [identity, bearer] = [text("identitytoken"), text("registrytoken")];
-  if (/[^\x21-\x7e]/.test(bearer)) fail("CREDENTIALS", `${source}: its "registrytoken" fits no header`);
+  if (/[^\x21-\x7e]/.test(bearer))
+    fail("CREDENTIALS", `${source}: its "registrytoken" fits no header`);
   const kind = identity ? "identity" : bearer ? "bearer" : "basic";
   const secret = identity || bearer || password;
-  return username === "" && secret === "" ? undefined : { kind, username, secret, source, stored: true };
+  return username === "" && secret === ""
+    ? undefined
+    : { kind, username, secret, source, stored: true };
 }
 /** docker-credential-NAME: the server on stdin, JSON on stdout (docker/docker-credential-helpers). */
-function runCredentialHelper(name: string, input: string, environment: Environment): Credential | undefined {
+function runCredentialHelper(
+  name: string,
+  input: string,
+  environment: Environment,
+): Credential | undefined {
   const source = `docker-credential-${name}`;
-  const refuse = (reason: string): never => fail("CREDENTIALS", `the credential helper ${printable(source)} ${reason}`);
+  const refuse = (reason: string): never =>
+    fail("CREDENTIALS", `the credential helper ${printable(source)} ${reason}`);
   if (!/^[\w.+-]+$/.test(name)) refuse("has a name that is not one");
   const options = { input, env: { ...environment }, timeout: 60_000, maxBuffer: LIMITS.tokenBytes };
-  const run = load("node:child_process").spawnSync(source, ["get"], { ...options, encoding: "utf8" });
+  const run = load("node:child_process").spawnSync(source, ["get"], {
+    ...options,
+    encoding: "utf8",
+  });
   const { status, stdout, stderr, error } = run;
-  if (error) refuse(`cannot be run: ${errorCodeOf(error) === "ENOENT" ? "it is not on the PATH" : errorCodeOf(error)}`);
+  if (error)
+    refuse(
+      `cannot be run: ${errorCodeOf(error) === "ENOENT" ? "it is not on the PATH" : errorCodeOf(error)}`,
+    );
   const words = printable(stdout || stderr) || `exit code ${status}`;
-  if (status !== 0) return /credentials not found/i.test(words) ? undefined : refuse(`failed: ${words}`);
+  if (status !== 0)
+    return /credentials not found/i.test(words) ? undefined : refuse(`failed: ${words}`);
   const answer = parseJson(stdout) ?? refuse("answered what is not JSON");
   const { Username: username = "", Secret: secret } = answer as Record<string, unknown>;
-  if (typeof username !== "string" || typeof secret !== "string") return refuse("answered without a Secret");
-  return decodeAuthEntry(username === "<token>" ? { identitytoken: secret } : { username, password: secret }, source);
+  if (typeof username !== "string" || typeof secret !== "string")
+    return refuse("answered without a Secret");
+  return decodeAuthEntry(
+    username === "<token>" ? { identitytoken: secret } : { username, password: secret },
+    source,
+  );
 }
 /** The credential that one file has for a repository: its helper, its store, or the longest path in `auths`. */
-function credentialIn(text: string, source: string, { host, repository }: Reference, environment: Environment) {
+function credentialIn(
+  text: string,
+  source: string,
+  { host, repository }: Reference,
+  environment: Environment,
+) {
   const file = parseJson(text);
   if (!isRecord(file)) return fail("CREDENTIALS", `${source} is not a JSON object`);
-  const bestIn = (entries: unknown, isUsable: (value: unknown) => boolean): unknown => Object.entries(entries ?? {})
-    .filter(([key, value]) => isUsable(value) && `${host}/${repository}/`.startsWith(`${normalizeAuthKey(key)}/`))
-    .sort(([left], [right]) => normalizeAuthKey(right).length - normalizeAuthKey(left).length)[0]?.[1];
+  const bestIn = (entries: unknown, isUsable: (value: unknown) => boolean): unknown =>
+    Object.entries(entries ?? {})
+      .filter(
+        ([key, value]) =>
+          isUsable(value) && `${host}/${repository}/`.startsWith(`${normalizeAuthKey(key)}/`),
+      )
+      .sort(
+        ([left], [right]) => normalizeAuthKey(right).length - normalizeAuthKey(left).length,
+      )[0]?.[1];
   const helper = bestIn(file.credHelpers, (value) => typeof value === "string") ?? file.credsStore;
   const server = host === "docker.io" ? "https://index.docker.io/v1/" : host;
-  const found = helper && typeof helper === "string" ? runCredentialHelper(helper, server, environment) : undefined;
+  const found =
+    helper && typeof helper === "string"
+      ? runCredentialHelper(helper, server, environment)
+      : undefined;
   const entry = bestIn(file.auths, (value) => isRecord(value) && Object.keys(value).length > 0);
   return found ?? (isRecord(entry) ? decodeAuthEntry(entry, source) : undefined);
 }
 /** SPEC §7's order. Every place is tried, and the first that knows the registry is taken. */
-async function findCredential({ environment, token, username, password = "" }: Settings, reference: Reference) {
-  const { HOME: home = os.homedir(), DOCKER_CONFIG, XDG_RUNTIME_DIR, REGISTRY_AUTH_FILE } = environment;
+async function findCredential(
+  { environment, token, username, password = "" }: Settings,
+  reference: Reference,
+) {
+  const {
+    HOME: home = os.homedir(),
+    DOCKER_CONFIG,
+    XDG_RUNTIME_DIR,
+    REGISTRY_AUTH_FILE,
+  } = environment;
   const option = { kind: "basic", username: username ?? "", stored: false } as const;
   if (token !== undefined) return { ...option, secret: token, source: "--token" };
-  if (username !== undefined) return { ...option, secret: password, source: "--user and --password" };
-  const inText = (source: string, text = "") => text && credentialIn(text, source, reference, environment);
-  const inFile = async (file = "", isNamed = false) => file && inText(file, await readCredentialFile(file, isNamed));
-  return (await inFile(REGISTRY_AUTH_FILE, true)) || inText("DOCKER_AUTH_CONFIG", environment.DOCKER_AUTH_CONFIG)
-    || (await inFile(path.join(DOCKER_CONFIG || path.join(home, ".docker"), "config.json")))
-    || (await inFile(XDG_RUNTIME_DIR && path.join(XDG_RUNTIME_DIR, "containers/auth.json")))
-    || (await inFile(path.join(home, ".config/containers/auth.json"))) || undefined;
+  if (username !== undefined)
+    return { ...option, secret: password, source: "--user and --password" };
+  const inText = (source: string, text = "") =>
+    text && credentialIn(text, source, reference, environment);
+  const inFile = async (file = "", isNamed = false) =>
+    file && inText(file, await readCredentialFile(file, isNamed));
+  return (
+    (await inFile(REGISTRY_AUTH_FILE, true)) ||
+    inText("DOCKER_AUTH_CONFIG", environment.DOCKER_AUTH_CONFIG) ||
+    (await inFile(path.join(DOCKER_CONFIG || path.join(home, ".docker"), "config.json"))) ||
+    (await inFile(XDG_RUNTIME_DIR && path.join(XDG_RUNTIME_DIR, "containers/auth.json"))) ||
+    (await inFile(path.join(home, ".config/containers/auth.json"))) ||
+    undefined
+  );
 }
 /** Undefined where there is none; the one that REGISTRY_AUTH_FILE names has to be there. */
 async function readCredentialFile(file: string, isNamed: boolean): Promise<string | undefined> {
   const what = isNamed ? `REGISTRY_AUTH_FILE names ${file}` : `the credential file ${file}`;
   try {
-    if ((await fs.stat(file)).size <= LIMITS.credentialFileBytes) return await fs.readFile(file, "utf8");
+    if ((await fs.stat(file)).size <= LIMITS.credentialFileBytes)
+      return await fs.readFile(file, "utf8");
   } catch (cause) {
-    if (!isNamed && ["ENOENT", "ENOTDIR", "ERR_ACCESS_DENIED"].includes(errorCodeOf(cause))) return undefined;
+    if (!isNamed && ["ENOENT", "ENOTDIR", "ERR_ACCESS_DENIED"].includes(errorCodeOf(cause)))
+      return undefined;
     fail("CREDENTIALS", `${what}: ${diskWords(cause)}`, { cause });
   }
   return fail("CREDENTIALS", `${what}: too large for a credential file`);
 }
 /** A token for one repository (distribution specification, "Token Authentication"; OAuth2 for identity tokens). */
 async function fetchToken(
-  session: Session, origin: string, asked: Record<string, string>, isRegistry: boolean, credential?: Credential,
+  session: Session,
+  origin: string,
+  asked: Record<string, string>,
+  isRegistry: boolean,
+  credential?: Credential,
 ) {
   const { realm = "", service, scope } = asked;
-  if (realm === "" || !URL.canParse(realm, origin)) fail("PROTOCOL", `${origin} names no usable realm for its tokens`);
+  if (realm === "" || !URL.canParse(realm, origin))
+    fail("PROTOCOL", `${origin} names no usable realm for its tokens`);
   const url = new URL(realm, origin);
   const where = redactUrl(url);
   const isSafe = ["https:", new URL(origin).protocol].includes(url.protocol);
-  if (!isSafe) fail("PROTOCOL", `${origin} names the token endpoint ${where}: not over ${url.protocol}`);
+  if (!isSafe)
+    fail("PROTOCOL", `${origin} names the token endpoint ${where}: not over ${url.protocol}`);
   const query = given({ service, scope });
-  const ask = (method: string, authorization: string | undefined, body?: string) => session.transport.send({
-    method, url, signal: session.signal, ...given({ body }),
-    headers: body === undefined ? {} : { "Content-Type": "application/x-www-form-urlencoded" },
-    authorizationFor: async (each) => (each === url.origin ? authorization : undefined),
-    isRegistry: (each) => each === origin && isRegistry,
-  });
+  const ask = (method: string, authorization: string | undefined, body?: string) =>
+    session.transport.send({
+      method,
+      url,
+      signal: session.signal,
+      ...given({ body }),
+      headers: body === undefined ? {} : { "Content-Type": "application/x-www-form-urlencoded" },
+      authorizationFor: async (each) => (each === url.origin ? authorization : undefined),
+      isRegistry: (each) => each === origin && isRegistry,
+    });
   const { kind, username, secret = "" } = credential ?? {};
-  const grant = { ...query, grant_type: "refresh_token", client_id: "imgpull", refresh_token: secret };
-  let answer = kind === "identity" ? await ask("POST", undefined, `${new URLSearchParams(grant)}`) : undefined;
+  const grant = {
+    ...query,
+    grant_type: "refresh_token",
+    client_id: "imgpull",
+    refresh_token: secret,
+  };
+  let answer =
+    kind === "identity" ? await ask("POST", undefined, `${new URLSearchParams(grant)}`) : undefined;
   // Services that know no POST say so in many ways; a redirect would want the secret sent elsewhere.
   if (!answer || /^(3..|40[0145])$/.test(`${answer.status}`)) {
     for (const [name, value] of Object.entries(query)) url.searchParams.set(name, value);
@@ -731,19 +1101,39 @@ async function fetchToken(
   const json = parseJson(await readBody(answer.body, LIMITS.tokenBytes, `the token of ${where}`));
   const { token, access_token: accessToken, expires_in: seconds } = isRecord(json) ? json : {};
   const text = token || accessToken;
-  if (typeof text !== "string" || !/^[\x21-\x7e]+$/.test(text)) fail("PROTOCOL", `${where} answered without a token`);
+  if (typeof text !== "string" || !/^[\x21-\x7e]+$/.test(text))
+    fail("PROTOCOL", `${where} answered without a token`);
   const lifeMs = Math.max(LIMITS.tokenFloorMs, typeof seconds === "number" ? seconds * 1000 : 0);
   return { header: `Bearer ${text}`, expiresAt: session.clock.now() + lifeMs };
 }
 const STORAGE_HOST = "the storage host";
 /** What a status means, with the words of the one who said it. */
-function statusError({ status, words, headers, url }: Answer, now: number, who: string): ImgpullError {
-  const codes = { 401: "UNAUTHORIZED", 403: "FORBIDDEN", 404: "NOT_FOUND", 407: "PROXY", 429: "RATE_LIMITED" } as const;
-  const waitMs = status === 429 || status >= 500 ? parseRetryAfter(headers["retry-after"], now) : undefined;
-  const when = waitMs === undefined ? "try again later"
-    : `come back in ${Math.ceil(waitMs / 1000)} s, at ${new Date(now + Math.min(waitMs, 1e12)).toISOString()}`;
-  const remedy = status === 429 ? `\n  too many requests: ${when}` : status === 407 ? PROXY_REMEDY
-    : /HTTP request (was sent )?to (an )?HTTPS/i.test(words) ? "\n  this port is https: try without --scheme http" : "";
+function statusError(
+  { status, words, headers, url }: Answer,
+  now: number,
+  who: string,
+): ImgpullError {
+  const codes = {
+    401: "UNAUTHORIZED",
+    403: "FORBIDDEN",
+    404: "NOT_FOUND",
+    407: "PROXY",
+    429: "RATE_LIMITED",
+  } as const;
+  const waitMs =
+    status === 429 || status >= 500 ? parseRetryAfter(headers["retry-after"], now) : undefined;
+  const when =
+    waitMs === undefined
+      ? "try again later"
+      : `come back in ${Math.ceil(waitMs / 1000)} s, at ${new Date(now + Math.min(waitMs, 1e12)).toISOString()}`;
+  const remedy =
+    status === 429
+      ? `\n  too many requests: ${when}`
+      : status === 407
+        ? PROXY_REMEDY
+        : /HTTP request (was sent )?to (an )?HTTPS/i.test(words)
+          ? "\n  this port is https: try without --scheme http"
+          : "";
   const said = `${redactUrl(url)}: ${who} answered ${status}${words ? ` (${words})` : ""}${remedy}`;
   // A storage host's refusal is a signed URL that has expired: asking the registry again gives a new one.
   const isExpired = who === STORAGE_HOST && [400, 401, 403].includes(status);
@@ -753,7 +1143,11 @@ function statusError({ status, words, headers, url }: Answer, now: number, who: 
 
 // ====== 9. Registry ======
 // One repository of one registry: manifests and blobs from an offset, with whatever handshake it wants. SPEC §6.
-interface FetchedManifest { readonly mediaType: string; readonly digest: string; readonly bytes: Buffer }
+interface FetchedManifest {
+  readonly mediaType: string;
+  readonly digest: string;
+  readonly bytes: Buffer;
+}
 class Registry {
   readonly reference: Reference;
   readonly origin: string;
@@ -769,11 +1163,21 @@ class Registry {
     this.#session = session;
     this.reference = reference;
     this.origin = new URL(`${scheme}://${apiHost(reference.host)}`).origin;
-    if (token !== undefined) this.#held.set(this.origin, { header: `Basic ${token}`, expiresAt: NEVER });
+    if (token !== undefined)
+      this.#held.set(this.origin, { header: `Basic ${token}`, expiresAt: NEVER });
   }
   /** One answer with a body, after at most one handshake, one renewal and one fallback. */
-  async #request(method: string, kind: "manifest" | "blob", name: string, more: Partial<HttpRequest> = {}) {
-    const { settings: { namespace }, signal, transport } = this.#session;
+  async #request(
+    method: string,
+    kind: "manifest" | "blob",
+    name: string,
+    more: Partial<HttpRequest> = {},
+  ) {
+    const {
+      settings: { namespace },
+      signal,
+      transport,
+    } = this.#session;
     const url = new URL(`${this.origin}/v2/${this.reference.repository}/${kind}s/${name}`);
     if (namespace !== undefined) url.searchParams.set("ns", namespace);
     const headers = { Accept: MANIFEST_TYPES.join(", ") };
@@ -781,23 +1185,42 @@ class Registry {
     const isRegistry = (origin: string) => origin === this.origin;
     for (let round = 0; ; round += 1) {
       const startedAt = performance.now();
-      const answer = await transport.send({ method, url, headers, signal, authorizationFor, isRegistry, ...more });
-      if (kind === "manifest") this.latencyMs = Math.min(this.latencyMs, performance.now() - startedAt);
+      const answer = await transport.send({
+        method,
+        url,
+        headers,
+        signal,
+        authorizationFor,
+        isRegistry,
+        ...more,
+      });
+      if (kind === "manifest")
+        this.latencyMs = Math.min(this.latencyMs, performance.now() - startedAt);
       if (answer.body) return answer;
-      if (round === 3 || !(await this.#authorize(answer, round))) throw await this.#refusal(answer, kind, name);
+      if (round === 3 || !(await this.#authorize(answer, round)))
+        throw await this.#refusal(answer, kind, name);
     }
   }
   async #authorizationFor(origin: string): Promise<string | undefined> {
     const isFresh = (this.#held.get(origin)?.expiresAt ?? 0) > this.#session.clock.now();
-    const isBearer = this.#session.challenges.get(origin)?.some(({ scheme }) => scheme === "bearer");
+    const isBearer = this.#session.challenges
+      .get(origin)
+      ?.some(({ scheme }) => scheme === "bearer");
     if (isBearer && !isFresh) await this.#handshake(origin);
     return this.#held.get(origin)?.header;
   }
   /** Whether `answer` was a refusal, and another attempt may go better. */
   async #authorize(answer: Answer, round: number): Promise<boolean> {
-    const { url, url: { origin }, authorization: sent, status, headers } = answer;
+    const {
+      url,
+      url: { origin },
+      authorization: sent,
+      status,
+      headers,
+    } = answer;
     // ECR Public answers a stale token with 400, GHCR a stale credential for a public image with 403.
-    const isStale = sent !== undefined && ((status === 400 && sent.startsWith("Bearer ")) || status === 403);
+    const isStale =
+      sent !== undefined && ((status === 400 && sent.startsWith("Bearer ")) || status === 403);
     if (status !== 401 && !isStale) return false;
     if (this.#held.get(origin)?.header !== sent) return true; // another connection has renewed it meanwhile
     const challenges = parseChallenges([headers["www-authenticate"] ?? ""]);
@@ -819,14 +1242,20 @@ class Registry {
   #giveUp(credential: Credential, reason: string): void {
     this.#refused = credential;
     this.#held.delete(this.origin);
-    this.#session.warn(`the credentials of ${credential.source} were refused (${reason}); trying without any`);
+    this.#session.warn(
+      `the credentials of ${credential.source} were refused (${reason}); trying without any`,
+    );
   }
   /** Connections that are refused at the same time get one new token between them. */
   #handshake(origin: string): Promise<boolean> {
-    const renewal = this.#renewals.get(origin) ?? this.#answerChallenge(origin).then((authorization) => {
-      if (authorization) this.#held.set(origin, authorization);
-      return authorization !== undefined;
-    }).finally(() => this.#renewals.delete(origin));
+    const renewal =
+      this.#renewals.get(origin) ??
+      this.#answerChallenge(origin)
+        .then((authorization) => {
+          if (authorization) this.#held.set(origin, authorization);
+          return authorization !== undefined;
+        })
+        .finally(() => this.#renewals.delete(origin));
     this.#renewals.set(origin, renewal);
     return renewal;
   }
@@ -837,15 +1266,22 @@ class Registry {
     const { kind, username = "", secret = "" } = credential ?? {};
     const bearer = challenges.find(({ scheme }) => scheme === "bearer");
     const isBasic = kind === "basic" && challenges.some(({ scheme }) => scheme === "basic");
-    if (!bearer) return isBasic ? { header: basicAuthorization(username, secret), expiresAt: NEVER } : undefined;
+    if (!bearer)
+      return isBasic
+        ? { header: basicAuthorization(username, secret), expiresAt: NEVER }
+        : undefined;
     if (kind === "bearer") return { header: `Bearer ${secret}`, expiresAt: NEVER };
     // The target of a redirect has repositories of its own, and says which one it wants.
     const theirs = origin !== this.origin && bearer.parameters.scope;
-    const asked = { ...bearer.parameters, scope: theirs || `repository:${this.reference.repository}:pull` };
+    const asked = {
+      ...bearer.parameters,
+      scope: theirs || `repository:${this.reference.repository}:pull`,
+    };
     const asking = fetchToken(this.#session, origin, asked, origin === this.origin, credential);
     return asking.catch(async (error: ImgpullError) => {
       if (![400, 401, 403, 404].includes(error.status ?? 0)) throw error;
-      if (!credential?.stored) throw error.status === 401 || credential ? await this.#withTried(error) : error;
+      if (!credential?.stored)
+        throw error.status === 401 || credential ? await this.#withTried(error) : error;
       this.#giveUp(credential, error.message);
       return this.#answerChallenge(origin);
     });
@@ -853,10 +1289,16 @@ class Registry {
   /** The error with the word of which credentials were tried, and from where. */
   async #withTried({ code, message, status }: ImgpullError): Promise<ImgpullError> {
     const source = (this.#refused ?? (await this.#credentialFor(this.origin)))?.source;
-    const tried = this.#refused ? `the stored credentials (${source}) were refused, and so was a request without`
-      : source ? `refused: the credentials of ${source}`
-      : "no credentials were found (--user, --token, docker login); a repository that does not exist looks the same";
-    return new ImgpullError(code === "FORBIDDEN" ? code : "UNAUTHORIZED", `${message}\n  ${tried}`, { status });
+    const tried = this.#refused
+      ? `the stored credentials (${source}) were refused, and so was a request without`
+      : source
+        ? `refused: the credentials of ${source}`
+        : "no credentials were found (--user, --token, docker login); a repository that does not exist looks the same";
+    return new ImgpullError(
+      code === "FORBIDDEN" ? code : "UNAUTHORIZED",
+      `${message}\n  ${tried}`,
+      { status },
+    );
   }
   /** A refusal in the user's terms. */
   async #refusal(answer: Answer, kind: string, name: string): Promise<ImgpullError> {
@@ -867,8 +1309,14 @@ class Registry {
     const isOurs = (code === "UNAUTHORIZED" || code === "FORBIDDEN") && retryAfterMs === undefined;
     if (code !== "NOT_FOUND") return isOurs ? this.#withTried(error) : error;
     const isName = /NAME_UNKNOWN|repository name not known/i.test(answer.words);
-    const missing = isName ? `repository: ${place}` : isDigest(name) ? `${kind}: ${name}` : `tag: ${place}:${name}`;
-    const doubt = answer.headers["content-type"]?.includes("html") ? `: is ${this.reference.host} a registry?` : "";
+    const missing = isName
+      ? `repository: ${place}`
+      : isDigest(name)
+        ? `${kind}: ${name}`
+        : `tag: ${place}:${name}`;
+    const doubt = answer.headers["content-type"]?.includes("html")
+      ? `: is ${this.reference.host} a registry?`
+      : "";
     return new ImgpullError(code, `no such ${missing}\n  ${message}${doubt}`, { status });
   }
   /** A manifest or config as a whole, verified against the digest where one was asked for. */
@@ -876,47 +1324,89 @@ class Registry {
     return withRetries(this.#session, async () => {
       const { body, url, headers } = await this.#request("GET", kind, name);
       const where = redactUrl(url);
-      const bytes = await readBody(body as http.IncomingMessage, maximumBytes, `the ${kind} ${where}`);
+      const bytes = await readBody(
+        body as http.IncomingMessage,
+        maximumBytes,
+        `the ${kind} ${where}`,
+      );
       const wanted = isDigest(name) ? name : undefined;
       const told = headers["docker-content-digest"]; // of an algorithm that the registry may know it by alone
-      const digest = digestOf(bytes, wanted ?? (isDigest(told) && told === digestOf(bytes, told) ? told : undefined));
-      if (wanted && digest !== wanted) fail("DIGEST_MISMATCH", `${where}: the bytes have the digest ${digest}`);
+      const digest = digestOf(
+        bytes,
+        wanted ?? (isDigest(told) && told === digestOf(bytes, told) ? told : undefined),
+      );
+      if (wanted && digest !== wanted)
+        fail("DIGEST_MISMATCH", `${where}: the bytes have the digest ${digest}`);
       return { bytes, digest, where, type: headers["content-type"] ?? "nothing named" };
     });
   }
   async manifest(tagOrDigest: string): Promise<FetchedManifest> {
-    const { bytes, digest, where, type } = await this.#document("manifest", tagOrDigest, LIMITS.manifestBytes);
+    const { bytes, digest, where, type } = await this.#document(
+      "manifest",
+      tagOrDigest,
+      LIMITS.manifestBytes,
+    );
     const what = `this is not a manifest but ${printable(type, 80)}: is ${this.reference.host} a registry?`;
-    return { bytes, digest, mediaType: sniffMediaType(bytes, type) ?? fail("PROTOCOL", `${where}: ${what}`) };
+    return {
+      bytes,
+      digest,
+      mediaType: sniffMediaType(bytes, type) ?? fail("PROTOCOL", `${where}: ${what}`),
+    };
   }
   /** A config before its turn, where the platform stands nowhere else. */
   async config({ digest, size }: Descriptor): Promise<Buffer> {
     const { bytes, where } = await this.#document("blob", digest, LIMITS.configBytes);
-    return bytes.length === size ? bytes : fail("SIZE_MISMATCH", `${where}: ${bytes.length} bytes, not ${size}`);
+    return bytes.length === size
+      ? bytes
+      : fail("SIZE_MISMATCH", `${where}: ${bytes.length} bytes, not ${size}`);
   }
   /** What HEAD tells of a manifest; undefined where the registry leaves something out. */
-  head(tagOrDigest: string): Promise<{ mediaType: string; digest: string; size: number } | undefined> {
+  head(
+    tagOrDigest: string,
+  ): Promise<{ mediaType: string; digest: string; size: number } | undefined> {
     return withRetries(this.#session, async () => {
       const { headers, body } = await this.#request("HEAD", "manifest", tagOrDigest);
       body?.resume();
-      const { "docker-content-digest": digest, "content-length": length = "", "content-type": type = "" } = headers;
+      const {
+        "docker-content-digest": digest,
+        "content-length": length = "",
+        "content-type": type = "",
+      } = headers;
       const mediaType = MANIFEST_TYPES.find((each) => type.startsWith(each));
-      return mediaType && isDigest(digest) && +length > 0 ? { mediaType, digest, size: Number(length) } : undefined;
+      return mediaType && isDigest(digest) && +length > 0
+        ? { mediaType, digest, size: Number(length) }
+        : undefined;
     });
   }
   /** One answer, with a body, to a request for a blob's bytes [from, to). The caller checks what comes. */
-  async blob({ digest, size, urls = [] }: Descriptor, from: number, to: number, signal: AbortSignal): Promise<Answer> {
-    const headers: Record<string, string> = from === 0 && to === size ? {} : { Range: `bytes=${from}-${to - 1}` };
-    return this.#request("GET", "blob", digest, { headers, signal }).catch(async (refusal: ImgpullError) => {
-      const foreign = urls.filter((url) => URL.canParse(url) && url.startsWith("https:"));
-      const anyone = { authorizationFor: async () => undefined, isRegistry: () => false };
-      for (const url of refusal.code === "NOT_FOUND" ? foreign.map((each) => new URL(each)) : []) {
-        const answer = await this.#session.transport.send({ method: "GET", url, headers, signal, ...anyone });
-        if (answer.body) return answer;
-        refusal = statusError(answer, this.#session.clock.now(), "the foreign layer's host");
-      }
-      throw refusal;
-    });
+  async blob(
+    { digest, size, urls = [] }: Descriptor,
+    from: number,
+    to: number,
+    signal: AbortSignal,
+  ): Promise<Answer> {
+    const headers: Record<string, string> =
+      from === 0 && to === size ? {} : { Range: `bytes=${from}-${to - 1}` };
+    return this.#request("GET", "blob", digest, { headers, signal }).catch(
+      async (refusal: ImgpullError) => {
+        const foreign = urls.filter((url) => URL.canParse(url) && url.startsWith("https:"));
+        const anyone = { authorizationFor: async () => undefined, isRegistry: () => false };
+        for (const url of refusal.code === "NOT_FOUND"
+          ? foreign.map((each) => new URL(each))
+          : []) {
+          const answer = await this.#session.transport.send({
+            method: "GET",
+            url,
+            headers,
+            signal,
+            ...anyone,
+          });
+          if (answer.body) return answer;
+          refusal = statusError(answer, this.#session.clock.now(), "the foreign layer's host");
+        }
+        throw refusal;
+      },
+    );
   }
 }
 /** One for each repository of a session. */
@@ -932,56 +1422,99 @@ function sniffMediaType(bytes: Buffer, contentType = ""): string | undefined {
   if (!isRecord(json)) return undefined;
   if (typeof json.mediaType === "string") return json.mediaType;
   if (json.schemaVersion === 1) return DOCKER_SCHEMA_1;
-  const shape = Array.isArray(json.manifests) ? OCI_INDEX : isRecord(json.config) ? OCI_MANIFEST : undefined;
+  const shape = Array.isArray(json.manifests)
+    ? OCI_INDEX
+    : isRecord(json.config)
+      ? OCI_MANIFEST
+      : undefined;
   return MANIFEST_TYPES.find((type) => contentType.toLowerCase().startsWith(type)) ?? shape;
 }
 
 // ====== 10. Manifests and platforms ======
 // One shape for Docker and OCI. Everything that a registry says of digests and sizes is checked here. SPEC §3.
-interface ImageManifest { readonly kind: "image"; readonly config: Descriptor; readonly layers: readonly Descriptor[] }
-interface IndexManifest { readonly kind: "index"; readonly manifests: readonly Descriptor[] }
+interface ImageManifest {
+  readonly kind: "image";
+  readonly config: Descriptor;
+  readonly layers: readonly Descriptor[];
+}
+interface IndexManifest {
+  readonly kind: "index";
+  readonly manifests: readonly Descriptor[];
+}
 /** A descriptor whose digest and size can be relied on to be a digest and a size. */
 function parseDescriptor(value: unknown, where: string): Descriptor {
   const refuse = (reason: string): never => fail("PROTOCOL", `${where}: ${reason}`);
-  const quote = (word: unknown) => // never an object, which may be too deep for JSON.stringify
-    printable(typeof word === "object" ? "an object" : JSON.stringify(word) ?? "none", 100);
+  const quote = (
+    word: unknown, // never an object, which may be too deep for JSON.stringify
+  ) => printable(typeof word === "object" ? "an object" : (JSON.stringify(word) ?? "none"), 100);
   if (!isRecord(value)) return refuse("a descriptor is not an object");
   const { mediaType: type, digest, size, urls, platform: words } = value;
   if (!isDigest(digest)) return refuse(`${quote(digest)} is not a digest that is safe to use`);
   const isSize = typeof size === "number" && Number.isSafeInteger(size) && size >= 0;
-  if (!isSize) return refuse(`${digest} has the size ${quote(size)}, which is not a number of bytes`);
-  const isUrlList = Array.isArray(urls) && urls.length > 0 && urls.every((url) => typeof url === "string");
+  if (!isSize)
+    return refuse(`${digest} has the size ${quote(size)}, which is not a number of bytes`);
+  const isUrlList =
+    Array.isArray(urls) && urls.length > 0 && urls.every((url) => typeof url === "string");
   const platform = isRecord(words) ? parsePlatform(words) : undefined;
   const mediaType = typeof type === "string" ? type : "";
-  return { mediaType, digest, size, ...given({ urls: isUrlList ? (urls as string[]) : undefined, platform }) };
+  return {
+    mediaType,
+    digest,
+    size,
+    ...given({ urls: isUrlList ? (urls as string[]) : undefined, platform }),
+  };
 }
 function parsePlatform(value: Record<string, unknown>): Platform {
-  const word = (name: string) => (typeof value[name] === "string" ? printable(value[name], 64) : "");
-  return { os: word("os"), architecture: word("architecture"), ...given({ variant: word("variant") }) };
+  const word = (name: string) =>
+    typeof value[name] === "string" ? printable(value[name], 64) : "";
+  return {
+    os: word("os"),
+    architecture: word("architecture"),
+    ...given({ variant: word("variant") }),
+  };
 }
-function parseManifest({ bytes, mediaType }: FetchedManifest, where: string): ImageManifest | IndexManifest {
+function parseManifest(
+  { bytes, mediaType }: FetchedManifest,
+  where: string,
+): ImageManifest | IndexManifest {
   const refuse = (code: ErrorCode, reason: string): never => fail(code, `${where}: ${reason}`);
   const json = parseJson(bytes);
   if (!isRecord(json)) return refuse("PROTOCOL", "the manifest is not a JSON object");
   const { manifests, layers, schemaVersion } = json;
   const isSchema1 = schemaVersion === 1 || mediaType.startsWith(DOCKER_SCHEMA_1);
-  if (isSchema1) refuse("UNSUPPORTED", "a schema 1 manifest, which Docker itself has given up: push the image anew");
+  if (isSchema1)
+    refuse(
+      "UNSUPPORTED",
+      "a schema 1 manifest, which Docker itself has given up: push the image anew",
+    );
   const isIndex = Array.isArray(manifests);
   const isImage = isRecord(json.config) && Array.isArray(layers);
   const isOther = MANIFEST_TYPES.includes(mediaType) && INDEX_TYPES.includes(mediaType) !== isIndex;
   // One document read as two things by two readers is an attack (CVE-2021-41190).
   const isAmbiguous = isIndex === isImage || (isIndex && Array.isArray(layers)) || isOther;
-  if (isAmbiguous) refuse("PROTOCOL", `${printable(mediaType, 80)}: no manifest, or with fields of something else`);
+  if (isAmbiguous)
+    refuse(
+      "PROTOCOL",
+      `${printable(mediaType, 80)}: no manifest, or with fields of something else`,
+    );
   if (isIndex) {
-    if (manifests.length > LIMITS.indexEntries) refuse("TOO_LARGE", `more than ${LIMITS.indexEntries} entries`);
+    if (manifests.length > LIMITS.indexEntries)
+      refuse("TOO_LARGE", `more than ${LIMITS.indexEntries} entries`);
     return { kind: "index", manifests: manifests.map((entry) => parseDescriptor(entry, where)) };
   }
   const config = parseDescriptor(json.config, where);
-  if (config.size > LIMITS.configBytes) refuse("TOO_LARGE", `its config is larger than ${LIMITS.configBytes} bytes`);
+  if (config.size > LIMITS.configBytes)
+    refuse("TOO_LARGE", `its config is larger than ${LIMITS.configBytes} bytes`);
   // Docker takes these four for an image's config: registries once said so (distribution/distribution#1621).
-  const isOldLabel = ["", "text/html", "application/json", "application/octet-stream"].includes(config.mediaType);
+  const isOldLabel = ["", "text/html", "application/json", "application/octet-stream"].includes(
+    config.mediaType,
+  );
   if (mediaType === DOCKER_MANIFEST && isOldLabel) config.mediaType = CONFIG_TYPES[0] as string;
-  return { kind: "image", config, layers: (layers as unknown[]).map((layer) => parseDescriptor(layer, where)) };
+  return {
+    kind: "image",
+    config,
+    layers: (layers as unknown[]).map((layer) => parseDescriptor(layer, where)),
+  };
 }
 /** This machine, in Go's words. */
 function hostPlatform(): Platform {
@@ -991,11 +1524,19 @@ function hostPlatform(): Platform {
   const processors: Record<string, string> = { x64: "amd64", ia32: "386", mipsel: "mipsle", ppc64 };
   const { arm_version: version = "7" } = process.config.variables as { arm_version?: string };
   const variant = arch === "arm" ? `v${version}` : undefined;
-  return { os: systems[platform] ?? platform, architecture: processors[arch] ?? arch, ...given({ variant }) };
+  return {
+    os: systems[platform] ?? platform,
+    architecture: processors[arch] ?? arch,
+    ...given({ variant }),
+  };
 }
 /** Variants that serve, best first; "" is an entry without one. containerd's platforms package has the same order. */
 function acceptableVariants(architecture: string, variant: string | undefined): string[] {
-  const known = new Map([["arm", [5, 7]], ["arm64", [8, 8]], ["amd64", [1, 1]]]); // lowest tried, and what none means
+  const known = new Map([
+    ["arm", [5, 7]],
+    ["arm64", [8, 8]],
+    ["amd64", [1, 1]],
+  ]); // lowest tried, and what none means
   const [lowest = NaN, plain] = known.get(architecture) ?? [];
   const level = Number(/^v(\d{1,2})$/.exec(variant ?? `v${plain}`)?.[1]);
   if (Number.isNaN(level - lowest)) return variant === undefined ? ["", "*"] : [variant];
@@ -1003,15 +1544,25 @@ function acceptableVariants(architecture: string, variant: string | undefined): 
   const names = down.flatMap((each) => (each === plain ? [`v${each}`, ""] : [`v${each}`]));
   return variant === undefined ? ["", ...names] : names;
 }
-function matchPlatform(candidates: readonly Descriptor[], { os: system, architecture, variant }: Platform) {
-  const fitting = candidates.filter(({ platform: it }) => it?.os === system && it.architecture === architecture);
+function matchPlatform(
+  candidates: readonly Descriptor[],
+  { os: system, architecture, variant }: Platform,
+) {
+  const fitting = candidates.filter(
+    ({ platform: it }) => it?.os === system && it.architecture === architecture,
+  );
   return acceptableVariants(architecture, variant).flatMap((each) =>
-    fitting.filter(({ platform }) => each === "*" || (platform?.variant ?? "") === each))[0];
+    fitting.filter(({ platform }) => each === "*" || (platform?.variant ?? "") === each),
+  )[0];
 }
 /** The platform to look for: what was asked, the rest from this machine (whose variant goes with its processor). */
 function wantedPlatform(wanted: Partial<Platform>, host = hostPlatform()): Platform {
   const variant = wanted.variant ?? (wanted.architecture === undefined ? host.variant : undefined);
-  return { os: wanted.os ?? host.os, architecture: wanted.architecture ?? host.architecture, ...given({ variant }) };
+  return {
+    os: wanted.os ?? host.os,
+    architecture: wanted.architecture ?? host.architecture,
+    ...given({ variant }),
+  };
 }
 
 // ====== 11. Tar ======
@@ -1025,11 +1576,28 @@ function encodeUstarHeader(name: string, sizeBytes: number, type: "0" | "x"): Bu
   const header = Buffer.alloc(BLOCK);
   const octal = (value: number, digits: number) => value.toString(8).padStart(digits, "0");
   const fields: [offset: number, text: string][] = [
-    [0, name], [100, "0000644"], [108, "0000000"], [116, "0000000"], [124, octal(sizeBytes, 11)], [136, octal(0, 11)],
-    [148, " ".repeat(8)], [156, type], [257, "ustar"], [263, "00"], [329, "0000000"], [337, "0000000"],
+    [0, name],
+    [100, "0000644"],
+    [108, "0000000"],
+    [116, "0000000"],
+    [124, octal(sizeBytes, 11)],
+    [136, octal(0, 11)],
+    [148, " ".repeat(8)],
+    [156, type],
+    [257, "ustar"],
+    [263, "00"],
+    [329, "0000000"],
+    [337, "0000000"],
   ];
   for (const [offset, text] of fields) header.write(text, offset, "latin1");
-  header.write(`${octal(sumOf(header, (byte) => byte), 6)}\0`, 148, "latin1");
+  header.write(
+    `${octal(
+      sumOf(header, (byte) => byte),
+      6,
+    )}\0`,
+    148,
+    "latin1",
+  );
   return header;
 }
 /** Header of an entry; names above 100 bytes and sizes from 8 GiB need a pax extended header before it. */
@@ -1041,22 +1609,40 @@ function encodeTarHeader(name: string, sizeBytes: number): Buffer {
   };
   const isLarge = sizeBytes > 0o77777777777;
   const plain = encodeUstarHeader(name.slice(0, 100), isLarge ? 0 : sizeBytes, "0");
-  const records = (name.length > 100 ? record("path", name) : "") + (isLarge ? record("size", `${sizeBytes}`) : "");
+  const records =
+    (name.length > 100 ? record("path", name) : "") +
+    (isLarge ? record("size", `${sizeBytes}`) : "");
   if (records === "") return plain;
-  const padded = Buffer.concat([Buffer.from(records, "latin1")], records.length + paddingOf(records.length));
+  const padded = Buffer.concat(
+    [Buffer.from(records, "latin1")],
+    records.length + paddingOf(records.length),
+  );
   return Buffer.concat([encodeUstarHeader("PaxHeaders/blob", records.length, "x"), padded, plain]);
 }
 /** One image of a reference. Its config is read already where the platform had to be looked up in it. */
-interface ImageContent { readonly manifest: ImageManifest; readonly platform?: Platform; readonly configBytes?: Buffer }
+interface ImageContent {
+  readonly manifest: ImageManifest;
+  readonly platform?: Platform;
+  readonly configBytes?: Buffer;
+}
 /** What one reference came to: the manifests to keep, `top` (what index.json points at) first, and the images. */
 type ResolvedImage = Readonly<{
-  reference: Reference; name: string; registry: Registry; top: FetchedManifest; manifests: readonly FetchedManifest[];
-  contents: readonly ImageContent[]; platform: string;
+  reference: Reference;
+  name: string;
+  registry: Registry;
+  top: FetchedManifest;
+  manifests: readonly FetchedManifest[];
+  contents: readonly ImageContent[];
+  platform: string;
 }>;
 /** One file of the tar or directory. Its content is `bytes`, or a blob that `registry` has, and begins at `offset` of
  *  the tar; `lead` is the padding of the entry before and this one's header. */
 type PlanEntry = Readonly<{
-  name: string; sizeBytes: number; lead: Buffer; offset: number; bytes?: Buffer;
+  name: string;
+  sizeBytes: number;
+  lead: Buffer;
+  offset: number;
+  bytes?: Buffer;
   blob?: Readonly<{ descriptor: Descriptor; registry: Registry }>;
 }>;
 const blobPath = (digest: string): string => `blobs/${digest.replace(":", "/")}`;
@@ -1068,31 +1654,49 @@ function indexEntry({ name, top }: ResolvedImage): unknown {
 }
 /** manifest.json's entry, what `docker load` reads: one image for each name. Classic docker cannot name a digest. */
 function dockerEntry({ name, contents }: ResolvedImage): unknown {
-  const images = contents.filter(({ manifest }) => CONFIG_TYPES.includes(manifest.config.mediaType));
-  const image = images.find(({ platform }) => formatPlatform(platform) === "linux/amd64") ?? images[0];
+  const images = contents.filter(({ manifest }) =>
+    CONFIG_TYPES.includes(manifest.config.mediaType),
+  );
+  const image =
+    images.find(({ platform }) => formatPlatform(platform) === "linux/amd64") ?? images[0];
   if (!image) return undefined;
   const { config, layers } = image.manifest;
   const tags = name.includes("@") ? [] : [name];
-  return { Config: blobPath(config.digest), RepoTags: tags, Layers: layers.map(({ digest }) => blobPath(digest)) };
+  return {
+    Config: blobPath(config.digest),
+    RepoTags: tags,
+    Layers: layers.map(({ digest }) => blobPath(digest)),
+  };
 }
 /** Everything that will be in DEST, known before a byte of a layer: tar, stream and directory are made from it. Two
  *  plans with the same `id` put the same bytes at the same offsets. `omit` has the digests of layers that the receiving
  *  side holds already; those that are left out for it are `omitted`. */
 function planTar(images: readonly ResolvedImage[], omit: ReadonlySet<string> = new Set()) {
   const contents = new Map<string, Pick<PlanEntry, "sizeBytes" | "bytes" | "blob">>();
-  const addBytes = (name: string, bytes: Buffer) => contents.set(name, { sizeBytes: bytes.length, bytes });
+  const addBytes = (name: string, bytes: Buffer) =>
+    contents.set(name, { sizeBytes: bytes.length, bytes });
   const omitted = new Map<string, Descriptor>();
   addBytes("oci-layout", encodeJson({ imageLayoutVersion: "1.0.0" }));
-  addBytes("index.json", encodeJson({ schemaVersion: 2, mediaType: OCI_INDEX, manifests: images.map(indexEntry) }));
-  addBytes("manifest.json", encodeJson(images.map(dockerEntry).filter((entry) => entry !== undefined)));
+  addBytes(
+    "index.json",
+    encodeJson({ schemaVersion: 2, mediaType: OCI_INDEX, manifests: images.map(indexEntry) }),
+  );
+  addBytes(
+    "manifest.json",
+    encodeJson(images.map(dockerEntry).filter((entry) => entry !== undefined)),
+  );
   for (const { manifests, contents: parts, registry } of images) {
     for (const { digest, bytes } of manifests) addBytes(blobPath(digest), bytes);
-    for (const { manifest: { config, layers }, configBytes } of parts) {
+    for (const {
+      manifest: { config, layers },
+      configBytes,
+    } of parts) {
       for (const descriptor of [config, ...layers]) {
         const { digest, size } = descriptor;
         const name = blobPath(digest);
         const planned = contents.get(name)?.sizeBytes ?? size;
-        if (planned !== size) fail("SIZE_MISMATCH", `${digest} is said to have ${size} bytes here, ${planned} there`);
+        if (planned !== size)
+          fail("SIZE_MISMATCH", `${digest} is said to have ${size} bytes here, ${planned} there`);
         if (contents.has(name)) continue;
         if (descriptor === config && configBytes) addBytes(name, configBytes);
         else if (descriptor !== config && omit.has(digest)) omitted.set(digest, descriptor);
@@ -1104,7 +1708,10 @@ function planTar(images: readonly ResolvedImage[], omit: ReadonlySet<string> = n
   const identity = newHash("sha256:");
   let [offset, blobBytes] = [0, 0];
   for (const [name, content] of contents) {
-    const lead = Buffer.concat([Buffer.alloc(paddingOf(offset)), encodeTarHeader(name, content.sizeBytes)]);
+    const lead = Buffer.concat([
+      Buffer.alloc(paddingOf(offset)),
+      encodeTarHeader(name, content.sizeBytes),
+    ]);
     offset += lead.length;
     entries.push({ name, lead, offset, ...content });
     identity.update(lead).update(content.bytes ?? "");
@@ -1113,10 +1720,23 @@ function planTar(images: readonly ResolvedImage[], omit: ReadonlySet<string> = n
   }
   const trailer = Buffer.alloc(paddingOf(offset) + 2 * BLOCK);
   const sizeBytes = offset + trailer.length;
-  return { entries, trailer, sizeBytes, blobBytes, id: identity.digest("hex"), omitted: [...omitted.values()] };
+  return {
+    entries,
+    trailer,
+    sizeBytes,
+    blobBytes,
+    id: identity.digest("hex"),
+    omitted: [...omitted.values()],
+  };
 }
 type Plan = ReturnType<typeof planTar>;
-type TarEntry = Readonly<{ name: string; sizeBytes: number; offset: number; type: string; linkName: string }>;
+type TarEntry = Readonly<{
+  name: string;
+  sizeBytes: number;
+  offset: number;
+  type: string;
+  linkName: string;
+}>;
 /** Reads up to `length` bytes; fewer only at the end of the file. */
 async function readAt(handle: fs.FileHandle, position: number, length: number): Promise<Buffer> {
   const buffer = Buffer.allocUnsafe(length);
@@ -1144,9 +1764,12 @@ async function* readTar(handle: fs.FileHandle, where: string): AsyncGenerator<Ta
     const header = await readAt(handle, position, BLOCK);
     if (header.length < BLOCK) refuse("it ends in the middle of a header");
     if (header.every((byte) => byte === 0)) return;
-    const text = (start: number, length: number) => untilNul(header.subarray(start, start + length));
-    const octal = (start: number, length: number) => Number.parseInt(text(start, length).trim() || "0", 8);
-    const checksum = sumOf(header, (byte) => byte) - sumOf(header.subarray(148, 156), (byte) => byte - 32);
+    const text = (start: number, length: number) =>
+      untilNul(header.subarray(start, start + length));
+    const octal = (start: number, length: number) =>
+      Number.parseInt(text(start, length).trim() || "0", 8);
+    const checksum =
+      sumOf(header, (byte) => byte) - sumOf(header.subarray(148, 156), (byte) => byte - 32);
     if (octal(148, 8) !== checksum) refuse("it is not a tar, or is damaged (a header's checksum)");
     // GNU writes a size of 8 GiB and more as a big-endian number behind a set top bit.
     const isBinary = ((header[124] ?? 0) & 0x80) !== 0;
@@ -1155,7 +1778,8 @@ async function* readTar(handle: fs.FileHandle, where: string): AsyncGenerator<Ta
     const isExtension = "xgLK".includes(type);
     const sizeBytes = isExtension ? plainSize : Number(extended.size ?? plainSize);
     const offset = position + BLOCK;
-    if (!Number.isSafeInteger(sizeBytes) || sizeBytes < 0) refuse("an entry's size is not a number");
+    if (!Number.isSafeInteger(sizeBytes) || sizeBytes < 0)
+      refuse("an entry's size is not a number");
     if (offset + sizeBytes > size) refuse("it ends in the middle of an entry: it was cut off");
     position = offset + sizeBytes + paddingOf(sizeBytes);
     if (isExtension) {
@@ -1167,7 +1791,13 @@ async function* readTar(handle: fs.FileHandle, where: string): AsyncGenerator<Ta
     }
     const prefix = header.toString("latin1", 257, 263) === "ustar\0" ? text(345, 155) : "";
     const name = extended.path ?? (prefix ? `${prefix}/${text(0, 100)}` : text(0, 100));
-    yield { name: name.replace(/^\.\//, ""), sizeBytes, offset, type, linkName: extended.linkpath ?? text(157, 100) };
+    yield {
+      name: name.replace(/^\.\//, ""),
+      sizeBytes,
+      offset,
+      type,
+      linkName: extended.linkpath ?? text(157, 100),
+    };
     extended = {};
   }
 }
@@ -1185,7 +1815,8 @@ function parsePaxRecords(body: Buffer): Record<string, string> {
 }
 /** Our tars, OCI archives and new docker ones have blobs/sha256/HEX, crane HEX.tar.gz, skopeo HEX.tar and HEX.json. */
 function digestInName(name: string): string | undefined {
-  const form = /^(?:blobs\/(sha\d+\/[0-9a-f]+)|(?:sha256:)?([0-9a-f]{64})(?:\.json|\.tar|\.tar\.gz)?)$/;
+  const form =
+    /^(?:blobs\/(sha\d+\/[0-9a-f]+)|(?:sha256:)?([0-9a-f]{64})(?:\.json|\.tar|\.tar\.gz)?)$/;
   const [, blob, bare] = form.exec(name) ?? [];
   const digest = blob?.replace("/", ":") ?? `sha256:${bare}`;
   return isDigest(digest) ? digest : undefined;
@@ -1202,7 +1833,8 @@ async function openTar(file: string, signal?: AbortSignal) {
       const isTwice = entries.has(entry.name) && entry.type !== "5"; // some programs take the first, some the last
       if (isTwice) fail("BAD_TAR", `${file}: two entries are called ${printable(entry.name)}`);
       entries.set(entry.name, entry);
-      if (digest !== undefined && (entry.type === "0" || entry.type === "7")) blobs.set(digest, entry);
+      if (digest !== undefined && (entry.type === "0" || entry.type === "7"))
+        blobs.set(digest, entry);
     }
     return { handle, entries, blobs };
   } catch (error) {
@@ -1228,12 +1860,20 @@ function addRange(ranges: readonly Range[], [from, to]: Range): Range[] {
 }
 function missingRanges(ranges: readonly Range[], sizeBytes: number): Range[] {
   const edges = [0, ...ranges.flat(), sizeBytes];
-  const gaps = edges.map((from, at): Range => [from, edges[at + 1] ?? 0]).filter((_, at) => at % 2 === 0);
+  const gaps = edges
+    .map((from, at): Range => [from, edges[at + 1] ?? 0])
+    .filter((_, at) => at % 2 === 0);
   return gaps.filter(([from, to]) => from < to);
 }
 /** A blob of which nothing is in place. Bytes below `hashedTo` are in place and hashed. */
-const untouched = (digest: string) => (
-  { hash: newHash(digest), hashedTo: 0, written: [] as Range[], unrecordedBytes: 0, doneBytes: 0, openSegments: 0 });
+const untouched = (digest: string) => ({
+  hash: newHash(digest),
+  hashedTo: 0,
+  written: [] as Range[],
+  unrecordedBytes: 0,
+  doneBytes: 0,
+  openSegments: 0,
+});
 /** A blob on its way to `offset` of the tar, or to 0 of a file of its own. */
 function newJob(descriptor: Descriptor, registry: Registry, offset: number, tars: Tars) {
   // Tars at hand that claim to hold it: the first is read in the registry's stead, and dropped if it lied.
@@ -1242,14 +1882,26 @@ function newJob(descriptor: Descriptor, registry: Registry, offset: number, tars
     return entry?.sizeBytes === descriptor.size ? [{ handle, offset: entry.offset }] : [];
   });
   const freshStarts = 1; // fetches from the start that are left after bytes turned out wrong
-  return { descriptor, registry, offset, origins, freshStarts, isDone: false, ...untouched(descriptor.digest) };
+  return {
+    descriptor,
+    registry,
+    offset,
+    origins,
+    freshStarts,
+    isDone: false,
+    ...untouched(descriptor.digest),
+  };
 }
 type BlobJob = ReturnType<typeof newJob>;
-const newJobs = ({ entries }: Plan, tars: Tars, isOwnFile = false): BlobJob[] => entries.flatMap(
-  ({ blob, offset }) => (blob ? [newJob(blob.descriptor, blob.registry, isOwnFile ? 0 : offset, tars)] : []));
+const newJobs = ({ entries }: Plan, tars: Tars, isOwnFile = false): BlobJob[] =>
+  entries.flatMap(({ blob, offset }) =>
+    blob ? [newJob(blob.descriptor, blob.registry, isOwnFile ? 0 : offset, tars)] : [],
+  );
 const startAfresh = (job: BlobJob): BlobJob => Object.assign(job, untouched(job.descriptor.digest));
-const isRight = ({ hash, descriptor }: BlobJob): boolean => hash.digest("hex") === hexOf(descriptor.digest);
-const sizeOf = (jobs: readonly BlobJob[]): number => sumOf(jobs, ({ descriptor }) => descriptor.size);
+const isRight = ({ hash, descriptor }: BlobJob): boolean =>
+  hash.digest("hex") === hexOf(descriptor.digest);
+const sizeOf = (jobs: readonly BlobJob[]): number =>
+  sumOf(jobs, ({ descriptor }) => descriptor.size);
 /** A range that one connection fetches: `at` is the next byte, and `to` comes down when another takes the end over. */
 function newSegment(job: BlobJob, at: number, to: number, isTakeover = false) {
   job.openSegments += 1;
@@ -1276,9 +1928,25 @@ function newTransfer(outer: Session, jobs: readonly BlobJob[], sink: Sink, obser
     throw error;
   };
   const [pending, active]: [Segment[], Set<Segment>] = [[], new Set()];
-  const counters = { connections: outer.settings.concurrency, fetchedBytes: 0, reusedBytes: 0, resumedBytes: 0 };
+  const counters = {
+    connections: outer.settings.concurrency,
+    fetchedBytes: 0,
+    reusedBytes: 0,
+    resumedBytes: 0,
+  };
   const loopBefore = performance.eventLoopUtilization();
-  return { session, stop, jobs, totalBytes: sizeOf(jobs), sink, observe, pending, active, loopBefore, ...counters };
+  return {
+    session,
+    stop,
+    jobs,
+    totalBytes: sizeOf(jobs),
+    sink,
+    observe,
+    pending,
+    active,
+    loopBefore,
+    ...counters,
+  };
 }
 type Transfer = ReturnType<typeof newTransfer>;
 const remaining = ({ at, to }: Segment): number => to - at;
@@ -1290,37 +1958,61 @@ function cutInHalf(segment: Segment): Segment {
 }
 /** The longest range that may be cut: large enough, from a registry that answers ranges. */
 function longestRange(segments: Iterable<Segment>): Segment | undefined {
-  const canCut = ({ job: { origins, registry }, at, to }: Segment) => origins.length === 0 && registry.acceptsRanges
-    && to - at >= 2 * (registry.latencyMs < LIMITS.farLatencyMs ? LIMITS.nearSplitBytes : LIMITS.splitBytes);
+  const canCut = ({ job: { origins, registry }, at, to }: Segment) =>
+    origins.length === 0 &&
+    registry.acceptsRanges &&
+    to - at >=
+      2 * (registry.latencyMs < LIMITS.farLatencyMs ? LIMITS.nearSplitBytes : LIMITS.splitBytes);
   return [...segments].filter(canCut).sort(longestFirst)[0];
 }
 /** Half of what a connection has left, where it is the line that is slow. */
 function takeOver({ active, sink, loopBefore }: Transfer): Segment | undefined {
   const victim = sink.unitBytes ? undefined : longestRange(active);
-  const { active: busyMs, idle: idleMs, utilization } = performance.eventLoopUtilization(loopBefore);
-  return victim && busyMs + idleMs > LIMITS.judgeMs && utilization < LIMITS.busyLoop ? cutInHalf(victim) : undefined;
+  const {
+    active: busyMs,
+    idle: idleMs,
+    utilization,
+  } = performance.eventLoopUtilization(loopBefore);
+  return victim && busyMs + idleMs > LIMITS.judgeMs && utilization < LIMITS.busyLoop
+    ? cutInHalf(victim)
+    : undefined;
 }
 function enqueue({ pending, sink }: Transfer, job: BlobJob): void {
   const unit = sink.unitBytes?.(job) ?? NEVER;
   for (const [from, to] of missingRanges(job.written, job.descriptor.size)) {
-    for (let at = from; at < to; at += unit) pending.push(newSegment(job, at, Math.min(to, at + unit)));
+    for (let at = from; at < to; at += unit)
+      pending.push(newSegment(job, at, Math.min(to, at + unit)));
   }
   if (job.openSegments === 0) pending.push(newSegment(job, 0, 0)); // nothing is missing but the check
 }
 /** Runs all jobs over at most `concurrency` connections to their end, or to the first error with all of them closed. */
 async function fetchBlobs(transfer: Transfer): Promise<void> {
-  const { session: { signal }, sink, active, jobs, pending, connections, observe } = transfer;
+  const {
+    session: { signal },
+    sink,
+    active,
+    jobs,
+    pending,
+    connections,
+    observe,
+  } = transfer;
   let change = new AbortController(); // what a lane without work waits for
   observe(transfer);
   for (const job of jobs) enqueue(transfer, job);
   if (!sink.unitBytes) {
     // A far line is worth several connections before its speed is known: closed ranges from the start waste nothing.
-    const longest = () => longestRange(pending.filter(({ job }) => job.registry.latencyMs >= LIMITS.farLatencyMs));
-    for (let next = longest(); next && pending.length < connections; next = longest()) pending.push(cutInHalf(next));
+    const longest = () =>
+      longestRange(pending.filter(({ job }) => job.registry.latencyMs >= LIMITS.farLatencyMs));
+    for (let next = longest(); next && pending.length < connections; next = longest())
+      pending.push(cutInHalf(next));
     pending.sort(longestFirst);
   }
   const lane = async () => {
-    while (!signal.aborted && active.size < transfer.connections && pending.length + active.size > 0) {
+    while (
+      !signal.aborted &&
+      active.size < transfer.connections &&
+      pending.length + active.size > 0
+    ) {
       const segment = pending.shift() ?? takeOver(transfer);
       if (!segment) {
         await delay(20, undefined, { signal: change.signal }).catch(() => undefined); // by then the rates say more
@@ -1340,7 +2032,11 @@ async function fetchBlobs(transfer: Transfer): Promise<void> {
       change = new AbortController();
     }
   };
-  settled(await Promise.allSettled(Array.from({ length: connections }, () => lane().catch(transfer.stop))));
+  settled(
+    await Promise.allSettled(
+      Array.from({ length: connections }, () => lane().catch(transfer.stop)),
+    ),
+  );
   if (signal.aborted) fail("ABORTED", "stopped");
   await sink.end?.();
 }
@@ -1349,35 +2045,58 @@ function fetchSegment(transfer: Transfer, segment: Segment): Promise<void> {
   let before = segment.at;
   // Getting on means more than a trickle: otherwise a server that sends a byte a time would be asked for ever.
   const gotOn = () => {
-    const isEnough = segment.at - before >= Math.min(LIMITS.batchBytes, Math.ceil(segment.job.descriptor.size / 64));
+    const isEnough =
+      segment.at - before >=
+      Math.min(LIMITS.batchBytes, Math.ceil(segment.job.descriptor.size / 64));
     before = segment.at;
     return isEnough;
   };
-  return withRetries(transfer.session, async () => {
-    while (segment.at < segment.to) {
-      await receive(transfer, segment).catch((error: unknown) => {
-        // A registry that takes no more connections gets fewer: the range goes back to where it was taken from.
-        const isCrowded = error instanceof ImgpullError && error.code === "RATE_LIMITED" && segment.isTakeover;
-        if (!isCrowded || !giveBack(transfer, segment)) throw error;
-        transfer.connections = Math.max(1, transfer.active.size - 1);
-      });
-    }
-  }, gotOn);
+  return withRetries(
+    transfer.session,
+    async () => {
+      while (segment.at < segment.to) {
+        await receive(transfer, segment).catch((error: unknown) => {
+          // A registry that takes no more connections gets fewer: the range goes back to where it was taken from.
+          const isCrowded =
+            error instanceof ImgpullError && error.code === "RATE_LIMITED" && segment.isTakeover;
+          if (!isCrowded || !giveBack(transfer, segment)) throw error;
+          transfer.connections = Math.max(1, transfer.active.size - 1);
+        });
+      }
+    },
+    gotOn,
+  );
 }
 /** Leaves a range to the connection that fetches what lies before it. */
 function giveBack({ active }: Transfer, segment: Segment): boolean {
-  const owner = [...active].find(({ job, at, to }) => job === segment.job && to === segment.at && at < to);
+  const owner = [...active].find(
+    ({ job, at, to }) => job === segment.job && to === segment.at && at < to,
+  );
   if (owner) [owner.to, segment.to] = [segment.to, segment.at];
   return owner !== undefined;
 }
 /** Asks for what a segment still lacks: bytes from `position` on, up to `end`. Undefined where another brings it. */
 async function openSegment(transfer: Transfer, segment: Segment) {
-  const { job: { descriptor: { size }, descriptor, registry, origins: [origin] }, at, to } = segment;
+  const {
+    job: {
+      descriptor: { size },
+      descriptor,
+      registry,
+      origins: [origin],
+    },
+    at,
+    to,
+  } = segment;
   if (origin) {
     const stream = Readable.from(readPlace(origin.handle, origin.offset + at, origin.offset + to));
     return { stream, doing: "reading a tar at hand", position: at, end: to };
   }
-  const { body, headers, status, url } = await registry.blob(descriptor, at, to, transfer.session.signal);
+  const { body, headers, status, url } = await registry.blob(
+    descriptor,
+    at,
+    to,
+    transfer.session.signal,
+  );
   if (!body) return undefined;
   const doing = `GET ${redactUrl(url)}`;
   const refuse = (code: ErrorCode, words: string): never => {
@@ -1389,8 +2108,13 @@ async function openSegment(transfer: Transfer, segment: Segment) {
     const contentRange = headers["content-range"] ?? "none";
     const [, first, last, total] = /^bytes (\d+)-(\d+)\/(\d+|\*)$/.exec(contentRange) ?? [];
     [position, end] = [Number(first), Number(last) + 1];
-    const isOurs = position === at && end > at && end <= size && (total === "*" || Number(total) === size);
-    if (!isOurs) refuse("PROTOCOL", `asked for bytes ${at}-${to - 1} of ${size}, got "${printable(contentRange, 80)}"`);
+    const isOurs =
+      position === at && end > at && end <= size && (total === "*" || Number(total) === size);
+    if (!isOurs)
+      refuse(
+        "PROTOCOL",
+        `asked for bytes ${at}-${to - 1} of ${size}, got "${printable(contentRange, 80)}"`,
+      );
   } else if (at > 0 || to < size) {
     registry.acceptsRanges = false;
     if (giveBack(transfer, segment)) return void body.destroy();
@@ -1403,7 +2127,8 @@ async function openSegment(transfer: Transfer, segment: Segment) {
   }
   const stream = decodeBody(body, end - position);
   const length = Number(headers["content-length"] ?? end - position);
-  if (stream === body && length !== end - position) refuse("SIZE_MISMATCH", `${length} bytes, not ${end - position}`);
+  if (stream === body && length !== end - position)
+    refuse("SIZE_MISMATCH", `${length} bytes, not ${end - position}`);
   return { stream, doing, position, end };
 }
 /** Takes bytes into a blob's hash where their turn has come: others are read back later. */
@@ -1415,7 +2140,10 @@ function hashInOrder(job: BlobJob, position: number, bytes: Buffer): void {
 }
 /** One request for what a segment still lacks, and its bytes into the sink. */
 async function receive(transfer: Transfer, segment: Segment): Promise<void> {
-  const { session: { signal }, sink } = transfer;
+  const {
+    session: { signal },
+    sink,
+  } = transfer;
   const { job } = segment;
   const opened = await openSegment(transfer, segment);
   if (!opened) return;
@@ -1451,30 +2179,47 @@ async function receive(transfer: Transfer, segment: Segment): Promise<void> {
     if (position > end || (segment.at >= segment.to && position < end)) stream.destroy();
     else if (batchBytes >= LIMITS.batchBytes) flush();
   });
-  const cause = await finished(stream, { signal }).then(() => undefined, (error: unknown) => error);
+  const cause = await finished(stream, { signal }).then(
+    () => undefined,
+    (error: unknown) => error,
+  );
   stream.destroy();
   if (batchBytes > 0) flush();
   await writing;
-  if (position > end) fail("SIZE_MISMATCH", `${doing}: more than the ${end} bytes that belong there`);
+  if (position > end)
+    fail("SIZE_MISMATCH", `${doing}: more than the ${end} bytes that belong there`);
   if (segment.at >= segment.to) return;
   if (signal.aborted) fail("ABORTED", "stopped");
   if (cause instanceof ImgpullError || (cause && job.origins.length > 0)) throw cause;
-  if (position < end) fail("NETWORK", `${doing}: the connection ended after ${position} of ${end} bytes`, { cause });
+  if (position < end)
+    fail("NETWORK", `${doing}: the connection ended after ${position} of ${end} bytes`, { cause });
 }
-const openForUpdate = (file: string, mode = 0o666) => fs.open(file, fs.constants.O_RDWR | fs.constants.O_CREAT, mode);
+const openForUpdate = (file: string, mode = 0o666) =>
+  fs.open(file, fs.constants.O_RDWR | fs.constants.O_CREAT, mode);
 type Origin = Readonly<{ handle: fs.FileHandle; offset: number }>;
 type Sized = Pick<Descriptor, "digest" | "size">;
 /** Whether bytes at hand, or what they unpack to, have a digest. */
-async function isIntact({ handle, offset }: Origin, { digest, size }: Sized, signal?: AbortSignal, unpack?: Transform) {
+async function isIntact(
+  { handle, offset }: Origin,
+  { digest, size }: Sized,
+  signal?: AbortSignal,
+  unpack?: Transform,
+) {
   const hash = newHash(digest);
   const pieces = Readable.from(readPlace(handle, offset, offset + size));
-  await pipeline([pieces, ...(unpack ? [unpack] : []), hash], given({ signal })).catch((error: unknown) => {
-    if (!errorCodeOf(error).startsWith("Z")) throw error; // zlib's and zstd's words for what does not unpack
-  });
+  await pipeline([pieces, ...(unpack ? [unpack] : []), hash], given({ signal })).catch(
+    (error: unknown) => {
+      if (!errorCodeOf(error).startsWith("Z")) throw error; // zlib's and zstd's words for what does not unpack
+    },
+  );
   return (hash.read() as Buffer | null)?.toString("hex") === hexOf(digest);
 }
 /** Writes all, however often that takes, and says how much it was. */
-async function writeAll(handle: fs.FileHandle, chunks: Buffer[], position: number): Promise<number> {
+async function writeAll(
+  handle: fs.FileHandle,
+  chunks: Buffer[],
+  position: number,
+): Promise<number> {
   const { bytesWritten } = await handle.writev(chunks, position);
   if (bytesWritten === sumOf(chunks, ({ length }) => length)) return bytesWritten;
   const rest = Buffer.concat(chunks).subarray(bytesWritten);
@@ -1513,13 +2258,16 @@ async function acquireLock(file: string, dest: string): Promise<() => Promise<vo
   const before = await readOptional(file);
   const { mtimeMs } = await fs.stat(file).catch(() => ({ mtimeMs: 0 }));
   const owner = (parseJson(before ?? "") ?? {}) as Record<string, unknown>;
-  const isThere = owner.pid === process.pid ? owner.since === since : await isRunning(Number(owner.pid));
+  const isThere =
+    owner.pid === process.pid ? owner.since === since : await isRunning(Number(owner.pid));
   const ageMs = Date.now() - mtimeMs; // of a lock from before this boot the process number says nothing
-  const isHeld = owner.host === host ? isThere && ageMs < os.uptime() * 1000 : ageMs < 6 * LIMITS.lockBeatMs;
+  const isHeld =
+    owner.host === host ? isThere && ageMs < os.uptime() * 1000 : ageMs < 6 * LIMITS.lockBeatMs;
   if (isHeld) busy(owner.pid ? ` (process ${owner.pid} on ${owner.host})` : "");
   if (before !== undefined) await fs.rm(file, { force: true });
-  await fs.writeFile(file, mine, { flag: "wx" }).catch((error: unknown) =>
-    (errorCodeOf(error) === "EEXIST" ? busy() : Promise.reject(error)));
+  await fs
+    .writeFile(file, mine, { flag: "wx" })
+    .catch((error: unknown) => (errorCodeOf(error) === "EEXIST" ? busy() : Promise.reject(error)));
   // Another that saw the same stale lock may have taken ours for it: the last one has it.
   if (before !== undefined) await delay(20);
   if ((await readOptional(file)) !== mine) busy();
@@ -1529,10 +2277,17 @@ async function acquireLock(file: string, dest: string): Promise<() => Promise<vo
 }
 /** Where each blob's bytes are put, all in one tar or each in a file of its own, and what tells of them. */
 type Places = Readonly<{
-  journal: string; id: string; open: (job: BlobJob) => Promise<fs.FileHandle>; finish?: (job: BlobJob) => Promise<void>;
+  journal: string;
+  id: string;
+  open: (job: BlobJob) => Promise<fs.FileHandle>;
+  finish?: (job: BlobJob) => Promise<void>;
 }>;
 /** Bytes into files; what came out of order is hashed from disk at the end. */
-function fileSink({ warn }: Session, { open, finish }: Places, record: (job: BlobJob) => void): Sink {
+function fileSink(
+  { warn }: Session,
+  { open, finish }: Places,
+  record: (job: BlobJob) => void,
+): Sink {
   let [unsyncedBytes, syncing] = [0, Promise.resolve()];
   return {
     write: async (job, position, chunks) => {
@@ -1550,8 +2305,13 @@ function fileSink({ warn }: Session, { open, finish }: Places, record: (job: Blo
     },
     end: () => syncing,
     blobDone: async (job) => {
-      const { offset, hashedTo, descriptor: { size } } = job;
-      for await (const piece of readPlace(await open(job), offset + hashedTo, offset + size)) job.hash.update(piece);
+      const {
+        offset,
+        hashedTo,
+        descriptor: { size },
+      } = job;
+      for await (const piece of readPlace(await open(job), offset + hashedTo, offset + size))
+        job.hash.update(piece);
       if (isRight(job)) {
         await finish?.(job);
         record(job);
@@ -1570,14 +2330,22 @@ function fileSink({ warn }: Session, { open, finish }: Places, record: (job: Blo
   };
 }
 /** Brings every job's bytes to its place: what the journal of this plan says is there stays, the rest comes. */
-async function fillPlaces(outer: Session, jobs: readonly BlobJob[], places: Places, observe: Observer) {
+async function fillPlaces(
+  outer: Session,
+  jobs: readonly BlobJob[],
+  places: Places,
+  observe: Observer,
+) {
   const { held, record } = await openJournal(places.journal, places.id);
   const transfer = newTransfer(outer, jobs, fileSink(outer, places, record), observe);
   try {
     for (const job of jobs) {
-      const { descriptor: { digest, size } } = job;
+      const {
+        descriptor: { digest, size },
+      } = job;
       const ranges = held.get(digest) ?? [];
-      const placeEnd = ranges.length === 0 ? 0 : (await (await places.open(job)).stat()).size - job.offset;
+      const placeEnd =
+        ranges.length === 0 ? 0 : (await (await places.open(job)).stat()).size - job.offset;
       job.written = ranges.filter(([, to]) => to <= size && to <= placeEnd); // a place that has gone holds nothing
       job.doneBytes = lengthOf(job.written);
       transfer.resumedBytes += job.doneBytes;
@@ -1593,7 +2361,8 @@ async function fillPlaces(outer: Session, jobs: readonly BlobJob[], places: Plac
 /** Sync where the file system and Node's permission model let us; what they refuse is no reason to fail. */
 async function syncQuietly(handle: fs.FileHandle): Promise<void> {
   await handle.sync().catch((error: unknown) => {
-    if (!["ERR_ACCESS_DENIED", "EINVAL", "ENOSYS", "ENOTSUP", "EPERM"].includes(errorCodeOf(error))) throw error;
+    if (!["ERR_ACCESS_DENIED", "EINVAL", "ENOSYS", "ENOTSUP", "EPERM"].includes(errorCodeOf(error)))
+      throw error;
   });
 }
 async function syncFolder(folder: string): Promise<void> {
@@ -1603,10 +2372,17 @@ async function syncFolder(folder: string): Promise<void> {
 async function checkFreeSpace(dest: string, folder: string, neededBytes: number): Promise<void> {
   const { bavail, bsize } = await fs.statfs(folder).catch(() => ({ bavail: NEVER, bsize: 1 }));
   const words = `${formatBytes(neededBytes)} are needed and ${folder} has ${formatBytes(bavail * bsize)} free`;
-  if (neededBytes > bavail * bsize) fail("DISK", `cannot write ${dest}: the disk is full, ${words}`);
+  if (neededBytes > bavail * bsize)
+    fail("DISK", `cannot write ${dest}: the disk is full, ${words}`);
 }
 /** The plan into `dest` by way of `dest`.partial. */
-async function pullToTar(session: Session, plan: Plan, dest: string, reuse: Tars, observe: Observer) {
+async function pullToTar(
+  session: Session,
+  plan: Plan,
+  dest: string,
+  reuse: Tars,
+  observe: Observer,
+) {
   const partial = `${dest}.partial`;
   const [journal, old] = [`${partial}.journal`, `${partial}.old`];
   const unlock = await acquireLock(`${partial}.lock`, dest);
@@ -1614,13 +2390,20 @@ async function pullToTar(session: Session, plan: Plan, dest: string, reuse: Tars
   let leftovers: string[] = [];
   try {
     const held = await fs.stat(partial).catch(() => undefined);
-    const isOurs = (await readOptional(journal))?.split("\n")[0] === plan.id && held?.size === plan.sizeBytes;
-    await checkFreeSpace(dest, path.dirname(dest), plan.sizeBytes - (isOurs ? held.blocks * BLOCK : 0));
+    const isOurs =
+      (await readOptional(journal))?.split("\n")[0] === plan.id && held?.size === plan.sizeBytes;
+    await checkFreeSpace(
+      dest,
+      path.dirname(dest),
+      plan.sizeBytes - (isOurs ? held.blocks * BLOCK : 0),
+    );
     leftovers = isOurs ? [] : [partial, journal];
     // A partial of another plan (the tag has moved on) is not at our offsets, but its blobs can be copied.
     if (!isOurs) await fs.rename(partial, old).catch(() => undefined);
     if (!isOurs) await fs.rm(journal, { force: true });
-    const found = await Promise.all([old, dest].map((file) => openTar(file).catch(() => undefined)));
+    const found = await Promise.all(
+      [old, dest].map((file) => openTar(file).catch(() => undefined)),
+    );
     const atHand = found.filter((tar) => tar !== undefined);
     const { mode = 0o666 } = (await fs.stat(dest).catch(() => undefined)) ?? {};
     const handle = await openForUpdate(partial, (mode & 0o777) | 0o600); // what was private stays so
@@ -1632,7 +2415,12 @@ async function pullToTar(session: Session, plan: Plan, dest: string, reuse: Tars
     await handle.truncate(plan.sizeBytes);
     const jobs = newJobs(plan, [...reuse, ...atHand]);
     try {
-      const transfer = await fillPlaces(session, jobs, { journal, id: plan.id, open: async () => handle }, observe);
+      const transfer = await fillPlaces(
+        session,
+        jobs,
+        { journal, id: plan.id, open: async () => handle },
+        observe,
+      );
       await syncQuietly(handle);
       await fs.rename(partial, dest);
       leftovers = [journal, old];
@@ -1641,7 +2429,8 @@ async function pullToTar(session: Session, plan: Plan, dest: string, reuse: Tars
     } catch (error) {
       const kept = sumOf(jobs, ({ written }) => lengthOf(written));
       leftovers = kept > 0 ? [] : [partial, journal];
-      if (kept > 0) session.warn(`${partial} keeps ${formatBytes(kept)}: the same command goes on from there`);
+      if (kept > 0)
+        session.warn(`${partial} keeps ${formatBytes(kept)}: the same command goes on from there`);
       throw error;
     }
   } finally {
@@ -1652,7 +2441,12 @@ async function pullToTar(session: Session, plan: Plan, dest: string, reuse: Tars
 }
 /** Each blob as a file of its own under `folder`; those that are there already are verified and kept. */
 async function pullToFolder(
-  session: Session, jobs: BlobJob[], folder: string, name: typeof hexOf, observe: Observer, seal?: () => Promise<void>,
+  session: Session,
+  jobs: BlobJob[],
+  folder: string,
+  name: typeof hexOf,
+  observe: Observer,
+  seal?: () => Promise<void>,
 ) {
   const base = path.join(folder, ".imgpull.partial");
   const journal = `${base}.journal`;
@@ -1677,11 +2471,17 @@ async function pullToFolder(
     for (const job of jobs) {
       const handle = await fs.open(fileOf(job), "r").catch(() => undefined);
       const hasSize = (await handle?.stat())?.size === job.descriptor.size;
-      if (!handle || !hasSize || !(await isIntact({ handle, offset: 0 }, job.descriptor))) missing.push(job);
+      if (!handle || !hasSize || !(await isIntact({ handle, offset: 0 }, job.descriptor)))
+        missing.push(job);
       await handle?.close();
     }
     await checkFreeSpace(folder, folder, sizeOf(missing));
-    const transfer = await fillPlaces(session, missing, { journal, id: "folder", open, finish }, observe);
+    const transfer = await fillPlaces(
+      session,
+      missing,
+      { journal, id: "folder", open, finish },
+      observe,
+    );
     transfer.reusedBytes += sizeOf(jobs) - transfer.totalBytes;
     await seal?.();
     await fs.rm(journal, { force: true });
@@ -1693,19 +2493,29 @@ async function pullToFolder(
   }
 }
 /** An OCI image layout: blobs first, then the index that names them, in one step and beside what it named before. */
-async function pullToLayout(session: Session, plan: Plan, folder: string, tars: Tars, observe: Observer) {
+async function pullToLayout(
+  session: Session,
+  plan: Plan,
+  folder: string,
+  tars: Tars,
+  observe: Observer,
+) {
   const files = new Map(plan.entries.map(({ name, bytes }) => [name, bytes]));
-  for (const name of files.keys()) await fs.mkdir(path.dirname(path.join(folder, name)), { recursive: true });
+  for (const name of files.keys())
+    await fs.mkdir(path.dirname(path.join(folder, name)), { recursive: true });
   const readIndex = async () => {
     const old = parseJson((await readOptional(path.join(folder, "index.json"))) ?? "{}");
-    return isRecord(old) ? old : fail("DISK", `${folder} holds an index.json that is not a JSON object`);
+    return isRecord(old)
+      ? old
+      : fail("DISK", `${folder} holds an index.json that is not a JSON object`);
   };
   await readIndex();
   return pullToFolder(session, newJobs(plan, tars, true), folder, blobPath, observe, async () => {
     const old = await readIndex(); // again, under the lock: another run may have added to it
     const ours = parseJson(files.get("index.json") ?? "") as { manifests: Descriptor[] };
     const nameOf = ({ annotations }: Descriptor) => annotations?.[NAME_KEYS[1]];
-    const isOurs = (entry: Descriptor) => ours.manifests.some((other) => nameOf(other) === nameOf(entry));
+    const isOurs = (entry: Descriptor) =>
+      ours.manifests.some((other) => nameOf(other) === nameOf(entry));
     const before = Array.isArray(old.manifests) ? (old.manifests as Descriptor[]) : [];
     const manifests = [...before.filter((entry) => !isOurs(entry)), ...ours.manifests];
     for (const name of ["manifest.json", "index.json"]) files.delete(name);
@@ -1719,7 +2529,13 @@ async function pullToLayout(session: Session, plan: Plan, folder: string, tars: 
   });
 }
 /** The plan in order onto a stream. What comes early waits in a window; the trailer follows only if all was right. */
-async function pullToStream(outer: Session, plan: Plan, output: NodeJS.WritableStream, tars: Tars, observe: Observer) {
+async function pullToStream(
+  outer: Session,
+  plan: Plan,
+  output: NodeJS.WritableStream,
+  tars: Tars,
+  observe: Observer,
+) {
   const early = new Map<number, Buffer>(); // by offset in the tar
   const bell = new EventEmitter().setMaxListeners(0);
   const wake = () => bell.emit("change");
@@ -1729,7 +2545,9 @@ async function pullToStream(outer: Session, plan: Plan, output: NodeJS.WritableS
   let cursor = 0;
   const sink: Sink = {
     unitBytes: ({ registry: { acceptsRanges, latencyMs }, origins }) =>
-      (acceptsRanges && latencyMs >= LIMITS.farLatencyMs && origins.length === 0 ? LIMITS.streamUnitBytes : NEVER),
+      acceptsRanges && latencyMs >= LIMITS.farLatencyMs && origins.length === 0
+        ? LIMITS.streamUnitBytes
+        : NEVER,
     write: async ({ offset }, position, chunks) => {
       await until(() => offset + position < cursor + LIMITS.streamWindowBytes);
       early.set(offset + position, Buffer.concat(chunks));
@@ -1755,7 +2573,8 @@ async function pullToStream(outer: Session, plan: Plan, output: NodeJS.WritableS
         cursor += batch.length;
         wake();
       }
-      if (job && !isRight(job)) fail("DIGEST_MISMATCH", `${job.descriptor.digest}: the bytes have another digest`);
+      if (job && !isRight(job))
+        fail("DIGEST_MISMATCH", `${job.descriptor.digest}: the bytes have another digest`);
     }
     yield plan.trailer;
   }
@@ -1765,7 +2584,8 @@ async function pullToStream(outer: Session, plan: Plan, output: NodeJS.WritableS
   }
   const source = Readable.from(inOrder(), { objectMode: true, highWaterMark: 1 });
   const sending = pipeline(source, output, { end: false, signal: session.signal });
-  const failed = (error: unknown) => stop(session.signal.aborted ? connectionError(error, "the stream") : error);
+  const failed = (error: unknown) =>
+    stop(session.signal.aborted ? connectionError(error, "the stream") : error);
   settled(await Promise.allSettled([fetchBlobs(transfer).catch(failed), sending.catch(failed)]));
   return transfer;
 }
@@ -1774,13 +2594,19 @@ async function pullToStream(outer: Session, plan: Plan, output: NodeJS.WritableS
 const versionOf = ({ tag, digest }: Reference): string => digest ?? (tag as string);
 type Reader<T = FetchedManifest | undefined> = (descriptor: Descriptor) => Promise<T>;
 /** Fetches what an index names; its size is the index's word, and checked. */
-const childrenOf = (registry: Registry, where: string): Reader<FetchedManifest> => async ({ digest, size }) => {
-  const child = await registry.manifest(digest);
-  if (child.bytes.length === size) return child;
-  return fail("SIZE_MISMATCH", `${where}: ${digest} has ${child.bytes.length} bytes, not ${size}`);
-};
-const checkDepth = (depth: number, where: string): boolean => depth <= LIMITS.indexDepth
-  || fail("TOO_LARGE", `${where}: indexes inside indexes, more than ${LIMITS.indexDepth} deep`);
+const childrenOf =
+  (registry: Registry, where: string): Reader<FetchedManifest> =>
+  async ({ digest, size }) => {
+    const child = await registry.manifest(digest);
+    if (child.bytes.length === size) return child;
+    return fail(
+      "SIZE_MISMATCH",
+      `${where}: ${digest} has ${child.bytes.length} bytes, not ${size}`,
+    );
+  };
+const checkDepth = (depth: number, where: string): boolean =>
+  depth <= LIMITS.indexDepth ||
+  fail("TOO_LARGE", `${where}: indexes inside indexes, more than ${LIMITS.indexDepth} deep`);
 const isAttestation = ({ platform }: { platform?: Platform }): boolean =>
   platform?.os === "unknown" || platform?.architecture === "unknown";
 /** All that an index names, its own manifest first, and the images in it, attestations last. What `readChild` has not
@@ -1788,10 +2614,15 @@ const isAttestation = ({ platform }: { platform?: Platform }): boolean =>
 async function collectAll(readChild: Reader, limit: number, where: string, top: FetchedManifest) {
   const manifests = new Map([[top.digest, top]]);
   const contents: (ImageContent & { digest: string })[] = [];
-  const collect = async (fetched: FetchedManifest, depth: number, platform?: Platform): Promise<void> => {
+  const collect = async (
+    fetched: FetchedManifest,
+    depth: number,
+    platform?: Platform,
+  ): Promise<void> => {
     checkDepth(depth, where);
     const [manifest, { digest }] = [parseManifest(fetched, where), fetched];
-    if (manifest.kind === "image") return void contents.push({ digest, manifest, ...given({ platform }) });
+    if (manifest.kind === "image")
+      return void contents.push({ digest, manifest, ...given({ platform }) });
     const entries = manifest.manifests.filter((entry) => !manifests.has(entry.digest));
     const children = await mapConcurrently(entries, limit, readChild);
     for (const [at, child] of children.entries()) {
@@ -1805,22 +2636,37 @@ async function collectAll(readChild: Reader, limit: number, where: string, top: 
   return { manifests: [...manifests.values()], contents };
 }
 /** The image of an index for a platform, with what the index says of it; NO_PLATFORM names those that there are. */
-async function findPlatform(session: Session, readChild: Reader<FetchedManifest>, where: string, top: IndexManifest) {
-  const { settings: { wanted, concurrency }, warn } = session;
+async function findPlatform(
+  session: Session,
+  readChild: Reader<FetchedManifest>,
+  where: string,
+  top: IndexManifest,
+) {
+  const {
+    settings: { wanted, concurrency },
+    warn,
+  } = session;
   const host = wantedPlatform(wanted);
   const second = wanted.os === undefined ? { ...host, os: "linux" } : host;
   const images: Descriptor[] = [];
   for (let [level, depth]: [IndexManifest[], number] = [[top], 1]; level.length > 0; depth += 1) {
     checkDepth(depth, where);
-    const usable = level.flatMap(({ manifests }) => manifests).filter((entry) => !isAttestation(entry));
+    const usable = level
+      .flatMap(({ manifests }) => manifests)
+      .filter((entry) => !isAttestation(entry));
     const nested = usable.filter(({ mediaType }) => INDEX_TYPES.includes(mediaType));
     images.push(...usable.filter((entry) => !nested.includes(entry)));
-    const only = usable.length + nested.length === 1 && !usable[0]?.platform ? usable[0] : undefined;
+    const only =
+      usable.length + nested.length === 1 && !usable[0]?.platform ? usable[0] : undefined;
     const found = matchPlatform(images, host) ?? only;
     if (found) return [found, await readChild(found)] as const;
-    const fit = nested.filter((it) => !it.platform?.os || matchPlatform([it], host) || matchPlatform([it], second));
+    const fit = nested.filter(
+      (it) => !it.platform?.os || matchPlatform([it], host) || matchPlatform([it], second),
+    );
     const inner = await mapConcurrently(fit, concurrency, readChild);
-    level = inner.map((child) => parseManifest(child, where)).filter((manifest) => manifest.kind === "index");
+    level = inner
+      .map((child) => parseManifest(child, where))
+      .filter((manifest) => manifest.kind === "index");
   }
   const onLinux = matchPlatform(images, second);
   const names = images.flatMap(({ platform }) => (platform ? [formatPlatform(platform)] : []));
@@ -1837,11 +2683,28 @@ async function resolveImage(session: Session, reference: Reference, name: string
   const asked = await registry.manifest(versionOf(reference));
   const parsed = parseManifest(asked, where);
   // What has no tag is named by the digest that DEST holds, so that the printed line gives the same name again.
-  const resolved = (top: FetchedManifest, platform: string, contents: readonly ImageContent[], manifests = [top]) =>
-    ({ reference, registry, top, platform, contents, manifests, name: name.replace(/@.*$/, `@${top.digest}`) });
+  const resolved = (
+    top: FetchedManifest,
+    platform: string,
+    contents: readonly ImageContent[],
+    manifests = [top],
+  ) => ({
+    reference,
+    registry,
+    top,
+    platform,
+    contents,
+    manifests,
+    name: name.replace(/@.*$/, `@${top.digest}`),
+  });
   if (isAll) {
     const readChild = childrenOf(registry, where);
-    const { contents, manifests } = await collectAll(readChild, session.settings.concurrency, where, asked);
+    const { contents, manifests } = await collectAll(
+      readChild,
+      session.settings.concurrency,
+      where,
+      asked,
+    );
     return resolved(asked, "all", contents, manifests);
   }
   if (parsed.kind === "image") {
@@ -1850,93 +2713,194 @@ async function resolveImage(session: Session, reference: Reference, name: string
     const config = configBytes && parseJson(configBytes);
     const platform = isRecord(config) && config.os ? parsePlatform(config) : undefined;
     if (platform) checkPlatform(session, where, platform);
-    return resolved(asked, formatPlatform(platform), [{ manifest: parsed, ...given({ platform, configBytes }) }]);
+    return resolved(asked, formatPlatform(platform), [
+      { manifest: parsed, ...given({ platform, configBytes }) },
+    ]);
   }
-  const [{ platform }, fetched] = await findPlatform(session, childrenOf(registry, where), where, parsed);
+  const [{ platform }, fetched] = await findPlatform(
+    session,
+    childrenOf(registry, where),
+    where,
+    parsed,
+  );
   const manifest = parseManifest(fetched, where);
-  if (manifest.kind !== "image") return fail("PROTOCOL", `${where}: ${fetched.digest} is an index, and not said to be`);
+  if (manifest.kind !== "image")
+    return fail("PROTOCOL", `${where}: ${fetched.digest} is an index, and not said to be`);
   return resolved(fetched, formatPlatform(platform), [{ manifest, ...given({ platform }) }]);
 }
 /** A single image for another platform than the one asked for is an error; than this machine's, a warning. */
-function checkPlatform({ settings: { wanted }, warn }: Session, where: string, platform: Platform): void {
+function checkPlatform(
+  { settings: { wanted }, warn }: Session,
+  where: string,
+  platform: Platform,
+): void {
   const asked = { ...platform, ...wanted };
-  const isAsked = matchPlatform([{ mediaType: "", digest: "", size: 0, platform }], asked) !== undefined;
+  const isAsked =
+    matchPlatform([{ mediaType: "", digest: "", size: 0, platform }], asked) !== undefined;
   const what = `it is one image, for ${formatPlatform(platform)}`;
-  if (!isAsked) fail("NO_PLATFORM", `${where} has no image for ${formatPlatform(asked)}\n  ${what}`);
+  if (!isAsked)
+    fail("NO_PLATFORM", `${where} has no image for ${formatPlatform(asked)}\n  ${what}`);
   const host = wantedPlatform(wanted);
-  const isForHost = platform.architecture === host.architecture && ["linux", host.os].includes(platform.os);
+  const isForHost =
+    platform.architecture === host.architecture && ["linux", host.os].includes(platform.os);
   if (!isForHost) warn(`${where}: ${what}, not for this machine`);
 }
 type PullRequest = Readonly<{
-  images: readonly Readonly<{ reference: Reference; name: string }>[]; destination: string | NodeJS.WritableStream;
-  isAll: boolean; reuse: readonly string[]; since?: string;
+  images: readonly Readonly<{ reference: Reference; name: string }>[];
+  destination: string | NodeJS.WritableStream;
+  isAll: boolean;
+  reuse: readonly string[];
+  since?: string;
 }>;
 function warnOfLayers({ warn }: Session, images: readonly ResolvedImage[]): void {
   for (const { contents, name } of images) {
-    const types = contents.flatMap(({ manifest }) => manifest.layers.map(({ mediaType }) => mediaType)).join(" ");
-    if (/zstd/.test(types)) warn(`${name} has zstd layers: Docker before 23 and podman before 4 will not load it`);
-    if (/foreign|nondistributable/.test(types)) warn(`${name} has foreign layers, which Docker on Linux does not take`);
+    const types = contents
+      .flatMap(({ manifest }) => manifest.layers.map(({ mediaType }) => mediaType))
+      .join(" ");
+    if (/zstd/.test(types))
+      warn(`${name} has zstd layers: Docker before 23 and podman before 4 will not load it`);
+    if (/foreign|nondistributable/.test(types))
+      warn(`${name} has foreign layers, which Docker on Linux does not take`);
   }
 }
 /** Where a link leads to a file that is not there yet: it is made there, and the link stays. */
 const behind = (file: string): Promise<string> =>
-  fs.readlink(file).then(async (link) => path.resolve(await fs.realpath(path.dirname(file)), link), () => file);
+  fs.readlink(file).then(
+    async (link) => path.resolve(await fs.realpath(path.dirname(file)), link),
+    () => file,
+  );
 /** The whole job, for the library and the command alike. */
 async function pullImages(session: Session, request: PullRequest, observe: Observer) {
   const { destination, images: wanted, isAll, since } = request;
   const doing = `cannot write ${typeof destination === "string" ? destination : "the stream"}`;
-  const stats = typeof destination === "string" ? await fs.stat(destination).catch(() => undefined) : undefined;
-  const isLayout = typeof destination === "string" && (/[\\/]$/.test(destination) || stats?.isDirectory() === true);
-  if (!isLayout && stats?.isFile() === false) fail("DISK", `${doing}: it is there, and not a file (- is stdout)`);
-  const folder = typeof destination === "string" && !isLayout ? path.dirname(destination) : undefined;
-  if (folder) await onDisk(`${doing}: the directory ${folder}`, fs.access(`${folder}/.`, fs.constants.W_OK));
+  const stats =
+    typeof destination === "string" ? await fs.stat(destination).catch(() => undefined) : undefined;
+  const isLayout =
+    typeof destination === "string" &&
+    (/[\\/]$/.test(destination) || stats?.isDirectory() === true);
+  if (!isLayout && stats?.isFile() === false)
+    fail("DISK", `${doing}: it is there, and not a file (- is stdout)`);
+  const folder =
+    typeof destination === "string" && !isLayout ? path.dirname(destination) : undefined;
+  if (folder)
+    await onDisk(`${doing}: the directory ${folder}`, fs.access(`${folder}/.`, fs.constants.W_OK));
   const sources: OpenTar[] = [];
   try {
     for (const file of request.reuse) sources.push(await openTar(file));
     const base = since === undefined ? undefined : await openTar(since);
     const baseStats = await base?.handle.stat().finally(() => base.handle.close());
-    const isOneFile = stats !== undefined && stats.ino === baseStats?.ino && stats.dev === baseStats.dev;
-    if (isOneFile) fail("BAD_OPTION", `--since ${since} is DEST: the delta would take the place of its own base`);
-    const images = await mapConcurrently(wanted, session.settings.concurrency, ({ reference, name }) =>
-      resolveImage(session, reference, name, isAll));
+    const isOneFile =
+      stats !== undefined && stats.ino === baseStats?.ino && stats.dev === baseStats.dev;
+    if (isOneFile)
+      fail(
+        "BAD_OPTION",
+        `--since ${since} is DEST: the delta would take the place of its own base`,
+      );
+    const images = await mapConcurrently(
+      wanted,
+      session.settings.concurrency,
+      ({ reference, name }) => resolveImage(session, reference, name, isAll),
+    );
     const plan = planTar(images, new Set(base?.blobs.keys()));
     warnOfLayers(session, images);
-    if (base && plan.omitted.length === 0) session.warn(`${since} holds none of the layers: nothing is left out`);
+    if (base && plan.omitted.length === 0)
+      session.warn(`${since} holds none of the layers: nothing is left out`);
     else if (base) {
       const bytes = sumOf(plan.omitted, ({ size }) => size);
-      session.warn(`left out ${counted(plan.omitted.length, "layer")} (${formatBytes(bytes)}) that ${since} holds: ` +
-        "load that first. docker's containerd store and ctr --no-unpack take this tar without it, in silence");
+      session.warn(
+        `left out ${counted(plan.omitted.length, "layer")} (${formatBytes(bytes)}) that ${since} holds: ` +
+          "load that first. docker's containerd store and ctr --no-unpack take this tar without it, in silence",
+      );
     }
-    const transfer = await onDisk(doing,
-      typeof destination !== "string" ? pullToStream(session, plan, destination, sources, observe)
-      : isLayout ? pullToLayout(session, plan, destination, sources, observe)
-      : pullToTar(session, plan, await fs.realpath(destination).catch(() => behind(destination)), sources, observe));
-    const results = images.map(({ name, top, platform, contents }): PullResult => ({
-      name, digest: top.digest, platform, layers: sumOf(contents, ({ manifest }) => manifest.layers.length),
-      sizeBytes: isLayout ? plan.blobBytes : plan.sizeBytes, fetchedBytes: transfer.fetchedBytes,
-    }));
+    const transfer = await onDisk(
+      doing,
+      typeof destination !== "string"
+        ? pullToStream(session, plan, destination, sources, observe)
+        : isLayout
+          ? pullToLayout(session, plan, destination, sources, observe)
+          : pullToTar(
+              session,
+              plan,
+              await fs.realpath(destination).catch(() => behind(destination)),
+              sources,
+              observe,
+            ),
+    );
+    const results = images.map(
+      ({ name, top, platform, contents }): PullResult => ({
+        name,
+        digest: top.digest,
+        platform,
+        layers: sumOf(contents, ({ manifest }) => manifest.layers.length),
+        sizeBytes: isLayout ? plan.blobBytes : plan.sizeBytes,
+        fetchedBytes: transfer.fetchedBytes,
+      }),
+    );
     return { results, transfer, plan };
   } finally {
     for (const { handle } of sources) await handle.close();
   }
 }
 /** Checks a caller's options; what is wrong is named as the option it is. */
-function settingsOf(opts: PullerOpts, environment: Environment, certsDirectory = "/etc/docker/certs.d"): Settings {
-  const { scheme = "https", insecure = false, tlsCert, tlsKey, caCert, username, password, token, namespace } = opts;
+function settingsOf(
+  opts: PullerOpts,
+  environment: Environment,
+  certsDirectory = "/etc/docker/certs.d",
+): Settings {
+  const {
+    scheme = "https",
+    insecure = false,
+    tlsCert,
+    tlsKey,
+    caCert,
+    username,
+    password,
+    token,
+    namespace,
+  } = opts;
   const check = (isRight: boolean, reason: string): true => isRight || fail("BAD_OPTION", reason);
-  const integer = (value: number, name: string, minimum: number, maximum: number, unit = ""): number => {
+  const integer = (
+    value: number,
+    name: string,
+    minimum: number,
+    maximum: number,
+    unit = "",
+  ): number => {
     const isRight = Number.isSafeInteger(value) && value >= minimum && value <= maximum;
-    return check(isRight, `${name} is a whole number from ${minimum} to ${maximum}${unit}, not ${value}`) && value;
+    return (
+      check(
+        isRight,
+        `${name} is a whole number from ${minimum} to ${maximum}${unit}, not ${value}`,
+      ) && value
+    );
   };
-  check(["https", "http"].includes(scheme), `the scheme is https or http, not "${printable(String(scheme))}"`);
-  check((tlsCert === undefined) === (tlsKey === undefined), "a certificate and its key go together (--cert, --key)");
-  check(username === undefined || password !== undefined, "--user needs --password or --password-stdin");
-  check(password === undefined || username !== undefined, "a password (--password, --password-stdin) needs --user");
+  check(
+    ["https", "http"].includes(scheme),
+    `the scheme is https or http, not "${printable(String(scheme))}"`,
+  );
+  check(
+    (tlsCert === undefined) === (tlsKey === undefined),
+    "a certificate and its key go together (--cert, --key)",
+  );
+  check(
+    username === undefined || password !== undefined,
+    "--user needs --password or --password-stdin",
+  );
+  check(
+    password === undefined || username !== undefined,
+    "a password (--password, --password-stdin) needs --user",
+  );
   check(token === undefined || username === undefined, "--token and --user exclude each other");
   check(/^[\x21-\x7e]+$/.test(token ?? "-"), "the token has characters that no header can carry");
-  check(namespace === undefined || isHost(namespace), `"${printable(namespace ?? "")}" is not a host name (--ns)`);
+  check(
+    namespace === undefined || isHost(namespace),
+    `"${printable(namespace ?? "")}" is not a host name (--ns)`,
+  );
   return {
-    scheme, insecure, environment, certsDirectory,
+    scheme,
+    insecure,
+    environment,
+    certsDirectory,
     timeoutMs: integer(opts.timeoutMs ?? 30_000, "--timeout", 1, 86_400_000, " ms"),
     concurrency: integer(opts.concurrency ?? 8, "--concurrency", 1, 64),
     retries: integer(opts.retries ?? 5, "--retries", 0, 100),
@@ -1946,7 +2910,9 @@ function settingsOf(opts: PullerOpts, environment: Environment, certsDirectory =
 }
 /** Everything that one pull opens is closed when `run` ends. */
 async function withSession<T>(
-  opts: PullerOpts, run: (session: Session) => Promise<T>, replaced: Partial<Session & Settings> = {},
+  opts: PullerOpts,
+  run: (session: Session) => Promise<T>,
+  replaced: Partial<Session & Settings> = {},
 ): Promise<T> {
   const { environment = process.env, certsDirectory } = replaced;
   const settings = settingsOf(opts, environment, certsDirectory);
@@ -1974,12 +2940,18 @@ class Puller {
     this.#reference = parseReference(this.#opts.url);
     settingsOf(this.#opts, {});
   }
-  getUrl(): string { return this.#opts.url; }
-  getOpts(): PullerOpts { return { ...this.#opts }; }
+  getUrl(): string {
+    return this.#opts.url;
+  }
+  getOpts(): PullerOpts {
+    return { ...this.#opts };
+  }
   /** Leaves a verified tar at `dest`, or adds to the OCI layout there where that is a directory or ends in "/". */
   pullTar(dest: string): Promise<PullResult> {
     const { namespace, onProgress } = this.#opts;
-    const images = [{ reference: this.#reference, name: formatReference(imageName(this.#reference, namespace)) }];
+    const images = [
+      { reference: this.#reference, name: formatReference(imageName(this.#reference, namespace)) },
+    ];
     return withSession(this.#opts, async (session) => {
       const report = progressReporter(onProgress);
       const request = { images, destination: dest, isAll: false, reuse: [] };
@@ -1992,17 +2964,24 @@ class Puller {
   async pullManifest(type: "list" | "image"): Promise<ManifestHolder> {
     if (type === "image") {
       return withSession(this.#opts, async (session) =>
-        this.#holder((await resolveImage(session, this.#reference, "", false)).top));
+        this.#holder((await resolveImage(session, this.#reference, "", false)).top),
+      );
     }
-    if (type !== "list") fail("BAD_OPTION", `a manifest is "list" or "image", not "${printable(String(type))}"`);
+    if (type !== "list")
+      fail("BAD_OPTION", `a manifest is "list" or "image", not "${printable(String(type))}"`);
     const holder = await this.getManifest();
     if (isRecord(holder.manifest) && "manifests" in holder.manifest) return holder;
-    return fail("NOT_FOUND", `${formatReference(this.#reference)} is one image, without a list (--manifest image)`);
+    return fail(
+      "NOT_FOUND",
+      `${formatReference(this.#reference)} is one image, without a list (--manifest image)`,
+    );
   }
   /** Whatever the registry has under the reference: an index or an image manifest. */
   getManifest(): Promise<ManifestHolder> {
     return withSession(this.#opts, async (session) => {
-      const fetched = await registryOf(session, this.#reference).manifest(versionOf(this.#reference));
+      const fetched = await registryOf(session, this.#reference).manifest(
+        versionOf(this.#reference),
+      );
       parseManifest(fetched, this.#opts.url);
       return this.#holder(fetched);
     });
@@ -2020,15 +2999,24 @@ class Puller {
   }
   /** Every blob of an image manifest as `dir/HEX`, verified; those that are there already are kept. */
   async pullBlobs(holder: ManifestHolder, dir: string): Promise<void> {
-    const manifest = parseManifest({ ...holder, bytes: Buffer.from(holder.bytes) }, holder.imageUrl);
-    if (manifest.kind !== "image") return fail("NOT_AN_IMAGE", `${holder.imageUrl}: a list of manifests has no blobs`);
-    const blobs = new Map([manifest.config, ...manifest.layers].map((descriptor) => [descriptor.digest, descriptor]));
+    const manifest = parseManifest(
+      { ...holder, bytes: Buffer.from(holder.bytes) },
+      holder.imageUrl,
+    );
+    if (manifest.kind !== "image")
+      return fail("NOT_AN_IMAGE", `${holder.imageUrl}: a list of manifests has no blobs`);
+    const blobs = new Map(
+      [manifest.config, ...manifest.layers].map((descriptor) => [descriptor.digest, descriptor]),
+    );
     await withSession(this.#opts, async (session) => {
       const registry = registryOf(session, this.#reference);
       const jobs = [...blobs.values()].map((descriptor) => newJob(descriptor, registry, 0, []));
       const report = progressReporter(this.#opts.onProgress);
       await onDisk(`cannot write ${dir}`, fs.mkdir(dir, { recursive: true }));
-      const transfer = await onDisk(`cannot write ${dir}`, pullToFolder(session, jobs, dir, hexOf, report));
+      const transfer = await onDisk(
+        `cannot write ${dir}`,
+        pullToFolder(session, jobs, dir, hexOf, report),
+      );
       report(transfer, undefined, "finish");
     });
   }
@@ -2040,8 +3028,18 @@ class Puller {
 function progressReporter(onProgress: PullerOpts["onProgress"]) {
   let highest = 0;
   onProgress?.({ phase: "resolve", doneBytes: 0, totalBytes: 0, blobsDone: 0, blobsTotal: 0 });
-  return ({ jobs, totalBytes }: Transfer, _finished?: BlobJob, phase: Progress["phase"] = "fetch"): void => {
-    highest = Math.max(highest, Math.min(totalBytes, sumOf(jobs, (job) => job.doneBytes)));
+  return (
+    { jobs, totalBytes }: Transfer,
+    _finished?: BlobJob,
+    phase: Progress["phase"] = "fetch",
+  ): void => {
+    highest = Math.max(
+      highest,
+      Math.min(
+        totalBytes,
+        sumOf(jobs, (job) => job.doneBytes),
+      ),
+    );
     const doneBytes = phase === "finish" ? totalBytes : highest;
     const blobsDone = jobs.filter((job) => job.isDone).length;
     onProgress?.({ phase, doneBytes, totalBytes, blobsDone, blobsTotal: jobs.length });
@@ -2053,16 +3051,23 @@ function progressReporter(onProgress: PullerOpts["onProgress"]) {
 // Anyone may have made it: every type, reference, name and size in it is checked before it is used or printed.
 /** An image that a tar names, and the entries that it is made of: config first, then layers. */
 type HeldImage = Readonly<{
-  name: string; digest: string; platform: string; isImage: boolean; diffIds: unknown;
+  name: string;
+  digest: string;
+  platform: string;
+  isImage: boolean;
+  diffIds: unknown;
   parts: readonly Readonly<{ entry: string; size: number; mediaType?: string }>[];
 }>;
-const isTexts = (list: unknown): list is string[] => Array.isArray(list) && list.every((it) => typeof it === "string");
+const isTexts = (list: unknown): list is string[] =>
+  Array.isArray(list) && list.every((it) => typeof it === "string");
 const [DAMAGED, MISSING] = ["is damaged", "is missing (a --since tar needs its base)"];
 /** The file behind a name: docker save makes a link of a layer that occurs twice. */
 function fileIn({ entries }: OpenTar, name: string): TarEntry | undefined {
   const { type = "", linkName = "" } = entries.get(name) ?? {};
   const folder = type === "2" ? path.posix.dirname(name) : "";
-  const entry = entries.get(type === "1" || type === "2" ? path.posix.join(folder, linkName) : name);
+  const entry = entries.get(
+    type === "1" || type === "2" ? path.posix.join(folder, linkName) : name,
+  );
   return entry && "07".includes(entry.type) ? entry : undefined;
 }
 /** The images by index.json, or else by manifest.json; what keeps an image from being read goes to `problems`. */
@@ -2072,16 +3077,23 @@ async function imagesIn(tar: OpenTar, file: string, signal: AbortSignal, problem
     signal.throwIfAborted();
     const entry = fileIn(tar, name);
     if (problems.has(`${name} ${DAMAGED}`)) refuse(`${printable(name)} ${DAMAGED}`);
-    if (entry && entry.sizeBytes > LIMITS.tarMetadataBytes) refuse(`${printable(name)} is too large`);
+    if (entry && entry.sizeBytes > LIMITS.tarMetadataBytes)
+      refuse(`${printable(name)} is too large`);
     const bytes = entry && (await readAt(tar.handle, entry.offset, entry.sizeBytes));
     return { bytes, json: bytes && (parseJson(bytes) ?? refuse(`${printable(name)} is not JSON`)) };
   };
   let absent = 0; // docker save keeps an index and leaves platforms out
-  const readChild = async ({ digest, size, mediaType }: Descriptor): Promise<FetchedManifest | undefined> => {
+  const readChild = async ({
+    digest,
+    size,
+    mediaType,
+  }: Descriptor): Promise<FetchedManifest | undefined> => {
     const { bytes } = await read(blobPath(digest));
     if (!bytes) absent += 1;
-    if (bytes && bytes.length !== size) refuse(`${blobPath(digest)} has ${bytes.length} bytes, not ${size}`);
-    if (bytes && sniffMediaType(bytes, mediaType) !== mediaType) refuse(`${blobPath(digest)} is of another type`);
+    if (bytes && bytes.length !== size)
+      refuse(`${blobPath(digest)} has ${bytes.length} bytes, not ${size}`);
+    if (bytes && sniffMediaType(bytes, mediaType) !== mediaType)
+      refuse(`${blobPath(digest)} is of another type`);
     return bytes && { mediaType, digest, bytes };
   };
   const describe = async (parts: HeldImage["parts"], isImage: boolean, stated?: Platform) => {
@@ -2092,69 +3104,120 @@ async function imagesIn(tar: OpenTar, file: string, signal: AbortSignal, problem
   };
   const [indexed, listed]: [HeldImage[], HeldImage[]] = [[], []];
   const { json: index = { manifests: [] } } = await read("index.json");
-  if (!isRecord(index) || !Array.isArray(index.manifests)) return refuse("index.json is not an index");
+  if (!isRecord(index) || !Array.isArray(index.manifests))
+    return refuse("index.json is not an index");
   for (const value of index.manifests as Descriptor[]) {
     const descriptor = parseDescriptor(value, `${file}: index.json`);
-    const names = NAME_KEYS.map((key) => value.annotations?.[key]).filter((each) => typeof each === "string");
+    const names = NAME_KEYS.map((key) => value.annotations?.[key]).filter(
+      (each) => typeof each === "string",
+    );
     const name = printable(names[0] ?? "");
-    const top = (await readChild(descriptor)) ?? refuse(`${blobPath(descriptor.digest)} is missing`);
+    const top =
+      (await readChild(descriptor)) ?? refuse(`${blobPath(descriptor.digest)} is missing`);
     const { contents } = await collectAll(readChild, 1, file, top);
     if (contents.length === 0) problems.add(`${blobPath(top.digest)} names nothing that is here`);
     for (const { digest, manifest, platform } of contents) {
-      const parts = [manifest.config, ...manifest.layers].map((each) => ({ ...each, entry: blobPath(each.digest) }));
+      const parts = [manifest.config, ...manifest.layers].map((each) => ({
+        ...each,
+        entry: blobPath(each.digest),
+      }));
       const isImage = CONFIG_TYPES.includes(manifest.config.mediaType);
-      indexed.push({ name, digest, ...(await describe(parts, isImage, platform ?? descriptor.platform)) });
+      indexed.push({
+        name,
+        digest,
+        ...(await describe(parts, isImage, platform ?? descriptor.platform)),
+      });
     }
   }
   const { json: layout } = await read("oci-layout");
   const isOci = indexed.length > 0 && isRecord(layout) && layout.imageLayoutVersion === "1.0.0";
-  if (layout && !isOci) problems.add("oci-layout is there, but not of version 1.0.0 and with an index.json");
+  if (layout && !isOci)
+    problems.add("oci-layout is there, but not of version 1.0.0 and with an index.json");
   for (const value of [(await read("manifest.json")).json ?? []].flat() as unknown[]) {
     const { Config: config, RepoTags, Layers } = isRecord(value) ? value : {};
     const [tags, layers] = [RepoTags ?? [], Layers ?? []];
     const isRight = typeof config === "string" && isTexts(tags) && isTexts(layers);
     if (!isRight) return refuse("manifest.json is not as docker save makes it");
-    const parts = [config, ...layers].map((entry) => ({ entry, size: fileIn(tar, entry)?.sizeBytes ?? 0 }));
+    const parts = [config, ...layers].map((entry) => ({
+      entry,
+      size: fileIn(tar, entry)?.sizeBytes ?? 0,
+    }));
     listed.push({ name: printable(tags.join(" ")), digest: "", ...(await describe(parts, true)) });
   }
   const images = indexed.length > 0 ? indexed : listed;
-  if (images.length === 0) refuse("it holds no image: neither index.json nor manifest.json names one");
+  if (images.length === 0)
+    refuse("it holds no image: neither index.json nor manifest.json names one");
   return { images, named: [...indexed, ...listed], isDocker: listed.length > 0, isOci, absent };
 }
 /** A table for a person, a line of JSON for each image otherwise. */
-async function listTar({ stdout }: CommandIO, tar: OpenTar, file: string, signal: AbortSignal): Promise<void> {
-  for (const { parts, name, digest, platform } of (await imagesIn(tar, file, signal, new Set())).images) {
-    const layers = parts.slice(1).map(({ entry, size }) =>
-      ({ digest: digestInName(entry) ?? printable(entry), size, present: fileIn(tar, entry) !== undefined }));
+async function listTar(
+  { stdout }: CommandIO,
+  tar: OpenTar,
+  file: string,
+  signal: AbortSignal,
+): Promise<void> {
+  for (const { parts, name, digest, platform } of (await imagesIn(tar, file, signal, new Set()))
+    .images) {
+    const layers = parts.slice(1).map(({ entry, size }) => ({
+      digest: digestInName(entry) ?? printable(entry),
+      size,
+      present: fileIn(tar, entry) !== undefined,
+    }));
     const sizeBytes = sumOf(layers, ({ size }) => size);
-    const rows = layers.map(({ digest: layer, size, present }) =>
-      `${(present ? formatBytes(size) : "absent").padStart(7)} ${layer}`);
+    const rows = layers.map(
+      ({ digest: layer, size, present }) =>
+        `${(present ? formatBytes(size) : "absent").padStart(7)} ${layer}`,
+    );
     const title = `${name || "(no name)"}  ${platform}  ${formatBytes(sizeBytes)}`;
     const table = [title, ...(digest ? [`        ${digest}`] : []), ...rows].join("\n");
-    stdout.write(`${stdout.isTTY ? table : JSON.stringify({ name, digest, platform, sizeBytes, layers })}\n`);
+    stdout.write(
+      `${stdout.isTTY ? table : JSON.stringify({ name, digest, platform, sizeBytes, layers })}\n`,
+    );
   }
 }
 /** Whether a layer unpacks to its diff_id; undefined where this Node cannot unpack it to its end. */
-async function unpacksTo(digest: string, entry: TarEntry, handle: fs.FileHandle, signal: AbortSignal) {
+async function unpacksTo(
+  digest: string,
+  entry: TarEntry,
+  handle: fs.FileHandle,
+  signal: AbortSignal,
+) {
   const { offset, sizeBytes: size } = entry;
   const magic = (await readAt(handle, offset, 4)).toString("hex");
   const isZstd = /^(28b52ffd|5.2a4d18)/.test(magic);
-  const { createGunzip, createZstdDecompress } = load("node:zlib") as Partial<typeof import("node:zlib")>;
-  const unpacker = isZstd ? createZstdDecompress?.() : magic.startsWith("1f8b") ? createGunzip?.() : undefined;
+  const { createGunzip, createZstdDecompress } = load("node:zlib") as Partial<
+    typeof import("node:zlib")
+  >;
+  const unpacker = isZstd
+    ? createZstdDecompress?.()
+    : magic.startsWith("1f8b")
+      ? createGunzip?.()
+      : undefined;
   const isRight = await isIntact({ handle, offset }, { digest, size }, signal, unpacker);
   // Before Node 26 the first of several zstd frames is the last (nodejs/node#64741).
   return !isRight && isZstd && (unpacker?.bytesWritten ?? 0) < size ? undefined : isRight;
 }
 /** Hashes every blob, looks for every reference, unpacks every layer. Throws BAD_TAR naming all that is wrong. */
-async function verifyTar({ stdout }: CommandIO, tar: OpenTar, file: string, signal: AbortSignal): Promise<void> {
+async function verifyTar(
+  { stdout }: CommandIO,
+  tar: OpenTar,
+  file: string,
+  signal: AbortSignal,
+): Promise<void> {
   const { handle, entries } = tar;
   const problems = new Set<string>();
-  const blobs = [...entries.values()].filter((entry) => digestInName(entry.name) && fileIn(tar, entry.name) === entry);
+  const blobs = [...entries.values()].filter(
+    (entry) => digestInName(entry.name) && fileIn(tar, entry.name) === entry,
+  );
   for (const { name, offset, sizeBytes: size } of blobs) {
     const digest = digestInName(name) as string;
-    if (!(await isIntact({ handle, offset }, { digest, size }, signal))) problems.add(`${name} ${DAMAGED}`);
+    if (!(await isIntact({ handle, offset }, { digest, size }, signal)))
+      problems.add(`${name} ${DAMAGED}`);
   }
-  const end = [...entries.values()].reduce((at, { offset, sizeBytes }) => Math.max(at, offset + sizeBytes + BLOCK), 0);
+  const end = [...entries.values()].reduce(
+    (at, { offset, sizeBytes }) => Math.max(at, offset + sizeBytes + BLOCK),
+    0,
+  );
   if ((await handle.stat()).size < end) problems.add("its end is missing: it was cut off");
   const found = await imagesIn(tar, file, signal, problems).catch((error: unknown) => {
     if (!(error instanceof ImgpullError)) throw error;
@@ -2164,40 +3227,64 @@ async function verifyTar({ stdout }: CommandIO, tar: OpenTar, file: string, sign
   const unpacked = new Map<string, boolean | undefined>(); // each pair of a layer and a diff_id once
   for (const { parts, diffIds: ids, isImage, platform } of found.named) {
     const isRight = Array.isArray(ids) && ids.length === parts.length - 1 && ids.every(isDigest);
-    const isDue = ids !== undefined || (isImage && parts.length > 1 && !platform.startsWith("unknown"));
+    const isDue =
+      ids !== undefined || (isImage && parts.length > 1 && !platform.startsWith("unknown"));
     if (isDue && !isRight) problems.add(`${parts[0]?.entry} has not one diff_id for each layer`);
     for (const [at, { entry, size }] of parts.entries()) {
       const held = fileIn(tar, entry);
       const diffId = isRight && at > 0 ? String(ids[at - 1]) : undefined;
       const key = `${held?.name} ${diffId}`;
       if (!held) problems.add(`${entry} ${MISSING}`);
-      else if (held.sizeBytes !== size) problems.add(`${entry} has ${held.sizeBytes} bytes, not ${size}`);
+      else if (held.sizeBytes !== size)
+        problems.add(`${entry} has ${held.sizeBytes} bytes, not ${size}`);
       else if (diffId && !unpacked.has(key) && !problems.has(`${held.name} ${DAMAGED}`)) {
         unpacked.set(key, await unpacksTo(diffId, held, handle, signal));
-        if (unpacked.get(key) === false) problems.add(`${held.name} does not unpack to ${diffId}, its diff_id`);
+        if (unpacked.get(key) === false)
+          problems.add(`${held.name} does not unpack to ${diffId}, its diff_id`);
       }
     }
   }
-  const wrong = [...problems].map((words) => `${file}: ${printable(words, 1000)}`).join("\nimgpull: ");
+  const wrong = [...problems]
+    .map((words) => `${file}: ${printable(words, 1000)}`)
+    .join("\nimgpull: ");
   if (wrong) fail("BAD_TAR", wrong);
   const list = (words: readonly (string | false)[]) => words.filter(Boolean).join(", ");
   const types = found.images.flatMap(({ parts }) => parts.map(({ mediaType = "" }) => mediaType));
-  const since = (version: number) => (types.some((type) => type.includes("zstd")) ? ` from ${version} on` : "");
+  const since = (version: number) =>
+    types.some((type) => type.includes("zstd")) ? ` from ${version} on` : "";
   const whole = [...unpacked.values()].filter(Boolean).length;
-  const counts = [counted(found.images.length, "image"), `${counted(blobs.length, "blob")} hashed`,
-    `${counted(whole, "layer")} unpacked`, whole < unpacked.size && `${unpacked.size - whole} (zstd) not`,
-    found.absent > 0 && `${found.absent} more of an index not here`];
-  const [{ images, isDocker, isOci }, many] = [found, found.images.length > 1 ? "FILE:NAME" : "FILE"];
+  const counts = [
+    counted(found.images.length, "image"),
+    `${counted(blobs.length, "blob")} hashed`,
+    `${counted(whole, "layer")} unpacked`,
+    whole < unpacked.size && `${unpacked.size - whole} (zstd) not`,
+    found.absent > 0 && `${found.absent} more of an index not here`,
+  ];
+  const [{ images, isDocker, isOci }, many] = [
+    found,
+    found.images.length > 1 ? "FILE:NAME" : "FILE",
+  ];
   const isPodman = images.some(({ isImage }) => isImage) && (isDocker || images.length === 1);
-  const loaders = [isDocker && `docker${since(23)}`, isPodman && `podman${since(4)}`,
+  const loaders = [
+    isDocker && `docker${since(23)}`,
+    isPodman && `podman${since(4)}`,
     images.some(({ name, digest }) => name && (digest || isDocker)) && "ctr",
-    isDocker && `skopeo docker-archive:${many}`, isOci && `skopeo oci-archive:${many}`];
+    isDocker && `skopeo docker-archive:${many}`,
+    isOci && `skopeo oci-archive:${many}`,
+  ];
   stdout.write(`${file}: ${list(counts)}: all is right\nloads in ${list(loaders)}\n`);
 }
 /** --list-tar and --verify. */
-async function lookAtTar(io: CommandIO, file: string, look: typeof verifyTar, signal: AbortSignal): Promise<void> {
+async function lookAtTar(
+  io: CommandIO,
+  file: string,
+  look: typeof verifyTar,
+  signal: AbortSignal,
+): Promise<void> {
   const tar = await onDisk(`cannot read ${file}`, openTar(file, signal));
-  await onDisk(`cannot read ${file}`, look(io, tar, file, signal)).finally(() => tar.handle.close());
+  await onDisk(`cannot read ${file}`, look(io, tar, file, signal)).finally(() =>
+    tar.handle.close(),
+  );
 }
 
 // ====== 15. Command line ======
@@ -2243,8 +3330,11 @@ Examples:
   imgpull --from images.txt bundle.tar > images.lock
 `;
 /** `value` names the value, and a switch has none. */
-const OPTIONS = [...HELP.matchAll(/^  (?:-(?<short>.),|   ) --(?<name>\S+) (?<value>\S+)? +(?<help>.+)$/gm)].map(
-  ({ groups = {} }) => groups as { name: string; short?: string; value?: string; help: string });
+const OPTIONS = [
+  ...HELP.matchAll(/^ {2}(?:-(?<short>.),| {3}) --(?<name>\S+) (?<value>\S+)? +(?<help>.+)$/gm),
+].map(
+  ({ groups = {} }) => groups as { name: string; short?: string; value?: string; help: string },
+);
 const FOR_ONE_HOST = ["user", "password", "token", "cert", "key", "ns"]; // not with IMAGEs on several hosts
 const usage = (reason: string): never => fail("BAD_OPTION", `${reason} (imgpull --help)`);
 /** How many pairs of neighbouring letters two names share, to name the option that was meant. */
@@ -2252,9 +3342,19 @@ const likeness = (left: string, right: string): number =>
   [...`^${left}`].filter((letter, at) => `^${right}$`.includes(letter + (left[at] ?? "$"))).length;
 function parseCommandLine(argv: readonly string[]) {
   const specs: typeof OPTIONS = [...OPTIONS, { name: "ca", value: "FILE", help: "" }];
-  const options = Object.fromEntries(specs.map(({ name, short, value }) =>
-    [name, { type: value ? "string" as const : "boolean" as const, ...given({ short }) }]));
-  const parsed = parseArgs({ args: [...argv], options, strict: false, allowPositionals: true, tokens: true });
+  const options = Object.fromEntries(
+    specs.map(({ name, short, value }) => [
+      name,
+      { type: value ? ("string" as const) : ("boolean" as const), ...given({ short }) },
+    ]),
+  );
+  const parsed = parseArgs({
+    args: [...argv],
+    options,
+    strict: false,
+    allowPositionals: true,
+    tokens: true,
+  });
   const values: Record<string, string> = {};
   const switches = new Set<string>();
   const reuse: string[] = [];
@@ -2265,11 +3365,15 @@ function parseCommandLine(argv: readonly string[]) {
     const spec = OPTIONS.find((option) => option.name === name);
     if (!spec) {
       const [nearest] = OPTIONS.map((option) => ({ ...option, like: likeness(name, option.name) }))
-        .filter(({ like }) => like >= 0.4 * (name.length + 1)).sort((left, right) => right.like - left.like);
-      return usage(`unknown option ${printable(rawName, 60)}${nearest ? `: did you mean --${nearest.name}?` : ""}`);
+        .filter(({ like }) => like >= 0.4 * (name.length + 1))
+        .sort((left, right) => right.like - left.like);
+      return usage(
+        `unknown option ${printable(rawName, 60)}${nearest ? `: did you mean --${nearest.name}?` : ""}`,
+      );
     }
     if (values[name] !== undefined || switches.has(name)) usage(`--${name} is given twice`);
-    const value = rawName.startsWith("--") || !inlineValue ? token.value : token.value?.replace(/^=/, "");
+    const value =
+      rawName.startsWith("--") || !inlineValue ? token.value : token.value?.replace(/^=/, "");
     if (!spec.value && value !== undefined) usage(`${rawName} takes no value`);
     const isMissing = !value || (!inlineValue && value.startsWith("-") && value !== "-");
     if (!spec.value) switches.add(name);
@@ -2283,52 +3387,112 @@ function parseCommandLine(argv: readonly string[]) {
   return { values, switches, reuse, positionals: parsed.positionals };
 }
 /** The command line in the words of the library, checked as far as that goes without reading anything. */
-function planCommand({ values, switches, reuse, positionals }: ReturnType<typeof parseCommandLine>) {
-  const { platform, user: username, password, cert: tlsCert, key: tlsKey, cacert: caCert, ns: namespace } = values;
+function planCommand({
+  values,
+  switches,
+  reuse,
+  positionals,
+}: ReturnType<typeof parseCommandLine>) {
+  const {
+    platform,
+    user: username,
+    password,
+    cert: tlsCert,
+    key: tlsKey,
+    cacert: caCert,
+    ns: namespace,
+  } = values;
   const { token, from, name, since, os: system, arch, "list-tar": listed, verify, scheme } = values;
   const manifest = values.manifest as "list" | "image" | undefined;
   const isAll = platform === "all";
   const isWhole = platform === undefined || isAll;
   const isPasswordOnStdin = switches.has("password-stdin");
-  if (platform && (system ?? arch ?? values.variant)) usage("--platform excludes --os, --arch and --variant");
+  if (platform && (system ?? arch ?? values.variant))
+    usage("--platform excludes --os, --arch and --variant");
   if (!isWhole && !/^[^/]+\/[^/]+(\/[^/]+)?$/.test(platform)) {
     usage(`--platform is OS/ARCH, OS/ARCH/VARIANT or all, not "${printable(platform)}"`);
   }
-  const [osType, archType, variant] = isWhole ? [system, arch, values.variant] : platform.split("/");
-  const number = (option: string, value = values[option]) => (value === undefined ? undefined
-    : /^\d+(\.\d+)?$/.test(value) ? Number(value) : usage(`--${option} is a number, not "${printable(value)}"`));
-  if (password !== undefined && isPasswordOnStdin) usage("--password and --password-stdin exclude each other");
-  if (isPasswordOnStdin && from === "-") usage("stdin is asked for twice: --password-stdin and --from -");
+  const [osType, archType, variant] = isWhole
+    ? [system, arch, values.variant]
+    : platform.split("/");
+  const number = (option: string, value = values[option]) =>
+    value === undefined
+      ? undefined
+      : /^\d+(\.\d+)?$/.test(value)
+        ? Number(value)
+        : usage(`--${option} is a number, not "${printable(value)}"`);
+  if (password !== undefined && isPasswordOnStdin)
+    usage("--password and --password-stdin exclude each other");
+  if (isPasswordOnStdin && from === "-")
+    usage("stdin is asked for twice: --password-stdin and --from -");
   const timeout = number("timeout");
   const opts = given({
-    scheme, osType, archType, variant, username, password, token, tlsCert, tlsKey, caCert, namespace,
-    insecure: switches.has("insecure") || undefined, concurrency: number("concurrency"),
-    retries: number("retries"), timeoutMs: timeout === undefined ? undefined : Math.ceil(timeout * 1000),
+    scheme,
+    osType,
+    archType,
+    variant,
+    username,
+    password,
+    token,
+    tlsCert,
+    tlsKey,
+    caCert,
+    namespace,
+    insecure: switches.has("insecure") || undefined,
+    concurrency: number("concurrency"),
+    retries: number("retries"),
+    timeoutMs: timeout === undefined ? undefined : Math.ceil(timeout * 1000),
   }) as Omit<PullerOpts, "url">;
   settingsOf({ url: "", ...opts, ...(isPasswordOnStdin ? { password: "" } : {}) }, {});
-  const hasDestination = manifest === undefined && positionals.length > (from === undefined ? 1 : 0);
+  const hasDestination =
+    manifest === undefined && positionals.length > (from === undefined ? 1 : 0);
   const destination = hasDestination ? positionals.at(-1) : undefined;
   const isLooking = (listed ?? verify) !== undefined;
-  if (isLooking && (positionals.length > 0 || (listed && verify))) usage("--list-tar or --verify takes one tar");
+  if (isLooking && (positionals.length > 0 || (listed && verify)))
+    usage("--list-tar or --verify takes one tar");
   const images = positionals.slice(0, manifest !== undefined ? 1 : hasDestination ? -1 : undefined);
   const bound = FOR_ONE_HOST.find((option) => values[option] !== undefined);
   if (images.length === 0 && from === undefined && !isLooking) usage("IMAGE is missing");
   if (destination === "") usage("DEST is empty");
   if (!manifest && from !== undefined && !destination) usage("DEST is missing");
-  if (name !== undefined && (images.length !== 1 || from !== undefined)) usage("--name goes with one IMAGE");
+  if (name !== undefined && (images.length !== 1 || from !== undefined))
+    usage("--name goes with one IMAGE");
   const isQuiet = switches.has("quiet");
-  return { opts, images, destination, manifest, from, name, since, reuse, isAll, isPasswordOnStdin, isQuiet, bound };
+  return {
+    opts,
+    images,
+    destination,
+    manifest,
+    from,
+    name,
+    since,
+    reuse,
+    isAll,
+    isPasswordOnStdin,
+    isQuiet,
+    bound,
+  };
 }
 /** `imgpull alpine:3 busybox:1` means two images, not a file called busybox:1. */
 async function checkDestinationName(destination: string): Promise<void> {
   if (/[\\/]|\.(tar|oci|img|tgz|zip|gz)$/i.test(destination) || !/[:@]/.test(destination)) return;
-  const isReference = await Promise.resolve(destination).then(parseReference).then(() => true, () => false);
-  if (isReference) usage(`DEST is missing: "${destination}" reads as an IMAGE; say ./${destination} to mean a file`);
+  const isReference = await Promise.resolve(destination)
+    .then(parseReference)
+    .then(
+      () => true,
+      () => false,
+    );
+  if (isReference)
+    usage(
+      `DEST is missing: "${destination}" reads as an IMAGE; say ./${destination} to mean a file`,
+    );
 }
 /** @internal What a command has of its process: all that it reads and writes, but for files. Tests give their own. */
 type CommandIO = Readonly<{
-  stdin: NodeJS.ReadableStream; stdout: NodeJS.WritableStream & { isTTY?: boolean };
-  stderr: NodeJS.WritableStream & { isTTY?: boolean; columns?: number; rows?: number }; env: Environment;
+  stdin: NodeJS.ReadableStream;
+  stdout: NodeJS.WritableStream & { isTTY?: boolean };
+  stderr: NodeJS.WritableStream & { isTTY?: boolean; columns?: number; rows?: number };
+  env: Environment;
 }>;
 const readStdin = async ({ stdin }: CommandIO): Promise<string> =>
   Buffer.concat((await Readable.from(stdin).toArray()) as Buffer[]).toString("utf8");
@@ -2364,7 +3528,9 @@ function showProgress({ stderr, env }: CommandIO, isQuiet: boolean) {
     if (!latest) return;
     if (!isLive) return void stderr.write(`imgpull: ${total(latest)}\n`);
     const width = Math.max(20, (stderr.columns ?? 80) - 1);
-    const moving = [...new Set([...latest.active].map(({ job }) => job))].sort((a, b) => a.offset - b.offset);
+    const moving = [...new Set([...latest.active].map(({ job }) => job))].sort(
+      (a, b) => a.offset - b.offset,
+    );
     const most = Math.max(0, Math.min(12, (stderr.rows ?? 24) - 2)); // a taller block would fill the scrollback
     const bars = moving.slice(0, most).map((job) => `${dim(bar(job, width).slice(0, width))}\n`);
     clear();
@@ -2378,7 +3544,8 @@ function showProgress({ stderr, env }: CommandIO, isQuiet: boolean) {
       if (!latest) samples.push([performance.now(), transfer.fetchedBytes]);
       latest = transfer;
       const { digest = "", size = 0 } = finished?.descriptor ?? {};
-      if (finished && !isQuiet && !isLive) stderr.write(`imgpull: ${digest.slice(0, 19)} ${formatBytes(size)} done\n`);
+      if (finished && !isQuiet && !isLive)
+        stderr.write(`imgpull: ${digest.slice(0, 19)} ${formatBytes(size)} done\n`);
     },
     say: (text: string) => {
       clear();
@@ -2392,26 +3559,45 @@ function showProgress({ stderr, env }: CommandIO, isQuiet: boolean) {
   };
 }
 /** The images of the command line and of --from, each once, with the names they get. */
-async function listImages(io: CommandIO, command: ReturnType<typeof planCommand>): Promise<PullRequest["images"]> {
-  const { from, name: givenName, bound, opts: { namespace } } = command;
+async function listImages(
+  io: CommandIO,
+  command: ReturnType<typeof planCommand>,
+): Promise<PullRequest["images"]> {
+  const {
+    from,
+    name: givenName,
+    bound,
+    opts: { namespace },
+  } = command;
   const refuse = (error: unknown) => usage(`cannot read --from ${from}: ${diskWords(error)}`);
-  const list = from === "-" ? await readStdin(io) : from ? await fs.readFile(from, "utf8").catch(refuse) : "";
-  const lines = list.split(/\r?\n/).map((line) => line.replace(/(^|\s)#.*$/, "").trim()).filter(Boolean);
+  const list =
+    from === "-" ? await readStdin(io) : from ? await fs.readFile(from, "utf8").catch(refuse) : "";
+  const lines = list
+    .split(/\r?\n/)
+    .map((line) => line.replace(/(^|\s)#.*$/, "").trim())
+    .filter(Boolean);
   const texts = [...command.images, ...lines];
   if (texts.length === 0) usage("no IMAGE is given");
   const references = await mapConcurrently(texts, 1, async (text) => parseReference(text)); // every bad one is named
   const hosts = [...new Set(references.map(({ host }) => host))];
-  if (hosts.length > 1 && bound) usage(`--${bound} belongs to one registry, and the IMAGEs are on ${hosts.join(", ")}`);
+  if (hosts.length > 1 && bound)
+    usage(`--${bound} belongs to one registry, and the IMAGEs are on ${hosts.join(", ")}`);
   const unique = new Map(references.map((reference) => [formatReference(reference), reference]));
   const names = new Set<string>();
   return [...unique.values()].map((reference) => {
-    const name = formatReference(givenName === undefined ? imageName(reference, namespace) : parseReference(givenName));
+    const name = formatReference(
+      givenName === undefined ? imageName(reference, namespace) : parseReference(givenName),
+    );
     if (names.has(name)) usage(`two IMAGEs would have the name ${name} in the tar`);
     names.add(name);
     return { reference, name };
   });
 }
-async function runCommand(argv: readonly string[], io: CommandIO, signal: AbortSignal): Promise<void> {
+async function runCommand(
+  argv: readonly string[],
+  io: CommandIO,
+  signal: AbortSignal,
+): Promise<void> {
   const { stdout, stderr, env: environment } = io;
   const line = parseCommandLine(argv);
   const version = `imgpull version: ${IMGPULL_VERSION} build date: ${IMGPULL_BUILD_DATE}\n`;
@@ -2420,36 +3606,64 @@ async function runCommand(argv: readonly string[], io: CommandIO, signal: AbortS
   const command = planCommand(line);
   const { opts, manifest: kind, isAll, reuse, since, isQuiet } = command;
   if (line.switches.has("parsed")) {
-    const secrets = ["password", "token"].filter((name) => name in opts).map((name) => [name, "***"]);
-    const shown = { ...command, opts: undefined, bound: undefined, ...opts, ...Object.fromEntries(secrets) };
+    const secrets = ["password", "token"]
+      .filter((name) => name in opts)
+      .map((name) => [name, "***"]);
+    const shown = {
+      ...command,
+      opts: undefined,
+      bound: undefined,
+      ...opts,
+      ...Object.fromEntries(secrets),
+    };
     return void stdout.write(`${JSON.stringify(shown, null, 2)}\n`);
   }
   const { "list-tar": listed, verify } = line.values;
-  if (listed ?? verify) return lookAtTar(io, (listed ?? verify) as string, listed ? listTar : verifyTar, signal);
+  if (listed ?? verify)
+    return lookAtTar(io, (listed ?? verify) as string, listed ? listTar : verifyTar, signal);
   const images = await listImages(io, command);
   const { reference } = images[0] as PullRequest["images"][number];
   const destination = command.destination ?? defaultDestination(reference);
   if (command.destination !== undefined) await checkDestinationName(destination);
   const isStream = ["-", "/dev/stdout"].includes(destination);
   if (isStream && stdout.isTTY) usage("the tar is not written to a terminal: redirect stdout");
-  const password = command.isPasswordOnStdin ? { password: (await readStdin(io)).replace(/\r?\n$/, "") } : {};
+  const password = command.isPasswordOnStdin
+    ? { password: (await readStdin(io)).replace(/\r?\n$/, "") }
+    : {};
   const progress = showProgress(io, isQuiet);
-  const pullerOpts = { ...opts, ...password, url: formatReference(reference), signal, onWarning: progress.say };
+  const pullerOpts = {
+    ...opts,
+    ...password,
+    url: formatReference(reference),
+    signal,
+    onWarning: progress.say,
+  };
   try {
     if (kind !== undefined) {
       const { bytes, digest, manifest } = await new Puller(pullerOpts).pullManifest(kind);
       stdout.write(stdout.isTTY ? `${JSON.stringify(manifest, null, 2)}\n` : bytes);
       return void stderr.write(`${digest}\n`);
     }
-    const request = { images, destination: isStream ? stdout : destination, isAll, reuse, ...given({ since }) };
+    const request = {
+      images,
+      destination: isStream ? stdout : destination,
+      isAll,
+      reuse,
+      ...given({ since }),
+    };
     const pull = (session: Session) => pullImages(session, request, progress.observe);
     const { results, transfer, plan } = await withSession(pullerOpts, pull, { environment });
     progress.stop();
-    const pinned = images.map((image, at) => ({ ...image.reference, digest: results[at]?.digest as string }));
+    const pinned = images.map((image, at) => ({
+      ...image.reference,
+      digest: results[at]?.digest as string,
+    }));
     if (!isStream) stdout.write(pinned.map((each) => `${formatReference(each)}\n`).join(""));
     if (isQuiet) return;
-    const parts = (["fetched", "reused", "resumed"] as const).map((how) => [transfer[`${how}Bytes`], how] as const)
-      .filter(([bytes, how]) => bytes > 0 || how === "fetched").map(([bytes, how]) => `${formatBytes(bytes)} ${how}`);
+    const parts = (["fetched", "reused", "resumed"] as const)
+      .map((how) => [transfer[`${how}Bytes`], how] as const)
+      .filter(([bytes, how]) => bytes > 0 || how === "fetched")
+      .map(([bytes, how]) => `${formatBytes(bytes)} ${how}`);
     const place = isStream ? "the stream" : destination;
     const what = `${counted(images.length, "image")}, ${formatBytes(plan.sizeBytes)} in ${place}`;
     progress.say(`${what}: ${parts.join(", ")}, ${progress.seconds().toFixed(1)} s`);
@@ -2492,9 +3706,27 @@ async function main(argv: readonly string[], io: CommandIO = process): Promise<n
 // ====== 16. Exports ======
 /** @internal for the tests */
 const internals = Object.freeze({
-  LIMITS, OPTIONS, defaultDestination, encodeTarHeader, formatReference, imageName, isExemptFromProxy, matchPlatform,
-  parseChallenges, parseCommandLine, parseManifest, parseReference, planCommand, planTar, printable, proxyFor,
-  pullImages, readTar, wantedPlatform, withSession,
+  LIMITS,
+  OPTIONS,
+  defaultDestination,
+  encodeTarHeader,
+  formatReference,
+  imageName,
+  isExemptFromProxy,
+  matchPlatform,
+  parseChallenges,
+  parseCommandLine,
+  parseManifest,
+  parseReference,
+  planCommand,
+  planTar,
+  printable,
+  proxyFor,
+  pullImages,
+  readTar,
+  wantedPlatform,
+  withSession,
 });
-export { ImgpullError, Puller, internals, main, newPullerOpts };
+
 export type { Descriptor, ErrorCode, ManifestHolder, Platform, Progress, PullerOpts, PullResult };
+export { ImgpullError, internals, main, newPullerOpts, Puller };

@@ -98,5 +98,5 @@ declare class Puller {
     /** Every blob of an image manifest as `dir/HEX`, verified; those that are there already are kept. */
     pullBlobs(holder: ManifestHolder, dir: string): Promise<void>;
 }
-export { ImgpullError, Puller, newPullerOpts };
 export type { Descriptor, ErrorCode, ManifestHolder, Platform, Progress, PullerOpts, PullResult };
+export { ImgpullError, newPullerOpts, Puller };

@@ -18,7 +18,10 @@ var OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json";
 var OCI_INDEX = "application/vnd.oci.image.index.v1+json";
 var INDEX_TYPES = [OCI_INDEX, DOCKER_INDEX];
 var MANIFEST_TYPES = [...INDEX_TYPES, OCI_MANIFEST, DOCKER_MANIFEST];
-var CONFIG_TYPES = ["application/vnd.docker.container.image.v1+json", "application/vnd.oci.image.config.v1+json"];
+var CONFIG_TYPES = [
+  "application/vnd.docker.container.image.v1+json",
+  "application/vnd.oci.image.config.v1+json"
+];
 var MIB = 1024 * 1024;
 var NEVER = Number.POSITIVE_INFINITY;
 var LIMITS = Object.freeze({
@@ -85,7 +88,9 @@ function printable(text, maximum = 300) {
 function redactUrl(url) {
   const { protocol, host, pathname, searchParams } = new URL(url);
   const namespace = searchParams.get("ns");
-  return printable(`${protocol}//${host}${pathname}${namespace === null ? "" : `?ns=${namespace}`}`);
+  return printable(
+    `${protocol}//${host}${pathname}${namespace === null ? "" : `?ns=${namespace}`}`
+  );
 }
 function connectionError(error, doing) {
   if (error instanceof ImgpullError) return error;
@@ -114,7 +119,11 @@ function connectionError(error, doing) {
     [/^ECONNRESET/, "NETWORK", "connection lost"],
     [/^ECONNREFUSED/, "NETWORK", "connection refused"]
   ];
-  const [, kind, words] = known.find(([pattern]) => pattern.test(`${code} ${said}`)) ?? [/^/, "NETWORK", said];
+  const [, kind, words] = known.find(([pattern]) => pattern.test(`${code} ${said}`)) ?? [
+    /^/,
+    "NETWORK",
+    said
+  ];
   return new ImgpullError(kind, `${doing}: ${words}`, { cause });
 }
 var DISK_WORDS = {
@@ -151,11 +160,14 @@ function parseJson(text) {
     return void 0;
   }
 }
-var given = (values) => Object.fromEntries(Object.entries(values).filter(([, value]) => value !== void 0 && value !== ""));
+var given = (values) => Object.fromEntries(
+  Object.entries(values).filter(([, value]) => value !== void 0 && value !== "")
+);
 var sumOf = (items, value) => Array.from(items, value).reduce((sum, each) => sum + each, 0);
 function formatBytes(bytes) {
   let [value, unit] = [bytes, "B"];
-  for (const larger of ["kB", "MB", "GB", "TB"]) if (value >= 999.5) [value, unit] = [value / 1e3, larger];
+  for (const larger of ["kB", "MB", "GB", "TB"])
+    if (value >= 999.5) [value, unit] = [value / 1e3, larger];
   return `${unit === "B" || value >= 99.95 ? Math.round(value) : value.toFixed(1)} ${unit}`;
 }
 var counted = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
@@ -170,9 +182,12 @@ async function mapConcurrently(items, limit, run) {
   return settled(results);
 }
 function settled(results) {
-  const failures = results.flatMap((result) => result.status === "rejected" ? [result.reason] : []);
+  const failures = results.flatMap(
+    (result) => result.status === "rejected" ? [result.reason] : []
+  );
   const known = failures.filter((failure) => failure instanceof ImgpullError);
-  if (known.length < failures.length) throw failures.find((failure) => !(failure instanceof ImgpullError));
+  if (known.length < failures.length)
+    throw failures.find((failure) => !(failure instanceof ImgpullError));
   const told = known.filter(({ code }) => code !== "ABORTED");
   const [first = known[0]] = told;
   if (!first) return results.map((result) => result.value);
@@ -187,7 +202,9 @@ function anySignal(...signals) {
 }
 var HUB_HOSTS = ["docker.io", "index.docker.io", "registry-1.docker.io"];
 var LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?";
-var HOST = new RegExp(`^(?:${LABEL}(?:\\.${LABEL})*|\\[(?<ipv6>[0-9a-fA-F:.]+)\\])(?::(?<port>\\d{1,5}))?$`);
+var HOST = new RegExp(
+  `^(?:${LABEL}(?:\\.${LABEL})*|\\[(?<ipv6>[0-9a-fA-F:.]+)\\])(?::(?<port>\\d{1,5}))?$`
+);
 var PATH_PART = "[a-z0-9]+(?:(?:\\.|_{1,2}|-+)[a-z0-9]+)*";
 var REPOSITORY = new RegExp(`^${PATH_PART}(?:/${PATH_PART})*$`);
 var TAG = /^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$/;
@@ -206,7 +223,8 @@ function parseReference(text) {
   const [place = "", digest, ...tooMany] = text.split("@");
   if (tooMany.length > 0) refuse("it has more than one @");
   const wanted = "sha256: and 64, or sha512: and 128 lower-case hex digits";
-  if (digest !== void 0 && !isDigest(digest)) refuse(`"${printable(digest)}" is not a digest: ${wanted}`);
+  if (digest !== void 0 && !isDigest(digest))
+    refuse(`"${printable(digest)}" is not a digest: ${wanted}`);
   const parts = /^(?:(localhost|[^/]*[.:][^/]*)\/)?(.*?)(?::([^:]*))?$/.exec(place) ?? [];
   const [, host = "docker.io", name = "", tag] = parts;
   if (!isHost(host)) refuse(`"${host}" is not a host, host:port or [IPv6 address]`);
@@ -216,7 +234,8 @@ function parseReference(text) {
   if (tag !== void 0 && !TAG.test(tag)) refuse(`"${tag}" is not a tag`);
   const isHub = HUB_HOSTS.includes(host.toLowerCase());
   const repository = isHub && !name.includes("/") ? `library/${name}` : name;
-  if (host.length + repository.length + 1 > 255) refuse("host and repository are longer than 255 characters");
+  if (host.length + repository.length + 1 > 255)
+    refuse("host and repository are longer than 255 characters");
   const version = given({ tag: tag ?? (digest === void 0 ? "latest" : void 0), digest });
   return { host: isHub ? "docker.io" : host, repository, ...version };
 }
@@ -243,19 +262,28 @@ var CA_BUNDLES = [
 ];
 var CA_DIRECTORIES = ["/etc/ssl/certs", "/etc/pki/tls/certs", "/system/etc/security/cacerts"];
 async function systemCertificates(environment) {
-  const { SSL_CERT_FILE: file, SSL_CERT_DIR: directories, NODE_EXTRA_CA_CERTS: extra } = environment;
+  const {
+    SSL_CERT_FILE: file,
+    SSL_CERT_DIR: directories,
+    NODE_EXTRA_CA_CERTS: extra
+  } = environment;
   let bundle = "";
   const add = (text) => {
-    if (text?.includes("-----BEGIN CERTIFICATE-----") && !bundle.includes(text.trim())) bundle += `${text}
+    if (text?.includes("-----BEGIN CERTIFICATE-----") && !bundle.includes(text.trim()))
+      bundle += `${text}
 `;
   };
   for (const each of file ? [file] : CA_BUNDLES) if (bundle === "") add(await readOptional(each));
   for (const directory of directories?.split(path.delimiter) ?? (bundle === "" ? CA_DIRECTORIES : [])) {
     const names = await fs.readdir(directory).catch(() => []);
-    for (const text of await Promise.all(names.map((name) => readOptional(path.join(directory, name))))) add(text);
+    for (const text of await Promise.all(
+      names.map((name) => readOptional(path.join(directory, name)))
+    ))
+      add(text);
   }
   const { getCACertificates, rootCertificates } = load("node:tls");
-  if (bundle === "" && ["darwin", "win32"].includes(process.platform)) getCACertificates?.("system").forEach(add);
+  if (bundle === "" && ["darwin", "win32"].includes(process.platform))
+    getCACertificates?.("system").forEach(add);
   if (bundle === "") rootCertificates?.forEach(add);
   if (extra) add(await readOptional(extra));
   return [bundle];
@@ -280,7 +308,11 @@ async function secureContextFor(url, isRegistry, settings) {
   try {
     return load("node:tls").createSecureContext({ ca, cert, key });
   } catch (error) {
-    return fail("TLS", `cannot use the certificates given: ${printable(error.message)}`, { cause: error });
+    return fail(
+      "TLS",
+      `cannot use the certificates given: ${printable(error.message)}`,
+      { cause: error }
+    );
   }
 }
 function isExemptFromProxy(url, noProxy) {
@@ -295,7 +327,9 @@ function isExemptFromProxy(url, noProxy) {
     const isBlock = net.isIP(block) !== 0 && /^\d+$/.test(bits) && Number(bits) <= (net.isIPv6(block) ? 128 : 32);
     if (isBlock) blocks.addSubnet(block, Number(bits), familyOf(block));
     if (isAddress && blocks.check(host, familyOf(host))) return true;
-    const [, bracketed, bare, wantedPort] = /^(?:\[([^\]]*)\]|([^:]*)|)(?::(\d+))?$/.exec(entry) ?? ["", entry];
+    const [, bracketed, bare, wantedPort] = /^(?:\[([^\]]*)\]|([^:]*)|)(?::(\d+))?$/.exec(
+      entry
+    ) ?? ["", entry];
     if (wantedPort !== void 0 && wantedPort !== port) return false;
     const name = (bracketed ?? bare ?? "").replace(/^\*?\./, "");
     return name === "*" || name !== "" && (host === name || !isAddress && host.endsWith(`.${name}`));
@@ -303,13 +337,18 @@ function isExemptFromProxy(url, noProxy) {
 }
 function proxyFor(url, environment) {
   const variable = (name2) => environment[name2] || environment[name2.toLowerCase()] || "";
-  const name = [url.protocol === "https:" ? "HTTPS_PROXY" : "HTTP_PROXY", "ALL_PROXY"].find(variable);
+  const name = [url.protocol === "https:" ? "HTTPS_PROXY" : "HTTP_PROXY", "ALL_PROXY"].find(
+    variable
+  );
   if (name === void 0 || isExemptFromProxy(url, variable("NO_PROXY"))) return void 0;
   const text = /^[a-z][a-z0-9+.-]*:\/\//i.test(variable(name)) ? variable(name) : `http://${variable(name)}`;
   if (!URL.canParse(text)) fail("PROXY", `${name} is not a URL`);
   const proxy = new URL(text);
   if (proxy.protocol === "http:" || proxy.protocol === "https:") return proxy;
-  return fail("PROXY", `${name}: a ${proxy.protocol}// proxy is not supported, only http:// and https:// ones are`);
+  return fail(
+    "PROXY",
+    `${name}: a ${proxy.protocol}// proxy is not supported, only http:// and https:// ones are`
+  );
 }
 var basicAuthorization = (username, secret) => `Basic ${Buffer.from(`${username}:${secret}`, "utf8").toString("base64")}`;
 var proxyHeaders = ({ username, password }) => username === "" ? {} : { "Proxy-Authorization": basicAuthorization(unescape(username), unescape(password)) };
@@ -323,13 +362,22 @@ function proxyRefusal(proxy, what, { statusCode: status, statusMessage = "" }) {
 function connectThrough(proxy, options, target, done) {
   const authority = `${net.isIPv6(String(target.host)) ? `[${target.host}]` : target.host}:${target.port}`;
   const headers = { Host: authority, ...proxyHeaders(proxy) };
-  const connect = clientFor(proxy).request(proxy.origin, { ...options, method: "CONNECT", path: authority, headers });
+  const connect = clientFor(proxy).request(proxy.origin, {
+    ...options,
+    method: "CONNECT",
+    path: authority,
+    headers
+  });
   connect.once("connect", (response, socket) => {
-    if (response.statusCode === 200) return done(null, load("node:tls").connect({ ...target, socket }));
+    if (response.statusCode === 200)
+      return done(null, load("node:tls").connect({ ...target, socket }));
     socket.destroy();
     done(proxyRefusal(proxy, `CONNECT ${authority}`, response));
   });
-  connect.once("timeout", () => connect.destroy(new ImgpullError("TIMEOUT", `${proxyName(proxy)} is silent`)));
+  connect.once(
+    "timeout",
+    () => connect.destroy(new ImgpullError("TIMEOUT", `${proxyName(proxy)} is silent`))
+  );
   connect.once("error", (error) => done(connectionError(error, proxyName(proxy))));
   connect.end();
 }
@@ -339,7 +387,10 @@ function createTransport(settings) {
   const { timeoutMs, environment, insecure, tlsCert, certsDirectory } = settings;
   let common;
   const contextFor = async (url, isRegistry) => {
-    const hasFolder = fs.access(path.join(certsDirectory, url.host)).then(() => true, () => false);
+    const hasFolder = fs.access(path.join(certsDirectory, url.host)).then(
+      () => true,
+      () => false
+    );
     const hasOwn = isRegistry && (tlsCert !== void 0 || await hasFolder);
     return hasOwn ? secureContextFor(url, true, settings) : common ??= secureContextFor(url, false, settings);
   };
@@ -348,12 +399,19 @@ function createTransport(settings) {
     const isTlsProxy = proxy?.protocol === "https:";
     const servername = isTlsProxy && net.isIP(proxy.hostname) === 0 ? proxy.hostname : "";
     const proxyTls = isTlsProxy ? { secureContext: await contextFor(proxy, false), servername } : {};
-    if (url.protocol === "http:") return new (clientFor(isTlsProxy ? proxy : url)).Agent({ ...keepAlive, ...proxyTls });
+    if (url.protocol === "http:")
+      return new (clientFor(isTlsProxy ? proxy : url)).Agent({ ...keepAlive, ...proxyTls });
     const secureContext = await contextFor(url, isRegistry);
-    const agent = new (clientFor(url)).Agent({ ...keepAlive, secureContext, rejectUnauthorized: insecure !== true });
+    const agent = new (clientFor(url)).Agent({
+      ...keepAlive,
+      secureContext,
+      rejectUnauthorized: insecure !== true
+    });
     if (!proxy) return agent;
     const options = { ...proxyTls, agent: false, timeout: timeoutMs, signal: closing.signal };
-    return Object.assign(agent, { createConnection: connectThrough.bind(void 0, proxy, options) });
+    return Object.assign(agent, {
+      createConnection: connectThrough.bind(void 0, proxy, options)
+    });
   };
   const sendOnce = async (request, url, headers) => {
     const { method, signal, body } = request;
@@ -366,12 +424,23 @@ function createTransport(settings) {
     const forwarder = url.protocol === "http:" ? proxy : void 0;
     const absolute = forwarder && { path: url.href };
     const added = forwarder && { Host: url.host, ...proxyHeaders(forwarder) };
-    const options = { method, signal, agent: await making, timeout: timeoutMs, headers: { ...headers, ...added } };
-    const outgoing = clientFor(forwarder ?? url).request(forwarder?.origin ?? url, { ...options, ...absolute });
+    const options = {
+      method,
+      signal,
+      agent: await making,
+      timeout: timeoutMs,
+      headers: { ...headers, ...added }
+    };
+    const outgoing = clientFor(forwarder ?? url).request(forwarder?.origin ?? url, {
+      ...options,
+      ...absolute
+    });
     let incoming;
     outgoing.on("timeout", () => {
       if (incoming && incoming.readableLength > 0) return void outgoing.setTimeout(timeoutMs);
-      (incoming ?? outgoing).destroy(new ImgpullError("TIMEOUT", `${doing}: nothing came for ${timeoutMs / 1e3} s`));
+      (incoming ?? outgoing).destroy(
+        new ImgpullError("TIMEOUT", `${doing}: nothing came for ${timeoutMs / 1e3} s`)
+      );
     });
     outgoing.on("error", ignore).end(body);
     outgoing.once("socket", (socket) => socket.off("error", ignore).on("error", ignore));
@@ -379,7 +448,8 @@ function createTransport(settings) {
     try {
       [incoming] = await once(outgoing, "response", { signal });
     } catch (error) {
-      if (outgoing.reusedSocket && errorCodeOf(error) === "ECONNRESET") return sendOnce(request, url, headers);
+      if (outgoing.reusedSocket && errorCodeOf(error) === "ECONNRESET")
+        return sendOnce(request, url, headers);
       throw connectionError(error, forwarder ? `${proxyName(forwarder)}, ${doing}` : doing);
     }
     if (!forwarder || incoming.statusCode !== 407) return incoming;
@@ -390,7 +460,11 @@ function createTransport(settings) {
     send: (request) => followRedirects(request, sendOnce),
     close: () => {
       closing.abort();
-      for (const agent of agents.values()) agent.then((ready) => ready.destroy(), () => void 0);
+      for (const agent of agents.values())
+        agent.then(
+          (ready) => ready.destroy(),
+          () => void 0
+        );
     }
   };
 }
@@ -398,19 +472,35 @@ async function followRedirects(request, sendOnce) {
   let { url } = request;
   for (let hop = 0; ; hop += 1) {
     const authorization = await request.authorizationFor(url.origin);
-    const common = { "User-Agent": `imgpull/${"1.0.0"}`, "Accept-Encoding": "identity", ...request.headers };
-    const response = await sendOnce(request, url, { ...common, ...given({ Authorization: authorization }) });
-    const { statusCode: status = 0, headers, headers: { location } } = response;
+    const common = {
+      "User-Agent": `imgpull/${"1.0.0"}`,
+      "Accept-Encoding": "identity",
+      ...request.headers
+    };
+    const response = await sendOnce(request, url, {
+      ...common,
+      ...given({ Authorization: authorization })
+    });
+    const {
+      statusCode: status = 0,
+      headers,
+      headers: { location }
+    } = response;
     const answer = { status, headers, url, authorization, words: "" };
     if (status >= 200 && status < 300) return { ...answer, body: response };
     const isRedirect = [301, 302, 303, 307, 308].includes(status) && request.body === void 0;
-    if (!isRedirect || location === void 0) return { ...answer, words: await readWords(response) };
+    if (!isRedirect || location === void 0)
+      return { ...answer, words: await readWords(response) };
     response.on("error", () => void 0).resume();
     const from = redactUrl(url);
-    if (hop >= LIMITS.redirects) fail("PROTOCOL", `${from}: more than ${LIMITS.redirects} redirects`);
+    if (hop >= LIMITS.redirects)
+      fail("PROTOCOL", `${from}: more than ${LIMITS.redirects} redirects`);
     const next = URL.canParse(location, url) ? new URL(location, url) : fail("PROTOCOL", `${from} redirects to no URL`);
     if (next.protocol !== "https:" && (next.protocol !== "http:" || url.protocol === "https:")) {
-      fail("PROTOCOL", `${from} redirects to ${redactUrl(next)}: not followed from https to ${next.protocol}`);
+      fail(
+        "PROTOCOL",
+        `${from} redirects to ${redactUrl(next)}: not followed from https to ${next.protocol}`
+      );
     }
     url = next;
   }
@@ -441,13 +531,17 @@ async function readBody(response, maximumBytes, what) {
 }
 async function readWords(response) {
   const reading = readBody(response, LIMITS.errorBodyBytes, "the error's body");
-  const body = await reading.catch((error) => error.code === "ABORTED" ? Promise.reject(error) : "");
+  const body = await reading.catch(
+    (error) => error.code === "ABORTED" ? Promise.reject(error) : ""
+  );
   const json = parseJson(body);
   if (!isRecord(json)) return /^\s*</.test(String(body)) ? "" : printable(String(body));
   const [first] = Array.isArray(json.errors) ? json.errors : [];
   const { code, message } = isRecord(first) ? first : {};
   const words = [code, message, json.details, json.message, json.error_description, json.error];
-  return printable(words.filter((word) => typeof word === "string" && word !== "").slice(0, 2).join(": "));
+  return printable(
+    words.filter((word) => typeof word === "string" && word !== "").slice(0, 2).join(": ")
+  );
 }
 var sleep = (waitMs, signal) => delay(waitMs, void 0, { signal });
 var systemClock = { now: Date.now, random: Math.random, sleep };
@@ -458,8 +552,10 @@ function parseRetryAfter(value = "", now) {
 function isRetriable(error) {
   if (!(error instanceof ImgpullError)) return false;
   const { code, status = 0, retryAfterMs } = error;
-  if (code === "NETWORK") return !["ENOTFOUND", "ERR_ACCESS_DENIED"].includes(errorCodeOf(error.cause));
-  if (/^(TIMEOUT|RATE_LIMITED|(DIGEST|SIZE)_MISMATCH)$/.test(code) || retryAfterMs !== void 0) return true;
+  if (code === "NETWORK")
+    return !["ENOTFOUND", "ERR_ACCESS_DENIED"].includes(errorCodeOf(error.cause));
+  if (/^(TIMEOUT|RATE_LIMITED|(DIGEST|SIZE)_MISMATCH)$/.test(code) || retryAfterMs !== void 0)
+    return true;
   return status === 408 || status === 425 || status >= 500 && status !== 501 && status !== 505;
 }
 function retryDelayMs(error, failures, retries, random) {
@@ -471,7 +567,11 @@ function retryDelayMs(error, failures, retries, random) {
   return Math.max(retryAfterMs, Math.round(ceilingMs * (0.5 + random / 2)));
 }
 async function withRetries(session, attempt, gotOn = () => false) {
-  const { clock, settings: { retries }, signal } = session;
+  const {
+    clock,
+    settings: { retries },
+    signal
+  } = session;
   for (let failures = 1; ; failures += 1) {
     try {
       return await attempt();
@@ -481,7 +581,9 @@ async function withRetries(session, attempt, gotOn = () => false) {
       const waitMs = retryDelayMs(error, failures, retries, clock.random());
       if (waitMs === void 0) throw error;
       const [said] = error.message.split("\n");
-      session.warn(`${said}; trying again in ${(waitMs / 1e3).toFixed(1)} s (${failures} of ${retries})`);
+      session.warn(
+        `${said}; trying again in ${(waitMs / 1e3).toFixed(1)} s (${failures} of ${retries})`
+      );
       await clock.sleep(waitMs, signal).catch((cause) => fail("ABORTED", "stopped", { cause }));
     }
   }
@@ -507,10 +609,12 @@ function normalizeAuthKey(key) {
 function decodeAuthEntry(entry, source) {
   const text = (name) => typeof entry[name] === "string" ? entry[name] : "";
   const decoded = Buffer.from(text("auth"), "base64").toString("utf8").replace(/\0+$/, "");
-  if (text("auth") && !decoded.includes(":")) fail("CREDENTIALS", `${source}: "auth" is not USER:PASSWORD in base64`);
+  if (text("auth") && !decoded.includes(":"))
+    fail("CREDENTIALS", `${source}: "auth" is not USER:PASSWORD in base64`);
   const [, username = text("username"), password = text("password")] = /^([^:]*):([^]*)$/.exec(decoded) ?? [];
   const [identity, bearer] = [text("identitytoken"), text("registrytoken")];
-  if (/[^\x21-\x7e]/.test(bearer)) fail("CREDENTIALS", `${source}: its "registrytoken" fits no header`);
+  if (/[^\x21-\x7e]/.test(bearer))
+    fail("CREDENTIALS", `${source}: its "registrytoken" fits no header`);
   const kind = identity ? "identity" : bearer ? "bearer" : "basic";
   const secret = identity || bearer || password;
   return username === "" && secret === "" ? void 0 : { kind, username, secret, source, stored: true };
@@ -520,20 +624,35 @@ function runCredentialHelper(name, input, environment) {
   const refuse = (reason) => fail("CREDENTIALS", `the credential helper ${printable(source)} ${reason}`);
   if (!/^[\w.+-]+$/.test(name)) refuse("has a name that is not one");
   const options = { input, env: { ...environment }, timeout: 6e4, maxBuffer: LIMITS.tokenBytes };
-  const run = load("node:child_process").spawnSync(source, ["get"], { ...options, encoding: "utf8" });
+  const run = load("node:child_process").spawnSync(source, ["get"], {
+    ...options,
+    encoding: "utf8"
+  });
   const { status, stdout, stderr, error } = run;
-  if (error) refuse(`cannot be run: ${errorCodeOf(error) === "ENOENT" ? "it is not on the PATH" : errorCodeOf(error)}`);
+  if (error)
+    refuse(
+      `cannot be run: ${errorCodeOf(error) === "ENOENT" ? "it is not on the PATH" : errorCodeOf(error)}`
+    );
   const words = printable(stdout || stderr) || `exit code ${status}`;
-  if (status !== 0) return /credentials not found/i.test(words) ? void 0 : refuse(`failed: ${words}`);
+  if (status !== 0)
+    return /credentials not found/i.test(words) ? void 0 : refuse(`failed: ${words}`);
   const answer = parseJson(stdout) ?? refuse("answered what is not JSON");
   const { Username: username = "", Secret: secret } = answer;
-  if (typeof username !== "string" || typeof secret !== "string") return refuse("answered without a Secret");
-  return decodeAuthEntry(username === "<token>" ? { identitytoken: secret } : { username, password: secret }, source);
+  if (typeof username !== "string" || typeof secret !== "string")
+    return refuse("answered without a Secret");
+  return decodeAuthEntry(
+    username === "<token>" ? { identitytoken: secret } : { username, password: secret },
+    source
+  );
 }
 function credentialIn(text, source, { host, repository }, environment) {
   const file = parseJson(text);
   if (!isRecord(file)) return fail("CREDENTIALS", `${source} is not a JSON object`);
-  const bestIn = (entries, isUsable) => Object.entries(entries ?? {}).filter(([key, value]) => isUsable(value) && `${host}/${repository}/`.startsWith(`${normalizeAuthKey(key)}/`)).sort(([left], [right]) => normalizeAuthKey(right).length - normalizeAuthKey(left).length)[0]?.[1];
+  const bestIn = (entries, isUsable) => Object.entries(entries ?? {}).filter(
+    ([key, value]) => isUsable(value) && `${host}/${repository}/`.startsWith(`${normalizeAuthKey(key)}/`)
+  ).sort(
+    ([left], [right]) => normalizeAuthKey(right).length - normalizeAuthKey(left).length
+  )[0]?.[1];
   const helper = bestIn(file.credHelpers, (value) => typeof value === "string") ?? file.credsStore;
   const server = host === "docker.io" ? "https://index.docker.io/v1/" : host;
   const found = helper && typeof helper === "string" ? runCredentialHelper(helper, server, environment) : void 0;
@@ -541,10 +660,16 @@ function credentialIn(text, source, { host, repository }, environment) {
   return found ?? (isRecord(entry) ? decodeAuthEntry(entry, source) : void 0);
 }
 async function findCredential({ environment, token, username, password = "" }, reference) {
-  const { HOME: home = os.homedir(), DOCKER_CONFIG, XDG_RUNTIME_DIR, REGISTRY_AUTH_FILE } = environment;
+  const {
+    HOME: home = os.homedir(),
+    DOCKER_CONFIG,
+    XDG_RUNTIME_DIR,
+    REGISTRY_AUTH_FILE
+  } = environment;
   const option = { kind: "basic", username: username ?? "", stored: false };
   if (token !== void 0) return { ...option, secret: token, source: "--token" };
-  if (username !== void 0) return { ...option, secret: password, source: "--user and --password" };
+  if (username !== void 0)
+    return { ...option, secret: password, source: "--user and --password" };
   const inText = (source, text = "") => text && credentialIn(text, source, reference, environment);
   const inFile = async (file = "", isNamed = false) => file && inText(file, await readCredentialFile(file, isNamed));
   return await inFile(REGISTRY_AUTH_FILE, true) || inText("DOCKER_AUTH_CONFIG", environment.DOCKER_AUTH_CONFIG) || await inFile(path.join(DOCKER_CONFIG || path.join(home, ".docker"), "config.json")) || await inFile(XDG_RUNTIME_DIR && path.join(XDG_RUNTIME_DIR, "containers/auth.json")) || await inFile(path.join(home, ".config/containers/auth.json")) || void 0;
@@ -552,20 +677,24 @@ async function findCredential({ environment, token, username, password = "" }, r
 async function readCredentialFile(file, isNamed) {
   const what = isNamed ? `REGISTRY_AUTH_FILE names ${file}` : `the credential file ${file}`;
   try {
-    if ((await fs.stat(file)).size <= LIMITS.credentialFileBytes) return await fs.readFile(file, "utf8");
+    if ((await fs.stat(file)).size <= LIMITS.credentialFileBytes)
+      return await fs.readFile(file, "utf8");
   } catch (cause) {
-    if (!isNamed && ["ENOENT", "ENOTDIR", "ERR_ACCESS_DENIED"].includes(errorCodeOf(cause))) return void 0;
+    if (!isNamed && ["ENOENT", "ENOTDIR", "ERR_ACCESS_DENIED"].includes(errorCodeOf(cause)))
+      return void 0;
     fail("CREDENTIALS", `${what}: ${diskWords(cause)}`, { cause });
   }
   return fail("CREDENTIALS", `${what}: too large for a credential file`);
 }
 async function fetchToken(session, origin, asked, isRegistry, credential) {
   const { realm = "", service, scope } = asked;
-  if (realm === "" || !URL.canParse(realm, origin)) fail("PROTOCOL", `${origin} names no usable realm for its tokens`);
+  if (realm === "" || !URL.canParse(realm, origin))
+    fail("PROTOCOL", `${origin} names no usable realm for its tokens`);
   const url = new URL(realm, origin);
   const where = redactUrl(url);
   const isSafe = ["https:", new URL(origin).protocol].includes(url.protocol);
-  if (!isSafe) fail("PROTOCOL", `${origin} names the token endpoint ${where}: not over ${url.protocol}`);
+  if (!isSafe)
+    fail("PROTOCOL", `${origin} names the token endpoint ${where}: not over ${url.protocol}`);
   const query = given({ service, scope });
   const ask = (method, authorization, body) => session.transport.send({
     method,
@@ -577,7 +706,12 @@ async function fetchToken(session, origin, asked, isRegistry, credential) {
     isRegistry: (each) => each === origin && isRegistry
   });
   const { kind, username, secret = "" } = credential ?? {};
-  const grant = { ...query, grant_type: "refresh_token", client_id: "imgpull", refresh_token: secret };
+  const grant = {
+    ...query,
+    grant_type: "refresh_token",
+    client_id: "imgpull",
+    refresh_token: secret
+  };
   let answer = kind === "identity" ? await ask("POST", void 0, `${new URLSearchParams(grant)}`) : void 0;
   if (!answer || /^(3..|40[0145])$/.test(`${answer.status}`)) {
     for (const [name, value] of Object.entries(query)) url.searchParams.set(name, value);
@@ -588,13 +722,20 @@ async function fetchToken(session, origin, asked, isRegistry, credential) {
   const json = parseJson(await readBody(answer.body, LIMITS.tokenBytes, `the token of ${where}`));
   const { token, access_token: accessToken, expires_in: seconds } = isRecord(json) ? json : {};
   const text = token || accessToken;
-  if (typeof text !== "string" || !/^[\x21-\x7e]+$/.test(text)) fail("PROTOCOL", `${where} answered without a token`);
+  if (typeof text !== "string" || !/^[\x21-\x7e]+$/.test(text))
+    fail("PROTOCOL", `${where} answered without a token`);
   const lifeMs = Math.max(LIMITS.tokenFloorMs, typeof seconds === "number" ? seconds * 1e3 : 0);
   return { header: `Bearer ${text}`, expiresAt: session.clock.now() + lifeMs };
 }
 var STORAGE_HOST = "the storage host";
 function statusError({ status, words, headers, url }, now, who) {
-  const codes = { 401: "UNAUTHORIZED", 403: "FORBIDDEN", 404: "NOT_FOUND", 407: "PROXY", 429: "RATE_LIMITED" };
+  const codes = {
+    401: "UNAUTHORIZED",
+    403: "FORBIDDEN",
+    404: "NOT_FOUND",
+    407: "PROXY",
+    429: "RATE_LIMITED"
+  };
   const waitMs = status === 429 || status >= 500 ? parseRetryAfter(headers["retry-after"], now) : void 0;
   const when = waitMs === void 0 ? "try again later" : `come back in ${Math.ceil(waitMs / 1e3)} s, at ${new Date(now + Math.min(waitMs, 1e12)).toISOString()}`;
   const remedy = status === 429 ? `
@@ -622,11 +763,16 @@ var Registry = class {
     this.#session = session;
     this.reference = reference;
     this.origin = new URL(`${scheme}://${apiHost(reference.host)}`).origin;
-    if (token !== void 0) this.#held.set(this.origin, { header: `Basic ${token}`, expiresAt: NEVER });
+    if (token !== void 0)
+      this.#held.set(this.origin, { header: `Basic ${token}`, expiresAt: NEVER });
   }
   /** One answer with a body, after at most one handshake, one renewal and one fallback. */
   async #request(method, kind, name, more = {}) {
-    const { settings: { namespace }, signal, transport } = this.#session;
+    const {
+      settings: { namespace },
+      signal,
+      transport
+    } = this.#session;
     const url = new URL(`${this.origin}/v2/${this.reference.repository}/${kind}s/${name}`);
     if (namespace !== void 0) url.searchParams.set("ns", namespace);
     const headers = { Accept: MANIFEST_TYPES.join(", ") };
@@ -634,10 +780,20 @@ var Registry = class {
     const isRegistry = (origin) => origin === this.origin;
     for (let round = 0; ; round += 1) {
       const startedAt = performance.now();
-      const answer = await transport.send({ method, url, headers, signal, authorizationFor, isRegistry, ...more });
-      if (kind === "manifest") this.latencyMs = Math.min(this.latencyMs, performance.now() - startedAt);
+      const answer = await transport.send({
+        method,
+        url,
+        headers,
+        signal,
+        authorizationFor,
+        isRegistry,
+        ...more
+      });
+      if (kind === "manifest")
+        this.latencyMs = Math.min(this.latencyMs, performance.now() - startedAt);
       if (answer.body) return answer;
-      if (round === 3 || !await this.#authorize(answer, round)) throw await this.#refusal(answer, kind, name);
+      if (round === 3 || !await this.#authorize(answer, round))
+        throw await this.#refusal(answer, kind, name);
     }
   }
   async #authorizationFor(origin) {
@@ -648,7 +804,13 @@ var Registry = class {
   }
   /** Whether `answer` was a refusal, and another attempt may go better. */
   async #authorize(answer, round) {
-    const { url, url: { origin }, authorization: sent, status, headers } = answer;
+    const {
+      url,
+      url: { origin },
+      authorization: sent,
+      status,
+      headers
+    } = answer;
     const isStale = sent !== void 0 && (status === 400 && sent.startsWith("Bearer ") || status === 403);
     if (status !== 401 && !isStale) return false;
     if (this.#held.get(origin)?.header !== sent) return true;
@@ -670,7 +832,9 @@ var Registry = class {
   #giveUp(credential, reason) {
     this.#refused = credential;
     this.#held.delete(this.origin);
-    this.#session.warn(`the credentials of ${credential.source} were refused (${reason}); trying without any`);
+    this.#session.warn(
+      `the credentials of ${credential.source} were refused (${reason}); trying without any`
+    );
   }
   /** Connections that are refused at the same time get one new token between them. */
   #handshake(origin) {
@@ -688,14 +852,19 @@ var Registry = class {
     const { kind, username = "", secret = "" } = credential ?? {};
     const bearer = challenges.find(({ scheme }) => scheme === "bearer");
     const isBasic = kind === "basic" && challenges.some(({ scheme }) => scheme === "basic");
-    if (!bearer) return isBasic ? { header: basicAuthorization(username, secret), expiresAt: NEVER } : void 0;
+    if (!bearer)
+      return isBasic ? { header: basicAuthorization(username, secret), expiresAt: NEVER } : void 0;
     if (kind === "bearer") return { header: `Bearer ${secret}`, expiresAt: NEVER };
     const theirs = origin !== this.origin && bearer.parameters.scope;
-    const asked = { ...bearer.parameters, scope: theirs || `repository:${this.reference.repository}:pull` };
+    const asked = {
+      ...bearer.parameters,
+      scope: theirs || `repository:${this.reference.repository}:pull`
+    };
     const asking = fetchToken(this.#session, origin, asked, origin === this.origin, credential);
     return asking.catch(async (error) => {
       if (![400, 401, 403, 404].includes(error.status ?? 0)) throw error;
-      if (!credential?.stored) throw error.status === 401 || credential ? await this.#withTried(error) : error;
+      if (!credential?.stored)
+        throw error.status === 401 || credential ? await this.#withTried(error) : error;
       this.#giveUp(credential, error.message);
       return this.#answerChallenge(origin);
     });
@@ -704,8 +873,12 @@ var Registry = class {
   async #withTried({ code, message, status }) {
     const source = (this.#refused ?? await this.#credentialFor(this.origin))?.source;
     const tried = this.#refused ? `the stored credentials (${source}) were refused, and so was a request without` : source ? `refused: the credentials of ${source}` : "no credentials were found (--user, --token, docker login); a repository that does not exist looks the same";
-    return new ImgpullError(code === "FORBIDDEN" ? code : "UNAUTHORIZED", `${message}
-  ${tried}`, { status });
+    return new ImgpullError(
+      code === "FORBIDDEN" ? code : "UNAUTHORIZED",
+      `${message}
+  ${tried}`,
+      { status }
+    );
   }
   /** A refusal in the user's terms. */
   async #refusal(answer, kind, name) {
@@ -726,18 +899,34 @@ var Registry = class {
     return withRetries(this.#session, async () => {
       const { body, url, headers } = await this.#request("GET", kind, name);
       const where = redactUrl(url);
-      const bytes = await readBody(body, maximumBytes, `the ${kind} ${where}`);
+      const bytes = await readBody(
+        body,
+        maximumBytes,
+        `the ${kind} ${where}`
+      );
       const wanted = isDigest(name) ? name : void 0;
       const told = headers["docker-content-digest"];
-      const digest = digestOf(bytes, wanted ?? (isDigest(told) && told === digestOf(bytes, told) ? told : void 0));
-      if (wanted && digest !== wanted) fail("DIGEST_MISMATCH", `${where}: the bytes have the digest ${digest}`);
+      const digest = digestOf(
+        bytes,
+        wanted ?? (isDigest(told) && told === digestOf(bytes, told) ? told : void 0)
+      );
+      if (wanted && digest !== wanted)
+        fail("DIGEST_MISMATCH", `${where}: the bytes have the digest ${digest}`);
       return { bytes, digest, where, type: headers["content-type"] ?? "nothing named" };
     });
   }
   async manifest(tagOrDigest) {
-    const { bytes, digest, where, type } = await this.#document("manifest", tagOrDigest, LIMITS.manifestBytes);
+    const { bytes, digest, where, type } = await this.#document(
+      "manifest",
+      tagOrDigest,
+      LIMITS.manifestBytes
+    );
     const what = `this is not a manifest but ${printable(type, 80)}: is ${this.reference.host} a registry?`;
-    return { bytes, digest, mediaType: sniffMediaType(bytes, type) ?? fail("PROTOCOL", `${where}: ${what}`) };
+    return {
+      bytes,
+      digest,
+      mediaType: sniffMediaType(bytes, type) ?? fail("PROTOCOL", `${where}: ${what}`)
+    };
   }
   /** A config before its turn, where the platform stands nowhere else. */
   async config({ digest, size }) {
@@ -749,7 +938,11 @@ var Registry = class {
     return withRetries(this.#session, async () => {
       const { headers, body } = await this.#request("HEAD", "manifest", tagOrDigest);
       body?.resume();
-      const { "docker-content-digest": digest, "content-length": length = "", "content-type": type = "" } = headers;
+      const {
+        "docker-content-digest": digest,
+        "content-length": length = "",
+        "content-type": type = ""
+      } = headers;
       const mediaType = MANIFEST_TYPES.find((each) => type.startsWith(each));
       return mediaType && isDigest(digest) && +length > 0 ? { mediaType, digest, size: Number(length) } : void 0;
     });
@@ -757,16 +950,24 @@ var Registry = class {
   /** One answer, with a body, to a request for a blob's bytes [from, to). The caller checks what comes. */
   async blob({ digest, size, urls = [] }, from, to, signal) {
     const headers = from === 0 && to === size ? {} : { Range: `bytes=${from}-${to - 1}` };
-    return this.#request("GET", "blob", digest, { headers, signal }).catch(async (refusal) => {
-      const foreign = urls.filter((url) => URL.canParse(url) && url.startsWith("https:"));
-      const anyone = { authorizationFor: async () => void 0, isRegistry: () => false };
-      for (const url of refusal.code === "NOT_FOUND" ? foreign.map((each) => new URL(each)) : []) {
-        const answer = await this.#session.transport.send({ method: "GET", url, headers, signal, ...anyone });
-        if (answer.body) return answer;
-        refusal = statusError(answer, this.#session.clock.now(), "the foreign layer's host");
+    return this.#request("GET", "blob", digest, { headers, signal }).catch(
+      async (refusal) => {
+        const foreign = urls.filter((url) => URL.canParse(url) && url.startsWith("https:"));
+        const anyone = { authorizationFor: async () => void 0, isRegistry: () => false };
+        for (const url of refusal.code === "NOT_FOUND" ? foreign.map((each) => new URL(each)) : []) {
+          const answer = await this.#session.transport.send({
+            method: "GET",
+            url,
+            headers,
+            signal,
+            ...anyone
+          });
+          if (answer.body) return answer;
+          refusal = statusError(answer, this.#session.clock.now(), "the foreign layer's host");
+        }
+        throw refusal;
       }
-      throw refusal;
-    });
+    );
   }
 };
 function registryOf(session, reference) {
@@ -785,23 +986,30 @@ function sniffMediaType(bytes, contentType = "") {
 }
 function parseDescriptor(value, where) {
   const refuse = (reason) => fail("PROTOCOL", `${where}: ${reason}`);
-  const quote = (word) => (
-    // never an object, which may be too deep for JSON.stringify
-    printable(typeof word === "object" ? "an object" : JSON.stringify(word) ?? "none", 100)
-  );
+  const quote = (word) => printable(typeof word === "object" ? "an object" : JSON.stringify(word) ?? "none", 100);
   if (!isRecord(value)) return refuse("a descriptor is not an object");
   const { mediaType: type, digest, size, urls, platform: words } = value;
   if (!isDigest(digest)) return refuse(`${quote(digest)} is not a digest that is safe to use`);
   const isSize = typeof size === "number" && Number.isSafeInteger(size) && size >= 0;
-  if (!isSize) return refuse(`${digest} has the size ${quote(size)}, which is not a number of bytes`);
+  if (!isSize)
+    return refuse(`${digest} has the size ${quote(size)}, which is not a number of bytes`);
   const isUrlList = Array.isArray(urls) && urls.length > 0 && urls.every((url) => typeof url === "string");
   const platform = isRecord(words) ? parsePlatform(words) : void 0;
   const mediaType = typeof type === "string" ? type : "";
-  return { mediaType, digest, size, ...given({ urls: isUrlList ? urls : void 0, platform }) };
+  return {
+    mediaType,
+    digest,
+    size,
+    ...given({ urls: isUrlList ? urls : void 0, platform })
+  };
 }
 function parsePlatform(value) {
   const word = (name) => typeof value[name] === "string" ? printable(value[name], 64) : "";
-  return { os: word("os"), architecture: word("architecture"), ...given({ variant: word("variant") }) };
+  return {
+    os: word("os"),
+    architecture: word("architecture"),
+    ...given({ variant: word("variant") })
+  };
 }
 function parseManifest({ bytes, mediaType }, where) {
   const refuse = (code, reason) => fail(code, `${where}: ${reason}`);
@@ -809,21 +1017,37 @@ function parseManifest({ bytes, mediaType }, where) {
   if (!isRecord(json)) return refuse("PROTOCOL", "the manifest is not a JSON object");
   const { manifests, layers, schemaVersion } = json;
   const isSchema1 = schemaVersion === 1 || mediaType.startsWith(DOCKER_SCHEMA_1);
-  if (isSchema1) refuse("UNSUPPORTED", "a schema 1 manifest, which Docker itself has given up: push the image anew");
+  if (isSchema1)
+    refuse(
+      "UNSUPPORTED",
+      "a schema 1 manifest, which Docker itself has given up: push the image anew"
+    );
   const isIndex = Array.isArray(manifests);
   const isImage = isRecord(json.config) && Array.isArray(layers);
   const isOther = MANIFEST_TYPES.includes(mediaType) && INDEX_TYPES.includes(mediaType) !== isIndex;
   const isAmbiguous = isIndex === isImage || isIndex && Array.isArray(layers) || isOther;
-  if (isAmbiguous) refuse("PROTOCOL", `${printable(mediaType, 80)}: no manifest, or with fields of something else`);
+  if (isAmbiguous)
+    refuse(
+      "PROTOCOL",
+      `${printable(mediaType, 80)}: no manifest, or with fields of something else`
+    );
   if (isIndex) {
-    if (manifests.length > LIMITS.indexEntries) refuse("TOO_LARGE", `more than ${LIMITS.indexEntries} entries`);
+    if (manifests.length > LIMITS.indexEntries)
+      refuse("TOO_LARGE", `more than ${LIMITS.indexEntries} entries`);
     return { kind: "index", manifests: manifests.map((entry) => parseDescriptor(entry, where)) };
   }
   const config = parseDescriptor(json.config, where);
-  if (config.size > LIMITS.configBytes) refuse("TOO_LARGE", `its config is larger than ${LIMITS.configBytes} bytes`);
-  const isOldLabel = ["", "text/html", "application/json", "application/octet-stream"].includes(config.mediaType);
+  if (config.size > LIMITS.configBytes)
+    refuse("TOO_LARGE", `its config is larger than ${LIMITS.configBytes} bytes`);
+  const isOldLabel = ["", "text/html", "application/json", "application/octet-stream"].includes(
+    config.mediaType
+  );
   if (mediaType === DOCKER_MANIFEST && isOldLabel) config.mediaType = CONFIG_TYPES[0];
-  return { kind: "image", config, layers: layers.map((layer) => parseDescriptor(layer, where)) };
+  return {
+    kind: "image",
+    config,
+    layers: layers.map((layer) => parseDescriptor(layer, where))
+  };
 }
 function hostPlatform() {
   const { arch, platform } = process;
@@ -832,10 +1056,18 @@ function hostPlatform() {
   const processors = { x64: "amd64", ia32: "386", mipsel: "mipsle", ppc64 };
   const { arm_version: version = "7" } = process.config.variables;
   const variant = arch === "arm" ? `v${version}` : void 0;
-  return { os: systems[platform] ?? platform, architecture: processors[arch] ?? arch, ...given({ variant }) };
+  return {
+    os: systems[platform] ?? platform,
+    architecture: processors[arch] ?? arch,
+    ...given({ variant })
+  };
 }
 function acceptableVariants(architecture, variant) {
-  const known = /* @__PURE__ */ new Map([["arm", [5, 7]], ["arm64", [8, 8]], ["amd64", [1, 1]]]);
+  const known = /* @__PURE__ */ new Map([
+    ["arm", [5, 7]],
+    ["arm64", [8, 8]],
+    ["amd64", [1, 1]]
+  ]);
   const [lowest = NaN, plain] = known.get(architecture) ?? [];
   const level = Number(/^v(\d{1,2})$/.exec(variant ?? `v${plain}`)?.[1]);
   if (Number.isNaN(level - lowest)) return variant === void 0 ? ["", "*"] : [variant];
@@ -844,12 +1076,20 @@ function acceptableVariants(architecture, variant) {
   return variant === void 0 ? ["", ...names] : names;
 }
 function matchPlatform(candidates, { os: system, architecture, variant }) {
-  const fitting = candidates.filter(({ platform: it }) => it?.os === system && it.architecture === architecture);
-  return acceptableVariants(architecture, variant).flatMap((each) => fitting.filter(({ platform }) => each === "*" || (platform?.variant ?? "") === each))[0];
+  const fitting = candidates.filter(
+    ({ platform: it }) => it?.os === system && it.architecture === architecture
+  );
+  return acceptableVariants(architecture, variant).flatMap(
+    (each) => fitting.filter(({ platform }) => each === "*" || (platform?.variant ?? "") === each)
+  )[0];
 }
 function wantedPlatform(wanted, host = hostPlatform()) {
   const variant = wanted.variant ?? (wanted.architecture === void 0 ? host.variant : void 0);
-  return { os: wanted.os ?? host.os, architecture: wanted.architecture ?? host.architecture, ...given({ variant }) };
+  return {
+    os: wanted.os ?? host.os,
+    architecture: wanted.architecture ?? host.architecture,
+    ...given({ variant })
+  };
 }
 var BLOCK = 512;
 var paddingOf = (sizeBytes) => (BLOCK - sizeBytes % BLOCK) % BLOCK;
@@ -872,7 +1112,14 @@ function encodeUstarHeader(name, sizeBytes, type) {
     [337, "0000000"]
   ];
   for (const [offset, text] of fields) header.write(text, offset, "latin1");
-  header.write(`${octal(sumOf(header, (byte) => byte), 6)}\0`, 148, "latin1");
+  header.write(
+    `${octal(
+      sumOf(header, (byte) => byte),
+      6
+    )}\0`,
+    148,
+    "latin1"
+  );
   return header;
 }
 function encodeTarHeader(name, sizeBytes) {
@@ -886,7 +1133,10 @@ function encodeTarHeader(name, sizeBytes) {
   const plain = encodeUstarHeader(name.slice(0, 100), isLarge ? 0 : sizeBytes, "0");
   const records = (name.length > 100 ? record("path", name) : "") + (isLarge ? record("size", `${sizeBytes}`) : "");
   if (records === "") return plain;
-  const padded = Buffer.concat([Buffer.from(records, "latin1")], records.length + paddingOf(records.length));
+  const padded = Buffer.concat(
+    [Buffer.from(records, "latin1")],
+    records.length + paddingOf(records.length)
+  );
   return Buffer.concat([encodeUstarHeader("PaxHeaders/blob", records.length, "x"), padded, plain]);
 }
 var blobPath = (digest) => `blobs/${digest.replace(":", "/")}`;
@@ -896,28 +1146,44 @@ function indexEntry({ name, top }) {
   return { mediaType: top.mediaType, digest: top.digest, size: top.bytes.length, annotations };
 }
 function dockerEntry({ name, contents }) {
-  const images = contents.filter(({ manifest }) => CONFIG_TYPES.includes(manifest.config.mediaType));
+  const images = contents.filter(
+    ({ manifest }) => CONFIG_TYPES.includes(manifest.config.mediaType)
+  );
   const image = images.find(({ platform }) => formatPlatform(platform) === "linux/amd64") ?? images[0];
   if (!image) return void 0;
   const { config, layers } = image.manifest;
   const tags = name.includes("@") ? [] : [name];
-  return { Config: blobPath(config.digest), RepoTags: tags, Layers: layers.map(({ digest }) => blobPath(digest)) };
+  return {
+    Config: blobPath(config.digest),
+    RepoTags: tags,
+    Layers: layers.map(({ digest }) => blobPath(digest))
+  };
 }
 function planTar(images, omit = /* @__PURE__ */ new Set()) {
   const contents = /* @__PURE__ */ new Map();
   const addBytes = (name, bytes) => contents.set(name, { sizeBytes: bytes.length, bytes });
   const omitted = /* @__PURE__ */ new Map();
   addBytes("oci-layout", encodeJson({ imageLayoutVersion: "1.0.0" }));
-  addBytes("index.json", encodeJson({ schemaVersion: 2, mediaType: OCI_INDEX, manifests: images.map(indexEntry) }));
-  addBytes("manifest.json", encodeJson(images.map(dockerEntry).filter((entry) => entry !== void 0)));
+  addBytes(
+    "index.json",
+    encodeJson({ schemaVersion: 2, mediaType: OCI_INDEX, manifests: images.map(indexEntry) })
+  );
+  addBytes(
+    "manifest.json",
+    encodeJson(images.map(dockerEntry).filter((entry) => entry !== void 0))
+  );
   for (const { manifests, contents: parts, registry } of images) {
     for (const { digest, bytes } of manifests) addBytes(blobPath(digest), bytes);
-    for (const { manifest: { config, layers }, configBytes } of parts) {
+    for (const {
+      manifest: { config, layers },
+      configBytes
+    } of parts) {
       for (const descriptor of [config, ...layers]) {
         const { digest, size } = descriptor;
         const name = blobPath(digest);
         const planned = contents.get(name)?.sizeBytes ?? size;
-        if (planned !== size) fail("SIZE_MISMATCH", `${digest} is said to have ${size} bytes here, ${planned} there`);
+        if (planned !== size)
+          fail("SIZE_MISMATCH", `${digest} is said to have ${size} bytes here, ${planned} there`);
         if (contents.has(name)) continue;
         if (descriptor === config && configBytes) addBytes(name, configBytes);
         else if (descriptor !== config && omit.has(digest)) omitted.set(digest, descriptor);
@@ -929,7 +1195,10 @@ function planTar(images, omit = /* @__PURE__ */ new Set()) {
   const identity = newHash("sha256:");
   let [offset, blobBytes] = [0, 0];
   for (const [name, content] of contents) {
-    const lead = Buffer.concat([Buffer.alloc(paddingOf(offset)), encodeTarHeader(name, content.sizeBytes)]);
+    const lead = Buffer.concat([
+      Buffer.alloc(paddingOf(offset)),
+      encodeTarHeader(name, content.sizeBytes)
+    ]);
     offset += lead.length;
     entries.push({ name, lead, offset, ...content });
     identity.update(lead).update(content.bytes ?? "");
@@ -938,7 +1207,14 @@ function planTar(images, omit = /* @__PURE__ */ new Set()) {
   }
   const trailer = Buffer.alloc(paddingOf(offset) + 2 * BLOCK);
   const sizeBytes = offset + trailer.length;
-  return { entries, trailer, sizeBytes, blobBytes, id: identity.digest("hex"), omitted: [...omitted.values()] };
+  return {
+    entries,
+    trailer,
+    sizeBytes,
+    blobBytes,
+    id: identity.digest("hex"),
+    omitted: [...omitted.values()]
+  };
 }
 async function readAt(handle, position, length) {
   const buffer = Buffer.allocUnsafe(length);
@@ -974,7 +1250,8 @@ async function* readTar(handle, where) {
     const isExtension = "xgLK".includes(type);
     const sizeBytes = isExtension ? plainSize : Number(extended.size ?? plainSize);
     const offset = position + BLOCK;
-    if (!Number.isSafeInteger(sizeBytes) || sizeBytes < 0) refuse("an entry's size is not a number");
+    if (!Number.isSafeInteger(sizeBytes) || sizeBytes < 0)
+      refuse("an entry's size is not a number");
     if (offset + sizeBytes > size) refuse("it ends in the middle of an entry: it was cut off");
     position = offset + sizeBytes + paddingOf(sizeBytes);
     if (isExtension) {
@@ -986,7 +1263,13 @@ async function* readTar(handle, where) {
     }
     const prefix = header.toString("latin1", 257, 263) === "ustar\0" ? text(345, 155) : "";
     const name = extended.path ?? (prefix ? `${prefix}/${text(0, 100)}` : text(0, 100));
-    yield { name: name.replace(/^\.\//, ""), sizeBytes, offset, type, linkName: extended.linkpath ?? text(157, 100) };
+    yield {
+      name: name.replace(/^\.\//, ""),
+      sizeBytes,
+      offset,
+      type,
+      linkName: extended.linkpath ?? text(157, 100)
+    };
     extended = {};
   }
 }
@@ -1019,7 +1302,8 @@ async function openTar(file, signal) {
       const isTwice = entries.has(entry.name) && entry.type !== "5";
       if (isTwice) fail("BAD_TAR", `${file}: two entries are called ${printable(entry.name)}`);
       entries.set(entry.name, entry);
-      if (digest !== void 0 && (entry.type === "0" || entry.type === "7")) blobs.set(digest, entry);
+      if (digest !== void 0 && (entry.type === "0" || entry.type === "7"))
+        blobs.set(digest, entry);
     }
     return { handle, entries, blobs };
   } catch (error) {
@@ -1039,14 +1323,29 @@ function missingRanges(ranges, sizeBytes) {
   const gaps = edges.map((from, at) => [from, edges[at + 1] ?? 0]).filter((_, at) => at % 2 === 0);
   return gaps.filter(([from, to]) => from < to);
 }
-var untouched = (digest) => ({ hash: newHash(digest), hashedTo: 0, written: [], unrecordedBytes: 0, doneBytes: 0, openSegments: 0 });
+var untouched = (digest) => ({
+  hash: newHash(digest),
+  hashedTo: 0,
+  written: [],
+  unrecordedBytes: 0,
+  doneBytes: 0,
+  openSegments: 0
+});
 function newJob(descriptor, registry, offset, tars) {
   const origins = tars.flatMap(({ handle, blobs }) => {
     const entry = blobs.get(descriptor.digest);
     return entry?.sizeBytes === descriptor.size ? [{ handle, offset: entry.offset }] : [];
   });
   const freshStarts = 1;
-  return { descriptor, registry, offset, origins, freshStarts, isDone: false, ...untouched(descriptor.digest) };
+  return {
+    descriptor,
+    registry,
+    offset,
+    origins,
+    freshStarts,
+    isDone: false,
+    ...untouched(descriptor.digest)
+  };
 }
 var newJobs = ({ entries }, tars, isOwnFile = false) => entries.flatMap(
   ({ blob, offset }) => blob ? [newJob(blob.descriptor, blob.registry, isOwnFile ? 0 : offset, tars)] : []
@@ -1066,9 +1365,25 @@ function newTransfer(outer, jobs, sink, observe) {
     throw error;
   };
   const [pending, active] = [[], /* @__PURE__ */ new Set()];
-  const counters = { connections: outer.settings.concurrency, fetchedBytes: 0, reusedBytes: 0, resumedBytes: 0 };
+  const counters = {
+    connections: outer.settings.concurrency,
+    fetchedBytes: 0,
+    reusedBytes: 0,
+    resumedBytes: 0
+  };
   const loopBefore = performance.eventLoopUtilization();
-  return { session, stop, jobs, totalBytes: sizeOf(jobs), sink, observe, pending, active, loopBefore, ...counters };
+  return {
+    session,
+    stop,
+    jobs,
+    totalBytes: sizeOf(jobs),
+    sink,
+    observe,
+    pending,
+    active,
+    loopBefore,
+    ...counters
+  };
 }
 var remaining = ({ at, to }) => to - at;
 var longestFirst = (left, right) => remaining(right) - remaining(left);
@@ -1083,24 +1398,38 @@ function longestRange(segments) {
 }
 function takeOver({ active, sink, loopBefore }) {
   const victim = sink.unitBytes ? void 0 : longestRange(active);
-  const { active: busyMs, idle: idleMs, utilization } = performance.eventLoopUtilization(loopBefore);
+  const {
+    active: busyMs,
+    idle: idleMs,
+    utilization
+  } = performance.eventLoopUtilization(loopBefore);
   return victim && busyMs + idleMs > LIMITS.judgeMs && utilization < LIMITS.busyLoop ? cutInHalf(victim) : void 0;
 }
 function enqueue({ pending, sink }, job) {
   const unit = sink.unitBytes?.(job) ?? NEVER;
   for (const [from, to] of missingRanges(job.written, job.descriptor.size)) {
-    for (let at = from; at < to; at += unit) pending.push(newSegment(job, at, Math.min(to, at + unit)));
+    for (let at = from; at < to; at += unit)
+      pending.push(newSegment(job, at, Math.min(to, at + unit)));
   }
   if (job.openSegments === 0) pending.push(newSegment(job, 0, 0));
 }
 async function fetchBlobs(transfer) {
-  const { session: { signal }, sink, active, jobs, pending, connections, observe } = transfer;
+  const {
+    session: { signal },
+    sink,
+    active,
+    jobs,
+    pending,
+    connections,
+    observe
+  } = transfer;
   let change = new AbortController();
   observe(transfer);
   for (const job of jobs) enqueue(transfer, job);
   if (!sink.unitBytes) {
     const longest = () => longestRange(pending.filter(({ job }) => job.registry.latencyMs >= LIMITS.farLatencyMs));
-    for (let next = longest(); next && pending.length < connections; next = longest()) pending.push(cutInHalf(next));
+    for (let next = longest(); next && pending.length < connections; next = longest())
+      pending.push(cutInHalf(next));
     pending.sort(longestFirst);
   }
   const lane = async () => {
@@ -1124,7 +1453,11 @@ async function fetchBlobs(transfer) {
       change = new AbortController();
     }
   };
-  settled(await Promise.allSettled(Array.from({ length: connections }, () => lane().catch(transfer.stop))));
+  settled(
+    await Promise.allSettled(
+      Array.from({ length: connections }, () => lane().catch(transfer.stop))
+    )
+  );
   if (signal.aborted) fail("ABORTED", "stopped");
   await sink.end?.();
 }
@@ -1135,28 +1468,48 @@ function fetchSegment(transfer, segment) {
     before = segment.at;
     return isEnough;
   };
-  return withRetries(transfer.session, async () => {
-    while (segment.at < segment.to) {
-      await receive(transfer, segment).catch((error) => {
-        const isCrowded = error instanceof ImgpullError && error.code === "RATE_LIMITED" && segment.isTakeover;
-        if (!isCrowded || !giveBack(transfer, segment)) throw error;
-        transfer.connections = Math.max(1, transfer.active.size - 1);
-      });
-    }
-  }, gotOn);
+  return withRetries(
+    transfer.session,
+    async () => {
+      while (segment.at < segment.to) {
+        await receive(transfer, segment).catch((error) => {
+          const isCrowded = error instanceof ImgpullError && error.code === "RATE_LIMITED" && segment.isTakeover;
+          if (!isCrowded || !giveBack(transfer, segment)) throw error;
+          transfer.connections = Math.max(1, transfer.active.size - 1);
+        });
+      }
+    },
+    gotOn
+  );
 }
 function giveBack({ active }, segment) {
-  const owner = [...active].find(({ job, at, to }) => job === segment.job && to === segment.at && at < to);
+  const owner = [...active].find(
+    ({ job, at, to }) => job === segment.job && to === segment.at && at < to
+  );
   if (owner) [owner.to, segment.to] = [segment.to, segment.at];
   return owner !== void 0;
 }
 async function openSegment(transfer, segment) {
-  const { job: { descriptor: { size }, descriptor, registry, origins: [origin] }, at, to } = segment;
+  const {
+    job: {
+      descriptor: { size },
+      descriptor,
+      registry,
+      origins: [origin]
+    },
+    at,
+    to
+  } = segment;
   if (origin) {
     const stream2 = Readable.from(readPlace(origin.handle, origin.offset + at, origin.offset + to));
     return { stream: stream2, doing: "reading a tar at hand", position: at, end: to };
   }
-  const { body, headers, status, url } = await registry.blob(descriptor, at, to, transfer.session.signal);
+  const { body, headers, status, url } = await registry.blob(
+    descriptor,
+    at,
+    to,
+    transfer.session.signal
+  );
   if (!body) return void 0;
   const doing = `GET ${redactUrl(url)}`;
   const refuse = (code, words) => {
@@ -1169,7 +1522,11 @@ async function openSegment(transfer, segment) {
     const [, first, last, total] = /^bytes (\d+)-(\d+)\/(\d+|\*)$/.exec(contentRange) ?? [];
     [position, end] = [Number(first), Number(last) + 1];
     const isOurs = position === at && end > at && end <= size && (total === "*" || Number(total) === size);
-    if (!isOurs) refuse("PROTOCOL", `asked for bytes ${at}-${to - 1} of ${size}, got "${printable(contentRange, 80)}"`);
+    if (!isOurs)
+      refuse(
+        "PROTOCOL",
+        `asked for bytes ${at}-${to - 1} of ${size}, got "${printable(contentRange, 80)}"`
+      );
   } else if (at > 0 || to < size) {
     registry.acceptsRanges = false;
     if (giveBack(transfer, segment)) return void body.destroy();
@@ -1181,7 +1538,8 @@ async function openSegment(transfer, segment) {
   }
   const stream = decodeBody(body, end - position);
   const length = Number(headers["content-length"] ?? end - position);
-  if (stream === body && length !== end - position) refuse("SIZE_MISMATCH", `${length} bytes, not ${end - position}`);
+  if (stream === body && length !== end - position)
+    refuse("SIZE_MISMATCH", `${length} bytes, not ${end - position}`);
   return { stream, doing, position, end };
 }
 function hashInOrder(job, position, bytes) {
@@ -1191,7 +1549,10 @@ function hashInOrder(job, position, bytes) {
   job.hashedTo = position + bytes.length;
 }
 async function receive(transfer, segment) {
-  const { session: { signal }, sink } = transfer;
+  const {
+    session: { signal },
+    sink
+  } = transfer;
   const { job } = segment;
   const opened = await openSegment(transfer, segment);
   if (!opened) return;
@@ -1224,23 +1585,30 @@ async function receive(transfer, segment) {
     if (position > end || segment.at >= segment.to && position < end) stream.destroy();
     else if (batchBytes >= LIMITS.batchBytes) flush();
   });
-  const cause = await finished(stream, { signal }).then(() => void 0, (error) => error);
+  const cause = await finished(stream, { signal }).then(
+    () => void 0,
+    (error) => error
+  );
   stream.destroy();
   if (batchBytes > 0) flush();
   await writing;
-  if (position > end) fail("SIZE_MISMATCH", `${doing}: more than the ${end} bytes that belong there`);
+  if (position > end)
+    fail("SIZE_MISMATCH", `${doing}: more than the ${end} bytes that belong there`);
   if (segment.at >= segment.to) return;
   if (signal.aborted) fail("ABORTED", "stopped");
   if (cause instanceof ImgpullError || cause && job.origins.length > 0) throw cause;
-  if (position < end) fail("NETWORK", `${doing}: the connection ended after ${position} of ${end} bytes`, { cause });
+  if (position < end)
+    fail("NETWORK", `${doing}: the connection ended after ${position} of ${end} bytes`, { cause });
 }
 var openForUpdate = (file, mode = 438) => fs.open(file, fs.constants.O_RDWR | fs.constants.O_CREAT, mode);
 async function isIntact({ handle, offset }, { digest, size }, signal, unpack) {
   const hash = newHash(digest);
   const pieces = Readable.from(readPlace(handle, offset, offset + size));
-  await pipeline([pieces, ...unpack ? [unpack] : [], hash], given({ signal })).catch((error) => {
-    if (!errorCodeOf(error).startsWith("Z")) throw error;
-  });
+  await pipeline([pieces, ...unpack ? [unpack] : [], hash], given({ signal })).catch(
+    (error) => {
+      if (!errorCodeOf(error).startsWith("Z")) throw error;
+    }
+  );
   return hash.read()?.toString("hex") === hexOf(digest);
 }
 async function writeAll(handle, chunks, position) {
@@ -1308,8 +1676,13 @@ function fileSink({ warn }, { open: open2, finish }, record) {
     },
     end: () => syncing,
     blobDone: async (job) => {
-      const { offset, hashedTo, descriptor: { size } } = job;
-      for await (const piece of readPlace(await open2(job), offset + hashedTo, offset + size)) job.hash.update(piece);
+      const {
+        offset,
+        hashedTo,
+        descriptor: { size }
+      } = job;
+      for await (const piece of readPlace(await open2(job), offset + hashedTo, offset + size))
+        job.hash.update(piece);
       if (isRight(job)) {
         await finish?.(job);
         record(job);
@@ -1332,7 +1705,9 @@ async function fillPlaces(outer, jobs, places, observe) {
   const transfer = newTransfer(outer, jobs, fileSink(outer, places, record), observe);
   try {
     for (const job of jobs) {
-      const { descriptor: { digest, size } } = job;
+      const {
+        descriptor: { digest, size }
+      } = job;
       const ranges = held.get(digest) ?? [];
       const placeEnd = ranges.length === 0 ? 0 : (await (await places.open(job)).stat()).size - job.offset;
       job.written = ranges.filter(([, to]) => to <= size && to <= placeEnd);
@@ -1348,7 +1723,8 @@ async function fillPlaces(outer, jobs, places, observe) {
 }
 async function syncQuietly(handle) {
   await handle.sync().catch((error) => {
-    if (!["ERR_ACCESS_DENIED", "EINVAL", "ENOSYS", "ENOTSUP", "EPERM"].includes(errorCodeOf(error))) throw error;
+    if (!["ERR_ACCESS_DENIED", "EINVAL", "ENOSYS", "ENOTSUP", "EPERM"].includes(errorCodeOf(error)))
+      throw error;
   });
 }
 async function syncFolder(folder) {
@@ -1358,7 +1734,8 @@ async function syncFolder(folder) {
 async function checkFreeSpace(dest, folder, neededBytes) {
   const { bavail, bsize } = await fs.statfs(folder).catch(() => ({ bavail: NEVER, bsize: 1 }));
   const words = `${formatBytes(neededBytes)} are needed and ${folder} has ${formatBytes(bavail * bsize)} free`;
-  if (neededBytes > bavail * bsize) fail("DISK", `cannot write ${dest}: the disk is full, ${words}`);
+  if (neededBytes > bavail * bsize)
+    fail("DISK", `cannot write ${dest}: the disk is full, ${words}`);
 }
 async function pullToTar(session, plan, dest, reuse, observe) {
   const partial = `${dest}.partial`;
@@ -1369,11 +1746,17 @@ async function pullToTar(session, plan, dest, reuse, observe) {
   try {
     const held = await fs.stat(partial).catch(() => void 0);
     const isOurs = (await readOptional(journal))?.split("\n")[0] === plan.id && held?.size === plan.sizeBytes;
-    await checkFreeSpace(dest, path.dirname(dest), plan.sizeBytes - (isOurs ? held.blocks * BLOCK : 0));
+    await checkFreeSpace(
+      dest,
+      path.dirname(dest),
+      plan.sizeBytes - (isOurs ? held.blocks * BLOCK : 0)
+    );
     leftovers = isOurs ? [] : [partial, journal];
     if (!isOurs) await fs.rename(partial, old).catch(() => void 0);
     if (!isOurs) await fs.rm(journal, { force: true });
-    const found = await Promise.all([old, dest].map((file) => openTar(file).catch(() => void 0)));
+    const found = await Promise.all(
+      [old, dest].map((file) => openTar(file).catch(() => void 0))
+    );
     const atHand = found.filter((tar) => tar !== void 0);
     const { mode = 438 } = await fs.stat(dest).catch(() => void 0) ?? {};
     const handle = await openForUpdate(partial, mode & 511 | 384);
@@ -1385,7 +1768,12 @@ async function pullToTar(session, plan, dest, reuse, observe) {
     await handle.truncate(plan.sizeBytes);
     const jobs = newJobs(plan, [...reuse, ...atHand]);
     try {
-      const transfer = await fillPlaces(session, jobs, { journal, id: plan.id, open: async () => handle }, observe);
+      const transfer = await fillPlaces(
+        session,
+        jobs,
+        { journal, id: plan.id, open: async () => handle },
+        observe
+      );
       await syncQuietly(handle);
       await fs.rename(partial, dest);
       leftovers = [journal, old];
@@ -1394,7 +1782,8 @@ async function pullToTar(session, plan, dest, reuse, observe) {
     } catch (error) {
       const kept = sumOf(jobs, ({ written }) => lengthOf(written));
       leftovers = kept > 0 ? [] : [partial, journal];
-      if (kept > 0) session.warn(`${partial} keeps ${formatBytes(kept)}: the same command goes on from there`);
+      if (kept > 0)
+        session.warn(`${partial} keeps ${formatBytes(kept)}: the same command goes on from there`);
       throw error;
     }
   } finally {
@@ -1427,11 +1816,17 @@ async function pullToFolder(session, jobs, folder, name, observe, seal) {
     for (const job of jobs) {
       const handle = await fs.open(fileOf(job), "r").catch(() => void 0);
       const hasSize = (await handle?.stat())?.size === job.descriptor.size;
-      if (!handle || !hasSize || !await isIntact({ handle, offset: 0 }, job.descriptor)) missing.push(job);
+      if (!handle || !hasSize || !await isIntact({ handle, offset: 0 }, job.descriptor))
+        missing.push(job);
       await handle?.close();
     }
     await checkFreeSpace(folder, folder, sizeOf(missing));
-    const transfer = await fillPlaces(session, missing, { journal, id: "folder", open: open2, finish }, observe);
+    const transfer = await fillPlaces(
+      session,
+      missing,
+      { journal, id: "folder", open: open2, finish },
+      observe
+    );
     transfer.reusedBytes += sizeOf(jobs) - transfer.totalBytes;
     await seal?.();
     await fs.rm(journal, { force: true });
@@ -1444,7 +1839,8 @@ async function pullToFolder(session, jobs, folder, name, observe, seal) {
 }
 async function pullToLayout(session, plan, folder, tars, observe) {
   const files = new Map(plan.entries.map(({ name, bytes }) => [name, bytes]));
-  for (const name of files.keys()) await fs.mkdir(path.dirname(path.join(folder, name)), { recursive: true });
+  for (const name of files.keys())
+    await fs.mkdir(path.dirname(path.join(folder, name)), { recursive: true });
   const readIndex = async () => {
     const old = parseJson(await readOptional(path.join(folder, "index.json")) ?? "{}");
     return isRecord(old) ? old : fail("DISK", `${folder} holds an index.json that is not a JSON object`);
@@ -1502,7 +1898,8 @@ async function pullToStream(outer, plan, output, tars, observe) {
         cursor += batch.length;
         wake();
       }
-      if (job && !isRight(job)) fail("DIGEST_MISMATCH", `${job.descriptor.digest}: the bytes have another digest`);
+      if (job && !isRight(job))
+        fail("DIGEST_MISMATCH", `${job.descriptor.digest}: the bytes have another digest`);
     }
     yield plan.trailer;
   }
@@ -1519,7 +1916,10 @@ var versionOf = ({ tag, digest }) => digest ?? tag;
 var childrenOf = (registry, where) => async ({ digest, size }) => {
   const child = await registry.manifest(digest);
   if (child.bytes.length === size) return child;
-  return fail("SIZE_MISMATCH", `${where}: ${digest} has ${child.bytes.length} bytes, not ${size}`);
+  return fail(
+    "SIZE_MISMATCH",
+    `${where}: ${digest} has ${child.bytes.length} bytes, not ${size}`
+  );
 };
 var checkDepth = (depth, where) => depth <= LIMITS.indexDepth || fail("TOO_LARGE", `${where}: indexes inside indexes, more than ${LIMITS.indexDepth} deep`);
 var isAttestation = ({ platform }) => platform?.os === "unknown" || platform?.architecture === "unknown";
@@ -1529,7 +1929,8 @@ async function collectAll(readChild, limit, where, top) {
   const collect = async (fetched, depth, platform) => {
     checkDepth(depth, where);
     const [manifest, { digest }] = [parseManifest(fetched, where), fetched];
-    if (manifest.kind === "image") return void contents.push({ digest, manifest, ...given({ platform }) });
+    if (manifest.kind === "image")
+      return void contents.push({ digest, manifest, ...given({ platform }) });
     const entries = manifest.manifests.filter((entry) => !manifests.has(entry.digest));
     const children = await mapConcurrently(entries, limit, readChild);
     for (const [at, child] of children.entries()) {
@@ -1543,7 +1944,10 @@ async function collectAll(readChild, limit, where, top) {
   return { manifests: [...manifests.values()], contents };
 }
 async function findPlatform(session, readChild, where, top) {
-  const { settings: { wanted, concurrency }, warn } = session;
+  const {
+    settings: { wanted, concurrency },
+    warn
+  } = session;
   const host = wantedPlatform(wanted);
   const second = wanted.os === void 0 ? { ...host, os: "linux" } : host;
   const images = [];
@@ -1555,7 +1959,9 @@ async function findPlatform(session, readChild, where, top) {
     const only = usable.length + nested.length === 1 && !usable[0]?.platform ? usable[0] : void 0;
     const found = matchPlatform(images, host) ?? only;
     if (found) return [found, await readChild(found)];
-    const fit = nested.filter((it) => !it.platform?.os || matchPlatform([it], host) || matchPlatform([it], second));
+    const fit = nested.filter(
+      (it) => !it.platform?.os || matchPlatform([it], host) || matchPlatform([it], second)
+    );
     const inner = await mapConcurrently(fit, concurrency, readChild);
     level = inner.map((child) => parseManifest(child, where)).filter((manifest) => manifest.kind === "index");
   }
@@ -1573,10 +1979,23 @@ async function resolveImage(session, reference, name, isAll) {
   const registry = registryOf(session, reference);
   const asked = await registry.manifest(versionOf(reference));
   const parsed = parseManifest(asked, where);
-  const resolved = (top, platform2, contents, manifests = [top]) => ({ reference, registry, top, platform: platform2, contents, manifests, name: name.replace(/@.*$/, `@${top.digest}`) });
+  const resolved = (top, platform2, contents, manifests = [top]) => ({
+    reference,
+    registry,
+    top,
+    platform: platform2,
+    contents,
+    manifests,
+    name: name.replace(/@.*$/, `@${top.digest}`)
+  });
   if (isAll) {
     const readChild = childrenOf(registry, where);
-    const { contents, manifests } = await collectAll(readChild, session.settings.concurrency, where, asked);
+    const { contents, manifests } = await collectAll(
+      readChild,
+      session.settings.concurrency,
+      where,
+      asked
+    );
     return resolved(asked, "all", contents, manifests);
   }
   if (parsed.kind === "image") {
@@ -1585,18 +2004,27 @@ async function resolveImage(session, reference, name, isAll) {
     const config = configBytes && parseJson(configBytes);
     const platform2 = isRecord(config) && config.os ? parsePlatform(config) : void 0;
     if (platform2) checkPlatform(session, where, platform2);
-    return resolved(asked, formatPlatform(platform2), [{ manifest: parsed, ...given({ platform: platform2, configBytes }) }]);
+    return resolved(asked, formatPlatform(platform2), [
+      { manifest: parsed, ...given({ platform: platform2, configBytes }) }
+    ]);
   }
-  const [{ platform }, fetched] = await findPlatform(session, childrenOf(registry, where), where, parsed);
+  const [{ platform }, fetched] = await findPlatform(
+    session,
+    childrenOf(registry, where),
+    where,
+    parsed
+  );
   const manifest = parseManifest(fetched, where);
-  if (manifest.kind !== "image") return fail("PROTOCOL", `${where}: ${fetched.digest} is an index, and not said to be`);
+  if (manifest.kind !== "image")
+    return fail("PROTOCOL", `${where}: ${fetched.digest} is an index, and not said to be`);
   return resolved(fetched, formatPlatform(platform), [{ manifest, ...given({ platform }) }]);
 }
 function checkPlatform({ settings: { wanted }, warn }, where, platform) {
   const asked = { ...platform, ...wanted };
   const isAsked = matchPlatform([{ mediaType: "", digest: "", size: 0, platform }], asked) !== void 0;
   const what = `it is one image, for ${formatPlatform(platform)}`;
-  if (!isAsked) fail("NO_PLATFORM", `${where} has no image for ${formatPlatform(asked)}
+  if (!isAsked)
+    fail("NO_PLATFORM", `${where} has no image for ${formatPlatform(asked)}
   ${what}`);
   const host = wantedPlatform(wanted);
   const isForHost = platform.architecture === host.architecture && ["linux", host.os].includes(platform.os);
@@ -1605,65 +2033,119 @@ function checkPlatform({ settings: { wanted }, warn }, where, platform) {
 function warnOfLayers({ warn }, images) {
   for (const { contents, name } of images) {
     const types = contents.flatMap(({ manifest }) => manifest.layers.map(({ mediaType }) => mediaType)).join(" ");
-    if (/zstd/.test(types)) warn(`${name} has zstd layers: Docker before 23 and podman before 4 will not load it`);
-    if (/foreign|nondistributable/.test(types)) warn(`${name} has foreign layers, which Docker on Linux does not take`);
+    if (/zstd/.test(types))
+      warn(`${name} has zstd layers: Docker before 23 and podman before 4 will not load it`);
+    if (/foreign|nondistributable/.test(types))
+      warn(`${name} has foreign layers, which Docker on Linux does not take`);
   }
 }
-var behind = (file) => fs.readlink(file).then(async (link) => path.resolve(await fs.realpath(path.dirname(file)), link), () => file);
+var behind = (file) => fs.readlink(file).then(
+  async (link) => path.resolve(await fs.realpath(path.dirname(file)), link),
+  () => file
+);
 async function pullImages(session, request, observe) {
   const { destination, images: wanted, isAll, since } = request;
   const doing = `cannot write ${typeof destination === "string" ? destination : "the stream"}`;
   const stats = typeof destination === "string" ? await fs.stat(destination).catch(() => void 0) : void 0;
   const isLayout = typeof destination === "string" && (/[\\/]$/.test(destination) || stats?.isDirectory() === true);
-  if (!isLayout && stats?.isFile() === false) fail("DISK", `${doing}: it is there, and not a file (- is stdout)`);
+  if (!isLayout && stats?.isFile() === false)
+    fail("DISK", `${doing}: it is there, and not a file (- is stdout)`);
   const folder = typeof destination === "string" && !isLayout ? path.dirname(destination) : void 0;
-  if (folder) await onDisk(`${doing}: the directory ${folder}`, fs.access(`${folder}/.`, fs.constants.W_OK));
+  if (folder)
+    await onDisk(`${doing}: the directory ${folder}`, fs.access(`${folder}/.`, fs.constants.W_OK));
   const sources = [];
   try {
     for (const file of request.reuse) sources.push(await openTar(file));
     const base = since === void 0 ? void 0 : await openTar(since);
     const baseStats = await base?.handle.stat().finally(() => base.handle.close());
     const isOneFile = stats !== void 0 && stats.ino === baseStats?.ino && stats.dev === baseStats.dev;
-    if (isOneFile) fail("BAD_OPTION", `--since ${since} is DEST: the delta would take the place of its own base`);
-    const images = await mapConcurrently(wanted, session.settings.concurrency, ({ reference, name }) => resolveImage(session, reference, name, isAll));
+    if (isOneFile)
+      fail(
+        "BAD_OPTION",
+        `--since ${since} is DEST: the delta would take the place of its own base`
+      );
+    const images = await mapConcurrently(
+      wanted,
+      session.settings.concurrency,
+      ({ reference, name }) => resolveImage(session, reference, name, isAll)
+    );
     const plan = planTar(images, new Set(base?.blobs.keys()));
     warnOfLayers(session, images);
-    if (base && plan.omitted.length === 0) session.warn(`${since} holds none of the layers: nothing is left out`);
+    if (base && plan.omitted.length === 0)
+      session.warn(`${since} holds none of the layers: nothing is left out`);
     else if (base) {
       const bytes = sumOf(plan.omitted, ({ size }) => size);
-      session.warn(`left out ${counted(plan.omitted.length, "layer")} (${formatBytes(bytes)}) that ${since} holds: load that first. docker's containerd store and ctr --no-unpack take this tar without it, in silence`);
+      session.warn(
+        `left out ${counted(plan.omitted.length, "layer")} (${formatBytes(bytes)}) that ${since} holds: load that first. docker's containerd store and ctr --no-unpack take this tar without it, in silence`
+      );
     }
     const transfer = await onDisk(
       doing,
-      typeof destination !== "string" ? pullToStream(session, plan, destination, sources, observe) : isLayout ? pullToLayout(session, plan, destination, sources, observe) : pullToTar(session, plan, await fs.realpath(destination).catch(() => behind(destination)), sources, observe)
+      typeof destination !== "string" ? pullToStream(session, plan, destination, sources, observe) : isLayout ? pullToLayout(session, plan, destination, sources, observe) : pullToTar(
+        session,
+        plan,
+        await fs.realpath(destination).catch(() => behind(destination)),
+        sources,
+        observe
+      )
     );
-    const results = images.map(({ name, top, platform, contents }) => ({
-      name,
-      digest: top.digest,
-      platform,
-      layers: sumOf(contents, ({ manifest }) => manifest.layers.length),
-      sizeBytes: isLayout ? plan.blobBytes : plan.sizeBytes,
-      fetchedBytes: transfer.fetchedBytes
-    }));
+    const results = images.map(
+      ({ name, top, platform, contents }) => ({
+        name,
+        digest: top.digest,
+        platform,
+        layers: sumOf(contents, ({ manifest }) => manifest.layers.length),
+        sizeBytes: isLayout ? plan.blobBytes : plan.sizeBytes,
+        fetchedBytes: transfer.fetchedBytes
+      })
+    );
     return { results, transfer, plan };
   } finally {
     for (const { handle } of sources) await handle.close();
   }
 }
 function settingsOf(opts, environment, certsDirectory = "/etc/docker/certs.d") {
-  const { scheme = "https", insecure = false, tlsCert, tlsKey, caCert, username, password, token, namespace } = opts;
+  const {
+    scheme = "https",
+    insecure = false,
+    tlsCert,
+    tlsKey,
+    caCert,
+    username,
+    password,
+    token,
+    namespace
+  } = opts;
   const check = (isRight2, reason) => isRight2 || fail("BAD_OPTION", reason);
   const integer = (value, name, minimum, maximum, unit = "") => {
     const isRight2 = Number.isSafeInteger(value) && value >= minimum && value <= maximum;
-    return check(isRight2, `${name} is a whole number from ${minimum} to ${maximum}${unit}, not ${value}`) && value;
+    return check(
+      isRight2,
+      `${name} is a whole number from ${minimum} to ${maximum}${unit}, not ${value}`
+    ) && value;
   };
-  check(["https", "http"].includes(scheme), `the scheme is https or http, not "${printable(String(scheme))}"`);
-  check(tlsCert === void 0 === (tlsKey === void 0), "a certificate and its key go together (--cert, --key)");
-  check(username === void 0 || password !== void 0, "--user needs --password or --password-stdin");
-  check(password === void 0 || username !== void 0, "a password (--password, --password-stdin) needs --user");
+  check(
+    ["https", "http"].includes(scheme),
+    `the scheme is https or http, not "${printable(String(scheme))}"`
+  );
+  check(
+    tlsCert === void 0 === (tlsKey === void 0),
+    "a certificate and its key go together (--cert, --key)"
+  );
+  check(
+    username === void 0 || password !== void 0,
+    "--user needs --password or --password-stdin"
+  );
+  check(
+    password === void 0 || username !== void 0,
+    "a password (--password, --password-stdin) needs --user"
+  );
   check(token === void 0 || username === void 0, "--token and --user exclude each other");
   check(/^[\x21-\x7e]+$/.test(token ?? "-"), "the token has characters that no header can carry");
-  check(namespace === void 0 || isHost(namespace), `"${printable(namespace ?? "")}" is not a host name (--ns)`);
+  check(
+    namespace === void 0 || isHost(namespace),
+    `"${printable(namespace ?? "")}" is not a host name (--ns)`
+  );
   return {
     scheme,
     insecure,
@@ -1710,7 +2192,9 @@ var Puller = class {
   /** Leaves a verified tar at `dest`, or adds to the OCI layout there where that is a directory or ends in "/". */
   pullTar(dest) {
     const { namespace, onProgress } = this.#opts;
-    const images = [{ reference: this.#reference, name: formatReference(imageName(this.#reference, namespace)) }];
+    const images = [
+      { reference: this.#reference, name: formatReference(imageName(this.#reference, namespace)) }
+    ];
     return withSession(this.#opts, async (session) => {
       const report = progressReporter(onProgress);
       const request = { images, destination: dest, isAll: false, reuse: [] };
@@ -1722,17 +2206,26 @@ var Puller = class {
   /** The index ("list") or the platform's manifest ("image"). NOT_FOUND where the registry has no index for it. */
   async pullManifest(type) {
     if (type === "image") {
-      return withSession(this.#opts, async (session) => this.#holder((await resolveImage(session, this.#reference, "", false)).top));
+      return withSession(
+        this.#opts,
+        async (session) => this.#holder((await resolveImage(session, this.#reference, "", false)).top)
+      );
     }
-    if (type !== "list") fail("BAD_OPTION", `a manifest is "list" or "image", not "${printable(String(type))}"`);
+    if (type !== "list")
+      fail("BAD_OPTION", `a manifest is "list" or "image", not "${printable(String(type))}"`);
     const holder = await this.getManifest();
     if (isRecord(holder.manifest) && "manifests" in holder.manifest) return holder;
-    return fail("NOT_FOUND", `${formatReference(this.#reference)} is one image, without a list (--manifest image)`);
+    return fail(
+      "NOT_FOUND",
+      `${formatReference(this.#reference)} is one image, without a list (--manifest image)`
+    );
   }
   /** Whatever the registry has under the reference: an index or an image manifest. */
   getManifest() {
     return withSession(this.#opts, async (session) => {
-      const fetched = await registryOf(session, this.#reference).manifest(versionOf(this.#reference));
+      const fetched = await registryOf(session, this.#reference).manifest(
+        versionOf(this.#reference)
+      );
       parseManifest(fetched, this.#opts.url);
       return this.#holder(fetched);
     });
@@ -1750,15 +2243,24 @@ var Puller = class {
   }
   /** Every blob of an image manifest as `dir/HEX`, verified; those that are there already are kept. */
   async pullBlobs(holder, dir) {
-    const manifest = parseManifest({ ...holder, bytes: Buffer.from(holder.bytes) }, holder.imageUrl);
-    if (manifest.kind !== "image") return fail("NOT_AN_IMAGE", `${holder.imageUrl}: a list of manifests has no blobs`);
-    const blobs = new Map([manifest.config, ...manifest.layers].map((descriptor) => [descriptor.digest, descriptor]));
+    const manifest = parseManifest(
+      { ...holder, bytes: Buffer.from(holder.bytes) },
+      holder.imageUrl
+    );
+    if (manifest.kind !== "image")
+      return fail("NOT_AN_IMAGE", `${holder.imageUrl}: a list of manifests has no blobs`);
+    const blobs = new Map(
+      [manifest.config, ...manifest.layers].map((descriptor) => [descriptor.digest, descriptor])
+    );
     await withSession(this.#opts, async (session) => {
       const registry = registryOf(session, this.#reference);
       const jobs = [...blobs.values()].map((descriptor) => newJob(descriptor, registry, 0, []));
       const report = progressReporter(this.#opts.onProgress);
       await onDisk(`cannot write ${dir}`, fs.mkdir(dir, { recursive: true }));
-      const transfer = await onDisk(`cannot write ${dir}`, pullToFolder(session, jobs, dir, hexOf, report));
+      const transfer = await onDisk(
+        `cannot write ${dir}`,
+        pullToFolder(session, jobs, dir, hexOf, report)
+      );
       report(transfer, void 0, "finish");
     });
   }
@@ -1770,7 +2272,13 @@ function progressReporter(onProgress) {
   let highest = 0;
   onProgress?.({ phase: "resolve", doneBytes: 0, totalBytes: 0, blobsDone: 0, blobsTotal: 0 });
   return ({ jobs, totalBytes }, _finished, phase = "fetch") => {
-    highest = Math.max(highest, Math.min(totalBytes, sumOf(jobs, (job) => job.doneBytes)));
+    highest = Math.max(
+      highest,
+      Math.min(
+        totalBytes,
+        sumOf(jobs, (job) => job.doneBytes)
+      )
+    );
     const doneBytes = phase === "finish" ? totalBytes : highest;
     const blobsDone = jobs.filter((job) => job.isDone).length;
     onProgress?.({ phase, doneBytes, totalBytes, blobsDone, blobsTotal: jobs.length });
@@ -1781,7 +2289,9 @@ var [DAMAGED, MISSING] = ["is damaged", "is missing (a --since tar needs its bas
 function fileIn({ entries }, name) {
   const { type = "", linkName = "" } = entries.get(name) ?? {};
   const folder = type === "2" ? path.posix.dirname(name) : "";
-  const entry = entries.get(type === "1" || type === "2" ? path.posix.join(folder, linkName) : name);
+  const entry = entries.get(
+    type === "1" || type === "2" ? path.posix.join(folder, linkName) : name
+  );
   return entry && "07".includes(entry.type) ? entry : void 0;
 }
 async function imagesIn(tar, file, signal, problems) {
@@ -1790,16 +2300,23 @@ async function imagesIn(tar, file, signal, problems) {
     signal.throwIfAborted();
     const entry = fileIn(tar, name);
     if (problems.has(`${name} ${DAMAGED}`)) refuse(`${printable(name)} ${DAMAGED}`);
-    if (entry && entry.sizeBytes > LIMITS.tarMetadataBytes) refuse(`${printable(name)} is too large`);
+    if (entry && entry.sizeBytes > LIMITS.tarMetadataBytes)
+      refuse(`${printable(name)} is too large`);
     const bytes = entry && await readAt(tar.handle, entry.offset, entry.sizeBytes);
     return { bytes, json: bytes && (parseJson(bytes) ?? refuse(`${printable(name)} is not JSON`)) };
   };
   let absent = 0;
-  const readChild = async ({ digest, size, mediaType }) => {
+  const readChild = async ({
+    digest,
+    size,
+    mediaType
+  }) => {
     const { bytes } = await read(blobPath(digest));
     if (!bytes) absent += 1;
-    if (bytes && bytes.length !== size) refuse(`${blobPath(digest)} has ${bytes.length} bytes, not ${size}`);
-    if (bytes && sniffMediaType(bytes, mediaType) !== mediaType) refuse(`${blobPath(digest)} is of another type`);
+    if (bytes && bytes.length !== size)
+      refuse(`${blobPath(digest)} has ${bytes.length} bytes, not ${size}`);
+    if (bytes && sniffMediaType(bytes, mediaType) !== mediaType)
+      refuse(`${blobPath(digest)} is of another type`);
     return bytes && { mediaType, digest, bytes };
   };
   const describe = async (parts, isImage, stated) => {
@@ -1810,44 +2327,67 @@ async function imagesIn(tar, file, signal, problems) {
   };
   const [indexed, listed] = [[], []];
   const { json: index = { manifests: [] } } = await read("index.json");
-  if (!isRecord(index) || !Array.isArray(index.manifests)) return refuse("index.json is not an index");
+  if (!isRecord(index) || !Array.isArray(index.manifests))
+    return refuse("index.json is not an index");
   for (const value of index.manifests) {
     const descriptor = parseDescriptor(value, `${file}: index.json`);
-    const names = NAME_KEYS.map((key) => value.annotations?.[key]).filter((each) => typeof each === "string");
+    const names = NAME_KEYS.map((key) => value.annotations?.[key]).filter(
+      (each) => typeof each === "string"
+    );
     const name = printable(names[0] ?? "");
     const top = await readChild(descriptor) ?? refuse(`${blobPath(descriptor.digest)} is missing`);
     const { contents } = await collectAll(readChild, 1, file, top);
     if (contents.length === 0) problems.add(`${blobPath(top.digest)} names nothing that is here`);
     for (const { digest, manifest, platform } of contents) {
-      const parts = [manifest.config, ...manifest.layers].map((each) => ({ ...each, entry: blobPath(each.digest) }));
+      const parts = [manifest.config, ...manifest.layers].map((each) => ({
+        ...each,
+        entry: blobPath(each.digest)
+      }));
       const isImage = CONFIG_TYPES.includes(manifest.config.mediaType);
-      indexed.push({ name, digest, ...await describe(parts, isImage, platform ?? descriptor.platform) });
+      indexed.push({
+        name,
+        digest,
+        ...await describe(parts, isImage, platform ?? descriptor.platform)
+      });
     }
   }
   const { json: layout } = await read("oci-layout");
   const isOci = indexed.length > 0 && isRecord(layout) && layout.imageLayoutVersion === "1.0.0";
-  if (layout && !isOci) problems.add("oci-layout is there, but not of version 1.0.0 and with an index.json");
+  if (layout && !isOci)
+    problems.add("oci-layout is there, but not of version 1.0.0 and with an index.json");
   for (const value of [(await read("manifest.json")).json ?? []].flat()) {
     const { Config: config, RepoTags, Layers } = isRecord(value) ? value : {};
     const [tags, layers] = [RepoTags ?? [], Layers ?? []];
     const isRight2 = typeof config === "string" && isTexts(tags) && isTexts(layers);
     if (!isRight2) return refuse("manifest.json is not as docker save makes it");
-    const parts = [config, ...layers].map((entry) => ({ entry, size: fileIn(tar, entry)?.sizeBytes ?? 0 }));
+    const parts = [config, ...layers].map((entry) => ({
+      entry,
+      size: fileIn(tar, entry)?.sizeBytes ?? 0
+    }));
     listed.push({ name: printable(tags.join(" ")), digest: "", ...await describe(parts, true) });
   }
   const images = indexed.length > 0 ? indexed : listed;
-  if (images.length === 0) refuse("it holds no image: neither index.json nor manifest.json names one");
+  if (images.length === 0)
+    refuse("it holds no image: neither index.json nor manifest.json names one");
   return { images, named: [...indexed, ...listed], isDocker: listed.length > 0, isOci, absent };
 }
 async function listTar({ stdout }, tar, file, signal) {
   for (const { parts, name, digest, platform } of (await imagesIn(tar, file, signal, /* @__PURE__ */ new Set())).images) {
-    const layers = parts.slice(1).map(({ entry, size }) => ({ digest: digestInName(entry) ?? printable(entry), size, present: fileIn(tar, entry) !== void 0 }));
+    const layers = parts.slice(1).map(({ entry, size }) => ({
+      digest: digestInName(entry) ?? printable(entry),
+      size,
+      present: fileIn(tar, entry) !== void 0
+    }));
     const sizeBytes = sumOf(layers, ({ size }) => size);
-    const rows = layers.map(({ digest: layer, size, present }) => `${(present ? formatBytes(size) : "absent").padStart(7)} ${layer}`);
+    const rows = layers.map(
+      ({ digest: layer, size, present }) => `${(present ? formatBytes(size) : "absent").padStart(7)} ${layer}`
+    );
     const title = `${name || "(no name)"}  ${platform}  ${formatBytes(sizeBytes)}`;
     const table = [title, ...digest ? [`        ${digest}`] : [], ...rows].join("\n");
-    stdout.write(`${stdout.isTTY ? table : JSON.stringify({ name, digest, platform, sizeBytes, layers })}
-`);
+    stdout.write(
+      `${stdout.isTTY ? table : JSON.stringify({ name, digest, platform, sizeBytes, layers })}
+`
+    );
   }
 }
 async function unpacksTo(digest, entry, handle, signal) {
@@ -1862,12 +2402,18 @@ async function unpacksTo(digest, entry, handle, signal) {
 async function verifyTar({ stdout }, tar, file, signal) {
   const { handle, entries } = tar;
   const problems = /* @__PURE__ */ new Set();
-  const blobs = [...entries.values()].filter((entry) => digestInName(entry.name) && fileIn(tar, entry.name) === entry);
+  const blobs = [...entries.values()].filter(
+    (entry) => digestInName(entry.name) && fileIn(tar, entry.name) === entry
+  );
   for (const { name, offset, sizeBytes: size } of blobs) {
     const digest = digestInName(name);
-    if (!await isIntact({ handle, offset }, { digest, size }, signal)) problems.add(`${name} ${DAMAGED}`);
+    if (!await isIntact({ handle, offset }, { digest, size }, signal))
+      problems.add(`${name} ${DAMAGED}`);
   }
-  const end = [...entries.values()].reduce((at, { offset, sizeBytes }) => Math.max(at, offset + sizeBytes + BLOCK), 0);
+  const end = [...entries.values()].reduce(
+    (at, { offset, sizeBytes }) => Math.max(at, offset + sizeBytes + BLOCK),
+    0
+  );
   if ((await handle.stat()).size < end) problems.add("its end is missing: it was cut off");
   const found = await imagesIn(tar, file, signal, problems).catch((error) => {
     if (!(error instanceof ImgpullError)) throw error;
@@ -1884,10 +2430,12 @@ async function verifyTar({ stdout }, tar, file, signal) {
       const diffId = isRight2 && at > 0 ? String(ids[at - 1]) : void 0;
       const key = `${held?.name} ${diffId}`;
       if (!held) problems.add(`${entry} ${MISSING}`);
-      else if (held.sizeBytes !== size) problems.add(`${entry} has ${held.sizeBytes} bytes, not ${size}`);
+      else if (held.sizeBytes !== size)
+        problems.add(`${entry} has ${held.sizeBytes} bytes, not ${size}`);
       else if (diffId && !unpacked.has(key) && !problems.has(`${held.name} ${DAMAGED}`)) {
         unpacked.set(key, await unpacksTo(diffId, held, handle, signal));
-        if (unpacked.get(key) === false) problems.add(`${held.name} does not unpack to ${diffId}, its diff_id`);
+        if (unpacked.get(key) === false)
+          problems.add(`${held.name} does not unpack to ${diffId}, its diff_id`);
       }
     }
   }
@@ -1904,7 +2452,10 @@ async function verifyTar({ stdout }, tar, file, signal) {
     whole < unpacked.size && `${unpacked.size - whole} (zstd) not`,
     found.absent > 0 && `${found.absent} more of an index not here`
   ];
-  const [{ images, isDocker, isOci }, many] = [found, found.images.length > 1 ? "FILE:NAME" : "FILE"];
+  const [{ images, isDocker, isOci }, many] = [
+    found,
+    found.images.length > 1 ? "FILE:NAME" : "FILE"
+  ];
   const isPodman = images.some(({ isImage }) => isImage) && (isDocker || images.length === 1);
   const loaders = [
     isDocker && `docker${since(23)}`,
@@ -1919,7 +2470,9 @@ loads in ${list(loaders)}
 }
 async function lookAtTar(io, file, look, signal) {
   const tar = await onDisk(`cannot read ${file}`, openTar(file, signal));
-  await onDisk(`cannot read ${file}`, look(io, tar, file, signal)).finally(() => tar.handle.close());
+  await onDisk(`cannot read ${file}`, look(io, tar, file, signal)).finally(
+    () => tar.handle.close()
+  );
 }
 var HELP = `imgpull [options] IMAGE [IMAGE...] [DEST]    pull images into one verified tar
 DEST: a file; - for stdout; a directory or NAME/ for an OCI layout
@@ -1959,7 +2512,9 @@ Examples:
   imgpull ghcr.io/org/app:1 --platform linux/arm64 - | ssh host podman load
   imgpull --from images.txt bundle.tar > images.lock
 `;
-var OPTIONS = [...HELP.matchAll(/^  (?:-(?<short>.),|   ) --(?<name>\S+) (?<value>\S+)? +(?<help>.+)$/gm)].map(
+var OPTIONS = [
+  ...HELP.matchAll(/^ {2}(?:-(?<short>.),| {3}) --(?<name>\S+) (?<value>\S+)? +(?<help>.+)$/gm)
+].map(
   ({ groups = {} }) => groups
 );
 var FOR_ONE_HOST = ["user", "password", "token", "cert", "key", "ns"];
@@ -1967,8 +2522,19 @@ var usage = (reason) => fail("BAD_OPTION", `${reason} (imgpull --help)`);
 var likeness = (left, right) => [...`^${left}`].filter((letter, at) => `^${right}$`.includes(letter + (left[at] ?? "$"))).length;
 function parseCommandLine(argv) {
   const specs = [...OPTIONS, { name: "ca", value: "FILE", help: "" }];
-  const options = Object.fromEntries(specs.map(({ name, short, value }) => [name, { type: value ? "string" : "boolean", ...given({ short }) }]));
-  const parsed = parseArgs({ args: [...argv], options, strict: false, allowPositionals: true, tokens: true });
+  const options = Object.fromEntries(
+    specs.map(({ name, short, value }) => [
+      name,
+      { type: value ? "string" : "boolean", ...given({ short }) }
+    ])
+  );
+  const parsed = parseArgs({
+    args: [...argv],
+    options,
+    strict: false,
+    allowPositionals: true,
+    tokens: true
+  });
   const values = {};
   const switches = /* @__PURE__ */ new Set();
   const reuse = [];
@@ -1979,7 +2545,9 @@ function parseCommandLine(argv) {
     const spec = OPTIONS.find((option) => option.name === name);
     if (!spec) {
       const [nearest] = OPTIONS.map((option) => ({ ...option, like: likeness(name, option.name) })).filter(({ like }) => like >= 0.4 * (name.length + 1)).sort((left, right) => right.like - left.like);
-      return usage(`unknown option ${printable(rawName, 60)}${nearest ? `: did you mean --${nearest.name}?` : ""}`);
+      return usage(
+        `unknown option ${printable(rawName, 60)}${nearest ? `: did you mean --${nearest.name}?` : ""}`
+      );
     }
     if (values[name] !== void 0 || switches.has(name)) usage(`--${name} is given twice`);
     const value = rawName.startsWith("--") || !inlineValue ? token.value : token.value?.replace(/^=/, "");
@@ -1995,21 +2563,37 @@ function parseCommandLine(argv) {
   }
   return { values, switches, reuse, positionals: parsed.positionals };
 }
-function planCommand({ values, switches, reuse, positionals }) {
-  const { platform, user: username, password, cert: tlsCert, key: tlsKey, cacert: caCert, ns: namespace } = values;
+function planCommand({
+  values,
+  switches,
+  reuse,
+  positionals
+}) {
+  const {
+    platform,
+    user: username,
+    password,
+    cert: tlsCert,
+    key: tlsKey,
+    cacert: caCert,
+    ns: namespace
+  } = values;
   const { token, from, name, since, os: system, arch, "list-tar": listed, verify, scheme } = values;
   const manifest = values.manifest;
   const isAll = platform === "all";
   const isWhole = platform === void 0 || isAll;
   const isPasswordOnStdin = switches.has("password-stdin");
-  if (platform && (system ?? arch ?? values.variant)) usage("--platform excludes --os, --arch and --variant");
+  if (platform && (system ?? arch ?? values.variant))
+    usage("--platform excludes --os, --arch and --variant");
   if (!isWhole && !/^[^/]+\/[^/]+(\/[^/]+)?$/.test(platform)) {
     usage(`--platform is OS/ARCH, OS/ARCH/VARIANT or all, not "${printable(platform)}"`);
   }
   const [osType, archType, variant] = isWhole ? [system, arch, values.variant] : platform.split("/");
   const number = (option, value = values[option]) => value === void 0 ? void 0 : /^\d+(\.\d+)?$/.test(value) ? Number(value) : usage(`--${option} is a number, not "${printable(value)}"`);
-  if (password !== void 0 && isPasswordOnStdin) usage("--password and --password-stdin exclude each other");
-  if (isPasswordOnStdin && from === "-") usage("stdin is asked for twice: --password-stdin and --from -");
+  if (password !== void 0 && isPasswordOnStdin)
+    usage("--password and --password-stdin exclude each other");
+  if (isPasswordOnStdin && from === "-")
+    usage("stdin is asked for twice: --password-stdin and --from -");
   const timeout = number("timeout");
   const opts = given({
     scheme,
@@ -2032,20 +2616,41 @@ function planCommand({ values, switches, reuse, positionals }) {
   const hasDestination = manifest === void 0 && positionals.length > (from === void 0 ? 1 : 0);
   const destination = hasDestination ? positionals.at(-1) : void 0;
   const isLooking = (listed ?? verify) !== void 0;
-  if (isLooking && (positionals.length > 0 || listed && verify)) usage("--list-tar or --verify takes one tar");
+  if (isLooking && (positionals.length > 0 || listed && verify))
+    usage("--list-tar or --verify takes one tar");
   const images = positionals.slice(0, manifest !== void 0 ? 1 : hasDestination ? -1 : void 0);
   const bound = FOR_ONE_HOST.find((option) => values[option] !== void 0);
   if (images.length === 0 && from === void 0 && !isLooking) usage("IMAGE is missing");
   if (destination === "") usage("DEST is empty");
   if (!manifest && from !== void 0 && !destination) usage("DEST is missing");
-  if (name !== void 0 && (images.length !== 1 || from !== void 0)) usage("--name goes with one IMAGE");
+  if (name !== void 0 && (images.length !== 1 || from !== void 0))
+    usage("--name goes with one IMAGE");
   const isQuiet = switches.has("quiet");
-  return { opts, images, destination, manifest, from, name, since, reuse, isAll, isPasswordOnStdin, isQuiet, bound };
+  return {
+    opts,
+    images,
+    destination,
+    manifest,
+    from,
+    name,
+    since,
+    reuse,
+    isAll,
+    isPasswordOnStdin,
+    isQuiet,
+    bound
+  };
 }
 async function checkDestinationName(destination) {
   if (/[\\/]|\.(tar|oci|img|tgz|zip|gz)$/i.test(destination) || !/[:@]/.test(destination)) return;
-  const isReference = await Promise.resolve(destination).then(parseReference).then(() => true, () => false);
-  if (isReference) usage(`DEST is missing: "${destination}" reads as an IMAGE; say ./${destination} to mean a file`);
+  const isReference = await Promise.resolve(destination).then(parseReference).then(
+    () => true,
+    () => false
+  );
+  if (isReference)
+    usage(
+      `DEST is missing: "${destination}" reads as an IMAGE; say ./${destination} to mean a file`
+    );
 }
 var readStdin = async ({ stdin }) => Buffer.concat(await Readable.from(stdin).toArray()).toString("utf8");
 function showProgress({ stderr, env }, isQuiet) {
@@ -2080,7 +2685,9 @@ function showProgress({ stderr, env }, isQuiet) {
     if (!isLive) return void stderr.write(`imgpull: ${total(latest)}
 `);
     const width = Math.max(20, (stderr.columns ?? 80) - 1);
-    const moving = [...new Set([...latest.active].map(({ job }) => job))].sort((a, b) => a.offset - b.offset);
+    const moving = [...new Set([...latest.active].map(({ job }) => job))].sort(
+      (a, b) => a.offset - b.offset
+    );
     const most = Math.max(0, Math.min(12, (stderr.rows ?? 24) - 2));
     const bars = moving.slice(0, most).map((job) => `${dim(bar(job, width).slice(0, width))}
 `);
@@ -2096,7 +2703,8 @@ function showProgress({ stderr, env }, isQuiet) {
       if (!latest) samples.push([performance.now(), transfer.fetchedBytes]);
       latest = transfer;
       const { digest = "", size = 0 } = finished2?.descriptor ?? {};
-      if (finished2 && !isQuiet && !isLive) stderr.write(`imgpull: ${digest.slice(0, 19)} ${formatBytes(size)} done
+      if (finished2 && !isQuiet && !isLive)
+        stderr.write(`imgpull: ${digest.slice(0, 19)} ${formatBytes(size)} done
 `);
     },
     say: (text) => {
@@ -2112,7 +2720,12 @@ function showProgress({ stderr, env }, isQuiet) {
   };
 }
 async function listImages(io, command) {
-  const { from, name: givenName, bound, opts: { namespace } } = command;
+  const {
+    from,
+    name: givenName,
+    bound,
+    opts: { namespace }
+  } = command;
   const refuse = (error) => usage(`cannot read --from ${from}: ${diskWords(error)}`);
   const list = from === "-" ? await readStdin(io) : from ? await fs.readFile(from, "utf8").catch(refuse) : "";
   const lines = list.split(/\r?\n/).map((line) => line.replace(/(^|\s)#.*$/, "").trim()).filter(Boolean);
@@ -2120,11 +2733,14 @@ async function listImages(io, command) {
   if (texts.length === 0) usage("no IMAGE is given");
   const references = await mapConcurrently(texts, 1, async (text) => parseReference(text));
   const hosts = [...new Set(references.map(({ host }) => host))];
-  if (hosts.length > 1 && bound) usage(`--${bound} belongs to one registry, and the IMAGEs are on ${hosts.join(", ")}`);
+  if (hosts.length > 1 && bound)
+    usage(`--${bound} belongs to one registry, and the IMAGEs are on ${hosts.join(", ")}`);
   const unique = new Map(references.map((reference) => [formatReference(reference), reference]));
   const names = /* @__PURE__ */ new Set();
   return [...unique.values()].map((reference) => {
-    const name = formatReference(givenName === void 0 ? imageName(reference, namespace) : parseReference(givenName));
+    const name = formatReference(
+      givenName === void 0 ? imageName(reference, namespace) : parseReference(givenName)
+    );
     if (names.has(name)) usage(`two IMAGEs would have the name ${name} in the tar`);
     names.add(name);
     return { reference, name };
@@ -2141,12 +2757,19 @@ async function runCommand(argv, io, signal) {
   const { opts, manifest: kind, isAll, reuse, since, isQuiet } = command;
   if (line.switches.has("parsed")) {
     const secrets = ["password", "token"].filter((name) => name in opts).map((name) => [name, "***"]);
-    const shown = { ...command, opts: void 0, bound: void 0, ...opts, ...Object.fromEntries(secrets) };
+    const shown = {
+      ...command,
+      opts: void 0,
+      bound: void 0,
+      ...opts,
+      ...Object.fromEntries(secrets)
+    };
     return void stdout.write(`${JSON.stringify(shown, null, 2)}
 `);
   }
   const { "list-tar": listed, verify } = line.values;
-  if (listed ?? verify) return lookAtTar(io, listed ?? verify, listed ? listTar : verifyTar, signal);
+  if (listed ?? verify)
+    return lookAtTar(io, listed ?? verify, listed ? listTar : verifyTar, signal);
   const images = await listImages(io, command);
   const { reference } = images[0];
   const destination = command.destination ?? defaultDestination(reference);
@@ -2155,7 +2778,13 @@ async function runCommand(argv, io, signal) {
   if (isStream && stdout.isTTY) usage("the tar is not written to a terminal: redirect stdout");
   const password = command.isPasswordOnStdin ? { password: (await readStdin(io)).replace(/\r?\n$/, "") } : {};
   const progress = showProgress(io, isQuiet);
-  const pullerOpts = { ...opts, ...password, url: formatReference(reference), signal, onWarning: progress.say };
+  const pullerOpts = {
+    ...opts,
+    ...password,
+    url: formatReference(reference),
+    signal,
+    onWarning: progress.say
+  };
   try {
     if (kind !== void 0) {
       const { bytes, digest, manifest } = await new Puller(pullerOpts).pullManifest(kind);
@@ -2164,11 +2793,20 @@ async function runCommand(argv, io, signal) {
       return void stderr.write(`${digest}
 `);
     }
-    const request = { images, destination: isStream ? stdout : destination, isAll, reuse, ...given({ since }) };
+    const request = {
+      images,
+      destination: isStream ? stdout : destination,
+      isAll,
+      reuse,
+      ...given({ since })
+    };
     const pull = (session) => pullImages(session, request, progress.observe);
     const { results, transfer, plan } = await withSession(pullerOpts, pull, { environment });
     progress.stop();
-    const pinned = images.map((image, at) => ({ ...image.reference, digest: results[at]?.digest }));
+    const pinned = images.map((image, at) => ({
+      ...image.reference,
+      digest: results[at]?.digest
+    }));
     if (!isStream) stdout.write(pinned.map((each) => `${formatReference(each)}
 `).join(""));
     if (isQuiet) return;

@@ -5,11 +5,23 @@ import { dirname, join } from "node:path";
 import { describe, test } from "node:test";
 import { internals } from "../imgpull.ts";
 import { makeAuthority } from "./support/certificates.ts";
-import { SECRETS, USER, cleanEnvironment, runCommand, temporaryFolder, type TestScope } from "./support/command.ts";
+import {
+  cleanEnvironment,
+  runCommand,
+  SECRETS,
+  type TestScope,
+  temporaryFolder,
+  USER,
+} from "./support/command.ts";
 import { makeImage, makeIndex } from "./support/image.ts";
 import { startProxy } from "./support/proxy.ts";
-import { startRegistry, type AuthOptions, type Registry, type RegistryOptions } from "./support/registry.ts";
-import { assertFailed, assertPulled, pull, type PullOptions } from "./support/session.ts";
+import {
+  type AuthOptions,
+  type Registry,
+  type RegistryOptions,
+  startRegistry,
+} from "./support/registry.ts";
+import { assertFailed, assertPulled, type PullOptions, pull } from "./support/session.ts";
 
 const image = makeImage({ seed: "auth", layers: [8192, 8192] });
 const WRONG = "wrong-password";
@@ -26,16 +38,21 @@ const basic = (user: string, password: string) => `Basic ${base64(`${user}:${pas
 
 /** A docker or podman file with one `auth` entry for each key. */
 function authFile(entries: Record<string, string | object>): string {
-  const auths = Object.entries(entries).map(([key, entry]) =>
-    [key, typeof entry === "string" ? { auth: base64(`${USER}:${entry}`) } : entry]);
+  const auths = Object.entries(entries).map(([key, entry]) => [
+    key,
+    typeof entry === "string" ? { auth: base64(`${USER}:${entry}`) } : entry,
+  ]);
   return JSON.stringify({ auths: Object.fromEntries(auths) });
 }
 
-const stored = (entries: Record<string, string | object>): PullOptions =>
-  ({ ...HTTP, environment: { DOCKER_AUTH_CONFIG: authFile(entries) } });
+const stored = (entries: Record<string, string | object>): PullOptions => ({
+  ...HTTP,
+  environment: { DOCKER_AUTH_CONFIG: authFile(entries) },
+});
 
 function sentTo(registry: Registry, server?: string): (string | undefined)[] {
-  return registry.seen(server ? { where: (request) => request.server === server } : {})
+  return registry
+    .seen(server ? { where: (request) => request.server === server } : {})
     .map(({ headers }) => headers.authorization);
 }
 
@@ -45,31 +62,102 @@ type Challenges = [scheme: string, parameters: Record<string, string>][];
 
 const HUB = { realm: "https://auth.test/token", service: "hub", scope: "repository:a/b:pull" };
 const CHALLENGES: [name: string, lines: string[], expected: Challenges][] = [
-  ["Docker Hub's", [`Bearer realm="${HUB.realm}",service="hub",scope="${HUB.scope}"`], [["bearer", HUB]]],
-  ["names in any case", ['BEARER Realm="r",SERVICE="s"'], [["bearer", { realm: "r", service: "s" }]]],
-  ["blanks wherever they may be", ['  Bearer   realm = "r" ,\t service = "s"  '],
-    [["bearer", { realm: "r", service: "s" }]]],
-  ["no quotes", ["Bearer realm=https://h:1/token,service=s"],
-    [["bearer", { realm: "https://h:1/token", service: "s" }]]],
-  ["commas in quotes", ['Bearer scope="repository:a:pull,push",realm="r"'],
-    [["bearer", { scope: "repository:a:pull,push", realm: "r" }]]],
+  [
+    "Docker Hub's",
+    [`Bearer realm="${HUB.realm}",service="hub",scope="${HUB.scope}"`],
+    [["bearer", HUB]],
+  ],
+  [
+    "names in any case",
+    ['BEARER Realm="r",SERVICE="s"'],
+    [["bearer", { realm: "r", service: "s" }]],
+  ],
+  [
+    "blanks wherever they may be",
+    ['  Bearer   realm = "r" ,\t service = "s"  '],
+    [["bearer", { realm: "r", service: "s" }]],
+  ],
+  [
+    "no quotes",
+    ["Bearer realm=https://h:1/token,service=s"],
+    [["bearer", { realm: "https://h:1/token", service: "s" }]],
+  ],
+  [
+    "commas in quotes",
+    ['Bearer scope="repository:a:pull,push",realm="r"'],
+    [["bearer", { scope: "repository:a:pull,push", realm: "r" }]],
+  ],
   ["escapes in quotes", ['Basic realm="a \\"b\\", \\\\c"'], [["basic", { realm: 'a "b", \\c' }]]],
-  ["a query in quotes", ['Bearer realm="https://h/t?a=1&b=x=y"'], [["bearer", { realm: "https://h/t?a=1&b=x=y" }]]],
+  [
+    "a query in quotes",
+    ['Bearer realm="https://h/t?a=1&b=x=y"'],
+    [["bearer", { realm: "https://h/t?a=1&b=x=y" }]],
+  ],
   ["empty values", ['Bearer realm="r",scope=""'], [["bearer", { realm: "r", scope: "" }]]],
-  ["several in one header", ['Basic realm="b", Bearer realm="r",service="s"'],
-    [["basic", { realm: "b" }], ["bearer", { realm: "r", service: "s" }]]],
-  ["several in several headers", ["Negotiate", 'Basic realm="b"', 'Bearer realm="r"'],
-    [["negotiate", {}], ["basic", { realm: "b" }], ["bearer", { realm: "r" }]]],
-  ["a bare scheme first", ['Negotiate, Basic realm="b"'], [["negotiate", {}], ["basic", { realm: "b" }]]],
-  ["a bare scheme last", ['Basic realm="b", NTLM'], [["basic", { realm: "b" }], ["ntlm", {}]]],
-  ["a token68", ['Negotiate oYG2MIGz+/oAMKAQCh==, Bearer realm="r"'], [["negotiate", {}], ["bearer", { realm: "r" }]]],
-  ["quoted lists of other schemes", ['Digest qop="auth,auth-int", algorithm=MD5, Bearer realm="r"'],
-    [["digest", {}], ["bearer", { realm: "r" }]]],
+  [
+    "several in one header",
+    ['Basic realm="b", Bearer realm="r",service="s"'],
+    [
+      ["basic", { realm: "b" }],
+      ["bearer", { realm: "r", service: "s" }],
+    ],
+  ],
+  [
+    "several in several headers",
+    ["Negotiate", 'Basic realm="b"', 'Bearer realm="r"'],
+    [
+      ["negotiate", {}],
+      ["basic", { realm: "b" }],
+      ["bearer", { realm: "r" }],
+    ],
+  ],
+  [
+    "a bare scheme first",
+    ['Negotiate, Basic realm="b"'],
+    [
+      ["negotiate", {}],
+      ["basic", { realm: "b" }],
+    ],
+  ],
+  [
+    "a bare scheme last",
+    ['Basic realm="b", NTLM'],
+    [
+      ["basic", { realm: "b" }],
+      ["ntlm", {}],
+    ],
+  ],
+  [
+    "a token68",
+    ['Negotiate oYG2MIGz+/oAMKAQCh==, Bearer realm="r"'],
+    [
+      ["negotiate", {}],
+      ["bearer", { realm: "r" }],
+    ],
+  ],
+  [
+    "quoted lists of other schemes",
+    ['Digest qop="auth,auth-int", algorithm=MD5, Bearer realm="r"'],
+    [
+      ["digest", {}],
+      ["bearer", { realm: "r" }],
+    ],
+  ],
   ["empty elements", [', ,Basic realm="b",,'], [["basic", { realm: "b" }]]],
-  ["two of one scheme", ['Bearer realm="1", Bearer realm="2"'],
-    [["bearer", { realm: "1" }], ["bearer", { realm: "2" }]]],
+  [
+    "two of one scheme",
+    ['Bearer realm="1", Bearer realm="2"'],
+    [
+      ["bearer", { realm: "1" }],
+      ["bearer", { realm: "2" }],
+    ],
+  ],
   ["a parameter twice", ['Bearer realm="1",realm="2"'], [["bearer", { realm: "1" }]]],
-  ["a quote that does not end", ['Bearer realm="https://h/t'], [["bearer", { realm: "https://h/t" }]]],
+  [
+    "a quote that does not end",
+    ['Bearer realm="https://h/t'],
+    [["bearer", { realm: "https://h/t" }]],
+  ],
   ["nothing", [""], []],
 ];
 
@@ -77,18 +165,40 @@ describe("the challenge parser", () => {
   for (const [name, lines, expected] of CHALLENGES) {
     test(name, () => {
       // The rest of a challenge is nobody's business here.
-      const parsed = internals.parseChallenges(lines).map(({ scheme, parameters }) => [scheme, Object.fromEntries(
-        Object.entries(parameters).filter(([key]) => ["realm", "service", "scope"].includes(key)))]);
+      const parsed = internals
+        .parseChallenges(lines)
+        .map(({ scheme, parameters }) => [
+          scheme,
+          Object.fromEntries(
+            Object.entries(parameters).filter(([key]) =>
+              ["realm", "service", "scope"].includes(key),
+            ),
+          ),
+        ]);
       assert.deepEqual(parsed, expected);
     });
   }
 
   test("nonsense ends, and gives nothing that a token could be asked of", () => {
     const long = 16_384; // as much as Node takes for all headers together
-    for (const line of ["====", '"', ",,,,", "=,=", " ".repeat(long), "a".repeat(long), ",".repeat(long),
-      '"'.repeat(long), "a=".repeat(long / 2), `Bearer ${"\\".repeat(long)}`]) {
+    for (const line of [
+      "====",
+      '"',
+      ",,,,",
+      "=,=",
+      " ".repeat(long),
+      "a".repeat(long),
+      ",".repeat(long),
+      '"'.repeat(long),
+      "a=".repeat(long / 2),
+      `Bearer ${"\\".repeat(long)}`,
+    ]) {
       const realms = internals.parseChallenges([line]).map(({ parameters }) => parameters["realm"]);
-      assert.deepEqual(realms.filter((realm) => realm !== undefined), [], line.slice(0, 20));
+      assert.deepEqual(
+        realms.filter((realm) => realm !== undefined),
+        [],
+        line.slice(0, 20),
+      );
     }
   });
 });
@@ -99,21 +209,98 @@ const SCOPE = "repository:team/app:pull";
 const SERVICE = "test-registry";
 
 const TOKEN_REQUESTS: [name: string, auth: Partial<AuthOptions>, query: [string, string][]][] = [
-  ["service and scope", {}, [["service", SERVICE], ["scope", SCOPE]]],
+  [
+    "service and scope",
+    {},
+    [
+      ["service", SERVICE],
+      ["scope", SCOPE],
+    ],
+  ],
   ["no service", { service: null }, [["scope", SCOPE]]],
-  ["no scope", { scope: null }, [["service", SERVICE], ["scope", SCOPE]]],
-  ["any scope", { scope: "*" }, [["service", SERVICE], ["scope", SCOPE]]],
-  ["a scope to push too", { scope: "repository:team/app:pull,push" }, [["service", SERVICE], ["scope", SCOPE]]],
-  ["a relative realm", { realm: "/token" }, [["service", SERVICE], ["scope", SCOPE]]],
-  ["a realm with a query", { realm: "/token?account=me" },
-    [["account", "me"], ["service", SERVICE], ["scope", SCOPE]]],
-  ["a realm with a scope", { realm: "/token?scope=repository:x:pull&a=1", service: null },
-    [["scope", SCOPE], ["a", "1"]]],
-  ["a token service elsewhere", { tokenServer: "second" }, [["service", SERVICE], ["scope", SCOPE]]],
-  ["access_token", { tokenField: "access_token" }, [["service", SERVICE], ["scope", SCOPE]]],
-  ["token and access_token", { tokenField: "both" }, [["service", SERVICE], ["scope", SCOPE]]],
-  ...[0, -1, 1, 59, 3600, 1e15, "300", null, {}].map((expiresIn): (typeof TOKEN_REQUESTS)[number] =>
-    [`expires_in ${JSON.stringify(expiresIn)}`, { expiresIn }, [["service", SERVICE], ["scope", SCOPE]]]),
+  [
+    "no scope",
+    { scope: null },
+    [
+      ["service", SERVICE],
+      ["scope", SCOPE],
+    ],
+  ],
+  [
+    "any scope",
+    { scope: "*" },
+    [
+      ["service", SERVICE],
+      ["scope", SCOPE],
+    ],
+  ],
+  [
+    "a scope to push too",
+    { scope: "repository:team/app:pull,push" },
+    [
+      ["service", SERVICE],
+      ["scope", SCOPE],
+    ],
+  ],
+  [
+    "a relative realm",
+    { realm: "/token" },
+    [
+      ["service", SERVICE],
+      ["scope", SCOPE],
+    ],
+  ],
+  [
+    "a realm with a query",
+    { realm: "/token?account=me" },
+    [
+      ["account", "me"],
+      ["service", SERVICE],
+      ["scope", SCOPE],
+    ],
+  ],
+  [
+    "a realm with a scope",
+    { realm: "/token?scope=repository:x:pull&a=1", service: null },
+    [
+      ["scope", SCOPE],
+      ["a", "1"],
+    ],
+  ],
+  [
+    "a token service elsewhere",
+    { tokenServer: "second" },
+    [
+      ["service", SERVICE],
+      ["scope", SCOPE],
+    ],
+  ],
+  [
+    "access_token",
+    { tokenField: "access_token" },
+    [
+      ["service", SERVICE],
+      ["scope", SCOPE],
+    ],
+  ],
+  [
+    "token and access_token",
+    { tokenField: "both" },
+    [
+      ["service", SERVICE],
+      ["scope", SCOPE],
+    ],
+  ],
+  ...[0, -1, 1, 59, 3600, 1e15, "300", null, {}].map(
+    (expiresIn): (typeof TOKEN_REQUESTS)[number] => [
+      `expires_in ${JSON.stringify(expiresIn)}`,
+      { expiresIn },
+      [
+        ["service", SERVICE],
+        ["scope", SCOPE],
+      ],
+    ],
+  ),
 ];
 
 describe("one token for the whole pull", () => {
@@ -132,7 +319,11 @@ describe("one token for the whole pull", () => {
 });
 
 test("credentials go to the token service only, the token to the registry only", async (t) => {
-  const { registry, reference } = await serve(t, { mode: "bearer", anonymous: "refused", tokenServer: "second" });
+  const { registry, reference } = await serve(t, {
+    mode: "bearer",
+    anonymous: "refused",
+    tokenServer: "second",
+  });
   assertPulled(await pull(t, reference, { ...HTTP, ...GIVEN }), image);
   assert.deepEqual(sentTo(registry, "token"), [basic(USER, SECRETS.password)]);
   const [first, ...rest] = sentTo(registry, "registry");
@@ -153,8 +344,15 @@ test("an outside token is sent as it is, with the first request, and is never ex
     assertPulled(await pull(t, reference, { ...HTTP, token: SECRETS.outsideToken }), image);
     assert.deepEqual(new Set(sentTo(registry)), new Set([`Basic ${SECRETS.outsideToken}`]));
     registry.forget();
-    assertFailed(await pull(t, reference, { ...HTTP, token: "b3V0ZGF0ZWQ=" }), "UNAUTHORIZED", "--token");
-    assert.deepEqual(registry.requests.map(({ kind }) => kind), ["manifest"]);
+    assertFailed(
+      await pull(t, reference, { ...HTTP, token: "b3V0ZGF0ZWQ=" }),
+      "UNAUTHORIZED",
+      "--token",
+    );
+    assert.deepEqual(
+      registry.requests.map(({ kind }) => kind),
+      ["manifest"],
+    );
   }
 });
 
@@ -179,7 +377,10 @@ test("an answer without a usable token is refused by name", async (t) => {
 
 test("a challenge that names no usable realm is refused by name", async (t) => {
   for (const challenge of ['Bearer service="s"', 'Bearer realm=""', 'Bearer realm="http://"']) {
-    const { registry, reference } = await serve(t, { mode: "bearer", challenge: () => [challenge] });
+    const { registry, reference } = await serve(t, {
+      mode: "bearer",
+      challenge: () => [challenge],
+    });
     assertFailed(await pull(t, reference, HTTP), "PROTOCOL", /realm/);
     assert.equal(registry.requests.length, 1);
   }
@@ -191,7 +392,10 @@ test("a token service that fails for a while is asked again", async (t) => {
   const rules = faults.map((fault) => registry.on({ kind: "token", times: 1 }, fault));
   const outcome = await pull(t, reference, HTTP);
   assertPulled(outcome, image);
-  assert.deepEqual(rules.map(({ hits }) => hits), [1, 1]);
+  assert.deepEqual(
+    rules.map(({ hits }) => hits),
+    [1, 1],
+  );
   assert.deepEqual(outcome.sleeps, [internals.LIMITS.firstBackoffMs, 7000]);
 });
 
@@ -208,7 +412,10 @@ test("an identity token is exchanged by POST, and goes nowhere else", async (t) 
   assert.equal(request.headers["content-type"], "application/x-www-form-urlencoded");
   assert.equal(request.headers.authorization, undefined);
   assert.deepEqual(Object.fromEntries(new URLSearchParams(request.body)), {
-    grant_type: "refresh_token", refresh_token: SECRETS.identityToken, service: SERVICE, scope: SCOPE,
+    grant_type: "refresh_token",
+    refresh_token: SECRETS.identityToken,
+    service: SERVICE,
+    scope: SCOPE,
     client_id: "imgpull",
   });
   for (const { url, headers } of registry.requests) {
@@ -219,11 +426,23 @@ test("an identity token is exchanged by POST, and goes nowhere else", async (t) 
 test("where POST is not served, the identity token is the password of a GET", async (t) => {
   const NOBODY = "00000000-0000-0000-0000-000000000000"; // the name that Azure documents for it
   for (const postStatus of [400, 401, 404, 405]) {
-    for (const [user, entry] of [[NOBODY, IDENTITY], [USER, { ...IDENTITY, auth: base64(`${USER}:`) }]] as const) {
-      const auth = { mode: "bearer", anonymous: "refused", user, password: SECRETS.identityToken, postStatus } as const;
+    for (const [user, entry] of [
+      [NOBODY, IDENTITY],
+      [USER, { ...IDENTITY, auth: base64(`${USER}:`) }],
+    ] as const) {
+      const auth = {
+        mode: "bearer",
+        anonymous: "refused",
+        user,
+        password: SECRETS.identityToken,
+        postStatus,
+      } as const;
       const { registry, reference } = await serve(t, auth);
       assertPulled(await pull(t, reference, stored({ [registry.host]: entry })), image);
-      assert.deepEqual(registry.tokenRequests().map(({ method }) => method), ["POST", "GET"]);
+      assert.deepEqual(
+        registry.tokenRequests().map(({ method }) => method),
+        ["POST", "GET"],
+      );
     }
   }
 });
@@ -233,7 +452,10 @@ test("a token service that fails at POST for a while is asked by POST again", as
   const rule = registry.on({ kind: "token", times: 1 }, { status: 502 });
   assertPulled(await pull(t, reference, stored({ [registry.host]: IDENTITY })), image);
   assert.equal(rule.hits, 1);
-  assert.deepEqual(registry.tokenRequests().map(({ method }) => method), ["POST", "POST"]);
+  assert.deepEqual(
+    registry.tokenRequests().map(({ method }) => method),
+    ["POST", "POST"],
+  );
 });
 
 test("an identity token that is refused is warned about before anything anonymous is tried", async (t) => {
@@ -241,8 +463,13 @@ test("an identity token that is refused is warned about before anything anonymou
   const warnedAt: number[] = [];
   const outcome = await pull(t, reference, {
     ...stored({ [registry.host]: { identitytoken: "revoked" } }),
-    onWarning: () => warnedAt.push(registry.tokenRequests().filter(({ method, headers }) =>
-      method === "GET" && headers.authorization === undefined).length),
+    onWarning: () =>
+      warnedAt.push(
+        registry
+          .tokenRequests()
+          .filter(({ method, headers }) => method === "GET" && headers.authorization === undefined)
+          .length,
+      ),
   });
   assertPulled(outcome, image);
   assert.deepEqual(warnedAt, [0]);
@@ -250,7 +477,10 @@ test("an identity token that is refused is warned about before anything anonymou
 
 // ====== Credential files ======
 
-interface Place { name: string; put: (home: string, text: string) => Record<string, string> }
+interface Place {
+  name: string;
+  put: (home: string, text: string) => Record<string, string>;
+}
 
 function fileIn(home: string, path: string, text: string): string {
   mkdirSync(dirname(join(home, path)), { recursive: true });
@@ -259,25 +489,51 @@ function fileIn(home: string, path: string, text: string): string {
 }
 
 const PLACES: Place[] = [
-  { name: "REGISTRY_AUTH_FILE", put: (home, text) => ({ REGISTRY_AUTH_FILE: fileIn(home, "named.json", text) }) },
+  {
+    name: "REGISTRY_AUTH_FILE",
+    put: (home, text) => ({ REGISTRY_AUTH_FILE: fileIn(home, "named.json", text) }),
+  },
   { name: "DOCKER_AUTH_CONFIG", put: (_home, text) => ({ DOCKER_AUTH_CONFIG: text }) },
-  { name: "DOCKER_CONFIG", put: (home, text) =>
-    ({ DOCKER_CONFIG: dirname(fileIn(home, "docker/config.json", text)) }) },
-  { name: ".docker", put: (home, text) => ({ HOME: home, _file: fileIn(home, ".docker/config.json", text) }) },
-  { name: "XDG_RUNTIME_DIR", put: (home, text) =>
-    ({ XDG_RUNTIME_DIR: join(home, "run"), _file: fileIn(home, "run/containers/auth.json", text) }) },
-  { name: ".config", put: (home, text) => ({ HOME: home, _file: fileIn(home, ".config/containers/auth.json", text) }) },
+  {
+    name: "DOCKER_CONFIG",
+    put: (home, text) => ({ DOCKER_CONFIG: dirname(fileIn(home, "docker/config.json", text)) }),
+  },
+  {
+    name: ".docker",
+    put: (home, text) => ({ HOME: home, _file: fileIn(home, ".docker/config.json", text) }),
+  },
+  {
+    name: "XDG_RUNTIME_DIR",
+    put: (home, text) => ({
+      XDG_RUNTIME_DIR: join(home, "run"),
+      _file: fileIn(home, "run/containers/auth.json", text),
+    }),
+  },
+  {
+    name: ".config",
+    put: (home, text) => ({
+      HOME: home,
+      _file: fileIn(home, ".config/containers/auth.json", text),
+    }),
+  },
 ];
 
 describe("where credentials are looked for", () => {
   for (const [index, place] of PLACES.entries()) {
-    const rest = PLACES.slice(index + 1).map(({ name }) => name).join(", ");
+    const rest = PLACES.slice(index + 1)
+      .map(({ name }) => name)
+      .join(", ");
     test(`${place.name}, before ${rest || "nothing else"}`, async (t) => {
       const { registry, reference } = await serve(t, { mode: "basic" });
       const home = temporaryFolder(t);
-      const lower = PLACES.slice(index + 1).filter(({ name }) => name !== ".docker" || place.name !== "DOCKER_CONFIG");
-      const environment = Object.assign({}, ...lower.map(({ put }) => put(home, authFile({ [registry.host]: WRONG }))),
-        place.put(home, authFile({ [registry.host]: SECRETS.password }))) as Record<string, string>;
+      const lower = PLACES.slice(index + 1).filter(
+        ({ name }) => name !== ".docker" || place.name !== "DOCKER_CONFIG",
+      );
+      const environment = Object.assign(
+        {},
+        ...lower.map(({ put }) => put(home, authFile({ [registry.host]: WRONG }))),
+        place.put(home, authFile({ [registry.host]: SECRETS.password })),
+      ) as Record<string, string>;
       assertPulled(await pull(t, reference, { ...HTTP, environment }), image);
       assert(!sentTo(registry).includes(basic(USER, WRONG)));
     });
@@ -295,7 +551,10 @@ describe("where credentials are looked for", () => {
 
   test("--user before all of them", async (t) => {
     const { registry, reference } = await serve(t, { mode: "basic" });
-    assertPulled(await pull(t, reference, { ...stored({ [registry.host]: WRONG }), ...GIVEN }), image);
+    assertPulled(
+      await pull(t, reference, { ...stored({ [registry.host]: WRONG }), ...GIVEN }),
+      image,
+    );
     assert(!sentTo(registry).includes(basic(USER, WRONG)));
   });
 
@@ -305,20 +564,39 @@ describe("where credentials are looked for", () => {
     fileIn(home, ".docker/config.json", authFile({ [registry.host]: SECRETS.password }));
     mkdirSync(join(home, "empty"));
     const environment = { HOME: home, DOCKER_CONFIG: join(home, "empty") };
-    assertFailed(await pull(t, reference, { ...HTTP, environment }), "UNAUTHORIZED", "no credentials were found");
+    assertFailed(
+      await pull(t, reference, { ...HTTP, environment }),
+      "UNAUTHORIZED",
+      "no credentials were found",
+    );
   });
 });
 
 const KEYS: [key: string, matches: boolean][] = [
-  ["HOST", true], ["https://HOST", true], ["http://HOST", true], ["https://HOST/", true], ["https://HOST/v1/", true],
-  ["https://HOST/v2/", true], ["HOST/team", true], ["HOST/team/app", true], ["HOST/team/ap", false],
-  ["HOST/team/app/more", false], ["HOST/other", false], ["127.0.0.1", false], ["127.0.0.1:1", false], ["xHOST", false],
+  ["HOST", true],
+  ["https://HOST", true],
+  ["http://HOST", true],
+  ["https://HOST/", true],
+  ["https://HOST/v1/", true],
+  ["https://HOST/v2/", true],
+  ["HOST/team", true],
+  ["HOST/team/app", true],
+  ["HOST/team/ap", false],
+  ["HOST/team/app/more", false],
+  ["HOST/other", false],
+  ["127.0.0.1", false],
+  ["127.0.0.1:1", false],
+  ["xHOST", false],
 ];
 
 test("which keys of a credential file are for which registry", async (t) => {
   for (const [key, matches] of KEYS) {
     const { registry, reference } = await serve(t, { mode: "basic" });
-    const outcome = await pull(t, reference, stored({ [key.replace("HOST", registry.host)]: SECRETS.password }));
+    const outcome = await pull(
+      t,
+      reference,
+      stored({ [key.replace("HOST", registry.host)]: SECRETS.password }),
+    );
     if (matches) assertPulled(outcome, image);
     else assertFailed(outcome, "UNAUTHORIZED", "no credentials were found");
     if (!matches) assert.deepEqual(sentTo(registry), [undefined], key);
@@ -326,18 +604,27 @@ test("which keys of a credential file are for which registry", async (t) => {
 });
 
 test("the longest path wins, in any order", async (t) => {
-  const { registry: { host }, registry, reference } = await serve(t, { mode: "basic" });
+  const {
+    registry: { host },
+    registry,
+    reference,
+  } = await serve(t, { mode: "basic" });
   const entries = { [host]: WRONG, [`${host}/team`]: SECRETS.password, [`${host}/te`]: WRONG };
   assertPulled(await pull(t, reference, stored(entries)), image);
-  assertPulled(await pull(t, reference, stored(Object.fromEntries(Object.entries(entries).reverse()))), image);
+  assertPulled(
+    await pull(t, reference, stored(Object.fromEntries(Object.entries(entries).reverse()))),
+    image,
+  );
   assert(!sentTo(registry).includes(basic(USER, WRONG)));
 });
 
 test("the forms of an entry", async (t) => {
-  const password = "p:ä s\"w";
+  const password = 'p:ä s"w';
   const entries = [
-    { auth: base64(`${USER}:${password}`) }, { auth: base64(`${USER}:${password}\0\0`) },
-    { username: USER, password }, { username: "other", password: "other", auth: base64(`${USER}:${password}`) },
+    { auth: base64(`${USER}:${password}`) },
+    { auth: base64(`${USER}:${password}\0\0`) },
+    { username: USER, password },
+    { username: "other", password: "other", auth: base64(`${USER}:${password}`) },
   ];
   for (const entry of entries) {
     const { registry, reference } = await serve(t, { mode: "basic", password });
@@ -350,7 +637,11 @@ test("Docker Hub: every name that a credential file has for it, over the proxy t
   const tls = authority.issueServer({ dns: ["registry-1.docker.io"] });
   const file = fileIn(temporaryFolder(t), "ca.pem", authority.cert);
   const keys = [
-    "https://index.docker.io/v1/", "index.docker.io", "docker.io", "registry-1.docker.io", "docker.io/library",
+    "https://index.docker.io/v1/",
+    "index.docker.io",
+    "docker.io",
+    "registry-1.docker.io",
+    "docker.io/library",
   ];
   for (const key of keys) {
     const auth = { mode: "bearer", anonymous: "refused", realm: "/token" } as const;
@@ -358,18 +649,27 @@ test("Docker Hub: every name that a credential file has for it, over the proxy t
     registry.add(image, "library/busybox", "latest");
     const proxy = await startProxy(t, { hosts: { "registry-1.docker.io:443": registry.host } });
     const environment = {
-      SSL_CERT_FILE: file, HTTPS_PROXY: proxy.url, DOCKER_AUTH_CONFIG: authFile({ [key]: SECRETS.password }),
+      SSL_CERT_FILE: file,
+      HTTPS_PROXY: proxy.url,
+      DOCKER_AUTH_CONFIG: authFile({ [key]: SECRETS.password }),
     };
     assertPulled(await pull(t, "busybox", { environment }), image);
     assert.equal(registry.requests[0]?.path, "/v2/library/busybox/manifests/latest");
-    assert.deepEqual(new Set(proxy.requests.map(({ target }) => target)), new Set(["registry-1.docker.io:443"]));
+    assert.deepEqual(
+      new Set(proxy.requests.map(({ target }) => target)),
+      new Set(["registry-1.docker.io:443"]),
+    );
   }
 });
 
 const BROKEN: [name: string, text: string | undefined, words: RegExp][] = [
   ["not JSON", `{"auths": ${SECRETS.password}`, /JSON/],
   ["a list", "[]", /JSON object/],
-  ["an auth that is not one", authFile({ HOST: { auth: base64(SECRETS.password) } }), /"auth" is not USER:PASSWORD/],
+  [
+    "an auth that is not one",
+    authFile({ HOST: { auth: base64(SECRETS.password) } }),
+    /"auth" is not USER:PASSWORD/,
+  ],
   ["a folder", undefined, /directory/],
   ["too large", `{"auths":{}}${" ".repeat(internals.LIMITS.credentialFileBytes)}`, /large/],
 ];
@@ -406,12 +706,18 @@ function helper(t: TestScope, script: string) {
   writeFileSync(program, `#!/bin/sh\necho "$*" > "$0.args"\ncat > "$0.stdin"\n${script}\n`);
   chmodSync(program, 0o755);
   const asked = () => ({
-    args: readFileSync(`${program}.args`, "utf8").trim(), stdin: readFileSync(`${program}.stdin`, "utf8").trim(),
+    args: readFileSync(`${program}.args`, "utf8").trim(),
+    stdin: readFileSync(`${program}.stdin`, "utf8").trim(),
   });
-  return { asked, path: `${folder}:${cleanEnvironment()["PATH"]}`, isAsked: () => existsSync(`${program}.args`) };
+  return {
+    asked,
+    path: `${folder}:${cleanEnvironment()["PATH"]}`,
+    isAsked: () => existsSync(`${program}.args`),
+  };
 }
 
-const answer = (Username: string, Secret: string) => `echo '${JSON.stringify({ ServerURL: "x", Username, Secret })}'`;
+const answer = (Username: string, Secret: string) =>
+  `echo '${JSON.stringify({ ServerURL: "x", Username, Secret })}'`;
 
 interface HelperCase {
   name: string;
@@ -425,34 +731,83 @@ interface HelperCase {
 const RIGHT = answer(USER, SECRETS.password);
 const HELPERS: HelperCase[] = [
   { name: "credHelpers", config: (host) => ({ credHelpers: { [host]: "test" } }), script: RIGHT },
-  { name: "credsStore", config: (host) => ({ auths: { [host]: {} }, credsStore: "test" }), script: RIGHT },
-  { name: "credHelpers before credsStore and auths", script: RIGHT, config: (host) =>
-    ({ ...JSON.parse(authFile({ [host]: WRONG })), credHelpers: { [host]: "test" }, credsStore: "missing" }) },
-  { name: "an identity token", config: (host) => ({ credHelpers: { [host]: "test" } }),
-    script: answer("<token>", SECRETS.identityToken) },
-  { name: "credentials not found means anonymous", config: () => ({ credsStore: "test" }),
-    script: "echo credentials not found in native keychain; exit 1", auth: { anonymous: "welcome" } },
-  { name: "a helper that is not there", config: () => ({ credsStore: "missing" }), auth: { anonymous: "welcome" },
-    fails: /docker-credential-missing .*not on the PATH/ },
-  { name: "a helper that fails", config: () => ({ credsStore: "test" }), script: "echo the keychain is locked; exit 1",
-    auth: { anonymous: "welcome" }, fails: /docker-credential-test failed: the keychain is locked/ },
-  { name: "a helper that does not speak JSON", config: () => ({ credsStore: "test" }), auth: { anonymous: "welcome" },
-    script: `echo 'secret=${SECRETS.password}'`, fails: /docker-credential-test answered what is not JSON/ },
-  { name: "a helper without a secret", config: () => ({ credsStore: "test" }), auth: { anonymous: "welcome" },
-    script: "echo '{}'", fails: /docker-credential-test answered without a Secret/ },
-  { name: "a name that is a path", config: () => ({ credsStore: "../test" }), auth: { anonymous: "welcome" },
-    fails: /docker-credential-..\/test has a name that is not one/ },
+  {
+    name: "credsStore",
+    config: (host) => ({ auths: { [host]: {} }, credsStore: "test" }),
+    script: RIGHT,
+  },
+  {
+    name: "credHelpers before credsStore and auths",
+    script: RIGHT,
+    config: (host) => ({
+      ...JSON.parse(authFile({ [host]: WRONG })),
+      credHelpers: { [host]: "test" },
+      credsStore: "missing",
+    }),
+  },
+  {
+    name: "an identity token",
+    config: (host) => ({ credHelpers: { [host]: "test" } }),
+    script: answer("<token>", SECRETS.identityToken),
+  },
+  {
+    name: "credentials not found means anonymous",
+    config: () => ({ credsStore: "test" }),
+    script: "echo credentials not found in native keychain; exit 1",
+    auth: { anonymous: "welcome" },
+  },
+  {
+    name: "a helper that is not there",
+    config: () => ({ credsStore: "missing" }),
+    auth: { anonymous: "welcome" },
+    fails: /docker-credential-missing .*not on the PATH/,
+  },
+  {
+    name: "a helper that fails",
+    config: () => ({ credsStore: "test" }),
+    script: "echo the keychain is locked; exit 1",
+    auth: { anonymous: "welcome" },
+    fails: /docker-credential-test failed: the keychain is locked/,
+  },
+  {
+    name: "a helper that does not speak JSON",
+    config: () => ({ credsStore: "test" }),
+    auth: { anonymous: "welcome" },
+    script: `echo 'secret=${SECRETS.password}'`,
+    fails: /docker-credential-test answered what is not JSON/,
+  },
+  {
+    name: "a helper without a secret",
+    config: () => ({ credsStore: "test" }),
+    auth: { anonymous: "welcome" },
+    script: "echo '{}'",
+    fails: /docker-credential-test answered without a Secret/,
+  },
+  {
+    name: "a name that is a path",
+    config: () => ({ credsStore: "../test" }),
+    auth: { anonymous: "welcome" },
+    fails: /docker-credential-..\/test has a name that is not one/,
+  },
 ];
 
 describe("credential helpers", () => {
   for (const { name, config, script = "exit 9", auth, fails } of HELPERS) {
     test(name, async (t) => {
-      const { registry, reference } = await serve(t, { mode: "bearer", anonymous: "refused", ...auth });
+      const { registry, reference } = await serve(t, {
+        mode: "bearer",
+        anonymous: "refused",
+        ...auth,
+      });
       const { asked, path } = helper(t, script);
       const tar = join(temporaryFolder(t), "image.tar");
-      const result = await runCommand([reference, tar, "--scheme", "http", "--os", "linux", "--arch", "amd64"], {
-        env: { PATH: path, DOCKER_AUTH_CONFIG: JSON.stringify(config(registry.host)) }, guardMs: 20_000,
-      });
+      const result = await runCommand(
+        [reference, tar, "--scheme", "http", "--os", "linux", "--arch", "amd64"],
+        {
+          env: { PATH: path, DOCKER_AUTH_CONFIG: JSON.stringify(config(registry.host)) },
+          guardMs: 20_000,
+        },
+      );
       assert.equal(result.exitCode, fails ? 1 : 0, result.stderr);
       assert.equal(existsSync(tar), !fails);
       if (fails) assert.match(result.stderr, fails);
@@ -499,8 +854,13 @@ test("a private image: the error says which credentials were tried, and asks no 
       const outcome = await pull(t, reference, options(registry.host));
       assertFailed(outcome, "UNAUTHORIZED", "401", words);
       assert.deepEqual(outcome.sleeps, [], `${mode}, ${name}: 401 is not retried`);
-      assert(registry.requests.length <= 5, `${mode}, ${name}: ${registry.requests.length} requests`);
-      const anonymous = registry.tokenRequests().filter(({ headers }) => headers.authorization === undefined);
+      assert(
+        registry.requests.length <= 5,
+        `${mode}, ${name}: ${registry.requests.length} requests`,
+      );
+      const anonymous = registry
+        .tokenRequests()
+        .filter(({ headers }) => headers.authorization === undefined);
       if (name === "--user") assert.deepEqual(anonymous, []);
       if (name === "a file's") assert.match(outcome.warnings.join(), /DOCKER_AUTH_CONFIG/);
     }
@@ -522,12 +882,15 @@ test("tokens that die in mid-pull are replaced, for all connections by one reque
     const registry = await startRegistry({ auth: { mode: "bearer", staleStatus } }, t);
     // In an index the platform is told, so that nothing is asked for before all blobs are, at once.
     const reference = registry.add(makeIndex([layered]), "team/app", "1.0");
-    registry.on({ digest: layered.digest, times: 1 }, {
-      handler: async (_request, _response, next) => {
-        await next();
-        registry.expireTokens();
+    registry.on(
+      { digest: layered.digest, times: 1 },
+      {
+        handler: async (_request, _response, next) => {
+          await next();
+          registry.expireTokens();
+        },
       },
-    });
+    );
     const outcome = await pull(t, reference, HTTP);
     assertPulled(outcome, layered);
     assert.equal(registry.tokenRequests().length, 2);
@@ -536,8 +899,15 @@ test("tokens that die in mid-pull are replaced, for all connections by one reque
 });
 
 test("tokens good for two requests each carry a pull to its end", async (t) => {
-  const registry = await startRegistry({ auth: { mode: "bearer", tokenUses: 2, anonymous: "refused" } }, t);
-  const outcome = await pull(t, registry.add(layered, "team/app", "1.0"), { ...HTTP, ...GIVEN, concurrency: 1 });
+  const registry = await startRegistry(
+    { auth: { mode: "bearer", tokenUses: 2, anonymous: "refused" } },
+    t,
+  );
+  const outcome = await pull(t, registry.add(layered, "team/app", "1.0"), {
+    ...HTTP,
+    ...GIVEN,
+    concurrency: 1,
+  });
   assertPulled(outcome, layered);
   assert(registry.tokenRequests().length >= 4);
   assert.deepEqual(outcome.warnings, []);
@@ -564,18 +934,30 @@ test("a registry that finds every token stale ends the pull", async (t) => {
 });
 
 test("a token past its time is replaced before it is refused; none counts as older than it can be", async (t) => {
-  const cases = [[300, 301, 2], [300, 200, 1], [5, 50, 1], [undefined, 61, 2]] as const;
+  const cases = [
+    [300, 301, 2],
+    [300, 200, 1],
+    [5, 50, 1],
+    [undefined, 61, 2],
+  ] as const;
   for (const [expiresIn, laterSeconds, tokens] of cases) {
     const { registry, reference } = await serve(t, { mode: "bearer", expiresIn });
     let now = Date.UTC(2026, 0, 1);
-    registry.on({ kind: "manifest", times: 1 }, {
-      handler: async (_request, _response, next) => {
-        now += laterSeconds * 1000;
-        await next();
+    registry.on(
+      { kind: "manifest", times: 1 },
+      {
+        handler: async (_request, _response, next) => {
+          now += laterSeconds * 1000;
+          await next();
+        },
       },
-    });
+    );
     assertPulled(await pull(t, reference, { ...HTTP, now: () => now }), image);
-    assert.equal(registry.tokenRequests().length, tokens, `expires_in ${expiresIn}, ${laterSeconds} s later`);
+    assert.equal(
+      registry.tokenRequests().length,
+      tokens,
+      `expires_in ${expiresIn}, ${laterSeconds} s later`,
+    );
     assert.equal(registry.seen({ where: ({ status }) => status === 401 }).length, 1);
   }
 });
@@ -586,7 +968,10 @@ test("credentials of one registry are not sent to another", async (t) => {
   const mine = await serve(t, { mode: "basic" });
   for (const mode of ["basic", "bearer"] as const) {
     const other = await serve(t, { mode, anonymous: "refused" });
-    assertFailed(await pull(t, other.reference, stored({ [mine.registry.host]: SECRETS.password })), "UNAUTHORIZED");
+    assertFailed(
+      await pull(t, other.reference, stored({ [mine.registry.host]: SECRETS.password })),
+      "UNAUTHORIZED",
+    );
     assert.deepEqual(new Set(sentTo(other.registry)), new Set([undefined]));
   }
 });
@@ -598,11 +983,14 @@ test("two registries in one pull: each is sent its own", async (t) => {
   const file = authFile({ [first.registry.host]: "first", [second.registry.host]: "second" });
   const { exitCode, stderr } = await runCommand(
     [first.reference, second.reference, tar, "--scheme", "http", "--platform", "linux/amd64"],
-    { env: { DOCKER_AUTH_CONFIG: file } });
+    { env: { DOCKER_AUTH_CONFIG: file } },
+  );
   assert.equal(exitCode, 0, stderr);
   assert.deepEqual(new Set(sentTo(first.registry)), new Set([undefined, basic(USER, "first")]));
-  assert.deepEqual(new Set(sentTo(second.registry)),
-    new Set([undefined, basic(USER, "second"), `Bearer ${SECRETS.bearerToken}1`]));
+  assert.deepEqual(
+    new Set(sentTo(second.registry)),
+    new Set([undefined, basic(USER, "second"), `Bearer ${SECRETS.bearerToken}1`]),
+  );
 });
 
 test("an https registry that names a token service over http gets no token", async (t) => {
@@ -610,7 +998,12 @@ test("an https registry that names a token service over http gets no token", asy
   const auth = { mode: "bearer", tokenServer: "second-http" } as const;
   const { registry, reference } = await serve(t, auth, { tls: authority.issueServer() });
   const caCert = fileIn(temporaryFolder(t), "ca.pem", authority.cert);
-  assertFailed(await pull(t, reference, { caCert, ...GIVEN }), "PROTOCOL", "token endpoint", "http:");
+  assertFailed(
+    await pull(t, reference, { caCert, ...GIVEN }),
+    "PROTOCOL",
+    "token endpoint",
+    "http:",
+  );
   assert.equal(registry.connections("token"), 0);
 });
 
@@ -623,5 +1016,7 @@ test("a token service that redirects elsewhere takes no credentials along", asyn
   assert.deepEqual(new Set(sentTo(other.registry)), new Set([undefined]));
   // An identity token is the body itself: that POST is not carried anywhere.
   assert((await pull(t, reference, stored({ [registry.host]: IDENTITY }))).error);
-  assert(!other.registry.tokenRequests().some(({ method, body }) => method === "POST" || body !== ""));
+  assert(
+    !other.registry.tokenRequests().some(({ method, body }) => method === "POST" || body !== ""),
+  );
 });

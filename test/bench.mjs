@@ -12,13 +12,24 @@
 // registry without a proxy, which would take its share of the processor. Requests and connections are the registry's
 // own count; so are bytes, but on the far line, where they are those that came through it. CPU seconds and peak memory
 // are GNU time's. docker's daemon unpacks the layers, and `docker save` packs them anew; oras writes a folder, not a tar.
-import { build } from "esbuild";
+
 import { execFileSync, fork, spawn, spawnSync } from "node:child_process";
 import { createHash } from "node:crypto";
 import { once } from "node:events";
 import {
-  accessSync, closeSync, constants, createWriteStream, existsSync, mkdirSync, openSync, readFileSync, readdirSync,
-  renameSync, rmSync, statSync, writeFileSync,
+  accessSync,
+  closeSync,
+  constants,
+  createWriteStream,
+  existsSync,
+  mkdirSync,
+  openSync,
+  readdirSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  statSync,
+  writeFileSync,
 } from "node:fs";
 import { connect, createServer } from "node:net";
 import { cpus, totalmem } from "node:os";
@@ -29,9 +40,15 @@ import { setTimeout as pause } from "node:timers/promises";
 import { fileURLToPath, pathToFileURL } from "node:url";
 import { parseArgs } from "node:util";
 import { createGzip } from "node:zlib";
+import { build } from "esbuild";
 
 const MB = 1e6;
-const LAYERS_MB = { typical: [15, 25, 36, 50, 60], many: Array(30).fill(2), big: [1000], one: [60] };
+const LAYERS_MB = {
+  typical: [15, 25, 36, 50, 60],
+  many: Array(30).fill(2),
+  big: [1000],
+  one: [60],
+};
 const LINES = { loopback: undefined, far: { roundTripMs: 40, bytesPerSecond: 10 * MB } };
 const TIME = "/usr/bin/time";
 
@@ -62,7 +79,8 @@ function relay(from, to, { delayMs, bytesPerSecond }, openedAtMs, onBytes) {
     }
   };
   const add = (chunk) => {
-    freeAtMs = Math.max(freeAtMs, performance.now()) + ((chunk?.length ?? 0) * 1000) / bytesPerSecond;
+    freeAtMs =
+      Math.max(freeAtMs, performance.now()) + ((chunk?.length ?? 0) * 1000) / bytesPerSecond;
     underWay.push({ dueAtMs: freeAtMs + delayMs, chunk });
     bytesUnderWay += chunk?.length ?? 0;
     if (bytesUnderWay >= windowBytes) from.pause();
@@ -92,7 +110,10 @@ async function runLine({ port, roundTripMs, bytesPerSecond }) {
 }
 
 async function startLine(port, shape) {
-  const child = fork(fileURLToPath(import.meta.url), ["--shape", JSON.stringify({ port, ...shape })]);
+  const child = fork(fileURLToPath(import.meta.url), [
+    "--shape",
+    JSON.stringify({ port, ...shape }),
+  ]);
   const [started] = await once(child, "message");
   const takeBytes = async () => {
     child.send("bytes");
@@ -139,7 +160,12 @@ function imageStore(storage, { pseudoRandom, writeTar }) {
     const { size } = statSync(incoming);
     write(blobPath(hex), "");
     renameSync(incoming, join(root, blobPath(hex)));
-    return { diffId, mediaType: "application/vnd.oci.image.layer.v1.tar+gzip", digest: `sha256:${hex}`, size };
+    return {
+      diffId,
+      mediaType: "application/vnd.oci.image.layer.v1.tar+gzip",
+      digest: `sha256:${hex}`,
+      size,
+    };
   };
   const addJson = (mediaType, value) => {
     const bytes = Buffer.from(JSON.stringify(value));
@@ -153,16 +179,26 @@ function imageStore(storage, { pseudoRandom, writeTar }) {
   return async (name, sizesMb) => {
     mkdirSync(storage, { recursive: true });
     const layers = [];
-    for (const [at, sizeMb] of sizesMb.entries()) layers.push(await addLayer(`${name}-${at}`, sizeMb));
+    for (const [at, sizeMb] of sizesMb.entries())
+      layers.push(await addLayer(`${name}-${at}`, sizeMb));
     const rootfs = { type: "layers", diff_ids: layers.map(({ diffId }) => diffId) };
     const history = layers.map(({ diffId }) => ({ created_by: diffId }));
-    const config = addJson("application/vnd.oci.image.config.v1+json", { ...platform, config: {}, rootfs, history });
+    const config = addJson("application/vnd.oci.image.config.v1+json", {
+      ...platform,
+      config: {},
+      rootfs,
+      history,
+    });
     const blobs = layers.map(({ diffId, ...descriptor }) => descriptor);
     const mediaType = "application/vnd.oci.image.manifest.v1+json";
     const manifest = addJson(mediaType, { schemaVersion: 2, mediaType, config, layers: blobs });
     const indexType = "application/vnd.oci.image.index.v1+json";
     const entries = [{ ...manifest, platform }];
-    const index = addJson(indexType, { schemaVersion: 2, mediaType: indexType, manifests: entries });
+    const index = addJson(indexType, {
+      schemaVersion: 2,
+      mediaType: indexType,
+      manifests: entries,
+    });
     const repository = `repositories/${name}`;
     for (const blob of [config, ...blobs]) link(`${repository}/_layers`, blob);
     for (const each of [manifest, index]) link(`${repository}/_manifests/revisions`, each);
@@ -182,42 +218,92 @@ function findProgram(name) {
       return false;
     }
   };
-  return (process.env.PATH ?? "").split(delimiter).map((folder) => join(folder, name)).find(isExecutable);
+  return (process.env.PATH ?? "")
+    .split(delimiter)
+    .map((folder) => join(folder, name))
+    .find(isExecutable);
 }
 
 /** Each with the command that pulls `image` (HOST/NAME:TAG) into the new folder `folder`. */
 function listPrograms({ node: nodes, script: scripts, only: names }) {
   const only = names?.split(",");
   const word = `${platform.os}/${platform.architecture}`;
-  const binaries = existsSync("dist/bin") ? readdirSync("dist/bin").map((name) => resolve("dist/bin", name)) : [];
-  const ours = (...start) => ({ image, folder, isTls }) =>
-    [...start, image, join(folder, "image.tar"), ...(isTls ? [] : ["--scheme", "http"])];
-  const nodeVersion = (node) => execFileSync(node, ["--version"], { encoding: "utf8" }).trim().slice(1);
+  const binaries = existsSync("dist/bin")
+    ? readdirSync("dist/bin").map((name) => resolve("dist/bin", name))
+    : [];
+  const ours =
+    (...start) =>
+    ({ image, folder, isTls }) => [
+      ...start,
+      image,
+      join(folder, "image.tar"),
+      ...(isTls ? [] : ["--scheme", "http"]),
+    ];
+  const nodeVersion = (node) =>
+    execFileSync(node, ["--version"], { encoding: "utf8" }).trim().slice(1);
   const others = {
     crane: ({ image, folder }) => ["pull", image, join(folder, "image.tar")],
-    skopeo: ({ image, folder, isTls }) =>
-      ["--insecure-policy", "copy", `--src-tls-verify=${isTls}`, `docker://${image}`, `oci-archive:${folder}/image.tar`],
-    regctl: ({ image, folder, host, isTls }) =>
-      ["image", "export", ...(isTls ? [] : ["--host", `reg=${host},tls=disabled`]), image, join(folder, "image.tar")],
-    oras: ({ image, folder, isTls }) =>
-      ["cp", "--no-tty", "--platform", word, ...(isTls ? [] : ["--from-plain-http"]), image, "--to-oci-layout", `${folder}:1`],
-    "imgpull-go": ({ image, folder, isTls }) =>
-      [image, join(folder, "image.tar"), ...(isTls ? [] : ["--scheme", "http"])],
+    skopeo: ({ image, folder, isTls }) => [
+      "--insecure-policy",
+      "copy",
+      `--src-tls-verify=${isTls}`,
+      `docker://${image}`,
+      `oci-archive:${folder}/image.tar`,
+    ],
+    regctl: ({ image, folder, host, isTls }) => [
+      "image",
+      "export",
+      ...(isTls ? [] : ["--host", `reg=${host},tls=disabled`]),
+      image,
+      join(folder, "image.tar"),
+    ],
+    oras: ({ image, folder, isTls }) => [
+      "cp",
+      "--no-tty",
+      "--platform",
+      word,
+      ...(isTls ? [] : ["--from-plain-http"]),
+      image,
+      "--to-oci-layout",
+      `${folder}:1`,
+    ],
+    "imgpull-go": ({ image, folder, isTls }) => [
+      image,
+      join(folder, "image.tar"),
+      ...(isTls ? [] : ["--scheme", "http"]),
+    ],
   };
-  const docker = ({ image, folder }) =>
-    ["sh", "-c", 'docker pull -q "$1" && exec docker save -o "$2" "$1"', "sh", image, join(folder, "image.tar")];
+  const docker = ({ image, folder }) => [
+    "sh",
+    "-c",
+    'docker pull -q "$1" && exec docker save -o "$2" "$1"',
+    "sh",
+    image,
+    join(folder, "image.tar"),
+  ];
   const isRoot = process.getuid?.() === 0; // for the daemons
   const all = [
-    ...scripts.flatMap((script) => nodes.map((node) => {
-      const build = scripts.length > 1 ? ` (${basename(script)})` : "";
-      return { kind: "imgpull", name: `imgpull${build}, Node ${nodeVersion(node)}`, command: ours(node, resolve(script)) };
-    })),
+    ...scripts.flatMap((script) =>
+      nodes.map((node) => {
+        const build = scripts.length > 1 ? ` (${basename(script)})` : "";
+        return {
+          kind: "imgpull",
+          name: `imgpull${build}, Node ${nodeVersion(node)}`,
+          command: ours(node, resolve(script)),
+        };
+      }),
+    ),
     ...binaries.map((file) => ({ kind: "imgpull", name: `imgpull, binary`, command: ours(file) })),
     ...Object.entries(others).map(([name, args]) => {
       const found = findProgram(name);
       return { kind: name, name, isMissing: !found, command: (target) => [found, ...args(target)] };
     }),
-    { kind: "docker", name: "docker pull, save", isMissing: !isRoot || !["docker", "dockerd", "containerd"].every(findProgram), command: docker },
+    {
+      kind: "docker",
+      name: "docker pull, save",
+      isMissing: !isRoot || !["docker", "dockerd", "containerd"].every(findProgram),
+      command: docker,
+    },
   ];
   const wanted = all.filter(({ kind }) => only === undefined || only.includes(kind));
   const missing = wanted.filter(({ isMissing }) => isMissing).map(({ name }) => name);
@@ -233,11 +319,28 @@ async function startDocker({ Service, startContainerd, interopFolder }) {
   mkdirSync(join(folder, "client"));
   writeFileSync(join(folder, "daemon.json"), "{}");
   const daemon = new Service({
-    name: "dockerd", folder, ready: /API listen on/, stopSignal: "SIGTERM",
+    name: "dockerd",
+    folder,
+    ready: /API listen on/,
+    stopSignal: "SIGTERM",
     command: [
-      "dockerd", "--config-file", join(folder, "daemon.json"), "--host", host, "--containerd", containerd.address,
-      "--data-root", join(folder, "data"), "--exec-root", join(folder, "exec"), "--pidfile", join(folder, "pid"),
-      "--bridge", "none", "--iptables=false", "--ip6tables=false",
+      "dockerd",
+      "--config-file",
+      join(folder, "daemon.json"),
+      "--host",
+      host,
+      "--containerd",
+      containerd.address,
+      "--data-root",
+      join(folder, "data"),
+      "--exec-root",
+      join(folder, "exec"),
+      "--pidfile",
+      join(folder, "pid"),
+      "--bridge",
+      "none",
+      "--iptables=false",
+      "--ip6tables=false",
     ],
   });
   await daemon.start();
@@ -260,12 +363,18 @@ async function measure(command, folder, environment) {
   const output = openSync(log, "w");
   const [program, ...args] = hasTime ? [TIME, "-f", "%U %S %M", "-o", usage, ...command] : command;
   const startedAt = performance.now();
-  running = spawn(program, args, { stdio: ["ignore", output, output], env: environment, cwd: folder, detached: true });
+  running = spawn(program, args, {
+    stdio: ["ignore", output, output],
+    env: environment,
+    cwd: folder,
+    detached: true,
+  });
   const [code] = await once(running, "exit");
   const seconds = (performance.now() - startedAt) / 1000;
   running = undefined;
   closeSync(output);
-  if (code !== 0) throw new Error(`${command.join(" ")}\n${readFileSync(log, "utf8").slice(-2000)}`);
+  if (code !== 0)
+    throw new Error(`${command.join(" ")}\n${readFileSync(log, "utf8").slice(-2000)}`);
   if (!hasTime) return { seconds };
   const [user, system, peakKib] = readFileSync(usage, "utf8").trim().split(/\s+/).map(Number);
   return { seconds, cpuSeconds: user + system, peakMib: peakKib / 1024 };
@@ -273,9 +382,17 @@ async function measure(command, folder, environment) {
 
 /** What the registry says that it was asked in a part of its log, and what it wrote. */
 function countRequests(log) {
-  const answers = [...log.matchAll(/msg="response completed.* http\.request\.remoteaddr="([^"]+)".* http\.response\.written=(\d+)/g)];
+  const answers = [
+    ...log.matchAll(
+      /msg="response completed.* http\.request\.remoteaddr="([^"]+)".* http\.response\.written=(\d+)/g,
+    ),
+  ];
   const bytes = answers.reduce((sum, [, , written]) => sum + Number(written), 0);
-  return { requests: answers.length, connections: new Set(answers.map(([, address]) => address)).size, bytes };
+  return {
+    requests: answers.length,
+    connections: new Set(answers.map(([, address]) => address)).size,
+    bytes,
+  };
 }
 
 function median(values) {
@@ -289,13 +406,28 @@ function table(results) {
   const crane = results.get("crane");
   const show = (value, digits) => (Number.isNaN(value ?? NaN) ? "–" : value.toFixed(digits));
   const rows = [...results].map(([name, runs]) => [
-    name, show(medianOf(runs, "seconds"), 2),
+    name,
+    show(medianOf(runs, "seconds"), 2),
     show(medianOf(runs, "seconds") / (crane ? medianOf(crane, "seconds") : NaN), 2),
-    show(medianOf(runs, "bytes") / MB, 1), show(medianOf(runs, "requests"), 0), show(medianOf(runs, "connections"), 0),
-    show(medianOf(runs, "cpuSeconds"), 2), show(medianOf(runs, "peakMib"), 0),
+    show(medianOf(runs, "bytes") / MB, 1),
+    show(medianOf(runs, "requests"), 0),
+    show(medianOf(runs, "connections"), 0),
+    show(medianOf(runs, "cpuSeconds"), 2),
+    show(medianOf(runs, "peakMib"), 0),
   ]);
-  const head = ["program", "seconds", "× crane", "MB", "requests", "connections", "CPU s", "peak MiB"];
-  return [head, ["---", ...head.slice(1).map(() => "---:")], ...rows].map((row) => `| ${row.join(" | ")} |`).join("\n");
+  const head = [
+    "program",
+    "seconds",
+    "× crane",
+    "MB",
+    "requests",
+    "connections",
+    "CPU s",
+    "peak MiB",
+  ];
+  return [head, ["---", ...head.slice(1).map(() => "---:")], ...rows]
+    .map((row) => `| ${row.join(" | ")} |`)
+    .join("\n");
 }
 
 async function compare(programs, { image, line, registry, runs, folder, environments, isTls }) {
@@ -316,12 +448,15 @@ async function compare(programs, { image, line, registry, runs, folder, environm
         const counts = countRequests(registry.log().slice(before));
         const result = { ...used, ...counts, ...(shaper && { bytes: await shaper.takeBytes() }) };
         if (run > 0) results.get(name).push(result);
-        console.error(`${image} ${line} ${run || "warm-up"}: ${name} ${result.seconds.toFixed(2)} s`);
+        console.error(
+          `${image} ${line} ${run || "warm-up"}: ${name} ${result.seconds.toFixed(2)} s`,
+        );
       } catch (failure) {
         results.delete(name);
         console.error(`${name} failed and is left out: ${failure.message}`);
       }
-      if (kind === "docker") spawnSync("docker", ["rmi", "-f", target.image], { env: environment, stdio: "ignore" });
+      if (kind === "docker")
+        spawnSync("docker", ["rmi", "-f", target.image], { env: environment, stdio: "ignore" });
       rmSync(folder, { recursive: true });
     }
   }
@@ -332,29 +467,46 @@ async function compare(programs, { image, line, registry, runs, folder, environm
 /** The tests' registry and certificates, bundled as build.mjs bundles a test. */
 async function loadSupport() {
   const outfile = resolve("build/bench-support.mjs");
-  const contents = ["interop", "certificates", "image"].map((name) => `export * from "./${name}.ts";`).join("\n");
+  const contents = ["interop", "certificates", "image"]
+    .map((name) => `export * from "./${name}.ts";`)
+    .join("\n");
   await build({
-    stdin: { contents, resolveDir: "test/support", loader: "ts" }, bundle: true, platform: "node", format: "esm",
-    target: "node20.19", logLevel: "warning", outfile,
+    stdin: { contents, resolveDir: "test/support", loader: "ts" },
+    bundle: true,
+    platform: "node",
+    format: "esm",
+    target: "node20.19",
+    logLevel: "warning",
+    outfile,
   });
   return import(pathToFileURL(outfile).href);
 }
 
 function parseOptions() {
   const text = (initial) => ({ type: "string", default: initial });
-  const { values } = parseArgs({ options: {
-    line: text("all"), image: text("all"), runs: text("5"), only: { type: "string" }, tls: { type: "boolean", default: false },
-    node: { type: "string", multiple: true, default: [process.execPath] },
-    script: { type: "string", multiple: true, default: ["dist/imgpull.cjs"] },
-  } });
+  const { values } = parseArgs({
+    options: {
+      line: text("all"),
+      image: text("all"),
+      runs: text("5"),
+      only: { type: "string" },
+      tls: { type: "boolean", default: false },
+      node: { type: "string", multiple: true, default: [process.execPath] },
+      script: { type: "string", multiple: true, default: ["dist/imgpull.cjs"] },
+    },
+  });
   const choose = (name, table) => {
     const names = Object.keys(table);
-    if (values[name] !== "all" && !names.includes(values[name])) throw new Error(`--${name} is ${names.join(", ")} or all`);
+    if (values[name] !== "all" && !names.includes(values[name]))
+      throw new Error(`--${name} is ${names.join(", ")} or all`);
     return values[name] === "all" ? names : [values[name]];
   };
   if (!/^[1-9]\d*$/.test(values.runs)) throw new Error("--runs is a whole number from 1 on");
   return {
-    lines: choose("line", LINES), images: choose("image", LAYERS_MB), runs: Number(values.runs), isTls: values.tls,
+    lines: choose("line", LINES),
+    images: choose("image", LAYERS_MB),
+    runs: Number(values.runs),
+    isTls: values.tls,
     programs: listPrograms(values),
   };
 }
@@ -378,7 +530,9 @@ async function main() {
   for (const image of images) await addImage(image, LAYERS_MB[image]);
   const tls = authority && { tls: authority.issueServer() };
   const registry = await startRealRegistry({ storage, ...tls });
-  const docker = programs.some(({ kind }) => kind === "docker") ? await startDocker(support) : undefined;
+  const docker = programs.some(({ kind }) => kind === "docker")
+    ? await startDocker(support)
+    : undefined;
   const certificates = join(state, "authority.pem");
   if (authority) writeFileSync(certificates, authority.cert);
   const all = { ...toolEnvironment(), ...(authority && { SSL_CERT_FILE: certificates }) };
@@ -386,11 +540,23 @@ async function main() {
   try {
     const [{ model }] = cpus();
     const machine = `${cpus().length} × ${model}, ${Math.round(totalmem() / 2 ** 30)} GiB, ${process.platform}`;
-    console.log(`${new Date().toISOString().slice(0, 10)}, ${machine}; medians of ${runs}${isTls ? ", over TLS" : ""}`);
+    console.log(
+      `${new Date().toISOString().slice(0, 10)}, ${machine}; medians of ${runs}${isTls ? ", over TLS" : ""}`,
+    );
     for (const line of lines) {
       for (const image of images) {
-        const context = { image, line, registry, runs, folder: join(state, "dest"), environments, isTls };
-        console.log(`\n${line}, ${image} (${LAYERS_MB[image].length} × ${LAYERS_MB[image].join(", ")} MB)\n`);
+        const context = {
+          image,
+          line,
+          registry,
+          runs,
+          folder: join(state, "dest"),
+          environments,
+          isTls,
+        };
+        console.log(
+          `\n${line}, ${image} (${LAYERS_MB[image].length} × ${LAYERS_MB[image].join(", ")} MB)\n`,
+        );
         console.log(await compare(programs, context));
       }
     }

@@ -3,13 +3,18 @@
 // in dist/bin are tested, if they are of this build.
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
-import { existsSync, readFileSync, readdirSync, writeFileSync } from "node:fs";
+import { existsSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join, resolve } from "node:path";
 import { describe, test } from "node:test";
 import { gunzipSync } from "node:zlib";
 import { internals } from "../imgpull.ts";
 import { makeAuthority } from "./support/certificates.ts";
-import { COMMAND_PATH, runCommand, temporaryFolder, type CommandOptions } from "./support/command.ts";
+import {
+  COMMAND_PATH,
+  type CommandOptions,
+  runCommand,
+  temporaryFolder,
+} from "./support/command.ts";
 import { makeMultiPlatform, readTar } from "./support/image.ts";
 import { startRegistry } from "./support/registry.ts";
 
@@ -31,18 +36,27 @@ interface Executable {
 
 /** A range of the file, or an error where it is not all there. */
 function part(file: Buffer, start: number, size: number): Buffer {
-  if (start + size > file.length) throw new Error(`bytes ${start} to ${start + size} of a file of ${file.length}`);
+  if (start + size > file.length)
+    throw new Error(`bytes ${start} to ${start + size} of a file of ${file.length}`);
   return file.subarray(start, start + size);
 }
 
 function readElf(file: Buffer): Executable {
-  const machines: Record<number, string> = { 0x3e: "x64", 0xb7: "arm64" };
-  assert.deepEqual([file[4], file[5], file.readUInt16LE(16)], [2, 1, 2], "64 bits, little-endian, executable");
+  const machines: Record<number, string> = { 62: "x64", 183: "arm64" };
+  assert.deepEqual(
+    [file[4], file[5], file.readUInt16LE(16)],
+    [2, 1, 2],
+    "64 bits, little-endian, executable",
+  );
   let blob: Buffer | undefined;
   for (let index = 0; index < file.readUInt16LE(56); index += 1) {
     const at = Number(file.readBigUInt64LE(32)) + index * file.readUInt16LE(54);
-    const segment = part(file, Number(file.readBigUInt64LE(at + 8)), Number(file.readBigUInt64LE(at + 32)));
-    for (let note = 0; file.readUInt32LE(at) === 4 && note < segment.length;) {
+    const segment = part(
+      file,
+      Number(file.readBigUInt64LE(at + 8)),
+      Number(file.readBigUInt64LE(at + 32)),
+    );
+    for (let note = 0; file.readUInt32LE(at) === 4 && note < segment.length; ) {
       const [nameSize, size] = [segment.readUInt32LE(note), segment.readUInt32LE(note + 4)];
       const content = note + 12 + Math.ceil(nameSize / 4) * 4;
       const name = segment.toString("latin1", note + 12, note + 12 + nameSize);
@@ -51,7 +65,8 @@ function readElf(file: Buffer): Executable {
     }
   }
   const symbols = Array.from({ length: file.readUInt16LE(60) }, (_, index) =>
-    file.readUInt32LE(Number(file.readBigUInt64LE(40)) + 64 * index + 4)).filter((type) => type === 2).length;
+    file.readUInt32LE(Number(file.readBigUInt64LE(40)) + 64 * index + 4),
+  ).filter((type) => type === 2).length;
   return { kind: `ELF ${machines[file.readUInt16LE(18)]}`, blob, isSigned: false, symbols };
 }
 
@@ -61,11 +76,16 @@ function readPe(file: Buffer): Executable {
   const optional = pe + 24;
   assert.equal(file.readUInt16LE(optional), 0x20b, "PE32+");
   const directory = (index: number) => file.readUInt32LE(optional + 112 + 8 * index);
-  const sections = Array.from({ length: file.readUInt16LE(pe + 6) }, (_, index) =>
-    optional + file.readUInt16LE(pe + 20) + 40 * index);
+  const sections = Array.from(
+    { length: file.readUInt16LE(pe + 6) },
+    (_, index) => optional + file.readUInt16LE(pe + 20) + 40 * index,
+  );
   const offsetOf = (address: number): number => {
-    const section = sections.find((at) => address >= file.readUInt32LE(at + 12)
-      && address < file.readUInt32LE(at + 12) + file.readUInt32LE(at + 16));
+    const section = sections.find(
+      (at) =>
+        address >= file.readUInt32LE(at + 12) &&
+        address < file.readUInt32LE(at + 12) + file.readUInt32LE(at + 16),
+    );
     if (section === undefined) throw new Error(`address ${address} is in no section`);
     return address - file.readUInt32LE(section + 12) + file.readUInt32LE(section + 20);
   };
@@ -74,7 +94,10 @@ function readPe(file: Buffer): Executable {
   const entries = (table: number): [name: number | string, at: number][] => {
     const count = file.readUInt16LE(table + 12) + file.readUInt16LE(table + 14);
     return Array.from({ length: count }, (_, index) => {
-      const [key, next] = [file.readUInt32LE(table + 16 + 8 * index), file.readUInt32LE(table + 20 + 8 * index)];
+      const [key, next] = [
+        file.readUInt32LE(table + 16 + 8 * index),
+        file.readUInt32LE(table + 20 + 8 * index),
+      ];
       const name = resources + (key & 0x7fffffff);
       const text = () => file.toString("utf16le", name + 2, name + 2 + 2 * file.readUInt16LE(name));
       return [key >= 0x80000000 ? text() : key, resources + (next & 0x7fffffff)];
@@ -86,33 +109,57 @@ function readPe(file: Buffer): Executable {
   const leaf = languages === undefined ? undefined : entries(languages)[0]?.[1];
   const blob = leaf && part(file, offsetOf(file.readUInt32LE(leaf)), file.readUInt32LE(leaf + 4));
   const kind = file.readUInt16LE(pe + 4) === 0x8664 ? "PE x64" : "PE";
-  return { kind, blob: blob || undefined, isSigned: directory(4) !== 0, symbols: file.readUInt32LE(pe + 12) };
+  return {
+    kind,
+    blob: blob || undefined,
+    isSigned: directory(4) !== 0,
+    symbols: file.readUInt32LE(pe + 12),
+  };
 }
 
 function readMachO(file: Buffer): Executable {
-  const processors: Record<number, string> = { 0x01000007: "x64", 0x0100000c: "arm64" };
+  const processors: Record<number, string> = { 16777223: "x64", 16777228: "arm64" };
   assert.equal(file.readUInt32LE(12), 2, "an executable");
   const found: Executable = {
-    kind: `Mach-O ${processors[file.readUInt32LE(4)]}`, blob: undefined, isSigned: false, symbols: 0,
+    kind: `Mach-O ${processors[file.readUInt32LE(4)]}`,
+    blob: undefined,
+    isSigned: false,
+    symbols: 0,
   };
   let symbolCount = 0;
-  for (let at = 32, index = file.readUInt32LE(16); index > 0; index -= 1, at += file.readUInt32LE(at + 4)) {
+  for (
+    let at = 32, index = file.readUInt32LE(16);
+    index > 0;
+    index -= 1, at += file.readUInt32LE(at + 4)
+  ) {
     const command = file.readUInt32LE(at);
     if (command === 0x1d) found.isSigned = true;
     if (command === 0x2) symbolCount = file.readUInt32LE(at + 12);
     if (command === 0xb) {
       found.symbols = file.readUInt32LE(at + 12);
-      assert.equal(found.symbols + file.readUInt32LE(at + 20) + file.readUInt32LE(at + 28), symbolCount);
+      assert.equal(
+        found.symbols + file.readUInt32LE(at + 20) + file.readUInt32LE(at + 28),
+        symbolCount,
+      );
       const stubs = part(file, file.readUInt32LE(at + 56), 4 * file.readUInt32LE(at + 60));
-      const numbers = Array.from({ length: stubs.length / 4 }, (_, stub) => stubs.readUInt32LE(4 * stub));
-      assert.ok(numbers.every((number) => number < symbolCount || number >= 0x40000000), "a stub without its symbol");
+      const numbers = Array.from({ length: stubs.length / 4 }, (_, stub) =>
+        stubs.readUInt32LE(4 * stub),
+      );
+      assert.ok(
+        numbers.every((number) => number < symbolCount || number >= 0x40000000),
+        "a stub without its symbol",
+      );
     }
     if (command !== 0x19) continue;
     part(file, Number(file.readBigUInt64LE(at + 40)), Number(file.readBigUInt64LE(at + 48)));
     for (let section = at + 72; section < at + file.readUInt32LE(at + 4); section += 80) {
       const name = file.toString("latin1", section, section + 16);
       if (name !== "__NODE_SEA_BLOB\0") continue;
-      found.blob = part(file, file.readUInt32LE(section + 48), Number(file.readBigUInt64LE(section + 40)));
+      found.blob = part(
+        file,
+        file.readUInt32LE(section + 48),
+        Number(file.readBigUInt64LE(section + 40)),
+      );
     }
   }
   return found;
@@ -128,10 +175,14 @@ function readExecutable(file: Buffer): Executable {
 // ====== What is here ======
 
 const KINDS: Record<string, string> = {
-  "linux-x64": "ELF x64", "linux-arm64": "ELF arm64", "win-x64": "PE x64", "darwin-x64": "Mach-O x64",
+  "linux-x64": "ELF x64",
+  "linux-arm64": "ELF arm64",
+  "win-x64": "PE x64",
+  "darwin-x64": "Mach-O x64",
   "darwin-arm64": "Mach-O arm64",
 };
-const fileOf = (target: string) => join(FOLDER, `imgpull-${target}${target.startsWith("win-") ? ".exe" : ""}`);
+const fileOf = (target: string) =>
+  join(FOLDER, `imgpull-${target}${target.startsWith("win-") ? ".exe" : ""}`);
 const hostTarget = `${process.platform === "win32" ? "win" : process.platform}-${process.arch}`;
 const required = process.env["IMGPULL_BINARIES"]?.split(" ").filter(Boolean);
 
@@ -144,9 +195,12 @@ function commandFor(target: string): [string, ...string[]] | undefined {
   const binary = resolve(fileOf(target));
   if (target === hostTarget) return [binary];
   if (target !== "linux-arm64" || process.platform !== "linux") return undefined;
-  const missing = [EMULATOR, `${ARM64_ROOT}/lib/libatomic.so.1`].filter((file) => !existsSync(file));
+  const missing = [EMULATOR, `${ARM64_ROOT}/lib/libatomic.so.1`].filter(
+    (file) => !existsSync(file),
+  );
   if (missing.length === 0) return [EMULATOR, "-L", ARM64_ROOT, binary];
-  if (required?.includes(target)) throw new Error(`${target} cannot be run without ${missing.join(" and ")}`);
+  if (required?.includes(target))
+    throw new Error(`${target} cannot be run without ${missing.join(" and ")}`);
   return undefined;
 }
 
@@ -154,8 +208,14 @@ const built = required ?? Object.keys(KINDS).filter((target) => existsSync(fileO
 
 function reasonToSkip(): string | false {
   if (required !== undefined) return false;
-  const isStale = built.some((target) => !readExecutable(readFileSync(fileOf(target))).blob?.includes(script));
-  const reason = isStale ? "dist/bin is of another build" : built.length === 0 ? "dist/bin is empty" : false;
+  const isStale = built.some(
+    (target) => !readExecutable(readFileSync(fileOf(target))).blob?.includes(script),
+  );
+  const reason = isStale
+    ? "dist/bin is of another build"
+    : built.length === 0
+      ? "dist/bin is empty"
+      : false;
   if (reason) console.error(`\n*** BINARIES NOT TESTED, ${reason}: node build.mjs --sea ***\n`);
   return reason;
 }
@@ -171,8 +231,12 @@ describe("binaries", { skip: reasonToSkip() }, () => {
       assert.equal(blob?.readUInt32LE(0), 0x143da20, "Node's mark of a single executable");
       assert.ok(blob.includes(script), "the blob holds another command than dist/imgpull.cjs");
       assert.ok(!blob.includes(process.cwd()), "the blob tells where it was built");
-      const fuses = file.toString("latin1").match(/NODE_SEA_FUSE_fce680ab2cc467b6e072b8b5df1996b2:[01]/g) ?? [];
-      assert.deepEqual(fuses.map((fuse) => fuse.at(-1)), ["1"]);
+      const fuses =
+        file.toString("latin1").match(/NODE_SEA_FUSE_fce680ab2cc467b6e072b8b5df1996b2:[01]/g) ?? [];
+      assert.deepEqual(
+        fuses.map((fuse) => fuse.at(-1)),
+        ["1"],
+      );
       assert.equal(symbols, 0);
       assert.equal(isSigned, target.startsWith("darwin-") && process.platform === "darwin");
     });
@@ -184,7 +248,10 @@ describe("binaries", { skip: reasonToSkip() }, () => {
       const tar = gunzipSync(compressed);
       const [entry, licenses, ...others] = readTar(tar);
       assert.ok(entry && licenses && others.length === 0);
-      assert.deepEqual([licenses.name, licenses.mode, licenses.mtime], ["imgpull.LICENSES.txt", 0o644, 0]);
+      assert.deepEqual(
+        [licenses.name, licenses.mode, licenses.mtime],
+        ["imgpull.LICENSES.txt", 0o644, 0],
+      );
       const text = tar.toString("utf8", licenses.offset, licenses.offset + licenses.size);
       assert.match(text, /Apache License[^]*Node\.js is licensed for use as follows/);
       const { name, type, mode, uid, gid, mtime, offset, size } = entry;
@@ -196,11 +263,22 @@ describe("binaries", { skip: reasonToSkip() }, () => {
   }
 
   test("SHA256SUMS lists every file, and only those", () => {
-    const names = readdirSync(FOLDER).filter((name) => name !== "SHA256SUMS").sort();
-    assert.deepEqual(names, built.flatMap((target) => [fileOf(target), `${FOLDER}/imgpull-${target}.tar.gz`])
-      .map((file) => file.slice(FOLDER.length + 1)).sort());
-    const sums = names.map((name) =>
-      `${createHash("sha256").update(readFileSync(join(FOLDER, name))).digest("hex")}  ${name}\n`);
+    const names = readdirSync(FOLDER)
+      .filter((name) => name !== "SHA256SUMS")
+      .sort();
+    assert.deepEqual(
+      names,
+      built
+        .flatMap((target) => [fileOf(target), `${FOLDER}/imgpull-${target}.tar.gz`])
+        .map((file) => file.slice(FOLDER.length + 1))
+        .sort(),
+    );
+    const sums = names.map(
+      (name) =>
+        `${createHash("sha256")
+          .update(readFileSync(join(FOLDER, name)))
+          .digest("hex")}  ${name}\n`,
+    );
     assert.equal(readFileSync(join(FOLDER, "SHA256SUMS"), "utf8"), sums.join(""));
   });
 
@@ -213,7 +291,11 @@ describe("binaries", { skip: reasonToSkip() }, () => {
       if (command === undefined) return;
       const folder = temporaryFolder(t);
       const run = async (args: string[], options: CommandOptions = {}) => {
-        const { exitCode, stdout, stderr } = await runCommand(args, { command, cwd: folder, ...options });
+        const { exitCode, stdout, stderr } = await runCommand(args, {
+          command,
+          cwd: folder,
+          ...options,
+        });
         assert.equal(exitCode, 0, stderr);
         return { stdout: String(stdout), stderr };
       };
@@ -228,18 +310,29 @@ describe("binaries", { skip: reasonToSkip() }, () => {
       const authority = makeAuthority();
       writeFileSync(join(folder, "ca.pem"), authority.cert);
       const registry = await startRegistry({ tls: authority.issueServer(), auth: "bearer" }, t);
-      const index = makeMultiPlatform(["linux/amd64", "linux/arm64"], { seed: "binary", layers: [3_000_000, 4096] });
+      const index = makeMultiPlatform(["linux/amd64", "linux/arm64"], {
+        seed: "binary",
+        layers: [3_000_000, 4096],
+      });
       const reference = registry.add(index, "team/app", "1.0");
       const env = { SSL_CERT_FILE: "ca.pem" };
       const pulled = await run([reference, "binary.tar", "-q"], { env });
       const child = index.children[architectureThere === "arm64" ? 1 : 0];
       assert.deepEqual(pulled, { stdout: `${reference}@${child?.digest}\n`, stderr: "" });
       const platform = ["--platform", `linux/${architectureThere}`];
-      await run([reference, "script.tar", ...platform], { env, command: [process.execPath, COMMAND_PATH] });
-      const [binaryTar, scriptTar] = ["binary.tar", "script.tar"].map((name) => readFileSync(join(folder, name)));
+      await run([reference, "script.tar", ...platform], {
+        env,
+        command: [process.execPath, COMMAND_PATH],
+      });
+      const [binaryTar, scriptTar] = ["binary.tar", "script.tar"].map((name) =>
+        readFileSync(join(folder, name)),
+      );
       assert.ok(binaryTar?.equals(scriptTar ?? Buffer.alloc(0)));
 
-      const refused = await runCommand([reference, "refused.tar", "--retries", "0"], { command, cwd: folder });
+      const refused = await runCommand([reference, "refused.tar", "--retries", "0"], {
+        command,
+        cwd: folder,
+      });
       assert.equal(refused.exitCode, 1);
       assert.match(refused.stderr, /--cacert/);
     });
@@ -250,9 +343,20 @@ describe("binaries", { skip: reasonToSkip() }, () => {
       const reference = registry.add(makeMultiPlatform(["linux/amd64"]), "team/app", "1.0");
       const [folder, other] = [temporaryFolder(t), temporaryFolder(t)];
       const NODE_OPTIONS = `--permission --allow-net --allow-fs-read=* --allow-fs-write=${folder}`;
-      const pullTo = (place: string) => runCommand(
-        [reference, join(place, "a.tar"), "--scheme", "http", "--platform", "linux/amd64", "--retries", "0"],
-        { command, env: { NODE_OPTIONS } });
+      const pullTo = (place: string) =>
+        runCommand(
+          [
+            reference,
+            join(place, "a.tar"),
+            "--scheme",
+            "http",
+            "--platform",
+            "linux/amd64",
+            "--retries",
+            "0",
+          ],
+          { command, env: { NODE_OPTIONS } },
+        );
       const allowed = await pullTo(folder);
       assert.equal(allowed.exitCode, 0, allowed.stderr);
       assert.deepEqual(readdirSync(folder), ["a.tar"]);

@@ -1,7 +1,7 @@
 // The command line of SPEC §1, the examples of the user's description typed as written, and what bad input gets.
 import assert from "node:assert/strict";
 import { once } from "node:events";
-import { mkdirSync, readFileSync, readdirSync, symlinkSync, writeFileSync } from "node:fs";
+import { mkdirSync, readdirSync, readFileSync, symlinkSync, writeFileSync } from "node:fs";
 import { createServer } from "node:http";
 import type { AddressInfo } from "node:net";
 import { join } from "node:path";
@@ -9,21 +9,38 @@ import { after, before, test } from "node:test";
 import { internals } from "../imgpull.ts";
 import { makeAuthority } from "./support/certificates.ts";
 import {
-  COMMAND, SECRETS, USER, runCommand, secretForms, startCommand, temporaryFolder, type CommandOptions,
+  COMMAND,
+  type CommandOptions,
+  runCommand,
+  SECRETS,
+  secretForms,
+  startCommand,
   type TestScope,
+  temporaryFolder,
+  USER,
 } from "./support/command.ts";
 import {
-  MEDIA, makeImage, makeIndex, makeManifest, makeMultiPlatform, readTar, type TestContent,
+  MEDIA,
+  makeImage,
+  makeIndex,
+  makeManifest,
+  makeMultiPlatform,
+  readTar,
+  type TestContent,
 } from "./support/image.ts";
-import { runMain, type MainOptions } from "./support/main.ts";
+import { type MainOptions, runMain } from "./support/main.ts";
 import { startProxy } from "./support/proxy.ts";
-import { startRegistry, type Registry, type RegistryOptions } from "./support/registry.ts";
+import { type Registry, type RegistryOptions, startRegistry } from "./support/registry.ts";
 
 const { architecture } = internals.wantedPlatform({});
 const image = makeImage({ seed: "cli", platform: "linux/amd64" });
 const AMD64 = ["--scheme", "http", "--platform", "linux/amd64", "--retries", "0"];
 
-async function serve(t: TestScope, content: TestContent = image, options: RegistryOptions = {}): Promise<Registry> {
+async function serve(
+  t: TestScope,
+  content: TestContent = image,
+  options: RegistryOptions = {},
+): Promise<Registry> {
   const registry = await startRegistry(options, t);
   registry.add(content, "team/app", "1.0");
   return registry;
@@ -32,8 +49,12 @@ async function serve(t: TestScope, content: TestContent = image, options: Regist
 function namesIn(file: string): string[] {
   const tar = readFileSync(file);
   const entry = readTar(tar).find(({ name }) => name === "index.json");
-  const { manifests } = JSON.parse(String(tar.subarray(entry?.offset, (entry?.offset ?? 0) + (entry?.size ?? 0))));
-  return manifests.map((each: { annotations: Record<string, string> }) => each.annotations["io.containerd.image.name"]);
+  const { manifests } = JSON.parse(
+    String(tar.subarray(entry?.offset, (entry?.offset ?? 0) + (entry?.size ?? 0))),
+  );
+  return manifests.map(
+    (each: { annotations: Record<string, string> }) => each.annotations["io.containerd.image.name"],
+  );
 }
 
 // ====== Forms ======
@@ -45,13 +66,27 @@ async function parsed(args: string[]): Promise<string> {
 }
 
 const VALUED: [long: string, short: string | undefined, value: string, beside?: string[]][] = [
-  ["os", "o", "windows"], ["arch", "a", "arm64"], ["variant", undefined, "v7"], ["platform", undefined, "linux/arm/v7"],
-  ["ns", "n", "quay.io"], ["user", "u", "me", ["--password", "x"]], ["password", "p", "x=y", ["--user", "me"]],
-  ["token", "t", "abc=="], ["scheme", "s", "http"], ["cert", "c", "cert.pem", ["--key", "key.pem"]],
-  ["key", "k", "key.pem", ["--cert", "cert.pem"]], ["cacert", "x", "ca.pem"], ["ca", undefined, "ca.pem"],
-  ["manifest", "m", "list"], ["from", undefined, "list.txt"], ["reuse", undefined, "old.tar"],
-  ["since", undefined, "base.tar"], ["name", undefined, "alpine:3"], ["concurrency", "j", "4"],
-  ["retries", undefined, "0"], ["timeout", undefined, "1.5"],
+  ["os", "o", "windows"],
+  ["arch", "a", "arm64"],
+  ["variant", undefined, "v7"],
+  ["platform", undefined, "linux/arm/v7"],
+  ["ns", "n", "quay.io"],
+  ["user", "u", "me", ["--password", "x"]],
+  ["password", "p", "x=y", ["--user", "me"]],
+  ["token", "t", "abc=="],
+  ["scheme", "s", "http"],
+  ["cert", "c", "cert.pem", ["--key", "key.pem"]],
+  ["key", "k", "key.pem", ["--cert", "cert.pem"]],
+  ["cacert", "x", "ca.pem"],
+  ["ca", undefined, "ca.pem"],
+  ["manifest", "m", "list"],
+  ["from", undefined, "list.txt"],
+  ["reuse", undefined, "old.tar"],
+  ["since", undefined, "base.tar"],
+  ["name", undefined, "alpine:3"],
+  ["concurrency", "j", "4"],
+  ["retries", undefined, "0"],
+  ["timeout", undefined, "1.5"],
 ];
 
 test("every option in every form: --foo bar, --foo=bar, -f bar, -fbar, -f=bar", async () => {
@@ -60,13 +95,21 @@ test("every option in every form: --foo bar, --foo=bar, -f bar, -fbar, -f=bar", 
     const rest = [...beside, "alpine", "a.tar"];
     const expected = await parsed([`--${long}`, value, ...rest]);
     assert.notEqual(expected, without, long);
-    const shorts = short ? [[`-${short}`, value], [`-${short}${value}`], [`-${short}=${value}`]] : [];
+    const shorts = short
+      ? [[`-${short}`, value], [`-${short}${value}`], [`-${short}=${value}`]]
+      : [];
     for (const form of [[`--${long}=${value}`], ...shorts]) {
       assert.equal(await parsed([...form, ...rest]), expected, form.join(" "));
     }
   }
-  assert.equal(await parsed(["--ca", "a.pem", "alpine"]), await parsed(["--cacert", "a.pem", "alpine"]));
-  for (const [long, short] of [["insecure", "i"], ["quiet", "q"]] as const) {
+  assert.equal(
+    await parsed(["--ca", "a.pem", "alpine"]),
+    await parsed(["--cacert", "a.pem", "alpine"]),
+  );
+  for (const [long, short] of [
+    ["insecure", "i"],
+    ["quiet", "q"],
+  ] as const) {
     const expected = await parsed([`--${long}`, "alpine"]);
     assert.notEqual(expected, await parsed(["alpine"]), long);
     assert.equal(await parsed([`-${short}`, "alpine"]), expected);
@@ -75,8 +118,12 @@ test("every option in every form: --foo bar, --foo=bar, -f bar, -fbar, -f=bar", 
 
 test("options stand anywhere among the positionals; -- ends them; --reuse is repeated", async () => {
   const expected = await parsed(["-o", "linux", "-q", "alpine", "busybox", "a.tar"]);
-  for (const args of ["alpine -o linux busybox -q a.tar", "alpine busybox a.tar -q -o=linux",
-    "-q alpine busybox -olinux -- a.tar", "-o linux -q -- alpine busybox a.tar"]) {
+  for (const args of [
+    "alpine -o linux busybox -q a.tar",
+    "alpine busybox a.tar -q -o=linux",
+    "-q alpine busybox -olinux -- a.tar",
+    "-o linux -q -- alpine busybox a.tar",
+  ]) {
     assert.equal(await parsed(args.split(" ")), expected, args);
   }
   const { stdout } = await runMain(["--parsed", "--", "alpine", "--os"]);
@@ -88,10 +135,20 @@ test("options stand anywhere among the positionals; -- ends them; --reuse is rep
 
 test("--parsed is JSON, shows no secret, and does nothing", async (t) => {
   const registry = await serve(t);
-  const secrets = [["--user", USER, "--password", SECRETS.password], ["--token", SECRETS.outsideToken],
-    ["-u", USER, `-p=${SECRETS.password}`], [`-t${SECRETS.outsideToken}`]];
+  const secrets = [
+    ["--user", USER, "--password", SECRETS.password],
+    ["--token", SECRETS.outsideToken],
+    ["-u", USER, `-p=${SECRETS.password}`],
+    [`-t${SECRETS.outsideToken}`],
+  ];
   for (const words of secrets) {
-    const text = await parsed([`${registry.host}/team/app:1.0`, "no/such/folder/a.tar", "-s", "http", ...words]);
+    const text = await parsed([
+      `${registry.host}/team/app:1.0`,
+      "no/such/folder/a.tar",
+      "-s",
+      "http",
+      ...words,
+    ]);
     assert.match(JSON.stringify(JSON.parse(text)), /"\*\*\*"/);
     for (const form of secretForms()) assert.ok(!text.includes(form), "a secret is shown");
   }
@@ -171,7 +228,10 @@ test("a DEST that could be an IMAGE but says that it is a file is one", async (t
   const cwd = temporaryFolder(t);
   mkdirSync(join(cwd, "out"));
   for (const dest of ["./busybox:1", "out/busybox:1", "busybox:1.tar", "busybox"]) {
-    const { exitCode, stderr } = await runCommand([`${registry.host}/team/app:1.0`, dest, ...AMD64], { cwd });
+    const { exitCode, stderr } = await runCommand(
+      [`${registry.host}/team/app:1.0`, dest, ...AMD64],
+      { cwd },
+    );
     assert.equal(exitCode, 0, stderr);
     assert.equal(namesIn(join(cwd, dest)).length, 1);
   }
@@ -182,7 +242,10 @@ test("--version and --help", async () => {
     const { exitCode, stdout, stderr } = await runMain([word]);
     assert.deepEqual([exitCode, stderr], [0, ""]);
     const [first] = String(stdout).split("\n");
-    assert.match(first ?? "", /^imgpull version: \d+\.\d+\.\d+ build date: \d{4}-\d\d-\d\dT[\d:.]+Z$/);
+    assert.match(
+      first ?? "",
+      /^imgpull version: \d+\.\d+\.\d+ build date: \d{4}-\d\d-\d\dT[\d:.]+Z$/,
+    );
   }
   const { exitCode, stdout } = await runMain(["--help"]);
   const help = String(stdout);
@@ -208,7 +271,9 @@ test("DEST: a file, its default name, stdout, a directory, a path that ends in a
   mkdirSync(join(cwd, "there"));
   const pinned = `${reference}@${image.digest}\n`;
   const run = async (...dest: string[]) => {
-    const { exitCode, stdout, stderr } = await runCommand([reference, ...dest, ...AMD64, "-q"], { cwd });
+    const { exitCode, stdout, stderr } = await runCommand([reference, ...dest, ...AMD64, "-q"], {
+      cwd,
+    });
     assert.deepEqual([exitCode, stderr], [0, ""]);
     return stdout;
   };
@@ -235,18 +300,30 @@ test("what is printed pins what was pulled: the same bytes from it, as words or 
   registry.add(image, "team/app", "2.0");
   const folder = temporaryFolder(t);
   const pull = async (dest: string, words: string[], options: MainOptions = {}) => {
-    const { exitCode, stdout, stderr } = await runMain([...words, join(folder, dest), ...AMD64], options);
+    const { exitCode, stdout, stderr } = await runMain(
+      [...words, join(folder, dest), ...AMD64],
+      options,
+    );
     assert.equal(exitCode, 0, stderr);
     return { lock: String(stdout), tar: readFileSync(join(folder, dest)) };
   };
-  const { lock, tar } = await pull("a.tar", [`${registry.host}/team/app:1.0`, `${registry.host}/team/app:2.0`]);
-  assert.equal(lock, `${registry.host}/team/app:1.0@${index.children[0]?.digest}\n`
-    + `${registry.host}/team/app:2.0@${image.digest}\n`);
+  const { lock, tar } = await pull("a.tar", [
+    `${registry.host}/team/app:1.0`,
+    `${registry.host}/team/app:2.0`,
+  ]);
+  assert.equal(
+    lock,
+    `${registry.host}/team/app:1.0@${index.children[0]?.digest}\n` +
+      `${registry.host}/team/app:2.0@${image.digest}\n`,
+  );
   registry.remove("team/app", "1.0");
   const words = await pull("b.tar", lock.trimEnd().split("\n"));
   assert.ok(words.tar.equals(tar));
   assert.equal(words.lock, lock);
-  writeFileSync(join(folder, "images.lock"), `# base\n\n${lock.replace("\n", "  # the first\r\n")}`);
+  writeFileSync(
+    join(folder, "images.lock"),
+    `# base\n\n${lock.replace("\n", "  # the first\r\n")}`,
+  );
   assert.ok((await pull("c.tar", ["--from", join(folder, "images.lock")])).tar.equals(tar));
   assert.ok((await pull("d.tar", ["--from", "-"], { stdin: lock })).tar.equals(tar));
 });
@@ -257,7 +334,10 @@ test("--manifest prints the exact bytes, the digest on stderr, and ignores a DES
   const dest = join(temporaryFolder(t), "a.tar");
   const words = [`${registry.host}/team/app:1.0`, dest, "-s", "http", "-o", "linux", "-a", "arm64"];
   const [, child] = index.children;
-  const cases: [string, TestContent | undefined][] = [["list", index], ["image", child]];
+  const cases: [string, TestContent | undefined][] = [
+    ["list", index],
+    ["image", child],
+  ];
   for (const [type, content] of cases) {
     const { exitCode, stdout, stderr } = await runMain([...words, "--manifest", type]);
     assert.equal(exitCode, 0, stderr);
@@ -278,15 +358,27 @@ test("--manifest prints the exact bytes, the digest on stderr, and ignores a DES
 });
 
 test("credentials: --user with --password or --password-stdin, --token without a handshake", async (t) => {
-  const registry = await serve(t, image, { auth: { mode: "basic", outsideToken: SECRETS.outsideToken } });
+  const registry = await serve(t, image, {
+    auth: { mode: "basic", outsideToken: SECRETS.outsideToken },
+  });
   const cases: [string[], MainOptions, string, number][] = [
     [["-u", USER, "-p", SECRETS.password], {}, `${USER}:${SECRETS.password}`, 401],
-    [["-u", USER, "--password-stdin"], { stdin: `${SECRETS.password}\n` }, `${USER}:${SECRETS.password}`, 401],
+    [
+      ["-u", USER, "--password-stdin"],
+      { stdin: `${SECRETS.password}\n` },
+      `${USER}:${SECRETS.password}`,
+      401,
+    ],
     [["-t", SECRETS.outsideToken], {}, String(Buffer.from(SECRETS.outsideToken, "base64")), 200],
   ];
   for (const [words, options, secret, firstStatus] of cases) {
     registry.forget();
-    const all = [`${registry.host}/team/app:1.0`, join(temporaryFolder(t), "a.tar"), ...AMD64, ...words];
+    const all = [
+      `${registry.host}/team/app:1.0`,
+      join(temporaryFolder(t), "a.tar"),
+      ...AMD64,
+      ...words,
+    ];
     const { exitCode, stdout, stderr } = await runMain(all, options);
     assert.equal(exitCode, 0, stderr);
     assert.equal(registry.requests[0]?.status, firstStatus);
@@ -297,12 +389,17 @@ test("credentials: --user with --password or --password-stdin, --token without a
 });
 
 test("SIGINT ends with 130 and SIGTERM with 143; DEST stays as it was", async (t) => {
-  for (const [name, exitCode] of [["SIGINT", 130], ["SIGTERM", 143]] as const) {
+  for (const [name, exitCode] of [
+    ["SIGINT", 130],
+    ["SIGTERM", 143],
+  ] as const) {
     const registry = await serve(t);
     const rule = registry.on({ kind: "layer" }, { stallAfter: 100 });
     const cwd = temporaryFolder(t);
     writeFileSync(join(cwd, "a.tar"), "as it was");
-    const { child, result } = startCommand([`${registry.host}/team/app:1.0`, "a.tar", ...AMD64], { cwd });
+    const { child, result } = startCommand([`${registry.host}/team/app:1.0`, "a.tar", ...AMD64], {
+      cwd,
+    });
     await rule.reached;
     child.kill(name);
     const ended = await result;
@@ -327,41 +424,102 @@ const LATEST = "hello-world-latest.tar";
 const HELLO = `docker.io/hello-world:latest ${LATEST}`;
 const DEFAULT: Omit<Example, "line"> = { at: "hub", leaves: LATEST };
 const EXAMPLES: Example[] = [
-  { line: "bin/imgpull --version", at: "nowhere", prints: /^imgpull version: \S+ build date: \S+Z\n/ },
+  {
+    line: "bin/imgpull --version",
+    at: "nowhere",
+    prints: /^imgpull version: \S+ build date: \S+Z\n/,
+  },
   { line: "bin/imgpull --help", at: "nowhere", prints: /--platform/ },
   { line: `bin/imgpull ${HELLO}`, ...DEFAULT },
   { line: `bin/imgpull ${HELLO} --os linux --arch amd64`, ...DEFAULT },
-  { line: "bin/imgpull docker.io/hello-world:latest ./hello-world.tar -o linux -a amd64", at: "hub",
-    leaves: "hello-world.tar" },
-  { line: "bin/imgpull localhost:8080/curl/curl:8.10.1 quay.io-curl-8.1.0.1.tar --ns quay.io", at: "mirror",
-    leaves: "quay.io-curl-8.1.0.1.tar", name: "quay.io/curl/curl:8.10.1" },
+  {
+    line: "bin/imgpull docker.io/hello-world:latest ./hello-world.tar -o linux -a amd64",
+    at: "hub",
+    leaves: "hello-world.tar",
+  },
+  {
+    line: "bin/imgpull localhost:8080/curl/curl:8.10.1 quay.io-curl-8.1.0.1.tar --ns quay.io",
+    at: "mirror",
+    leaves: "quay.io-curl-8.1.0.1.tar",
+    name: "quay.io/curl/curl:8.10.1",
+  },
   { line: `bin/imgpull ${HELLO}\\\n --user jqpubli --password mypass`, ...DEFAULT, at: "login" },
-  { line: `bin/imgpull my.inhouse.http.registry/hello-world:latest ${LATEST}\\\n --scheme http`, at: "plain",
-    leaves: LATEST, name: "my.inhouse.http.registry/hello-world:latest" },
-  { line: `bin/imgpull my.mtls.registry/hello-world:latest ${LATEST}\\\n`
-    + " --cert /path/to/cert.pem --key /path/to/key.pem",
-    at: "mtls", leaves: LATEST, name: "my.mtls.registry/hello-world:latest" },
-  { line: `bin/imgpull my.private.registry/hello-world:latest ${LATEST}\\\n --ca /path/to/ca.pem`, at: "private",
-    leaves: LATEST, name: "my.private.registry/hello-world:latest" },
-  { line: `bin/imgpull my.private.registry/hello-world:latest ${LATEST} --insecure`, at: "private",
-    leaves: LATEST, name: "my.private.registry/hello-world:latest" },
-  { line: "bin/imgpull docker.io/hello-world:latest --manifest list", at: "hub", prints: /^\{.*"manifests"/s },
-  { line: "bin/imgpull docker.io/hello-world:latest --manifest image", at: "hub", prints: /^\{.*"layers"/s },
-  { line: `bin/imgpull my.inhouse.http.registry/hello-world:latest ${LATEST} --cacert /path/to/ca.pem --parsed`,
-    at: "nowhere", prints: /^\{.*my\.inhouse\.http\.registry\/hello-world:latest.*ca\.pem/s },
-  { line: "bin/imgpull docker.io/hello-world:latest --cert ~/mycert.pem --key ~/mykey.pem", ...DEFAULT, at: "mtls" },
-  { line: "bin/imgpull docker.io/hello-world:latest --cacert ~/myca.pem", ...DEFAULT, at: "private" },
+  {
+    line: `bin/imgpull my.inhouse.http.registry/hello-world:latest ${LATEST}\\\n --scheme http`,
+    at: "plain",
+    leaves: LATEST,
+    name: "my.inhouse.http.registry/hello-world:latest",
+  },
+  {
+    line:
+      `bin/imgpull my.mtls.registry/hello-world:latest ${LATEST}\\\n` +
+      " --cert /path/to/cert.pem --key /path/to/key.pem",
+    at: "mtls",
+    leaves: LATEST,
+    name: "my.mtls.registry/hello-world:latest",
+  },
+  {
+    line: `bin/imgpull my.private.registry/hello-world:latest ${LATEST}\\\n --ca /path/to/ca.pem`,
+    at: "private",
+    leaves: LATEST,
+    name: "my.private.registry/hello-world:latest",
+  },
+  {
+    line: `bin/imgpull my.private.registry/hello-world:latest ${LATEST} --insecure`,
+    at: "private",
+    leaves: LATEST,
+    name: "my.private.registry/hello-world:latest",
+  },
+  {
+    line: "bin/imgpull docker.io/hello-world:latest --manifest list",
+    at: "hub",
+    prints: /^\{.*"manifests"/s,
+  },
+  {
+    line: "bin/imgpull docker.io/hello-world:latest --manifest image",
+    at: "hub",
+    prints: /^\{.*"layers"/s,
+  },
+  {
+    line: `bin/imgpull my.inhouse.http.registry/hello-world:latest ${LATEST} --cacert /path/to/ca.pem --parsed`,
+    at: "nowhere",
+    prints: /^\{.*my\.inhouse\.http\.registry\/hello-world:latest.*ca\.pem/s,
+  },
+  {
+    line: "bin/imgpull docker.io/hello-world:latest --cert ~/mycert.pem --key ~/mykey.pem",
+    ...DEFAULT,
+    at: "mtls",
+  },
+  {
+    line: "bin/imgpull docker.io/hello-world:latest --cacert ~/myca.pem",
+    ...DEFAULT,
+    at: "private",
+  },
   { line: "bin/imgpull docker.io/hello-world:latest --insecure", ...DEFAULT, at: "private" },
-  { line: "bin/imgpull docker.io/hello-world:latest --user foobar --password frobozz", ...DEFAULT, at: "basic" },
-  { line: "bin/imgpull localhost:8080/hello-world:latest --scheme http", at: "plain", leaves: LATEST,
-    name: "localhost:8080/hello-world:latest" },
-  { line: "bin/imgpull localhost:8080/hello-world:latest --ns docker.io", at: "mirror", leaves: LATEST },
+  {
+    line: "bin/imgpull docker.io/hello-world:latest --user foobar --password frobozz",
+    ...DEFAULT,
+    at: "basic",
+  },
+  {
+    line: "bin/imgpull localhost:8080/hello-world:latest --scheme http",
+    at: "plain",
+    leaves: LATEST,
+    name: "localhost:8080/hello-world:latest",
+  },
+  {
+    line: "bin/imgpull localhost:8080/hello-world:latest --ns docker.io",
+    at: "mirror",
+    leaves: LATEST,
+  },
 ];
 
 test("the examples of the description, typed as written into a shell", async (t) => {
   const system = makeAuthority("the system's CA");
   const own = makeAuthority("my CA");
-  const names = { dns: ["localhost", "registry-1.docker.io", "my.mtls.registry", "my.private.registry"] };
+  const names = {
+    dns: ["localhost", "registry-1.docker.io", "my.mtls.registry", "my.private.registry"],
+  };
   const client = own.issueClient({ commonName: "me" });
   const tls = system.issueServer(names);
   const folder = temporaryFolder(t);
@@ -374,24 +532,42 @@ test("the examples of the description, typed as written into a shell", async (t)
   const registries: Record<string, Registry> = {
     hub: await startRegistry({ tls, auth: "bearer" }, t),
     login: await startRegistry({ tls, auth: { mode: "bearer", ...login } }, t),
-    basic: await startRegistry({ tls, auth: { mode: "basic", user: "foobar", password: "frobozz" } }, t),
+    basic: await startRegistry(
+      { tls, auth: { mode: "basic", user: "foobar", password: "frobozz" } },
+      t,
+    ),
     mtls: await startRegistry({ tls: { ...tls, clientCa: own.cert } }, t),
     private: await startRegistry({ tls: own.issueServer(names) }, t),
-    plain: await startRegistry({}, t), mirror: await startRegistry({ tls }, t), nowhere: await startRegistry({}, t),
+    plain: await startRegistry({}, t),
+    mirror: await startRegistry({ tls }, t),
+    nowhere: await startRegistry({}, t),
   };
   const platforms = [...new Set(["linux/arm64", "linux/amd64", `linux/${architecture}`])];
   const hello = makeMultiPlatform(platforms, { seed: "hello-world", layers: [4096] });
   for (const registry of Object.values(registries)) {
-    for (const repository of ["hello-world", "library/hello-world"]) registry.add(hello, repository, "latest");
+    for (const repository of ["hello-world", "library/hello-world"])
+      registry.add(hello, repository, "latest");
     registry.add(hello, "curl/curl", "8.10.1");
   }
 
-  for (const { line, at, leaves, prints, name = "docker.io/library/hello-world:latest" } of EXAMPLES) {
+  for (const {
+    line,
+    at,
+    leaves,
+    prints,
+    name = "docker.io/library/hello-world:latest",
+  } of EXAMPLES) {
     const registry = registries[at] as Registry;
     const port = registry.host.split(":")[1] ?? "";
     registry.forget();
-    const hosts = Object.fromEntries(["registry-1.docker.io", "my.mtls.registry", "my.private.registry",
-      "my.inhouse.http.registry"].map((host) => [host, registry.host]));
+    const hosts = Object.fromEntries(
+      [
+        "registry-1.docker.io",
+        "my.mtls.registry",
+        "my.private.registry",
+        "my.inhouse.http.registry",
+      ].map((host) => [host, registry.host]),
+    );
     const proxy = await startProxy(t, { hosts });
     const cwd = temporaryFolder(t);
     mkdirSync(join(cwd, "bin"));
@@ -399,16 +575,29 @@ test("the examples of the description, typed as written into a shell", async (t)
     const typed = line.replaceAll(":8080", `:${port}`).replaceAll("/path/to/", `${folder}/`);
     const proxies = { HTTPS_PROXY: proxy.url, HTTP_PROXY: proxy.url };
     const env = { HOME: folder, SSL_CERT_FILE: join(folder, "system.pem"), ...proxies };
-    const { exitCode, stdout, stderr } = await runCommand([], { command: ["sh", "-c", typed], cwd, env });
+    const { exitCode, stdout, stderr } = await runCommand([], {
+      command: ["sh", "-c", typed],
+      cwd,
+      env,
+    });
     assert.equal(exitCode, 0, `${line}\n${stderr}`);
-    assert.deepEqual(readdirSync(cwd).sort(), leaves === undefined ? ["bin"] : ["bin", leaves].sort(), line);
+    assert.deepEqual(
+      readdirSync(cwd).sort(),
+      leaves === undefined ? ["bin"] : ["bin", leaves].sort(),
+      line,
+    );
     if (prints) assert.match(String(stdout), prints, line);
-    if (leaves !== undefined) assert.deepEqual(namesIn(join(cwd, leaves)), [name.replace(":8080", `:${port}`)], line);
+    if (leaves !== undefined)
+      assert.deepEqual(namesIn(join(cwd, leaves)), [name.replace(":8080", `:${port}`)], line);
     assert.equal(registry.requests.length > 0, at !== "nowhere", line);
     const isMirror = at === "mirror";
     const namespaces = new Set(registry.requests.map(({ query }) => query.get("ns")));
     if (isMirror) assert.deepEqual([...namespaces], [name.split("/")[0]], line);
-    if (at === "mtls") assert.ok(registry.requests.every(({ clientCertificate }) => clientCertificate === "me"), line);
+    if (at === "mtls")
+      assert.ok(
+        registry.requests.every(({ clientCertificate }) => clientCertificate === "me"),
+        line,
+      );
   }
 });
 
@@ -445,13 +634,23 @@ const plainServer = createServer();
 before(async () => await once(plainServer.listen(0, "127.0.0.1"), "listening"));
 after(() => plainServer.close());
 
-const inShell = (script: string) => (words: string[]): CommandOptions =>
-  ({ command: ["sh", "-c", script, ...COMMAND, ...words] });
-const html = { body: "<!doctype html><title>Welcome</title>", headers: { "content-type": "text/html" } };
-const petabyte = makeImage({ editManifest: (manifest) =>
-  ({ ...manifest, layers: manifest.layers.map((layer) => ({ ...layer, size: 2 ** 50 })) }) });
-const withLayer = (fields: object) => makeImage({ editManifest: (manifest) =>
-  ({ ...manifest, layers: [{ ...manifest.layers[0], ...fields }] }) });
+const inShell =
+  (script: string) =>
+  (words: string[]): CommandOptions => ({ command: ["sh", "-c", script, ...COMMAND, ...words] });
+const html = {
+  body: "<!doctype html><title>Welcome</title>",
+  headers: { "content-type": "text/html" },
+};
+const petabyte = makeImage({
+  editManifest: (manifest) => ({
+    ...manifest,
+    layers: manifest.layers.map((layer) => ({ ...layer, size: 2 ** 50 })),
+  }),
+});
+const withLayer = (fields: object) =>
+  makeImage({
+    editManifest: (manifest) => ({ ...manifest, layers: [{ ...manifest.layers[0], ...fields }] }),
+  });
 const itself = makeIndex([{ content: makeIndex([image]), platform: null }]);
 const inner = makeIndex([makeIndex([makeIndex([makeIndex([makeIndex([image])])])])]);
 const large = makeImage({ layers: [60_000] });
@@ -459,75 +658,122 @@ const large = makeImage({ layers: [60_000] });
 const BAD_INPUTS: Record<string, BadInput> = {
   "no such host": {
     words: () => ["registry.invalid/team/app:1.0", "app.tar", "--retries", "0"],
-    command: () => ({ env: { NODE_OPTIONS: "--require ./no-such-host.cjs" } }), says: /registry\.invalid.*no such host/,
+    command: () => ({ env: { NODE_OPTIONS: "--require ./no-such-host.cjs" } }),
+    says: /registry\.invalid.*no such host/,
   },
   "no such repository": {
-    words: (host) => [`${host}/team/none:1.0`, "app.tar", ...AMD64], says: /no such repository.*team\/none/,
+    words: (host) => [`${host}/team/none:1.0`, "app.tar", ...AMD64],
+    says: /no such repository.*team\/none/,
   },
-  "no such tag": { words: (host) => [`${host}/team/app:9`, "app.tar", ...AMD64], says: /no such tag.*team\/app:9/ },
+  "no such tag": {
+    words: (host) => [`${host}/team/app:9`, "app.tar", ...AMD64],
+    says: /no such tag.*team\/app:9/,
+  },
   "no such platform": {
     content: makeMultiPlatform(["linux/amd64", "linux/arm/v7"]),
     words: (host) => [`${host}/team/app:1.0`, "app.tar", "-s", "http", "-a", "riscv64"],
     says: /riscv64.*\n?.*linux\/amd64, linux\/arm\/v7/,
   },
-  "bad reference": { words: (host) => [`${host}/Team/app:1.0`, "app.tar"], exitCode: 2, lines: 1, says: /lower case/ },
+  "bad reference": {
+    words: (host) => [`${host}/Team/app:1.0`, "app.tar"],
+    exitCode: 2,
+    lines: 1,
+    says: /lower case/,
+  },
   "bad digest in the reference": {
-    words: (host) => [`${host}/team/app@sha256:../../x`, "app.tar"], exitCode: 2, lines: 1, says: /digest/,
+    words: (host) => [`${host}/team/app@sha256:../../x`, "app.tar"],
+    exitCode: 2,
+    lines: 1,
+    says: /digest/,
   },
   "DEST's folder is missing": {
-    words: (host) => [`${host}/team/app:1.0`, "no/such/app.tar", ...AMD64], says: /no\/such/,
+    words: (host) => [`${host}/team/app:1.0`, "no/such/app.tar", ...AMD64],
+    says: /no\/such/,
   },
   "DEST's folder is a file": {
-    words: (host) => [`${host}/team/app:1.0`, "app.tar/app.tar", ...AMD64], says: /app\.tar\/app\.tar/,
+    words: (host) => [`${host}/team/app:1.0`, "app.tar/app.tar", ...AMD64],
+    says: /app\.tar\/app\.tar/,
   },
   "disk too small": { content: petabyte, says: /app\.tar.*(space|free)/ },
   "disk full": {
-    content: large, command: inShell('ulimit -f 16; exec "$0" "$@"'), says: /app\.tar.*file/, keeps: true, lines: 3,
+    content: large,
+    command: inShell('ulimit -f 16; exec "$0" "$@"'),
+    says: /app\.tar.*file/,
+    keeps: true,
+    lines: 3,
   },
   "stdout full": {
-    words: (host) => [`${host}/team/app:1.0`, "-", ...AMD64], command: inShell('exec "$0" "$@" >/dev/full'),
-    says: /disk is full/, fetches: true,
+    words: (host) => [`${host}/team/app:1.0`, "-", ...AMD64],
+    command: inShell('exec "$0" "$@" >/dev/full'),
+    says: /disk is full/,
+    fetches: true,
   },
-  "not a registry": { prepare: (registry) => registry.on({}, html), says: /not a manifest|registry/ },
+  "not a registry": {
+    prepare: (registry) => registry.on({}, html),
+    says: /not a manifest|registry/,
+  },
   "not a registry, with 404": {
-    prepare: (registry) => registry.on({}, { ...html, status: 404 }), says: /html|a registry\?/i,
+    prepare: (registry) => registry.on({}, { ...html, status: 404 }),
+    says: /html|a registry\?/i,
   },
   "HTTP on an HTTPS port": {
-    words: () => [`localhost:${(plainServer.address() as AddressInfo).port}/team/app:1.0`, "app.tar"],
+    words: () => [
+      `localhost:${(plainServer.address() as AddressInfo).port}/team/app:1.0`,
+      "app.tar",
+    ],
     says: /plain HTTP.*\n?.*--scheme http/,
   },
   "unknown CA": {
-    options: { tls: authority.issueServer() }, words: (host) => [`${host}/team/app:1.0`, "app.tar", "--retries", "0"],
+    options: { tls: authority.issueServer() },
+    words: (host) => [`${host}/team/app:1.0`, "app.tar", "--retries", "0"],
     says: /--cacert.*--insecure/,
   },
   "wrong password, basic": {
-    options: { auth: "basic" }, says: /401.*\n?.*--user/,
+    options: { auth: "basic" },
+    says: /401.*\n?.*--user/,
     words: (host) => [`${host}/team/app:1.0`, "app.tar", ...AMD64, "-u", USER, "-p", wrongPassword],
   },
   "wrong password, bearer": {
-    options: { auth: "bearer" }, says: /401.*\n?.*--user/,
+    options: { auth: "bearer" },
+    says: /401.*\n?.*--user/,
     words: (host) => [`${host}/team/app:1.0`, "app.tar", ...AMD64, "-u", USER, "-p", wrongPassword],
   },
   "digest mismatch": {
-    content: large, prepare: (registry) => registry.on({ kind: "layer" }, { corruptAt: 1000 }),
-    says: new RegExp(`${large.layers[0]?.digest}.*digest`), fetches: true,
+    content: large,
+    prepare: (registry) => registry.on({ kind: "layer" }, { corruptAt: 1000 }),
+    says: new RegExp(`${large.layers[0]?.digest}.*digest`),
+    fetches: true,
   },
   "manifest of 50 MB": {
-    content: makeManifest(MEDIA.ociManifest, Buffer.alloc(50e6, " ")), says: /manifest.*(large|more than)/,
+    content: makeManifest(MEDIA.ociManifest, Buffer.alloc(50e6, " ")),
+    says: /manifest.*(large|more than)/,
   },
   "schema 1": {
-    content: makeManifest(MEDIA.dockerSchema1, { schemaVersion: 1, name: "team/app", tag: "1.0", fsLayers: [] }),
+    content: makeManifest(MEDIA.dockerSchema1, {
+      schemaVersion: 1,
+      name: "team/app",
+      tag: "1.0",
+      fsLayers: [],
+    }),
     says: /schema 1/,
   },
   "an index inside an index inside itself": {
-    content: itself, says: /digest/,
-    prepare: (registry) => registry.on({ kind: "manifest", tag: itself.index.manifests[0]?.digest ?? "" },
-      { body: itself.bytes }),
+    content: itself,
+    says: /digest/,
+    prepare: (registry) =>
+      registry.on(
+        { kind: "manifest", tag: itself.index.manifests[0]?.digest ?? "" },
+        { body: itself.bytes },
+      ),
   },
   "indexes too deep": { content: inner, says: /deep/ },
-  "a layer's digest is a path": { content: withLayer({ digest: "sha256:../../x" }), says: /sha256:\.\.\/\.\.\/x/ },
+  "a layer's digest is a path": {
+    content: withLayer({ digest: "sha256:../../x" }),
+    says: /sha256:\.\.\/\.\.\/x/,
+  },
   "an index entry's digest is a path": {
-    content: makeIndex([{ content: image, fields: { digest: "sha256:../../x" } }]), says: /sha256:\.\.\/\.\.\/x/,
+    content: makeIndex([{ content: image, fields: { digest: "sha256:../../x" } }]),
+    says: /sha256:\.\.\/\.\.\/x/,
   },
   "a negative size": { content: withLayer({ size: -1 }), says: /size -1/ },
   "a size that is no number": { content: withLayer({ size: "8192" }), says: /size "8192"/ },
@@ -540,9 +786,15 @@ for (const [name, bad] of Object.entries(BAD_INPUTS)) {
     const cwd = temporaryFolder(t);
     writeFileSync(join(cwd, "app.tar"), "as it was");
     writeFileSync(join(cwd, "no-such-host.cjs"), NO_SUCH_HOST);
-    const words = ["-q", ...(bad.words?.(registry.host) ?? [`${registry.host}/team/app:1.0`, "app.tar", ...AMD64])];
+    const words = [
+      "-q",
+      ...(bad.words?.(registry.host) ?? [`${registry.host}/team/app:1.0`, "app.tar", ...AMD64]),
+    ];
     const options = bad.command?.(words) ?? {};
-    const { exitCode, stdout, stderr } = await runCommand(options.command ? [] : words, { ...options, cwd });
+    const { exitCode, stdout, stderr } = await runCommand(options.command ? [] : words, {
+      ...options,
+      cwd,
+    });
     assert.equal(exitCode, bad.exitCode ?? 1, stderr);
     assert.match(stderr, bad.says);
     assert.match(stderr, new RegExp(`^([^\\n]+\\n){1,${bad.lines ?? 2}}$`));
@@ -571,7 +823,10 @@ test("what a registry says is shown without control characters; signatures and t
   assert.match(denied.stderr, /^([^\n]+\n){1,2}$/);
 
   registry.on({ kind: "layer" }, { redirect: "storage" });
-  registry.on({ kind: "storage" }, { status: 403, body: "<Error><Code>AccessDenied</Code></Error>" });
+  registry.on(
+    { kind: "storage" },
+    { status: 403, body: "<Error><Code>AccessDenied</Code></Error>" },
+  );
   const expired = await runMain(words);
   assert.equal(expired.exitCode, 1);
   assert.match(expired.stderr, /403/);

@@ -5,7 +5,7 @@ import { existsSync, mkdirSync, readFileSync, rmSync } from "node:fs";
 import { join, resolve } from "node:path";
 import { COMMAND_PATH, cleanEnvironment } from "./support/command.ts";
 import { makeMultiPlatform, readTar, type TarEntry } from "./support/image.ts";
-import { startRegistry, type RequestRecord } from "./support/registry.ts";
+import { type RequestRecord, startRegistry } from "./support/registry.ts";
 
 const FOLDER = resolve("build/demo");
 const TAR = join(FOLDER, "hello.tar");
@@ -30,10 +30,14 @@ function row(cells: (string | number)[], widths: number[]): string {
 /** Its stderr is ours, so that progress looks as it does for a user. */
 async function run(args: string[]): Promise<{ exitCode: number | null; stdout: string }> {
   const child = spawn(process.execPath, [COMMAND_PATH, ...args], {
-    cwd: FOLDER, env: cleanEnvironment(), stdio: ["ignore", "pipe", "inherit"],
+    cwd: FOLDER,
+    env: cleanEnvironment(),
+    stdio: ["ignore", "pipe", "inherit"],
   });
   let stdout = "";
-  child.stdout.setEncoding("utf8").on("data", (text: string) => { stdout += text; });
+  child.stdout.setEncoding("utf8").on("data", (text: string) => {
+    stdout += text;
+  });
   return new Promise((done, failed) => {
     child.once("error", failed);
     child.once("close", (exitCode) => done({ exitCode, stdout }));
@@ -70,7 +74,10 @@ async function demo(): Promise<boolean> {
   const registry = await startRegistry();
   try {
     const platforms = ["linux/amd64", "linux/arm64", "linux/arm/v7"];
-    const image = makeMultiPlatform(platforms, { seed: "hello", layers: [12 * MEBIBYTE, 3 * MEBIBYTE] });
+    const image = makeMultiPlatform(platforms, {
+      seed: "hello",
+      layers: [12 * MEBIBYTE, 3 * MEBIBYTE],
+    });
     const reference = registry.add(image, "demo/hello", "1.0");
     print(`A registry on ${registry.url} holds demo/hello:1.0 for ${platforms.join(", ")}.`);
     print();
@@ -90,18 +97,22 @@ async function demo(): Promise<boolean> {
     print("The tar:");
     printEntries(tar, entries);
     print();
-    print("What the registry was asked, on which connection, its status, and the bytes of its answer:");
+    print(
+      "What the registry was asked, on which connection, its status, and the bytes of its answer:",
+    );
     printRequests(registry.requests);
     print();
 
     const damaged = damagedEntries(tar, entries);
     for (const { name } of damaged) print(`Wrong bytes in ${name}.`);
     if (entries.length < 7) print(`The tar has only ${entries.length} entries.`);
-    print("Left in build/demo/hello.tar; docker load, podman load, ctr images import and skopeo take it.");
+    print(
+      "Left in build/demo/hello.tar; docker load, podman load, ctr images import and skopeo take it.",
+    );
     return damaged.length === 0 && entries.length >= 7;
   } finally {
     await registry.close();
   }
 }
 
-process.exitCode = await demo() ? 0 : 1;
+process.exitCode = (await demo()) ? 0 : 1;

@@ -2,26 +2,53 @@
 // consumer has it, from the package that npm packs and installs.
 import assert from "node:assert/strict";
 import {
-  accessSync, constants, cpSync, mkdirSync, readFileSync, readdirSync, rmSync, statSync, symlinkSync, writeFileSync,
+  accessSync,
+  constants,
+  cpSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  statSync,
+  symlinkSync,
+  writeFileSync,
 } from "node:fs";
 import { homedir } from "node:os";
 import { join, resolve } from "node:path";
 import { test } from "node:test";
-import { ImgpullError, Puller, newPullerOpts, type ErrorCode, type Progress, type PullerOpts } from "../imgpull.ts";
+import {
+  type ErrorCode,
+  ImgpullError,
+  newPullerOpts,
+  type Progress,
+  Puller,
+  type PullerOpts,
+} from "../imgpull.ts";
 import { makeAuthority } from "./support/certificates.ts";
 import {
-  COMMAND_PATH, SECRETS, USER, runCommand, temporaryFolder, type CommandOptions, type CommandResult, type TestScope,
+  COMMAND_PATH,
+  type CommandOptions,
+  type CommandResult,
+  runCommand,
+  SECRETS,
+  type TestScope,
+  temporaryFolder,
+  USER,
 } from "./support/command.ts";
 import { digestOf, makeImage, makeMultiPlatform, readTar } from "./support/image.ts";
 import { installedPackage, npm, packPackage } from "./support/package.ts";
 import { startProxy } from "./support/proxy.ts";
-import { startRegistry, type Registry, type RegistryOptions } from "./support/registry.ts";
+import { type Registry, type RegistryOptions, startRegistry } from "./support/registry.ts";
 
 const node = process.execPath;
 const DIST = ["imgpull.cjs", "imgpull.mjs", "imgpull.d.ts"];
 const manifest = JSON.parse(readFileSync("package.json", "utf8"));
 
-async function run(program: string, args: string[], options: CommandOptions): Promise<CommandResult> {
+async function run(
+  program: string,
+  args: string[],
+  options: CommandOptions,
+): Promise<CommandResult> {
   const result = await runCommand(args, { ...options, command: [program] });
   assert.equal(result.exitCode, 0, `${result.stdout}${result.stderr}`);
   return result;
@@ -43,12 +70,22 @@ test("the script by node, on stdin, and through a link called imgpull", async (t
   const folder = temporaryFolder(t);
   symlinkSync(COMMAND_PATH, join(folder, "imgpull"));
   const ways: [string, [string, ...string[]], Buffer | undefined][] = [
-    ["by-node.tar", [node, COMMAND_PATH], undefined], ["stdin.tar", [node, "-"], script],
+    ["by-node.tar", [node, COMMAND_PATH], undefined],
+    ["stdin.tar", [node, "-"], script],
     ["link.tar", [join(folder, "imgpull")], undefined],
   ];
   const tars: Buffer[] = [];
   for (const [dest, command, stdin] of ways) {
-    const args = [`${registry.host}/team/app:1.0`, dest, "--scheme", "http", "-o", "linux", "-a", "amd64"];
+    const args = [
+      `${registry.host}/team/app:1.0`,
+      dest,
+      "--scheme",
+      "http",
+      "-o",
+      "linux",
+      "-a",
+      "amd64",
+    ];
     const options = { command, cwd: folder, ...(stdin && { stdin }) };
     const { exitCode, stdout, stderr } = await runCommand(args, options);
     assert.deepEqual([exitCode, String(stdout)], [0, `${args[0]}@${image.digest}\n`], stderr);
@@ -65,13 +102,18 @@ test("the script has a shebang, may be executed, is readable, and knows nothing 
   accessSync(COMMAND_PATH, constants.X_OK);
   const lines = text.split("\n");
   assert.ok(lines.length > 1000, "not minified");
-  assert.ok(lines.every((line) => line.length < 400), "not minified");
+  assert.ok(
+    lines.every((line) => line.length < 400),
+    "not minified",
+  );
   for (const name of DIST) {
     const content = readFileSync(join("dist", name), "utf8");
-    for (const place of [process.cwd(), homedir()]) assert.ok(!content.includes(`${place}/`), `${name}: ${place}`);
+    for (const place of [process.cwd(), homedir()])
+      assert.ok(!content.includes(`${place}/`), `${name}: ${place}`);
     assert.doesNotMatch(content, /sourceMappingURL/);
   }
-  for (const [, from] of text.matchAll(/\brequire\("([^"]+)"\)/g)) assert.match(from ?? "", /^node:/);
+  for (const [, from] of text.matchAll(/\brequire\("([^"]+)"\)/g))
+    assert.match(from ?? "", /^node:/);
 });
 
 test("dist/ is what the build makes, byte for byte, elsewhere too", async (t) => {
@@ -85,7 +127,8 @@ test("dist/ is what the build makes, byte for byte, elsewhere too", async (t) =>
     const rebuilt = readFileSync(join(folder, "dist", name));
     assert.ok(rebuilt.equals(readFileSync(join("dist", name))), `${name} differs: node build.mjs`);
   }
-  const [, version, date] = /^## (\S+) \((\S+)\)$/m.exec(readFileSync("CHANGELOG.md", "utf8")) ?? [];
+  const [, version, date] =
+    /^## (\S+) \((\S+)\)$/m.exec(readFileSync("CHANGELOG.md", "utf8")) ?? [];
   const { stdout } = await runCommand(["--version"]);
   assert.equal(String(stdout), `imgpull version: ${version} build date: ${date}\n`);
   assert.equal(manifest.version, version);
@@ -93,15 +136,26 @@ test("dist/ is what the build makes, byte for byte, elsewhere too", async (t) =>
 
 test("the package holds these files and no others, and only the command may be executed", async () => {
   const { files, tarball } = await packPackage();
-  const wanted = ["CHANGELOG.md", "LICENSE", "README.md", "dist/imgpull.cjs", "dist/imgpull.d.ts", "dist/imgpull.mjs",
-    "package.json"];
+  const wanted = [
+    "CHANGELOG.md",
+    "LICENSE",
+    "README.md",
+    "dist/imgpull.cjs",
+    "dist/imgpull.d.ts",
+    "dist/imgpull.mjs",
+    "package.json",
+  ];
   assert.deepEqual(files.map(({ path }) => path).sort(), wanted);
-  assert.deepEqual(files.filter(({ mode }) => (mode & 0o111) !== 0).map(({ path }) => path), ["dist/imgpull.cjs"]);
+  assert.deepEqual(
+    files.filter(({ mode }) => (mode & 0o111) !== 0).map(({ path }) => path),
+    ["dist/imgpull.cjs"],
+  );
   assert.ok(statSync(tarball).size < 150_000, `${statSync(tarball).size} bytes`);
   const installed = join(await installedPackage(), "node_modules");
   const visible = readdirSync(installed).filter((name) => !name.startsWith("."));
   assert.deepEqual(visible, ["imgpull"], "it brought something along");
-  for (const path of wanted) assert.ok(readFileSync(path).equals(readFileSync(join(installed, "imgpull", path))), path);
+  for (const path of wanted)
+    assert.ok(readFileSync(path).equals(readFileSync(join(installed, "imgpull", path))), path);
 });
 
 test("the installed command: node_modules/.bin/imgpull, and npx", async (t) => {
@@ -109,7 +163,9 @@ test("the installed command: node_modules/.bin/imgpull, and npx", async (t) => {
   const folder = await makeConsumer(t, { "package.json": '{ "private": true }' });
   const args = [`${registry.host}/team/app:1.0`, "--scheme", "http", "-o", "linux", "-a", "amd64"];
   const pinned = `${args[0]}@${image.digest}\n`;
-  const byLink = await run(join(folder, "node_modules/.bin/imgpull"), [...args, "link.tar"], { cwd: folder });
+  const byLink = await run(join(folder, "node_modules/.bin/imgpull"), [...args, "link.tar"], {
+    cwd: folder,
+  });
   const byNpx = await npm(["exec", "--no", "--", "imgpull", ...args, "npx.tar"], folder);
   assert.deepEqual([String(byLink.stdout), byNpx], [pinned, pinned]);
   assert.ok(readFileSync(join(folder, "link.tar")).equals(readFileSync(join(folder, "npx.tar"))));
@@ -122,7 +178,8 @@ test("package.json: the command, the types first, no dependency, every file ther
   const dependencies = Object.keys(manifest).filter((field) => /dependencies$/i.test(field));
   assert.deepEqual(dependencies, ["devDependencies"]);
   const exported = Object.values(manifest.exports["."] as Record<string, string>);
-  for (const file of [...manifest.files, ...exported, manifest.types]) assert.ok(statSync(file).isFile(), file);
+  for (const file of [...manifest.files, ...exported, manifest.types])
+    assert.ok(statSync(file).isFile(), file);
   const packed = new Set(manifest.files.map((file: string) => resolve(file)));
   for (const file of exported) assert.ok(packed.has(resolve(file)), `${file} is not packed`);
 });
@@ -151,7 +208,9 @@ test("the library's first example, as ESM and as CommonJS", async (t) => {
   const tls = authority.issueServer({ dns: ["registry-1.docker.io"] });
   const registry = await startRegistry({ tls, auth: "bearer" }, t);
   const { archType = "" } = newPullerOpts("alpine");
-  const hello = makeMultiPlatform([...new Set(["linux/amd64", `linux/${archType}`])], { seed: "hello" });
+  const hello = makeMultiPlatform([...new Set(["linux/amd64", `linux/${archType}`])], {
+    seed: "hello",
+  });
   registry.add(hello, "library/hello-world", "latest");
   const proxy = await startProxy(t, { hosts: { "registry-1.docker.io": registry.host } });
   const env = { HTTPS_PROXY: proxy.url, SSL_CERT_FILE: join(folder, "ca.pem") };
@@ -159,9 +218,14 @@ test("the library's first example, as ESM and as CommonJS", async (t) => {
     const { stdout, stderr } = await run(node, [file], { cwd: folder, env });
     assert.equal(stderr, "", file);
     const { name, platform, sizeBytes } = JSON.parse(String(stdout));
-    assert.deepEqual([name, platform], ["docker.io/library/hello-world:latest", `linux/${archType}`]);
+    assert.deepEqual(
+      [name, platform],
+      ["docker.io/library/hello-world:latest", `linux/${archType}`],
+    );
     const tar = readFileSync(join(folder, "hello-world.tar"));
-    assert.ok(tar.length === sizeBytes && readTar(tar).some((entry) => entry.name === "manifest.json"));
+    assert.ok(
+      tar.length === sizeBytes && readTar(tar).some((entry) => entry.name === "manifest.json"),
+    );
     rmSync(join(folder, "hello-world.tar"));
   }
 });
@@ -220,7 +284,11 @@ export const badOption: PullerOpts = { url: "a", noSuchOption: 1 };
 `;
 
 const STRICT = {
-  strict: true, exactOptionalPropertyTypes: true, noUncheckedIndexedAccess: true, skipLibCheck: false, noEmit: true,
+  strict: true,
+  exactOptionalPropertyTypes: true,
+  noUncheckedIndexedAccess: true,
+  skipLibCheck: false,
+  noEmit: true,
   target: "es2022",
 };
 const COMPILERS: Record<string, { options: object; files: string[] }> = {
@@ -241,7 +309,10 @@ const COMPILERS: Record<string, { options: object; files: string[] }> = {
 for (const [name, { options, files }] of Object.entries(COMPILERS)) {
   test(`the types compile under strict: ${name}`, async (t) => {
     const folder = await makeConsumer(t, {
-      "typed.ts": TYPED, "typed.mts": TYPED, "typed.cts": TYPED, "first.mts": `${ESM}export {};\n`,
+      "typed.ts": TYPED,
+      "typed.mts": TYPED,
+      "typed.cts": TYPED,
+      "first.mts": `${ESM}export {};\n`,
       "tsconfig.json": JSON.stringify({ compilerOptions: { ...STRICT, ...options }, files }),
     });
     mkdirSync(join(folder, "node_modules/@types"));
@@ -252,16 +323,32 @@ for (const [name, { options, files }] of Object.entries(COMPILERS)) {
   });
 }
 
-const PUBLIC = ["Descriptor", "ErrorCode", "ImgpullError", "ManifestHolder", "Platform", "Progress", "PullResult",
-  "Puller", "PullerOpts", "newPullerOpts"];
+const PUBLIC = [
+  "Descriptor",
+  "ErrorCode",
+  "ImgpullError",
+  "ManifestHolder",
+  "Platform",
+  "Progress",
+  "PullResult",
+  "Puller",
+  "PullerOpts",
+  "newPullerOpts",
+];
 
 test("the types have every public name and no internal one", () => {
   const types = readFileSync("dist/imgpull.d.ts", "utf8");
-  const kinds = /^(?:export )?(?:declare )?(?:interface|type|class|function|const|let|var|enum|namespace) (\w+)/gm;
+  const kinds =
+    /^(?:export )?(?:declare )?(?:interface|type|class|function|const|let|var|enum|namespace) (\w+)/gm;
   const declared = [...types.matchAll(kinds)].map(([, name]) => name);
   assert.deepEqual(declared.sort(), PUBLIC);
-  const exported = [...types.matchAll(/^export (?:type )?\{([^}]*)\}/gm)].flatMap(([, names = ""]) =>
-    names.split(",").map((name) => name.trim()).filter(Boolean));
+  const exported = [...types.matchAll(/^export (?:type )?\{([^}]*)\}/gm)].flatMap(
+    ([, names = ""]) =>
+      names
+        .split(",")
+        .map((name) => name.trim())
+        .filter(Boolean),
+  );
   if (exported.length > 0) assert.deepEqual(exported.sort(), PUBLIC);
   assert.doesNotMatch(types, /@internal|internals|retryAfterMs|[:<|&] ?any\b|import\(/);
 });
@@ -339,14 +426,20 @@ test("newPullerOpts, getUrl and getOpts", () => {
 });
 
 test("pullTar says what DEST now holds, and what came over the line", async (t) => {
-  const index = makeMultiPlatform(["linux/amd64", "linux/arm/v7"], { layers: [70_000, 4096, 5000] });
+  const index = makeMultiPlatform(["linux/amd64", "linux/arm/v7"], {
+    layers: [70_000, 4096, 5000],
+  });
   const registry = await startRegistry({}, t);
   registry.add(index, "team/app", "1.0");
   const dest = join(temporaryFolder(t), "a.tar");
   const puller = new Puller(optsFor(registry, { archType: "arm", variant: "v7" }));
   const { fetchedBytes, sizeBytes, ...result } = await puller.pullTar(dest);
-  assert.deepEqual(result,
-    { name: `${registry.host}/team/app:1.0`, digest: index.children[1]?.digest, platform: "linux/arm/v7", layers: 3 });
+  assert.deepEqual(result, {
+    name: `${registry.host}/team/app:1.0`,
+    digest: index.children[1]?.digest,
+    platform: "linux/arm/v7",
+    layers: 3,
+  });
   assert.equal(sizeBytes, statSync(dest).size);
   assert.equal(fetchedBytes, registry.bytesServed());
   const again = await puller.pullTar(dest);
@@ -356,10 +449,19 @@ test("pullTar says what DEST now holds, and what came over the line", async (t) 
 test("onProgress never falls and ends with all of it", async (t) => {
   const registry = await serve(t);
   const seen: Progress[] = [];
-  const puller = new Puller(optsFor(registry, { onProgress: (progress) => { seen.push({ ...progress }); } }));
+  const puller = new Puller(
+    optsFor(registry, {
+      onProgress: (progress) => {
+        seen.push({ ...progress });
+      },
+    }),
+  );
   await puller.pullTar(join(temporaryFolder(t), "a.tar"));
   const phases = ["resolve", "fetch", "finish"];
-  for (const [position, { phase, doneBytes, totalBytes, blobsDone, blobsTotal }] of seen.entries()) {
+  for (const [
+    position,
+    { phase, doneBytes, totalBytes, blobsDone, blobsTotal },
+  ] of seen.entries()) {
     const before = seen[position - 1];
     assert.ok(doneBytes >= (before?.doneBytes ?? 0) && doneBytes <= totalBytes);
     assert.ok(blobsDone >= (before?.blobsDone ?? 0) && blobsDone <= blobsTotal);
@@ -379,7 +481,8 @@ test("pullBlobs: every blob as HEX in the folder, verified; those that are there
   const hexOf = (digest: string) => digest.split(":")[1] ?? "";
   const check = () => {
     assert.deepEqual(readdirSync(folder).sort(), [...image.blobs.keys()].map(hexOf).sort());
-    for (const digest of image.blobs.keys()) assert.equal(digestOf(readFileSync(join(folder, hexOf(digest)))), digest);
+    for (const digest of image.blobs.keys())
+      assert.equal(digestOf(readFileSync(join(folder, hexOf(digest)))), digest);
   };
   await puller.pullBlobs(holder, folder);
   check();
@@ -398,7 +501,9 @@ test("pullBlobs: every blob as HEX in the folder, verified; those that are there
   const index = makeMultiPlatform(["linux/amd64"]);
   registry.add(index, "team/app", "2.0");
   const other = new Puller(optsFor(registry, { url: `${registry.host}/team/app:2.0` }));
-  await assert.rejects(other.pullBlobs(await other.pullManifest("list"), folder), { code: "NOT_AN_IMAGE" });
+  await assert.rejects(other.pullBlobs(await other.pullManifest("list"), folder), {
+    code: "NOT_AN_IMAGE",
+  });
 });
 
 test("two pullers in one process share nothing", async (t) => {
@@ -407,7 +512,10 @@ test("two pullers in one process share nothing", async (t) => {
   const known = new Puller(optsFor(registry, { username: USER, password: SECRETS.password }));
   const stranger = new Puller(optsFor(registry));
   await known.pullTar(join(folder, "a.tar"));
-  await assert.rejects(stranger.pullTar(join(folder, "b.tar")), { code: "UNAUTHORIZED", status: 401 });
+  await assert.rejects(stranger.pullTar(join(folder, "b.tar")), {
+    code: "UNAUTHORIZED",
+    status: 401,
+  });
   await known.pullTar(join(folder, "c.tar"));
   assert.deepEqual(readdirSync(folder).sort(), ["a.tar", "c.tar"]);
 });
@@ -420,7 +528,9 @@ test("signal stops everything at once, with sockets closed", async (t) => {
   assert.equal(registry.connections(), 0);
   const controller = new AbortController();
   const rule = registry.on({ kind: "layer" }, { stallAfter: 10 });
-  const pulling = new Puller(optsFor(registry, { signal: controller.signal })).pullTar(join(folder, "a.tar"));
+  const pulling = new Puller(optsFor(registry, { signal: controller.signal })).pullTar(
+    join(folder, "a.tar"),
+  );
   await rule.reached;
   controller.abort();
   await assert.rejects(pulling, { name: "ImgpullError", code: "ABORTED" });
@@ -446,17 +556,30 @@ test("errors have a code, a status where there was one, and their cause", async 
       assert.ok(error instanceof ImgpullError && error instanceof Error);
       assert.deepEqual([error.name, error.code], ["ImgpullError", code], error.message);
       assert.deepEqual({ ...error, ...fields }, { ...error });
-      if (code === "NETWORK") assert.equal((error.cause as NodeJS.ErrnoException).code, "ECONNREFUSED");
+      if (code === "NETWORK")
+        assert.equal((error.cause as NodeJS.ErrnoException).code, "ECONNREFUSED");
       return true;
     });
   }
   const wrong: Record<string, unknown>[] = [
-    { scheme: "ftp" }, { concurrency: 0 }, { concurrency: 1.5 }, { retries: -1 }, { timeoutMs: 0 }, { timeoutMs: NaN },
-    { tlsCert: "c.pem" }, { tlsKey: "k.pem" }, { password: "x" }, { token: "x", username: "me", password: "y" },
-    { namespace: "https://quay.io" }, { token: "two\nlines" },
+    { scheme: "ftp" },
+    { concurrency: 0 },
+    { concurrency: 1.5 },
+    { retries: -1 },
+    { timeoutMs: 0 },
+    { timeoutMs: NaN },
+    { tlsCert: "c.pem" },
+    { tlsKey: "k.pem" },
+    { password: "x" },
+    { token: "x", username: "me", password: "y" },
+    { namespace: "https://quay.io" },
+    { token: "two\nlines" },
   ];
   for (const opts of wrong) {
-    assert.throws(() => new Puller(optsFor(registry, opts as Partial<PullerOpts>)), { code: "BAD_OPTION" },
-      JSON.stringify(opts));
+    assert.throws(
+      () => new Puller(optsFor(registry, opts as Partial<PullerOpts>)),
+      { code: "BAD_OPTION" },
+      JSON.stringify(opts),
+    );
   }
 });

@@ -3,37 +3,78 @@
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
 import { once } from "node:events";
-import { readFileSync, readdirSync, rmSync, statSync } from "node:fs";
-import { connect, createServer, type AddressInfo } from "node:net";
+import { readdirSync, readFileSync, rmSync, statSync } from "node:fs";
+import { type AddressInfo, connect, createServer } from "node:net";
 import { join } from "node:path";
 import { pipeline } from "node:stream/promises";
-import { after, before, describe, test, type TestContext } from "node:test";
+import { after, before, describe, type TestContext, test } from "node:test";
 import { startCommand } from "./support/command.ts";
-import { MEDIA, digestOf, makeImage, makeLayer, readTar, type Format, type TestImage } from "./support/image.ts";
 import {
-  HOST_ARCHITECTURE, imgpull, interopFolder, makePodman, manifestDigestInContainerd, pushImage, run, skipWithout,
-  skopeo, startContainerd, startDocker, startRealRegistry, takeFromContainerd, takeFromDocker, treeOf,
-  type Containerd, type Docker, type RealRegistry,
+  digestOf,
+  type Format,
+  MEDIA,
+  makeImage,
+  makeLayer,
+  readTar,
+  type TestImage,
+} from "./support/image.ts";
+import {
+  type Containerd,
+  type Docker,
+  HOST_ARCHITECTURE,
+  imgpull,
+  interopFolder,
+  makePodman,
+  manifestDigestInContainerd,
+  pushImage,
+  type RealRegistry,
+  run,
+  skipWithout,
+  skopeo,
+  startContainerd,
+  startDocker,
+  startRealRegistry,
+  takeFromContainerd,
+  takeFromDocker,
+  treeOf,
 } from "./support/interop.ts";
 import { blobBytes } from "./support/pull.ts";
 import { gate, untilRead } from "./support/registry.ts";
 
-const skip = skipWithout("docker-registry", "dockerd", "docker", "containerd", "ctr", "podman", "skopeo", "tar");
+const skip = skipWithout(
+  "docker-registry",
+  "dockerd",
+  "docker",
+  "containerd",
+  "ctr",
+  "podman",
+  "skopeo",
+  "tar",
+);
 const HTTP = ["--scheme", "http"];
 
 // ====== Images ======
 
 const platform = `linux/${HOST_ARCHITECTURE}`;
-const BASE = ["base-1", "base-2"].map((seed, at) => makeLayer({ seed, sizeBytes: 400_000 + at * 100_000 }));
+const BASE = ["base-1", "base-2"].map((seed, at) =>
+  makeLayer({ seed, sizeBytes: 400_000 + at * 100_000 }),
+);
 
 function makeApp(seed: string, format: Format, isOnBase: boolean): TestImage {
   const mediaType = format === "oci" ? MEDIA.ociGzip : MEDIA.dockerGzip;
   const base = isOnBase ? BASE.map((layer) => ({ ...layer, mediaType })) : [];
-  return makeImage({ seed, format, platform, layers: [...base, { sizeBytes: 50_000 }, { sizeBytes: 20_000 }] });
+  return makeImage({
+    seed,
+    format,
+    platform,
+    layers: [...base, { sizeBytes: 50_000 }, { sizeBytes: 20_000 }],
+  });
 }
 
 /** Ten images, five of them on one base, as OCI and as Docker schema 2. */
-const BUNDLE = Array.from({ length: 10 }, (_, at) => makeApp(`app-${at}`, at % 2 ? "docker" : "oci", at < 5));
+const BUNDLE = Array.from({ length: 10 }, (_, at) =>
+  makeApp(`app-${at}`, at % 2 ? "docker" : "oci", at < 5),
+);
 const V1 = makeApp("v1", "docker", true);
 const V2 = makeApp("v2", "docker", true);
 const OWN_OF_V2 = [...V2.blobs.keys()].filter((digest) => !V1.blobs.has(digest)).sort();
@@ -41,8 +82,13 @@ const OWN_OF_V2 = [...V2.blobs.keys()].filter((digest) => !V1.blobs.has(digest))
 /** Every path of the image's root file system, with its kind, mode and content. */
 function treeOfImage({ layers }: TestImage): Map<string, string> {
   const files = layers.flatMap(({ files }) => [...files]);
-  return new Map(files.map(([path, bytes]) =>
-    path.endsWith("/") ? [path.slice(0, -1), "folder 755"] : [path, `file 644 ${digestOf(bytes)}`]));
+  return new Map(
+    files.map(([path, bytes]) =>
+      path.endsWith("/")
+        ? [path.slice(0, -1), "folder 755"]
+        : [path, `file 644 ${digestOf(bytes)}`],
+    ),
+  );
 }
 
 /** All of the image is there; runtimes may add their mount points. */
@@ -54,8 +100,10 @@ function assertWhole(rootfs: string, image: TestImage): void {
 // ====== Moments ======
 
 /** As random as they need be, and the same at every run: of the image's bytes, the part that is there at a kill. */
-const MOMENTS = Array.from({ length: 10 }, (_, at) =>
-  createHash("sha256").update(`moment ${at}`).digest().readUInt32BE() / 2 ** 32);
+const MOMENTS = Array.from(
+  { length: 10 },
+  (_, at) => createHash("sha256").update(`moment ${at}`).digest().readUInt32BE() / 2 ** 32,
+);
 
 interface Line {
   host: string;
@@ -138,7 +186,10 @@ describe("interop across the gap", { skip }, () => {
   /** The blobs that the registry has served since it was last asked, as often as it has; none in parts. */
   async function fetchedBlobs(): Promise<string[]> {
     const served = await registry.takeServed();
-    assert.deepEqual(served.filter(({ status }) => status !== 200), []);
+    assert.deepEqual(
+      served.filter(({ status }) => status !== 200),
+      [],
+    );
     return served.map(({ digest }) => digest).sort();
   }
 
@@ -158,15 +209,22 @@ describe("interop across the gap", { skip }, () => {
     assert.deepEqual(await fetchedBlobs(), [...blobs.keys()].sort());
     const blobsBytes = [...blobs.values()].reduce((sum, { length }) => sum + length, 0);
     const overheadBytes = statSync(tar).size - blobsBytes;
-    assert.ok(overheadBytes > 0 && overheadBytes < 64 * 1024, `${overheadBytes} bytes beside the blobs`);
+    assert.ok(
+      overheadBytes > 0 && overheadBytes < 64 * 1024,
+      `${overheadBytes} bytes beside the blobs`,
+    );
 
     const loadedLines = names.map((name) => `Loaded image: ${name}\n`).join("");
     await t.test("docker load", async () => {
       assert.equal(await docker.docker("load", "--input", tar), loadedLines);
       const ids = await docker.docker("image", "inspect", "--format", "{{.Id}}", ...names);
-      assert.deepEqual(ids.trim().split("\n"), BUNDLE.map(({ config }) => config.digest));
+      assert.deepEqual(
+        ids.trim().split("\n"),
+        BUNDLE.map(({ config }) => config.digest),
+      );
       for (const [at, name] of names.entries()) {
-        if (at === 0 || at === 9) assertWhole(await takeFromDocker(docker, name), BUNDLE[at] as TestImage);
+        if (at === 0 || at === 9)
+          assertWhole(await takeFromDocker(docker, name), BUNDLE[at] as TestImage);
         else await docker.docker("image", "rm", name);
       }
     });
@@ -174,9 +232,18 @@ describe("interop across the gap", { skip }, () => {
       const podman = makePodman();
       assert.equal(await podman("load", "--input", tar), loadedLines);
       const ids = await podman("image", "inspect", "--format", "{{.Id}}", ...names);
-      assert.deepEqual(ids.trim().split("\n").map((id) => `sha256:${id}`), BUNDLE.map(({ config }) => config.digest));
+      assert.deepEqual(
+        ids
+          .trim()
+          .split("\n")
+          .map((id) => `sha256:${id}`),
+        BUNDLE.map(({ config }) => config.digest),
+      );
       for (const at of [0, 9]) {
-        assertWhole((await podman("image", "mount", names[at] ?? "")).trim(), BUNDLE[at] as TestImage);
+        assertWhole(
+          (await podman("image", "mount", names[at] ?? "")).trim(),
+          BUNDLE[at] as TestImage,
+        );
       }
     });
     await t.test("ctr images import", async () => {
@@ -209,8 +276,12 @@ describe("interop across the gap", { skip }, () => {
   }
 
   const archivers: Record<string, Archiver> = {
-    "imgpull": { make: (name, tar) => imgpull([name, tar, ...HTTP]), isPacked: true },
-    "crane pull": { make: (name, tar) => run(["crane", "pull", name, tar]), isPacked: true, program: "crane" },
+    imgpull: { make: (name, tar) => imgpull([name, tar, ...HTTP]), isPacked: true },
+    "crane pull": {
+      make: (name, tar) => run(["crane", "pull", name, tar]),
+      isPacked: true,
+      program: "crane",
+    },
     "docker save": {
       make: async (name, tar) => {
         await docker.docker("pull", name);
@@ -220,17 +291,21 @@ describe("interop across the gap", { skip }, () => {
       isPacked: false,
     },
     "skopeo copy docker-archive:": {
-      make: (name, tar) => skopeo("copy", "--src-tls-verify=false", `docker://${name}`, `docker-archive:${tar}`),
+      make: (name, tar) =>
+        skopeo("copy", "--src-tls-verify=false", `docker://${name}`, `docker-archive:${tar}`),
       isPacked: false,
     },
     "skopeo copy oci-archive:": {
-      make: (name, tar) => skopeo("copy", "--src-tls-verify=false", `docker://${name}`, `oci-archive:${tar}`),
+      make: (name, tar) =>
+        skopeo("copy", "--src-tls-verify=false", `docker://${name}`, `oci-archive:${tar}`),
       isPacked: true,
     },
   };
 
   for (const [program, archiver] of Object.entries(archivers)) {
-    const does = archiver.isPacked ? "saves its layers" : "saves none of its layers, and does no harm";
+    const does = archiver.isPacked
+      ? "saves its layers"
+      : "saves none of its layers, and does no harm";
     const skip = archiver.program !== undefined && skipWithout(archiver.program);
     test(`--reuse of v1 by ${program} ${does}`, { skip }, async () => {
       const folder = interopFolder("reuse");
@@ -239,7 +314,10 @@ describe("interop across the gap", { skip }, () => {
       await registry.takeServed();
       const before = readFileSync(old);
       await imgpull([`${app}:v2`, tar, "--reuse", old, ...HTTP]);
-      assert.deepEqual(await fetchedBlobs(), archiver.isPacked ? OWN_OF_V2 : [...V2.blobs.keys()].sort());
+      assert.deepEqual(
+        await fetchedBlobs(),
+        archiver.isPacked ? OWN_OF_V2 : [...V2.blobs.keys()].sort(),
+      );
       assert.ok(readFileSync(tar).equals(readFileSync(await pullUndisturbed(`${app}:v2`))));
       assert.ok(readFileSync(old).equals(before));
     });
@@ -268,7 +346,9 @@ describe("interop across the gap", { skip }, () => {
       line.limit(Infinity);
       await imgpull(args);
       const times = line.takeBytes() / imageBytes;
-      t.diagnostic(`killed at ${moment.toFixed(3)} of the bytes: ${times.toFixed(3)} times the bytes in all`);
+      t.diagnostic(
+        `killed at ${moment.toFixed(3)} of the bytes: ${times.toFixed(3)} times the bytes in all`,
+      );
       assert.equal(digestOf(readFileSync(tar)), undisturbed);
       assert.deepEqual(readdirSync(join(tar, "..")), ["image.tar"]);
       assert.ok(times <= 1.1, `${times} times, killed at ${moment}`);
@@ -281,7 +361,11 @@ describe("interop across the gap", { skip }, () => {
     await imgpull([`${app}:v2`, delta, "--since", base, ...HTTP]);
     assert.deepEqual(await fetchedBlobs(), OWN_OF_V2);
     for (const { digest } of BASE) {
-      assert.ok(readTar(readFileSync(delta)).every(({ name }) => !name.endsWith(digest.slice("sha256:".length))));
+      assert.ok(
+        readTar(readFileSync(delta)).every(
+          ({ name }) => !name.endsWith(digest.slice("sha256:".length)),
+        ),
+      );
     }
     const [v1, v2] = [`${app}:v1`, `${app}:v2`];
     await t.test("docker load", async () => {
@@ -289,7 +373,10 @@ describe("interop across the gap", { skip }, () => {
       await docker.docker("load", "--input", base);
       assert.equal(await docker.docker("load", "--input", delta), `Loaded image: ${v2}\n`);
       await docker.docker("image", "rm", v1);
-      assert.equal((await docker.docker("image", "inspect", "--format", "{{.Id}}", v2)).trim(), V2.config.digest);
+      assert.equal(
+        (await docker.docker("image", "inspect", "--format", "{{.Id}}", v2)).trim(),
+        V2.config.digest,
+      );
       assertWhole(await takeFromDocker(docker, v2), V2);
     });
     await t.test("podman load", async () => {

@@ -2,7 +2,16 @@
 // command and loaded by every runtime at hand, with a look at the files, the config digest and the manifest digest.
 import assert from "node:assert/strict";
 import {
-  chmodSync, cpSync, existsSync, linkSync, mkdirSync, readFileSync, readdirSync, rmSync, symlinkSync, writeFileSync,
+  chmodSync,
+  cpSync,
+  existsSync,
+  linkSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  symlinkSync,
+  writeFileSync,
 } from "node:fs";
 import { arch } from "node:os";
 import { join } from "node:path";
@@ -11,13 +20,41 @@ import { makeAuthority } from "./support/certificates.ts";
 import { runCommand, SECRETS, USER } from "./support/command.ts";
 import { digestOf } from "./support/image.ts";
 import {
-  HOST_ARCHITECTURE, imgpull, interopFolder, makePodman, makeUmociImage, manifestDigestInContainerd, run, skipWithout,
-  skopeo, startContainerd, startDocker, startNginx, startRealRegistry, storedManifest, takeFromContainerd,
-  takeFromDocker, treeOf, type Containerd, type Docker, type RealRegistry, type StoredManifest,
+  type Containerd,
+  type Docker,
+  HOST_ARCHITECTURE,
+  imgpull,
+  interopFolder,
+  makePodman,
+  makeUmociImage,
+  manifestDigestInContainerd,
+  type RealRegistry,
+  run,
+  type StoredManifest,
+  skipWithout,
+  skopeo,
+  startContainerd,
+  startDocker,
+  startNginx,
+  startRealRegistry,
+  storedManifest,
+  takeFromContainerd,
+  takeFromDocker,
+  treeOf,
 } from "./support/interop.ts";
 
 const skip = skipWithout(
-  "docker-registry", "dockerd", "docker", "containerd", "ctr", "podman", "skopeo", "umoci", "nginx", "htpasswd", "bash",
+  "docker-registry",
+  "dockerd",
+  "docker",
+  "containerd",
+  "ctr",
+  "podman",
+  "skopeo",
+  "umoci",
+  "nginx",
+  "htpasswd",
+  "bash",
   "tar",
 );
 
@@ -54,36 +91,79 @@ const APP_LAYERS: Change[] = [
 const removeFile: Change = (rootfs) => rmSync(join(rootfs, "var/removed"));
 
 /** What is looked for in the root file system of a loaded image. */
-interface Contents { tree: Map<string, string>; removed: string[] }
+interface Contents {
+  tree: Map<string, string>;
+  removed: string[];
+}
 
-interface Shelf { registry: RealRegistry; contents: Record<"docker" | "oci" | "amd64" | "arm64", Contents> }
+interface Shelf {
+  registry: RealRegistry;
+  contents: Record<"docker" | "oci" | "amd64" | "arm64", Contents>;
+}
 
 /** Built by umoci, pushed by skopeo, as OCI and as Docker schema 2; the indexes are podman's and docker's. */
-async function stockOci(host: string, docker: Docker): Promise<Pick<Shelf["contents"], "oci" | "amd64" | "arm64">> {
+async function stockOci(
+  host: string,
+  docker: Docker,
+): Promise<Pick<Shelf["contents"], "oci" | "amd64" | "arm64">> {
   const layout = join(interopFolder("images"), "layout");
   const push = (tag: string, repository: string, ...options: string[]) =>
-    skopeo("copy", "--dest-tls-verify=false", ...options, `oci:${layout}:${tag}`, `docker://${host}/${repository}`);
-  const contentsOf = (rootfs: string, ...removed: string[]): Contents => ({ tree: treeOf(rootfs), removed });
+    skopeo(
+      "copy",
+      "--dest-tls-verify=false",
+      ...options,
+      `oci:${layout}:${tag}`,
+      `docker://${host}/${repository}`,
+    );
+  const contentsOf = (rootfs: string, ...removed: string[]): Contents => ({
+    tree: treeOf(rootfs),
+    removed,
+  });
 
   const app = await makeUmociImage({ layout, tag: "app", layers: [...APP_LAYERS, removeFile] });
   await push("app", "oci/app:v1");
-  await makeUmociImage({ layout, tag: "base", layers: [(rootfs) => write(rootfs, "etc/base", "shared\n")] });
+  await makeUmociImage({
+    layout,
+    tag: "base",
+    layers: [(rootfs) => write(rootfs, "etc/base", "shared\n")],
+  });
   const platforms: Partial<Record<"amd64" | "arm64", Contents>> = {};
   for (const architecture of ["amd64", "arm64"] as const) {
     const layers: Change[] = [(rootfs) => write(rootfs, "etc/architecture", `${architecture}\n`)];
     platforms[architecture] = contentsOf(
-      await makeUmociImage({ layout, tag: architecture, base: "base", architecture, layers }));
+      await makeUmociImage({ layout, tag: architecture, base: "base", architecture, layers }),
+    );
     await push(architecture, `oci/multi:${architecture}`);
     await push(architecture, `docker/multi:${architecture}`, "--format", "v2s2");
   }
   const podman = makePodman();
   await podman("manifest", "create", "multi");
   for (const tag of ["amd64", "arm64"]) {
-    await podman("manifest", "add", "--tls-verify=false", "multi", `docker://${host}/oci/multi:${tag}`);
+    await podman(
+      "manifest",
+      "add",
+      "--tls-verify=false",
+      "multi",
+      `docker://${host}/oci/multi:${tag}`,
+    );
   }
-  await podman("manifest", "push", "--tls-verify=false", "--all", "multi", `docker://${host}/oci/multi:v1`);
+  await podman(
+    "manifest",
+    "push",
+    "--tls-verify=false",
+    "--all",
+    "multi",
+    `docker://${host}/oci/multi:v1`,
+  );
   const list = `${host}/docker/multi`;
-  await docker.docker("manifest", "create", "--insecure", `${list}:v1`, `${list}:amd64`, `${list}:arm64`);
+  await docker.docker(
+    "manifest",
+    "create",
+    "--insecure",
+    `${list}:v1`,
+    `${list}:amd64`,
+    `${list}:arm64`,
+  );
   await docker.docker("manifest", "push", "--insecure", `${list}:v1`);
   const { amd64, arm64 } = platforms;
   assert(amd64 && arm64);
@@ -124,8 +204,18 @@ interface Case {
 const CASES: Case[] = [
   { name: "a Docker schema 2 image", repository: "docker/app", contents: "docker" },
   { name: "an OCI image", repository: "oci/app", contents: "oci" },
-  { name: "one platform of an OCI index", repository: "oci/multi", contents: "arm64", platform: "linux/arm64" },
-  { name: "one platform of a Docker list", repository: "docker/multi", contents: "amd64", platform: "linux/amd64" },
+  {
+    name: "one platform of an OCI index",
+    repository: "oci/multi",
+    contents: "arm64",
+    platform: "linux/arm64",
+  },
+  {
+    name: "one platform of a Docker list",
+    repository: "docker/multi",
+    contents: "amd64",
+    platform: "linux/amd64",
+  },
   { name: "a whole OCI index", repository: "oci/multi", contents: "amd64", platform: "all" },
   { name: "a whole Docker list", repository: "docker/multi", contents: "amd64", platform: "all" },
 ];
@@ -145,10 +235,16 @@ function configDigestOf(manifest: StoredManifest): string {
 }
 
 /** The manifests that a case is about, as the registry has them. */
-async function expectedManifests(host: string, wanted: Case): Promise<Pick<Pulled, "entry" | "image">> {
+async function expectedManifests(
+  host: string,
+  wanted: Case,
+): Promise<Pick<Pulled, "entry" | "image">> {
   const top = await storedManifest(host, wanted.repository, "v1");
   if (wanted.platform === undefined) return { entry: top, image: top };
-  const children = top.json["manifests"] as { digest: string; platform: { architecture: string } }[];
+  const children = top.json["manifests"] as {
+    digest: string;
+    platform: { architecture: string };
+  }[];
   const child = children.find(({ platform }) => platform.architecture === wanted.contents);
   assert(child, `no ${wanted.contents} in ${top.bytes}`);
   const image = await storedManifest(host, wanted.repository, child.digest);
@@ -169,19 +265,34 @@ async function pull(shelf: Shelf, wanted: Case): Promise<Pulled> {
 // ====== Loaders ======
 
 /** What a loader made of a tar: undefined is what it does not keep. */
-interface Loaded { rootfs: string; configDigest: string; manifestDigest: string | undefined }
+interface Loaded {
+  rootfs: string;
+  configDigest: string;
+  manifestDigest: string | undefined;
+}
 
 async function loadWithDocker(docker: Docker, pulled: Pulled): Promise<Loaded> {
-  assert.equal(await docker.docker("load", "--input", pulled.tar), `Loaded image: ${pulled.name}\n`);
-  const configDigest = (await docker.docker("image", "inspect", "--format", "{{.Id}}", pulled.name)).trim();
-  return { rootfs: await takeFromDocker(docker, pulled.name), configDigest, manifestDigest: undefined };
+  assert.equal(
+    await docker.docker("load", "--input", pulled.tar),
+    `Loaded image: ${pulled.name}\n`,
+  );
+  const configDigest = (
+    await docker.docker("image", "inspect", "--format", "{{.Id}}", pulled.name)
+  ).trim();
+  return {
+    rootfs: await takeFromDocker(docker, pulled.name),
+    configDigest,
+    manifestDigest: undefined,
+  };
 }
 
 async function loadWithPodman(pulled: Pulled): Promise<Loaded> {
   const podman = makePodman();
   assert.equal(await podman("load", "--input", pulled.tar), `Loaded image: ${pulled.name}\n`);
   const format = ["--format", "{{.Id}} {{.Digest}}"];
-  const [id, manifestDigest] = (await podman("image", "inspect", ...format, pulled.name)).trim().split(" ");
+  const [id, manifestDigest] = (await podman("image", "inspect", ...format, pulled.name))
+    .trim()
+    .split(" ");
   // With the vfs driver this is a plain folder, not a mount.
   const rootfs = (await podman("image", "mount", pulled.name)).trim();
   return { rootfs, configDigest: `sha256:${id}`, manifestDigest };
@@ -196,10 +307,16 @@ async function loadWithContainerd(containerd: Containerd, pulled: Pulled): Promi
   await ctr("images", "import", "--snapshotter", "native", pulled.tar);
   const manifestDigest = await manifestDigestInContainerd(containerd, pulled.name);
   assert.equal(await ctr("content", "get", pulled.entry.digest), pulled.entry.bytes.toString());
-  const manifest = JSON.parse(await ctr("content", "get", pulled.image.digest)) as { config: { digest: string } };
+  const manifest = JSON.parse(await ctr("content", "get", pulled.image.digest)) as {
+    config: { digest: string };
+  };
   const configDigest = manifest.config.digest;
   const architecture = architectureOf(await ctr("content", "get", configDigest));
-  return { rootfs: await takeFromContainerd(containerd, pulled.name, architecture), configDigest, manifestDigest };
+  return {
+    rootfs: await takeFromContainerd(containerd, pulled.name, architecture),
+    configDigest,
+    manifestDigest,
+  };
 }
 
 async function unpackWithUmoci(source: string): Promise<string> {
@@ -210,7 +327,9 @@ async function unpackWithUmoci(source: string): Promise<string> {
 }
 
 async function copyDockerArchive({ tar }: Pulled): Promise<Loaded> {
-  const made = JSON.parse(await skopeo("inspect", "--raw", `docker-archive:${tar}`)) as { config: { digest: string } };
+  const made = JSON.parse(await skopeo("inspect", "--raw", `docker-archive:${tar}`)) as {
+    config: { digest: string };
+  };
   const rootfs = await unpackWithUmoci(`docker-archive:${tar}`);
   return { rootfs, configDigest: made.config.digest, manifestDigest: undefined };
 }
@@ -220,14 +339,21 @@ async function copyOciArchive(pulled: Pulled): Promise<Loaded> {
   const folder = join(interopFolder("skopeo"), "copied");
   await skopeo("copy", "--all", "--preserve-digests", `oci-archive:${tar}`, `dir:${folder}`);
   const top = readFileSync(join(folder, "manifest.json"));
-  const child = entry === image ? "manifest.json" : `${image.digest.slice("sha256:".length)}.manifest.json`;
-  const manifest = JSON.parse(readFileSync(join(folder, child), "utf8")) as { config: { digest: string } };
+  const child =
+    entry === image ? "manifest.json" : `${image.digest.slice("sha256:".length)}.manifest.json`;
+  const manifest = JSON.parse(readFileSync(join(folder, child), "utf8")) as {
+    config: { digest: string };
+  };
   const config = readFileSync(join(folder, manifest.config.digest.slice("sha256:".length)));
   const layout = join(interopFolder("umoci-unpack"), "layout");
   const platform = ["--override-os", "linux", "--override-arch", architectureOf(config.toString())];
   await skopeo(...platform, "copy", `dir:${folder}`, `oci:${layout}:image`);
   await run(["umoci", "unpack", "--image", `${layout}:image`, `${layout}-bundle`]);
-  return { rootfs: `${layout}-bundle/rootfs`, configDigest: digestOf(config), manifestDigest: digestOf(top) };
+  return {
+    rootfs: `${layout}-bundle/rootfs`,
+    configDigest: digestOf(config),
+    manifestDigest: digestOf(top),
+  };
 }
 
 /** Every path that the image was made of, with its kind, mode and content; runtimes may add their mount points. */
@@ -249,7 +375,10 @@ describe("interop", { skip }, () => {
     const registry = await startRealRegistry();
     containerd = await startContainerd();
     docker = await startDocker(containerd);
-    const contents = { ...await stockOci(registry.host, docker), docker: await stockDocker(registry.host, docker) };
+    const contents = {
+      ...(await stockOci(registry.host, docker)),
+      docker: await stockDocker(registry.host, docker),
+    };
     shelf = { registry, contents };
   });
 
@@ -274,7 +403,8 @@ describe("interop", { skip }, () => {
         await t.test(name, async () => {
           const loaded = await load(pulled);
           assert.equal(loaded.configDigest, configDigestOf(pulled.image));
-          if (loaded.manifestDigest !== undefined) assert.equal(loaded.manifestDigest, pulled.entry.digest);
+          if (loaded.manifestDigest !== undefined)
+            assert.equal(loaded.manifestDigest, pulled.entry.digest);
           assertContents(loaded.rootfs, pulled.contents);
         });
       }
@@ -285,9 +415,15 @@ describe("interop", { skip }, () => {
     const { host } = shelf.registry;
     const names = [`${host}/docker/app:v1`, `${host}/oci/app:v1`];
     const tar = join(interopFolder("pulled"), "bundle.tar");
-    const manifests = [await storedManifest(host, "docker/app", "v1"), await storedManifest(host, "oci/app", "v1")];
+    const manifests = [
+      await storedManifest(host, "docker/app", "v1"),
+      await storedManifest(host, "oci/app", "v1"),
+    ];
     const lines = await imgpull([...names, tar, "--scheme", "http"]);
-    assert.equal(lines, names.map((name, index) => `${name}@${manifests[index]?.digest}\n`).join(""));
+    assert.equal(
+      lines,
+      names.map((name, index) => `${name}@${manifests[index]?.digest}\n`).join(""),
+    );
 
     const loadedLines = names.map((name) => `Loaded image: ${name}\n`).join("");
     assert.equal(await docker.docker("load", "--input", tar), loadedLines);
@@ -295,7 +431,10 @@ describe("interop", { skip }, () => {
     assert.equal(await podman("load", "--input", tar), loadedLines);
     await containerd.ctr("images", "import", "--snapshotter", "native", tar);
     for (const [index, name] of names.entries()) {
-      const [manifest, contents] = [manifests[index], index === 0 ? shelf.contents.docker : shelf.contents.oci];
+      const [manifest, contents] = [
+        manifests[index],
+        index === 0 ? shelf.contents.docker : shelf.contents.oci,
+      ];
       assert(manifest);
       const id = await docker.docker("image", "inspect", "--format", "{{.Id}}", name);
       assert.equal(id.trim(), configDigestOf(manifest));
@@ -323,9 +462,17 @@ describe("interop", { skip }, () => {
     assertContents(await takeFromDocker(docker, id), shelf.contents.oci);
     const podman = makePodman();
     await podman("load", "--input", tar);
-    assertContents((await podman("image", "mount", id.slice("sha256:".length))).trim(), shelf.contents.oci);
-    const loaded = await loadWithContainerd(containerd, { tar, name, entry: manifest, image: manifest,
-      contents: shelf.contents.oci });
+    assertContents(
+      (await podman("image", "mount", id.slice("sha256:".length))).trim(),
+      shelf.contents.oci,
+    );
+    const loaded = await loadWithContainerd(containerd, {
+      tar,
+      name,
+      entry: manifest,
+      image: manifest,
+      contents: shelf.contents.oci,
+    });
     assert.equal(loaded.manifestDigest, manifest.digest);
     assertContents(loaded.rootfs, shelf.contents.oci);
   });
@@ -336,7 +483,10 @@ describe("interop", { skip }, () => {
     const manifest = await storedManifest(host, "docker/app", "v1");
     const command = `"${process.execPath}" dist/imgpull.cjs ${name} - --scheme http`;
     const pipe = (loader: string) =>
-      run(["bash", "-o", "pipefail", "-c", `${command} | ${loader}`], { cwd: process.cwd(), env: docker.environment });
+      run(["bash", "-o", "pipefail", "-c", `${command} | ${loader}`], {
+        cwd: process.cwd(),
+        env: docker.environment,
+      });
 
     assert.equal(await pipe("docker load"), `Loaded image: ${name}\n`);
     assertContents(await takeFromDocker(docker, name), shelf.contents.docker);
@@ -345,7 +495,10 @@ describe("interop", { skip }, () => {
     assertContents((await podman("image", "mount", name)).trim(), shelf.contents.docker);
     await pipe(`ctr --address ${containerd.address} images import --snapshotter native -`);
     assert.equal(await manifestDigestInContainerd(containerd, name), manifest.digest);
-    assertContents(await takeFromContainerd(containerd, name, HOST_ARCHITECTURE), shelf.contents.docker);
+    assertContents(
+      await takeFromContainerd(containerd, name, HOST_ARCHITECTURE),
+      shelf.contents.docker,
+    );
   });
 
   test("a folder is an OCI layout that skopeo and umoci read, and that takes a second image", async () => {
@@ -356,7 +509,10 @@ describe("interop", { skip }, () => {
     }
     const name = `${host}/oci/app:v1`;
     const manifest = await storedManifest(host, "oci/app", "v1");
-    assert.equal(digestOf(await skopeo("inspect", "--raw", `oci:${layout}:${name}`)), manifest.digest);
+    assert.equal(
+      digestOf(await skopeo("inspect", "--raw", `oci:${layout}:${name}`)),
+      manifest.digest,
+    );
     const bundle = join(interopFolder("umoci-unpack"), "bundle");
     await run(["umoci", "unpack", "--image", `${layout}:${name}`, bundle]);
     assertContents(join(bundle, "rootfs"), shelf.contents.oci);
@@ -370,7 +526,9 @@ describe("interop", { skip }, () => {
     const first = await imgpull([name, `${folder}/1.tar`, ...options]);
     await imgpull([name, `${folder}/2.tar`, ...options, "--concurrency", "1"]);
     await imgpull([first.trim(), `${folder}/3.tar`, ...options]);
-    const digests = ["1.tar", "2.tar", "3.tar"].map((name) => digestOf(readFileSync(join(folder, name))));
+    const digests = ["1.tar", "2.tar", "3.tar"].map((name) =>
+      digestOf(readFileSync(join(folder, name))),
+    );
     assert.deepEqual(digests, Array<string | undefined>(3).fill(digests[0]));
     assert.deepEqual(readdirSync(folder).sort(), ["1.tar", "2.tar", "3.tar"]);
   });
@@ -387,18 +545,38 @@ describe("interop", { skip }, () => {
     };
     const registry = await startRealRegistry({ ...secured, storage: shelf.registry.storage });
     t.after(() => registry.stop());
-    const nginx = await startNginx({ ...secured, upstream: `http://127.0.0.1:${shelf.registry.port}` });
+    const nginx = await startNginx({
+      ...secured,
+      upstream: `http://127.0.0.1:${shelf.registry.port}`,
+    });
     t.after(() => nginx.stop());
     const manifest = await storedManifest(shelf.registry.host, "docker/app", "v1");
     for (const host of [registry.host, nginx.host]) {
       const tar = join(interopFolder("pulled"), "image.tar");
-      const trust = ["--cacert", `${folder}/ca.pem`, "--cert", `${folder}/cert.pem`, "--key", `${folder}/key.pem`];
+      const trust = [
+        "--cacert",
+        `${folder}/ca.pem`,
+        "--cert",
+        `${folder}/cert.pem`,
+        "--key",
+        `${folder}/key.pem`,
+      ];
       const account = ["--user", USER, "--password-stdin"];
       const name = `${host}/docker/app:v1`;
-      const line = await imgpull([name, tar, ...trust, ...account], { stdin: `${SECRETS.password}\n` });
+      const line = await imgpull([name, tar, ...trust, ...account], {
+        stdin: `${SECRETS.password}\n`,
+      });
       assert.equal(line, `${name}@${manifest.digest}\n`);
       assertContents(await unpackWithUmoci(`oci-archive:${tar}`), shelf.contents.docker);
-      const refused = await runCommand([name, `${tar}.refused`, ...trust, "--user", USER, "--password", "wrong"]);
+      const refused = await runCommand([
+        name,
+        `${tar}.refused`,
+        ...trust,
+        "--user",
+        USER,
+        "--password",
+        "wrong",
+      ]);
       assert.equal(refused.exitCode, 1);
       assert.match(refused.stderr, /401/);
       assert(!existsSync(`${tar}.refused`));

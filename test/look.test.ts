@@ -6,14 +6,28 @@ import { mkdirSync, readFileSync, truncateSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { after, before, test } from "node:test";
 import * as zlib from "node:zlib";
-import { runCommand, temporaryFolder, type TestScope } from "./support/command.ts";
+import { runCommand, type TestScope, temporaryFolder } from "./support/command.ts";
 import {
-  MEDIA, digestOf, makeAttestation, makeHelmChart, makeImage, makeIndex, makeLayer, makeManifest, makeMultiPlatform,
-  makeOrasArtifact, pseudoRandom, readTar, writeTar, type TestContent, type TestImage, type TestLayer,
+  digestOf,
+  MEDIA,
+  makeAttestation,
+  makeHelmChart,
+  makeImage,
+  makeIndex,
+  makeLayer,
+  makeManifest,
+  makeMultiPlatform,
+  makeOrasArtifact,
+  pseudoRandom,
+  readTar,
+  type TestContent,
+  type TestImage,
+  type TestLayer,
+  writeTar,
 } from "./support/image.ts";
 import { runMain } from "./support/main.ts";
 import { blobName, filesOf } from "./support/pull.ts";
-import { startRegistry, type Registry } from "./support/registry.ts";
+import { type Registry, startRegistry } from "./support/registry.ts";
 
 const hexOf = (digest: string): string => digest.slice(digest.indexOf(":") + 1);
 
@@ -36,15 +50,23 @@ let made = 0;
 
 /** A file of these bytes. */
 function fileOf(bytes: Buffer): string {
-  const file = join(folder, `${made += 1}.tar`);
+  const file = join(folder, `${(made += 1)}.tar`);
   writeFileSync(file, bytes);
   return file;
 }
 
 async function pullWith(references: string[], args: string[] = []): Promise<string> {
-  const file = join(folder, `${made += 1}.tar`);
+  const file = join(folder, `${(made += 1)}.tar`);
   const platform = args.includes("--platform") ? [] : ["--platform", "linux/amd64"];
-  const result = await runMain(["--scheme", "http", "-q", ...platform, ...args, ...references, file]);
+  const result = await runMain([
+    "--scheme",
+    "http",
+    "-q",
+    ...platform,
+    ...args,
+    ...references,
+    file,
+  ]);
   assert.equal(result.exitCode, 0, result.stderr);
   return file;
 }
@@ -56,7 +78,10 @@ function serve(content: TestContent, tag: string): string {
 const pull = (content: TestContent, tag: string, args: string[] = []): Promise<string> =>
   pullWith([serve(content, tag)], args);
 
-type Entry = [name: string, content: Buffer | string | { symlink: string } | { hardlink: string } | { folder: true }];
+type Entry = [
+  name: string,
+  content: Buffer | string | { symlink: string } | { hardlink: string } | { folder: true },
+];
 
 /** A tar as other programs make it, with links and folders. */
 function tarOf(entries: Entry[]): Buffer {
@@ -66,7 +91,10 @@ function tarOf(entries: Entry[]): Buffer {
     }
     const header = writeTar([[name, Buffer.alloc(0)]]).subarray(0, 512);
     header.write("folder" in content ? "5" : "symlink" in content ? "2" : "1", 156);
-    header.write("folder" in content ? "" : "symlink" in content ? content.symlink : content.hardlink, 157);
+    header.write(
+      "folder" in content ? "" : "symlink" in content ? content.symlink : content.hardlink,
+      157,
+    );
     header.write(" ".repeat(8), 148);
     const sum = header.reduce((total, byte) => total + byte, 0);
     header.write(`${sum.toString(8).padStart(6, "0")}\0 `, 148);
@@ -79,14 +107,24 @@ const json = (value: unknown): string => JSON.stringify(value);
 
 /** An OCI archive of what index.json's entries lead to; `fields` are laid over each entry. */
 function ociArchive(contents: TestContent[], fields: Record<string, unknown> = {}): Entry[] {
-  const blobs = new Map(contents.flatMap(({ blobs: own, manifests }) =>
-    [...own, ...[...manifests].map(([digest, { bytes }]): [string, Buffer] => [digest, bytes])]));
-  const manifests = contents.map(({ mediaType, digest, bytes }) =>
-    ({ mediaType, digest, size: bytes.length, ...fields }));
+  const blobs = new Map(
+    contents.flatMap(({ blobs: own, manifests }) => [
+      ...own,
+      ...[...manifests].map(([digest, { bytes }]): [string, Buffer] => [digest, bytes]),
+    ]),
+  );
+  const manifests = contents.map(({ mediaType, digest, bytes }) => ({
+    mediaType,
+    digest,
+    size: bytes.length,
+    ...fields,
+  }));
   return [
-    ["blobs/", { folder: true }], ["blobs/sha256/", { folder: true }],
+    ["blobs/", { folder: true }],
+    ["blobs/sha256/", { folder: true }],
     ...[...blobs].map(([digest, bytes]): Entry => [blobName(digest), bytes]),
-    ["index.json", json({ schemaVersion: 2, manifests })], ["oci-layout", json({ imageLayoutVersion: "1.0.0" })],
+    ["index.json", json({ schemaVersion: 2, manifests })],
+    ["oci-layout", json({ imageLayoutVersion: "1.0.0" })],
   ];
 }
 
@@ -99,13 +137,20 @@ function oldDockerSave(image: TestImage, tags: string[] | null = ["team/app:1.0"
     const name = `${ids[position]}/layer.tar`;
     first.set(layer.digest, known ?? name);
     return [
-      [`${ids[position]}/`, { folder: true }], [`${ids[position]}/VERSION`, "1.0"],
-      [`${ids[position]}/json`, json({ id: ids[position] })], [name, known ? { symlink: `../${known}` } : layer.bytes],
+      [`${ids[position]}/`, { folder: true }],
+      [`${ids[position]}/VERSION`, "1.0"],
+      [`${ids[position]}/json`, json({ id: ids[position] })],
+      [name, known ? { symlink: `../${known}` } : layer.bytes],
     ];
   });
   const config = `${hexOf(image.config.digest)}.json`;
   const manifest = [{ Config: config, RepoTags: tags, Layers: ids.map((id) => `${id}/layer.tar`) }];
-  return [...layers, [config, image.configBytes], ["manifest.json", json(manifest)], ["repositories", "{}"]];
+  return [
+    ...layers,
+    [config, image.configBytes],
+    ["manifest.json", json(manifest)],
+    ["repositories", "{}"],
+  ];
 }
 
 /** skopeo's docker-archive: plain layers by their own digest, and docker's old names as links to them. */
@@ -114,10 +159,20 @@ function skopeoDockerArchive(image: TestImage): Entry[] {
   const unique = [...new Map(image.layers.map((layer) => [layer.digest, layer])).values()];
   const config = `${hexOf(image.config.digest)}.json`;
   return [
-    ...unique.map((layer): Entry => [name(layer), layer.bytes]), [config, image.configBytes],
-    ...image.layers.map((layer, at): Entry =>
-      [`${hexOf(digestOf(`${at}`))}/layer.tar`, { symlink: `../${name(layer)}` }]),
-    ["manifest.json", json([{ Config: config, RepoTags: ["docker.io/team/app:1.0"], Layers: image.layers.map(name) }])],
+    ...unique.map((layer): Entry => [name(layer), layer.bytes]),
+    [config, image.configBytes],
+    ...image.layers.map(
+      (layer, at): Entry => [
+        `${hexOf(digestOf(`${at}`))}/layer.tar`,
+        { symlink: `../${name(layer)}` },
+      ],
+    ),
+    [
+      "manifest.json",
+      json([
+        { Config: config, RepoTags: ["docker.io/team/app:1.0"], Layers: image.layers.map(name) },
+      ]),
+    ],
   ];
 }
 
@@ -132,19 +187,28 @@ function craneTar(image: TestImage): Entry[] {
 // ====== What the command says ======
 
 interface Row {
-  name: string; digest: string; platform: string; sizeBytes: number;
+  name: string;
+  digest: string;
+  platform: string;
+  sizeBytes: number;
   layers: { digest: string; size: number; present: boolean }[];
 }
 
 async function list(file: string): Promise<Row[]> {
   const { exitCode, stdout, stderr } = await runMain(["--list-tar", file]);
   assert.deepEqual([exitCode, stderr], [0, ""], file);
-  return String(stdout).trimEnd().split("\n").map((line) => JSON.parse(line) as Row);
+  return String(stdout)
+    .trimEnd()
+    .split("\n")
+    .map((line) => JSON.parse(line) as Row);
 }
 
 /** No letter but printable ones and line ends: nothing that moves a cursor, changes a colour or turns text around. */
 function assertHarmless(text: string): void {
-  assert.doesNotMatch(text, /[\u0000-\u0009\u000b-\u001f\u007f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]/);
+  assert.doesNotMatch(
+    text,
+    /[\u0000-\u0009\u000b-\u001f\u007f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]/,
+  );
 }
 
 async function passes(file: string): Promise<string> {
@@ -158,29 +222,43 @@ async function fails(file: string, ...says: (RegExp | string)[]): Promise<string
   assert.deepEqual([exitCode, String(stdout)], [1, ""], stderr);
   assert.ok(stderr.startsWith(`imgpull: ${file}: `), stderr);
   for (const each of says) {
-    assert.ok(typeof each === "string" ? stderr.includes(each) : each.test(stderr), `${each}: ${stderr}`);
+    assert.ok(
+      typeof each === "string" ? stderr.includes(each) : each.test(stderr),
+      `${each}: ${stderr}`,
+    );
   }
   assertHarmless(stderr);
   return stderr;
 }
 
 const rowOf = (image: TestImage, name: string, digest = image.digest): Row => ({
-  name, digest, platform: `${image.platform.os}/${image.platform.architecture}`,
+  name,
+  digest,
+  platform: `${image.platform.os}/${image.platform.architecture}`,
   sizeBytes: image.layers.reduce((sum, { bytes }) => sum + bytes.length, 0),
-  layers: image.layers.map((layer) => ({ digest: layer.digest, size: layer.bytes.length, present: true })),
+  layers: image.layers.map((layer) => ({
+    digest: layer.digest,
+    size: layer.bytes.length,
+    present: true,
+  })),
 });
 
 // ====== Whole tars of our own ======
 
 test("one image, by tag and by digest, Docker's and OCI's, sha512", async () => {
   for (const [tag, image] of Object.entries({
-    oci: makeImage({ seed: "look-oci" }), docker: makeImage({ seed: "look-docker", format: "docker" }),
+    oci: makeImage({ seed: "look-oci" }),
+    docker: makeImage({ seed: "look-docker", format: "docker" }),
     sha512: makeImage({ seed: "look-512", algorithm: "sha512" }),
   })) {
     const reference = serve(image, tag);
     const file = await pullWith([reference]);
     assert.deepEqual(await list(file), [rowOf(image, reference)]); // by the algorithm by which the registry knows it
-    assert.match(await passes(file), /: 1 image, 4 blobs .*2 layers .*\nloads in docker, podman/, tag);
+    assert.match(
+      await passes(file),
+      /: 1 image, 4 blobs .*2 layers .*\nloads in docker, podman/,
+      tag,
+    );
     const bare = `${registry.host}/team/app@${image.digest}`;
     const pinned = await pullWith([bare]);
     assert.deepEqual(await list(pinned), [rowOf(image, bare)]);
@@ -190,20 +268,34 @@ test("one image, by tag and by digest, Docker's and OCI's, sha512", async () => 
 
 test("several images, and a layer that they share, unpacked once", async () => {
   const base = makeLayer({ seed: "look-base", sizeBytes: 300_000 });
-  const images = [1, 2, 3].map((each) => makeImage({ seed: `look-${each}`, layers: [base, 4096, base] }));
+  const images = [1, 2, 3].map((each) =>
+    makeImage({ seed: `look-${each}`, layers: [base, 4096, base] }),
+  );
   const references = images.map((image, at) => serve(image, `many-${at}`));
   const file = await pullWith(references);
-  assert.deepEqual(await list(file), images.map((image, at) => rowOf(image, references[at] as string)));
+  assert.deepEqual(
+    await list(file),
+    images.map((image, at) => rowOf(image, references[at] as string)),
+  );
   assert.match(await passes(file), /3 images, 10 blobs .*4 layers/);
 });
 
 test("one image under two names, without layers, with an empty and with many layers", async () => {
   const image = makeImage({ seed: "look-names" });
   const references = [serve(image, "name-1"), serve(image, "name-2")];
-  assert.deepEqual((await list(await pullWith(references))).map(({ name }) => name), references);
-  assert.deepEqual((await list(await pull(makeImage({ layers: [] }), "none"))).map(({ layers }) => layers), [[]]);
+  assert.deepEqual(
+    (await list(await pullWith(references))).map(({ name }) => name),
+    references,
+  );
+  assert.deepEqual(
+    (await list(await pull(makeImage({ layers: [] }), "none"))).map(({ layers }) => layers),
+    [[]],
+  );
   const many = makeImage({ seed: "look-many", layers: Array.from({ length: 40 }, () => 4096) });
-  const { exitCode, stdout, stderr } = await runCommand(["--verify", await pull(many, "many-layers")]);
+  const { exitCode, stdout, stderr } = await runCommand([
+    "--verify",
+    await pull(many, "many-layers"),
+  ]);
   assert.deepEqual([exitCode, stderr], [0, ""]); // and no warning of Node's
   assert.match(String(stdout), /40 layers/);
 });
@@ -213,8 +305,14 @@ test("every platform, with attestations: each is listed; indexes inside indexes 
   const index = makeMultiPlatform(platforms, { seed: "look-all", attestations: true });
   const file = await pull(index, "all", ["--platform", "all"]);
   const rows = await list(file);
-  assert.deepEqual(rows.map(({ digest }) => digest), index.children.map(({ digest }) => digest));
-  assert.deepEqual(rows.map(({ platform }) => platform).slice(0, 4), [...platforms, "unknown/unknown"]);
+  assert.deepEqual(
+    rows.map(({ digest }) => digest),
+    index.children.map(({ digest }) => digest),
+  );
+  assert.deepEqual(rows.map(({ platform }) => platform).slice(0, 4), [
+    ...platforms,
+    "unknown/unknown",
+  ]);
   assert.match(await passes(file), /6 images/);
   const nested = makeIndex([makeIndex([index]), makeImage({ seed: "look-nested" })]);
   const deep = await pull(nested, "deep", ["--platform", "all"]);
@@ -230,7 +328,9 @@ test("what is not an image: listed, hashed, and said to load where it does", asy
   const said = await passes(file);
   assert.match(said, /ctr/);
   assert.doesNotMatch(said, /docker|podman/);
-  await passes(await pullWith([serve(makeHelmChart("look"), "chart"), serve(makeImage(), "beside")]));
+  await passes(
+    await pullWith([serve(makeHelmChart("look"), "chart"), serve(makeImage(), "beside")]),
+  );
 });
 
 test("a --since tar: its table says what is not here, --verify that it needs its base", async () => {
@@ -239,8 +339,13 @@ test("a --since tar: its table says what is not here, --verify that it needs its
   const reference = serve(makeImage({ seed: "since-2", layers: [base, top] }), "since-2");
   const file = await pullWith([reference], ["--since", baseFile]);
   const [row] = await list(file);
-  assert.deepEqual(row?.layers.map(({ digest, present }) => [digest, present]),
-    [[base.digest, false], [top.digest, true]]);
+  assert.deepEqual(
+    row?.layers.map(({ digest, present }) => [digest, present]),
+    [
+      [base.digest, false],
+      [top.digest, true],
+    ],
+  );
   const said = await fails(file, /missing.*--since/);
   assert.ok(said.includes(hexOf(base.digest)) && !said.includes(hexOf(top.digest)), said);
 });
@@ -250,36 +355,67 @@ test("a table on a terminal, lines of JSON elsewhere", async () => {
   const reference = serve(image, "table");
   const file = await pullWith([reference]);
   const { stdout } = await runMain(["-l", file], { terminalColumns: 80 });
-  assert.equal(String(stdout), [
-    `${reference}  linux/amd64  1.5 MB`, `        ${image.digest}`, ` 4.1 kB ${image.layers[0]?.digest}`,
-    ` 1.5 MB ${image.layers[1]?.digest}`, "",
-  ].join("\n"));
-  assert.ok(String(stdout).split("\n").every((line) => line.length < 80));
+  assert.equal(
+    String(stdout),
+    [
+      `${reference}  linux/amd64  1.5 MB`,
+      `        ${image.digest}`,
+      ` 4.1 kB ${image.layers[0]?.digest}`,
+      ` 1.5 MB ${image.layers[1]?.digest}`,
+      "",
+    ].join("\n"),
+  );
+  assert.ok(
+    String(stdout)
+      .split("\n")
+      .every((line) => line.length < 80),
+  );
   const piped = await runCommand(["-l", file]);
-  assert.deepEqual([piped.exitCode, piped.stderr, JSON.parse(String(piped.stdout))], [0, "", rowOf(image, reference)]);
+  assert.deepEqual(
+    [piped.exitCode, piped.stderr, JSON.parse(String(piped.stdout))],
+    [0, "", rowOf(image, reference)],
+  );
 });
 
 // ====== Whole tars of others ======
 
 const twice = makeLayer({ seed: "others", compression: "none" });
-const plain = makeImage({ seed: "others", layers: [twice, { compression: "none", sizeBytes: 4096 }, twice] });
+const plain = makeImage({
+  seed: "others",
+  layers: [twice, { compression: "none", sizeBytes: 4096 }, twice],
+});
 const packed = makeImage({ seed: "others-gzip" });
 
 test("docker save's old form: plain layers in folders, a link for the second of two", async () => {
   const file = fileOf(tarOf(oldDockerSave(plain)));
   const [row] = await list(file);
-  assert.deepEqual([row?.name, row?.platform, row?.sizeBytes],
-    ["team/app:1.0", "linux/amd64", rowOf(plain, "").sizeBytes]);
-  assert.deepEqual(row?.layers.map(({ size, present }) => [size, present]),
-    plain.layers.map(({ bytes }) => [bytes.length, true]));
+  assert.deepEqual(
+    [row?.name, row?.platform, row?.sizeBytes],
+    ["team/app:1.0", "linux/amd64", rowOf(plain, "").sizeBytes],
+  );
+  assert.deepEqual(
+    row?.layers.map(({ size, present }) => [size, present]),
+    plain.layers.map(({ bytes }) => [bytes.length, true]),
+  );
   assert.match(await passes(file), /: 1 image, .*\nloads in docker/);
   const [untagged] = await list(fileOf(tarOf(oldDockerSave(plain, null))));
   assert.equal(untagged?.name, "");
-  const bare = { Config: `${hexOf(plain.config.digest)}.json`, RepoTags: ["a:1", "b:2"], Layers: null };
+  const bare = {
+    Config: `${hexOf(plain.config.digest)}.json`,
+    RepoTags: ["a:1", "b:2"],
+    Layers: null,
+  };
   const noLayers = makeImage({ layers: [], seed: "scratch" });
-  const scratch = fileOf(tarOf([[`${hexOf(noLayers.config.digest)}.json`, noLayers.configBytes],
-    ["manifest.json", json([{ ...bare, Config: `${hexOf(noLayers.config.digest)}.json` }])]]));
-  assert.deepEqual((await list(scratch)).map(({ name, layers }) => [name, layers]), [["a:1 b:2", []]]);
+  const scratch = fileOf(
+    tarOf([
+      [`${hexOf(noLayers.config.digest)}.json`, noLayers.configBytes],
+      ["manifest.json", json([{ ...bare, Config: `${hexOf(noLayers.config.digest)}.json` }])],
+    ]),
+  );
+  assert.deepEqual(
+    (await list(scratch)).map(({ name, layers }) => [name, layers]),
+    [["a:1 b:2", []]],
+  );
   await passes(scratch);
 });
 
@@ -289,17 +425,29 @@ test("a hard link, and links that lead nowhere, in a circle, to a folder or out 
   const [name] = entries[last] as Entry;
   const first = entries.find(([each]) => each.endsWith("/layer.tar"))?.[0] as string;
   const withLink = (content: Entry[1]) => fileOf(tarOf(entries.with(last, [name, content])));
-  for (const good of [{ hardlink: first }, { hardlink: `./${first}` }, { symlink: `../${first}` }]) {
+  for (const good of [
+    { hardlink: first },
+    { hardlink: `./${first}` },
+    { symlink: `../${first}` },
+  ]) {
     await passes(withLink(good));
   }
   const nowhere: Entry[1][] = [
-    { symlink: "../gone/layer.tar" }, { symlink: "layer.tar" }, { symlink: first.slice(0, 64) }, { folder: true },
-    { symlink: "../../../../etc/passwd" }, { symlink: "/etc/passwd" }, { hardlink: "/etc/passwd" },
+    { symlink: "../gone/layer.tar" },
+    { symlink: "layer.tar" },
+    { symlink: first.slice(0, 64) },
+    { folder: true },
+    { symlink: "../../../../etc/passwd" },
+    { symlink: "/etc/passwd" },
+    { hardlink: "/etc/passwd" },
   ];
   for (const bad of nowhere) {
     await fails(withLink(bad), `${name} is missing`);
     const rows = await list(withLink(bad));
-    assert.deepEqual(rows[0]?.layers.map(({ present }) => present), [true, true, false]);
+    assert.deepEqual(
+      rows[0]?.layers.map(({ present }) => present),
+      [true, true, false],
+    );
   }
 });
 
@@ -312,8 +460,17 @@ test("OCI archives with and without names; docker save's new form; skopeo's and 
   assert.deepEqual(await list(named), [rowOf(packed, "1.0")]);
   const full = { ...annotations, "io.containerd.image.name": "docker.io/team/app:1.0" };
   const names = plain.layers.map(({ digest }) => blobName(digest));
-  const saved = fileOf(tarOf([...ociArchive([plain], { annotations: full }),
-    ["manifest.json", json([{ Config: blobName(plain.config.digest), RepoTags: ["team/app:1.0"], Layers: names }])]]));
+  const saved = fileOf(
+    tarOf([
+      ...ociArchive([plain], { annotations: full }),
+      [
+        "manifest.json",
+        json([
+          { Config: blobName(plain.config.digest), RepoTags: ["team/app:1.0"], Layers: names },
+        ]),
+      ],
+    ]),
+  );
   assert.deepEqual(await list(saved), [rowOf(plain, "docker.io/team/app:1.0")]);
   assert.match(await passes(saved), /: 1 image, 4 blobs .*2 layers .*\nloads in docker.*ctr/);
   const skopeo = fileOf(tarOf(skopeoDockerArchive(plain)));
@@ -330,21 +487,30 @@ test("an index of which only some platforms are here, as docker save and ctr exp
   const absent = new Set([other.digest, ...other.blobs.keys()].map(blobName));
   const entries = ociArchive([index]);
   const some = fileOf(tarOf(entries.filter(([name]) => !absent.has(name))));
-  assert.deepEqual((await list(some)).map(({ digest, platform }) => [digest, platform]), [[held.digest, "linux/amd64"]]);
+  assert.deepEqual(
+    (await list(some)).map(({ digest, platform }) => [digest, platform]),
+    [[held.digest, "linux/amd64"]],
+  );
   assert.match(await passes(some), /: 1 image, .*1 more of an index not here/);
   const none = entries.filter(([name]) => !absent.has(name) && name !== blobName(held.digest));
   await fails(fileOf(tarOf(none)), `${blobName(index.digest)} names nothing that is here`);
 });
 
-const programs = spawnSync("skopeo", ["--version"]).status === 0 && spawnSync("crane", ["version"]).status === 0;
+const programs =
+  spawnSync("skopeo", ["--version"]).status === 0 && spawnSync("crane", ["version"]).status === 0;
 
-test("tars that skopeo and crane themselves make", { skip: !programs && "skopeo or crane is not here" }, async (t) => {
+test("tars that skopeo and crane themselves make", {
+  skip: !programs && "skopeo or crane is not here",
+}, async (t) => {
   const layer = makeLayer({ seed: "programs" });
   const image = makeImage({ seed: "programs", layers: [layer, 4096, layer] });
   const layout = join(temporaryFolder(t), "layout");
-  for (const [name, content] of ociArchive([image], { annotations: { "org.opencontainers.image.ref.name": "1" } })) {
+  for (const [name, content] of ociArchive([image], {
+    annotations: { "org.opencontainers.image.ref.name": "1" },
+  })) {
     mkdirSync(join(layout, name, ".."), { recursive: true });
-    if (Buffer.isBuffer(content) || typeof content === "string") writeFileSync(join(layout, name), content);
+    if (Buffer.isBuffer(content) || typeof content === "string")
+      writeFileSync(join(layout, name), content);
   }
   for (const kind of ["docker-archive", "oci-archive"]) {
     const file = join(folder, `${kind}.tar`);
@@ -356,7 +522,9 @@ test("tars that skopeo and crane themselves make", { skip: !programs && "skopeo 
   }
   const file = join(folder, "crane.tar");
   // Not spawnSync: the registry is in this process.
-  const crane = spawn("crane", ["pull", "--insecure", serve(image, "crane"), file], { stdio: "ignore" });
+  const crane = spawn("crane", ["pull", "--insecure", serve(image, "crane"), file], {
+    stdio: "ignore",
+  });
   assert.deepEqual(await once(crane, "close"), [0, null]);
   assert.equal((await list(file))[0]?.layers.length, 3);
   assert.match(await passes(file), /2 layers/);
@@ -367,20 +535,29 @@ const hasZstd = "createZstdDecompress" in zlib;
 const readsAllFrames = Number(process.versions.node.split(".")[0]) >= 26;
 
 test("zstd layers are unpacked where Node can, and said not to be where it cannot", async () => {
-  const image = makeImage({ seed: "look-zstd", layers: [{ compression: "zstd", sizeBytes: 300_000 }, 4096] });
+  const image = makeImage({
+    seed: "look-zstd",
+    layers: [{ compression: "zstd", sizeBytes: 300_000 }, 4096],
+  });
   const file = await pull(image, "zstd");
   const said = await passes(file);
   assert.match(said, hasZstd ? /2 layers unpacked: / : /1 layer unpacked, 1 \(zstd\) not/);
   assert.match(said, /loads in docker from 23 on, podman from 4 on/);
   const [row] = await list(file);
-  assert.deepEqual(row?.layers.map(({ size }) => size), [300_000, 4096]);
+  assert.deepEqual(
+    row?.layers.map(({ size }) => size),
+    [300_000, 4096],
+  );
   const tar = readFileSync(file);
   await fails(fileOf(flipped(tar, tar.indexOf("28b52ffd", 0, "hex") + 5000)), /is damaged/);
   const skippable = makeLayer({ seed: "skippable", compression: "zstd" });
   skippable.bytes = Buffer.concat([Buffer.from("502a4d1800000000", "hex"), skippable.bytes]);
   skippable.digest = digestOf(skippable.bytes);
   const archive = fileOf(tarOf(ociArchive([makeImage({ layers: [skippable] })])));
-  assert.match(await passes(archive), readsAllFrames ? /1 layer unpacked: / : /0 layers unpacked, 1 \(zstd\) not/);
+  assert.match(
+    await passes(archive),
+    readsAllFrames ? /1 layer unpacked: / : /0 layers unpacked, 1 \(zstd\) not/,
+  );
   const wrong = makeLayer({ seed: "wrong-zstd", compression: "zstd" });
   wrong.diffId = digestOf("something else");
   const lying = fileOf(tarOf(ociArchive([makeImage({ layers: [wrong] })])));
@@ -403,12 +580,18 @@ test("one flipped bit at the start, middle and end of any blob: exit 1, and the 
     await pull(index, "flip-all", ["--platform", "all"]),
     await pull(makeImage({ seed: "flip-512", algorithm: "sha512" }), "flip-512"),
     await pull(makeOrasArtifact("flip"), "flip-oras"),
-    fileOf(tarOf(skopeoDockerArchive(plain))), fileOf(tarOf(craneTar(packed))), fileOf(tarOf(ociArchive([packed]))),
+    fileOf(tarOf(skopeoDockerArchive(plain))),
+    fileOf(tarOf(craneTar(packed))),
+    fileOf(tarOf(ociArchive([packed]))),
     fileOf(tarOf(oldDockerSave(plain))),
   ].map((file) => readFileSync(file));
   for (const tar of tars) {
     for (const { name, offset, size } of readTar(tar)) {
-      if (size < 5 || /(^|\/)(index|manifest|oci-layout|repositories|VERSION|json)(\.json)?$/.test(name)) continue;
+      if (
+        size < 5 ||
+        /(^|\/)(index|manifest|oci-layout|repositories|VERSION|json)(\.json)?$/.test(name)
+      )
+        continue;
       const hex = /[0-9a-f]{64,}/.exec(name)?.[0] as string;
       for (const at of [0, size >> 1, size - 1]) {
         const said = await fails(fileOf(flipped(tar, offset + at)), hex);
@@ -421,9 +604,20 @@ test("one flipped bit at the start, middle and end of any blob: exit 1, and the 
 test("two damaged blobs and a missing one are all named", async () => {
   const image = makeImage({ seed: "damages", layers: [4096, 4097, 4098, 4099] });
   const tar = readFileSync(await pull(image, "damages"));
-  const [first, second, third, fourth] = image.layers.map(({ digest }) => digest) as [string, string, string, string];
-  const entries = [...filesOf(tar)].filter(([name]) => name !== blobName(third)).map(([name, bytes]): Entry =>
-    [name, [first, second].map(blobName).includes(name) ? flipped(bytes, 1000) : bytes]);
+  const [first, second, third, fourth] = image.layers.map(({ digest }) => digest) as [
+    string,
+    string,
+    string,
+    string,
+  ];
+  const entries = [...filesOf(tar)]
+    .filter(([name]) => name !== blobName(third))
+    .map(
+      ([name, bytes]): Entry => [
+        name,
+        [first, second].map(blobName).includes(name) ? flipped(bytes, 1000) : bytes,
+      ],
+    );
   const said = await fails(fileOf(tarOf(entries)), hexOf(first), hexOf(second), hexOf(third));
   assert.ok(!said.includes(hexOf(fourth)));
 });
@@ -433,7 +627,8 @@ test("a flipped bit anywhere in a header: exit 1", async () => {
   for (const { name, headerOffset } of readTar(tar)) {
     // The checksum's own end (a NUL and a space) is read by nobody.
     for (let at = 0; at < 512; at += 7) {
-      if (at !== 154 && at !== 155) await fails(fileOf(flipped(tar, headerOffset + at)), /checksum|not a tar/);
+      if (at !== 154 && at !== 155)
+        await fails(fileOf(flipped(tar, headerOffset + at)), /checksum|not a tar/);
     }
     await fails(fileOf(flipped(tar, headerOffset + name.length - 1)));
   }
@@ -453,14 +648,28 @@ test("a changed digest, size, type or brace in index.json, manifest.json and oci
   const config = hexOf(SAMPLE.config.digest);
   const layer = hexOf(SAMPLE.layers[1]?.digest ?? "");
   const places: [name: string, text: string, shift: number][] = [
-    ["index.json", hex, 0], ["index.json", hex, 63], ["index.json", "sha256:", 0], ["index.json", "sha256:", 6],
-    ["index.json", `"size":`, 7], ["index.json", `"size":`, 1], ["index.json", `"digest"`, 2],
+    ["index.json", hex, 0],
+    ["index.json", hex, 63],
+    ["index.json", "sha256:", 0],
+    ["index.json", "sha256:", 6],
+    ["index.json", `"size":`, 7],
+    ["index.json", `"size":`, 1],
+    ["index.json", `"digest"`, 2],
     ["index.json", `"manifests"`, 3],
-    ["index.json", "{", 0], ["index.json", "[", 0], ["index.json", "manifest.v1+json", 12],
-    ["manifest.json", config, 0], ["manifest.json", config, 63], ["manifest.json", layer, 5],
-    ["manifest.json", "blobs/", 2], ["manifest.json", `"Config"`, 3], ["manifest.json", `"Layers"`, 3],
-    ["manifest.json", "[", 0], ["manifest.json", "{", 0],
-    ["oci-layout", "1.0.0", 0], ["oci-layout", "imageLayoutVersion", 0], ["oci-layout", "{", 0],
+    ["index.json", "{", 0],
+    ["index.json", "[", 0],
+    ["index.json", "manifest.v1+json", 12],
+    ["manifest.json", config, 0],
+    ["manifest.json", config, 63],
+    ["manifest.json", layer, 5],
+    ["manifest.json", "blobs/", 2],
+    ["manifest.json", `"Config"`, 3],
+    ["manifest.json", `"Layers"`, 3],
+    ["manifest.json", "[", 0],
+    ["manifest.json", "{", 0],
+    ["oci-layout", "1.0.0", 0],
+    ["oci-layout", "imageLayoutVersion", 0],
+    ["oci-layout", "{", 0],
   ];
   for (const [name, text, shift] of places) {
     const said = await fails(fileOf(flipped(tar, at(name, text) + shift)));
@@ -479,14 +688,23 @@ test("every byte of index.json: what still passes differs in a name alone", asyn
     if (exitCode === 1) continue;
     const [entry] = index(changed).manifests;
     const { mediaType, digest, size: sizeBytes } = index(tar).manifests[0];
-    assert.deepEqual([exitCode, entry.mediaType, entry.digest, entry.size], [0, mediaType, digest, sizeBytes]);
+    assert.deepEqual(
+      [exitCode, entry.mediaType, entry.digest, entry.size],
+      [0, mediaType, digest, sizeBytes],
+    );
   }
 });
 
 test("a tar that was cut off, anywhere", async () => {
   const tar = readFileSync(await pull(makeImage({ seed: "cut", layers: [4096, 5000] }), "cut"));
-  const lengths = readTar(tar).flatMap(({ headerOffset, offset, size }) =>
-    [headerOffset, headerOffset + 300, offset, offset + (size >> 1), offset + size - 1, offset + size]);
+  const lengths = readTar(tar).flatMap(({ headerOffset, offset, size }) => [
+    headerOffset,
+    headerOffset + 300,
+    offset,
+    offset + (size >> 1),
+    offset + size - 1,
+    offset + size,
+  ]);
   for (const length of [...lengths, tar.length - 1024]) {
     const file = fileOf(tar);
     truncateSync(file, length);
@@ -505,43 +723,69 @@ test("any entry taken out: exit 1, and it is named", async () => {
     const { exitCode, stdout, stderr } = await runMain(["--list-tar", file]);
     const isManifest = gone === blobName(image.digest);
     assert.equal(exitCode, isManifest ? 1 : 0, stderr);
-    assert.ok(isManifest ? stderr.includes(`${gone} is missing`) : String(stdout).includes(image.digest));
+    assert.ok(
+      isManifest ? stderr.includes(`${gone} is missing`) : String(stdout).includes(image.digest),
+    );
   }
-  const bare = fileOf(tarOf([...files].filter(([name]) => name !== "index.json" && name !== "manifest.json")));
+  const bare = fileOf(
+    tarOf([...files].filter(([name]) => name !== "index.json" && name !== "manifest.json")),
+  );
   await fails(bare, /no image.*index\.json.*manifest\.json/);
   assert.equal((await runMain(["-l", bare])).exitCode, 1);
 });
 
-const withIds = (ids: unknown) => makeImage({
-  seed: "ids", editConfig: (config) => ({ ...config, rootfs: { type: "layers", diff_ids: ids } }),
-});
+const withIds = (ids: unknown) =>
+  makeImage({
+    seed: "ids",
+    editConfig: (config) => ({ ...config, rootfs: { type: "layers", diff_ids: ids } }),
+  });
 
 test("layers that are not what the config's diff_ids say", async () => {
   const { layers } = withIds([]);
   const ids = layers.map(({ diffId }) => diffId) as [string, string];
   const firstName = blobName(layers[0]?.digest ?? "");
   await passes(fileOf(tarOf(ociArchive([withIds(ids)]))));
-  await fails(fileOf(tarOf(ociArchive([withIds([digestOf("another"), ids[1]])]))), firstName, digestOf("another"));
+  await fails(
+    fileOf(tarOf(ociArchive([withIds([digestOf("another"), ids[1]])]))),
+    firstName,
+    digestOf("another"),
+  );
   await fails(fileOf(tarOf(ociArchive([withIds(ids.toReversed())]))), firstName);
   for (const bad of [[ids[0]], [...ids, ids[0]], [], ["x", ids[1]], [null, ids[1]], [{}, ids[1]]]) {
     await fails(fileOf(tarOf(ociArchive([withIds(bad)]))), /diff_id/);
   }
-  const old = oldDockerSave(plain).map(([name, content]): Entry =>
-    [name, Buffer.isBuffer(content) && name.endsWith("layer.tar") ? flipped(content, 600) : content]);
+  const old = oldDockerSave(plain).map(
+    ([name, content]): Entry => [
+      name,
+      Buffer.isBuffer(content) && name.endsWith("layer.tar") ? flipped(content, 600) : content,
+    ],
+  );
   await fails(fileOf(tarOf(old)), "layer.tar", plain.layers[0]?.diffId ?? "");
   const junk = makeLayer({ seed: "junk" });
   junk.bytes = Buffer.concat([junk.bytes.subarray(0, 3000), pseudoRandom("junk", 500)]);
   junk.digest = digestOf(junk.bytes);
-  await fails(fileOf(tarOf(ociArchive([makeImage({ layers: [junk] })]))), blobName(junk.digest), junk.diffId);
+  await fails(
+    fileOf(tarOf(ociArchive([makeImage({ layers: [junk] })]))),
+    blobName(junk.digest),
+    junk.diffId,
+  );
 });
 
 test("sizes that manifests and indexes state, and types that they name", async () => {
-  const smaller = makeImage({ seed: "sizes", editManifest: (manifest) =>
-    ({ ...manifest, layers: manifest.layers.map((layer) => ({ ...layer, size: layer.size - 1 })) }) });
+  const smaller = makeImage({
+    seed: "sizes",
+    editManifest: (manifest) => ({
+      ...manifest,
+      layers: manifest.layers.map((layer) => ({ ...layer, size: layer.size - 1 })),
+    }),
+  });
   const layer = blobName(smaller.layers[0]?.digest ?? "");
   await fails(fileOf(tarOf(ociArchive([smaller]))), `${layer} has 8192 bytes, not 8191`);
   await fails(fileOf(tarOf(ociArchive([packed], { size: 5 }))), blobName(packed.digest), /not 5/);
-  await fails(fileOf(tarOf(ociArchive([packed], { mediaType: MEDIA.dockerManifest }))), packed.digest.slice(7));
+  await fails(
+    fileOf(tarOf(ociArchive([packed], { mediaType: MEDIA.dockerManifest }))),
+    packed.digest.slice(7),
+  );
   const child = makeIndex([{ content: packed, fields: { size: 7 } }]);
   await fails(fileOf(tarOf(ociArchive([child]))), blobName(packed.digest), /not 7/);
 });
@@ -551,7 +795,10 @@ test("two files of one name: programs differ in which they take, so neither is b
   for (const name of [blobName(packed.layers[0]?.digest ?? ""), "index.json"]) {
     const [, content] = entries.find(([each]) => each === name) as Entry;
     const other: Entry = [name, Buffer.isBuffer(content) ? flipped(content, 20) : "{}"];
-    for (const doubled of [[other, ...entries], [...entries, other]]) {
+    for (const doubled of [
+      [other, ...entries],
+      [...entries, other],
+    ]) {
       await fails(fileOf(tarOf(doubled)), `two entries are called ${name}`);
     }
   }
@@ -559,7 +806,10 @@ test("two files of one name: programs differ in which they take, so neither is b
 });
 
 test("an image whose config names no layers at all", async () => {
-  const without = makeImage({ seed: "no-rootfs", editConfig: ({ rootfs: _rootfs, ...config }) => config });
+  const without = makeImage({
+    seed: "no-rootfs",
+    editConfig: ({ rootfs: _rootfs, ...config }) => config,
+  });
   await fails(fileOf(tarOf(ociArchive([without]))), /not one diff_id for each layer/);
 });
 
@@ -577,10 +827,17 @@ test("what is not a tar, is not there, is a folder, is too large", async () => {
   const gone = join(folder, "no-such.tar");
   for (const how of ["--list-tar", "--verify"]) {
     for (const [file, says] of [
-      [gone, /no such file/], [folder, /not a file/], [fileOf(Buffer.from("x".repeat(5000))), /not a tar/],
-      [fileOf(zlib.gzipSync(tarOf(ociArchive([packed])))), /not a tar/], [fileOf(Buffer.alloc(0)), /no image/],
-      [fileOf(Buffer.alloc(2048)), /no image/], [fileOf(Buffer.alloc(100)), /middle of a header/],
-      [fileOf(tarOf([["index.json", Buffer.alloc(17 * 1024 * 1024, " ")]])), /index\.json is too large/],
+      [gone, /no such file/],
+      [folder, /not a file/],
+      [fileOf(Buffer.from("x".repeat(5000))), /not a tar/],
+      [fileOf(zlib.gzipSync(tarOf(ociArchive([packed])))), /not a tar/],
+      [fileOf(Buffer.alloc(0)), /no image/],
+      [fileOf(Buffer.alloc(2048)), /no image/],
+      [fileOf(Buffer.alloc(100)), /middle of a header/],
+      [
+        fileOf(tarOf([["index.json", Buffer.alloc(17 * 1024 * 1024, " ")]])),
+        /index\.json is too large/,
+      ],
     ] as const) {
       const { exitCode, stdout, stderr } = await runMain([how, file]);
       assert.deepEqual([exitCode, String(stdout)], [1, ""], `${how} ${file}: ${stderr}`);
@@ -598,42 +855,114 @@ test("--list-tar and --verify go with no IMAGE and not with each other", async (
   }
 });
 
-const entriesOf = (config: unknown, manifest: unknown, layer = "layer"): Entry[] =>
-  [["c.json", json(config)], ["l", layer], ["manifest.json", json(manifest)]];
+const entriesOf = (config: unknown, manifest: unknown, layer = "layer"): Entry[] => [
+  ["c.json", json(config)],
+  ["l", layer],
+  ["manifest.json", json(manifest)],
+];
 
 /** Each is refused or read, in bounded time, without a stack trace. */
 const ODD: [name: string, entries: Entry[]][] = [
-  ...[null, 5, "x", {}, [null], [5], ["x"], [{}], [{ Config: 5, Layers: [] }], [{ Config: "c.json", Layers: "l" }],
-    [{ Config: "c.json", Layers: [5] }], [{ Config: "c.json", Layers: ["l"], RepoTags: "x" }],
-    [{ Config: "c.json", Layers: ["l"], RepoTags: [5] }], [{ Config: "c.json", Layers: ["l"], RepoTags: {} }],
-    [{ Layers: ["l"] }], [{ Config: "", Layers: [""] }], [{ Config: "__proto__", Layers: ["constructor"] }], [],
-  ].map((manifest): [string, Entry[]] => [`manifest.json ${json(manifest)}`, entriesOf({}, manifest)]),
-  ...[null, 5, [], "x", { rootfs: 5 }, { rootfs: null }, { rootfs: { diff_ids: 5 } }, { rootfs: { diff_ids: null } },
-    { rootfs: { diff_ids: { 0: "x" } } }, { rootfs: { diff_ids: "x" } }, { os: 5, architecture: {}, variant: [] },
-  ].map((config): [string, Entry[]] =>
-    [`config ${json(config)}`, entriesOf(config, [{ Config: "c.json", Layers: ["l"] }])]),
-  ...[null, 5, "x", [], {}, { manifests: {} }, { manifests: [null] }, { manifests: [5] }, { manifests: [{}] },
+  ...[
+    null,
+    5,
+    "x",
+    {},
+    [null],
+    [5],
+    ["x"],
+    [{}],
+    [{ Config: 5, Layers: [] }],
+    [{ Config: "c.json", Layers: "l" }],
+    [{ Config: "c.json", Layers: [5] }],
+    [{ Config: "c.json", Layers: ["l"], RepoTags: "x" }],
+    [{ Config: "c.json", Layers: ["l"], RepoTags: [5] }],
+    [{ Config: "c.json", Layers: ["l"], RepoTags: {} }],
+    [{ Layers: ["l"] }],
+    [{ Config: "", Layers: [""] }],
+    [{ Config: "__proto__", Layers: ["constructor"] }],
+    [],
+  ].map((manifest): [string, Entry[]] => [
+    `manifest.json ${json(manifest)}`,
+    entriesOf({}, manifest),
+  ]),
+  ...[
+    null,
+    5,
+    [],
+    "x",
+    { rootfs: 5 },
+    { rootfs: null },
+    { rootfs: { diff_ids: 5 } },
+    { rootfs: { diff_ids: null } },
+    { rootfs: { diff_ids: { 0: "x" } } },
+    { rootfs: { diff_ids: "x" } },
+    { os: 5, architecture: {}, variant: [] },
+  ].map((config): [string, Entry[]] => [
+    `config ${json(config)}`,
+    entriesOf(config, [{ Config: "c.json", Layers: ["l"] }]),
+  ]),
+  ...[
+    null,
+    5,
+    "x",
+    [],
+    {},
+    { manifests: {} },
+    { manifests: [null] },
+    { manifests: [5] },
+    { manifests: [{}] },
     { manifests: [] },
-    { manifests: [{ digest: "sha256:x", size: 1 }] }, { manifests: [{ digest: packed.digest, size: -1 }] },
+    { manifests: [{ digest: "sha256:x", size: 1 }] },
+    { manifests: [{ digest: packed.digest, size: -1 }] },
   ].map((index): [string, Entry[]] => [`index.json ${json(index)}`, [["index.json", json(index)]]]),
-  ...[5, null, {}, "x", { "io.containerd.image.name": 5 }, { "io.containerd.image.name": {} },
-    { "org.opencontainers.image.ref.name": { toString: 1 } }, { "io.containerd.image.name": [{ toString: 1 }] }].map(
-    (annotations): [string, Entry[]] => [`annotations ${json(annotations)}`, ociArchive([packed], { annotations })]),
+  ...[
+    5,
+    null,
+    {},
+    "x",
+    { "io.containerd.image.name": 5 },
+    { "io.containerd.image.name": {} },
+    { "org.opencontainers.image.ref.name": { toString: 1 } },
+    { "io.containerd.image.name": [{ toString: 1 }] },
+  ].map((annotations): [string, Entry[]] => [
+    `annotations ${json(annotations)}`,
+    ociArchive([packed], { annotations }),
+  ]),
   ["a manifest that is none", ociArchive([makeManifest(MEDIA.ociManifest, "text")])],
   ["a manifest of schema 1", ociArchive([makeManifest(MEDIA.dockerSchema1, { schemaVersion: 1 })])],
-  ["a manifest that is two things",
-    ociArchive([makeManifest(MEDIA.ociManifest, { config: packed.config, layers: [], manifests: [] })])],
-  ["a folder in a config's place",
-    [["c.json", { folder: true }], ["manifest.json", json([{ Config: "c.json", Layers: [] }])]]],
-  ["folders in the place of everything", [["index.json", { folder: true }], ["manifest.json", { folder: true }]]],
+  [
+    "a manifest that is two things",
+    ociArchive([
+      makeManifest(MEDIA.ociManifest, { config: packed.config, layers: [], manifests: [] }),
+    ]),
+  ],
+  [
+    "a folder in a config's place",
+    [
+      ["c.json", { folder: true }],
+      ["manifest.json", json([{ Config: "c.json", Layers: [] }])],
+    ],
+  ],
+  [
+    "folders in the place of everything",
+    [
+      ["index.json", { folder: true }],
+      ["manifest.json", { folder: true }],
+    ],
+  ],
 ];
 
 test("odd values in every place: a line that says so, never a stack trace", async () => {
   for (const [name, entries] of ODD) {
     const file = fileOf(tarOf(entries));
-    for (const args of [["-l", file], ["--verify", file]]) {
+    for (const args of [
+      ["-l", file],
+      ["--verify", file],
+    ]) {
       const { exitCode, stderr } = await runMain(args).catch((error: unknown) =>
-        assert.fail(`${name}: ${(error as Error).stack}`));
+        assert.fail(`${name}: ${(error as Error).stack}`),
+      );
       assert.ok(exitCode === 0 || exitCode === 1, name);
       assert.equal(exitCode, stderr === "" ? 0 : 1, name);
       assert.doesNotMatch(stderr, /\[object/, name);
@@ -646,12 +975,31 @@ test("indexes that contain themselves or each other many times over end soon", a
   const entry = { mediaType: MEDIA.ociIndex, digest, size: 10 };
   const index = (count: number) =>
     json({ schemaVersion: 2, mediaType: MEDIA.ociIndex, manifests: Array(count).fill(entry) });
-  await fails(fileOf(tarOf([["index.json", index(1)], [blobName(digest), index(1000)]])), hexOf(digest));
-  const loop = await runMain(["-l", fileOf(tarOf([["index.json", index(1)], [blobName(digest), index(1000)]]))]);
+  await fails(
+    fileOf(
+      tarOf([
+        ["index.json", index(1)],
+        [blobName(digest), index(1000)],
+      ]),
+    ),
+    hexOf(digest),
+  );
+  const loop = await runMain([
+    "-l",
+    fileOf(
+      tarOf([
+        ["index.json", index(1)],
+        [blobName(digest), index(1000)],
+      ]),
+    ),
+  ]);
   assert.ok(loop.exitCode === 0 || loop.exitCode === 1);
   let nested: TestContent = packed;
   for (let depth = 0; depth < 7; depth += 1) {
-    nested = makeIndex([nested, makeIndex([nested], { editIndex: (each) => ({ ...each, depth }) })]);
+    nested = makeIndex([
+      nested,
+      makeIndex([nested], { editIndex: (each) => ({ ...each, depth }) }),
+    ]);
   }
   await fails(fileOf(tarOf(ociArchive([nested]))), /deep/);
 });
@@ -659,27 +1007,63 @@ test("indexes that contain themselves or each other many times over end soon", a
 const EVIL = "a\u001b[2J\u001b]0;owned\u0007\r\nimgpull: all is right\u009b31m\u202etxt\u2066b";
 
 test("names with control characters are printed harmlessly, on a terminal and in errors", async () => {
-  const evil = (content: TestContent) => ociArchive([content],
-    { annotations: { "io.containerd.image.name": EVIL }, platform: { os: EVIL, architecture: EVIL } });
-  const platform = makeImage({ editConfig: (config) => ({ ...config, os: EVIL, architecture: EVIL, variant: EVIL }) });
-  const config = { os: EVIL, architecture: EVIL, rootfs: { diff_ids: [EVIL, digestOf("x"), EVIL] } };
+  const evil = (content: TestContent) =>
+    ociArchive([content], {
+      annotations: { "io.containerd.image.name": EVIL },
+      platform: { os: EVIL, architecture: EVIL },
+    });
+  const platform = makeImage({
+    editConfig: (config) => ({ ...config, os: EVIL, architecture: EVIL, variant: EVIL }),
+  });
+  const config = {
+    os: EVIL,
+    architecture: EVIL,
+    rootfs: { diff_ids: [EVIL, digestOf("x"), EVIL] },
+  };
   const cases: Entry[][] = [
-    evil(packed), evil(platform), evil(withIds([EVIL, EVIL])), evil(makeIndex([packed])), evil(packed).slice(3),
-    evil(makeImage({ layers: [makeLayer({ mediaType: EVIL })] })), ociArchive([packed], { mediaType: EVIL }),
-    ociArchive([packed], { digest: EVIL }), ociArchive([packed], { size: EVIL }), evil(makeManifest(EVIL, EVIL)),
-    [[EVIL, json(config)], ["l", "l"],
-      ["manifest.json", json([{ Config: EVIL, RepoTags: [EVIL, EVIL], Layers: ["l", EVIL, "l"] }])]],
-    [["c", json(config)], [EVIL, "l"],
-      ["manifest.json", json([{ Config: "c", RepoTags: [EVIL], Layers: [EVIL, "gone", EVIL] }])]],
-    [[EVIL, "{"], ["manifest.json", json([{ Config: EVIL, RepoTags: [], Layers: [] }])]],
-    [[EVIL, Buffer.alloc(17 * 1024 * 1024)], ["manifest.json", json([{ Config: EVIL, RepoTags: [], Layers: [] }])]],
-    [["index.json", EVIL]], [["manifest.json", EVIL]],
+    evil(packed),
+    evil(platform),
+    evil(withIds([EVIL, EVIL])),
+    evil(makeIndex([packed])),
+    evil(packed).slice(3),
+    evil(makeImage({ layers: [makeLayer({ mediaType: EVIL })] })),
+    ociArchive([packed], { mediaType: EVIL }),
+    ociArchive([packed], { digest: EVIL }),
+    ociArchive([packed], { size: EVIL }),
+    evil(makeManifest(EVIL, EVIL)),
+    [
+      [EVIL, json(config)],
+      ["l", "l"],
+      ["manifest.json", json([{ Config: EVIL, RepoTags: [EVIL, EVIL], Layers: ["l", EVIL, "l"] }])],
+    ],
+    [
+      ["c", json(config)],
+      [EVIL, "l"],
+      ["manifest.json", json([{ Config: "c", RepoTags: [EVIL], Layers: [EVIL, "gone", EVIL] }])],
+    ],
+    [
+      [EVIL, "{"],
+      ["manifest.json", json([{ Config: EVIL, RepoTags: [], Layers: [] }])],
+    ],
+    [
+      [EVIL, Buffer.alloc(17 * 1024 * 1024)],
+      ["manifest.json", json([{ Config: EVIL, RepoTags: [], Layers: [] }])],
+    ],
+    [["index.json", EVIL]],
+    [["manifest.json", EVIL]],
     [["oci-layout", json(EVIL)], ...ociArchive([packed]).slice(0, -1)],
   ];
   for (const [at, entries] of cases.entries()) {
     const file = fileOf(tarOf(entries));
-    for (const [args, columns] of [[["-l", file], 80], [["-l", file]], [["--verify", file], 80]] as const) {
-      const { exitCode, stdout, stderr } = await runMain([...args], columns ? { terminalColumns: columns } : {});
+    for (const [args, columns] of [
+      [["-l", file], 80],
+      [["-l", file]],
+      [["--verify", file], 80],
+    ] as const) {
+      const { exitCode, stdout, stderr } = await runMain(
+        [...args],
+        columns ? { terminalColumns: columns } : {},
+      );
       assert.ok(exitCode === 0 || exitCode === 1, `case ${at}`);
       assertHarmless(String(stdout) + stderr);
       assert.doesNotMatch(String(stdout) + stderr, /^imgpull: all is right/m);

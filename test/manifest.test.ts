@@ -1,17 +1,37 @@
 // Which image of an index (SPEC §3), what a manifest may say, and the library's methods for manifests (SPEC §9).
 import assert from "node:assert/strict";
-import { readFileSync, readdirSync } from "node:fs";
+import { readdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import { test } from "node:test";
-import { ImgpullError, Puller, internals, type ErrorCode, type PullResult, type PullerOpts } from "../imgpull.ts";
-import { temporaryFolder, type TestScope } from "./support/command.ts";
 import {
-  MEDIA, digestOf, makeAttestation, makeHelmChart, makeImage, makeIndex, makeManifest, makeMultiPlatform,
-  makeOrasArtifact, makeWasmArtifact, parsePlatform, readTar, type TestContent, type TestIndex,
+  type ErrorCode,
+  ImgpullError,
+  internals,
+  Puller,
+  type PullerOpts,
+  type PullResult,
+} from "../imgpull.ts";
+import { type TestScope, temporaryFolder } from "./support/command.ts";
+import {
+  digestOf,
+  MEDIA,
+  makeAttestation,
+  makeHelmChart,
+  makeImage,
+  makeIndex,
+  makeManifest,
+  makeMultiPlatform,
+  makeOrasArtifact,
+  makeWasmArtifact,
+  parsePlatform,
+  readTar,
+  type TestContent,
+  type TestIndex,
 } from "./support/image.ts";
-import { startRegistry, type Registry } from "./support/registry.ts";
+import { type Registry, startRegistry } from "./support/registry.ts";
 
-const { matchPlatform, parseManifest, parseReference, wantedPlatform, withSession, pullImages } = internals;
+const { matchPlatform, parseManifest, parseReference, wantedPlatform, withSession, pullImages } =
+  internals;
 
 const HOST = wantedPlatform({});
 /** A processor that nobody runs these tests on. */
@@ -45,7 +65,9 @@ async function caught<T>(run: () => Promise<T>): Promise<{ result?: T; error?: I
 }
 
 function filesOf(tar: Buffer): Map<string, Buffer> {
-  return new Map(readTar(tar).map(({ name, offset, size }) => [name, tar.subarray(offset, offset + size)]));
+  return new Map(
+    readTar(tar).map(({ name, offset, size }) => [name, tar.subarray(offset, offset + size)]),
+  );
 }
 
 /** After a failure nothing may be left: no pull here gets as far as a blob worth keeping. */
@@ -54,16 +76,28 @@ function leftIn(folder: string, isFailed: boolean): Map<string, Buffer> {
   return isFailed ? new Map() : filesOf(readFileSync(join(folder, "app.tar")));
 }
 
-async function pullFrom(t: TestScope, registry: Registry, opts: Partial<PullerOpts> = {}): Promise<Pulled> {
+async function pullFrom(
+  t: TestScope,
+  registry: Registry,
+  opts: Partial<PullerOpts> = {},
+): Promise<Pulled> {
   const folder = temporaryFolder(t);
   let warnings = "";
-  const onWarning = (message: string) => { warnings += `${message}\n`; };
-  const { result, error } = await caught(async () =>
-    await new Puller({ ...optsFor(registry, opts), onWarning }).pullTar(join(folder, "app.tar")));
+  const onWarning = (message: string) => {
+    warnings += `${message}\n`;
+  };
+  const { result, error } = await caught(
+    async () =>
+      await new Puller({ ...optsFor(registry, opts), onWarning }).pullTar(join(folder, "app.tar")),
+  );
   return { result, error, warnings, registry, files: leftIn(folder, error !== undefined) };
 }
 
-async function pull(t: TestScope, content: TestContent, opts: Partial<PullerOpts> = {}): Promise<Pulled> {
+async function pull(
+  t: TestScope,
+  content: TestContent,
+  opts: Partial<PullerOpts> = {},
+): Promise<Pulled> {
   return await pullFrom(t, await serve(t, content), opts);
 }
 
@@ -74,9 +108,18 @@ async function pullAll(t: TestScope, content: TestContent): Promise<Pulled> {
   const { result, error } = await caught(async () => {
     const images = [{ reference, name: "example.com/app:1.0" }];
     const request = { images, destination: join(folder, "app.tar"), isAll: true, reuse: [] };
-    return await withSession(optsFor(registry, {}), async (session) => await pullImages(session, request, () => {}));
+    return await withSession(
+      optsFor(registry, {}),
+      async (session) => await pullImages(session, request, () => {}),
+    );
   });
-  return { result: result?.results[0], error, warnings: "", registry, files: leftIn(folder, error !== undefined) };
+  return {
+    result: result?.results[0],
+    error,
+    warnings: "",
+    registry,
+    files: leftIn(folder, error !== undefined),
+  };
 }
 
 function opted(platform: string): Partial<PullerOpts> {
@@ -90,7 +133,12 @@ function jsonOf(files: Map<string, Buffer>, name: string) {
 
 const blobName = (digest: string) => `blobs/${digest.replace(":", "/")}`;
 
-function assertRefused({ error, registry }: Pulled, code: ErrorCode, words: RegExp, name = ""): void {
+function assertRefused(
+  { error, registry }: Pulled,
+  code: ErrorCode,
+  words: RegExp,
+  name = "",
+): void {
   assert.equal(error?.code, code, `${name}: ${error?.message}`);
   assert.match(error?.message ?? "", words, name);
   assert.equal(registry.blobRequests().length, 0, name);
@@ -119,8 +167,12 @@ const MATCHES: [wanted: string, entries: string[], found: string | undefined][] 
 
 test("os and processor, then the variant", () => {
   for (const [wanted, entries, found] of MATCHES) {
-    const candidates = entries.map((entry) =>
-      ({ mediaType: MEDIA.ociManifest, digest: digestOf(entry), size: 1, platform: parsePlatform(entry) }));
+    const candidates = entries.map((entry) => ({
+      mediaType: MEDIA.ociManifest,
+      digest: digestOf(entry),
+      size: 1,
+      platform: parsePlatform(entry),
+    }));
     const chosen = matchPlatform(candidates, parsePlatform(wanted));
     assert.equal(chosen?.digest, found && digestOf(found), `${wanted} of ${entries.join(" ")}`);
   }
@@ -128,8 +180,12 @@ test("os and processor, then the variant", () => {
 
 test("the platform wanted by default is this machine's, in Go's names", () => {
   const names: [NodeJS.Platform, string, NodeJS.Architecture, string][] = [
-    ["linux", "linux", "x64", "amd64"], ["linux", "linux", "arm64", "arm64"], ["win32", "windows", "ia32", "386"],
-    ["darwin", "darwin", "x64", "amd64"], ["linux", "linux", "s390x", "s390x"], ["linux", "linux", "mipsel", "mipsle"],
+    ["linux", "linux", "x64", "amd64"],
+    ["linux", "linux", "arm64", "arm64"],
+    ["win32", "windows", "ia32", "386"],
+    ["darwin", "darwin", "x64", "amd64"],
+    ["linux", "linux", "s390x", "s390x"],
+    ["linux", "linux", "mipsel", "mipsle"],
   ];
   const { platform, arch } = process;
   try {
@@ -146,10 +202,18 @@ test("the platform wanted by default is this machine's, in Go's names", () => {
   assert.deepEqual([asked.architecture, asked.variant], ["arm", "v6"]);
 });
 
-const PLATFORMS = ["linux/amd64", "linux/arm64/v8", "linux/arm/v7", "linux/arm/v6", "windows/amd64"];
+const PLATFORMS = [
+  "linux/amd64",
+  "linux/arm64/v8",
+  "linux/arm/v7",
+  "linux/arm/v6",
+  "windows/amd64",
+];
 
 test("Docker lists and OCI indexes, Docker and OCI manifests are one thing", async (t) => {
-  const images = PLATFORMS.map((platform) => makeImage({ platform, format: "docker", seed: platform }));
+  const images = PLATFORMS.map((platform) =>
+    makeImage({ platform, format: "docker", seed: platform }),
+  );
   const indexes: [string, TestIndex][] = [
     ["oci", makeMultiPlatform(PLATFORMS, { format: "oci" })],
     ["docker", makeMultiPlatform(PLATFORMS, { format: "docker" })],
@@ -189,13 +253,23 @@ test("attestations never match, not even by their name or alone", async (t) => {
 
 test("an entry without a platform matches if it is the only one", async (t) => {
   const image = makeImage({ platform: "linux/amd64" });
-  const alone = await pull(t, makeIndex([{ content: image, platform: null }]), opted("linux/amd64"));
+  const alone = await pull(
+    t,
+    makeIndex([{ content: image, platform: null }]),
+    opted("linux/amd64"),
+  );
   assert.equal(alone.result?.digest, image.digest);
-  const attested = await pull(t, makeIndex([{ content: image, platform: null }, makeAttestation(image)]),
-    opted("linux/amd64"));
+  const attested = await pull(
+    t,
+    makeIndex([{ content: image, platform: null }, makeAttestation(image)]),
+    opted("linux/amd64"),
+  );
   assert.equal(attested.result?.digest, image.digest);
   const other = makeImage({ platform: "linux/arm64", seed: "other" });
-  const two = makeIndex([{ content: image, platform: null }, { content: other, platform: null }]);
+  const two = makeIndex([
+    { content: image, platform: null },
+    { content: other, platform: null },
+  ]);
   assertRefused(await pull(t, two, opted("linux/amd64")), "NO_PLATFORM", /linux\/amd64/);
 });
 
@@ -208,7 +282,9 @@ test("an operating system not asked for and not in the index becomes linux, and 
   assert.equal(result?.platform, "linux/amd64");
   assert.match(warnings, /darwin.*linux/s);
   assertRefused(await pull(t, index, opted("darwin/amd64")), "NO_PLATFORM", /darwin\/amd64/);
-  const native = await pull(t, makeMultiPlatform(["linux/amd64", "darwin/amd64"]), { archType: "amd64" });
+  const native = await pull(t, makeMultiPlatform(["linux/amd64", "darwin/amd64"]), {
+    archType: "amd64",
+  });
   assert.deepEqual([native.result?.platform, native.warnings], ["darwin/amd64", ""]);
 });
 
@@ -232,7 +308,8 @@ test("one image for another platform: an error if that was asked for, a warning 
 
 function nest(content: TestContent, times: number): TestContent {
   let nested = content;
-  for (let level = 0; level < times; level += 1) nested = makeIndex([{ content: nested, platform: null }]);
+  for (let level = 0; level < times; level += 1)
+    nested = makeIndex([{ content: nested, platform: null }]);
   return nested;
 }
 
@@ -240,10 +317,15 @@ test("an index inside an index is followed to depth 4 and no further", async (t)
   const image = makeImage({ platform: "linux/amd64" });
   for (const depth of [1, 2, 3, 4]) {
     const index = nest(makeIndex([image]), depth - 1);
-    assert.equal((await pull(t, index, opted("linux/amd64"))).result?.digest, image.digest, `depth ${depth}`);
+    assert.equal(
+      (await pull(t, index, opted("linux/amd64"))).result?.digest,
+      image.digest,
+      `depth ${depth}`,
+    );
     const all = await pullAll(t, index);
     assert.equal(all.result?.digest, index.digest, `all, depth ${depth}`);
-    for (const digest of index.manifests.keys()) assert.ok(all.files.has(blobName(digest)), `all, depth ${depth}`);
+    for (const digest of index.manifests.keys())
+      assert.ok(all.files.has(blobName(digest)), `all, depth ${depth}`);
   }
   const tooDeep = nest(makeIndex([image]), 4);
   assertRefused(await pull(t, tooDeep, opted("linux/amd64")), "TOO_LARGE", /deep/);
@@ -269,8 +351,13 @@ test("an index inside itself ends at once: its bytes are not those of the digest
     const reference = parseReference(`${registry.host}/team/app:1.0`);
     const images = [{ reference, name: "example.com/app:1.0" }];
     const request = { images, destination: join(folder, "app.tar"), isAll, reuse: [] };
-    const { error } = await caught(async () =>
-      await withSession(optsFor(registry, {}), async (session) => await pullImages(session, request, () => {})));
+    const { error } = await caught(
+      async () =>
+        await withSession(
+          optsFor(registry, {}),
+          async (session) => await pullImages(session, request, () => {}),
+        ),
+    );
     assert.equal(error?.code, "DIGEST_MISMATCH");
     assert.ok(rule.hits > 0);
     assert.ok(registry.requests.length <= 3);
@@ -291,14 +378,17 @@ test("all keeps the index byte for byte, with every child and every blob", async
     assert.deepEqual([...blobs.keys()].sort(), [...expected.keys()].sort());
     for (const [name, bytes] of expected) assert.ok(blobs.get(name)?.equals(bytes), name);
     const [entry, ...more] = jsonOf(files, "index.json").manifests;
-    assert.deepEqual([entry.digest, entry.mediaType, entry.size, more.length],
-      [index.digest, index.mediaType, index.bytes.length, 0]);
+    assert.deepEqual(
+      [entry.digest, entry.mediaType, entry.size, more.length],
+      [index.digest, index.mediaType, index.bytes.length, 0],
+    );
   }
 });
 
 test("all: manifest.json has linux/amd64, else the first", async (t) => {
   const cases: [string[], string][] = [
-    [["linux/arm64", "linux/amd64", "windows/amd64"], "linux/amd64"], [["linux/arm64", "linux/arm/v7"], "linux/arm64"],
+    [["linux/arm64", "linux/amd64", "windows/amd64"], "linux/amd64"],
+    [["linux/arm64", "linux/arm/v7"], "linux/arm64"],
   ];
   for (const [platforms, chosen] of cases) {
     const index = makeMultiPlatform(platforms, { attestations: true });
@@ -314,14 +404,17 @@ test("all: manifest.json has linux/amd64, else the first", async (t) => {
 
 test("charts, WASM and ORAS artifacts are pulled as OCI content and left out of manifest.json", async (t) => {
   const artifacts: [string, TestContent][] = [
-    ["chart", makeHelmChart()], ["oras", makeOrasArtifact()], ["wasm", makeWasmArtifact()],
+    ["chart", makeHelmChart()],
+    ["oras", makeOrasArtifact()],
+    ["wasm", makeWasmArtifact()],
   ];
   for (const [name, content] of artifacts) {
     for (const { result, files } of [await pull(t, content), await pullAll(t, content)]) {
       assert.equal(result?.digest, content.digest, name);
       assert.deepEqual(jsonOf(files, "manifest.json"), [], name);
       assert.equal(jsonOf(files, "index.json").manifests[0].digest, content.digest, name);
-      for (const [digest, bytes] of content.blobs) assert.ok(files.get(blobName(digest))?.equals(bytes), name);
+      for (const [digest, bytes] of content.blobs)
+        assert.ok(files.get(blobName(digest))?.equals(bytes), name);
     }
   }
 });
@@ -329,9 +422,21 @@ test("charts, WASM and ORAS artifacts are pulled as OCI content and left out of 
 // ====== What is refused ======
 
 test("schema 1 is refused by name", async (t) => {
-  const schema1 = { schemaVersion: 1, name: "team/app", tag: "1.0", fsLayers: [], history: [], signatures: [] };
+  const schema1 = {
+    schemaVersion: 1,
+    name: "team/app",
+    tag: "1.0",
+    fsLayers: [],
+    history: [],
+    signatures: [],
+  };
   for (const mediaType of [MEDIA.dockerSchema1, "application/json", "text/plain"]) {
-    assertRefused(await pull(t, makeManifest(mediaType, schema1)), "UNSUPPORTED", /schema 1/, mediaType);
+    assertRefused(
+      await pull(t, makeManifest(mediaType, schema1)),
+      "UNSUPPORTED",
+      /schema 1/,
+      mediaType,
+    );
   }
 });
 
@@ -340,32 +445,66 @@ const [layer] = good.manifest.layers;
 const entry = { mediaType: MEDIA.ociManifest, digest: good.digest, size: good.bytes.length };
 
 const BAD_DIGESTS: unknown[] = [
-  "sha256:../../x", "sha256:", "", "../../etc/passwd", `sha256:${"0".repeat(63)}`, `sha256:${"0".repeat(65)}`,
-  `sha256:${"A".repeat(64)}`, `sha256:${"0".repeat(62)}/.`, `sha256:${"0".repeat(64)}\n`, `sha512:${"0".repeat(64)}`,
-  `md5:${"0".repeat(32)}`, `sha256:${"0".repeat(60)}%2f..`, 12, null, ["sha256"], {},
+  "sha256:../../x",
+  "sha256:",
+  "",
+  "../../etc/passwd",
+  `sha256:${"0".repeat(63)}`,
+  `sha256:${"0".repeat(65)}`,
+  `sha256:${"A".repeat(64)}`,
+  `sha256:${"0".repeat(62)}/.`,
+  `sha256:${"0".repeat(64)}\n`,
+  `sha512:${"0".repeat(64)}`,
+  `md5:${"0".repeat(32)}`,
+  `sha256:${"0".repeat(60)}%2f..`,
+  12,
+  null,
+  ["sha256"],
+  {},
 ];
 const BAD_SIZES: unknown[] = [-1, "8192", 1.5, 2 ** 53, 1e300, true, null, [8192], {}, undefined];
 
 test("digests and sizes that are none are refused, in configs, layers and indexes alike", () => {
   const parse = (mediaType: string, content: unknown) =>
-    parseManifest({ mediaType, digest: good.digest, bytes: Buffer.from(JSON.stringify(content)) }, "example");
+    parseManifest(
+      { mediaType, digest: good.digest, bytes: Buffer.from(JSON.stringify(content)) },
+      "example",
+    );
   assert.equal(parse(MEDIA.ociManifest, good.manifest).kind, "image");
   assert.equal(parse(MEDIA.ociIndex, { schemaVersion: 2, manifests: [entry] }).kind, "index");
-  const fields = [...BAD_DIGESTS.map((digest) => ({ digest })), ...BAD_SIZES.map((size) => ({ size }))];
+  const fields = [
+    ...BAD_DIGESTS.map((digest) => ({ digest })),
+    ...BAD_SIZES.map((size) => ({ size })),
+  ];
   for (const field of fields) {
     const places: [string, string, unknown][] = [
-      ["config", MEDIA.ociManifest, { ...good.manifest, config: { ...good.manifest.config, ...field } }],
-      ["layer", MEDIA.dockerManifest,
-        { ...good.manifest, mediaType: MEDIA.dockerManifest, layers: [layer, { ...layer, ...field }] }],
+      [
+        "config",
+        MEDIA.ociManifest,
+        { ...good.manifest, config: { ...good.manifest.config, ...field } },
+      ],
+      [
+        "layer",
+        MEDIA.dockerManifest,
+        {
+          ...good.manifest,
+          mediaType: MEDIA.dockerManifest,
+          layers: [layer, { ...layer, ...field }],
+        },
+      ],
       ["index", MEDIA.ociIndex, { schemaVersion: 2, manifests: [{ ...entry, ...field }] }],
     ];
     for (const [place, mediaType, content] of places) {
-      assert.throws(() => parse(mediaType, content), (error) => {
-        assert.ok(error instanceof ImgpullError, `${place} ${JSON.stringify(field)}`);
-        assert.ok(["PROTOCOL", "TOO_LARGE"].includes(error.code));
-        assert.doesNotMatch(error.message, /[\u0000-\u0009\u000b-\u001f]/);
-        return true;
-      }, `${place} ${JSON.stringify(field)}`);
+      assert.throws(
+        () => parse(mediaType, content),
+        (error) => {
+          assert.ok(error instanceof ImgpullError, `${place} ${JSON.stringify(field)}`);
+          assert.ok(["PROTOCOL", "TOO_LARGE"].includes(error.code));
+          assert.doesNotMatch(error.message, /[\u0000-\u0009\u000b-\u001f]/);
+          return true;
+        },
+        `${place} ${JSON.stringify(field)}`,
+      );
     }
   }
 });
@@ -382,10 +521,17 @@ const NONSENSE: [name: string, mediaType: string, content: unknown][] = [
   ["a layer that is null", MEDIA.ociManifest, { ...good.manifest, layers: [null] }],
   ["an entry that is a number", MEDIA.ociIndex, { schemaVersion: 2, manifests: [7] }],
   ["an image and an index in one", MEDIA.ociManifest, { ...good.manifest, manifests: [entry] }],
-  ["an index that says image", MEDIA.ociManifest,
-    { schemaVersion: 2, mediaType: MEDIA.ociManifest, manifests: [entry] }],
+  [
+    "an index that says image",
+    MEDIA.ociManifest,
+    { schemaVersion: 2, mediaType: MEDIA.ociManifest, manifests: [entry] },
+  ],
   ["an image that says index", MEDIA.ociIndex, { ...good.manifest, mediaType: MEDIA.ociIndex }],
-  ["an index under an image's Content-Type", MEDIA.ociManifest, { schemaVersion: 2, manifests: [entry] }],
+  [
+    "an index under an image's Content-Type",
+    MEDIA.ociManifest,
+    { schemaVersion: 2, manifests: [entry] },
+  ],
 ];
 
 test("manifests that are none are refused before any blob is asked for", async (t) => {
@@ -400,43 +546,64 @@ test("a manifest of 50 MB is refused by name, and not read to its end", async (t
   const huge = makeManifest(MEDIA.ociManifest, Buffer.alloc(50 * 1000 * 1000, " "));
   for (const contentLength of [undefined, "chunked", "close"] as const) {
     const registry = await serve(t, huge);
-    const rule = registry.on({ kind: "manifest" }, contentLength === undefined ? {} : { contentLength });
+    const rule = registry.on(
+      { kind: "manifest" },
+      contentLength === undefined ? {} : { contentLength },
+    );
     const { error } = await pullFrom(t, registry);
     assert.equal(error?.code, "TOO_LARGE");
     assert.match(error?.message ?? "", /manifest/);
     registry.disconnect();
     await registry.settled();
     assert.equal(rule.hits, 1);
-    assert.ok((registry.requests[0]?.bytesSent ?? Infinity) < 30e6, `sent ${registry.requests[0]?.bytesSent}`);
+    assert.ok(
+      (registry.requests[0]?.bytesSent ?? Infinity) < 30e6,
+      `sent ${registry.requests[0]?.bytesSent}`,
+    );
   }
-  const padded = makeImage({ editManifest: (manifest) => {
-    const text = JSON.stringify(manifest);
-    return Buffer.from(text + " ".repeat(4 * 1024 * 1024 - text.length));
-  } });
+  const padded = makeImage({
+    editManifest: (manifest) => {
+      const text = JSON.stringify(manifest);
+      return Buffer.from(text + " ".repeat(4 * 1024 * 1024 - text.length));
+    },
+  });
   assert.equal((await pull(t, padded)).result?.digest, padded.digest);
 });
 
 test("a config that is said to be larger than 16 MiB is not asked for", async (t) => {
-  const image = makeImage({ editManifest: (manifest) =>
-    ({ ...manifest, config: { ...manifest.config, size: 16 * 1024 * 1024 + 1 } }) });
+  const image = makeImage({
+    editManifest: (manifest) => ({
+      ...manifest,
+      config: { ...manifest.config, size: 16 * 1024 * 1024 + 1 },
+    }),
+  });
   assertRefused(await pull(t, image), "TOO_LARGE", /config/);
 });
 
 test("a manifest that is not as long as its index says", async (t) => {
   const index = makeIndex([{ content: good, fields: { size: good.bytes.length + 1 } }]);
-  assertRefused(await pull(t, index, opted("linux/amd64")), "SIZE_MISMATCH", new RegExp(good.digest));
+  assertRefused(
+    await pull(t, index, opted("linux/amd64")),
+    "SIZE_MISMATCH",
+    new RegExp(good.digest),
+  );
 });
 
 test("a digest asked for is compared with the bytes, not with a header", async (t) => {
   const other = makeImage({ seed: "other" });
   const registry = await serve(t, good);
   const url = `${registry.host}/team/app@${good.digest}`;
-  const lie = registry.on({ kind: "manifest" },
-    { body: other.bytes, headers: { "docker-content-digest": good.digest } });
+  const lie = registry.on(
+    { kind: "manifest" },
+    { body: other.bytes, headers: { "docker-content-digest": good.digest } },
+  );
   assert.equal((await pullFrom(t, registry, { url })).error?.code, "DIGEST_MISMATCH");
   assert.ok(lie.hits > 0);
   lie.remove();
-  const wrongHeader = registry.on({ kind: "manifest" }, { headers: { "docker-content-digest": other.digest } });
+  const wrongHeader = registry.on(
+    { kind: "manifest" },
+    { headers: { "docker-content-digest": other.digest } },
+  );
   assert.equal((await pullFrom(t, registry, { url })).result?.digest, good.digest);
   assert.equal(wrongHeader.hits, 1);
 });
@@ -453,8 +620,12 @@ test("a manifest or config whose bytes are wrong once is asked for once more", a
     const images = [{ reference, name: "example.com/app:1.0" }];
     const request = { images, destination: join(folder, "app.tar"), isAll: false, reuse: [] };
     const opts = optsFor(registry, { ...opted("linux/amd64"), retries: 5 });
-    const { error } = await caught(async () =>
-      await withSession(opts, async (session) => await pullImages(session, request, () => {}), { clock }));
+    const { error } = await caught(
+      async () =>
+        await withSession(opts, async (session) => await pullImages(session, request, () => {}), {
+          clock,
+        }),
+    );
     assert.equal(error?.message, undefined, kind);
     assert.equal(rule.hits, 1);
     leftIn(folder, false);
@@ -468,7 +639,10 @@ test("pullManifest gives the index or the platform's manifest, byte for byte", a
   const registry = await serve(t, index);
   const puller = new Puller(optsFor(registry, opted("linux/arm64")));
   const list = await puller.pullManifest("list");
-  assert.deepEqual([list.mediaType, list.digest, list.imageUrl], [MEDIA.ociIndex, index.digest, puller.getUrl()]);
+  assert.deepEqual(
+    [list.mediaType, list.digest, list.imageUrl],
+    [MEDIA.ociIndex, index.digest, puller.getUrl()],
+  );
   assert.ok(index.bytes.equals(list.bytes));
   assert.deepEqual(list.manifest, index.index);
   const [, child] = index.children;
@@ -502,7 +676,10 @@ test("headManifest asks by HEAD, and by GET where the answer lacks something", a
   const puller = new Puller(optsFor(registry, {}));
   const expected = { mediaType: good.mediaType, digest: good.digest, size: good.bytes.length };
   assert.deepEqual(await puller.headManifest(), expected);
-  assert.deepEqual(registry.requests.map(({ method }) => method), ["HEAD"]);
+  assert.deepEqual(
+    registry.requests.map(({ method }) => method),
+    ["HEAD"],
+  );
   for (const header of ["docker-content-digest", "content-length", "content-type"]) {
     const rule = registry.on({ kind: "manifest", method: "HEAD" }, { headers: { [header]: null } });
     assert.deepEqual(await puller.headManifest(), expected, header);

@@ -5,10 +5,17 @@ import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
 import { makeAuthority } from "./support/certificates.ts";
-import { SECRETS, USER, runCommand, startCommand, type CommandOptions } from "./support/command.ts";
+import { type CommandOptions, runCommand, SECRETS, startCommand, USER } from "./support/command.ts";
 import { makeImage, readTar, type TestImage } from "./support/image.ts";
 import {
-  interopFolder, skipWithout, startNginx, startRealRegistry, startSquid, type Nginx, type RealRegistry, type Squid,
+  interopFolder,
+  type Nginx,
+  type RealRegistry,
+  type Squid,
+  skipWithout,
+  startNginx,
+  startRealRegistry,
+  startSquid,
 } from "./support/interop.ts";
 
 const skip = skipWithout("docker-registry", "nginx", "squid", "htpasswd");
@@ -22,8 +29,17 @@ const image = makeImage({ seed: "network", layers: [8192, 300_000] });
 /** By the distribution specification's own calls: no other program's push is part of these tests. */
 async function push(host: string, content: TestImage): Promise<void> {
   const base = `http://${host}/v2/team/app`;
-  const call = async (method: string, url: string, body?: Buffer, type = "application/octet-stream") => {
-    const init = { method, headers: { "content-type": type }, ...(body && { body: Uint8Array.from(body) }) };
+  const call = async (
+    method: string,
+    url: string,
+    body?: Buffer,
+    type = "application/octet-stream",
+  ) => {
+    const init = {
+      method,
+      headers: { "content-type": type },
+      ...(body && { body: Uint8Array.from(body) }),
+    };
     const response = await fetch(url, init);
     assert(response.ok, `${method} ${url}: ${response.status} ${await response.text()}`);
     return response.headers.get("location") ?? "";
@@ -40,12 +56,22 @@ function assertHolds(tar: string, content: TestImage): void {
   const bytes = readFileSync(tar);
   const entries = new Map(readTar(bytes).map((entry) => [entry.name, entry]));
   for (const [digest, blob] of [...content.blobs, [content.digest, content.bytes] as const]) {
-    const { offset, size } = entries.get(`blobs/${digest.replace(":", "/")}`) ?? { offset: 0, size: 0 };
+    const { offset, size } = entries.get(`blobs/${digest.replace(":", "/")}`) ?? {
+      offset: 0,
+      size: 0,
+    };
     assert(bytes.subarray(offset, offset + size).equals(blob), digest);
   }
 }
 
-interface Stage { plain: RealRegistry; secured: RealRegistry; nginx: Nginx; before: Nginx; squid: Squid; ca: string }
+interface Stage {
+  plain: RealRegistry;
+  secured: RealRegistry;
+  nginx: Nginx;
+  before: Nginx;
+  squid: Squid;
+  ca: string;
+}
 
 describe("real programs", { skip, timeout: 300_000 }, () => {
   let stage: Stage;
@@ -58,11 +84,14 @@ describe("real programs", { skip, timeout: 300_000 }, () => {
     const secured = await startRealRegistry({ htpasswd: account, storage: plain.storage });
     const upstream = (port: number) => `http://127.0.0.1:${port}`;
     stage = {
-      plain, secured, ca,
+      plain,
+      secured,
+      ca,
       nginx: await startNginx({ tls, htpasswd: account, upstream: upstream(plain.port) }),
       before: await startNginx({ tls, upstream: upstream(secured.port) }),
       squid: await startSquid({
-        account: { user: USER, password: SECRETS.proxyPassword }, hosts: { [NAME]: "127.0.0.1" },
+        account: { user: USER, password: SECRETS.proxyPassword },
+        hosts: { [NAME]: "127.0.0.1" },
       }),
     };
   });
@@ -72,7 +101,11 @@ describe("real programs", { skip, timeout: 300_000 }, () => {
     for (const service of [squid, nginx, second, secured, plain]) await service?.stop();
   });
 
-  interface Pulled { exitCode: number | null; stderr: string; tar: string }
+  interface Pulled {
+    exitCode: number | null;
+    stderr: string;
+    tar: string;
+  }
 
   async function pull(host: string, args: string[], options: CommandOptions = {}): Promise<Pulled> {
     const tar = join(interopFolder("pulled"), "image.tar");
@@ -99,7 +132,10 @@ describe("real programs", { skip, timeout: 300_000 }, () => {
   const login = ["--user", USER, "--password-stdin"];
 
   for (const where of ["nginx", "before"] as const) {
-    const who = where === "nginx" ? "nginx asks for the password" : "the registry behind nginx asks for the password";
+    const who =
+      where === "nginx"
+        ? "nginx asks for the password"
+        : "the registry behind nginx asks for the password";
 
     test(`${who}: given, in a docker configuration, or wrong`, async () => {
       const { host } = stage[where];
@@ -108,8 +144,14 @@ describe("real programs", { skip, timeout: 300_000 }, () => {
       const auth = Buffer.from(`${USER}:${SECRETS.password}`).toString("base64");
       const config = interopFolder("docker");
       writeFileSync(join(config, "config.json"), JSON.stringify({ auths: { [host]: { auth } } }));
-      assertPulled(await pull(host, trust, { env: { DOCKER_CONFIG: config, SSL_CERT_FILE: stage.ca } }));
-      assertRefused(await pull(host, [...trust, "--user", USER, "--password", "wrong"]), /401/, /--user/);
+      assertPulled(
+        await pull(host, trust, { env: { DOCKER_CONFIG: config, SSL_CERT_FILE: stage.ca } }),
+      );
+      assertRefused(
+        await pull(host, [...trust, "--user", USER, "--password", "wrong"]),
+        /401/,
+        /--user/,
+      );
       assertRefused(await pull(host, trust), /401/, /no credentials were found/);
     });
   }
@@ -143,15 +185,26 @@ describe("real programs", { skip, timeout: 300_000 }, () => {
 
   test("squid, CONNECT: tunnels to nginx and on to the registry, with the passwords of all three", async () => {
     const host = `${NAME}:${stage.before.port}`;
-    assertPulled(await pull(host, ["--cacert", stage.ca, ...login], { stdin, env: proxied(SECRETS.proxyPassword) }));
+    assertPulled(
+      await pull(host, ["--cacert", stage.ca, ...login], {
+        stdin,
+        env: proxied(SECRETS.proxyPassword),
+      }),
+    );
     await stage.squid.logged(new RegExp(`CONNECT ${host} ${USER} `));
     assert(!stage.squid.log().includes(`GET http://${host}`));
   });
 
   test("squid refuses a wrong password, and none; the error says so in both forms", async () => {
     const { plain, nginx, squid, ca } = stage;
-    for (const [port, args] of [[plain.port, ["--scheme", "http"]], [nginx.port, ["--cacert", ca]]] as const) {
-      for (const env of [proxied("guess-4711"), { HTTPS_PROXY: squid.url, HTTP_PROXY: squid.url }]) {
+    for (const [port, args] of [
+      [plain.port, ["--scheme", "http"]],
+      [nginx.port, ["--cacert", ca]],
+    ] as const) {
+      for (const env of [
+        proxied("guess-4711"),
+        { HTTPS_PROXY: squid.url, HTTP_PROXY: squid.url },
+      ]) {
         const refused = await pull(`${NAME}:${port}`, [...args], { env });
         assertRefused(refused, /proxy/, /407/, /USER:PASSWORD/);
         assert(!refused.stderr.includes("guess-4711"));
@@ -162,13 +215,19 @@ describe("real programs", { skip, timeout: 300_000 }, () => {
   test("squid cannot reach the registry: the error is squid's 503", async () => {
     const env = proxied(SECRETS.proxyPassword);
     const nobody = `${NAME}:1`;
-    assertRefused(await pull(nobody, ["--retries", "0"], { env }), /proxy.*CONNECT registry\.test:1: 503/);
+    assertRefused(
+      await pull(nobody, ["--retries", "0"], { env }),
+      /proxy.*CONNECT registry\.test:1: 503/,
+    );
     assertRefused(await pull(nobody, ["--scheme", "http", "--retries", "0"], { env }), /503/);
   });
 
   test("NO_PROXY goes past squid", async () => {
     const env = { ...proxied(SECRETS.proxyPassword), NO_PROXY: ".test" };
-    assertRefused(await pull(`${NAME}:${stage.plain.port}`, ["--scheme", "http"], { env }), /no such host/);
+    assertRefused(
+      await pull(`${NAME}:${stage.plain.port}`, ["--scheme", "http"], { env }),
+      /no such host/,
+    );
     const seen = stage.squid.log();
     assertPulled(await pull(stage.plain.host, ["--scheme", "http"], { env }));
     assert.equal(stage.squid.log(), seen);
@@ -209,10 +268,13 @@ describe("a registry killed in mid-pull and started again", { skip, timeout: 300
         onStderr: () => {
           if (dying) return;
           child.kill("SIGSTOP");
-          dying = registry.stop(signal).then(() => {
-            child.kill("SIGCONT");
-            return registry.start();
-          }).then(() => {});
+          dying = registry
+            .stop(signal)
+            .then(() => {
+              child.kill("SIGCONT");
+              return registry.start();
+            })
+            .then(() => {});
         },
       });
       const { exitCode, stderr } = await result;

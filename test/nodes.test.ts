@@ -3,12 +3,12 @@
 import assert from "node:assert/strict";
 import { cpSync, existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
-import { describe, test, type TestContext } from "node:test";
+import { describe, type TestContext, test } from "node:test";
 import { SECRETS } from "./support/command.ts";
 import { NEWEST_NODE, NODE_VERSIONS, nodeExecutable } from "./support/nodes.ts";
 import { installedPackage } from "./support/package.ts";
 import { filesOf } from "./support/pull.ts";
-import { IMAGES, makeReader, readmeBlocks, type Reader } from "./support/readme.ts";
+import { IMAGES, makeReader, type Reader, readmeBlocks } from "./support/readme.ts";
 
 /** A reader whose `node` is this one; undefined, and the test skipped, where it cannot be had. */
 async function readerWith(t: TestContext, version: string): Promise<Reader | undefined> {
@@ -33,9 +33,13 @@ const tars = new Map<string, Buffer>();
 async function assertPulls(reader: Reader, text: string, warnings = /(?!)/): Promise<void> {
   const { exitCode, stdout, stderr } = await reader.run(text);
   assert.equal(exitCode, 0, stderr);
-  const [, digest = ""] = /^docker\.io\/library\/alpine:3\.22@(sha256:[0-9a-f]{64})\n$/.exec(String(stdout)) ?? [];
+  const [, digest = ""] =
+    /^docker\.io\/library\/alpine:3\.22@(sha256:[0-9a-f]{64})\n$/.exec(String(stdout)) ?? [];
   assert.ok(children.includes(digest), String(stdout));
-  assert.deepEqual(stderr.split("\n").filter((line) => line && !/^imgpull: /.test(line) && !warnings.test(line)), []);
+  assert.deepEqual(
+    stderr.split("\n").filter((line) => line && !/^imgpull: /.test(line) && !warnings.test(line)),
+    [],
+  );
   const tar = readFileSync(join(reader.folder, "alpine.tar"));
   filesOf(tar);
   tars.set(text, tars.get(text) ?? tar);
@@ -50,15 +54,22 @@ for (const version of NODE_VERSIONS) {
       assert.equal(String((await reader.run("node --version")).stdout), `v${version}\n`);
       await assertPulls(reader, ON_STDIN);
       const misused = await reader.run('curl -fsSL "$RELEASE/imgpull.cjs" | node - --frobnicate');
-      assert.deepEqual([misused.exitCode, misused.stderr.split("\n").length], [2, 2], misused.stderr);
+      assert.deepEqual(
+        [misused.exitCode, misused.stderr.split("\n").length],
+        [2, 2],
+        misused.stderr,
+      );
     });
 
     test("the package by import, by require() and as a command, without a warning", async (t) => {
       const reader = await readerWith(t, version);
       if (!reader) return;
-      cpSync(join(await installedPackage(), "node_modules"), join(reader.folder, "node_modules"),
-        { recursive: true, verbatimSymlinks: true });
-      const pulling = 'new Puller("alpine:3.22").pullTar("library.tar").then(({ digest }) => console.log(digest));\n';
+      cpSync(join(await installedPackage(), "node_modules"), join(reader.folder, "node_modules"), {
+        recursive: true,
+        verbatimSymlinks: true,
+      });
+      const pulling =
+        'new Puller("alpine:3.22").pullTar("library.tar").then(({ digest }) => console.log(digest));\n';
       const files = {
         "esm.mjs": `import { Puller } from "imgpull";\n${pulling}`,
         "commonjs.cjs": `const { Puller } = require("imgpull");\n${pulling}`,
@@ -104,7 +115,9 @@ describe(`the permission model of Node ${NEWEST_NODE}`, () => {
   test("nothing outside the working directory is written", async (t) => {
     const reader = await readerWith(t, NEWEST_NODE);
     if (!reader) return;
-    const { exitCode, stderr } = await reader.run(PERMITTED.replace(" alpine.tar", " ../alpine.tar"));
+    const { exitCode, stderr } = await reader.run(
+      PERMITTED.replace(" alpine.tar", " ../alpine.tar"),
+    );
     assert.equal(exitCode, 1);
     assert.match(stderr, /^imgpull: cannot write \.\.\/alpine\.tar: /m);
     assert.equal(existsSync(join(reader.folder, "../alpine.tar")), false);
@@ -113,7 +126,9 @@ describe(`the permission model of Node ${NEWEST_NODE}`, () => {
   test("without the network nothing is asked", async (t) => {
     const reader = await readerWith(t, NEWEST_NODE);
     if (!reader) return;
-    const { exitCode, stderr } = await reader.run(PERMITTED.replace("--allow-net", "").trimEnd() + " --retries 0");
+    const { exitCode, stderr } = await reader.run(
+      PERMITTED.replace("--allow-net", "").trimEnd() + " --retries 0",
+    );
     assert.equal(exitCode, 1);
     assert.match(stderr, /--allow-net/);
     assert.equal(reader.registries["docker.io"].requests.length, 0);

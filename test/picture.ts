@@ -3,7 +3,7 @@
 import { execFileSync } from "node:child_process";
 import { once } from "node:events";
 import { mkdirSync, symlinkSync, writeFileSync } from "node:fs";
-import { connect, createServer, type AddressInfo } from "node:net";
+import { type AddressInfo, connect, createServer } from "node:net";
 import { join } from "node:path";
 import { setTimeout as pause } from "node:timers/promises";
 import { makeAuthority } from "./support/certificates.ts";
@@ -19,7 +19,10 @@ const BYTES_PER_MS = 2500;
 const MEGABYTE = 1_000_000;
 
 /** A line to `port` that delays both ways together by DELAY_MS and lets BYTES_PER_MS of each connection through. */
-async function startLine(target: string, end: { after: (cleanUp: () => unknown) => void }): Promise<string> {
+async function startLine(
+  target: string,
+  end: { after: (cleanUp: () => unknown) => void },
+): Promise<string> {
   const [host = "", port = ""] = target.split(":");
   const server = createServer((near) => {
     const far = connect(Number(port), host);
@@ -27,7 +30,8 @@ async function startLine(target: string, end: { after: (cleanUp: () => unknown) 
     let freeMs = 0;
     const timer = setInterval(() => {
       const now = performance.now();
-      while ((waiting[0]?.dueMs ?? Infinity) <= now) near.write((waiting.shift() as { bytes: Buffer }).bytes);
+      while ((waiting[0]?.dueMs ?? Infinity) <= now)
+        near.write((waiting.shift() as { bytes: Buffer }).bytes);
       if (far.isPaused() && freeMs - now < DELAY_MS) far.resume();
     }, 4);
     far.on("data", (bytes: Buffer) => {
@@ -52,7 +56,11 @@ async function capture(scope: { after: (cleanUp: () => unknown) => void }): Prom
   const tls = authority.issueServer({ dns: ["registry.corp.example"] });
   const registry = await startRegistry({ tls, auth: "bearer" }, scope);
   const layers = [61, 42, 30, 24, 15].map((size) => size * MEGABYTE);
-  registry.add(makeMultiPlatform(["linux/amd64", "linux/arm64"], { seed: "web", layers }), "team/web", "2.4");
+  registry.add(
+    makeMultiPlatform(["linux/amd64", "linux/arm64"], { seed: "web", layers }),
+    "team/web",
+    "2.4",
+  );
   const line = await startLine(registry.host, scope);
   const proxy = await startProxy(scope, { hosts: { "registry.corp.example": line } });
   const home = temporaryFolder(scope);
@@ -62,13 +70,18 @@ async function capture(scope: { after: (cleanUp: () => unknown) => void }): Prom
   writeFileSync(join(home, "ca.pem"), authority.cert);
   writeFileSync(join(home, "rc"), "PS1='$ '; unset HISTFILE\n");
 
-  const tmux = (...args: string[]) => execFileSync("tmux", ["-S", join(home, "tmux"), "-f", "/dev/null", ...args], {
-    encoding: "utf8",
-    env: {
-      PATH: `${home}/bin:${process.env["PATH"]}`, HOME: home, TERM: "xterm-256color", LANG: "C.UTF-8",
-      HTTPS_PROXY: proxy.url, SSL_CERT_FILE: join(home, "ca.pem"),
-    },
-  });
+  const tmux = (...args: string[]) =>
+    execFileSync("tmux", ["-S", join(home, "tmux"), "-f", "/dev/null", ...args], {
+      encoding: "utf8",
+      env: {
+        PATH: `${home}/bin:${process.env["PATH"]}`,
+        HOME: home,
+        TERM: "xterm-256color",
+        LANG: "C.UTF-8",
+        HTTPS_PROXY: proxy.url,
+        SSL_CERT_FILE: join(home, "ca.pem"),
+      },
+    });
   const screen = () => tmux("capture-pane", "-p", "-e", "-t", "picture").trimEnd().split("\n");
   const until = async (pattern: RegExp): Promise<string[]> => {
     for (let attempt = 0; attempt < 1200; attempt += 1) {
@@ -78,7 +91,19 @@ async function capture(scope: { after: (cleanUp: () => unknown) => void }): Prom
     }
     throw new Error(`${pattern} never came:\n${screen().join("\n")}`);
   };
-  tmux("new-session", "-d", "-s", "picture", "-x", `${COLUMNS}`, "-y", "24", "-c", home, "bash --rcfile rc");
+  tmux(
+    "new-session",
+    "-d",
+    "-s",
+    "picture",
+    "-x",
+    `${COLUMNS}`,
+    "-y",
+    "24",
+    "-c",
+    home,
+    "bash --rcfile rc",
+  );
   scope.after(() => tmux("kill-server")); // of a socket of its own
   await until(/^\$/);
   tmux("send-keys", "-t", "picture", "imgpull registry.corp.example/team/web:2.4 web.tar", "Enter");

@@ -1,19 +1,49 @@
 // Bytes in place: whatever a line, a registry or a disk does to a pull, DEST is right or as it was. SPEC §5, §6.
 import assert from "node:assert/strict";
-import { existsSync, readFileSync, readdirSync, readlinkSync, statSync, writeFileSync } from "node:fs";
+import {
+  existsSync,
+  readdirSync,
+  readFileSync,
+  readlinkSync,
+  statSync,
+  writeFileSync,
+} from "node:fs";
 import type { Socket } from "node:net";
 import { join } from "node:path";
-import { test, type TestContext } from "node:test";
-import { Puller, internals, type ErrorCode, type Progress } from "../imgpull.ts";
+import { type TestContext, test } from "node:test";
+import { type ErrorCode, internals, type Progress, Puller } from "../imgpull.ts";
 import { makeAuthority } from "./support/certificates.ts";
-import { SECRETS, USER, cleanEnvironment, temporaryFolder } from "./support/command.ts";
+import { cleanEnvironment, SECRETS, temporaryFolder, USER } from "./support/command.ts";
 import {
-  MEDIA, digestOf, makeImage, makeLayer, makeMultiPlatform, readTar, type TestContent, type TestImage, type TestLayer,
+  digestOf,
+  MEDIA,
+  makeImage,
+  makeLayer,
+  makeMultiPlatform,
+  readTar,
+  type TestContent,
+  type TestImage,
+  type TestLayer,
 } from "./support/image.ts";
 import {
-  LINUX, assertRight, assertUntouched, blobBytes, checkTar, childOf, failure, makeFar, pull, serve,
+  assertRight,
+  assertUntouched,
+  blobBytes,
+  checkTar,
+  childOf,
+  failure,
+  LINUX,
+  makeFar,
+  pull,
+  serve,
 } from "./support/pull.ts";
-import { gate, startRegistry, type Fault, type Matcher, type Registry } from "./support/registry.ts";
+import {
+  type Fault,
+  gate,
+  type Matcher,
+  type Registry,
+  startRegistry,
+} from "./support/registry.ts";
 
 // Puller reads process.env: a developer's proxies and credentials must not count here.
 process.env = cleanEnvironment();
@@ -22,11 +52,17 @@ function layersOf(image: TestImage): [TestLayer, TestLayer] {
   return image.layers as [TestLayer, TestLayer];
 }
 
-const APP = makeMultiPlatform(["linux/amd64", "linux/arm64"], { seed: "app", layers: [300_000, 40_000] });
+const APP = makeMultiPlatform(["linux/amd64", "linux/arm64"], {
+  seed: "app",
+  layers: [300_000, 40_000],
+});
 const APP_IMAGE = childOf(APP);
 const [LARGE, SMALL] = layersOf(APP_IMAGE);
 const SINGLE = makeImage({ seed: "single", layers: [20_000] });
-const SEVERAL_MIB = makeMultiPlatform(["linux/amd64"], { seed: "mib", layers: [8_000_000, 40_000] });
+const SEVERAL_MIB = makeMultiPlatform(["linux/amd64"], {
+  seed: "mib",
+  layers: [8_000_000, 40_000],
+});
 
 // ====== Faults that pass ======
 
@@ -35,38 +71,64 @@ type Rules = [Matcher, Fault][];
 const LAYER: Matcher = { digest: LARGE.digest };
 const CHILD: Matcher = { kind: "manifest", tag: APP_IMAGE.digest };
 const EVERY_KIND: Record<string, Matcher> = {
-  "index": { kind: "manifest", tag: "1.0" }, "manifest": CHILD, "config": { kind: "config" }, "layer": LAYER,
+  index: { kind: "manifest", tag: "1.0" },
+  manifest: CHILD,
+  config: { kind: "config" },
+  layer: LAYER,
 };
 
 const PASSING: Record<string, Rules> = {
   "a layer that stalls": [[{ ...LAYER, times: 2 }, { stallAfter: 1000 }]],
   "a manifest that never comes": [[{ ...CHILD, times: 1 }, { wait: new Promise(() => {}) }]],
-  "a chunked layer that ends early": [[{ ...LAYER, times: 1 }, { contentLength: "chunked", dropAfter: 9999 }]],
-  "a layer without a length that ends early": [[{ ...LAYER, times: 1 }, { contentLength: "close", dropAfter: 9999 }]],
+  "a chunked layer that ends early": [
+    [
+      { ...LAYER, times: 1 },
+      { contentLength: "chunked", dropAfter: 9999 },
+    ],
+  ],
+  "a layer without a length that ends early": [
+    [
+      { ...LAYER, times: 1 },
+      { contentLength: "close", dropAfter: 9999 },
+    ],
+  ],
   "a layer corrupted in its first byte": [[{ ...LAYER, times: 1 }, { corruptAt: 0 }]],
-  "a layer corrupted in its last byte": [[{ ...LAYER, times: 1 }, { corruptAt: LARGE.bytes.length - 1 }]],
-  "every blob corrupted once": [LARGE, SMALL, APP_IMAGE.config].map(({ digest }) =>
-    [{ digest, times: 1 }, { corruptAt: 100 }]),
-  "a layer of the wrong length once": [[{ ...LAYER, times: 1 }, { dropAfter: 5000, contentLength: 0 }]],
+  "a layer corrupted in its last byte": [
+    [{ ...LAYER, times: 1 }, { corruptAt: LARGE.bytes.length - 1 }],
+  ],
+  "every blob corrupted once": [LARGE, SMALL, APP_IMAGE.config].map(({ digest }) => [
+    { digest, times: 1 },
+    { corruptAt: 100 },
+  ]),
+  "a layer of the wrong length once": [
+    [
+      { ...LAYER, times: 1 },
+      { dropAfter: 5000, contentLength: 0 },
+    ],
+  ],
   "a layer with more behind it than its size, without a length": [
     [LAYER, { body: Buffer.concat([LARGE.bytes, Buffer.from("more")]), contentLength: "chunked" }],
   ],
   "a drop, and a registry that ignores ranges": [
-    [{ ...LAYER, times: 1 }, { dropAfter: 150_000 }], [{ ...LAYER, ranged: true }, { ignoreRange: true }],
+    [{ ...LAYER, times: 1 }, { dropAfter: 150_000 }],
+    [{ ...LAYER, ranged: true }, { ignoreRange: true }],
   ],
   "a drop, then no total in Content-Range": [
     [{ ...LAYER, times: 1 }, { dropAfter: 100_000 }],
     [{ ...LAYER, ranged: true }, { headers: { "content-range": "bytes 100000-299999/*" } }],
   ],
   "three drops in a layer, then corruption": [
-    [{ ...LAYER, times: 1 }, { dropAt: 50_000 }], [{ ...LAYER, times: 1 }, { dropAt: 100_000 }],
-    [{ ...LAYER, times: 1 }, { dropAt: 299_999 }], [{ ...LAYER, times: 1 }, { corruptAt: 299_999 }],
+    [{ ...LAYER, times: 1 }, { dropAt: 50_000 }],
+    [{ ...LAYER, times: 1 }, { dropAt: 100_000 }],
+    [{ ...LAYER, times: 1 }, { dropAt: 299_999 }],
+    [{ ...LAYER, times: 1 }, { corruptAt: 299_999 }],
   ],
 };
 for (const [kind, matcher] of Object.entries(EVERY_KIND)) {
   PASSING[`${kind}: reset before headers, twice`] = [[{ ...matcher, times: 2 }, { reset: true }]];
   PASSING[`${kind}: answered 503, then dropped in its first bytes`] = [
-    [{ ...matcher, times: 1 }, { status: 503 }], [{ ...matcher, times: 1 }, { dropAfter: 10 }],
+    [{ ...matcher, times: 1 }, { status: 503 }],
+    [{ ...matcher, times: 1 }, { dropAfter: 10 }],
   ];
 }
 
@@ -75,7 +137,11 @@ for (const [name, rules] of Object.entries(PASSING)) {
     const served = await serve(t, APP);
     const faults = rules.map(([matcher, fault]) => served.registry.on(matcher, fault));
     await pull(served.reference, served.dest, { timeoutMs: 100 });
-    assert.deepEqual(faults.map(({ hits }) => hits > 0), faults.map(() => true), "every fault happened");
+    assert.deepEqual(
+      faults.map(({ hits }) => hits > 0),
+      faults.map(() => true),
+      "every fault happened",
+    );
     await assertRight(t, served, APP);
   });
 }
@@ -101,7 +167,7 @@ test("a drop at every tenth of a layer goes on from that byte, by a closed range
   const size = LARGE.bytes.length;
   for (let tenth = 0; tenth < 10; tenth += 1) {
     const served = await serve(t, APP);
-    const at = tenth * size / 10;
+    const at = (tenth * size) / 10;
     const drop = served.registry.on({ ...LAYER, times: 1 }, { dropAfter: at });
     await pull(served.reference, served.dest);
     assert.equal(drop.hits, 1);
@@ -117,7 +183,8 @@ test("a layer of several MiB that is dropped at half or at every tenth costs at 
   for (const tenths of [[5], [1, 2, 3, 4, 5, 6, 7, 8, 9]]) {
     const served = await serve(t, SEVERAL_MIB);
     const drops = tenths.map((tenth) =>
-      served.registry.on({ digest, times: 1 }, { dropAt: Math.floor(tenth * bytes.length / 10) }));
+      served.registry.on({ digest, times: 1 }, { dropAt: Math.floor((tenth * bytes.length) / 10) }),
+    );
     await pull(served.reference, served.dest, { concurrency: 2 });
     assert.ok(drops.every(({ hits }) => hits === 1));
     await served.registry.settled();
@@ -131,7 +198,10 @@ test("resume asks the registry again, not the signed URL that has expired meanwh
   const served = await serve(t, APP, { storage: { singleUse: true } });
   const { registry } = served;
   registry.on({ kind: "blob" }, { redirect: "storage" });
-  const drop = registry.on({ kind: "storage", digest: LARGE.digest, times: 1 }, { dropAfter: 100_000 });
+  const drop = registry.on(
+    { kind: "storage", digest: LARGE.digest, times: 1 },
+    { dropAfter: 100_000 },
+  );
   await pull(served.reference, served.dest);
   assert.equal(drop.hits, 1);
   assert.equal(registry.blobRequests(LARGE.digest).length, 2);
@@ -143,12 +213,18 @@ test("resume asks the registry again, not the signed URL that has expired meanwh
 test("a range answered with less than was asked for is taken, and the rest asked for", async (t) => {
   const served = await serve(t, APP);
   served.registry.on({ ...LAYER, times: 1 }, { dropAfter: 100_000 });
-  served.registry.on({ ...LAYER, ranged: true, times: 1 }, {
-    handler: (_request, response) => {
-      const headers = { "content-range": "bytes 100000-199999/300000", "content-length": "100000" };
-      response.writeHead(206, headers).end(LARGE.bytes.subarray(100_000, 200_000));
+  served.registry.on(
+    { ...LAYER, ranged: true, times: 1 },
+    {
+      handler: (_request, response) => {
+        const headers = {
+          "content-range": "bytes 100000-199999/300000",
+          "content-length": "100000",
+        };
+        response.writeHead(206, headers).end(LARGE.bytes.subarray(100_000, 200_000));
+      },
     },
-  });
+  );
   await pull(served.reference, served.dest);
   const ranges = served.registry.blobRequests(LARGE.digest).map(({ range }) => range);
   assert.deepEqual(ranges, [undefined, "bytes=100000-299999", "bytes=200000-299999"]);
@@ -158,7 +234,10 @@ test("a range answered with less than was asked for is taken, and the rest asked
 test("a registry that cuts every connection in mid-layer and goes on", async (t) => {
   const served = await serve(t, APP);
   const held = gate();
-  const pause = served.registry.on({ ...LAYER, times: 1 }, { pause: { after: 120_000, until: held.promise } });
+  const pause = served.registry.on(
+    { ...LAYER, times: 1 },
+    { pause: { after: 120_000, until: held.promise } },
+  );
   const pulling = pull(served.reference, served.dest);
   await pause.reached;
   served.registry.disconnect();
@@ -169,11 +248,21 @@ test("a registry that cuts every connection in mid-layer and goes on", async (t)
 
 test("a storm of 429 on everything is waited out as Retry-After says", async (t) => {
   const served = await serve(t, APP);
-  const digests = [APP.digest, APP_IMAGE.digest, APP_IMAGE.config.digest, LARGE.digest, SMALL.digest];
+  const digests = [
+    APP.digest,
+    APP_IMAGE.digest,
+    APP_IMAGE.config.digest,
+    LARGE.digest,
+    SMALL.digest,
+  ];
   const storms = digests.map((digest) =>
-    served.registry.on({ digest, times: 5 }, { status: 429, headers: { "retry-after": "7" } }));
+    served.registry.on({ digest, times: 5 }, { status: 429, headers: { "retry-after": "7" } }),
+  );
   const { waitsMs } = await pull(served.reference, served.dest, { retries: 5 });
-  assert.deepEqual(storms.map(({ hits }) => hits), [5, 5, 5, 5, 5]);
+  assert.deepEqual(
+    storms.map(({ hits }) => hits),
+    [5, 5, 5, 5, 5],
+  );
   assert.deepEqual([waitsMs.length, Math.min(...waitsMs)], [25, 7000]);
   await assertRight(t, served, APP);
 });
@@ -181,23 +270,56 @@ test("a storm of 429 on everything is waited out as Retry-After says", async (t)
 // ====== Faults that stay ======
 
 const STAYING: [string, Matcher, Fault, ErrorCode[], RegExp][] = [
-  ["a layer always corrupt", LAYER, { corruptAt: 5 }, ["DIGEST_MISMATCH"], new RegExp(LARGE.digest)],
+  [
+    "a layer always corrupt",
+    LAYER,
+    { corruptAt: 5 },
+    ["DIGEST_MISMATCH"],
+    new RegExp(LARGE.digest),
+  ],
   ["a config always corrupt", { kind: "config" }, { corruptAt: 5 }, ["DIGEST_MISMATCH"], /sha256:/],
-  ["a manifest always corrupt", CHILD, { corruptAt: 5 }, ["DIGEST_MISMATCH"], new RegExp(APP_IMAGE.digest)],
+  [
+    "a manifest always corrupt",
+    CHILD,
+    { corruptAt: 5 },
+    ["DIGEST_MISMATCH"],
+    new RegExp(APP_IMAGE.digest),
+  ],
   ["a layer said to be longer", LAYER, { contentLength: 100 }, ["SIZE_MISMATCH"], /300100.*300000/],
-  ["a layer said to be shorter", LAYER, { contentLength: -100 }, ["SIZE_MISMATCH"], /299900.*300000/],
-  ["a config said to be longer", { kind: "config" }, { contentLength: 1 }, ["SIZE_MISMATCH"], /\/blobs\/sha256:/],
-  ["a layer that is shorter, without a length", LAYER,
+  [
+    "a layer said to be shorter",
+    LAYER,
+    { contentLength: -100 },
+    ["SIZE_MISMATCH"],
+    /299900.*300000/,
+  ],
+  [
+    "a config said to be longer",
+    { kind: "config" },
+    { contentLength: 1 },
+    ["SIZE_MISMATCH"],
+    /\/blobs\/sha256:/,
+  ],
+  [
+    "a layer that is shorter, without a length",
+    LAYER,
     { body: LARGE.bytes.subarray(0, 200_000), contentLength: "chunked", ignoreRange: true },
-    ["SIZE_MISMATCH", "NETWORK"], /200000 of 300000/],
+    ["SIZE_MISMATCH", "NETWORK"],
+    /200000 of 300000/,
+  ],
   ["a layer that is gone", LAYER, { status: 404 }, ["NOT_FOUND"], new RegExp(LARGE.digest)],
   ["a layer that is forbidden", LAYER, { status: 403 }, ["FORBIDDEN"], /403/],
   ["a registry that stays down", LAYER, { status: 503 }, ["PROTOCOL"], /503.*scripted answer 503/],
   ["a connection that is always reset", LAYER, { reset: true }, ["NETWORK"], /connection lost/],
   ["a layer that is always dropped at once", LAYER, { dropAfter: 0 }, ["NETWORK"], /0 of 300000/],
   ["a layer that always stalls", LAYER, { stallAfter: 0 }, ["TIMEOUT"], /nothing came for 0.05 s/],
-  ["a pause longer than one is ready to wait", LAYER, { status: 429, headers: { "retry-after": "3600" } },
-    ["RATE_LIMITED"], /3600 s|1 h|60 min/],
+  [
+    "a pause longer than one is ready to wait",
+    LAYER,
+    { status: 429, headers: { "retry-after": "3600" } },
+    ["RATE_LIMITED"],
+    /3600 s|1 h|60 min/,
+  ],
 ];
 
 for (const [name, matcher, fault, codes, words] of STAYING) {
@@ -247,7 +369,10 @@ for (const [name, contentRange] of Object.entries({
     const served = await serve(t, APP);
     writeFileSync(served.dest, "precious");
     served.registry.on({ ...LAYER, times: 1 }, { dropAfter: 100_000 });
-    const lie = served.registry.on({ ...LAYER, ranged: true }, { headers: { "content-range": contentRange } });
+    const lie = served.registry.on(
+      { ...LAYER, ranged: true },
+      { headers: { "content-range": contentRange } },
+    );
     const error = await failure(pull(served.reference, served.dest));
     assert.equal(error.code, "PROTOCOL", error.message);
     assert.match(error.message, /100000-299999/);
@@ -261,7 +386,9 @@ test("a failure that left bytes says so, and the next pull goes on from them to 
   const drop = served.registry.on({ ...LAYER, times: 1 }, { dropAfter: 123_456 });
   const warnings: string[] = [];
   const onWarning = (message: string): void => void warnings.push(message);
-  const error = await failure(pull(served.reference, served.dest, { retries: 0, concurrency: 1, onWarning }));
+  const error = await failure(
+    pull(served.reference, served.dest, { retries: 0, concurrency: 1, onWarning }),
+  );
   assert.equal(error.code, "NETWORK");
   assert.equal(drop.hits, 1);
   assert.match(warnings.join("\n"), /app\.tar\.partial/);
@@ -285,12 +412,19 @@ test("a public multi-platform image behind a token service costs no request too 
   const { registry, reference, dest } = await serve(t, APP, { auth: "bearer" });
   await pull(reference, dest);
   const asked = registry.requests.map(({ kind, method, status, reference: of }) =>
-    [method, kind, status, kind === "token" ? "" : of].join(" "));
+    [method, kind, status, kind === "token" ? "" : of].join(" "),
+  );
   const layers = [LARGE, SMALL].map(({ digest }) => `GET layer 200 ${digest}`);
   assert.deepEqual(asked.slice(0, 4), [
-    "GET manifest 401 1.0", "GET token 200 ", "GET manifest 200 1.0", `GET manifest 200 ${APP_IMAGE.digest}`,
+    "GET manifest 401 1.0",
+    "GET token 200 ",
+    "GET manifest 200 1.0",
+    `GET manifest 200 ${APP_IMAGE.digest}`,
   ]);
-  assert.deepEqual(asked.slice(4).sort(), [`GET config 200 ${APP_IMAGE.config.digest}`, ...layers.sort()]);
+  assert.deepEqual(asked.slice(4).sort(), [
+    `GET config 200 ${APP_IMAGE.config.digest}`,
+    ...layers.sort(),
+  ]);
   assert.ok(registry.connections() <= 3, `${registry.connections()} connections for three blobs`);
 });
 
@@ -300,7 +434,9 @@ test("one connection is enough where the user says so, and is kept alive", async
   assert.deepEqual([registry.requests.length, registry.connections()], [5, 1]);
 });
 
-test("far away, a large layer comes over several connections, each byte once", { timeout: 30_000 }, async (t) => {
+test("far away, a large layer comes over several connections, each byte once", {
+  timeout: 30_000,
+}, async (t) => {
   // Quarters of 1.9 times the smallest half: too small to be cut in two once more.
   const sizeBytes = Math.floor(7.6 * internals.LIMITS.splitBytes);
   const content = makeMultiPlatform(["linux/amd64"], { seed: "far", layers: [sizeBytes] });
@@ -314,21 +450,31 @@ test("far away, a large layer comes over several connections, each byte once", {
   await registry.settled();
   assert.equal(pause.hits, 4);
   const asked = registry.blobRequests(digest);
-  const ranges = asked.map(({ range = "" }) => (/^bytes=(\d+)-(\d+)$/.exec(range) ?? []).slice(1).map(Number));
+  const ranges = asked.map(({ range = "" }) =>
+    (/^bytes=(\d+)-(\d+)$/.exec(range) ?? []).slice(1).map(Number),
+  );
   const sorted = ranges.sort(([left = 0], [right = 0]) => left - right);
-  assert.deepEqual(sorted.map(([from]) => from), [0, ...sorted.slice(0, -1).map(([, to = 0]) => to + 1)]);
+  assert.deepEqual(
+    sorted.map(([from]) => from),
+    [0, ...sorted.slice(0, -1).map(([, to = 0]) => to + 1)],
+  );
   assert.equal(sorted.at(-1)?.[1], sizeBytes - 1);
   assert.equal(registry.bytesServed(digest), sizeBytes);
   assert.equal(new Set(asked.map(({ connection }) => connection)).size, 4);
   await assertRight(t, served, content);
 });
 
-test("idle connections take over part of a large layer that comes slowly", { timeout: 30_000 }, async (t) => {
+test("idle connections take over part of a large layer that comes slowly", {
+  timeout: 30_000,
+}, async (t) => {
   const served = await serve(t, SEVERAL_MIB);
   const [{ digest }] = layersOf(childOf(SEVERAL_MIB));
   const { registry } = served;
   makeFar(registry);
-  const slow = registry.on({ digest, times: 1 }, { pause: { after: 300_000, until: registry.arrived({ digest }, 2) } });
+  const slow = registry.on(
+    { digest, times: 1 },
+    { pause: { after: 300_000, until: registry.arrived({ digest }, 2) } },
+  );
   await pull(served.reference, served.dest, { concurrency: 2 });
   assert.equal(slow.hits, 1);
   const [first, ...others] = registry.blobRequests(digest);
@@ -361,23 +507,26 @@ test("a registry that takes one connection at a time gets one", { timeout: 30_00
   const tried = gate();
   let free = gate();
   let isBusy = false;
-  registry.on({ digest }, {
-    handler: async (_request, response, next) => {
-      if (isBusy) {
-        response.writeHead(429).end();
-        tried.open();
-        return;
-      }
-      isBusy = true;
-      free = gate();
-      response.once("close", () => {
-        isBusy = false;
-        free.open();
-      });
-      await tried.promise;
-      await next();
+  registry.on(
+    { digest },
+    {
+      handler: async (_request, response, next) => {
+        if (isBusy) {
+          response.writeHead(429).end();
+          tried.open();
+          return;
+        }
+        isBusy = true;
+        free = gate();
+        response.once("close", () => {
+          isBusy = false;
+          free.open();
+        });
+        await tried.promise;
+        await next();
+      },
     },
-  });
+  );
   await pull(served.reference, served.dest, { sleep: () => free.promise });
   await assertRight(t, served, SEVERAL_MIB);
 });
@@ -387,10 +536,22 @@ test("a registry that takes one connection at a time gets one", { timeout: 30_00
 test("layers that some loaders refuse are warned of, and pulled", async (t) => {
   const cases: [string, TestImage, RegExp | undefined][] = [
     ["gzip", makeImage({ layers: [8192] }), undefined],
-    ["zstd", makeImage({ layers: [{ compression: "zstd", sizeBytes: 9000 }] }), /zstd.*Docker before 23/],
-    ["Docker's zstd", makeImage({ format: "docker", layers: [{ compression: "zstd", sizeBytes: 9000 }] }), /zstd/],
+    [
+      "zstd",
+      makeImage({ layers: [{ compression: "zstd", sizeBytes: 9000 }] }),
+      /zstd.*Docker before 23/,
+    ],
+    [
+      "Docker's zstd",
+      makeImage({ format: "docker", layers: [{ compression: "zstd", sizeBytes: 9000 }] }),
+      /zstd/,
+    ],
     ["foreign", makeImage({ layers: [{ urls: ["https://127.0.0.1:1/never"] }] }), /foreign/],
-    ["not compressed", makeImage({ layers: [{ compression: "none", sizeBytes: 8192 }] }), undefined],
+    [
+      "not compressed",
+      makeImage({ layers: [{ compression: "none", sizeBytes: 8192 }] }),
+      undefined,
+    ],
   ];
   for (const [name, image, words] of cases) {
     const { reference, dest } = await serve(t, image);
@@ -409,7 +570,10 @@ test("sha512 digests: pulled to blobs/sha512, and verified", async (t) => {
   assert.match(reference, /@sha512:[0-9a-f]{128}$/);
   await pull(reference, dest);
   checkTar(readFileSync(dest), image);
-  assert.equal(readTar(readFileSync(dest)).filter(({ name }) => name.startsWith("blobs/sha512/")).length, 4);
+  assert.equal(
+    readTar(readFileSync(dest)).filter(({ name }) => name.startsWith("blobs/sha512/")).length,
+    4,
+  );
   const [first] = layersOf(image);
   registry.on({ digest: first.digest }, { corruptAt: 1 });
   const error = await failure(pull(reference, join(folder, "other.tar")));
@@ -420,7 +584,8 @@ test("an empty blob, and one blob used twice, are each there once", async (t) =>
   const empty = Buffer.alloc(0);
   const described = { mediaType: "application/octet-stream", digest: digestOf(empty), size: 0 };
   const image = makeImage({
-    seed: "twice", layers: [9000],
+    seed: "twice",
+    layers: [9000],
     editManifest: ({ layers, ...rest }) => ({ ...rest, layers: [...layers, described, ...layers] }),
   });
   image.blobs.set(described.digest, empty);
@@ -442,7 +607,9 @@ async function serveForeign(t: TestContext, urls: (host: string) => string[], is
   const layer = { ...FOREIGN, mediaType: MEDIA.ociForeign, urls: urls(host.host) };
   const image = makeImage({ seed: "foreign", layers: [layer] });
   const registry = await startRegistry({ auth: "basic" }, t);
-  const reference = registry.add(image, "team/app", "1.0", { without: isHeld ? [] : [FOREIGN.digest] });
+  const reference = registry.add(image, "team/app", "1.0", {
+    without: isHeld ? [] : [FOREIGN.digest],
+  });
   const dest = join(temporaryFolder(t), "app.tar");
   const opts = { caCert, username: USER, password: SECRETS.password };
   return { host, image, dest, pulling: () => pull(reference, dest, opts) };
@@ -458,9 +625,15 @@ test("foreign layers come from the registry where it has them", async (t) => {
 });
 
 test("foreign layers come from their urls where it does not, by https and without any credential", async (t) => {
-  const { host, image, dest, pulling } = await serveForeign(t, (name) => [
-    `http://${name}/v2/foreign/plain`, `https://${name}/v2/foreign/blobs/gone`, foreignUrl(name),
-  ], false);
+  const { host, image, dest, pulling } = await serveForeign(
+    t,
+    (name) => [
+      `http://${name}/v2/foreign/plain`,
+      `https://${name}/v2/foreign/blobs/gone`,
+      foreignUrl(name),
+    ],
+    false,
+  );
   const drop = host.on({ digest: FOREIGN.digest, times: 1 }, { dropAfter: 10_000 });
   await pulling();
   checkTar(readFileSync(dest), image);
@@ -470,7 +643,11 @@ test("foreign layers come from their urls where it does not, by https and withou
 });
 
 test("foreign layers that nobody has are an error that names them", async (t) => {
-  const { dest, pulling } = await serveForeign(t, (name) => [`http://${name}/plain`, `file:///etc/passwd`], false);
+  const { dest, pulling } = await serveForeign(
+    t,
+    (name) => [`http://${name}/plain`, `file:///etc/passwd`],
+    false,
+  );
   const error = await failure(pulling());
   assert.equal(error.code, "NOT_FOUND");
   assert.match(error.message, /sha256:/);
@@ -497,29 +674,40 @@ function openFiles(folder: string): string[] {
 /** Every socket that a request comes on, from now. */
 function watchSockets(registry: Registry, matcher: Matcher): Set<Socket> {
   const open = new Set<Socket>();
-  registry.on({ ...matcher, beforeAuth: true }, {
-    handler: async (request, _response, next) => {
-      const { socket } = request;
-      if (!open.has(socket)) socket.once("close", () => open.delete(socket));
-      open.add(socket);
-      await next();
+  registry.on(
+    { ...matcher, beforeAuth: true },
+    {
+      handler: async (request, _response, next) => {
+        const { socket } = request;
+        if (!open.has(socket)) socket.once("close", () => open.delete(socket));
+        open.add(socket);
+        await next();
+      },
     },
-  });
+  );
   return open;
 }
 
 for (const [moment, matcher, fault] of [
   ["while the first answer is awaited", { kind: "manifest" }, { wait: new Promise(() => {}) }],
-  ["while the token is awaited", { kind: "token", beforeAuth: true }, { wait: new Promise(() => {}) }],
+  [
+    "while the token is awaited",
+    { kind: "token", beforeAuth: true },
+    { wait: new Promise(() => {}) },
+  ],
   ["in mid-layer", LAYER, { pause: { after: 100_000, until: new Promise(() => {}) } }],
   ["before a layer's headers", LAYER, { wait: new Promise(() => {}) }],
 ] as [string, Matcher, Fault][]) {
-  test(`signal stops everything ${moment}, with sockets and files closed`, { timeout: 30_000 }, async (t) => {
+  test(`signal stops everything ${moment}, with sockets and files closed`, {
+    timeout: 30_000,
+  }, async (t) => {
     const { registry, reference, folder, dest } = await serve(t, APP, { auth: "bearer" });
     const held = registry.on({ ...matcher, times: 1 }, fault);
     const sockets = watchSockets(registry, {});
     const stop = new AbortController();
-    const pulling = failure(new Puller({ url: reference, ...LINUX, signal: stop.signal }).pullTar(dest));
+    const pulling = failure(
+      new Puller({ url: reference, ...LINUX, signal: stop.signal }).pullTar(dest),
+    );
     await (fault.pause ? held.reached : registry.arrived(matcher));
     stop.abort();
     const error = await pulling;
@@ -531,38 +719,66 @@ for (const [moment, matcher, fault] of [
   });
 }
 
-test("signal ends a back-off at once, and a pull before it has begun", { timeout: 30_000 }, async (t) => {
+test("signal ends a back-off at once, and a pull before it has begun", {
+  timeout: 30_000,
+}, async (t) => {
   const { registry, reference, dest } = await serve(t, APP);
   registry.on({ kind: "layer" }, { status: 503, headers: { "retry-after": "100" } });
   const stop = new AbortController();
   const onWarning = (): void => stop.abort();
-  const error = await failure(new Puller({ url: reference, ...LINUX, signal: stop.signal, onWarning }).pullTar(dest));
+  const error = await failure(
+    new Puller({ url: reference, ...LINUX, signal: stop.signal, onWarning }).pullTar(dest),
+  );
   assert.equal(error.code, "ABORTED");
   registry.forget();
-  const again = await failure(new Puller({ url: reference, ...LINUX, signal: stop.signal }).pullTar(dest));
+  const again = await failure(
+    new Puller({ url: reference, ...LINUX, signal: stop.signal }).pullTar(dest),
+  );
   assert.deepEqual([again.code, registry.requests.length], ["ABORTED", 0]);
 });
 
 test("onProgress never falls and ends at the total, whatever happens", async (t) => {
   const { registry, reference, dest } = await serve(t, SEVERAL_MIB);
   const [{ digest }] = layersOf(childOf(SEVERAL_MIB));
-  const faults = [{ corruptAt: 7 }, { dropAt: 4_000_000 }].map((fault) => registry.on({ digest, times: 1 }, fault));
+  const faults = [{ corruptAt: 7 }, { dropAt: 4_000_000 }].map((fault) =>
+    registry.on({ digest, times: 1 }, fault),
+  );
   const seen: Progress[] = [];
   const onProgress = (progress: Progress): void => void seen.push({ ...progress });
   const result = await new Puller({ url: reference, ...LINUX, onProgress }).pullTar(dest);
   assert.ok(faults.every(({ hits }) => hits === 1));
   const totalBytes = blobBytes(childOf(SEVERAL_MIB));
-  assert.deepEqual(seen.at(0), { phase: "resolve", doneBytes: 0, totalBytes: 0, blobsDone: 0, blobsTotal: 0 });
-  assert.deepEqual(seen.at(-1), { phase: "finish", doneBytes: totalBytes, totalBytes, blobsDone: 3, blobsTotal: 3 });
+  assert.deepEqual(seen.at(0), {
+    phase: "resolve",
+    doneBytes: 0,
+    totalBytes: 0,
+    blobsDone: 0,
+    blobsTotal: 0,
+  });
+  assert.deepEqual(seen.at(-1), {
+    phase: "finish",
+    doneBytes: totalBytes,
+    totalBytes,
+    blobsDone: 3,
+    blobsTotal: 3,
+  });
   const phases = seen.map(({ phase }) => ["resolve", "fetch", "finish"].indexOf(phase));
   for (const [at, { doneBytes, blobsDone }] of seen.entries()) {
     const before = seen[at - 1];
-    assert.ok(doneBytes >= (before?.doneBytes ?? 0) && blobsDone >= (before?.blobsDone ?? 0), `step ${at}`);
+    assert.ok(
+      doneBytes >= (before?.doneBytes ?? 0) && blobsDone >= (before?.blobsDone ?? 0),
+      `step ${at}`,
+    );
     assert.ok((phases[at] ?? 0) >= (phases[at - 1] ?? 0), `phase of step ${at}`);
   }
-  const between = seen.filter(({ phase, doneBytes }) => phase === "fetch" && doneBytes > 0 && doneBytes < totalBytes);
+  const between = seen.filter(
+    ({ phase, doneBytes }) => phase === "fetch" && doneBytes > 0 && doneBytes < totalBytes,
+  );
   assert.ok(between.length > 1);
-  assert.deepEqual([result.sizeBytes, result.layers, result.platform], [statSync(dest).size, 2, "linux/amd64"]);
+  assert.deepEqual(
+    [result.sizeBytes, result.layers, result.platform],
+    [statSync(dest).size, 2, "linux/amd64"],
+  );
   assert.equal(result.fetchedBytes >= totalBytes, true);
 });
 
@@ -584,7 +800,10 @@ test("two pullers at once share nothing", async (t) => {
 test("two pullers at one DEST: the second says so, and does the first no harm", async (t) => {
   const served = await serve(t, APP);
   const held = gate();
-  const pause = served.registry.on({ ...LAYER, times: 1 }, { pause: { after: 100_000, until: held.promise } });
+  const pause = served.registry.on(
+    { ...LAYER, times: 1 },
+    { pause: { after: 100_000, until: held.promise } },
+  );
   const first = pull(served.reference, served.dest);
   await pause.reached;
   const error = await failure(pull(served.reference, served.dest));

@@ -3,11 +3,11 @@
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { describe, test } from "node:test";
-import { Puller, internals } from "../imgpull.ts";
-import { SECRETS, USER, type TestScope } from "./support/command.ts";
+import { internals, Puller } from "../imgpull.ts";
+import { SECRETS, type TestScope, USER } from "./support/command.ts";
 import { makeImage, makeMultiPlatform, readTar, type TestImage } from "./support/image.ts";
-import { startRegistry, type AuthOptions, type RegistryOptions } from "./support/registry.ts";
-import { assertFailed, assertPulled, pull, type PullOptions } from "./support/session.ts";
+import { type AuthOptions, type RegistryOptions, startRegistry } from "./support/registry.ts";
+import { assertFailed, assertPulled, type PullOptions, pull } from "./support/session.ts";
 
 const HTTP = { scheme: "http" } as const;
 const GIVEN = { ...HTTP, username: USER, password: SECRETS.password };
@@ -19,12 +19,17 @@ async function serve(t: TestScope, options: RegistryOptions = {}, content: TestI
   return { registry, reference: registry.add(content, "team/app", "1.0") };
 }
 
-const bearer = (more: Partial<AuthOptions> = {}): RegistryOptions => ({ auth: { mode: "bearer", ...more } });
+const bearer = (more: Partial<AuthOptions> = {}): RegistryOptions => ({
+  auth: { mode: "bearer", ...more },
+});
 
 /** As `docker login` leaves it. */
 function loggedIn(host: string, password: string): PullOptions {
   const auth = Buffer.from(`${USER}:${password}`).toString("base64");
-  return { ...HTTP, environment: { DOCKER_AUTH_CONFIG: JSON.stringify({ auths: { [host]: { auth } } }) } };
+  return {
+    ...HTTP,
+    environment: { DOCKER_AUTH_CONFIG: JSON.stringify({ auths: { [host]: { auth } } }) },
+  };
 }
 
 // ====== Challenges ======
@@ -60,7 +65,10 @@ test("nvcr.io and OpenShift name no service, and get none", async (t) => {
   // sapcc/keppel#731 (nvcr.io); GoogleContainerTools/jib#576 (OpenShift); google/go-containerregistry#1359.
   const { registry, reference } = await serve(t, bearer({ service: null }));
   assertPulled(await pull(t, reference, HTTP), image);
-  assert.deepEqual(registry.tokenRequests().map(({ query }) => query.has("service")), [false]);
+  assert.deepEqual(
+    registry.tokenRequests().map(({ query }) => query.has("service")),
+    [false],
+  );
 });
 
 test("GCR, Artifactory and Nexus name no scope, Gitea any: the scope is ours", async (t) => {
@@ -79,17 +87,25 @@ test("distribution's autoredirect gives a relative realm", async (t) => {
   for (const realm of ["/token", "/auth/token", "/v2/token"]) {
     const { registry, reference } = await serve(t, bearer({ realm }));
     assertPulled(await pull(t, reference, HTTP), image);
-    assert.deepEqual(registry.tokenRequests().map(({ path }) => path), [realm]);
+    assert.deepEqual(
+      registry.tokenRequests().map(({ path }) => path),
+      [realm],
+    );
   }
 });
 
 test("a realm that has a query keeps it", async (t) => {
   // distribution.github.io/distribution/spec/auth/token: the realm is any URL; a second "?" would spoil it.
-  const { registry, reference } = await serve(t, bearer({ realm: "/token?tenant=a%26b&service=own" }));
+  const { registry, reference } = await serve(
+    t,
+    bearer({ realm: "/token?tenant=a%26b&service=own" }),
+  );
   assertPulled(await pull(t, reference, HTTP), image);
   const query = registry.tokenRequests()[0]?.query;
-  assert.deepEqual([query?.get("tenant"), query?.getAll("service"), query?.getAll("scope")],
-    ["a&b", ["test-registry"], ["repository:team/app:pull"]]);
+  assert.deepEqual(
+    [query?.get("tenant"), query?.getAll("service"), query?.getAll("scope")],
+    ["a&b", ["test-registry"], ["repository:team/app:pull"]],
+  );
 });
 
 // ====== Tokens ======
@@ -103,14 +119,20 @@ test("ACR answers access_token instead of token", async (t) => {
 test("GitLab's tokens last five minutes, whatever its clock says", async (t) => {
   // moby/moby#33558 (GitLab: 5 min); a floor of 60 s is containers/image's minimumTokenLifetimeSeconds.
   for (const issuedAt of ["2001-01-01T00:00:00Z", "2099-01-01T00:00:00Z"]) {
-    const { registry, reference } = await serve(t, bearer({ expiresIn: 300, tokenFields: { issued_at: issuedAt } }));
+    const { registry, reference } = await serve(
+      t,
+      bearer({ expiresIn: 300, tokenFields: { issued_at: issuedAt } }),
+    );
     let now = Date.UTC(2026, 0, 1);
-    registry.on({ kind: "config" }, {
-      handler: async (_request, _response, next) => {
-        now += 250_000;
-        await next();
+    registry.on(
+      { kind: "config" },
+      {
+        handler: async (_request, _response, next) => {
+          now += 250_000;
+          await next();
+        },
       },
-    });
+    );
     assertPulled(await pull(t, reference, { ...HTTP, now: () => now, concurrency: 1 }), image);
     assert.equal(registry.tokenRequests().length, 1);
   }
@@ -120,10 +142,15 @@ test("ECR Public answers 400, without a challenge, to a token that has expired",
   // aws/containers-roadmap#2835.
   const { registry, reference } = await serve(t, bearer({ staleStatus: 400 }), large);
   const rule = registry.on({ kind: "layer", times: 1 }, { dropAfter: 400_000 });
-  assertPulled(await pull(t, reference, { ...HTTP, onSleep: () => registry.expireTokens() }), large);
+  assertPulled(
+    await pull(t, reference, { ...HTTP, onSleep: () => registry.expireTokens() }),
+    large,
+  );
   assert.equal(rule.hits, 1);
-  assert.deepEqual(registry.requests.slice(-3).map(({ kind, status }) => `${kind} ${status}`),
-    ["layer 400", "token 200", "layer 206"]);
+  assert.deepEqual(
+    registry.requests.slice(-3).map(({ kind, status }) => `${kind} ${status}`),
+    ["layer 400", "token 200", "layer 206"],
+  );
 });
 
 test("400 to a request without a token is not a stale token", async (t) => {
@@ -149,30 +176,44 @@ test("nvcr.io names another realm once a token has expired, where nobody anonymo
   const challenge = 'Bearer realm="/closed/token",service="registry",error="invalid_token"';
   const stale = { kind: "layer", times: 1, beforeAuth: true, ranged: true } as const;
   registry.on(stale, { status: 401, headers: { "www-authenticate": challenge } });
-  assertPulled(await pull(t, reference, { ...HTTP, onSleep: () => registry.expireTokens() }), large);
+  assertPulled(
+    await pull(t, reference, { ...HTTP, onSleep: () => registry.expireTokens() }),
+    large,
+  );
   assert(closed.hits <= 1);
 });
 
 test("GCR answers OAuth2's POST by 404, Artifactory by 401, ACR by 400, Harbor by 405", async (t) => {
   // containerd: core/remotes/docker/authorizer.go, the comments at its fallback; containerd/containerd#8630 (Harbor).
   const environment = (host: string) => ({
-    DOCKER_AUTH_CONFIG: JSON.stringify({ auths: { [host]: { username: USER, identitytoken: SECRETS.identityToken } } }),
+    DOCKER_AUTH_CONFIG: JSON.stringify({
+      auths: { [host]: { username: USER, identitytoken: SECRETS.identityToken } },
+    }),
   });
   for (const postStatus of [404, 401, 400, 405]) {
     const auth = bearer({ anonymous: "refused", password: SECRETS.identityToken, postStatus });
     const { registry, reference } = await serve(t, auth);
     const outcome = await pull(t, reference, { ...HTTP, environment: environment(registry.host) });
     assertPulled(outcome, image);
-    assert.deepEqual(registry.tokenRequests().map(({ method, status }) => `${method} ${status}`),
-      [`POST ${postStatus}`, "GET 200"]);
+    assert.deepEqual(
+      registry.tokenRequests().map(({ method, status }) => `${method} ${status}`),
+      [`POST ${postStatus}`, "GET 200"],
+    );
     assert.deepEqual([outcome.warnings, outcome.sleeps], [[], []]);
   }
 });
 
 test("GitLab answers OAuth2's POST by 404 in HTML", async (t) => {
   // containerd/containerd#12822.
-  const { registry, reference } = await serve(t, bearer({ anonymous: "refused", password: SECRETS.identityToken }));
-  const html = { status: 404, body: "<!DOCTYPE html><html>404</html>", headers: { "content-type": "text/html" } };
+  const { registry, reference } = await serve(
+    t,
+    bearer({ anonymous: "refused", password: SECRETS.identityToken }),
+  );
+  const html = {
+    status: 404,
+    body: "<!DOCTYPE html><html>404</html>",
+    headers: { "content-type": "text/html" },
+  };
   registry.on({ kind: "token", method: "POST" }, html);
   const entry = { username: USER, identitytoken: SECRETS.identityToken };
   const environment = { DOCKER_AUTH_CONFIG: JSON.stringify({ auths: { [registry.host]: entry } }) };
@@ -188,7 +229,10 @@ test("S3 and Azure answer 400 to a signed URL that comes with an Authorization",
     const rule = registry.on({ kind: "blob" }, { redirect: "storage" });
     assertPulled(await pull(t, reference, GIVEN), image);
     assert.equal(rule.hits, 3);
-    assert.deepEqual(registry.storageRequests().map(({ status }) => status), [200, 200, 200]);
+    assert.deepEqual(
+      registry.storageRequests().map(({ status }) => status),
+      [200, 200, 200],
+    );
   }
 });
 
@@ -197,7 +241,8 @@ test("registry.k8s.io redirects manifests too, to another repository of another 
   const back = await startRegistry({}, t);
   back.add(image, "k8s-artifacts-prod/images/app", "1.0");
   const front = await startRegistry({}, t);
-  const target = (url: string) => back.url + url.replace("team/app", "k8s-artifacts-prod/images/app");
+  const target = (url: string) =>
+    back.url + url.replace("team/app", "k8s-artifacts-prod/images/app");
   const rule = front.on({}, { redirect: ({ url }) => target(url) });
   const outcome = await pull(t, `${front.host}/team/app:1.0`, HTTP);
   assertPulled(outcome, image);
@@ -216,7 +261,10 @@ test("the target of a redirect has a challenge of its own, for its own repositor
     assertPulled(await pull(t, reference, GIVEN), image);
     const sent = back.requests.map(({ headers }) => headers.authorization ?? "");
     assert(!sent.some((header) => header.startsWith("Basic")), `${name}: the front's credentials`);
-    assert.deepEqual(back.tokenRequests().map(({ query }) => query.get("scope")), [`repository:${name}:pull`]);
+    assert.deepEqual(
+      back.tokenRequests().map(({ query }) => query.get("scope")),
+      [`repository:${name}:pull`],
+    );
   }
 });
 
@@ -229,7 +277,9 @@ test("a storage host that asks for a login gets none, and ends the pull", async 
     const outcome = await pull(t, reference, { ...GIVEN, retries: 1 });
     assert(outcome.error);
     assert(["UNAUTHORIZED", "FORBIDDEN"].includes(outcome.error.code), outcome.error.message);
-    const sent = [...registry.storageRequests(), ...catcher.requests].map(({ headers }) => headers.authorization);
+    const sent = [...registry.storageRequests(), ...catcher.requests].map(
+      ({ headers }) => headers.authorization,
+    );
     assert.deepEqual(new Set(sent), new Set([undefined]));
   }
 });
@@ -255,7 +305,10 @@ test("a download that breaks off goes on by a new signed URL, from where it stop
   assertPulled(outcome, large);
   assert.equal(rule.hits, 1);
   assert.equal(new Set(registry.storageRequests().map(({ url }) => url)).size, 2);
-  assert(registry.storageRequests().every(({ status }) => status < 300), "the old URL was not used again");
+  assert(
+    registry.storageRequests().every(({ status }) => status < 300),
+    "the old URL was not used again",
+  );
   assert(registry.bytesServed() <= 1.1 * 1_000_000);
 });
 
@@ -275,10 +328,18 @@ test("go-containerregistry's own registry takes only closed ranges", async (t) =
   // anchore/stereoscope#695: `bytes=N-` gets 416 there.
   const { registry, reference } = await serve(t, {}, large);
   registry.on({ kind: "layer", times: 3 }, { dropAfter: 200_000 });
-  registry.on({ kind: "layer", where: ({ range }) => range?.endsWith("-") === true }, { status: 416 });
+  registry.on(
+    { kind: "layer", where: ({ range }) => range?.endsWith("-") === true },
+    { status: 416 },
+  );
   assertPulled(await pull(t, reference, HTTP), large);
   const ranges = registry.blobRequests(large.layers[0]?.digest).map(({ range }) => range);
-  assert.deepEqual(ranges, [undefined, "bytes=200000-999999", "bytes=400000-999999", "bytes=600000-999999"]);
+  assert.deepEqual(ranges, [
+    undefined,
+    "bytes=200000-999999",
+    "bytes=400000-999999",
+    "bytes=600000-999999",
+  ]);
 });
 
 // ====== Headers ======
@@ -287,19 +348,36 @@ test("manifests come as text/html, text/plain, application/json, with parameters
   // moby/moby#19526 (quay.io: text/html), containers/image#417 (text/plain), containerd/cri#787 (application/json),
   // moby/moby#31318 (none, a static server), goharbor/harbor#7853 (application/octet-stream).
   const types: ((own: string) => string | null)[] = [
-    () => "text/html", () => "text/plain; charset=utf-8", () => "application/json", () => "application/octet-stream",
-    () => "", () => null, (own) => `${own}; charset=utf-8`, (own) => own.toUpperCase(),
+    () => "text/html",
+    () => "text/plain; charset=utf-8",
+    () => "application/json",
+    () => "application/octet-stream",
+    () => "",
+    () => null,
+    (own) => `${own}; charset=utf-8`,
+    (own) => own.toUpperCase(),
   ];
   for (const format of ["oci", "docker"] as const) {
     // OCI's mediaType within the manifest is optional: then the shape of the JSON is all that there is.
     const bare = (manifest: object) => ({ ...manifest, mediaType: undefined });
-    const index = makeMultiPlatform(["linux/amd64"], { format, editManifest: bare, editIndex: bare });
+    const index = makeMultiPlatform(["linux/amd64"], {
+      format,
+      editManifest: bare,
+      editIndex: bare,
+    });
     for (const type of types) {
       const registry = await startRegistry({}, t);
       const rules = [...index.manifests].map(([digest, { mediaType }]) =>
-        registry.on({ digest }, { headers: { "content-type": type(mediaType) } }));
-      assertPulled(await pull(t, registry.add(index, "team/app", "1"), HTTP), index.children[0] ?? index);
-      assert.deepEqual(rules.map(({ hits }) => hits), [1, 1]);
+        registry.on({ digest }, { headers: { "content-type": type(mediaType) } }),
+      );
+      assertPulled(
+        await pull(t, registry.add(index, "team/app", "1"), HTTP),
+        index.children[0] ?? index,
+      );
+      assert.deepEqual(
+        rules.map(({ hits }) => hits),
+        [1, 1],
+      );
     }
   }
 });
@@ -316,14 +394,18 @@ test("a block page under 200 is not a manifest", async (t) => {
 test("configs were once labelled text/html, application/json, octet-stream or nothing", async (t) => {
   // moby/moby#30083, #22378; distribution/distribution#1621. Docker takes these four for an image's config.
   for (const mediaType of ["text/html", "application/json", "application/octet-stream", ""]) {
-    const old = makeImage({ format: "docker", editManifest: (manifest) =>
-      ({ ...manifest, config: { ...manifest.config, mediaType } }) });
+    const old = makeImage({
+      format: "docker",
+      editManifest: (manifest) => ({ ...manifest, config: { ...manifest.config, mediaType } }),
+    });
     const { reference } = await serve(t, {}, old);
     const outcome = await pull(t, reference, HTTP);
     assertPulled(outcome, old);
     const tar = readFileSync(outcome.tar);
     const entry = readTar(tar).find(({ name }) => name === "manifest.json");
-    const listed = JSON.parse(String(entry && tar.subarray(entry.offset, entry.offset + entry.size))) as object[];
+    const listed = JSON.parse(
+      String(entry && tar.subarray(entry.offset, entry.offset + entry.size)),
+    ) as object[];
     assert.equal(listed.length, 1, `config of type "${mediaType}"`);
   }
 });
@@ -334,8 +416,10 @@ test("HEAD comes without a digest (ECR, Red Hat), or without a length (Harbor)",
   const { registry, reference } = await serve(t);
   const expected = { mediaType: image.mediaType, digest: image.digest, size: image.bytes.length };
   const faults = [
-    { headers: { "docker-content-digest": null } }, { headers: { "content-length": null } },
-    { headers: { "content-length": "0" } }, { headers: { "content-type": "text/plain" } },
+    { headers: { "docker-content-digest": null } },
+    { headers: { "content-length": null } },
+    { headers: { "content-length": "0" } },
+    { headers: { "content-type": "text/plain" } },
     { headers: { "docker-content-digest": "sha256:zz" } },
   ];
   for (const fault of faults) {
@@ -347,13 +431,20 @@ test("HEAD comes without a digest (ECR, Red Hat), or without a length (Harbor)",
   }
   registry.forget();
   assert.deepEqual(await new Puller({ url: reference, ...HTTP }).headManifest(), expected);
-  assert.deepEqual(registry.requests.map(({ method }) => method), ["HEAD"], "a HEAD that tells all is enough");
+  assert.deepEqual(
+    registry.requests.map(({ method }) => method),
+    ["HEAD"],
+    "a HEAD that tells all is enough",
+  );
 });
 
 test("Docker Hub's digest header may be that of another manifest: the bytes decide", async (t) => {
   // opencontainers/distribution-spec#207.
   const { registry, reference } = await serve(t);
-  const rule = registry.on({ kind: "manifest" }, { headers: { "docker-content-digest": `sha256:${"0".repeat(64)}` } });
+  const rule = registry.on(
+    { kind: "manifest" },
+    { headers: { "docker-content-digest": `sha256:${"0".repeat(64)}` } },
+  );
   const outcome = await pull(t, reference, HTTP);
   assertPulled(outcome, image);
   assert.equal(outcome.result?.digest, image.digest);
@@ -414,7 +505,11 @@ describe("Retry-After", () => {
     ["absent: half a second to a second", null, [internals.LIMITS.firstBackoffMs]],
     ["seconds", "17", [17_000]],
     ["a date", new Date(NOW + 42_000).toUTCString(), [42_000]],
-    ["a date that has passed", new Date(NOW - 1000).toUTCString(), [internals.LIMITS.firstBackoffMs]],
+    [
+      "a date that has passed",
+      new Date(NOW - 1000).toUTCString(),
+      [internals.LIMITS.firstBackoffMs],
+    ],
     ["nonsense", "soon", [internals.LIMITS.firstBackoffMs]],
     ["the longest that is waited for", "120", [120_000]],
   ];

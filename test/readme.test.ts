@@ -2,20 +2,26 @@
 // explains is one that the program gives.
 import assert from "node:assert/strict";
 import { once } from "node:events";
-import { cpSync, existsSync, readFileSync, readdirSync, symlinkSync, writeFileSync } from "node:fs";
+import { cpSync, existsSync, readdirSync, readFileSync, symlinkSync, writeFileSync } from "node:fs";
 import { createServer } from "node:http";
 import type { AddressInfo } from "node:net";
 import { join, resolve } from "node:path";
 import { after, before, describe, test } from "node:test";
 import { internals } from "../imgpull.ts";
 import { makeAuthority } from "./support/certificates.ts";
-import { SECRETS, USER, runCommand, temporaryFolder, type CommandOptions } from "./support/command.ts";
-import { digestOf, makeImage, makeManifest, makeMultiPlatform, MEDIA } from "./support/image.ts";
+import {
+  type CommandOptions,
+  runCommand,
+  SECRETS,
+  temporaryFolder,
+  USER,
+} from "./support/command.ts";
+import { digestOf, MEDIA, makeImage, makeManifest, makeMultiPlatform } from "./support/image.ts";
 import { installedPackage } from "./support/package.ts";
 import { startProxy } from "./support/proxy.ts";
 import { filesOf } from "./support/pull.ts";
-import { IMAGES, makeReader, readmeBlocks, type Reader } from "./support/readme.ts";
-import { startRegistry, type Registry, type RegistryOptions } from "./support/registry.ts";
+import { IMAGES, makeReader, type Reader, readmeBlocks } from "./support/readme.ts";
+import { type Registry, type RegistryOptions, startRegistry } from "./support/registry.ts";
 
 const readme = readFileSync("README.md", "utf8");
 
@@ -34,7 +40,8 @@ test("the files that it links to are there, and so are the headings", () => {
   for (const link of links) assert.ok(existsSync(link), link);
   const titles = [...readme.matchAll(/^#+ (.*)$/gm)].map(([, title = ""]) => title);
   const headings = titles.map((title) => title.toLowerCase().replaceAll(" ", "-"));
-  for (const [, anchor = ""] of readme.matchAll(/\]\(#([^)]+)\)/g)) assert.ok(headings.includes(anchor), anchor);
+  for (const [, anchor = ""] of readme.matchAll(/\]\(#([^)]+)\)/g))
+    assert.ok(headings.includes(anchor), anchor);
 });
 
 test("the environment table has every variable that the module names", () => {
@@ -44,29 +51,37 @@ test("the environment table has every variable that the module names", () => {
   assert.ok(variables.length >= 14);
   const [, section = ""] = readme.split("## Environment variables");
   const table = section.split("\n## ")[0] ?? "";
-  assert.deepEqual(variables.filter((name) => !table.includes(`\`${name}\``)), []);
+  assert.deepEqual(
+    variables.filter((name) => !table.includes(`\`${name}\``)),
+    [],
+  );
 });
 
 // ====== The command blocks ======
 
 type Name = "alpine:3.22" | "alpine:3.23" | "busybox:1.37" | "node-exporter" | "app" | "curl";
 const CONTENT = {
-  "alpine:3.22": IMAGES["docker.io"]["library/alpine:3.22"], "alpine:3.23": IMAGES["docker.io"]["library/alpine:3.23"],
+  "alpine:3.22": IMAGES["docker.io"]["library/alpine:3.22"],
+  "alpine:3.23": IMAGES["docker.io"]["library/alpine:3.23"],
   "busybox:1.37": IMAGES["docker.io"]["library/busybox:1.37"],
   "node-exporter": IMAGES["quay.io"]["prometheus/node-exporter:v1.8.2"],
-  "app": IMAGES["registry.corp.example"]["team/app:1.4"], "curl": IMAGES["mirror.corp.example"]["curl/curl:8.10.1"],
+  app: IMAGES["registry.corp.example"]["team/app:1.4"],
+  curl: IMAGES["mirror.corp.example"]["curl/curl:8.10.1"],
 };
 
 /** A tar with these images, every blob right, under these names. */
 function checkTar(tar: Buffer, images: Partial<Record<Name, string>>): void {
   const files = filesOf(tar);
   const { manifests } = JSON.parse(String(files.get("index.json")));
-  const names = manifests.map(({ annotations }: { annotations: Record<string, string> }) =>
-    annotations["org.opencontainers.image.ref.name"]);
+  const names = manifests.map(
+    ({ annotations }: { annotations: Record<string, string> }) =>
+      annotations["org.opencontainers.image.ref.name"],
+  );
   assert.deepEqual(names, Object.values(images));
   for (const [at, name] of (Object.keys(images) as Name[]).entries()) {
     const content = CONTENT[name];
-    const digests = "children" in content ? content.children.map(({ digest }) => digest) : [content.digest];
+    const digests =
+      "children" in content ? content.children.map(({ digest }) => digest) : [content.digest];
     assert.ok(digests.includes(manifests[at].digest), name);
   }
 }
@@ -78,17 +93,31 @@ const hasAlpine = (reader: Reader): void => checkTar(read(reader, "alpine.tar"),
 const BUNDLE = "imgpull alpine:3.22 quay.io/prometheus/node-exporter:v1.8.2 bundle.tar";
 
 /** What has to be there before, and what is there when it has run. */
-interface Case { given?: (reader: Reader) => unknown; gives: (reader: Reader, stdout: string) => unknown }
+interface Case {
+  given?: (reader: Reader) => unknown;
+  gives: (reader: Reader, stdout: string) => unknown;
+}
 
 /** Blocks by their first line. */
 const RUN: Record<string, Case> = {
   "node dist/imgpull.cjs alpine:3.22 alpine.tar": {
-    given: ({ folder }) => cpSync("dist", join(folder, "dist"), { recursive: true }), gives: hasAlpine,
+    given: ({ folder }) => cpSync("dist", join(folder, "dist"), { recursive: true }),
+    gives: hasAlpine,
   },
   "npm run demo": {
     given: ({ folder }) => {
-      for (const name of ["build.mjs", "package.json", "CHANGELOG.md", "imgpull.ts", "test", "dist"]) {
-        cpSync(name, join(folder, name), { recursive: true, filter: (path) => path !== join("dist", "bin") });
+      for (const name of [
+        "build.mjs",
+        "package.json",
+        "CHANGELOG.md",
+        "imgpull.ts",
+        "test",
+        "dist",
+      ]) {
+        cpSync(name, join(folder, name), {
+          recursive: true,
+          filter: (path) => path !== join("dist", "bin"),
+        });
       }
       symlinkSync(resolve("node_modules"), join(folder, "node_modules"));
     },
@@ -98,11 +127,17 @@ const RUN: Record<string, Case> = {
       // The figure of the tar is this one; only index.json's size is the port's.
       const figure = readmeBlocks("text")[0]?.text ?? "";
       const [, listed = ""] = /^The tar:\n.*\n([^]*?) {2}in all/m.exec(stdout) ?? [];
-      const rows = listed.trimEnd().split("\n").map((row) => row.trim().split(/ +/));
+      const rows = listed
+        .trimEnd()
+        .split("\n")
+        .map((row) => row.trim().split(/ +/));
       assert.equal(rows.length, 7);
       for (const [name = "", offset, size = ""] of rows) {
         const shown = name.replace(/^blobs\/sha256\/(.{12}).*/, "$1");
-        assert.match(figure, new RegExp(`^ *${offset} +${name === "index.json" ? "\\d+" : size} .*${shown}`, "m"));
+        assert.match(
+          figure,
+          new RegExp(`^ *${offset} +${name === "index.json" ? "\\d+" : size} .*${shown}`, "m"),
+        );
       }
       assert.match(readme, new RegExp(`of ${/in all ([\d,]+) bytes/.exec(stdout)?.[1]} bytes`));
     },
@@ -130,7 +165,11 @@ const RUN: Record<string, Case> = {
   "imgpull alpine:3.22 alpine.tar && docker load -i alpine.tar": {
     gives: (reader) => {
       hasAlpine(reader);
-      assert.deepEqual(reader.calls(), ["docker load -i alpine.tar", "docker load", "ssh pi podman load"]);
+      assert.deepEqual(reader.calls(), [
+        "docker load -i alpine.tar",
+        "docker load",
+        "ssh pi podman load",
+      ]);
       for (const program of ["docker", "ssh"]) checkTar(reader.stdinOf(program), ALPINE);
       const { manifests } = JSON.parse(String(read(reader, "layout/index.json")));
       assert.equal(manifests.length, 1);
@@ -146,23 +185,30 @@ const RUN: Record<string, Case> = {
     gives: (reader) => {
       checkTar(read(reader, "delta.tar"), { "alpine:3.23": "docker.io/library/alpine:3.23" });
       checkTar(read(reader, "next.tar"), {
-        "alpine:3.23": "docker.io/library/alpine:3.23", "busybox:1.37": "docker.io/library/busybox:1.37",
+        "alpine:3.23": "docker.io/library/alpine:3.23",
+        "busybox:1.37": "docker.io/library/busybox:1.37",
       });
     },
   },
   "imgpull registry.corp.example:5000/team/app:1.4 app.tar \\": {
-    gives: (reader) => checkTar(read(reader, "app.tar"), { app: "registry.corp.example:5000/team/app:1.4" }),
+    gives: (reader) =>
+      checkTar(read(reader, "app.tar"), { app: "registry.corp.example:5000/team/app:1.4" }),
   },
   "imgpull mirror.corp.example/curl/curl:8.10.1 curl.tar --ns quay.io": {
     gives: (reader) => {
       checkTar(read(reader, "curl.tar"), { curl: "quay.io/curl/curl:8.10.1" });
       const requests = reader.registries["mirror.corp.example"].manifestRequests();
-      assert.ok(requests.length > 0 && requests.every(({ query }) => query.get("ns") === "quay.io"));
+      assert.ok(
+        requests.length > 0 && requests.every(({ query }) => query.get("ns") === "quay.io"),
+      );
     },
   },
   "imgpull alpine:3.22 busybox:1.37 tools.tar > images.lock": {
     gives: (reader) => {
-      checkTar(read(reader, "tools.tar"), { ...ALPINE, "busybox:1.37": "docker.io/library/busybox:1.37" });
+      checkTar(read(reader, "tools.tar"), {
+        ...ALPINE,
+        "busybox:1.37": "docker.io/library/busybox:1.37",
+      });
       const [first = "", second = ""] = String(read(reader, "images.lock")).split("\n");
       assert.match(first, /^docker\.io\/library\/alpine:3\.22@sha256:[0-9a-f]{64}$/);
       assert.match(second, /^docker\.io\/library\/busybox:1\.37@sha256:[0-9a-f]{64}$/);
@@ -172,7 +218,8 @@ const RUN: Record<string, Case> = {
 
 const NOT_RUN: Record<string, string> = {
   "npm cit": "it is what runs this test",
-  "npm ci": "the rebuild of dist/ is in dist.test.ts, that of the binaries in the test of the binaries",
+  "npm ci":
+    "the rebuild of dist/ is in dist.test.ts, that of the binaries in the test of the binaries",
   'curl -fsSL "$RELEASE/imgpull.cjs" | node --permission --allow-net --allow-fs-read=. --allow-fs-write=. \\':
     "it needs Node 26: nodes.test.ts runs it",
 };
@@ -181,7 +228,9 @@ describe("every command block", { concurrency: 2 }, () => {
   test("is run here, or listed with the reason why not", () => {
     const blocks = readmeBlocks("sh").map(({ firstLine }) => firstLine);
     assert.deepEqual(blocks.sort(), [...Object.keys(RUN), ...Object.keys(NOT_RUN)].sort());
-    const shells = [...readme.matchAll(/^```(\w*)$/gm)].map(([, language = ""]) => language).filter(Boolean);
+    const shells = [...readme.matchAll(/^```(\w*)$/gm)]
+      .map(([, language = ""]) => language)
+      .filter(Boolean);
     assert.deepEqual([...new Set(shells)].sort(), ["sh", "text", "ts"]);
   });
 
@@ -204,9 +253,14 @@ test("the library's example runs as it stands there", async (t) => {
   const [block] = readmeBlocks("ts");
   assert.ok(block);
   const reader = await makeReader(t);
-  cpSync(join(await installedPackage(), "node_modules"), join(reader.folder, "node_modules"),
-    { recursive: true, verbatimSymlinks: true });
-  writeFileSync(join(reader.folder, "example.mjs"), `${block.text}console.log(digest, platform, sizeBytes);\n`);
+  cpSync(join(await installedPackage(), "node_modules"), join(reader.folder, "node_modules"), {
+    recursive: true,
+    verbatimSymlinks: true,
+  });
+  writeFileSync(
+    join(reader.folder, "example.mjs"),
+    `${block.text}console.log(digest, platform, sizeBytes);\n`,
+  );
   const { exitCode, stdout, stderr } = await reader.run("node example.mjs");
   assert.deepEqual([exitCode, stderr], [0, ""]);
   const tar = read(reader, "hello-world.tar");
@@ -216,7 +270,10 @@ test("the library's example runs as it stands there", async (t) => {
 
 // ====== The messages ======
 
-const content = makeMultiPlatform(["linux/amd64", "linux/s390x"], { seed: "messages", layers: [5000] });
+const content = makeMultiPlatform(["linux/amd64", "linux/s390x"], {
+  seed: "messages",
+  layers: [5000],
+});
 const authority = makeAuthority();
 const HTML = { status: 200, body: "<html>Log in</html>", headers: { "content-type": "text/html" } };
 
@@ -235,22 +292,29 @@ interface Message {
 /** What makes the program say it, by the words as they stand in the table. */
 const MESSAGES: Record<string, Message> = {
   // The test registry hangs up instead, which no real one does.
-  "the server answers plain HTTP on this port": { image: () => `${plainHost}/app:1`, options: { scheme: "https" } },
+  "the server answers plain HTTP on this port": {
+    image: () => `${plainHost}/app:1`,
+    options: { scheme: "https" },
+  },
   "this port is https: try without --scheme http": {
-    prepare: (registry) => registry.on({}, { status: 400, body: "Client sent an HTTP request to an HTTPS server.\n" }),
+    prepare: (registry) =>
+      registry.on({}, { status: 400, body: "Client sent an HTTP request to an HTTPS server.\n" }),
   },
   "its certificate authority is not known here": {
-    serve: { tls: authority.issueServer() }, options: { scheme: "https" },
+    serve: { tls: authority.issueServer() },
+    options: { scheme: "https" },
   },
   "answered 401 … no credentials were found": { serve: { auth: "basic" } },
   "answered 401 … refused: the credentials of": {
-    serve: { auth: "basic" }, options: { user: USER, password: SECRETS.proxyPassword },
+    serve: { auth: "basic" },
+    options: { user: USER, password: SECRETS.proxyPassword },
   },
   "no such tag:": { image: (host) => `${host}/team/app:none` },
   "no such repository:": { image: (host) => `${host}/team/none:1.0` },
   "has no image for … it has:": { options: { platform: "linux/arm64" } },
   "too many requests: come back in … s, at": {
-    prepare: (registry) => registry.on({ kind: "manifest" }, { status: 429, headers: { "retry-after": "3600" } }),
+    prepare: (registry) =>
+      registry.on({ kind: "manifest" }, { status: 429, headers: { "retry-after": "3600" } }),
   },
   "the disk is full, … are needed and … has … free": {
     prepare: (registry) => {
@@ -271,7 +335,8 @@ const MESSAGES: Record<string, Message> = {
     prepare: (registry) => registry.on({ kind: "layer" }, { corruptAt: 100 }),
   },
   "refused CONNECT … 407 … the proxy wants credentials": {
-    image: () => "registry.corp.example/team/app:1.0", options: { scheme: "https" },
+    image: () => "registry.corp.example/team/app:1.0",
+    options: { scheme: "https" },
   },
   "no such host": { image: () => "registry.invalid/team/app:1.0", options: { scheme: "https" } },
   "nothing came for … s": {
@@ -289,7 +354,9 @@ const MESSAGES: Record<string, Message> = {
       const [major = 0] = process.versions.node.split(".").map(Number);
       const model = major < 24 ? "--experimental-permission" : "--permission";
       const net = major < 25 ? [] : ["--allow-net"];
-      return { nodeArgs: [model, ...net, "--allow-fs-read=*", `--allow-fs-write=${join(folder, "other")}`] };
+      return {
+        nodeArgs: [model, ...net, "--allow-fs-read=*", `--allow-fs-write=${join(folder, "other")}`],
+      };
     },
   },
 };
@@ -314,7 +381,13 @@ describe("every message that is explained", { concurrency: 2 }, () => {
     const message = MESSAGES[explanation];
     if (!message) continue;
     test(explanation, async (t) => {
-      const { serve, prepare, image = (host) => `${host}/team/app:1.0`, dest = "app.tar", exitCode = 1 } = message;
+      const {
+        serve,
+        prepare,
+        image = (host) => `${host}/team/app:1.0`,
+        dest = "app.tar",
+        exitCode = 1,
+      } = message;
       const registry = await startRegistry(serve, t);
       registry.add(content, "team/app", "1.0");
       prepare?.(registry);
@@ -323,12 +396,18 @@ describe("every message that is explained", { concurrency: 2 }, () => {
       const words = Object.entries(options).flatMap(([name, value]) => [`--${name}`, value]);
       const { env = {}, ...run } = message.run?.(folder) ?? {};
       // Only one case is for a proxy, which wants credentials.
-      const proxy = explanation.includes("CONNECT") ? await startProxy(t, { hosts: {}, credentials: true }) : undefined;
+      const proxy = explanation.includes("CONNECT")
+        ? await startProxy(t, { hosts: {}, credentials: true })
+        : undefined;
       const result = await runCommand([image(registry.host), dest, ...words], {
-        cwd: folder, ...run, env: { ...env, ...(proxy && { HTTPS_PROXY: proxy.url }) },
+        cwd: folder,
+        ...run,
+        env: { ...env, ...(proxy && { HTTPS_PROXY: proxy.url }) },
       });
       assert.equal(result.exitCode, exitCode, result.stderr);
-      const escaped = explanation.split("…").map((part) => part.trim().replace(/[.*+?^${}()|[\]\\]/g, "\\$&"));
+      const escaped = explanation
+        .split("…")
+        .map((part) => part.trim().replace(/[.*+?^${}()|[\]\\]/g, "\\$&"));
       assert.match(result.stderr, new RegExp(escaped.join("[^]*")));
       assert.equal(existsSync(join(folder, "app.tar")), false);
     });

@@ -3,10 +3,10 @@ import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { test } from "node:test";
-import { ImgpullError, Puller, internals } from "../imgpull.ts";
-import { temporaryFolder, type TestScope } from "./support/command.ts";
+import { ImgpullError, internals, Puller } from "../imgpull.ts";
+import { type TestScope, temporaryFolder } from "./support/command.ts";
 import { digestOf, makeImage, readTar } from "./support/image.ts";
-import { startRegistry, type RegistryOptions } from "./support/registry.ts";
+import { type RegistryOptions, startRegistry } from "./support/registry.ts";
 
 const { parseReference, formatReference, imageName, defaultDestination } = internals;
 
@@ -18,8 +18,13 @@ type Parts = [host: string, repository: string, tag?: string, digest?: string];
 
 function partsOf(text: string): Parts {
   const { host, repository, tag, digest } = parseReference(text);
-  return digest === undefined ? tag === undefined ? [host, repository] : [host, repository, tag]
-    : tag === undefined ? [host, repository, "", digest] : [host, repository, tag, digest];
+  return digest === undefined
+    ? tag === undefined
+      ? [host, repository]
+      : [host, repository, tag]
+    : tag === undefined
+      ? [host, repository, "", digest]
+      : [host, repository, tag, digest];
 }
 
 // ====== What is taken ======
@@ -131,13 +136,17 @@ const REFUSED: [text: string, reason: RegExp][] = [
 
 test("references that are refused, each with its reason", () => {
   for (const [text, reason] of REFUSED) {
-    assert.throws(() => parseReference(text), (error) => {
-      assert.ok(error instanceof ImgpullError, text);
-      assert.equal(error.code, "BAD_REFERENCE", text);
-      assert.match(error.message, reason, text);
-      assert.doesNotMatch(error.message, /[\u0000-\u001f\u007f]/, text);
-      return true;
-    }, text);
+    assert.throws(
+      () => parseReference(text),
+      (error) => {
+        assert.ok(error instanceof ImgpullError, text);
+        assert.equal(error.code, "BAD_REFERENCE", text);
+        assert.match(error.message, reason, text);
+        assert.doesNotMatch(error.message, /[\u0000-\u001f\u007f]/, text);
+        return true;
+      },
+      text,
+    );
     assert.throws(() => new Puller(text), { code: "BAD_REFERENCE" }, text);
   }
 });
@@ -151,7 +160,11 @@ const NAMED: [text: string, namespace: string | undefined, name: string][] = [
   ["localhost:8080/app", undefined, "localhost:8080/app:latest"],
   ["localhost:8080/curl/curl:8.10.1", "quay.io", "quay.io/curl/curl:8.10.1"],
   ["localhost:8080/hello-world:latest", "docker.io", "docker.io/library/hello-world:latest"],
-  ["localhost:8080/library/hello-world:latest", "docker.io", "docker.io/library/hello-world:latest"],
+  [
+    "localhost:8080/library/hello-world:latest",
+    "docker.io",
+    "docker.io/library/hello-world:latest",
+  ],
   ["localhost:8080/app:1", "upstream:5000", "upstream:5000/app:1"],
   [`localhost:8080/curl/curl@${SHA256}`, "quay.io", `quay.io/curl/curl@${SHA256}`],
   ["localhost:8080/quay.io/curl/curl:8.10.1", undefined, "quay.io/curl/curl:8.10.1"],
@@ -162,7 +175,11 @@ const NAMED: [text: string, namespace: string | undefined, name: string][] = [
 
 test("the name an image gets in the tar", () => {
   for (const [text, namespace, name] of NAMED) {
-    assert.equal(formatReference(imageName(parseReference(text), namespace)), name, `${text} --ns ${namespace}`);
+    assert.equal(
+      formatReference(imageName(parseReference(text), namespace)),
+      name,
+      `${text} --ns ${namespace}`,
+    );
   }
 });
 
@@ -174,31 +191,44 @@ test("the tar's default name", () => {
     [`quay.io/curl/curl:8.10.1@${SHA256}`, "curl-8.10.1.tar"],
     [`quay.io/curl/curl@${SHA256}`, `curl-${SHA256.slice(7, 19)}.tar`],
   ];
-  for (const [text, file] of cases) assert.equal(defaultDestination(parseReference(text)), file, text);
+  for (const [text, file] of cases)
+    assert.equal(defaultDestination(parseReference(text)), file, text);
 });
 
 // ====== What is requested ======
 
 const image = makeImage({ seed: "reference", layers: [4096] });
 
-interface Asked { name: string; paths: string[]; namespaces: Set<string | null> }
+interface Asked {
+  name: string;
+  paths: string[];
+  namespaces: Set<string | null>;
+}
 
 async function askedFor(
-  t: TestScope, rest: string, options: RegistryOptions = {}, namespace?: string, repository = "team/app",
+  t: TestScope,
+  rest: string,
+  options: RegistryOptions = {},
+  namespace?: string,
+  repository = "team/app",
 ): Promise<Asked> {
   const registry = await startRegistry(options, t);
   registry.add(image, repository, "1.0");
   registry.add(image, repository, "latest");
   const dest = join(temporaryFolder(t), "app.tar");
   const puller = new Puller({
-    url: `${registry.host}/${rest}`, scheme: "http", archType: "amd64", osType: "linux",
+    url: `${registry.host}/${rest}`,
+    scheme: "http",
+    archType: "amd64",
+    osType: "linux",
     ...(namespace !== undefined && { namespace }),
   });
   const { name } = await puller.pullTar(dest);
   const entries = readTar(readFileSync(dest));
   assert.ok(entries.some((entry) => entry.name === `blobs/${image.digest.replace(":", "/")}`));
   return {
-    name: name.replace(registry.host, "HOST"), paths: [...new Set(registry.requests.map(({ path }) => path))],
+    name: name.replace(registry.host, "HOST"),
+    paths: [...new Set(registry.requests.map(({ path }) => path))],
     namespaces: new Set(registry.requests.map(({ query }) => query.get("ns"))),
   };
 }
@@ -216,21 +246,36 @@ test("a tag, latest, a digest and both are asked for as such, and nothing else i
     const { name, paths, namespaces } = await askedFor(t, rest);
     assert.equal(name, named, rest);
     assert.equal(paths[0], `/v2/team/app/manifests/${manifest}`, rest);
-    assert.deepEqual(paths.slice(1).sort(), blobPaths.map((digest) => `/v2/team/app/blobs/${digest}`).sort(), rest);
+    assert.deepEqual(
+      paths.slice(1).sort(),
+      blobPaths.map((digest) => `/v2/team/app/blobs/${digest}`).sort(),
+      rest,
+    );
     assert.deepEqual([...namespaces], [null], rest);
   }
 });
 
 test("--ns is on every manifest and blob request, and names the image", async (t) => {
-  const { name, paths, namespaces } = await askedFor(t, "curl/curl:1.0", {}, "quay.io", "curl/curl");
+  const { name, paths, namespaces } = await askedFor(
+    t,
+    "curl/curl:1.0",
+    {},
+    "quay.io",
+    "curl/curl",
+  );
   assert.equal(name, "quay.io/curl/curl:1.0");
   assert.equal(paths.length, 3);
   assert.deepEqual([...namespaces], ["quay.io"]);
 });
 
 test("a mirror with the namespace in its path is asked as written, without ?ns=", async (t) => {
-  const { name, paths, namespaces } = await askedFor(t, "quay.io/curl/curl:1.0", { prefix: "quay.io/" }, undefined,
-    "curl/curl");
+  const { name, paths, namespaces } = await askedFor(
+    t,
+    "quay.io/curl/curl:1.0",
+    { prefix: "quay.io/" },
+    undefined,
+    "curl/curl",
+  );
   assert.equal(name, "quay.io/curl/curl:1.0");
   assert.equal(paths[0], "/v2/quay.io/curl/curl/manifests/1.0");
   assert.deepEqual([...namespaces], [null]);
@@ -239,7 +284,9 @@ test("a mirror with the namespace in its path is asked as written, without ?ns="
 test("a bad reference in the options is refused before any request", async (t) => {
   const registry = await startRegistry({}, t);
   for (const rest of ["App:1", "app:1:2", "app@sha256:../../x", "../app:1"]) {
-    assert.throws(() => new Puller({ url: `${registry.host}/${rest}`, scheme: "http" }), { code: "BAD_REFERENCE" });
+    assert.throws(() => new Puller({ url: `${registry.host}/${rest}`, scheme: "http" }), {
+      code: "BAD_REFERENCE",
+    });
   }
   assert.equal(registry.connections(), 0);
 });

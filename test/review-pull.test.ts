@@ -2,62 +2,97 @@
 // partials and locks that others left. Each of these failed once.
 import assert from "node:assert/strict";
 import {
-  existsSync, mkdirSync, readFileSync, readdirSync, readlinkSync, statSync, symlinkSync, utimesSync, writeFileSync,
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  readlinkSync,
+  statSync,
+  symlinkSync,
+  utimesSync,
+  writeFileSync,
 } from "node:fs";
 import * as fs from "node:fs/promises";
 import { join } from "node:path";
 import { test } from "node:test";
-import { ImgpullError, Puller, internals, type Progress } from "../imgpull.ts";
+import { type ImgpullError, internals, type Progress, Puller } from "../imgpull.ts";
 import { cleanEnvironment, runCommand, startCommand } from "./support/command.ts";
 import { makeImage, makeLayer } from "./support/image.ts";
-import { LINUX, NAME, assertRight, failure, pull, serve, undisturbedTar } from "./support/pull.ts";
+import { assertRight, failure, LINUX, NAME, pull, serve, undisturbedTar } from "./support/pull.ts";
 import { gate } from "./support/registry.ts";
 
 const MIB = 1024 * 1024;
 const OPTIONS = ["--scheme", "http", "--platform", "linux/amd64", "--name", NAME];
 
 /** A pull with sources, of which the transfer and the plan are wanted too. */
-function pullWhole(reference: string, destination: string, opts: { concurrency?: number; reuse?: string[] } = {}) {
+function pullWhole(
+  reference: string,
+  destination: string,
+  opts: { concurrency?: number; reuse?: string[] } = {},
+) {
   const { reuse = [], ...more } = opts;
   const images = [{ reference: internals.parseReference(reference), name: NAME }];
   const clock = { now: Date.now, random: () => 0, sleep: async () => undefined };
-  return internals.withSession({ url: reference, ...LINUX, ...more }, (session) =>
-    internals.pullImages(session, { images, destination, isAll: false, reuse }, () => undefined),
-  { clock, environment: cleanEnvironment() });
+  return internals.withSession(
+    { url: reference, ...LINUX, ...more },
+    (session) =>
+      internals.pullImages(session, { images, destination, isAll: false, reuse }, () => undefined),
+    { clock, environment: cleanEnvironment() },
+  );
 }
 
 test("a front end that ignores ranges, beside one that damages: no byte comes twice, and none unhashed", async (t) => {
-  const image = makeImage({ layers: [makeLayer({ seed: "holes", sizeBytes: 12 * MIB, compression: "none" })] });
+  const image = makeImage({
+    layers: [makeLayer({ seed: "holes", sizeBytes: 12 * MIB, compression: "none" })],
+  });
   const served = await serve(t, image);
   const { folder, dest, reference, registry } = served;
   const { plan } = await pullWhole(reference, join(folder, "good.tar"));
   const right = readFileSync(join(folder, "good.tar"));
   const digest = image.layers[0]?.digest as string;
-  const { offset } = plan.entries.find(({ blob }) => blob?.descriptor.digest === digest) as { offset: number };
+  const { offset } = plan.entries.find(({ blob }) => blob?.descriptor.digest === digest) as {
+    offset: number;
+  };
   // A killed run left three pieces, so that three ranges are missing between them.
-  const held = [[4 * MIB, 5 * MIB], [8 * MIB, 9 * MIB], [11 * MIB, 12 * MIB]] as const;
+  const held = [
+    [4 * MIB, 5 * MIB],
+    [8 * MIB, 9 * MIB],
+    [11 * MIB, 12 * MIB],
+  ] as const;
   const partial = Buffer.alloc(right.length);
   for (const [from, to] of held) right.copy(partial, offset + from, offset + from, offset + to);
   writeFileSync(`${dest}.partial`, partial);
   const lines = held.map((range) => range.join("-")).join(",");
   writeFileSync(`${dest}.partial.journal`, `${plan.id}\n${digest} ${lines};\n`);
   const first = gate();
-  registry.on({ digest, where: ({ range }) => range?.startsWith("bytes=0-") === true },
-    { ignoreRange: true, handler: async (_request, response, next) => {
-      response.once("finish", first.open);
-      await next();
-    } });
-  const damage = registry.on({ digest, where: ({ range }) => range?.startsWith(`bytes=${5 * MIB}-`) === true, times: 1 },
-    { wait: first.promise, corruptAt: 6 * MIB });
+  registry.on(
+    { digest, where: ({ range }) => range?.startsWith("bytes=0-") === true },
+    {
+      ignoreRange: true,
+      handler: async (_request, response, next) => {
+        response.once("finish", first.open);
+        await next();
+      },
+    },
+  );
+  const damage = registry.on(
+    { digest, where: ({ range }) => range?.startsWith(`bytes=${5 * MIB}-`) === true, times: 1 },
+    { wait: first.promise, corruptAt: 6 * MIB },
+  );
   const { transfer } = await pullWhole(reference, dest, { concurrency: 2 });
   assert.equal(damage.hits, 1);
-  for (const { doneBytes, descriptor: { size } } of transfer.jobs) assert.ok(doneBytes <= size);
+  for (const {
+    doneBytes,
+    descriptor: { size },
+  } of transfer.jobs)
+    assert.ok(doneBytes <= size);
   assert.ok(readFileSync(dest).equals(right));
 });
 
 test("what a sync in the background says of the disk is not lost", async (t) => {
   const layers = [1, 2, 3, 4, 5, 6].map((at) =>
-    makeLayer({ seed: `sync-${at}`, sizeBytes: 24 * MIB, compression: "none" }));
+    makeLayer({ seed: `sync-${at}`, sizeBytes: 24 * MIB, compression: "none" }),
+  );
   const served = await serve(t, makeImage({ layers }));
   const handle = await fs.open(served.folder, "r");
   const prototype = Object.getPrototypeOf(handle) as { sync: () => Promise<void> };
@@ -68,7 +103,8 @@ test("what a sync in the background says of the disk is not lost", async (t) => 
   prototype.sync = async function failOnce(this: fs.FileHandle) {
     const mine = (syncs += 1);
     await new Promise((done) => setTimeout(done, 300)); // a disk that is slower than the line, so that writes wait for it
-    if (mine === 2) throw Object.assign(new Error("EIO: i/o error, fsync"), { code: "EIO", syscall: "fsync" });
+    if (mine === 2)
+      throw Object.assign(new Error("EIO: i/o error, fsync"), { code: "EIO", syscall: "fsync" });
     return sync.call(this);
   };
   const { code } = await failure(pullWhole(served.reference, served.dest));
@@ -89,7 +125,10 @@ test("an abort in the tick after any report ends in ABORTED, and in nothing unca
       if ((reports += 1) === round % 7) process.nextTick(() => stop.abort());
     };
     const puller = new Puller({ url: reference, ...LINUX, signal: stop.signal, onProgress });
-    const outcome = await puller.pullTar(join(folder, `${round}.tar`)).then(() => "DONE", (error: ImgpullError) => error.code);
+    const outcome = await puller.pullTar(join(folder, `${round}.tar`)).then(
+      () => "DONE",
+      (error: ImgpullError) => error.code,
+    );
     assert.ok(outcome === "DONE" || outcome === "ABORTED", outcome);
   }
 });
@@ -99,12 +138,17 @@ test("a tar at hand that cannot be read is the disk's fault, told at once", asyn
   const base = join(folder, "base.tar");
   await pullWhole(reference, base);
   const handle = await fs.open(base, "r");
-  const prototype = Object.getPrototypeOf(handle) as { read: (...args: unknown[]) => Promise<unknown> };
+  const prototype = Object.getPrototypeOf(handle) as {
+    read: (...args: unknown[]) => Promise<unknown>;
+  };
   await handle.close();
   const { read } = prototype;
   t.after(() => (prototype.read = read));
   prototype.read = function failLarge(this: fs.FileHandle, ...args: unknown[]) {
-    const error = Object.assign(new Error("EIO: i/o error, read"), { code: "EIO", syscall: "read" });
+    const error = Object.assign(new Error("EIO: i/o error, read"), {
+      code: "EIO",
+      syscall: "read",
+    });
     return Number(args[2]) > 100_000 ? Promise.reject(error) : read.apply(this, args);
   };
   const { code, message } = await failure(pullWhole(reference, dest, { reuse: [base] }));
@@ -156,7 +200,11 @@ test("a partial of another image outlives a pull that gets nowhere, and is used 
 test("what was private stays so, and a partial can be opened again whatever DEST's mode was", async (t) => {
   const image = makeImage({ seed: "modes", layers: [3 * MIB, 70_000] });
   const { registry, reference, folder } = await serve(t, image);
-  for (const [mode, partialMode] of [[0o600, 0o600], [0o444, 0o644], [0o400, 0o600]] as const) {
+  for (const [mode, partialMode] of [
+    [0o600, 0o600],
+    [0o444, 0o644],
+    [0o400, 0o600],
+  ] as const) {
     const dest = join(folder, `${mode.toString(8)}.tar`);
     writeFileSync(dest, "", { mode });
     const { remove } = registry.on({ digest: image.layers[1]?.digest as string }, { status: 404 });
@@ -172,7 +220,10 @@ test("a lock is its process's as long as that runs, however long it has slept", 
   const image = makeImage({ seed: "sleeper", layers: [300_000] });
   const served = await serve(t, image);
   const held = gate();
-  const pause = served.registry.on({ kind: "layer", times: 1 }, { pause: { after: 100_000, until: held.promise } });
+  const pause = served.registry.on(
+    { kind: "layer", times: 1 },
+    { pause: { after: 100_000, until: held.promise } },
+  );
   const first = startCommand([...OPTIONS, served.reference, served.dest]);
   await pause.reached;
   const minutesAgo = new Date(Date.now() - 120_000);

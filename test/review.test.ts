@@ -1,12 +1,19 @@
 // Faults that a review found, each first as a test that failed: odd peers, odd input, runs beside each other.
 import assert from "node:assert/strict";
-import { mkdirSync, readFileSync, readlinkSync, rmdirSync, symlinkSync, writeFileSync } from "node:fs";
+import {
+  mkdirSync,
+  readFileSync,
+  readlinkSync,
+  rmdirSync,
+  symlinkSync,
+  writeFileSync,
+} from "node:fs";
 import { createServer } from "node:net";
 import { join } from "node:path";
 import { test } from "node:test";
 import { internals, Puller } from "../imgpull.ts";
 import { makeAuthority } from "./support/certificates.ts";
-import { COMMAND, runCommand, secretForms, SECRETS, temporaryFolder } from "./support/command.ts";
+import { COMMAND, runCommand, SECRETS, secretForms, temporaryFolder } from "./support/command.ts";
 import { makeImage } from "./support/image.ts";
 import { gate, startRegistry } from "./support/registry.ts";
 import { assertFailed, pull } from "./support/session.ts";
@@ -18,12 +25,20 @@ const AMD64 = ["--scheme", "http", "--platform", "linux/amd64", "-q"];
 test("a 101 that nobody asked for is a failure with words, not an end without any", async (t) => {
   const server = createServer((socket) => {
     socket.on("error", () => undefined);
-    socket.once("data", () => socket.end("HTTP/1.1 101 X\r\nConnection: upgrade\r\nUpgrade: h2c\r\n\r\n"));
+    socket.once("data", () =>
+      socket.end("HTTP/1.1 101 X\r\nConnection: upgrade\r\nUpgrade: h2c\r\n\r\n"),
+    );
   });
   await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
   t.after(() => server.close());
   const { port } = server.address() as { port: number };
-  const args = [`127.0.0.1:${port}/app:1`, join(temporaryFolder(t), "a.tar"), ...AMD64, "--retries", "0"];
+  const args = [
+    `127.0.0.1:${port}/app:1`,
+    join(temporaryFolder(t), "a.tar"),
+    ...AMD64,
+    "--retries",
+    "0",
+  ];
   const { exitCode, stderr } = await runCommand(args);
   assert.equal(exitCode, 1);
   assert.match(stderr, /closed without an answer/);
@@ -34,7 +49,10 @@ test("the client certificate is not shown to the token service of a redirect's t
   const server = authority.issueServer();
   const client = authority.issueClient({ commonName: "client" });
   const registry = await startRegistry({ tls: { ...server, clientCa: authority.cert } }, t);
-  const other = await startRegistry({ tls: { ...server, clientCa: authority.cert, clientOptional: true }, auth: "bearer" }, t);
+  const other = await startRegistry(
+    { tls: { ...server, clientCa: authority.cert, clientOptional: true }, auth: "bearer" },
+    t,
+  );
   const folder = temporaryFolder(t);
   const file = (name: string, text: string) => {
     writeFileSync(join(folder, name), text);
@@ -46,7 +64,9 @@ test("the client certificate is not shown to the token service of a redirect's t
   other.add(image, REFERENCE, "1.0");
   registry.on({ kind: "manifest" }, { redirect: (record) => new URL(record.path, other.url).href });
   await pull(t, reference, { scheme: "https", caCert, tlsCert, tlsKey, retries: 0 });
-  const shown = [registry, other].map(({ requests }) => requests.map(({ clientCertificate }) => clientCertificate));
+  const shown = [registry, other].map(({ requests }) =>
+    requests.map(({ clientCertificate }) => clientCertificate),
+  );
   assert.ok(other.requests.length > 0, "the redirect was followed");
   assert.ok(shown[0]?.includes("client"), "the registry itself was shown it");
   assert.ok(!shown[1]?.includes("client"), "the target was not");
@@ -54,7 +74,10 @@ test("the client certificate is not shown to the token service of a redirect's t
 
 for (const host of ["10.0.0.256:5000", "1.2.3.4.5"]) {
   test(`a host that no URL takes is a bad reference: ${host}`, async (t) => {
-    const { exitCode, stderr } = await runCommand([`${host}/app:1`, join(temporaryFolder(t), "a.tar")]);
+    const { exitCode, stderr } = await runCommand([
+      `${host}/app:1`,
+      join(temporaryFolder(t), "a.tar"),
+    ]);
     assert.equal(exitCode, 2);
     assert.match(stderr, /^imgpull: bad image reference .* is not a host[^\n]*\n$/);
   });
@@ -62,13 +85,22 @@ for (const host of ["10.0.0.256:5000", "1.2.3.4.5"]) {
 
 test("a path's first part that cannot be a host is no mirror's name", () => {
   const reference = internals.parseReference("registry.example.com/my_team.app/service:1");
-  assert.equal(internals.formatReference(internals.imageName(reference)), "registry.example.com/my_team.app/service:1");
+  assert.equal(
+    internals.formatReference(internals.imageName(reference)),
+    "registry.example.com/my_team.app/service:1",
+  );
 });
 
 for (const option of ["--reuse", "--since"]) {
   test(`${option} with a folder is an error in words`, async (t) => {
     const folder = temporaryFolder(t);
-    const { exitCode, stderr } = await runCommand(["127.0.0.1:9/app:1", join(folder, "a.tar"), option, folder, ...AMD64]);
+    const { exitCode, stderr } = await runCommand([
+      "127.0.0.1:9/app:1",
+      join(folder, "a.tar"),
+      option,
+      folder,
+      ...AMD64,
+    ]);
     assert.equal(exitCode, 1);
     assert.match(stderr, /^imgpull: .* is not a file\n$/);
   });
@@ -79,7 +111,10 @@ test("an empty DEST is misuse", async () => {
 });
 
 test("a password with an @ in what was meant as a reference is not repeated", async () => {
-  const { exitCode, stderr } = await runCommand([`https://me:hun@${SECRETS.password}@host/app:1`, "a.tar"]);
+  const { exitCode, stderr } = await runCommand([
+    `https://me:hun@${SECRETS.password}@host/app:1`,
+    "a.tar",
+  ]);
   assert.equal(exitCode, 2);
   for (const form of secretForms()) assert.ok(!stderr.includes(form));
 });
@@ -97,7 +132,10 @@ test("a stored registrytoken that fits no header is an error that names its file
   const registry = await startRegistry({ auth: "bearer" }, t);
   const reference = registry.add(image, REFERENCE, "1.0");
   const config = JSON.stringify({ auths: { [registry.host]: { registrytoken: "abc\nx" } } });
-  const outcome = await pull(t, reference, { scheme: "http", environment: { DOCKER_AUTH_CONFIG: config } });
+  const outcome = await pull(t, reference, {
+    scheme: "http",
+    environment: { DOCKER_AUTH_CONFIG: config },
+  });
   assertFailed(outcome, "CREDENTIALS", "DOCKER_AUTH_CONFIG");
 });
 
@@ -122,14 +160,22 @@ test("a second pull into a layout that is being filled says so, and adds to it a
   const digest = first.layers[0]?.digest as string;
   registry.on({ digest }, { wait: held.promise });
   const folder = `${join(temporaryFolder(t), "layout")}/`;
-  const [one, two] = urls.map((url) => new Puller({ url, scheme: "http", osType: "linux", archType: "amd64" }));
+  const [one, two] = urls.map(
+    (url) => new Puller({ url, scheme: "http", osType: "linux", archType: "amd64" }),
+  );
   const pulling = one?.pullTar(folder);
   await registry.arrived({ digest });
-  await assert.rejects(two?.pullTar(folder) as Promise<unknown>, { code: "DISK" }, "it says that another is at it");
+  await assert.rejects(
+    two?.pullTar(folder) as Promise<unknown>,
+    { code: "DISK" },
+    "it says that another is at it",
+  );
   held.open();
   await pulling;
   await two?.pullTar(folder);
-  const { manifests } = JSON.parse(readFileSync(join(folder, "index.json"), "utf8")) as { manifests: unknown[] };
+  const { manifests } = JSON.parse(readFileSync(join(folder, "index.json"), "utf8")) as {
+    manifests: unknown[];
+  };
   assert.equal(manifests.length, 2);
 });
 
@@ -145,7 +191,11 @@ test("what cannot be written to stdout is not a success", async (t) => {
 
 test("many blobs out of one tar print nothing", async (t) => {
   const registry = await startRegistry({}, t);
-  const reference = registry.add(makeImage({ layers: Array<number>(12).fill(8192) }), REFERENCE, "1.0");
+  const reference = registry.add(
+    makeImage({ layers: Array<number>(12).fill(8192) }),
+    REFERENCE,
+    "1.0",
+  );
   const tar = join(temporaryFolder(t), "a.tar");
   for (const run of ["fetched", "taken from DEST"]) {
     const { exitCode, stderr } = await runCommand([reference, tar, ...AMD64]);

@@ -3,7 +3,15 @@
 import assert from "node:assert/strict";
 import { spawnSync } from "node:child_process";
 import {
-  closeSync, ftruncateSync, linkSync, mkdirSync, openSync, readFileSync, symlinkSync, truncateSync, writeFileSync,
+  closeSync,
+  ftruncateSync,
+  linkSync,
+  mkdirSync,
+  openSync,
+  readFileSync,
+  symlinkSync,
+  truncateSync,
+  writeFileSync,
   writeSync,
 } from "node:fs";
 import { open } from "node:fs/promises";
@@ -11,13 +19,22 @@ import { join } from "node:path";
 import { test } from "node:test";
 import { ImgpullError, internals } from "../imgpull.ts";
 import { makeAuthority } from "./support/certificates.ts";
-import { SECRETS, USER, runCommand, temporaryFolder, type TestScope } from "./support/command.ts";
+import { runCommand, SECRETS, type TestScope, temporaryFolder, USER } from "./support/command.ts";
 import {
-  MEDIA, digestOf, makeArtifact, makeImage, makeLayer, makeMultiPlatform, readTar, writeTar, type Format,
-  type TestContent, type TestImage,
+  digestOf,
+  type Format,
+  MEDIA,
+  makeArtifact,
+  makeImage,
+  makeLayer,
+  makeMultiPlatform,
+  readTar,
+  type TestContent,
+  type TestImage,
+  writeTar,
 } from "./support/image.ts";
-import { runMain, type MainResult } from "./support/main.ts";
-import { startRegistry, type Registry } from "./support/registry.ts";
+import { type MainResult, runMain } from "./support/main.ts";
+import { type Registry, startRegistry } from "./support/registry.ts";
 
 const { encodeTarHeader, planTar } = internals;
 
@@ -26,14 +43,20 @@ const needsGnuTar = { skip: !isGnuTar && "GNU tar is not here" };
 const GIB = 2 ** 30;
 
 function gnuTar(folder: string, args: string[]): Buffer {
-  const { status, stdout, stderr } = spawnSync("tar", args, { cwd: folder, maxBuffer: 64 * 1024 * 1024 });
+  const { status, stdout, stderr } = spawnSync("tar", args, {
+    cwd: folder,
+    maxBuffer: 64 * 1024 * 1024,
+  });
   assert.equal(status, 0, String(stderr));
   return stdout;
 }
 
 const OWNED_BY_NOBODY = ["--owner=0", "--group=0", "--numeric-owner", "--mode=0644", "--mtime=@0"];
-const PAX = ["--format=pax", "--pax-option=exthdr.name=PaxHeaders/blob,exthdr.mtime=0,delete=atime,delete=ctime,"
-  + "delete=mtime"];
+const PAX = [
+  "--format=pax",
+  "--pax-option=exthdr.name=PaxHeaders/blob,exthdr.mtime=0,delete=atime,delete=ctime," +
+    "delete=mtime",
+];
 
 // ====== Headers ======
 
@@ -62,23 +85,39 @@ function withoutDeviceNumbers(header: Buffer): Buffer {
 test("headers are those of GNU tar, byte for byte", needsGnuTar, (t) => {
   const folder = temporaryFolder(t);
   const plain: [string, number][] = [
-    ["oci-layout", 30], ["index.json", 0], [sha256Name, 1], [sha256Name, 2 ** 31 - 1], [sha256Name, 2 ** 31],
-    [sha256Name, 2 ** 32 + 1], [sha256Name, 8 * GIB - 1], ["n".repeat(100), 512],
+    ["oci-layout", 30],
+    ["index.json", 0],
+    [sha256Name, 1],
+    [sha256Name, 2 ** 31 - 1],
+    [sha256Name, 2 ** 31],
+    [sha256Name, 2 ** 32 + 1],
+    [sha256Name, 8 * GIB - 1],
+    ["n".repeat(100), 512],
   ];
   for (const [name, sizeBytes] of plain) {
     const header = encodeTarHeader(name, sizeBytes);
     assert.equal(header.length, 512);
-    assert.ok(header.equals(gnuHeader(folder, name, sizeBytes, ["--format=ustar"])), `${name} ${sizeBytes}`);
+    assert.ok(
+      header.equals(gnuHeader(folder, name, sizeBytes, ["--format=ustar"])),
+      `${name} ${sizeBytes}`,
+    );
   }
   const extended: [string, number][] = [
-    [sha256Name, 8 * GIB], [sha256Name, 9_999_999_999], [sha256Name, 2 ** 40], [sha512Name, 5], [sha512Name, 8 * GIB],
+    [sha256Name, 8 * GIB],
+    [sha256Name, 9_999_999_999],
+    [sha256Name, 2 ** 40],
+    [sha512Name, 5],
+    [sha512Name, 8 * GIB],
     ["n".repeat(101), 0],
   ];
   for (const [name, sizeBytes] of extended) {
     const header = encodeTarHeader(name, sizeBytes);
     assert.equal(header.length, 1536);
     const theirs = gnuHeader(folder, name, sizeBytes, PAX);
-    assert.ok(withoutDeviceNumbers(header).equals(withoutDeviceNumbers(theirs)), `${name} ${sizeBytes}`);
+    assert.ok(
+      withoutDeviceNumbers(header).equals(withoutDeviceNumbers(theirs)),
+      `${name} ${sizeBytes}`,
+    );
     const [entry] = readTar(Buffer.concat([encodeTarHeader(name, 0), Buffer.alloc(1024)]));
     assert.equal(entry?.name, name);
   }
@@ -87,9 +126,16 @@ test("headers are those of GNU tar, byte for byte", needsGnuTar, (t) => {
 test("checksums hold and PAX records count themselves, at every length", () => {
   for (let length = 98; length < 1100; length += 1) {
     const name = "n".repeat(length);
-    const tar = Buffer.concat([encodeTarHeader(name, 3), Buffer.from("abc"), Buffer.alloc(509 + 1024)]);
+    const tar = Buffer.concat([
+      encodeTarHeader(name, 3),
+      Buffer.from("abc"),
+      Buffer.alloc(509 + 1024),
+    ]);
     const entries = readTar(tar);
-    assert.deepEqual(entries.map((entry) => [entry.name, entry.size]), [[name, 3]]);
+    assert.deepEqual(
+      entries.map((entry) => [entry.name, entry.size]),
+      [[name, 3]],
+    );
     assert.equal(entries[0]?.pax.size, length > 100 ? 1 : 0);
   }
 });
@@ -100,19 +146,37 @@ type Planned = Parameters<typeof planTar>[0][number];
 
 /** An image that nobody has: its layers have digests and sizes, but no bytes. */
 function imaginary(sizes: number[], algorithm: "sha256" | "sha512" = "sha256"): Planned {
-  const layers = sizes.map((size, position) =>
-    ({ mediaType: MEDIA.ociGzip, digest: digestOf(`layer ${position} of ${size}`, algorithm), size }));
-  const { config, bytes, digest, mediaType } = makeImage({ editManifest: (manifest) => ({ ...manifest, layers }) });
+  const layers = sizes.map((size, position) => ({
+    mediaType: MEDIA.ociGzip,
+    digest: digestOf(`layer ${position} of ${size}`, algorithm),
+    size,
+  }));
+  const { config, bytes, digest, mediaType } = makeImage({
+    editManifest: (manifest) => ({ ...manifest, layers }),
+  });
   const top = { mediaType, digest, bytes };
   const content = { digest, manifest: { kind: "image", config, layers } };
   return {
-    reference: internals.parseReference("example.com/app:1"), name: "example.com/app:1", top, manifests: [top],
-    contents: [content], platform: "linux/amd64", registry: undefined,
+    reference: internals.parseReference("example.com/app:1"),
+    name: "example.com/app:1",
+    top,
+    manifests: [top],
+    contents: [content],
+    platform: "linux/amd64",
+    registry: undefined,
   } as unknown as Planned;
 }
 
 const HUGE = [
-  2 ** 31 - 1, 2 ** 31, 2 ** 31 + 1, 2 ** 32 - 1, 2 ** 32, 2 ** 32 + 511, 8 * GIB - 1, 8 * GIB, 8 * GIB + 1,
+  2 ** 31 - 1,
+  2 ** 31,
+  2 ** 31 + 1,
+  2 ** 32 - 1,
+  2 ** 32,
+  2 ** 32 + 511,
+  8 * GIB - 1,
+  8 * GIB,
+  8 * GIB + 1,
   9 * GIB + 513,
 ];
 
@@ -127,11 +191,14 @@ test("a plan is right beyond 2^31, 2^32 and 8 GiB, to the byte", () => {
     assert.equal(BigInt(offset), expected, name);
     expected += BigInt(sizeBytes);
   }
-  const end = (expected + 511n) / 512n * 512n + 1024n;
+  const end = ((expected + 511n) / 512n) * 512n + 1024n;
   assert.equal(BigInt(plan.sizeBytes), end);
   assert.equal(BigInt(plan.sizeBytes - plan.trailer.length), expected);
-  assert.equal(plan.blobBytes, [...HUGE, 2 ** 40 + 1, 2 ** 50 + 3].reduce((sum, size) => sum + size, 0)
-    + makeImage().config.size);
+  assert.equal(
+    plan.blobBytes,
+    [...HUGE, 2 ** 40 + 1, 2 ** 50 + 3].reduce((sum, size) => sum + size, 0) +
+      makeImage().config.size,
+  );
 });
 
 /** The plan as a file in which the blobs are holes. */
@@ -145,22 +212,44 @@ function writeHollow(file: string, plan: ReturnType<typeof planTar>): void {
   closeSync(handle);
 }
 
-test("GNU tar and our own reader list such a tar, with every entry at its place", needsGnuTar, async (t) => {
-  const folder = temporaryFolder(t);
-  for (const algorithm of ["sha256", "sha512"] as const) {
-    const plan = planTar([imaginary(HUGE, algorithm)]);
-    const file = join(folder, "huge.tar");
-    writeHollow(file, plan);
-    const listed = String(gnuTar(folder, ["--numeric-owner", "-R", "-tvf", file])).trimEnd().split("\n");
-    const ending = listed.pop() ?? "";
-    assert.match(ending, /NUL/);
-    const entries = listed.map((line) => /^block (\d+): (\S+) 0\/0 +(\d+) 1970-01-01 00:00 (.+)$/.exec(line)?.slice(1));
-    assert.deepEqual(entries, plan.entries.map(({ name, sizeBytes, offset }) =>
-      [String(offset / 512 - 1), "-rw-r--r--", String(sizeBytes), name]));
-    const read = (await readFileTar(file)).map(({ name, sizeBytes, offset }) => ({ name, sizeBytes, offset }));
-    assert.deepEqual(read, plan.entries.map(({ name, sizeBytes, offset }) => ({ name, sizeBytes, offset })));
-  }
-});
+test(
+  "GNU tar and our own reader list such a tar, with every entry at its place",
+  needsGnuTar,
+  async (t) => {
+    const folder = temporaryFolder(t);
+    for (const algorithm of ["sha256", "sha512"] as const) {
+      const plan = planTar([imaginary(HUGE, algorithm)]);
+      const file = join(folder, "huge.tar");
+      writeHollow(file, plan);
+      const listed = String(gnuTar(folder, ["--numeric-owner", "-R", "-tvf", file]))
+        .trimEnd()
+        .split("\n");
+      const ending = listed.pop() ?? "";
+      assert.match(ending, /NUL/);
+      const entries = listed.map((line) =>
+        /^block (\d+): (\S+) 0\/0 +(\d+) 1970-01-01 00:00 (.+)$/.exec(line)?.slice(1),
+      );
+      assert.deepEqual(
+        entries,
+        plan.entries.map(({ name, sizeBytes, offset }) => [
+          String(offset / 512 - 1),
+          "-rw-r--r--",
+          String(sizeBytes),
+          name,
+        ]),
+      );
+      const read = (await readFileTar(file)).map(({ name, sizeBytes, offset }) => ({
+        name,
+        sizeBytes,
+        offset,
+      }));
+      assert.deepEqual(
+        read,
+        plan.entries.map(({ name, sizeBytes, offset }) => ({ name, sizeBytes, offset })),
+      );
+    }
+  },
+);
 
 test("one digest with two sizes is refused", () => {
   const twice = imaginary([4096, 4097]);
@@ -172,11 +261,21 @@ test("one digest with two sizes is refused", () => {
 
 // ====== Tars that were pulled ======
 
-interface PulledTar extends MainResult { tar: Buffer }
+interface PulledTar extends MainResult {
+  tar: Buffer;
+}
 
 async function pullWith(args: string[], folder: string): Promise<PulledTar> {
   const dest = join(folder, "app.tar");
-  const result = await runMain(["--scheme", "http", "--platform", "linux/amd64", "-q", ...args, dest]);
+  const result = await runMain([
+    "--scheme",
+    "http",
+    "--platform",
+    "linux/amd64",
+    "-q",
+    ...args,
+    dest,
+  ]);
   assert.equal(result.exitCode, 0, result.stderr);
   return { ...result, tar: readFileSync(dest) };
 }
@@ -190,7 +289,9 @@ async function serve(t: TestScope, images: Record<string, TestContent>): Promise
 const blobName = (digest: string) => `blobs/${digest.replace(":", "/")}`;
 
 function filesOf(tar: Buffer): Map<string, Buffer> {
-  return new Map(readTar(tar).map(({ name, offset, size }) => [name, tar.subarray(offset, offset + size)]));
+  return new Map(
+    readTar(tar).map(({ name, offset, size }) => [name, tar.subarray(offset, offset + size)]),
+  );
 }
 
 const jsonOf = (files: Map<string, Buffer>, name: string) => JSON.parse(String(files.get(name)));
@@ -201,14 +302,18 @@ function assertClosed(files: Map<string, Buffer>): void {
     const bytes = files.get(blobName(descriptor.digest));
     assert.ok(bytes, `${descriptor.digest} is referenced and missing`);
     assert.equal(bytes.length, descriptor.size);
-    assert.equal(digestOf(bytes, descriptor.digest.startsWith("sha512") ? "sha512" : "sha256"), descriptor.digest);
+    assert.equal(
+      digestOf(bytes, descriptor.digest.startsWith("sha512") ? "sha512" : "sha256"),
+      descriptor.digest,
+    );
     if (!/manifest|index/.test(descriptor.mediaType)) return;
     const { manifests = [], config = [], layers = [] } = JSON.parse(String(bytes));
     for (const child of [manifests, config, layers].flat()) visit(child);
   };
   for (const entry of jsonOf(files, "index.json").manifests) visit(entry);
   for (const { Config, Layers } of jsonOf(files, "manifest.json")) {
-    for (const name of [Config, ...Layers]) assert.ok(files.has(name), `${name} of manifest.json is missing`);
+    for (const name of [Config, ...Layers])
+      assert.ok(files.has(name), `${name} of manifest.json is missing`);
   }
 }
 
@@ -221,19 +326,40 @@ for (const format of ["oci", "docker"] as Format[]) {
     const { tar, stdout } = await pullWith([`${registry.host}/team/app:1.0`], temporaryFolder(t));
     assert.equal(String(stdout), `${registry.host}/team/app:1.0@${image.digest}\n`);
     const entries = readTar(tar);
-    assert.deepEqual(entries.map(({ name }) => name).slice(0, 3), ["oci-layout", "index.json", "manifest.json"]);
+    assert.deepEqual(entries.map(({ name }) => name).slice(0, 3), [
+      "oci-layout",
+      "index.json",
+      "manifest.json",
+    ]);
     const blobs = [image.digest, image.config.digest, ...image.layers.map(({ digest }) => digest)];
-    assert.deepEqual(entries.slice(3).map(({ name }) => name).sort(), blobs.map(blobName).sort());
+    assert.deepEqual(
+      entries
+        .slice(3)
+        .map(({ name }) => name)
+        .sort(),
+      blobs.map(blobName).sort(),
+    );
     for (const { name, type, mode, uid, gid, mtime, headerOffset, pax } of entries) {
-      assert.deepEqual({ type, mode, uid, gid, mtime }, { type: "0", mode: 0o644, uid: 0, gid: 0, mtime: 0 }, name);
+      assert.deepEqual(
+        { type, mode, uid, gid, mtime },
+        { type: "0", mode: 0o644, uid: 0, gid: 0, mtime: 0 },
+        name,
+      );
       assert.equal(pax.size, 0, name);
-      assert.ok(tar.subarray(headerOffset + 265, headerOffset + 329).every((byte) => byte === 0), "no user, no group");
+      assert.ok(
+        tar.subarray(headerOffset + 265, headerOffset + 329).every((byte) => byte === 0),
+        "no user, no group",
+      );
     }
     const last = entries.at(-1);
-    assert.equal(tar.length, Math.ceil(((last?.offset ?? 0) + (last?.size ?? 0)) / 512) * 512 + 1024);
+    assert.equal(
+      tar.length,
+      Math.ceil(((last?.offset ?? 0) + (last?.size ?? 0)) / 512) * 512 + 1024,
+    );
     const files = filesOf(tar);
     assertClosed(files);
-    for (const [digest, bytes] of image.blobs) assert.ok(files.get(blobName(digest))?.equals(bytes));
+    for (const [digest, bytes] of image.blobs)
+      assert.ok(files.get(blobName(digest))?.equals(bytes));
     assert.ok(files.get(blobName(image.digest))?.equals(image.bytes));
   });
 }
@@ -246,22 +372,43 @@ test("what oci-layout, index.json and manifest.json say, by tag and by digest", 
     [`${named}:1.0`, [], `${named}:1.0`, [`${named}:1.0`]],
     [`${named}@${image.digest}`, [], `${named}@${image.digest}`, []],
     [`${named}:1.0@${image.digest}`, [], `${named}:1.0`, [`${named}:1.0`]],
-    [`${named}:1.0`, ["--name", "alpine:3.22"], "docker.io/library/alpine:3.22", ["docker.io/library/alpine:3.22"]],
+    [
+      `${named}:1.0`,
+      ["--name", "alpine:3.22"],
+      "docker.io/library/alpine:3.22",
+      ["docker.io/library/alpine:3.22"],
+    ],
     [`${named}:1.0`, ["--ns", "quay.io"], "quay.io/team/app:1.0", ["quay.io/team/app:1.0"]],
   ];
   for (const [reference, options, name, tags] of cases) {
     const files = filesOf((await pullWith([reference, ...options], temporaryFolder(t))).tar);
     assert.deepEqual(jsonOf(files, "oci-layout"), { imageLayoutVersion: "1.0.0" });
-    const { schemaVersion, manifests: [entry, ...more] } = jsonOf(files, "index.json");
+    const {
+      schemaVersion,
+      manifests: [entry, ...more],
+    } = jsonOf(files, "index.json");
     assert.deepEqual([schemaVersion, more.length], [2, 0]);
     const { mediaType, digest, size, annotations } = entry;
-    assert.deepEqual([mediaType, digest, size], [MEDIA.dockerManifest, image.digest, image.bytes.length]);
-    assert.deepEqual(annotations,
-      { "io.containerd.image.name": name, "org.opencontainers.image.ref.name": name }, reference);
-    assert.deepEqual(jsonOf(files, "manifest.json"), [{
-      Config: blobName(image.config.digest), RepoTags: tags,
-      Layers: image.layers.map((layer) => blobName(layer.digest)),
-    }], reference);
+    assert.deepEqual(
+      [mediaType, digest, size],
+      [MEDIA.dockerManifest, image.digest, image.bytes.length],
+    );
+    assert.deepEqual(
+      annotations,
+      { "io.containerd.image.name": name, "org.opencontainers.image.ref.name": name },
+      reference,
+    );
+    assert.deepEqual(
+      jsonOf(files, "manifest.json"),
+      [
+        {
+          Config: blobName(image.config.digest),
+          RepoTags: tags,
+          Layers: image.layers.map((layer) => blobName(layer.digest)),
+        },
+      ],
+      reference,
+    );
   }
 });
 
@@ -270,12 +417,18 @@ test("GNU tar lists and extracts our tar", needsGnuTar, async (t) => {
   const registry = await serve(t, { "1.0": image });
   const folder = temporaryFolder(t);
   const { tar } = await pullWith([`${registry.host}/team/app:1.0`], folder);
-  const names = String(gnuTar(folder, ["-tf", "app.tar"])).trimEnd().split("\n");
-  assert.deepEqual(names, readTar(tar).map(({ name }) => name));
+  const names = String(gnuTar(folder, ["-tf", "app.tar"]))
+    .trimEnd()
+    .split("\n");
+  assert.deepEqual(
+    names,
+    readTar(tar).map(({ name }) => name),
+  );
   assert.ok(names.some((name) => name.length > 100));
   mkdirSync(join(folder, "out"));
   gnuTar(folder, ["-xf", "app.tar", "-C", "out"]);
-  for (const [name, bytes] of filesOf(tar)) assert.ok(readFileSync(join(folder, "out", name)).equals(bytes), name);
+  for (const [name, bytes] of filesOf(tar))
+    assert.ok(readFileSync(join(folder, "out", name)).equals(bytes), name);
   for (const [digest, bytes] of image.blobs) {
     assert.ok(readFileSync(join(folder, "out", blobName(digest))).equals(bytes), digest);
   }
@@ -288,15 +441,24 @@ test("two pulls of one image are byte-identical, on another machine, by one conn
   const { tar } = await pullWith([reference], temporaryFolder(t));
   const again = await pullWith([reference, "-j", "1"], temporaryFolder(t));
   assert.ok(again.tar.equals(tar));
-  const last = registry.on({ kind: "layer", digest: image.layers[0]?.digest ?? "" }, {
-    wait: registry.arrived({ kind: "layer", digest: image.layers[2]?.digest ?? "" }, 3),
-  });
+  const last = registry.on(
+    { kind: "layer", digest: image.layers[0]?.digest ?? "" },
+    {
+      wait: registry.arrived({ kind: "layer", digest: image.layers[2]?.digest ?? "" }, 3),
+    },
+  );
   const late = await pullWith([reference], temporaryFolder(t));
   assert.equal(last.hits, 1);
   last.remove();
   assert.ok(late.tar.equals(tar));
   const cwd = temporaryFolder(t);
-  const env = { TZ: "Pacific/Auckland", LANG: "tr_TR.UTF-8", LC_ALL: "tr_TR.UTF-8", HOME: cwd, USER: "someone" };
+  const env = {
+    TZ: "Pacific/Auckland",
+    LANG: "tr_TR.UTF-8",
+    LC_ALL: "tr_TR.UTF-8",
+    HOME: cwd,
+    USER: "someone",
+  };
   const args = [reference, "-", "--scheme", "http", "--platform", "linux/amd64"];
   const elsewhere = await runCommand(args, { cwd, env });
   assert.equal(elsewhere.exitCode, 0, elsewhere.stderr);
@@ -308,7 +470,9 @@ test("two registries, one name: the same bytes", async (t) => {
   const tars = [];
   for (let round = 0; round < 2; round += 1) {
     const registry = await serve(t, { "1.0": image });
-    tars.push((await pullWith([`${registry.host}/team/app:1.0`, "-n", "quay.io"], temporaryFolder(t))).tar);
+    tars.push(
+      (await pullWith([`${registry.host}/team/app:1.0`, "-n", "quay.io"], temporaryFolder(t))).tar,
+    );
   }
   assert.ok(tars[0]?.equals(tars[1] ?? Buffer.alloc(0)));
 });
@@ -316,11 +480,15 @@ test("two registries, one name: the same bytes", async (t) => {
 test("several images: in the order given, each blob once", async (t) => {
   const base = makeLayer({ seed: "base", sizeBytes: 50_000 });
   const images: Record<string, TestImage> = {
-    one: makeImage({ seed: "one", layers: [base, 4096] }), two: makeImage({ seed: "two", layers: [base, 5000] }),
+    one: makeImage({ seed: "one", layers: [base, 4096] }),
+    two: makeImage({ seed: "two", layers: [base, 5000] }),
   };
   const registry = await serve(t, { ...images, same: images.one as TestImage });
   const named = (tag: string) => `${registry.host}/team/app:${tag}`;
-  for (const order of [["one", "two", "same"], ["two", "same", "one"]]) {
+  for (const order of [
+    ["one", "two", "same"],
+    ["two", "same", "one"],
+  ]) {
     registry.forget();
     const { tar, stdout } = await pullWith(order.map(named), temporaryFolder(t));
     const digests = order.map((tag) => images[tag === "same" ? "one" : tag]?.digest);
@@ -330,8 +498,13 @@ test("several images: in the order given, each blob once", async (t) => {
     const files = filesOf(tar);
     assertClosed(files);
     const { manifests } = jsonOf(files, "index.json");
-    assert.deepEqual(manifests.map((entry: { digest: string }) => entry.digest), digests);
-    const tags = jsonOf(files, "manifest.json").flatMap((entry: { RepoTags: string[] }) => entry.RepoTags);
+    assert.deepEqual(
+      manifests.map((entry: { digest: string }) => entry.digest),
+      digests,
+    );
+    const tags = jsonOf(files, "manifest.json").flatMap(
+      (entry: { RepoTags: string[] }) => entry.RepoTags,
+    );
     assert.deepEqual(tags, order.map(named));
     assert.equal(registry.bytesServed(base.digest), base.bytes.length);
   }
@@ -340,11 +513,14 @@ test("several images: in the order given, each blob once", async (t) => {
 test("a layer that is there twice, one without bytes, and none at all", async (t) => {
   const layer = makeLayer({ seed: "double" });
   const registry = await serve(t, {
-    double: makeImage({ layers: [layer, 4096, layer] }), none: makeImage({ layers: [], seed: "none" }),
+    double: makeImage({ layers: [layer, 4096, layer] }),
+    none: makeImage({ layers: [], seed: "none" }),
     empty: makeArtifact({ layers: [{ mediaType: "text/plain", bytes: Buffer.alloc(0) }] }),
   });
   for (const tag of ["double", "none", "empty"]) {
-    const files = filesOf((await pullWith([`${registry.host}/team/app:${tag}`], temporaryFolder(t))).tar);
+    const files = filesOf(
+      (await pullWith([`${registry.host}/team/app:${tag}`], temporaryFolder(t))).tar,
+    );
     assertClosed(files);
     const [entry] = jsonOf(files, "manifest.json");
     assert.equal(entry?.Layers.length, tag === "double" ? 3 : tag === "none" ? 0 : undefined);
@@ -371,12 +547,32 @@ test("foreign layers: from the registry; only if it has none from urls, by https
   const elsewhere = await startRegistry({ tls: authority.issueServer() }, t);
   const registry = await startRegistry({ auth: "basic" }, t);
   const bytes = makeLayer({ seed: "foreign", sizeBytes: 20_000 });
-  const blobUrl = (scheme: string) => `${scheme}://${elsewhere.host}/v2/files/blobs/${bytes.digest}`;
-  const layered = (urls: string[]) => makeImage({ layers: [4096, { seed: "foreign", sizeBytes: 20_000, urls }] });
+  const blobUrl = (scheme: string) =>
+    `${scheme}://${elsewhere.host}/v2/files/blobs/${bytes.digest}`;
+  const layered = (urls: string[]) =>
+    makeImage({ layers: [4096, { seed: "foreign", sizeBytes: 20_000, urls }] });
   elsewhere.add(layered([]), "files");
-  const credentials = ["-u", USER, "-p", SECRETS.password, "--retries", "0", "--ca", join(folder, "ca.pem")];
-  const pull = async (tag: string) => await runMain([`${registry.host}/team/app:${tag}`, "-s", "http", "-q",
-    "--platform", "linux/amd64", ...credentials, join(temporaryFolder(t), "app.tar")]);
+  const credentials = [
+    "-u",
+    USER,
+    "-p",
+    SECRETS.password,
+    "--retries",
+    "0",
+    "--ca",
+    join(folder, "ca.pem"),
+  ];
+  const pull = async (tag: string) =>
+    await runMain([
+      `${registry.host}/team/app:${tag}`,
+      "-s",
+      "http",
+      "-q",
+      "--platform",
+      "linux/amd64",
+      ...credentials,
+      join(temporaryFolder(t), "app.tar"),
+    ]);
 
   const image = layered([blobUrl("http"), blobUrl("https")]);
   registry.add(image, "team/app", "held");
@@ -388,8 +584,10 @@ test("foreign layers: from the registry; only if it has none from urls, by https
   const fetched = await pull("held");
   assert.equal(fetched.exitCode, 0, fetched.stderr);
   const [request, ...more] = elsewhere.requests;
-  assert.deepEqual([request?.path, request?.headers.authorization, more.length],
-    [`/v2/files/blobs/${bytes.digest}`, undefined, 0]);
+  assert.deepEqual(
+    [request?.path, request?.headers.authorization, more.length],
+    [`/v2/files/blobs/${bytes.digest}`, undefined, 0],
+  );
 
   registry.add(layered([blobUrl("http")]), "team/app", "plain", { without: [bytes.digest] });
   const refused = await pull("plain");
@@ -415,13 +613,22 @@ test("every platform: the tar of the whole index, the same each time", async (t)
 
 // ====== Tars that others made ======
 
-interface Read { name: string; sizeBytes: number; offset: number; type: string; linkName: string }
+interface Read {
+  name: string;
+  sizeBytes: number;
+  offset: number;
+  type: string;
+  linkName: string;
+}
 
 async function readFileTar(file: string): Promise<Read[]> {
   const handle = await open(file);
   try {
     const entries: Read[] = [];
-    for await (const { name, sizeBytes, offset, type, linkName } of internals.readTar(handle, "some.tar")) {
+    for await (const { name, sizeBytes, offset, type, linkName } of internals.readTar(
+      handle,
+      "some.tar",
+    )) {
       entries.push({ name, sizeBytes, offset, type, linkName });
     }
     return entries;
@@ -433,37 +640,69 @@ async function readFileTar(file: string): Promise<Read[]> {
 const longPath = `${"folder/".repeat(30)}file`;
 const middlePath = `${"part/".repeat(22)}file`;
 
-test("tars by GNU tar in its formats, with long names and links, are read", needsGnuTar, async (t) => {
-  const folder = temporaryFolder(t);
-  const held: Record<string, string> = { short: "s", [middlePath]: "middle ".repeat(100), empty: "", ünïcode: "u" };
-  const longer = { ...held, [longPath]: "long" };
-  for (const [path, content] of Object.entries(longer)) {
-    mkdirSync(join(folder, path, ".."), { recursive: true });
-    writeFileSync(join(folder, path), content);
-  }
-  symlinkSync(longPath, join(folder, "symlink"));
-  linkSync(join(folder, longPath), join(folder, "hardlink"));
-  const cases: [string[], Record<string, string>][] = [
-    [["--format=gnu"], longer], [["--format=pax"], longer], [["--format=oldgnu"], longer], [["--format=ustar"], held],
-    [["--format=v7"], { short: "s", empty: "" }],
-    [["--format=gnu", "--listed-incremental=snapshot"], longer],
-    [["--format=pax", "--pax-option=globexthdr.name=global,comment:=imgpull"], longer],
-  ];
-  for (const [format, expected] of cases) {
-    const isLong = longPath in expected;
-    const names = [...Object.keys(expected), ...(isLong ? ["symlink", "hardlink"] : [])];
-    gnuTar(folder, ["-cf", "made.tar", ...format, ...names.map((name) => `./${name}`)]);
-    const tar = readFileSync(join(folder, "made.tar"));
-    const entries = (await readFileTar(join(folder, "made.tar"))).filter(({ type }) => type === "0");
-    assert.deepEqual(entries.map(({ name }) => name).sort(), Object.keys(expected).sort(), format.join(" "));
-    for (const { name, offset, sizeBytes } of entries) {
-      assert.equal(String(tar.subarray(offset, offset + sizeBytes)), expected[name], `${format.join(" ")} ${name}`);
+test(
+  "tars by GNU tar in its formats, with long names and links, are read",
+  needsGnuTar,
+  async (t) => {
+    const folder = temporaryFolder(t);
+    const held: Record<string, string> = {
+      short: "s",
+      [middlePath]: "middle ".repeat(100),
+      empty: "",
+      ünïcode: "u",
+    };
+    const longer = { ...held, [longPath]: "long" };
+    for (const [path, content] of Object.entries(longer)) {
+      mkdirSync(join(folder, path, ".."), { recursive: true });
+      writeFileSync(join(folder, path), content);
     }
-    const links = (await readFileTar(join(folder, "made.tar"))).filter(({ type }) => type === "1" || type === "2");
-    assert.deepEqual(links.map(({ name, type, linkName }) => [name, type, linkName.replace("./", "")]).sort(),
-      isLong ? [["hardlink", "1", longPath], ["symlink", "2", longPath]] : [], format.join(" "));
-  }
-});
+    symlinkSync(longPath, join(folder, "symlink"));
+    linkSync(join(folder, longPath), join(folder, "hardlink"));
+    const cases: [string[], Record<string, string>][] = [
+      [["--format=gnu"], longer],
+      [["--format=pax"], longer],
+      [["--format=oldgnu"], longer],
+      [["--format=ustar"], held],
+      [["--format=v7"], { short: "s", empty: "" }],
+      [["--format=gnu", "--listed-incremental=snapshot"], longer],
+      [["--format=pax", "--pax-option=globexthdr.name=global,comment:=imgpull"], longer],
+    ];
+    for (const [format, expected] of cases) {
+      const isLong = longPath in expected;
+      const names = [...Object.keys(expected), ...(isLong ? ["symlink", "hardlink"] : [])];
+      gnuTar(folder, ["-cf", "made.tar", ...format, ...names.map((name) => `./${name}`)]);
+      const tar = readFileSync(join(folder, "made.tar"));
+      const entries = (await readFileTar(join(folder, "made.tar"))).filter(
+        ({ type }) => type === "0",
+      );
+      assert.deepEqual(
+        entries.map(({ name }) => name).sort(),
+        Object.keys(expected).sort(),
+        format.join(" "),
+      );
+      for (const { name, offset, sizeBytes } of entries) {
+        assert.equal(
+          String(tar.subarray(offset, offset + sizeBytes)),
+          expected[name],
+          `${format.join(" ")} ${name}`,
+        );
+      }
+      const links = (await readFileTar(join(folder, "made.tar"))).filter(
+        ({ type }) => type === "1" || type === "2",
+      );
+      assert.deepEqual(
+        links.map(({ name, type, linkName }) => [name, type, linkName.replace("./", "")]).sort(),
+        isLong
+          ? [
+              ["hardlink", "1", longPath],
+              ["symlink", "2", longPath],
+            ]
+          : [],
+        format.join(" "),
+      );
+    }
+  },
+);
 
 test("sizes above 8 GiB in GNU's and in PAX's form are read", needsGnuTar, async (t) => {
   const folder = temporaryFolder(t);
@@ -471,7 +710,11 @@ test("sizes above 8 GiB in GNU's and in PAX's form are read", needsGnuTar, async
   writeFileSync(join(folder, "large"), "");
   truncateSync(join(folder, "large"), size);
   for (const format of ["gnu", "pax"]) {
-    const { stdout } = spawnSync("sh", ["-c", `tar -cf - --format=${format} large | head -c 4096`], { cwd: folder });
+    const { stdout } = spawnSync(
+      "sh",
+      ["-c", `tar -cf - --format=${format} large | head -c 4096`],
+      { cwd: folder },
+    );
     const headerBytes = format === "gnu" ? 512 : 1536;
     const file = join(folder, "made.tar");
     const next = writeTar([["after", Buffer.from("the end")]]);
@@ -480,22 +723,33 @@ test("sizes above 8 GiB in GNU's and in PAX's form are read", needsGnuTar, async
     const position = headerBytes + Math.ceil(size / 512) * 512;
     writeSync(handle, next, 0, next.length, position);
     closeSync(handle);
-    const entries = (await readFileTar(file)).map(({ name, sizeBytes, offset }) => ({ name, sizeBytes, offset }));
+    const entries = (await readFileTar(file)).map(({ name, sizeBytes, offset }) => ({
+      name,
+      sizeBytes,
+      offset,
+    }));
     assert.deepEqual(entries, [
-      { name: "large", sizeBytes: size, offset: headerBytes }, { name: "after", sizeBytes: 7, offset: position + 512 },
+      { name: "large", sizeBytes: size, offset: headerBytes },
+      { name: "after", sizeBytes: 7, offset: position + 512 },
     ]);
   }
 });
 
 function paxRecord(key: string, value: string): string {
   const rest = ` ${key}=${value}\n`;
-  const length = [1, 2, 3, 4, 5].map((digits) => digits + Buffer.byteLength(rest)).find((total) =>
-    `${total}`.length + Buffer.byteLength(rest) === total);
+  const length = [1, 2, 3, 4, 5]
+    .map((digits) => digits + Buffer.byteLength(rest))
+    .find((total) => `${total}`.length + Buffer.byteLength(rest) === total);
   return `${length}${rest}`;
 }
 
 /** A tar with an extended header of the given type before its only file. */
-function extended(type: string, records: string | Buffer, name = "file", content = "content"): Buffer {
+function extended(
+  type: string,
+  records: string | Buffer,
+  name = "file",
+  content = "content",
+): Buffer {
   const head = writeTar([["PaxHeaders/x", Buffer.from(records)]]);
   const header = retyped(head, type).subarray(0, head.length - 1024);
   return Buffer.concat([header, writeTar([[name, Buffer.from(content)]])]);
@@ -519,8 +773,11 @@ test("PAX records: the next entry only, UTF-8, odd values, global ones", async (
   const second = writeTar([["second", Buffer.from("2")]]);
   const cases: [name: string, tar: Buffer, names: string[]][] = [
     ["path", extended("x", paxRecord("path", "a=b\nc/ü")), ["a=b\nc/ü", "second"]],
-    ["several", extended("x", paxRecord("mtime", "1.5") + paxRecord("path", "p") + paxRecord("comment", "c")),
-      ["p", "second"]],
+    [
+      "several",
+      extended("x", paxRecord("mtime", "1.5") + paxRecord("path", "p") + paxRecord("comment", "c")),
+      ["p", "second"],
+    ],
     ["none", extended("x", ""), ["file", "second"]],
     ["global", extended("g", paxRecord("comment", "0123456789abcdef")), ["file", "second"]],
     ["GNU's long name", extended("L", "a/long/name\0"), ["a/long/name", "second"]],
@@ -529,10 +786,17 @@ test("PAX records: the next entry only, UTF-8, odd values, global ones", async (
   ];
   for (const [name, tar, names] of cases) {
     writeFileSync(file, Buffer.concat([tar.subarray(0, tar.length - 1024), second]));
-    assert.deepEqual((await readFileTar(file)).map((entry) => entry.name), names, name);
+    assert.deepEqual(
+      (await readFileTar(file)).map((entry) => entry.name),
+      names,
+      name,
+    );
   }
   writeFileSync(file, extended("x", paxRecord("size", "3"), "file", "con"));
-  assert.deepEqual((await readFileTar(file)).map(({ sizeBytes }) => sizeBytes), [3]);
+  assert.deepEqual(
+    (await readFileTar(file)).map(({ sizeBytes }) => sizeBytes),
+    [3],
+  );
 });
 
 function changed(tar: Buffer, change: (header: Buffer) => void): Buffer {
@@ -549,7 +813,10 @@ const DAMAGED: [name: string, bytes: Buffer][] = [
   ["cut within a header", one.subarray(0, 300)],
   ["cut within the content", one.subarray(0, 515)],
   ["a negative size in base 256", changed(one, (header) => header.fill(0xff, 124, 136))],
-  ["a size beyond 2^53", changed(one, (header) => header.fill(0x80, 124, 125).fill(0x11, 125, 136))],
+  [
+    "a size beyond 2^53",
+    changed(one, (header) => header.fill(0x80, 124, 125).fill(0x11, 125, 136)),
+  ],
   ["a size that is no number", changed(one, (header) => header.write("zzzzzzzzzzz\0", 124))],
   ["a PAX size that is no number", extended("x", paxRecord("size", "many"))],
   ["a negative PAX size", extended("x", paxRecord("size", "-1"))],
@@ -561,11 +828,15 @@ test("what is no tar, or a damaged one, is refused by name", async (t) => {
   const file = join(temporaryFolder(t), "made.tar");
   for (const [name, bytes] of DAMAGED) {
     writeFileSync(file, bytes);
-    await assert.rejects(readFileTar(file), (error) => {
-      assert.ok(error instanceof ImgpullError, `${name}: ${error}`);
-      assert.equal(error.code, "BAD_TAR", name);
-      assert.match(error.message, /some\.tar/, name);
-      return true;
-    }, name);
+    await assert.rejects(
+      readFileTar(file),
+      (error) => {
+        assert.ok(error instanceof ImgpullError, `${name}: ${error}`);
+        assert.equal(error.code, "BAD_TAR", name);
+        assert.match(error.message, /some\.tar/, name);
+        return true;
+      },
+      name,
+    );
   }
 });

@@ -5,17 +5,24 @@ import { once } from "node:events";
 import { existsSync, mkdirSync, writeFileSync } from "node:fs";
 import { createServer as createHttpServer } from "node:http";
 import { createServer as createTlsServer } from "node:https";
-import { createServer, type AddressInfo, type Socket } from "node:net";
+import { type AddressInfo, createServer, type Socket } from "node:net";
 import { join } from "node:path";
 import { describe, test } from "node:test";
 import type { TLSSocket } from "node:tls";
 import { brotliCompressSync, gzipSync } from "node:zlib";
 import { internals } from "../imgpull.ts";
-import { makeAuthority, type Identity } from "./support/certificates.ts";
-import { SECRETS, USER, cleanEnvironment, runCommand, temporaryFolder, type TestScope } from "./support/command.ts";
+import { type Identity, makeAuthority } from "./support/certificates.ts";
+import {
+  cleanEnvironment,
+  runCommand,
+  SECRETS,
+  type TestScope,
+  temporaryFolder,
+  USER,
+} from "./support/command.ts";
 import { makeImage } from "./support/image.ts";
-import { startProxy, type ProxyOptions } from "./support/proxy.ts";
-import { startRegistry, type Registry, type RegistryOptions } from "./support/registry.ts";
+import { type ProxyOptions, startProxy } from "./support/proxy.ts";
+import { type Registry, type RegistryOptions, startRegistry } from "./support/registry.ts";
 import { assertFailed, assertPulled, pull } from "./support/session.ts";
 
 const HTTP = { scheme: "http" } as const;
@@ -33,7 +40,10 @@ async function serve(t: TestScope, options: RegistryOptions = {}) {
 }
 
 /** Writes PEM texts into a folder; gives their paths. */
-function pemFiles<Name extends string>(t: TestScope, texts: Record<Name, string>): Record<Name, string> {
+function pemFiles<Name extends string>(
+  t: TestScope,
+  texts: Record<Name, string>,
+): Record<Name, string> {
   const folder = temporaryFolder(t);
   const paths = Object.entries<string>(texts).map(([name, text]) => {
     writeFileSync(join(folder, name), text);
@@ -48,27 +58,42 @@ const trust = (t: TestScope) => ({ caCert: pemFiles(t, { "ca.pem": authority.cer
 
 /** The servers of signed URLs in the order of their requests, each with whether it was shown credentials. */
 function shownAt(registry: Registry): string[] {
-  return registry.storageRequests().map(({ server, headers }) => `${server} ${headers.authorization !== undefined}`);
+  return registry
+    .storageRequests()
+    .map(({ server, headers }) => `${server} ${headers.authorization !== undefined}`);
 }
 
 describe("redirects", () => {
   for (const redirectStatus of [301, 302, 303, 307, 308]) {
     test(`${redirectStatus}: to storage without the credentials, within the registry with them`, async (t) => {
-      const { registry, reference } = await serve(t, { auth: "basic", storage: { refuseAuthorization: false } });
+      const { registry, reference } = await serve(t, {
+        auth: "basic",
+        storage: { refuseAuthorization: false },
+      });
       const away = registry.on({ kind: "layer" }, { redirect: "storage", redirectStatus });
       const within = registry.on({ kind: "config" }, { redirect: "self", redirectStatus });
       assertPulled(await pull(t, reference, { ...HTTP, ...GIVEN }), image);
       assert.deepEqual([away.hits, within.hits], [2, 1]);
-      assert.deepEqual(shownAt(registry).sort(), ["registry true", "storage false", "storage false"]);
+      assert.deepEqual(shownAt(registry).sort(), [
+        "registry true",
+        "storage false",
+        "storage false",
+      ]);
     });
   }
 
   test("there and back again: each origin gets what is its own", async (t) => {
-    const { registry, reference } = await serve(t, { auth: "basic", storage: { refuseAuthorization: false } });
-    registry.on({ kind: "config" }, { redirect: "storage" });
-    const back = registry.on({ kind: "storage", where: ({ server }) => server === "storage" }, {
-      redirect: ({ digest = "" }) => registry.url + registry.signedPath(digest),
+    const { registry, reference } = await serve(t, {
+      auth: "basic",
+      storage: { refuseAuthorization: false },
     });
+    registry.on({ kind: "config" }, { redirect: "storage" });
+    const back = registry.on(
+      { kind: "storage", where: ({ server }) => server === "storage" },
+      {
+        redirect: ({ digest = "" }) => registry.url + registry.signedPath(digest),
+      },
+    );
     assertPulled(await pull(t, reference, { ...HTTP, ...GIVEN }), image);
     assert.equal(back.hits, 1);
     assert.deepEqual(shownAt(registry), ["storage false", "registry true"]);
@@ -103,10 +128,19 @@ describe("redirects", () => {
     assertPulled(await pull(t, reference, { ...HTTP, ...trust(t) }), image);
   });
 
-  const BAD_LOCATIONS = ["http://", "ftp://127.0.0.1/layer", "file:///etc/passwd", "javascript:1", "data:,layer"];
+  const BAD_LOCATIONS = [
+    "http://",
+    "ftp://127.0.0.1/layer",
+    "file:///etc/passwd",
+    "javascript:1",
+    "data:,layer",
+  ];
 
   test("not to what is not a web address; the error has no signature", async (t) => {
-    for (const location of [...BAD_LOCATIONS, `ftp://127.0.0.1/?X-Amz-Signature=${SECRETS.signature}0`]) {
+    for (const location of [
+      ...BAD_LOCATIONS,
+      `ftp://127.0.0.1/?X-Amz-Signature=${SECRETS.signature}0`,
+    ]) {
       const { registry, reference } = await serve(t);
       registry.on({ kind: "layer" }, { redirect: location });
       const outcome = await pull(t, reference, HTTP);
@@ -123,9 +157,16 @@ describe("redirects", () => {
 
   test("a redirect whose own body never ends does not hold the pull up", async (t) => {
     const { registry, reference } = await serve(t);
-    const location = { location: `${registry.storageUrl}${registry.signedPath(image.layers[0]?.digest ?? "")}` };
+    const location = {
+      location: `${registry.storageUrl}${registry.signedPath(image.layers[0]?.digest ?? "")}`,
+    };
     const first = { kind: "layer", digest: image.layers[0]?.digest ?? "" } as const;
-    const rule = registry.on(first, { status: 307, body: "x".repeat(1000), headers: location, stallAfter: 10 });
+    const rule = registry.on(first, {
+      status: 307,
+      body: "x".repeat(1000),
+      headers: location,
+      stallAfter: 10,
+    });
     assertPulled(await pull(t, reference, HTTP), image);
     assert.equal(rule.hits, 1);
   });
@@ -135,38 +176,77 @@ describe("redirects", () => {
 
 describe("the server's certificate", () => {
   const wrong: [name: string, identity: Identity, words: RegExp][] = [
-    ["an authority that nobody knows", makeAuthority("stranger").issueServer(), /--cacert FILE.*--insecure/],
-    ["one that has expired", authority.issueServer({ notAfter: new Date("2021-01-01") }), /expired/],
-    ["one that is not valid yet", authority.issueServer({ notBefore: new Date("2098-01-01") }), /not yet valid/],
-    ["another name", authority.issueServer({ dns: ["other.test"], ip: [] }), /altnames|another name/],
+    [
+      "an authority that nobody knows",
+      makeAuthority("stranger").issueServer(),
+      /--cacert FILE.*--insecure/,
+    ],
+    [
+      "one that has expired",
+      authority.issueServer({ notAfter: new Date("2021-01-01") }),
+      /expired/,
+    ],
+    [
+      "one that is not valid yet",
+      authority.issueServer({ notBefore: new Date("2098-01-01") }),
+      /not yet valid/,
+    ],
+    [
+      "another name",
+      authority.issueServer({ dns: ["other.test"], ip: [] }),
+      /altnames|another name/,
+    ],
   ];
   for (const [name, identity, words] of wrong) {
     test(`${name}: refused with the reason and not tried again, taken with --insecure`, async (t) => {
       const { registry, reference } = await serve(t, { tls: identity });
       const outcome = await pull(t, reference, trust(t));
       assertFailed(outcome, "TLS", words, `GET ${registry.url}/v2/team/app/manifests/1.0`);
-      assert.deepEqual([outcome.sleeps, registry.connections("registry"), registry.requests.length], [[], 1, 0]);
+      assert.deepEqual(
+        [outcome.sleeps, registry.connections("registry"), registry.requests.length],
+        [[], 1, 0],
+      );
       assertPulled(await pull(t, reference, { insecure: true }), image);
     });
   }
 
   const second = makeAuthority("second");
-  const sources: [name: string, environment: (files: Record<"ca" | "both" | "junk", string>, folder: string) =>
-    Record<string, string>][] = [
+  const sources: [
+    name: string,
+    environment: (
+      files: Record<"ca" | "both" | "junk", string>,
+      folder: string,
+    ) => Record<string, string>,
+  ][] = [
     ["SSL_CERT_FILE", ({ ca }) => ({ SSL_CERT_FILE: ca })],
     ["SSL_CERT_FILE with several", ({ both }) => ({ SSL_CERT_FILE: both })],
     ["SSL_CERT_DIR, whatever else lies there", (_files, folder) => ({ SSL_CERT_DIR: folder })],
-    ["SSL_CERT_DIR with several folders", (_files, folder) => ({ SSL_CERT_DIR: `/nowhere:${folder}` })],
+    [
+      "SSL_CERT_DIR with several folders",
+      (_files, folder) => ({ SSL_CERT_DIR: `/nowhere:${folder}` }),
+    ],
     ["NODE_EXTRA_CA_CERTS", ({ ca }) => ({ NODE_EXTRA_CA_CERTS: ca })],
-    ["NODE_EXTRA_CA_CERTS beside SSL_CERT_FILE", ({ ca, junk }) => ({ NODE_EXTRA_CA_CERTS: ca, SSL_CERT_FILE: junk })],
+    [
+      "NODE_EXTRA_CA_CERTS beside SSL_CERT_FILE",
+      ({ ca, junk }) => ({ NODE_EXTRA_CA_CERTS: ca, SSL_CERT_FILE: junk }),
+    ],
   ];
   for (const [name, environment] of sources) {
     test(`checked against ${name}`, async (t) => {
       const folder = temporaryFolder(t);
       mkdirSync(join(folder, "folder"));
-      const texts = { ca: authority.cert, both: second.cert + authority.cert, junk: second.cert, readme: "no PEM" };
+      const texts = {
+        ca: authority.cert,
+        both: second.cert + authority.cert,
+        junk: second.cert,
+        readme: "no PEM",
+      };
       for (const [file, text] of Object.entries(texts)) writeFileSync(join(folder, file), text);
-      const files = { ca: join(folder, "ca"), both: join(folder, "both"), junk: join(folder, "junk") };
+      const files = {
+        ca: join(folder, "ca"),
+        both: join(folder, "both"),
+        junk: join(folder, "junk"),
+      };
       const { reference } = await serve(t, { tls });
       assertPulled(await pull(t, reference, { environment: environment(files, folder) }), image);
     });
@@ -181,7 +261,10 @@ describe("the server's certificate", () => {
 
   test("--cacert takes a bundle; a file that is missing or none is named", async (t) => {
     const { registry, reference } = await serve(t, { tls });
-    const { bundle, none } = pemFiles(t, { bundle: `# ours\n${second.cert}\n${authority.cert}`, none: "not PEM" });
+    const { bundle, none } = pemFiles(t, {
+      bundle: `# ours\n${second.cert}\n${authority.cert}`,
+      none: "not PEM",
+    });
     assertPulled(await pull(t, reference, { caCert: bundle }), image);
     registry.forget();
     for (const caCert of [none, "/nowhere/ca.pem"]) {
@@ -194,7 +277,10 @@ describe("the server's certificate", () => {
     const { reference } = await serve(t, { tls });
     const folder = temporaryFolder(t);
     const { "ca.pem": ca } = pemFiles(t, { "ca.pem": authority.cert });
-    for (const [index, run] of [{ env: { SSL_CERT_FILE: ca } }, { env: { NODE_EXTRA_CA_CERTS: ca } }].entries()) {
+    for (const [index, run] of [
+      { env: { SSL_CERT_FILE: ca } },
+      { env: { NODE_EXTRA_CA_CERTS: ca } },
+    ].entries()) {
       const { exitCode, stderr } = await runCommand([reference, `${folder}/${index}.tar`], run);
       assert.equal(exitCode, 0, stderr);
     }
@@ -226,22 +312,30 @@ describe("client certificates", () => {
     const { registry, reference } = await serve(t, { tls: mutual, storage: { tls } });
     const { cert: tlsCert, key: tlsKey } = pemFiles(t, client);
     assertPulled(await pull(t, reference, { tlsCert, tlsKey, ...trust(t) }), image);
-    assert.deepEqual(new Set(registry.requests.map(({ clientCertificate }) => clientCertificate)), new Set(["me"]));
+    assert.deepEqual(
+      new Set(registry.requests.map(({ clientCertificate }) => clientCertificate)),
+      new Set(["me"]),
+    );
   });
 
   test("not to where the registry redirects, even if it is asked for there", async (t) => {
     const shown: unknown[] = [];
-    const storage = createTlsServer({ ...tls, ca: authority.cert, requestCert: true, rejectUnauthorized: false },
+    const storage = createTlsServer(
+      { ...tls, ca: authority.cert, requestCert: true, rejectUnauthorized: false },
       (request, response) => {
         shown.push((request.socket as TLSSocket).getPeerCertificate().subject?.CN);
         response.end(image.layers.find(({ digest }) => request.url === `/${digest}`)?.bytes);
-      });
+      },
+    );
     storage.listen(0, "127.0.0.1");
     await once(storage, "listening");
     t.after(() => (storage.close(), storage.closeAllConnections()));
     const { registry, reference } = await serve(t, { tls: mutual });
     const { port } = storage.address() as AddressInfo;
-    registry.on({ kind: "layer" }, { redirect: ({ digest }) => `https://127.0.0.1:${port}/${digest}` });
+    registry.on(
+      { kind: "layer" },
+      { redirect: ({ digest }) => `https://127.0.0.1:${port}/${digest}` },
+    );
     const { cert: tlsCert, key: tlsKey } = pemFiles(t, client);
     assertPulled(await pull(t, reference, { tlsCert, tlsKey, ...trust(t) }), image);
     assert.deepEqual(shown, [undefined, undefined]);
@@ -249,18 +343,34 @@ describe("client certificates", () => {
 
   test("a registry that wants one and gets none: the error says so", async (t) => {
     const { registry, reference } = await serve(t, { tls: mutual, storage: { tls } });
-    assertFailed(await pull(t, reference, { ...trust(t), retries: 0 }), "TLS", "--cert FILE --key FILE");
+    assertFailed(
+      await pull(t, reference, { ...trust(t), retries: 0 }),
+      "TLS",
+      "--cert FILE --key FILE",
+    );
     assert.equal(registry.requests.length, 0);
   });
 
   test("files that do not fit together, or are none, are named", async (t) => {
     const { reference } = await serve(t, { tls });
-    const files = pemFiles(t, { cert: client.cert, key: client.key, other: authority.issueClient().key, none: "none" });
+    const files = pemFiles(t, {
+      cert: client.cert,
+      key: client.key,
+      other: authority.issueClient().key,
+      none: "none",
+    });
     const pairs = [
-      [files.cert, files.other], [files.none, files.key], [files.cert, files.none], ["/nowhere", files.key],
+      [files.cert, files.other],
+      [files.none, files.key],
+      [files.cert, files.none],
+      ["/nowhere", files.key],
     ];
     for (const [tlsCert = "", tlsKey = ""] of pairs) {
-      assertFailed(await pull(t, reference, { tlsCert, tlsKey, ...trust(t) }), "TLS", /certificate|--cert|--key|PEM/);
+      assertFailed(
+        await pull(t, reference, { tlsCert, tlsKey, ...trust(t) }),
+        "TLS",
+        /certificate|--cert|--key|PEM/,
+      );
     }
   });
 });
@@ -268,19 +378,34 @@ describe("client certificates", () => {
 describe("certs.d", () => {
   const client = authority.issueClient({ commonName: "from certs.d" });
   /** A certs.d with one folder. */
-  function certsFolder(t: TestScope, host: string, files: Record<string, string>): { certsDirectory: string } {
+  function certsFolder(
+    t: TestScope,
+    host: string,
+    files: Record<string, string>,
+  ): { certsDirectory: string } {
     const certsDirectory = temporaryFolder(t);
     mkdirSync(join(certsDirectory, host));
-    for (const [name, text] of Object.entries(files)) writeFileSync(join(certsDirectory, host, name), text);
+    for (const [name, text] of Object.entries(files))
+      writeFileSync(join(certsDirectory, host, name), text);
     return { certsDirectory };
   }
 
   test("HOST:PORT: *.crt are authorities, *.cert and *.key the client's, all else is left alone", async (t) => {
-    const { registry, reference } = await serve(t, { tls: { ...tls, clientCa: authority.cert }, storage: { tls } });
-    const files = { "ca.crt": authority.cert, "client.cert": client.cert, "client.key": client.key, "README": "x" };
+    const { registry, reference } = await serve(t, {
+      tls: { ...tls, clientCa: authority.cert },
+      storage: { tls },
+    });
+    const files = {
+      "ca.crt": authority.cert,
+      "client.cert": client.cert,
+      "client.key": client.key,
+      README: "x",
+    };
     assertPulled(await pull(t, reference, certsFolder(t, registry.host, files)), image);
-    assert.deepEqual(new Set(registry.requests.map(({ clientCertificate }) => clientCertificate)),
-      new Set(["from certs.d"]));
+    assert.deepEqual(
+      new Set(registry.requests.map(({ clientCertificate }) => clientCertificate)),
+      new Set(["from certs.d"]),
+    );
   });
 
   test("another host's is not used, and a broken one is named", async (t) => {
@@ -288,7 +413,11 @@ describe("certs.d", () => {
     const other = certsFolder(t, "127.0.0.1:1", { "ca.crt": authority.cert });
     assertFailed(await pull(t, reference, other), "TLS", "--cacert");
     const broken = certsFolder(t, registry.host, { "ca.crt": "none" });
-    assertFailed(await pull(t, reference, broken), "TLS", join(broken.certsDirectory, registry.host, "ca.crt"));
+    assertFailed(
+      await pull(t, reference, broken),
+      "TLS",
+      join(broken.certsDirectory, registry.host, "ca.crt"),
+    );
     assert.equal(registry.requests.length, 0);
   });
 });
@@ -296,8 +425,15 @@ describe("certs.d", () => {
 // ====== Proxies ======
 
 /** A registry that only the proxy can reach, by name. */
-async function behindProxy(t: TestScope, options: RegistryOptions = {}, proxying: Partial<ProxyOptions> = {}) {
-  const named = { ...options, ...(options.tls && { tls: authority.issueServer({ dns: ["registry.test"] }) }) };
+async function behindProxy(
+  t: TestScope,
+  options: RegistryOptions = {},
+  proxying: Partial<ProxyOptions> = {},
+) {
+  const named = {
+    ...options,
+    ...(options.tls && { tls: authority.issueServer({ dns: ["registry.test"] }) }),
+  };
   const { registry } = await serve(t, named);
   const hosts = { "registry.test": "127.0.0.1", "storage.test": "127.0.0.1" };
   const proxy = await startProxy(t, { hosts, ...proxying });
@@ -311,26 +447,46 @@ describe("proxies", () => {
     const authenticated = { credentials: true, ...(proxyTls && { tls: proxyTls }) };
 
     test(`${kind}: CONNECT for https, and nothing of the proxy's reaches the registry`, async (t) => {
-      const { registry, proxy, host, reference } = await behindProxy(t, { tls, auth: "basic" }, authenticated);
+      const { registry, proxy, host, reference } = await behindProxy(
+        t,
+        { tls, auth: "basic" },
+        authenticated,
+      );
       const environment = { HTTPS_PROXY: proxy.urlWithCredentials };
-      assertPulled(await pull(t, reference, { environment, ...GIVEN, ...trust(t), concurrency: 2 }), image);
+      assertPulled(
+        await pull(t, reference, { environment, ...GIVEN, ...trust(t), concurrency: 2 }),
+        image,
+      );
       const asked = new Set(proxy.requests.map(({ method, target }) => `${method} ${target}`));
       assert.deepEqual(asked, new Set([`CONNECT ${host}`]));
       assert(proxy.requests.length <= 2, "tunnels are kept");
       assert(proxy.requests.every(({ headers }) => headers.authorization === undefined));
-      assert(registry.requests.every(({ headers }) => headers["proxy-authorization"] === undefined));
+      assert(
+        registry.requests.every(({ headers }) => headers["proxy-authorization"] === undefined),
+      );
       assert(registry.requests.every(({ headers }) => headers.host === host));
     });
 
     test(`${kind}: absolute form for http`, async (t) => {
       const { registry, proxy, host, reference } = await behindProxy(t, {}, authenticated);
       const environment = { HTTP_PROXY: proxy.urlWithCredentials };
-      assertPulled(await pull(t, reference, { ...HTTP, environment, namespace: "quay.io", ...trust(t) }), image);
-      assert.deepEqual(proxy.requests.map(({ target }) => target).sort(),
-        registry.requests.map(({ url }) => `http://${host}${url}`).sort());
+      assertPulled(
+        await pull(t, reference, { ...HTTP, environment, namespace: "quay.io", ...trust(t) }),
+        image,
+      );
+      assert.deepEqual(
+        proxy.requests.map(({ target }) => target).sort(),
+        registry.requests.map(({ url }) => `http://${host}${url}`).sort(),
+      );
       assert.equal(registry.requests[0]?.query.get("ns"), "quay.io");
-      const shown = registry.requests.map(({ headers }) => headers.authorization ?? headers["proxy-authorization"]);
-      assert.deepEqual(new Set(shown), new Set([undefined]), "the proxy's credentials are not the registry's");
+      const shown = registry.requests.map(
+        ({ headers }) => headers.authorization ?? headers["proxy-authorization"],
+      );
+      assert.deepEqual(
+        new Set(shown),
+        new Set([undefined]),
+        "the proxy's credentials are not the registry's",
+      );
       assert(registry.requests.every(({ headers }) => headers.host === host));
     });
   }
@@ -341,7 +497,8 @@ describe("proxies", () => {
       const name = options.tls ? "HTTPS_PROXY" : "HTTP_PROXY";
       const given = options.tls ? trust(t) : HTTP;
       const encoded = proxy.urlWithCredentials.replace(SECRETS.proxyPassword, (text) =>
-        text.replace(/[-p]/g, (letter) => `%${letter.charCodeAt(0).toString(16)}`));
+        text.replace(/[-p]/g, (letter) => `%${letter.charCodeAt(0).toString(16)}`),
+      );
       assertPulled(await pull(t, reference, { ...given, environment: { [name]: encoded } }), image);
       const wrong = proxy.url.replace("://", "://tester:guess-4711@");
       for (const url of [proxy.url, wrong]) {
@@ -356,7 +513,10 @@ describe("proxies", () => {
   test("redirects go through the proxy too, without the registry's credentials", async (t) => {
     const { registry, proxy, reference } = await behindProxy(t, { auth: "basic" });
     const storageUrl = registry.storageUrl.replace("127.0.0.1", "storage.test");
-    registry.on({ kind: "layer" }, { redirect: ({ digest = "" }) => storageUrl + registry.signedPath(digest) });
+    registry.on(
+      { kind: "layer" },
+      { redirect: ({ digest = "" }) => storageUrl + registry.signedPath(digest) },
+    );
     const environment = { HTTP_PROXY: proxy.url };
     assertPulled(await pull(t, reference, { ...HTTP, environment, ...GIVEN }), image);
     assert.equal(proxy.requests.filter(({ target }) => target.includes("storage.test")).length, 2);
@@ -364,7 +524,9 @@ describe("proxies", () => {
   });
 
   test("loopback is never sent through a proxy", async (t) => {
-    const proxy = await startProxy(t, { hosts: { localhost: "127.0.0.1", "127.0.0.1": "127.0.0.1" } });
+    const proxy = await startProxy(t, {
+      hosts: { localhost: "127.0.0.1", "127.0.0.1": "127.0.0.1" },
+    });
     const { reference } = await serve(t);
     for (const name of [reference, reference.replace("127.0.0.1", "localhost")]) {
       const environment = { HTTP_PROXY: proxy.url, ALL_PROXY: proxy.url };
@@ -378,7 +540,10 @@ describe("proxies", () => {
       for (const fault of [502, 503, "close"] as const) {
         const { proxy, reference } = await behindProxy(t, options, { fault, faults: 1 });
         const environment = { HTTP_PROXY: proxy.url, HTTPS_PROXY: proxy.url };
-        const outcome = await pull(t, reference, { ...(options.tls ? trust(t) : HTTP), environment });
+        const outcome = await pull(t, reference, {
+          ...(options.tls ? trust(t) : HTTP),
+          environment,
+        });
         assertPulled(outcome, image);
         assert.equal(outcome.sleeps.length, 1, `${fault}`);
       }
@@ -388,7 +553,10 @@ describe("proxies", () => {
   test("a proxy that refuses, is silent, or is not there, is named, without its password", async (t) => {
     const closed = await startProxy(t, { hosts: {} });
     await closed.close();
-    const faults = [["PROXY", 403], ["TIMEOUT", "silent"]] as const;
+    const faults = [
+      ["PROXY", 403],
+      ["TIMEOUT", "silent"],
+    ] as const;
     for (const [code, fault] of faults) {
       const { proxy, reference } = await behindProxy(t, { tls }, { fault });
       const given = { ...trust(t), timeoutMs: SOON, retries: 0 };
@@ -397,26 +565,60 @@ describe("proxies", () => {
     }
     const environment = { ALL_PROXY: closed.urlWithCredentials };
     for (const given of [{}, HTTP]) {
-      const outcome = await pull(t, "registry.test/team/app:1", { ...given, environment, retries: 0 });
+      const outcome = await pull(t, "registry.test/team/app:1", {
+        ...given,
+        environment,
+        retries: 0,
+      });
       assertFailed(outcome, "NETWORK", closed.host);
     }
   });
 
   test("another kind of proxy is an error that names it", async (t) => {
-    for (const [url, words] of [["socks5://127.0.0.1:1080", /socks5:/], ["http://[", /not a URL/]] as const) {
-      assertFailed(await pull(t, "registry.test/app:1", { environment: { ALL_PROXY: url } }), "PROXY", words);
+    for (const [url, words] of [
+      ["socks5://127.0.0.1:1080", /socks5:/],
+      ["http://[", /not a URL/],
+    ] as const) {
+      assertFailed(
+        await pull(t, "registry.test/app:1", { environment: { ALL_PROXY: url } }),
+        "PROXY",
+        words,
+      );
     }
   });
 });
 
-const PROXIES: [name: string, url: string, environment: Record<string, string>, proxy: string | undefined][] = [
-  ["https", "https://r.test/", { HTTPS_PROXY: "http://s:1", HTTP_PROXY: "http://h:1" }, "http://s:1/"],
-  ["http", "http://r.test/", { HTTPS_PROXY: "http://s:1", HTTP_PROXY: "http://h:1" }, "http://h:1/"],
+const PROXIES: [
+  name: string,
+  url: string,
+  environment: Record<string, string>,
+  proxy: string | undefined,
+][] = [
+  [
+    "https",
+    "https://r.test/",
+    { HTTPS_PROXY: "http://s:1", HTTP_PROXY: "http://h:1" },
+    "http://s:1/",
+  ],
+  [
+    "http",
+    "http://r.test/",
+    { HTTPS_PROXY: "http://s:1", HTTP_PROXY: "http://h:1" },
+    "http://h:1/",
+  ],
   ["lower case", "https://r.test/", { https_proxy: "http://s:1" }, "http://s:1/"],
-  ["ALL_PROXY for want of another", "https://r.test/", { ALL_PROXY: "http://a:1", HTTP_PROXY: "http://h:1" },
-    "http://a:1/"],
-  ["all_proxy after HTTP_PROXY", "http://r.test/", { all_proxy: "http://a:1", HTTP_PROXY: "http://h:1" },
-    "http://h:1/"],
+  [
+    "ALL_PROXY for want of another",
+    "https://r.test/",
+    { ALL_PROXY: "http://a:1", HTTP_PROXY: "http://h:1" },
+    "http://a:1/",
+  ],
+  [
+    "all_proxy after HTTP_PROXY",
+    "http://r.test/",
+    { all_proxy: "http://a:1", HTTP_PROXY: "http://h:1" },
+    "http://h:1/",
+  ],
   ["no scheme", "https://r.test/", { HTTPS_PROXY: "p.test:3128" }, "http://p.test:3128/"],
   ["an empty one", "https://r.test/", { HTTPS_PROXY: "" }, undefined],
   ["no_proxy", "https://r.test/", { HTTPS_PROXY: "http://s:1", no_proxy: "r.test" }, undefined],
@@ -430,23 +632,49 @@ test("which variable names the proxy", () => {
 });
 
 const NO_PROXY: [host: string, entries: string, exempt: boolean][] = [
-  ["r.test", "", false], ["r.test", "*", true], ["r.test", "r.test", true], ["r.test", "R.TEST", true],
-  ["a.r.test", "r.test", true], ["a.r.test", ".r.test", true], ["a.r.test", "*.r.test", true],
-  ["ar.test", "r.test", false], ["r.test", "a.r.test", false], ["r.test", "test", true],
-  ["r.test", "x.test, r.test", true], ["r.test", "x.test r.test", true], ["r.test", ",,r.test,", true],
-  ["r.test:5000", "r.test:5000", true], ["r.test:5000", "r.test:5001", false], ["r.test", "r.test:443", true],
-  ["r.test:5000", "r.test", true], ["10.1.2.3", "10.0.0.0/8", true], ["10.1.2.3", "11.0.0.0/8", false],
-  ["10.1.2.3", "10.1.2.3", true], ["10.1.2.3", "10.1.2.3/32", true], ["10.1.2.3:5000", "10.1.2.3:5000", true],
-  ["10.1.2.3", "1.2.3", false], ["10.1.2.3", "10.0.0.0/99", false], ["[2001:db8::1]", "2001:db8::/32", true],
-  ["[2001:db8::1]:5000", "2001:db8::1", true], ["[2001:db8::1]", "10.0.0.0/8", false],
-  ["[2001:db8::1]:5000", "[2001:db8::1]:5000", true], ["[2001:db8::1]:5000", "[2001:db8::1]:1", false],
-  ["localhost:5000", "", true], ["127.0.0.1", "", true], ["127.9.9.9", "", true], ["[::1]:5000", "", true],
+  ["r.test", "", false],
+  ["r.test", "*", true],
+  ["r.test", "r.test", true],
+  ["r.test", "R.TEST", true],
+  ["a.r.test", "r.test", true],
+  ["a.r.test", ".r.test", true],
+  ["a.r.test", "*.r.test", true],
+  ["ar.test", "r.test", false],
+  ["r.test", "a.r.test", false],
+  ["r.test", "test", true],
+  ["r.test", "x.test, r.test", true],
+  ["r.test", "x.test r.test", true],
+  ["r.test", ",,r.test,", true],
+  ["r.test:5000", "r.test:5000", true],
+  ["r.test:5000", "r.test:5001", false],
+  ["r.test", "r.test:443", true],
+  ["r.test:5000", "r.test", true],
+  ["10.1.2.3", "10.0.0.0/8", true],
+  ["10.1.2.3", "11.0.0.0/8", false],
+  ["10.1.2.3", "10.1.2.3", true],
+  ["10.1.2.3", "10.1.2.3/32", true],
+  ["10.1.2.3:5000", "10.1.2.3:5000", true],
+  ["10.1.2.3", "1.2.3", false],
+  ["10.1.2.3", "10.0.0.0/99", false],
+  ["[2001:db8::1]", "2001:db8::/32", true],
+  ["[2001:db8::1]:5000", "2001:db8::1", true],
+  ["[2001:db8::1]", "10.0.0.0/8", false],
+  ["[2001:db8::1]:5000", "[2001:db8::1]:5000", true],
+  ["[2001:db8::1]:5000", "[2001:db8::1]:1", false],
+  ["localhost:5000", "", true],
+  ["127.0.0.1", "", true],
+  ["127.9.9.9", "", true],
+  ["[::1]:5000", "", true],
   ["localhost.test", "", false],
 ];
 
 test("NO_PROXY: names with their subdomains, ports, addresses, blocks; loopback always", () => {
   for (const [host, entries, exempt] of NO_PROXY) {
-    assert.equal(internals.isExemptFromProxy(new URL(`https://${host}/`), entries), exempt, `${host} by "${entries}"`);
+    assert.equal(
+      internals.isExemptFromProxy(new URL(`https://${host}/`), entries),
+      exempt,
+      `${host} by "${entries}"`,
+    );
   }
 });
 
@@ -460,7 +688,12 @@ describe("silence", { concurrency: 8 }, () => {
     ["within a config", { kind: "config" }, { stallAfter: 100 }, "none"],
     ["before a layer", { kind: "layer" }, { wait: new Promise(() => {}) }, "none"],
     ["within a layer", { kind: "layer" }, { stallAfter: 100 }, "none"],
-    ["within the body of an error", { kind: "layer" }, { status: 503, body: "x".repeat(1000), stallAfter: 10 }, "none"],
+    [
+      "within the body of an error",
+      { kind: "layer" },
+      { status: 503, body: "x".repeat(1000), stallAfter: 10 },
+      "none",
+    ],
   ];
   for (const [name, matcher, fault, auth] of places) {
     test(`${name} is a fault like any: tried again, and said in the end`, async (t) => {
@@ -479,13 +712,19 @@ describe("silence", { concurrency: 8 }, () => {
 
   async function silentServer(t: TestScope): Promise<{ silent: string; asked: Promise<unknown> }> {
     const sockets = new Set<Socket>();
-    const server = createServer((socket) => sockets.add(socket.on("error", () => {}))).listen(0, "127.0.0.1");
+    const server = createServer((socket) => sockets.add(socket.on("error", () => {}))).listen(
+      0,
+      "127.0.0.1",
+    );
     await once(server, "listening");
     t.after(() => {
       server.close();
       for (const socket of sockets) socket.destroy();
     });
-    return { silent: `127.0.0.1:${(server.address() as AddressInfo).port}`, asked: once(server, "connection") };
+    return {
+      silent: `127.0.0.1:${(server.address() as AddressInfo).port}`,
+      asked: once(server, "connection"),
+    };
   }
 
   test("of a server that takes the connection and no more: with and without TLS, and behind a proxy", async (t) => {
@@ -494,7 +733,12 @@ describe("silence", { concurrency: 8 }, () => {
     const environment = { HTTPS_PROXY: proxy.url, HTTP_PROXY: proxy.url };
     for (const host of [silent, "registry.test"]) {
       for (const given of [{}, HTTP]) {
-        const outcome = await pull(t, `${host}/app:1`, { ...given, environment, timeoutMs: SOON, retries: 1 });
+        const outcome = await pull(t, `${host}/app:1`, {
+          ...given,
+          environment,
+          timeoutMs: SOON,
+          retries: 1,
+        });
         assertFailed(outcome, "TIMEOUT", `${SOON / 1000} s`);
         assert.equal(outcome.sleeps.length, 1);
       }
@@ -506,12 +750,17 @@ describe("silence", { concurrency: 8 }, () => {
     const { silent, asked } = await silentServer(t);
     const mute = await startProxy(t, { hosts: {}, fault: "silent" });
     const tar = join(temporaryFolder(t), "image.tar");
-    const places = [[silent, {}, asked], ["registry.test", { HTTPS_PROXY: mute.url }, mute.asked]] as const;
+    const places = [
+      [silent, {}, asked],
+      ["registry.test", { HTTPS_PROXY: mute.url }, mute.asked],
+    ] as const;
     for (const [host, env, connected] of places) {
       const interrupt = new AbortController();
       void connected.then(() => interrupt.abort());
       const { exitCode } = await runCommand([`${host}/app:1`, tar, "--timeout", "50"], {
-        env, signal: interrupt.signal, guardMs: 20_000,
+        env,
+        signal: interrupt.signal,
+        guardMs: 20_000,
       });
       assert.equal(exitCode, 130);
     }
@@ -525,12 +774,31 @@ describe("what is too large is refused by name, in bounded memory", () => {
   const HUGE = 64 * 1024 * 1024;
   const huge = Buffer.alloc(HUGE, " ");
   const caps: [name: string, matcher: object, fault: object, words: RegExp][] = [
-    ["a manifest", { kind: "manifest" }, { body: huge }, new RegExp(`manifest.*larger than ${manifestBytes}`)],
-    ["a manifest of untold length", { kind: "manifest" }, { body: huge, contentLength: "chunked" }, /manifest.*larger/],
-    ["a manifest that is small until it is unpacked", { kind: "manifest" }, { body: huge, contentEncoding: "gzip" },
-      /manifest.*larger/],
+    [
+      "a manifest",
+      { kind: "manifest" },
+      { body: huge },
+      new RegExp(`manifest.*larger than ${manifestBytes}`),
+    ],
+    [
+      "a manifest of untold length",
+      { kind: "manifest" },
+      { body: huge, contentLength: "chunked" },
+      /manifest.*larger/,
+    ],
+    [
+      "a manifest that is small until it is unpacked",
+      { kind: "manifest" },
+      { body: huge, contentEncoding: "gzip" },
+      /manifest.*larger/,
+    ],
     ["a token", { kind: "token" }, { body: huge }, new RegExp(`token.*larger than ${tokenBytes}`)],
-    ["a token of untold length", { kind: "token" }, { body: huge, contentLength: "chunked" }, /token.*larger/],
+    [
+      "a token of untold length",
+      { kind: "token" },
+      { body: huge, contentLength: "chunked" },
+      /token.*larger/,
+    ],
   ];
   for (const [name, matcher, fault, words] of caps) {
     test(name, async (t) => {
@@ -565,8 +833,12 @@ describe("what is too large is refused by name, in bounded memory", () => {
 // ====== Encodings ======
 
 describe("content encodings", () => {
-  const encodings: [name: string, encode: (bytes: Buffer) => Buffer][] =
-    [["gzip", gzipSync], ["x-gzip", gzipSync], ["GZIP", gzipSync], ["identity", (bytes) => bytes]];
+  const encodings: [name: string, encode: (bytes: Buffer) => Buffer][] = [
+    ["gzip", gzipSync],
+    ["x-gzip", gzipSync],
+    ["GZIP", gzipSync],
+    ["identity", (bytes) => bytes],
+  ];
   for (const [name, encode] of encodings) {
     test(`${name}, though identity was asked for`, async (t) => {
       const { registry, reference } = await serve(t);
@@ -584,7 +856,10 @@ describe("content encodings", () => {
     for (const kind of ["manifest", "config", "layer"] as const) {
       for (const encoding of ["gzip", "br", "rot13"]) {
         const { registry, reference } = await serve(t);
-        registry.on({ kind }, { headers: { "content-encoding": encoding }, body: brotliCompressSync("other bytes") });
+        registry.on(
+          { kind },
+          { headers: { "content-encoding": encoding }, body: brotliCompressSync("other bytes") },
+        );
         const outcome = await pull(t, reference, HTTP);
         assert(outcome.error);
         assert(!existsSync(outcome.tar));
@@ -599,7 +874,10 @@ test("the requests of a pull say who asks, and nothing of this machine", async (
   for (const { headers } of registry.requests) {
     assert.match(headers["user-agent"] ?? "", /^imgpull\/\d+\.\d+\.\d+$/);
     const telling = ["cookie", "referer", "from", "authorization"];
-    assert.deepEqual(Object.keys(headers).filter((name) => telling.includes(name)), []);
+    assert.deepEqual(
+      Object.keys(headers).filter((name) => telling.includes(name)),
+      [],
+    );
     assert(!JSON.stringify(headers).includes(cleanEnvironment()["HOME"] ?? "no home"));
   }
 });

@@ -1,6 +1,14 @@
 // Runs the built command as its user would, in an environment that holds nothing of this machine's.
-import { spawn, type ChildProcess } from "node:child_process";
-import { appendFileSync, existsSync, mkdirSync, mkdtempSync, readFileSync, readdirSync, rmSync } from "node:fs";
+import { type ChildProcess, spawn } from "node:child_process";
+import {
+  appendFileSync,
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+} from "node:fs";
 import { tmpdir } from "node:os";
 import { join, resolve } from "node:path";
 
@@ -23,10 +31,15 @@ export const USER = "tester";
 
 /** The secrets in each form in which they could leak: plain, and as part of a Base64 text at each of its alignments. */
 export function secretForms(): string[] {
-  return Object.values(SECRETS).flatMap((secret) => [secret, ...[0, 1, 2].map((shift) => {
-    const encoded = Buffer.from(" ".repeat(shift) + secret).toString("base64").replace(/=+$/, "");
-    return encoded.slice(shift === 0 ? 0 : shift + 1, -2);
-  })]);
+  return Object.values(SECRETS).flatMap((secret) => [
+    secret,
+    ...[0, 1, 2].map((shift) => {
+      const encoded = Buffer.from(" ".repeat(shift) + secret)
+        .toString("base64")
+        .replace(/=+$/, "");
+      return encoded.slice(shift === 0 ? 0 : shift + 1, -2);
+    }),
+  ]);
 }
 
 // ====== Output seen ======
@@ -37,19 +50,26 @@ const SEEN_AT_MOST = 1024 * 1024;
 /** Keeps an output for the search for secrets at the end of the suite (of a tar on stdout, only the first MiB). */
 export function recordOutput(output: Buffer | string): void {
   mkdirSync(SEEN_OUTPUT_FOLDER, { recursive: true });
-  appendFileSync(join(SEEN_OUTPUT_FOLDER, `${process.pid}.log`), Buffer.from(output).subarray(0, SEEN_AT_MOST));
+  appendFileSync(
+    join(SEEN_OUTPUT_FOLDER, `${process.pid}.log`),
+    Buffer.from(output).subarray(0, SEEN_AT_MOST),
+  );
 }
 
 /** All output that test processes have recorded since the folder was last removed, by file name. */
 export function seenOutput(): Map<string, string> {
   const names = existsSync(SEEN_OUTPUT_FOLDER) ? readdirSync(SEEN_OUTPUT_FOLDER) : [];
-  return new Map(names.map((name) => [name, readFileSync(join(SEEN_OUTPUT_FOLDER, name), "latin1")]));
+  return new Map(
+    names.map((name) => [name, readFileSync(join(SEEN_OUTPUT_FOLDER, name), "latin1")]),
+  );
 }
 
 // ====== Folders ======
 
 /** The part of node:test's context that is used here. */
-export interface TestScope { after(cleanUp: () => unknown): void }
+export interface TestScope {
+  after(cleanUp: () => unknown): void;
+}
 
 export function temporaryFolder(t: TestScope): string {
   const folder = mkdtempSync(join(tmpdir(), "imgpull-test-"));
@@ -96,35 +116,52 @@ export interface RunningCommand {
 export const COMMAND_PATH = resolve("dist/imgpull.cjs");
 const { IMGPULL_BINARY } = process.env;
 /** How the command is run: by node as a script or, where IMGPULL_BINARY names one, as a binary of its own. */
-export const COMMAND: [string, ...string[]] =
-  IMGPULL_BINARY ? [resolve(IMGPULL_BINARY)] : [process.execPath, COMMAND_PATH];
+export const COMMAND: [string, ...string[]] = IMGPULL_BINARY
+  ? [resolve(IMGPULL_BINARY)]
+  : [process.execPath, COMMAND_PATH];
 
 let emptyHome: string | undefined;
 
 /** PATH, a HOME and an XDG_RUNTIME_DIR without any file: no proxy, no credentials, no NODE_OPTIONS. */
 export function cleanEnvironment(): Record<string, string> {
   if (emptyHome === undefined) {
-    const made = emptyHome = mkdtempSync(join(tmpdir(), "imgpull-home-"));
+    const made = (emptyHome = mkdtempSync(join(tmpdir(), "imgpull-home-")));
     mkdirSync(join(made, "run"));
     process.once("exit", () => rmSync(made, { recursive: true, force: true }));
   }
   const { PATH = "" } = process.env;
-  return { PATH, HOME: emptyHome, XDG_RUNTIME_DIR: join(emptyHome, "run"), TMPDIR: tmpdir(), LANG: "C.UTF-8" };
+  return {
+    PATH,
+    HOME: emptyHome,
+    XDG_RUNTIME_DIR: join(emptyHome, "run"),
+    TMPDIR: tmpdir(),
+    LANG: "C.UTF-8",
+  };
 }
 
-function mergedEnvironment(changes: Record<string, string | undefined> = {}): Record<string, string> {
+function mergedEnvironment(
+  changes: Record<string, string | undefined> = {},
+): Record<string, string> {
   const merged = Object.entries({ ...cleanEnvironment(), ...changes });
-  return Object.fromEntries(merged.filter((entry): entry is [string, string] => entry[1] !== undefined));
+  return Object.fromEntries(
+    merged.filter((entry): entry is [string, string] => entry[1] !== undefined),
+  );
 }
 
 /** Starts the command and gives the process too, for tests that send signals or close pipes. */
 export function startCommand(args: string[], options: CommandOptions = {}): RunningCommand {
   const { nodePath, nodeArgs, guardMs = 60_000, killSignal = "SIGINT" } = options;
   const isScript = nodePath !== undefined || nodeArgs !== undefined;
-  const script: [string, ...string[]] = [nodePath ?? process.execPath, ...(nodeArgs ?? []), COMMAND_PATH];
+  const script: [string, ...string[]] = [
+    nodePath ?? process.execPath,
+    ...(nodeArgs ?? []),
+    COMMAND_PATH,
+  ];
   const [program, ...words] = options.command ?? (isScript ? script : COMMAND);
   const child = spawn(program, [...words, ...args], {
-    cwd: options.cwd ?? process.cwd(), env: mergedEnvironment(options.env), stdio: ["pipe", "pipe", "pipe"],
+    cwd: options.cwd ?? process.cwd(),
+    env: mergedEnvironment(options.env),
+    stdio: ["pipe", "pipe", "pipe"],
   });
   const stdout: Buffer[] = [];
   const stderr: Buffer[] = [];
@@ -157,7 +194,10 @@ export function startCommand(args: string[], options: CommandOptions = {}): Runn
       const output = Buffer.concat(stdout);
       recordOutput(output);
       recordOutput(text);
-      if (hung) failed(new Error(`still running after ${guardMs} ms: ${program} ${args.join(" ")}\n${text}`));
+      if (hung)
+        failed(
+          new Error(`still running after ${guardMs} ms: ${program} ${args.join(" ")}\n${text}`),
+        );
       else done({ exitCode, signal, stdout: output, stderr: text });
     });
   });

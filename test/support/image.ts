@@ -25,7 +25,11 @@ export const MEDIA = {
 export type Format = "oci" | "docker";
 export type Algorithm = "sha256" | "sha512";
 
-export interface Platform { os: string; architecture: string; variant?: string }
+export interface Platform {
+  os: string;
+  architecture: string;
+  variant?: string;
+}
 
 export interface Descriptor {
   mediaType: string;
@@ -52,7 +56,10 @@ export interface IndexJson {
   [field: string]: unknown;
 }
 
-export interface ManifestBytes { mediaType: string; bytes: Buffer }
+export interface ManifestBytes {
+  mediaType: string;
+  bytes: Buffer;
+}
 
 /** Anything that a registry can hold under a tag: `manifests` has this manifest and every one below it. */
 export interface TestContent {
@@ -152,7 +159,7 @@ export interface TarEntry {
 
 function readPax(bytes: Buffer): Map<string, string> {
   const records = new Map<string, string>();
-  for (let at = 0; at < bytes.length;) {
+  for (let at = 0; at < bytes.length; ) {
     const space = bytes.indexOf(" ", at);
     const length = Number(bytes.toString("latin1", at, space));
     if (!(length > 0)) throw new Error(`bad PAX record at ${at}`);
@@ -165,15 +172,26 @@ function readPax(bytes: Buffer): Map<string, string> {
 }
 
 function readHeader(header: Buffer, at: number): TarEntry {
-  const text = (from: number, length: number) => header.toString("utf8", from, from + length).replace(/\0.*$/s, "");
+  const text = (from: number, length: number) =>
+    header.toString("utf8", from, from + length).replace(/\0.*$/s, "");
   const number = (from: number, length: number) => parseInt(text(from, length).trim() || "0", 8);
-  const sum = header.reduce((total, byte, index) => total + (index >= 148 && index < 156 ? 32 : byte), 0);
+  const sum = header.reduce(
+    (total, byte, index) => total + (index >= 148 && index < 156 ? 32 : byte),
+    0,
+  );
   if (sum !== number(148, 8)) throw new Error(`wrong tar checksum in the header at ${at}`);
   const prefix = text(257, 6) === "ustar" && header[263] === 0x30 ? text(345, 155) : "";
   return {
     name: prefix ? `${prefix}/${text(0, 100)}` : text(0, 100),
-    headerOffset: at, offset: at + 512, size: number(124, 12), type: text(156, 1) || "0",
-    mode: number(100, 8), uid: number(108, 8), gid: number(116, 8), mtime: number(136, 12), pax: new Map(),
+    headerOffset: at,
+    offset: at + 512,
+    size: number(124, 12),
+    type: text(156, 1) || "0",
+    mode: number(100, 8),
+    uid: number(108, 8),
+    gid: number(116, 8),
+    mtime: number(136, 12),
+    pax: new Map(),
   };
 }
 
@@ -182,12 +200,13 @@ export function readTar(tar: Buffer): TarEntry[] {
   const entries: TarEntry[] = [];
   let pax = new Map<string, string>();
   let paxOffset: number | undefined;
-  for (let at = 0; ;) {
+  for (let at = 0; ; ) {
     const header = tar.subarray(at, at + 512);
     if (header.length < 512) throw new Error(`the tar ends without its trailer at ${at}`);
     if (header.every((byte) => byte === 0)) {
       const rest = tar.subarray(at);
-      if (rest.length < 1024 || !rest.every((byte) => byte === 0)) throw new Error(`bad tar trailer at ${at}`);
+      if (rest.length < 1024 || !rest.every((byte) => byte === 0))
+        throw new Error(`bad tar trailer at ${at}`);
       return entries;
     }
     const entry = readHeader(header, at);
@@ -289,25 +308,40 @@ function layerMediaType(format: Format, compression: Compression, foreign: boole
 }
 
 export function makeLayer(options: LayerOptions = {}): TestLayer {
-  const { sizeBytes = 8192, seed = "layer", compression = "gzip", format = "oci", algorithm = "sha256" } = options;
+  const {
+    sizeBytes = 8192,
+    seed = "layer",
+    compression = "gzip",
+    format = "oci",
+    algorithm = "sha256",
+  } = options;
   const name = seed.replace(/[^A-Za-z0-9._-]/g, "-").slice(-60);
-  const files = new Map<string, Buffer>([["etc/", Buffer.alloc(0)], [`etc/${name}.txt`, Buffer.from(`${seed}\n`)]]);
-  for (const [path, content] of Object.entries(options.files ?? {})) files.set(path, Buffer.from(content));
+  const files = new Map<string, Buffer>([
+    ["etc/", Buffer.alloc(0)],
+    [`etc/${name}.txt`, Buffer.from(`${seed}\n`)],
+  ]);
+  for (const [path, content] of Object.entries(options.files ?? {}))
+    files.set(path, Buffer.from(content));
   files.set("data/", Buffer.alloc(0));
 
   const fixedBytes = writeTar(files).length + 512;
   const overhead = OVERHEAD[compression];
   let tarBytes = sizeBytes - (sizeBytes % 512);
-  const fill = () => compression === "none" ? 0 : sizeBytes - tarBytes - overhead(tarBytes);
+  const fill = () => (compression === "none" ? 0 : sizeBytes - tarBytes - overhead(tarBytes));
   while (fill() !== 0 && fill() < 8) tarBytes -= 512;
-  if (tarBytes < fixedBytes) throw new Error(`a layer of ${sizeBytes} bytes cannot hold its files (${fixedBytes})`);
+  if (tarBytes < fixedBytes)
+    throw new Error(`a layer of ${sizeBytes} bytes cannot hold its files (${fixedBytes})`);
 
   files.set(`data/${name}.bin`, pseudoRandom(seed, tarBytes - fixedBytes));
   const tar = writeTar(files);
-  const bytes = compression === "none" ? tar : (compression === "gzip" ? gzipStored : zstdStored)(tar, fill());
+  const bytes =
+    compression === "none" ? tar : (compression === "gzip" ? gzipStored : zstdStored)(tar, fill());
   return {
     mediaType: options.mediaType ?? layerMediaType(format, compression, options.urls !== undefined),
-    digest: digestOf(bytes, algorithm), diffId: digestOf(tar), bytes, files,
+    digest: digestOf(bytes, algorithm),
+    diffId: digestOf(tar),
+    bytes,
+    files,
     ...(options.urls && { urls: options.urls }),
     ...(options.annotations && { annotations: options.annotations }),
   };
@@ -316,7 +350,11 @@ export function makeLayer(options: LayerOptions = {}): TestLayer {
 // ====== Manifests ======
 
 /** Any manifest whatever, schema 1 and nonsense included; `content` is sent as it is, or as its JSON. */
-export function makeManifest(mediaType: string, content: unknown, algorithm: Algorithm = "sha256"): TestContent {
+export function makeManifest(
+  mediaType: string,
+  content: unknown,
+  algorithm: Algorithm = "sha256",
+): TestContent {
   const bytes = Buffer.isBuffer(content) ? content : Buffer.from(JSON.stringify(content, null, 2));
   const digest = digestOf(bytes, algorithm);
   const manifests = new Map([[digest, { mediaType, bytes }]]);
@@ -351,7 +389,9 @@ function makeImageLayers(options: ImageOptions, seed: string): TestLayer[] {
 
 function describeLayer(layer: TestLayer): Descriptor {
   return {
-    mediaType: layer.mediaType, digest: layer.digest, size: layer.bytes.length,
+    mediaType: layer.mediaType,
+    digest: layer.digest,
+    size: layer.bytes.length,
     ...(layer.urls && { urls: layer.urls }),
     ...(layer.annotations && { annotations: layer.annotations }),
   };
@@ -362,20 +402,33 @@ export function makeImage(options: ImageOptions = {}): TestImage {
   const platform = parsePlatform(options.platform ?? "linux/amd64");
   const layers = makeImageLayers(options, seed);
   const config = {
-    created: "2020-01-01T00:00:00Z", ...platform, config: { Cmd: ["/bin/true"], Labels: { seed } },
+    created: "2020-01-01T00:00:00Z",
+    ...platform,
+    config: { Cmd: ["/bin/true"], Labels: { seed } },
     rootfs: { type: "layers", diff_ids: layers.map((layer) => layer.diffId) },
-    history: layers.map((_, position) => ({ created: "2020-01-01T00:00:00Z", created_by: `layer ${position + 1}` })),
+    history: layers.map((_, position) => ({
+      created: "2020-01-01T00:00:00Z",
+      created_by: `layer ${position + 1}`,
+    })),
   };
   const configBytes = asBytes(options.editConfig ? options.editConfig(config) : config);
   const configDescriptor: Descriptor = {
     mediaType: format === "oci" ? MEDIA.ociConfig : MEDIA.dockerConfig,
-    digest: digestOf(configBytes, algorithm), size: configBytes.length,
+    digest: digestOf(configBytes, algorithm),
+    size: configBytes.length,
   };
   const mediaType = format === "oci" ? MEDIA.ociManifest : MEDIA.dockerManifest;
   const manifest: ManifestJson = {
-    schemaVersion: 2, mediaType, config: configDescriptor, layers: layers.map(describeLayer),
+    schemaVersion: 2,
+    mediaType,
+    config: configDescriptor,
+    layers: layers.map(describeLayer),
   };
-  const content = makeManifest(mediaType, options.editManifest ? options.editManifest(manifest) : manifest, algorithm);
+  const content = makeManifest(
+    mediaType,
+    options.editManifest ? options.editManifest(manifest) : manifest,
+    algorithm,
+  );
   content.blobs.set(configDescriptor.digest, configBytes);
   for (const layer of layers) content.blobs.set(layer.digest, layer.bytes);
   content.configs.add(configDescriptor.digest);
@@ -397,17 +450,37 @@ export interface IndexOptions {
 }
 
 /** An index of images, indexes (nested), artifacts; a makeAttestation() child gets its unknown/unknown entry. */
-export function makeIndex(children: (TestContent | IndexEntry)[], options: IndexOptions = {}): TestIndex {
+export function makeIndex(
+  children: (TestContent | IndexEntry)[],
+  options: IndexOptions = {},
+): TestIndex {
   const { format = "oci", algorithm = "sha256" } = options;
-  const entries = children.map((child): IndexEntry => "content" in child ? child : { content: child });
+  const entries = children.map(
+    (child): IndexEntry => ("content" in child ? child : { content: child }),
+  );
   const manifests = entries.map(({ content, platform, fields }) => {
     const { mediaType, digest, bytes } = content;
-    const chosen = platform === undefined ? content.platform : platform === null ? undefined : parsePlatform(platform);
-    return { mediaType, digest, size: bytes.length, ...(chosen && { platform: chosen }), ...fields };
+    const chosen =
+      platform === undefined
+        ? content.platform
+        : platform === null
+          ? undefined
+          : parsePlatform(platform);
+    return {
+      mediaType,
+      digest,
+      size: bytes.length,
+      ...(chosen && { platform: chosen }),
+      ...fields,
+    };
   });
   const mediaType = format === "oci" ? MEDIA.ociIndex : MEDIA.dockerList;
   const index: IndexJson = { schemaVersion: 2, mediaType, manifests };
-  const made = makeManifest(mediaType, options.editIndex ? options.editIndex(index) : index, algorithm);
+  const made = makeManifest(
+    mediaType,
+    options.editIndex ? options.editIndex(index) : index,
+    algorithm,
+  );
   for (const { content } of entries) {
     for (const [digest, bytes] of content.blobs) made.blobs.set(digest, bytes);
     for (const [digest, manifest] of content.manifests) made.manifests.set(digest, manifest);
@@ -423,23 +496,33 @@ export interface MultiPlatformOptions extends Omit<ImageOptions, "platform"> {
 }
 
 /** One image a platform (other layers each), under one index. `children` are in the order of `platforms`. */
-export function makeMultiPlatform(platforms: string[], options: MultiPlatformOptions = {}): TestIndex {
+export function makeMultiPlatform(
+  platforms: string[],
+  options: MultiPlatformOptions = {},
+): TestIndex {
   const { seed = "multi" } = options;
-  const images = platforms.map((platform) => makeImage({ ...options, platform, seed: `${seed}-${platform}` }));
+  const images = platforms.map((platform) =>
+    makeImage({ ...options, platform, seed: `${seed}-${platform}` }),
+  );
   const attestations = options.attestations ? images.map(makeAttestation) : [];
   return makeIndex([...images, ...attestations], options);
 }
 
 /** BuildKit's form of provenance: a manifest with an in-toto statement, listed for the platform unknown/unknown. */
 export function makeAttestation(image: TestImage): IndexEntry {
-  const statement = Buffer.from(JSON.stringify({ _type: "https://in-toto.io/Statement/v0.1", subject: image.digest }));
+  const statement = Buffer.from(
+    JSON.stringify({ _type: "https://in-toto.io/Statement/v0.1", subject: image.digest }),
+  );
   const content = makeArtifact({
     configMediaType: MEDIA.ociConfig,
-    configBytes: Buffer.from(JSON.stringify({ architecture: "unknown", os: "unknown", rootfs: { type: "layers" } })),
+    configBytes: Buffer.from(
+      JSON.stringify({ architecture: "unknown", os: "unknown", rootfs: { type: "layers" } }),
+    ),
     layers: [{ mediaType: "application/vnd.in-toto+json", bytes: statement }],
   });
   const annotations = {
-    "vnd.docker.reference.type": "attestation-manifest", "vnd.docker.reference.digest": image.digest,
+    "vnd.docker.reference.type": "attestation-manifest",
+    "vnd.docker.reference.digest": image.digest,
   };
   return { content, platform: "unknown/unknown", fields: { annotations } };
 }
@@ -453,11 +536,20 @@ export interface ArtifactOptions {
 
 export function makeArtifact(options: ArtifactOptions): TestContent {
   const { configMediaType = MEDIA.ociEmpty, configBytes = Buffer.from("{}") } = options;
-  const describe = (mediaType: string, bytes: Buffer) => ({ mediaType, digest: digestOf(bytes), size: bytes.length });
+  const describe = (mediaType: string, bytes: Buffer) => ({
+    mediaType,
+    digest: digestOf(bytes),
+    size: bytes.length,
+  });
   const content = makeManifest(MEDIA.ociManifest, {
-    schemaVersion: 2, mediaType: MEDIA.ociManifest, artifactType: options.artifactType,
+    schemaVersion: 2,
+    mediaType: MEDIA.ociManifest,
+    artifactType: options.artifactType,
     config: describe(configMediaType, configBytes),
-    layers: options.layers.map(({ bytes, ...layer }) => ({ ...describe(layer.mediaType, bytes), ...layer })),
+    layers: options.layers.map(({ bytes, ...layer }) => ({
+      ...describe(layer.mediaType, bytes),
+      ...layer,
+    })),
   });
   content.blobs.set(digestOf(configBytes), configBytes);
   content.configs.add(digestOf(configBytes));
@@ -466,11 +558,16 @@ export function makeArtifact(options: ArtifactOptions): TestContent {
 }
 
 export function makeHelmChart(seed = "chart"): TestContent {
-  const chart = makeLayer({ seed, files: { "chart/Chart.yaml": `apiVersion: v2\nname: ${seed}\nversion: 1.0.0\n` } });
+  const chart = makeLayer({
+    seed,
+    files: { "chart/Chart.yaml": `apiVersion: v2\nname: ${seed}\nversion: 1.0.0\n` },
+  });
   return makeArtifact({
     configMediaType: "application/vnd.cncf.helm.config.v1+json",
     configBytes: Buffer.from(JSON.stringify({ apiVersion: "v2", name: seed, version: "1.0.0" })),
-    layers: [{ mediaType: "application/vnd.cncf.helm.chart.content.v1.tar+gzip", bytes: chart.bytes }],
+    layers: [
+      { mediaType: "application/vnd.cncf.helm.chart.content.v1.tar+gzip", bytes: chart.bytes },
+    ],
   });
 }
 
@@ -478,10 +575,13 @@ export function makeHelmChart(seed = "chart"): TestContent {
 export function makeOrasArtifact(seed = "artifact"): TestContent {
   return makeArtifact({
     artifactType: "application/vnd.example.report",
-    layers: [{
-      mediaType: "text/plain", bytes: Buffer.from(`report of ${seed}\n`),
-      annotations: { "org.opencontainers.image.title": "report.txt" },
-    }],
+    layers: [
+      {
+        mediaType: "text/plain",
+        bytes: Buffer.from(`report of ${seed}\n`),
+        annotations: { "org.opencontainers.image.title": "report.txt" },
+      },
+    ],
   });
 }
 
@@ -489,8 +589,11 @@ export function makeWasmArtifact(seed = "wasm"): TestContent {
   return makeArtifact({
     configMediaType: "application/vnd.wasm.config.v0+json",
     configBytes: Buffer.from(JSON.stringify({ architecture: "wasm", os: "wasip1" })),
-    layers: [{
-      mediaType: "application/wasm", bytes: Buffer.concat([Buffer.from("\0asm\x01\0\0\0"), pseudoRandom(seed, 512)]),
-    }],
+    layers: [
+      {
+        mediaType: "application/wasm",
+        bytes: Buffer.concat([Buffer.from("\0asm\x01\0\0\0"), pseudoRandom(seed, 512)]),
+      },
+    ],
   });
 }

@@ -2,18 +2,30 @@
 // loopback, and the commands that load images. Each has its state in a temporary folder of its own, and ends with the
 // test process, however that ends.
 import assert from "node:assert/strict";
-import { execFile, spawn, type ChildProcess } from "node:child_process";
+import { type ChildProcess, execFile, spawn } from "node:child_process";
 import { once } from "node:events";
 import {
-  accessSync, chmodSync, closeSync, constants, existsSync, lstatSync, mkdirSync, mkdtempSync, openSync, readFileSync,
-  readdirSync, readlinkSync, rmSync, writeFileSync,
+  accessSync,
+  chmodSync,
+  closeSync,
+  constants,
+  existsSync,
+  lstatSync,
+  mkdirSync,
+  mkdtempSync,
+  openSync,
+  readdirSync,
+  readFileSync,
+  readlinkSync,
+  rmSync,
+  writeFileSync,
 } from "node:fs";
-import { createServer, type AddressInfo, type Socket } from "node:net";
+import { type AddressInfo, createServer, type Socket } from "node:net";
 import { arch, tmpdir } from "node:os";
 import { delimiter, join } from "node:path";
 import { setTimeout as pause } from "node:timers/promises";
 import { promisify } from "node:util";
-import { runCommand, type CommandOptions } from "./command.ts";
+import { type CommandOptions, runCommand } from "./command.ts";
 import { digestOf, type TestContent } from "./image.ts";
 
 /** In Go's words. */
@@ -22,7 +34,9 @@ export const HOST_ARCHITECTURE = arch() === "x64" ? "amd64" : arch();
 // ====== Which programs there are ======
 
 // Daemons live in sbin, which only root's PATH holds.
-const SEARCH_PATH = [process.env["PATH"] ?? "", "/usr/local/sbin", "/usr/sbin", "/sbin"].join(delimiter);
+const SEARCH_PATH = [process.env["PATH"] ?? "", "/usr/local/sbin", "/usr/sbin", "/sbin"].join(
+  delimiter,
+);
 
 function isInstalled(program: string): boolean {
   return SEARCH_PATH.split(delimiter).some((folder) => {
@@ -44,7 +58,8 @@ export function skipWithout(...programs: string[]): string | false {
   if (process.getuid?.() !== 0) missing.push("root's rights");
   if (missing.length === 0) return false;
   const reason = `missing here: ${missing.join(", ")}`;
-  if (process.env["IMGPULL_INTEROP"] === "required") throw new Error(`IMGPULL_INTEROP=required, but ${reason}`);
+  if (process.env["IMGPULL_INTEROP"] === "required")
+    throw new Error(`IMGPULL_INTEROP=required, but ${reason}`);
   console.error(`\n*** INTEROP TESTS SKIPPED, ${reason} ***\n`);
   return reason;
 }
@@ -56,7 +71,7 @@ let root: string | undefined;
 /** A new folder for one program's state, removed when the test process exits. */
 export function interopFolder(name: string): string {
   if (root === undefined) {
-    const made = root = mkdtempSync(join(tmpdir(), "imgpull-interop-"));
+    const made = (root = mkdtempSync(join(tmpdir(), "imgpull-interop-")));
     chmodSync(made, 0o755);
     process.once("exit", () => rmSync(made, { recursive: true, force: true, maxRetries: 3 }));
   }
@@ -84,8 +99,11 @@ export function toolEnvironment(): Record<string, string> {
 export async function run(command: readonly string[], options: RunOptions = {}): Promise<string> {
   const [program = "", ...args] = command;
   const running = promisify(execFile)(program, args, {
-    cwd: options.cwd, env: { ...toolEnvironment(), ...options.env }, timeout: options.guardMs ?? 120_000,
-    killSignal: "SIGKILL", maxBuffer: 64 * 1024 * 1024,
+    cwd: options.cwd,
+    env: { ...toolEnvironment(), ...options.env },
+    timeout: options.guardMs ?? 120_000,
+    killSignal: "SIGKILL",
+    maxBuffer: 64 * 1024 * 1024,
   });
   running.child.stdin?.end();
   try {
@@ -145,7 +163,9 @@ export class Service {
     const log = openSync(logPath, "a", 0o644);
     this.#logStart = readFileSync(logPath, "latin1").length;
     const child = spawn("sh", ["-c", GUARDIAN, "guardian", stopSignal.slice(3), ...command], {
-      stdio: ["pipe", log, log], env: toolEnvironment(), cwd: folder,
+      stdio: ["pipe", log, log],
+      env: toolEnvironment(),
+      cwd: folder,
     });
     closeSync(log);
     this.#child = child;
@@ -157,7 +177,9 @@ export class Service {
   }
 
   get isRunning(): boolean {
-    return this.#child !== undefined && this.#child.exitCode === null && this.#child.signalCode === null;
+    return (
+      this.#child !== undefined && this.#child.exitCode === null && this.#child.signalCode === null
+    );
   }
 
   /** What it has printed since its last start, then its access log (squid, nginx), if it has one. */
@@ -169,12 +191,13 @@ export class Service {
 
   /** Waits until the log matches: programs write about a request only after they have answered it. */
   async logged(pattern: RegExp, guardMs = 60_000): Promise<RegExpMatchArray> {
-    for (const end = Date.now() + guardMs; ;) {
+    for (const end = Date.now() + guardMs; ; ) {
       const wasRunning = this.isRunning;
       const match = pattern.exec(this.log());
       if (match) return match;
       if (!wasRunning) throw new Error(`${this.#program.name} ended:\n${this.log().slice(-4000)}`);
-      if (Date.now() > end) throw new Error(`${this.#program.name} didn't log ${pattern}:\n${this.log().slice(-4000)}`);
+      if (Date.now() > end)
+        throw new Error(`${this.#program.name} didn't log ${pattern}:\n${this.log().slice(-4000)}`);
       await pause(20);
     }
   }
@@ -197,7 +220,10 @@ export class Service {
 }
 
 /** Files with these texts in a folder; gives back their paths. */
-function writeFiles<Name extends string>(folder: string, texts: Record<Name, string>): Record<Name, string> {
+function writeFiles<Name extends string>(
+  folder: string,
+  texts: Record<Name, string>,
+): Record<Name, string> {
   const paths = {} as Record<Name, string>;
   for (const name of Object.keys(texts) as Name[]) {
     paths[name] = join(folder, name);
@@ -207,7 +233,9 @@ function writeFiles<Name extends string>(folder: string, texts: Record<Name, str
 }
 
 /** squid and nginx refuse port 0: takes one that is free now, and another if it was gone when they came to listen. */
-async function startOnFreePort<Started extends Service>(make: (port: number) => Started): Promise<Started> {
+async function startOnFreePort<Started extends Service>(
+  make: (port: number) => Started,
+): Promise<Started> {
   for (let attempt = 1; ; attempt++) {
     const probe = createServer().listen(0, "127.0.0.1");
     await once(probe, "listening");
@@ -220,15 +248,23 @@ async function startOnFreePort<Started extends Service>(make: (port: number) => 
       return service;
     } catch (failure) {
       await service.stop("SIGKILL");
-      if (attempt === 3 || !/Address already in use|Cannot bind/i.test(String(failure))) throw failure;
+      if (attempt === 3 || !/Address already in use|Cannot bind/i.test(String(failure)))
+        throw failure;
     }
   }
 }
 
-export interface Account { user: string; password: string }
+export interface Account {
+  user: string;
+  password: string;
+}
 
 /** PEM texts; `clientCa` demands a client certificate that it has issued. */
-export interface ServerTls { cert: string; key: string; clientCa?: string }
+export interface ServerTls {
+  cert: string;
+  key: string;
+  clientCa?: string;
+}
 
 /** bcrypt, which docker-registry alone insists on. */
 function htpasswd(account: Account): Promise<string> {
@@ -247,7 +283,10 @@ export interface RealRegistryOptions {
 }
 
 /** A GET of a blob that was answered. */
-export interface ServedBlob { digest: string; status: number }
+export interface ServedBlob {
+  digest: string;
+  status: number;
+}
 
 /** Debian's docker-registry (distribution 2.8). `stop("SIGKILL")` drops what it sends; `restart()` keeps its port. */
 export class RealRegistry extends Service {
@@ -269,12 +308,18 @@ export class RealRegistry extends Service {
   async takeServed(): Promise<ServedBlob[]> {
     for (const end = Date.now() + 60_000; ; await pause(20)) {
       const log = this.log();
-      if (log.split('msg="authorizing request"').length === log.split(/" \d{3} \d+ "[^"]*" "[^"]*"\n/).length) {
-        const lines = log.slice(this.#takenLength).matchAll(/"GET [^ ?]*\/blobs\/(\S+) HTTP\/1\.1" (\d+)/g);
+      if (
+        log.split('msg="authorizing request"').length ===
+        log.split(/" \d{3} \d+ "[^"]*" "[^"]*"\n/).length
+      ) {
+        const lines = log
+          .slice(this.#takenLength)
+          .matchAll(/"GET [^ ?]*\/blobs\/(\S+) HTTP\/1\.1" (\d+)/g);
         this.#takenLength = log.length;
         return Array.from(lines, ([, digest = "", status]) => ({ digest, status: Number(status) }));
       }
-      if (Date.now() > end) throw new Error(`docker-registry has not answered all:\n${log.slice(-4000)}`);
+      if (Date.now() > end)
+        throw new Error(`docker-registry has not answered all:\n${log.slice(-4000)}`);
     }
   }
 }
@@ -284,61 +329,102 @@ export async function pushImage(content: TestContent, name: string): Promise<voi
   const folder = interopFolder("image");
   writeFileSync(join(folder, "version"), "Directory Transport Version: 1.1\n");
   writeFileSync(join(folder, "manifest.json"), content.bytes);
-  for (const [digest, bytes] of content.blobs) writeFileSync(join(folder, digest.slice("sha256:".length)), bytes);
-  await skopeo("copy", "--preserve-digests", "--dest-tls-verify=false", `dir:${folder}`, `docker://${name}`);
+  for (const [digest, bytes] of content.blobs)
+    writeFileSync(join(folder, digest.slice("sha256:".length)), bytes);
+  await skopeo(
+    "copy",
+    "--preserve-digests",
+    "--dest-tls-verify=false",
+    `dir:${folder}`,
+    `docker://${name}`,
+  );
 }
 
 export async function startRealRegistry(options: RealRegistryOptions = {}): Promise<RealRegistry> {
   const folder = interopFolder("registry");
   const { tls, storage = join(folder, "storage") } = options;
   const files = writeFiles(folder, {
-    "cert.pem": tls?.cert ?? "", "key.pem": tls?.key ?? "", "client-ca.pem": tls?.clientCa ?? "",
+    "cert.pem": tls?.cert ?? "",
+    "key.pem": tls?.key ?? "",
+    "client-ca.pem": tls?.clientCa ?? "",
     htpasswd: options.htpasswd ? await htpasswd(options.htpasswd) : "",
   });
   const configPath = join(folder, "config.json");
   // The configuration is YAML, of which JSON is a part.
-  const configure = (port: number) => writeFileSync(configPath, JSON.stringify({
-    version: "0.1",
-    log: { level: "debug" }, // says too when a request begins
-    storage: {
-      filesystem: { rootdirectory: storage }, delete: { enabled: true }, cache: { blobdescriptor: "inmemory" },
-    },
-    http: {
-      addr: `127.0.0.1:${port}`, secret: "imgpull tests",
-      ...(tls && {
-        tls: {
-          certificate: files["cert.pem"], key: files["key.pem"],
-          ...(tls.clientCa !== undefined && { clientcas: [files["client-ca.pem"]] }),
+  const configure = (port: number) =>
+    writeFileSync(
+      configPath,
+      JSON.stringify({
+        version: "0.1",
+        log: { level: "debug" }, // says too when a request begins
+        storage: {
+          filesystem: { rootdirectory: storage },
+          delete: { enabled: true },
+          cache: { blobdescriptor: "inmemory" },
         },
+        http: {
+          addr: `127.0.0.1:${port}`,
+          secret: "imgpull tests",
+          ...(tls && {
+            tls: {
+              certificate: files["cert.pem"],
+              key: files["key.pem"],
+              ...(tls.clientCa !== undefined && { clientcas: [files["client-ca.pem"]] }),
+            },
+          }),
+        },
+        ...(options.htpasswd && {
+          auth: { htpasswd: { realm: "imgpull tests", path: files.htpasswd } },
+        }),
       }),
-    },
-    ...(options.htpasswd && { auth: { htpasswd: { realm: "imgpull tests", path: files.htpasswd } } }),
-  }));
+    );
   configure(options.port ?? 0);
-  const registry = new RealRegistry({
-    name: "docker-registry", folder, command: ["docker-registry", "serve", configPath],
-    ready: /listening on 127\.0\.0\.1:(\d+)/, stopSignal: "SIGTERM",
-  }, storage);
+  const registry = new RealRegistry(
+    {
+      name: "docker-registry",
+      folder,
+      command: ["docker-registry", "serve", configPath],
+      ready: /listening on 127\.0\.0\.1:(\d+)/,
+      stopSignal: "SIGTERM",
+    },
+    storage,
+  );
   const [, port] = await registry.start();
   registry.port = Number(port);
   configure(registry.port);
   return registry;
 }
 
-export interface StoredManifest { bytes: Buffer; digest: string; mediaType: string; json: Record<string, unknown> }
+export interface StoredManifest {
+  bytes: Buffer;
+  digest: string;
+  mediaType: string;
+  json: Record<string, unknown>;
+}
 
 /** A manifest as the registry serves it, asked for without imgpull. */
-export async function storedManifest(host: string, repository: string, reference: string): Promise<StoredManifest> {
+export async function storedManifest(
+  host: string,
+  repository: string,
+  reference: string,
+): Promise<StoredManifest> {
   const url = `http://${host}/v2/${repository}/manifests/${reference}`;
   const accept = [
-    "application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json",
-    "application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json",
+    "application/vnd.oci.image.index.v1+json",
+    "application/vnd.docker.distribution.manifest.list.v2+json",
+    "application/vnd.oci.image.manifest.v1+json",
+    "application/vnd.docker.distribution.manifest.v2+json",
   ].join(", ");
   const response = await fetch(url, { headers: { accept } });
   const bytes = Buffer.from(await response.arrayBuffer());
   if (!response.ok) throw new Error(`GET ${url}: ${response.status} ${bytes}`);
   const mediaType = response.headers.get("content-type") ?? "";
-  return { bytes, digest: digestOf(bytes), mediaType, json: JSON.parse(bytes.toString()) as Record<string, unknown> };
+  return {
+    bytes,
+    digest: digestOf(bytes),
+    mediaType,
+    json: JSON.parse(bytes.toString()) as Record<string, unknown>,
+  };
 }
 
 // ====== Proxies ======
@@ -369,15 +455,19 @@ export async function startSquid(options: SquidOptions = {}): Promise<Squid> {
   chmodSync(folder, 0o777);
   const { account, hosts = {} } = options;
   const files = writeFiles(folder, {
-    hosts: Object.entries(hosts).map(([name, address]) => `${address} ${name}\n`).join(""),
+    hosts: Object.entries(hosts)
+      .map(([name, address]) => `${address} ${name}\n`)
+      .join(""),
     htpasswd: account ? await htpasswd(account) : "",
   });
-  const access = account ? `
+  const access = account
+    ? `
 auth_param basic program /usr/lib/squid/basic_ncsa_auth ${files.htpasswd}
 auth_param basic realm imgpull tests
 acl known proxy_auth REQUIRED
 http_access allow known
-http_access deny all` : "http_access allow all";
+http_access deny all`
+    : "http_access allow all";
   return startOnFreePort((port) => {
     const { "squid.conf": config } = writeFiles(folder, {
       "squid.conf": `http_port 127.0.0.1:${port}
@@ -401,7 +491,10 @@ ${access}
     });
     const command = ["squid", "-N", "-d", "1", "-f", config];
     // SIGTERM keeps it for seconds, whatever its shutdown_lifetime.
-    return new Squid({ name: "squid", folder, command, ready: /Accepting HTTP Socket/, stopSignal: "SIGKILL" }, port);
+    return new Squid(
+      { name: "squid", folder, command, ready: /Accepting HTTP Socket/, stopSignal: "SIGKILL" },
+      port,
+    );
   });
 }
 
@@ -431,16 +524,22 @@ export async function startNginx(options: NginxOptions): Promise<Nginx> {
   const folder = interopFolder("nginx");
   const { tls, htpasswd: account } = options;
   const files = writeFiles(folder, {
-    "cert.pem": tls?.cert ?? "", "key.pem": tls?.key ?? "", "client-ca.pem": tls?.clientCa ?? "",
+    "cert.pem": tls?.cert ?? "",
+    "key.pem": tls?.key ?? "",
+    "client-ca.pem": tls?.clientCa ?? "",
     htpasswd: account ? await htpasswd(account) : "",
   });
   const server = [
     tls && `ssl_certificate ${files["cert.pem"]}; ssl_certificate_key ${files["key.pem"]};`,
-    tls?.clientCa !== undefined && `ssl_client_certificate ${files["client-ca.pem"]}; ssl_verify_client on;`,
+    tls?.clientCa !== undefined &&
+      `ssl_client_certificate ${files["client-ca.pem"]}; ssl_verify_client on;`,
     account && `auth_basic "imgpull tests"; auth_basic_user_file ${files.htpasswd};`,
-  ].filter(Boolean).join("\n    ");
+  ]
+    .filter(Boolean)
+    .join("\n    ");
   const temporary = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
-    .map((kind) => `${kind}_temp_path ${join(folder, kind)};`).join("\n  ");
+    .map((kind) => `${kind}_temp_path ${join(folder, kind)};`)
+    .join("\n  ");
   return startOnFreePort((port) => {
     const { "nginx.conf": config } = writeFiles(folder, {
       "nginx.conf": `daemon off;
@@ -490,7 +589,11 @@ export class Containerd extends Service {
 export async function startContainerd(): Promise<Containerd> {
   const folder = interopFolder("containerd");
   const unneeded = [
-    "grpc.v1.cri", "internal.v1.opt", "snapshotter.v1.aufs", "snapshotter.v1.btrfs", "snapshotter.v1.devmapper",
+    "grpc.v1.cri",
+    "internal.v1.opt",
+    "snapshotter.v1.aufs",
+    "snapshotter.v1.btrfs",
+    "snapshotter.v1.devmapper",
     "snapshotter.v1.zfs",
   ];
   const { "config.toml": config } = writeFiles(folder, {
@@ -506,7 +609,13 @@ address = "${join(folder, "ttrpc.sock")}"
   });
   const command = ["containerd", "--config", config];
   const ready = /successfully booted/;
-  const containerd = new Containerd({ name: "containerd", folder, command, ready, stopSignal: "SIGTERM" });
+  const containerd = new Containerd({
+    name: "containerd",
+    folder,
+    command,
+    ready,
+    stopSignal: "SIGTERM",
+  });
   await containerd.start();
   return containerd;
 }
@@ -530,11 +639,30 @@ export async function startDocker(containerd: Containerd): Promise<Docker> {
   mkdirSync(join(folder, "client"));
   const { "daemon.json": config } = writeFiles(folder, { "daemon.json": "{}" });
   const docker = new Docker({
-    name: "dockerd", folder, ready: /API listen on/, stopSignal: "SIGTERM",
+    name: "dockerd",
+    folder,
+    ready: /API listen on/,
+    stopSignal: "SIGTERM",
     command: [
-      "dockerd", "--config-file", config, "--host", host, "--containerd", containerd.address,
-      "--data-root", join(folder, "data"), "--exec-root", join(folder, "exec"), "--pidfile", join(folder, "pid"),
-      "--storage-driver", "vfs", "--bridge", "none", "--iptables=false", "--ip6tables=false",
+      "dockerd",
+      "--config-file",
+      config,
+      "--host",
+      host,
+      "--containerd",
+      containerd.address,
+      "--data-root",
+      join(folder, "data"),
+      "--exec-root",
+      join(folder, "exec"),
+      "--pidfile",
+      join(folder, "pid"),
+      "--storage-driver",
+      "vfs",
+      "--bridge",
+      "none",
+      "--iptables=false",
+      "--ip6tables=false",
     ],
   });
   await docker.start();
@@ -551,7 +679,14 @@ export interface Podman {
 export function makePodman(): Podman {
   const folder = interopFolder("podman");
   const store = ["root", "runroot", "tmpdir"].flatMap((name) => [`--${name}`, join(folder, name)]);
-  const settings = ["--storage-driver", "vfs", "--events-backend", "file", "--cgroup-manager", "cgroupfs"];
+  const settings = [
+    "--storage-driver",
+    "vfs",
+    "--events-backend",
+    "file",
+    "--cgroup-manager",
+    "cgroupfs",
+  ];
   const command = (...args: string[]) => ["podman", ...store, ...settings, ...args];
   return Object.assign((...args: string[]) => run(command(...args)), { command });
 }
@@ -605,18 +740,34 @@ export async function takeFromDocker(docker: Docker, image: string): Promise<str
   return rootfs;
 }
 
-export async function manifestDigestInContainerd(containerd: Containerd, name: string): Promise<string | undefined> {
+export async function manifestDigestInContainerd(
+  containerd: Containerd,
+  name: string,
+): Promise<string | undefined> {
   const lines = (await containerd.ctr("images", "ls", `name==${name}`)).trim().split("\n").slice(1);
   return lines.map((line) => line.split(/\s+/)).find(([reference]) => reference === name)?.[2];
 }
 
-export async function takeFromContainerd(containerd: Containerd, name: string, architecture: string): Promise<string> {
+export async function takeFromContainerd(
+  containerd: Containerd,
+  name: string,
+  architecture: string,
+): Promise<string> {
   const folder = interopFolder("containerd-mount");
   const mounted = join(folder, "mounted");
   const rootfs = join(folder, "rootfs");
   mkdirSync(mounted);
   const platform = `linux/${architecture}`;
-  await containerd.ctr("images", "mount", "--snapshotter", "native", "--platform", platform, name, mounted);
+  await containerd.ctr(
+    "images",
+    "mount",
+    "--snapshotter",
+    "native",
+    "--platform",
+    platform,
+    name,
+    mounted,
+  );
   try {
     await run(["cp", "--archive", mounted, rootfs]);
   } finally {
@@ -636,7 +787,8 @@ export function treeOf(folder: string): Map<string, string> {
       const stats = lstatSync(join(folder, path));
       const mode = (stats.mode & 0o7777).toString(8);
       if (stats.isSymbolicLink()) tree.set(path, `link → ${readlinkSync(join(folder, path))}`);
-      else if (stats.isFile()) tree.set(path, `file ${mode} ${digestOf(readFileSync(join(folder, path)))}`);
+      else if (stats.isFile())
+        tree.set(path, `file ${mode} ${digestOf(readFileSync(join(folder, path)))}`);
       else tree.set(path, stats.isDirectory() ? `folder ${mode}` : "special");
       if (stats.isDirectory()) walk(path);
     }

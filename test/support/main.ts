@@ -27,7 +27,9 @@ class Collector extends Writable {
     done();
   }
 
-  get bytes(): Buffer { return Buffer.concat(this.chunks); }
+  get bytes(): Buffer {
+    return Buffer.concat(this.chunks);
+  }
 }
 
 /** Anything thrown is a bug of the command, and fails the test. */
@@ -36,9 +38,15 @@ export async function runMain(args: string[], options: MainOptions = {}): Promis
   const stdout = new Collector();
   const stderr = new Collector();
   if (terminalColumns !== undefined) {
-    for (const stream of [stdout, stderr]) Object.assign(stream, { isTTY: true, columns: terminalColumns });
+    for (const stream of [stdout, stderr])
+      Object.assign(stream, { isTTY: true, columns: terminalColumns });
   }
-  const io = { stdin: Readable.from([Buffer.from(stdin)]), stdout, stderr, env: { ...cleanEnvironment(), ...env } };
+  const io = {
+    stdin: Readable.from([Buffer.from(stdin)]),
+    stdout,
+    stderr,
+    env: { ...cleanEnvironment(), ...env },
+  };
   const exitCode = await main(args, io);
   recordOutput(stdout.bytes);
   recordOutput(stderr.bytes);

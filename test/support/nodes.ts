@@ -17,10 +17,24 @@ async function fetchNode(version: string, executable: string): Promise<void> {
   const unpacked = mkdtempSync(join(folder, "unpacking-"));
   try {
     // npm compares what it fetches with the SHA-512 of its index.
-    const flags = ["--silent", "--pack-destination", unpacked, "--fetch-retries=1", "--fetch-retry-mintimeout=1000"];
-    const { stdout } = await promisify(execFile)("npm", ["pack", packed, ...flags], { timeout: 300_000 });
+    const flags = [
+      "--silent",
+      "--pack-destination",
+      unpacked,
+      "--fetch-retries=1",
+      "--fetch-retry-mintimeout=1000",
+    ];
+    const { stdout } = await promisify(execFile)("npm", ["pack", packed, ...flags], {
+      timeout: 300_000,
+    });
     const inside = `package/bin/${process.platform === "win32" ? "node.exe" : "node"}`;
-    await promisify(execFile)("tar", ["-xzf", join(unpacked, stdout.trim()), "-C", unpacked, inside]);
+    await promisify(execFile)("tar", [
+      "-xzf",
+      join(unpacked, stdout.trim()),
+      "-C",
+      unpacked,
+      inside,
+    ]);
     mkdirSync(dirname(executable), { recursive: true });
     renameSync(join(unpacked, inside), executable); // in one step: another test process may fetch the same one
   } finally {
@@ -43,13 +57,19 @@ export function nodeExecutable(version: string): Promise<NodeExecutable> {
 
 async function findNode(version: string): Promise<NodeExecutable> {
   if (process.versions.node === version) return { path: process.execPath };
-  const path = resolve("build/nodes", version, "bin", process.platform === "win32" ? "node.exe" : "node");
+  const path = resolve(
+    "build/nodes",
+    version,
+    "bin",
+    process.platform === "win32" ? "node.exe" : "node",
+  );
   try {
     if (!existsSync(path)) await fetchNode(version, path);
     return { path };
   } catch (error) {
     const missing = `missing here: Node ${version}`;
-    if (process.env["IMGPULL_INTEROP"] === "required") throw new Error(`${missing}: required`, { cause: error });
+    if (process.env["IMGPULL_INTEROP"] === "required")
+      throw new Error(`${missing}: required`, { cause: error });
     console.error(`\n*** TESTS SKIPPED, ${missing} (npm pack) ***\n`);
     return { missing };
   }

@@ -9,16 +9,38 @@ import { cleanEnvironment } from "./command.ts";
 let cache: string | undefined;
 
 /** Runs npm without this machine's settings and without a network; gives its stdout. */
-export async function npm(args: string[], cwd: string, changes: Record<string, string> = {}): Promise<string> {
+export async function npm(
+  args: string[],
+  cwd: string,
+  changes: Record<string, string> = {},
+): Promise<string> {
   cache ??= newFolder();
-  const quiet = { npm_config_offline: "true", npm_config_update_notifier: "false", npm_config_loglevel: "error",
-    npm_config_cache: cache };
-  const env = { ...cleanEnvironment(), ...quiet, npm_config_fund: "false", npm_config_audit: "false", ...changes };
+  const quiet = {
+    npm_config_offline: "true",
+    npm_config_update_notifier: "false",
+    npm_config_loglevel: "error",
+    npm_config_cache: cache,
+  };
+  const env = {
+    ...cleanEnvironment(),
+    ...quiet,
+    npm_config_fund: "false",
+    npm_config_audit: "false",
+    ...changes,
+  };
   return (await promisify(execFile)("npm", args, { cwd, env, timeout: 120_000 })).stdout;
 }
 
-export interface PackedFile { path: string; mode: number }
-export interface Packed { tarball: string; files: PackedFile[]; integrity: string; shasum: string }
+export interface PackedFile {
+  path: string;
+  mode: number;
+}
+export interface Packed {
+  tarball: string;
+  files: PackedFile[];
+  integrity: string;
+  shasum: string;
+}
 
 function newFolder(): string {
   const folder = mkdtempSync(join(tmpdir(), "imgpull-package-"));
@@ -46,7 +68,10 @@ export function installedPackage(): Promise<string> {
   installing ??= (async () => {
     const { tarball } = await packPackage();
     const folder = newFolder();
-    writeFileSync(join(folder, "package.json"), JSON.stringify({ name: "consumer", private: true }));
+    writeFileSync(
+      join(folder, "package.json"),
+      JSON.stringify({ name: "consumer", private: true }),
+    );
     await npm(["install", tarball], folder);
     return folder;
   })();

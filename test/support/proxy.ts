@@ -1,11 +1,16 @@
 // A forward proxy on loopback: CONNECT tunnels and absolute-form requests. imgpull never sends loopback through a
 // proxy, so tests give it names that only the proxy can resolve.
 import { once } from "node:events";
-import { createServer, request as httpRequest, type IncomingHttpHeaders, type IncomingMessage } from "node:http";
+import {
+  createServer,
+  request as httpRequest,
+  type IncomingHttpHeaders,
+  type IncomingMessage,
+} from "node:http";
 import { createServer as createTlsServer } from "node:https";
-import { connect, type AddressInfo, type Socket } from "node:net";
+import { type AddressInfo, connect, type Socket } from "node:net";
 import type { Duplex } from "node:stream";
-import { SECRETS, USER, type TestScope } from "./command.ts";
+import { SECRETS, type TestScope, USER } from "./command.ts";
 import type { TlsOptions } from "./registry.ts";
 
 export interface ProxyOptions {
@@ -42,17 +47,22 @@ export class Proxy {
 
   private constructor(options: ProxyOptions) {
     this.#options = options;
-    this.asked = new Promise((done) => { this.#wasAsked = done; });
+    this.asked = new Promise((done) => {
+      this.#wasAsked = done;
+    });
   }
 
   /** @internal Use startProxy(). */
   static async start(options: ProxyOptions): Promise<Proxy> {
     const proxy = new Proxy(options);
-    const server = options.tls ? createTlsServer({ key: options.tls.key, cert: options.tls.cert }) : createServer();
+    const server = options.tls
+      ? createTlsServer({ key: options.tls.key, cert: options.tls.cert })
+      : createServer();
     server.on("connection", (socket: Socket) => proxy.#track(socket));
     server.on("tlsClientError", () => {}).on("clientError", (_error, socket) => socket.destroy());
     server.on("connect", (request: IncomingMessage, socket: Duplex, head: Buffer) =>
-      proxy.#tunnel(request, socket, head));
+      proxy.#tunnel(request, socket, head),
+    );
     server.on("request", (request, response) => {
       const record = proxy.#record(request);
       if (record.status === 0) return;
@@ -60,16 +70,21 @@ export class Proxy {
       const address = target && proxy.#resolve(target.host, 80);
       if (record.status !== 200 || !target || !address) {
         if (record.status === 200) record.status = target ? 502 : 400;
-        response.writeHead(record.status, record.status === 407 ? { "proxy-authenticate": "Basic" } : {}).end();
+        response
+          .writeHead(record.status, record.status === 407 ? { "proxy-authenticate": "Basic" } : {})
+          .end();
         return;
       }
       const { "proxy-authorization": _kept, ...headers } = request.headers;
       const path = `${target.pathname}${target.search}`;
-      const onward = httpRequest({ ...address, method: request.method, path, headers, agent: false }, (answer) => {
-        response.writeHead(answer.statusCode ?? 502, answer.headers);
-        answer.pipe(response).on("error", () => {});
-        answer.on("error", () => response.destroy());
-      });
+      const onward = httpRequest(
+        { ...address, method: request.method, path, headers, agent: false },
+        (answer) => {
+          response.writeHead(answer.statusCode ?? 502, answer.headers);
+          answer.pipe(response).on("error", () => {});
+          answer.on("error", () => response.destroy());
+        },
+      );
       onward.on("error", () => response.destroy());
       request.pipe(onward);
     });
@@ -125,7 +140,8 @@ export class Proxy {
     const address = this.#resolve(record.target, 443);
     if (record.status === 200 && !address) record.status = 502;
     if (record.status !== 200 || !address) {
-      const challenge = record.status === 407 ? "Proxy-Authenticate: Basic realm=\"test proxy\"\r\n" : "";
+      const challenge =
+        record.status === 407 ? 'Proxy-Authenticate: Basic realm="test proxy"\r\n' : "";
       socket.end(`HTTP/1.1 ${record.status} Refused\r\n${challenge}Content-Length: 0\r\n\r\n`);
       return;
     }

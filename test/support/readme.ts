@@ -1,24 +1,42 @@
 // What a reader of the README has: the commands it names on the PATH, and the hosts it names, behind a proxy that
 // leads to registries on loopback. So every block runs as it stands there, names and all.
 import { createHash } from "node:crypto";
+import { once } from "node:events";
 import {
-  accessSync, chmodSync, constants, copyFileSync, existsSync, mkdirSync, readFileSync, symlinkSync, writeFileSync,
+  accessSync,
+  chmodSync,
+  constants,
+  copyFileSync,
+  existsSync,
+  mkdirSync,
+  readFileSync,
+  symlinkSync,
+  writeFileSync,
 } from "node:fs";
 import { createServer } from "node:http";
-import { once } from "node:events";
 import type { AddressInfo } from "node:net";
 import { basename, delimiter, join, resolve } from "node:path";
 import { makeAuthority } from "./certificates.ts";
-import { COMMAND_PATH, SECRETS, runCommand, temporaryFolder, type CommandResult, type TestScope } from "./command.ts";
+import {
+  COMMAND_PATH,
+  type CommandResult,
+  runCommand,
+  SECRETS,
+  type TestScope,
+  temporaryFolder,
+} from "./command.ts";
 import { makeImage, makeMultiPlatform, type TestContent } from "./image.ts";
 import { run } from "./interop.ts";
 import { packPackage } from "./package.ts";
 import { startProxy } from "./proxy.ts";
-import { startRegistry, type Registry } from "./registry.ts";
+import { type Registry, startRegistry } from "./registry.ts";
 
 // ====== The page ======
 
-export interface Block { text: string; firstLine: string }
+export interface Block {
+  text: string;
+  firstLine: string;
+}
 
 export function readmeBlocks(language: string): Block[] {
   const fences = readFileSync("README.md", "utf8").matchAll(/^```(\w*)\n([^]*?)^```$/gm);
@@ -30,7 +48,10 @@ export function readmeBlocks(language: string): Block[] {
 
 const PLATFORMS = [...new Set(["amd64", "arm64", process.arch === "x64" ? "amd64" : process.arch])];
 const multiPlatform = (seed: string, layers: number[]) =>
-  makeMultiPlatform(PLATFORMS.map((architecture) => `linux/${architecture}`), { seed, layers });
+  makeMultiPlatform(
+    PLATFORMS.map((architecture) => `linux/${architecture}`),
+    { seed, layers },
+  );
 
 /** What each registry of the page holds, by repository and tag. */
 export const IMAGES = {
@@ -69,7 +90,8 @@ function isOnPath(program: string): boolean {
   });
 }
 
-const sumOf = (file: string): string => createHash("sha256").update(readFileSync(file)).digest("hex");
+const sumOf = (file: string): string =>
+  createHash("sha256").update(readFileSync(file)).digest("hex");
 
 /** A release as `node build.mjs --sea` and the workflow leave it; for a binary that is not built, the script. */
 async function makeRelease(folder: string): Promise<void> {
@@ -83,8 +105,10 @@ async function makeRelease(folder: string): Promise<void> {
     copyFileSync(COMMAND_PATH, join(folder, "imgpull"));
     await run(["tar", "-czf", archive, "imgpull"], { cwd: folder });
   }
-  const sums = [archive, "imgpull.cjs", "imgpull-win-x64.exe"].map((name) =>
-    `${existsSync(join(folder, name)) ? sumOf(join(folder, name)) : "0".repeat(64)}  ${name}\n`);
+  const sums = [archive, "imgpull.cjs", "imgpull-win-x64.exe"].map(
+    (name) =>
+      `${existsSync(join(folder, name)) ? sumOf(join(folder, name)) : "0".repeat(64)}  ${name}\n`,
+  );
   writeFileSync(join(folder, "SHA256SUMS"), sums.join(""));
 }
 
@@ -157,7 +181,10 @@ export async function makeReader(t: TestScope, nodePath = process.execPath): Pro
     const apiHost = host === "docker.io" ? "registry-1.docker.io" : host;
     const tls = (isCorporate ? corporateCa : publicCa).issueServer({ dns: [apiHost] });
     const basic = { mode: "basic", user: "ci", password: SECRETS.password } as const;
-    const registry = registries[host] = await startRegistry({ tls, auth: isCorporate ? basic : "bearer" }, t);
+    const registry = (registries[host] = await startRegistry(
+      { tls, auth: isCorporate ? basic : "bearer" },
+      t,
+    ));
     hosts[isCorporate ? `${apiHost}:5000` : apiHost] = registry.host;
     for (const [name, image] of Object.entries<TestContent>(IMAGES[host])) {
       const [repository = "", tag = ""] = name.split(":");
@@ -172,7 +199,12 @@ export async function makeReader(t: TestScope, nodePath = process.execPath): Pro
 
   symlinkSync(COMMAND_PATH, join(programs, "imgpull"));
   symlinkSync(nodePath, join(programs, "node"));
-  for (const [name, text] of [["docker", STAND_IN], ["podman", STAND_IN], ["ssh", STAND_IN], ["curl", CURL]] as const) {
+  for (const [name, text] of [
+    ["docker", STAND_IN],
+    ["podman", STAND_IN],
+    ["ssh", STAND_IN],
+    ["curl", CURL],
+  ] as const) {
     if (name === "curl" && isOnPath("curl")) continue;
     writeFileSync(join(programs, name), text);
     chmodSync(join(programs, name), 0o755);
@@ -181,18 +213,31 @@ export async function makeReader(t: TestScope, nodePath = process.execPath): Pro
   await makeRelease(release);
   const url = await serveFiles(t, release);
   const env = {
-    HOME: home, HTTPS_PROXY: proxy.url, SSL_CERT_FILE: join(folder, "public-ca.pem"), RELEASE: `${url}/release`,
-    STAND_INS: standIns, PATH: [join(home, "global/bin"), programs, process.env["PATH"] ?? ""].join(delimiter),
-    npm_config_registry: `${url}/npm/`, npm_config_noproxy: "127.0.0.1", npm_config_prefix: join(home, "global"),
-    npm_config_update_notifier: "false", npm_config_fund: "false", npm_config_audit: "false",
+    HOME: home,
+    HTTPS_PROXY: proxy.url,
+    SSL_CERT_FILE: join(folder, "public-ca.pem"),
+    RELEASE: `${url}/release`,
+    STAND_INS: standIns,
+    PATH: [join(home, "global/bin"), programs, process.env["PATH"] ?? ""].join(delimiter),
+    npm_config_registry: `${url}/npm/`,
+    npm_config_noproxy: "127.0.0.1",
+    npm_config_prefix: join(home, "global"),
+    npm_config_update_notifier: "false",
+    npm_config_fund: "false",
+    npm_config_audit: "false",
   };
   const calls = join(standIns, "calls");
   return {
-    folder, env, registries: registries as Reader["registries"],
-    run: (text, changes = {}) => runCommand([], {
-      command: ["bash", "--norc", "-euo", "pipefail", "-c", text], cwd: folder, env: { ...env, ...changes },
-      guardMs: 120_000,
-    }),
+    folder,
+    env,
+    registries: registries as Reader["registries"],
+    run: (text, changes = {}) =>
+      runCommand([], {
+        command: ["bash", "--norc", "-euo", "pipefail", "-c", text],
+        cwd: folder,
+        env: { ...env, ...changes },
+        guardMs: 120_000,
+      }),
     calls: () => (existsSync(calls) ? readFileSync(calls, "utf8").trimEnd().split("\n") : []),
     stdinOf: (program) => readFileSync(join(standIns, `${program}.stdin`)),
   };

@@ -2,12 +2,17 @@
 // test tells it: faults are chosen by request, by times and by position, never by the clock.
 import { once } from "node:events";
 import { readFileSync } from "node:fs";
-import { createServer, type IncomingHttpHeaders, type IncomingMessage, type ServerResponse } from "node:http";
+import {
+  createServer,
+  type IncomingHttpHeaders,
+  type IncomingMessage,
+  type ServerResponse,
+} from "node:http";
 import { createServer as createTlsServer } from "node:https";
 import type { AddressInfo, Server, Socket } from "node:net";
 import type { TLSSocket } from "node:tls";
 import { gzipSync } from "node:zlib";
-import { SECRETS, USER, type TestScope } from "./command.ts";
+import { SECRETS, type TestScope, USER } from "./command.ts";
 import type { ManifestBytes, TestContent } from "./image.ts";
 
 // ====== Options ======
@@ -162,7 +167,11 @@ export interface Fault {
   ignoreRange?: true;
   contentEncoding?: "gzip";
   /** All else; `next` gives the usual answer, with the rest of this fault. */
-  handler?: (request: IncomingMessage, response: ServerResponse, next: () => Promise<void>) => void | Promise<void>;
+  handler?: (
+    request: IncomingMessage,
+    response: ServerResponse,
+    next: () => Promise<void>,
+  ) => void | Promise<void>;
 }
 
 export interface Rule {
@@ -173,11 +182,16 @@ export interface Rule {
   remove(): void;
 }
 
-export interface Gate { promise: Promise<void>; open: () => void }
+export interface Gate {
+  promise: Promise<void>;
+  open: () => void;
+}
 
 export function gate(): Gate {
   let open = () => {};
-  const promise = new Promise<void>((resolve) => { open = resolve; });
+  const promise = new Promise<void>((resolve) => {
+    open = resolve;
+  });
   return { promise, open };
 }
 
@@ -190,7 +204,12 @@ interface Repository {
   configs: Set<string>;
 }
 
-interface Content { bytes: Buffer; mediaType: string; digest: string; manifest: boolean }
+interface Content {
+  bytes: Buffer;
+  mediaType: string;
+  digest: string;
+  manifest: boolean;
+}
 
 type Headers = Record<string, string | string[]>;
 
@@ -210,7 +229,10 @@ interface ActiveRule {
   reached: (request: RequestRecord) => void;
 }
 
-interface Token { repositories: Set<string>; usesLeft: number }
+interface Token {
+  repositories: Set<string>;
+  usesLeft: number;
+}
 
 function failure(status: number, code: string, message: string, headers: Headers = {}): Answer {
   const body = Buffer.from(`${JSON.stringify({ errors: [{ code, message }] })}\n`);
@@ -222,7 +244,10 @@ function json(body: Buffer): Answer {
 }
 
 /** RFC 9110 14.2, one range only; what is not understood is ignored, as it has to be. */
-function parseRange(range: string | undefined, sizeBytes: number): { start: number; end: number } | "bad" | undefined {
+function parseRange(
+  range: string | undefined,
+  sizeBytes: number,
+): { start: number; end: number } | "bad" | undefined {
   const match = /^bytes=(\d*)-(\d*)$/.exec(range ?? "");
   if (!match || (match[1] === "" && match[2] === "")) return undefined;
   if (match[1] === "") return { start: Math.max(0, sizeBytes - Number(match[2])), end: sizeBytes };
@@ -231,18 +256,28 @@ function parseRange(range: string | undefined, sizeBytes: number): { start: numb
   return start >= sizeBytes || end <= start ? "bad" : { start, end };
 }
 
-function contentAnswer(content: Content, request: RequestRecord, fault: Fault, etag: boolean): Answer {
+function contentAnswer(
+  content: Content,
+  request: RequestRecord,
+  fault: Fault,
+  etag: boolean,
+): Answer {
   const { bytes, digest } = content;
   const headers: Headers = {
-    "content-type": content.mediaType, "docker-content-digest": digest, ...(etag && { etag: `"${digest}"` }),
+    "content-type": content.mediaType,
+    "docker-content-digest": digest,
+    ...(etag && { etag: `"${digest}"` }),
     ...(!content.manifest && { "accept-ranges": "bytes" }),
   };
   const ifRange = request.headers["if-range"];
-  const ranged = !content.manifest && !fault.ignoreRange && (ifRange === undefined || ifRange === headers.etag);
+  const ranged =
+    !content.manifest && !fault.ignoreRange && (ifRange === undefined || ifRange === headers.etag);
   const range = ranged ? parseRange(request.range, bytes.length) : undefined;
   if (range === undefined) return { status: 200, headers, body: bytes, start: 0 };
   if (range === "bad") {
-    return failure(416, "RANGE_INVALID", "range not satisfiable", { "content-range": `bytes */${bytes.length}` });
+    return failure(416, "RANGE_INVALID", "range not satisfiable", {
+      "content-range": `bytes */${bytes.length}`,
+    });
   }
   headers["content-range"] = `bytes ${range.start}-${range.end - 1}/${bytes.length}`;
   return { status: 206, headers, body: bytes.subarray(range.start, range.end), start: range.start };
@@ -250,11 +285,18 @@ function contentAnswer(content: Content, request: RequestRecord, fault: Fault, e
 
 /** Whether the fault's position lies within this answer. */
 function reaches(fault: Fault, answer: Answer, method: string): boolean {
-  const { start, body: { length } } = answer;
+  const {
+    start,
+    body: { length },
+  } = answer;
   const inContent = [fault.corruptAt, fault.dropAt].filter((at) => at !== undefined);
-  const inBody = [fault.dropAfter, fault.stallAfter, fault.pause?.after].filter((at) => at !== undefined);
+  const inBody = [fault.dropAfter, fault.stallAfter, fault.pause?.after].filter(
+    (at) => at !== undefined,
+  );
   if (method === "HEAD" && inContent.length + inBody.length > 0) return false;
-  return inContent.every((at) => at >= start && at < start + length) && inBody.every((at) => at < length);
+  return (
+    inContent.every((at) => at >= start && at < start + length) && inBody.every((at) => at < length)
+  );
 }
 
 function spoil(answer: Answer, fault: Fault, request: RequestRecord): Answer {
@@ -268,23 +310,42 @@ function spoil(answer: Answer, fault: Fault, request: RequestRecord): Answer {
     body = gzipSync(body);
     headers = { ...headers, "content-encoding": "gzip" };
   }
-  const length = typeof fault.contentLength === "string" ? null : String(body.length + (fault.contentLength ?? 0));
-  const laid: Record<string, string | string[] | null> = { "content-length": length, ...headers, ...fault.headers };
-  const kept = Object.entries(laid).filter((entry): entry is [string, string | string[]] => entry[1] !== null);
+  const length =
+    typeof fault.contentLength === "string"
+      ? null
+      : String(body.length + (fault.contentLength ?? 0));
+  const laid: Record<string, string | string[] | null> = {
+    "content-length": length,
+    ...headers,
+    ...fault.headers,
+  };
+  const kept = Object.entries(laid).filter(
+    (entry): entry is [string, string | string[]] => entry[1] !== null,
+  );
   if (request.method === "HEAD") body = Buffer.alloc(0);
   return { ...answer, body, headers: Object.fromEntries(kept) };
 }
 
 function gone(response: ServerResponse): Promise<void> {
-  return new Promise((done) => { if (response.destroyed) done(); else response.once("close", () => done()); });
+  return new Promise((done) => {
+    if (response.destroyed) done();
+    else response.once("close", () => done());
+  });
 }
 
 async function flushed(response: ServerResponse): Promise<void> {
   const { socket } = response;
-  if (socket && !socket.destroyed) await new Promise<void>((done) => { socket.write("", () => done()); });
+  if (socket && !socket.destroyed)
+    await new Promise<void>((done) => {
+      socket.write("", () => done());
+    });
 }
 
-async function writeBody(response: ServerResponse, body: Buffer, record: RequestRecord): Promise<void> {
+async function writeBody(
+  response: ServerResponse,
+  body: Buffer,
+  record: RequestRecord,
+): Promise<void> {
   for (let at = 0; at < body.length && !response.destroyed; at += 65536) {
     const chunk = body.subarray(at, at + 65536);
     record.bytesSent += chunk.length;
@@ -300,14 +361,19 @@ async function writeBody(response: ServerResponse, body: Buffer, record: Request
 }
 
 async function send(
-  response: ServerResponse, answer: Answer, fault: Fault, record: RequestRecord, reached: () => void,
+  response: ServerResponse,
+  answer: Answer,
+  fault: Fault,
+  record: RequestRecord,
+  reached: () => void,
 ): Promise<void> {
   if (response.destroyed) return;
   record.status = answer.status;
   if (fault.contentLength === "close") response.useChunkedEncodingByDefault = false;
   response.writeHead(answer.status, answer.headers);
   const { body } = answer;
-  const dropAfter = fault.dropAfter ?? (fault.dropAt === undefined ? undefined : fault.dropAt - answer.start);
+  const dropAfter =
+    fault.dropAfter ?? (fault.dropAt === undefined ? undefined : fault.dropAt - answer.start);
   const stop = dropAfter ?? fault.stallAfter ?? body.length;
   if (fault.pause) {
     await writeBody(response, body.subarray(0, fault.pause.after), record);
@@ -316,7 +382,11 @@ async function send(
     await Promise.race([fault.pause.until, gone(response)]);
   }
   await writeBody(response, body.subarray(fault.pause?.after ?? 0, stop), record);
-  if (dropAfter === undefined && fault.stallAfter === undefined && fault.contentLength === undefined) {
+  if (
+    dropAfter === undefined &&
+    fault.stallAfter === undefined &&
+    fault.contentLength === undefined
+  ) {
     reached();
     response.end();
     return;
@@ -341,17 +411,25 @@ class Listener {
   readonly #byPort = new Map<number, { number: number; socket: Socket }>();
 
   constructor(
-    tls: TlsOptions | undefined, nextConnection: () => number,
+    tls: TlsOptions | undefined,
+    nextConnection: () => number,
     answer: (request: IncomingMessage, response: ServerResponse) => void,
   ) {
     const limits = { keepAliveTimeout: 0, requestTimeout: 0, headersTimeout: 0 };
     const server = tls
-      ? createTlsServer({
-        ...limits, key: tls.key, cert: tls.cert,
-        ...(tls.clientCa !== undefined && {
-          ca: tls.clientCa, requestCert: true, rejectUnauthorized: tls.clientOptional !== true,
-        }),
-      }, answer)
+      ? createTlsServer(
+          {
+            ...limits,
+            key: tls.key,
+            cert: tls.cert,
+            ...(tls.clientCa !== undefined && {
+              ca: tls.clientCa,
+              requestCert: true,
+              rejectUnauthorized: tls.clientOptional !== true,
+            }),
+          },
+          answer,
+        )
       : createServer(limits, answer);
     server.on("connection", (socket: Socket) => {
       this.connections += 1;
@@ -376,7 +454,9 @@ class Listener {
   }
 
   async close(): Promise<void> {
-    const closed = new Promise<void>((done) => { this.#server.close(() => done()); });
+    const closed = new Promise<void>((done) => {
+      this.#server.close(() => done());
+    });
     this.disconnect();
     await closed;
   }
@@ -411,40 +491,57 @@ export class Registry {
     const { tls } = options;
     await registry.#listen("registry", tls, options.port);
     const storageTls = options.storage?.tls;
-    await registry.#listen("storage", storageTls === false ? undefined : storageTls ?? tls);
+    await registry.#listen("storage", storageTls === false ? undefined : (storageTls ?? tls));
     const { tokenServer = "same" } = registry.#auth;
-    if (tokenServer !== "same") await registry.#listen("token", tokenServer === "second" ? tls : undefined);
+    if (tokenServer !== "same")
+      await registry.#listen("token", tokenServer === "second" ? tls : undefined);
     return registry;
   }
 
-  async #listen(name: RequestRecord["server"], tls: TlsOptions | undefined, port = 0): Promise<void> {
-    const listener = new Listener(tls, () => this.#connections += 1, (request, response) => {
-      const running = this.#answer(name, request, response).catch((error: unknown) => {
-        // A mistake in a test's own handler must not look like a network fault.
-        console.error(error);
-        process.exitCode = 1;
-        response.destroy();
-      });
-      this.#running.add(running);
-      void running.then(() => this.#running.delete(running));
-    });
+  async #listen(
+    name: RequestRecord["server"],
+    tls: TlsOptions | undefined,
+    port = 0,
+  ): Promise<void> {
+    const listener = new Listener(
+      tls,
+      () => (this.#connections += 1),
+      (request, response) => {
+        const running = this.#answer(name, request, response).catch((error: unknown) => {
+          // A mistake in a test's own handler must not look like a network fault.
+          console.error(error);
+          process.exitCode = 1;
+          response.destroy();
+        });
+        this.#running.add(running);
+        void running.then(() => this.#running.delete(running));
+      },
+    );
     await listener.listen(port, tls ? "https" : "http");
     this.#listeners.set(name, listener);
   }
 
   #listener(name: RequestRecord["server"]): Listener {
-    return this.#listeners.get(name) ?? this.#listeners.get("registry") as Listener;
+    return this.#listeners.get(name) ?? (this.#listeners.get("registry") as Listener);
   }
 
   /** `127.0.0.1:PORT`, as it stands in a reference. */
-  get host(): string { return this.#listener("registry").host; }
-  get url(): string { return this.#listener("registry").url; }
-  get storageUrl(): string { return this.#listener("storage").url; }
-  get tokenUrl(): string { return `${this.#listener("token").url}/token`; }
+  get host(): string {
+    return this.#listener("registry").host;
+  }
+  get url(): string {
+    return this.#listener("registry").url;
+  }
+  get storageUrl(): string {
+    return this.#listener("storage").url;
+  }
+  get tokenUrl(): string {
+    return `${this.#listener("token").url}/token`;
+  }
 
   /** TCP connections accepted so far, by one server or by all. */
   connections(server?: RequestRecord["server"]): number {
-    return server ? this.#listeners.get(server)?.connections ?? 0 : this.#connections;
+    return server ? (this.#listeners.get(server)?.connections ?? 0) : this.#connections;
   }
 
   // ------ Content ------
@@ -452,13 +549,23 @@ export class Registry {
   #repository(name: string): Repository {
     const known = this.#repositories.get(name);
     if (known) return known;
-    const made: Repository = { tags: new Map(), manifests: new Map(), blobs: new Map(), configs: new Set() };
+    const made: Repository = {
+      tags: new Map(),
+      manifests: new Map(),
+      blobs: new Map(),
+      configs: new Set(),
+    };
     this.#repositories.set(name, made);
     return made;
   }
 
   /** Serves the content and all below it; returns its reference with the host, by tag or (without one) by digest. */
-  add(content: TestContent, repository: string, tag?: string, options: { without?: string[] } = {}): string {
+  add(
+    content: TestContent,
+    repository: string,
+    tag?: string,
+    options: { without?: string[] } = {},
+  ): string {
     const held = this.#repository(repository);
     for (const [digest, manifest] of content.manifests) held.manifests.set(digest, manifest);
     for (const [digest, bytes] of content.blobs) held.blobs.set(digest, bytes);
@@ -498,21 +605,36 @@ export class Registry {
   /** The first rule added that matches a request (and has not used up its times) is the one that holds. */
   on(matcher: Matcher, fault: Fault): Rule {
     const rule: ActiveRule = { matcher, fault, seen: 0, hits: 0, reached: () => {} };
-    const promise = new Promise<RequestRecord>((resolve) => { rule.reached = resolve; });
+    const promise = new Promise<RequestRecord>((resolve) => {
+      rule.reached = resolve;
+    });
     this.#rules.push(rule);
     const remove = () => {
       const position = this.#rules.indexOf(rule);
       if (position >= 0) this.#rules.splice(position, 1);
     };
-    return { get hits() { return rule.hits; }, reached: promise, remove };
+    return {
+      get hits() {
+        return rule.hits;
+      },
+      reached: promise,
+      remove,
+    };
   }
 
-  #ruleFor(request: RequestRecord, authorized: boolean, content: Content | undefined): ActiveRule | undefined {
+  #ruleFor(
+    request: RequestRecord,
+    authorized: boolean,
+    content: Content | undefined,
+  ): ActiveRule | undefined {
     return this.#rules.find((rule) => {
       const { matcher, fault } = rule;
       if (!authorized && !matcher.beforeAuth) return false;
       if (!matches(matcher, request)) return false;
-      const answer = content && fault.body === undefined ? contentAnswer(content, request, fault, false) : undefined;
+      const answer =
+        content && fault.body === undefined
+          ? contentAnswer(content, request, fault, false)
+          : undefined;
       if (answer && answer.status !== 416 && !reaches(fault, answer, request.method)) return false;
       const position = rule.seen - (matcher.skip ?? 0);
       if (position >= (matcher.times ?? Infinity)) return false;
@@ -544,8 +666,20 @@ export class Registry {
     };
     const common = socket.getPeerCertificate?.().subject?.CN;
     const record: RequestRecord = {
-      server, kind: kind(), method, url, path, query: new URLSearchParams(mark < 0 ? "" : url.slice(mark + 1)), headers,
-      body: "", repository, reference, digest: undefined, range: headers.range, status: 0, bytesSent: 0,
+      server,
+      kind: kind(),
+      method,
+      url,
+      path,
+      query: new URLSearchParams(mark < 0 ? "" : url.slice(mark + 1)),
+      headers,
+      body: "",
+      repository,
+      reference,
+      digest: undefined,
+      range: headers.range,
+      status: 0,
+      bytesSent: 0,
       connection: this.#listener(server).connectionOf(request)?.number ?? 0,
       clientCertificate: Array.isArray(common) ? common[0] : common,
     };
@@ -556,13 +690,18 @@ export class Registry {
     return record;
   }
 
-  async #answer(server: RequestRecord["server"], request: IncomingMessage, response: ServerResponse): Promise<void> {
+  async #answer(
+    server: RequestRecord["server"],
+    request: IncomingMessage,
+    response: ServerResponse,
+  ): Promise<void> {
     // The connection is looked up first: a socket that is gone has forgotten its port.
     const connection = this.#listener(server).connectionOf(request);
     response.sendDate = false;
     response.on("error", () => {});
     const record = await this.#record(server, request).catch((error: NodeJS.ErrnoException) => {
-      if (error.code === "ECONNRESET" || error.code === "ERR_STREAM_PREMATURE_CLOSE") return undefined;
+      if (error.code === "ECONNRESET" || error.code === "ERR_STREAM_PREMATURE_CLOSE")
+        return undefined;
       throw error;
     });
     if (!record) return;
@@ -581,7 +720,9 @@ export class Registry {
       connection?.socket.resetAndDestroy();
     } else if (fault.handler) {
       reached();
-      response.once("finish", () => { record.status = response.statusCode; });
+      response.once("finish", () => {
+        record.status = response.statusCode;
+      });
       await fault.handler(request, response, next);
     } else {
       await next();
@@ -591,13 +732,19 @@ export class Registry {
   #scripted(record: RequestRecord, fault: Fault): Answer | undefined {
     if (fault.redirect !== undefined) {
       const { redirect, redirectStatus = 307 } = fault;
-      const to = redirect === "storage" ? this.storageUrl + this.signedPath(record.digest ?? record.reference)
-        : redirect === "self" ? this.signedPath(record.digest ?? record.reference)
-        : typeof redirect === "function" ? redirect(record) : redirect;
+      const to =
+        redirect === "storage"
+          ? this.storageUrl + this.signedPath(record.digest ?? record.reference)
+          : redirect === "self"
+            ? this.signedPath(record.digest ?? record.reference)
+            : typeof redirect === "function"
+              ? redirect(record)
+              : redirect;
       return { status: redirectStatus, headers: { location: to }, body: Buffer.alloc(0), start: 0 };
     }
     if (fault.status === undefined) return undefined;
-    if (fault.body === undefined) return failure(fault.status, "UNKNOWN", `scripted answer ${fault.status}`);
+    if (fault.body === undefined)
+      return failure(fault.status, "UNKNOWN", `scripted answer ${fault.status}`);
     return { status: fault.status, headers: {}, body: Buffer.from(fault.body), start: 0 };
   }
 
@@ -609,14 +756,16 @@ export class Registry {
       const answer = this.#token(record);
       return replaced ? { ...answer, body: replaced } : answer;
     }
-    if (method !== "GET" && method !== "HEAD") return failure(405, "UNSUPPORTED", "this registry is for pulling");
+    if (method !== "GET" && method !== "HEAD")
+      return failure(405, "UNSUPPORTED", "this registry is for pulling");
     const content = found && replaced ? { ...found, bytes: replaced } : found;
     if (content) return contentAnswer(content, record, fault, this.#options.etag === true);
     if (kind === "other") return failure(404, "NOT_FOUND", "no such page");
     if (kind === "storage") return failure(404, "NoSuchKey", "no such key");
     if (kind !== "manifest") return failure(404, "BLOB_UNKNOWN", "blob unknown to registry");
     const named = this.#repositories.has(record.repository);
-    return named ? failure(404, "MANIFEST_UNKNOWN", "manifest unknown")
+    return named
+      ? failure(404, "MANIFEST_UNKNOWN", "manifest unknown")
       : failure(404, "NAME_UNKNOWN", "repository name not known to registry");
   }
 
@@ -628,13 +777,18 @@ export class Registry {
     if (record.kind === "token") return undefined;
     if (record.kind === "storage") return this.#storageRefusal(record);
     const { mode, outsideToken } = this.#auth;
-    if (mode === "none" || (outsideToken !== undefined && authorization === `Basic ${outsideToken}`)) return undefined;
+    if (
+      mode === "none" ||
+      (outsideToken !== undefined && authorization === `Basic ${outsideToken}`)
+    )
+      return undefined;
     const unauthorized = (usual: string, status = 401) => {
       const lines = this.#auth.challenge?.(usual, record.repository) ?? [usual];
       const headers: Headers = status === 401 ? { "www-authenticate": lines } : {};
       return failure(status, "UNAUTHORIZED", "authentication required", headers);
     };
-    if (mode === "basic") return this.#knows(authorization) ? undefined : unauthorized('Basic realm="test registry"');
+    if (mode === "basic")
+      return this.#knows(authorization) ? undefined : unauthorized('Basic realm="test registry"');
     const bearer = /^Bearer (.+)$/i.exec(authorization ?? "")?.[1];
     const challenge = this.#challenge(record);
     if (bearer === undefined) return unauthorized(challenge);
@@ -651,9 +805,12 @@ export class Registry {
 
   #challenge(record: RequestRecord): string {
     const { realm = this.tokenUrl, service = "test-registry" } = this.#auth;
-    const { scope = record.repository ? `repository:${this.#fullName(record.repository)}:pull` : null } = this.#auth;
+    const {
+      scope = record.repository ? `repository:${this.#fullName(record.repository)}:pull` : null,
+    } = this.#auth;
     return [
-      `Bearer realm="${realm}"`, ...(service === null ? [] : [`service="${service}"`]),
+      `Bearer realm="${realm}"`,
+      ...(service === null ? [] : [`service="${service}"`]),
       ...(scope === null ? [] : [`scope="${scope}"`]),
     ].join(",");
   }
@@ -670,34 +827,61 @@ export class Registry {
   /** GET with Basic, or the OAuth2 form of POST, as the distribution project documents the two. */
   #token(record: RequestRecord): Answer {
     const { anonymous = "welcome", refusedStatus = 401, postStatus } = this.#auth;
-    const { user = USER, password = SECRETS.password, identityToken = SECRETS.identityToken } = this.#auth;
+    const {
+      user = USER,
+      password = SECRETS.password,
+      identityToken = SECRETS.identityToken,
+    } = this.#auth;
     const code = refusedStatus === 403 ? "DENIED" : "UNAUTHORIZED";
     const refused = (message: string) => failure(refusedStatus, code, message);
     const { authorization } = record.headers;
     if (record.method !== "POST") {
-      if (authorization !== undefined && !this.#knows(authorization)) return refused("incorrect username or password");
-      if (authorization === undefined && anonymous === "refused") return refused("credentials required");
-      return this.#issue(record.query, authorization === undefined && anonymous === "useless", false);
+      if (authorization !== undefined && !this.#knows(authorization))
+        return refused("incorrect username or password");
+      if (authorization === undefined && anonymous === "refused")
+        return refused("credentials required");
+      return this.#issue(
+        record.query,
+        authorization === undefined && anonymous === "useless",
+        false,
+      );
     }
     if (postStatus !== undefined) return failure(postStatus, "UNSUPPORTED", "no OAuth2 here");
     const form = new URLSearchParams(record.body);
-    const good = form.get("grant_type") === "refresh_token" ? form.get("refresh_token") === identityToken
-      : form.get("grant_type") === "password" && form.get("username") === user && form.get("password") === password;
+    const good =
+      form.get("grant_type") === "refresh_token"
+        ? form.get("refresh_token") === identityToken
+        : form.get("grant_type") === "password" &&
+          form.get("username") === user &&
+          form.get("password") === password;
     return good ? this.#issue(form, false, true) : refused("invalid_grant");
   }
 
   #issue(query: URLSearchParams, useless: boolean, oauth: boolean): Answer {
-    const { tokenField = oauth ? "access_token" : "token", tokenUses = Infinity, expiresIn } = this.#auth;
+    const {
+      tokenField = oauth ? "access_token" : "token",
+      tokenUses = Infinity,
+      expiresIn,
+    } = this.#auth;
     this.#issued += 1;
     const token = `${SECRETS.bearerToken}${this.#issued}`;
     const scopes = query.getAll("scope").flatMap((scope) => scope.split(" "));
-    const names = scopes.flatMap((scope) => /^repository:(.+):(?:.*,)?pull(?:,.*)?$/.exec(scope)?.[1] ?? []);
+    const names = scopes.flatMap(
+      (scope) => /^repository:(.+):(?:.*,)?pull(?:,.*)?$/.exec(scope)?.[1] ?? [],
+    );
     const { prefix = "" } = this.#options;
-    const repositories = new Set(names.map((name) => name.startsWith(prefix) ? name.slice(prefix.length) : name));
-    this.#tokens.set(token, { repositories: useless ? new Set() : repositories, usesLeft: tokenUses });
+    const repositories = new Set(
+      names.map((name) => (name.startsWith(prefix) ? name.slice(prefix.length) : name)),
+    );
+    this.#tokens.set(token, {
+      repositories: useless ? new Set() : repositories,
+      usesLeft: tokenUses,
+    });
     const fields = {
-      ...(tokenField !== "access_token" && { token }), ...(tokenField !== "token" && { access_token: token }),
-      ...(expiresIn !== undefined && { expires_in: expiresIn }), ...this.#auth.tokenFields,
+      ...(tokenField !== "access_token" && { token }),
+      ...(tokenField !== "token" && { access_token: token }),
+      ...(expiresIn !== undefined && { expires_in: expiresIn }),
+      ...this.#auth.tokenFields,
     };
     return json(Buffer.from(JSON.stringify(fields)));
   }
@@ -725,7 +909,9 @@ export class Registry {
     const { refuseAuthorization = true, challenge } = this.#options.storage ?? {};
     const { authorization } = record.headers;
     const xml = (status: number, code: string): Answer => ({
-      status, headers: { "content-type": "application/xml" }, start: 0,
+      status,
+      headers: { "content-type": "application/xml" },
+      start: 0,
       body: Buffer.from(`<Error><Code>${code}</Code></Error>`),
     });
     if (challenge !== undefined && authorization === undefined) {
@@ -765,9 +951,11 @@ export class Registry {
   /** Body bytes of blobs that registry and storage have sent; error bodies and manifests are not counted. */
   bytesServed(digest?: string): number {
     const held = [...this.#repositories.values()];
-    const served = [...this.blobRequests(digest), ...this.storageRequests(digest)].filter((request) =>
-      (request.status === 200 || request.status === 206) &&
-      !held.some(({ manifests }) => manifests.has(request.digest ?? "")));
+    const served = [...this.blobRequests(digest), ...this.storageRequests(digest)].filter(
+      (request) =>
+        (request.status === 200 || request.status === 206) &&
+        !held.some(({ manifests }) => manifests.has(request.digest ?? "")),
+    );
     return served.reduce((total, { bytesSent }) => total + bytesSent, 0);
   }
 
@@ -808,17 +996,25 @@ function matches(matcher: Matcher, request: RequestRecord): boolean {
   const { kind, path } = matcher;
   const blob = request.kind === "layer" || request.kind === "config";
   if (kind !== undefined && !(kind === "blob" ? blob : kind === request.kind)) return false;
-  if (path !== undefined && !(typeof path === "string" ? path === request.path : path.test(request.path))) return false;
+  if (
+    path !== undefined &&
+    !(typeof path === "string" ? path === request.path : path.test(request.path))
+  )
+    return false;
   if (matcher.method !== undefined && matcher.method !== request.method) return false;
   if (matcher.repository !== undefined && matcher.repository !== request.repository) return false;
   if (matcher.digest !== undefined && matcher.digest !== request.digest) return false;
   if (matcher.tag !== undefined && matcher.tag !== request.reference) return false;
-  if (matcher.ranged !== undefined && matcher.ranged !== (request.range !== undefined)) return false;
+  if (matcher.ranged !== undefined && matcher.ranged !== (request.range !== undefined))
+    return false;
   return matcher.where?.(request) ?? true;
 }
 
 /** Starts a registry on 127.0.0.1; give the test's context, and it is closed when the test ends. */
-export async function startRegistry(options: RegistryOptions = {}, t?: TestScope): Promise<Registry> {
+export async function startRegistry(
+  options: RegistryOptions = {},
+  t?: TestScope,
+): Promise<Registry> {
   const registry = await Registry.start(options);
   t?.after(() => registry.close());
   return registry;
@@ -830,9 +1026,16 @@ export async function startRegistry(options: RegistryOptions = {}, t?: TestScope
  */
 export async function untilRead(server: { host: string }): Promise<void> {
   const port = Number(server.host.split(":")[1]).toString(16).toUpperCase().padStart(4, "0");
-  const isWaiting = (): boolean => readFileSync("/proc/net/tcp", "latin1").split("\n").slice(1).some((line) => {
-    const [, local = "", remote = "", , queues = ""] = line.trim().split(/\s+/);
-    return (local.endsWith(`:${port}`) || remote.endsWith(`:${port}`)) && queues !== "00000000:00000000";
-  });
+  const isWaiting = (): boolean =>
+    readFileSync("/proc/net/tcp", "latin1")
+      .split("\n")
+      .slice(1)
+      .some((line) => {
+        const [, local = "", remote = "", , queues = ""] = line.trim().split(/\s+/);
+        return (
+          (local.endsWith(`:${port}`) || remote.endsWith(`:${port}`)) &&
+          queues !== "00000000:00000000"
+        );
+      });
   while (process.platform === "linux" && isWaiting()) await new Promise(setImmediate);
 }

@@ -4,8 +4,14 @@ import assert from "node:assert/strict";
 import { existsSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import { inspect } from "node:util";
-import { ImgpullError, internals, type ErrorCode, type PullerOpts, type PullResult } from "../../imgpull.ts";
-import { cleanEnvironment, recordOutput, temporaryFolder, type TestScope } from "./command.ts";
+import {
+  type ErrorCode,
+  ImgpullError,
+  internals,
+  type PullerOpts,
+  type PullResult,
+} from "../../imgpull.ts";
+import { cleanEnvironment, recordOutput, type TestScope, temporaryFolder } from "./command.ts";
 import { digestOf, readTar, type TestContent } from "./image.ts";
 
 export interface PullOptions extends Omit<PullerOpts, "url"> {
@@ -32,17 +38,33 @@ export interface Outcome {
 const GUARD_MS = 20_000;
 
 /** Anything but an ImgpullError is a bug and fails the test. */
-export async function pull(t: TestScope, reference: string, options: PullOptions = {}): Promise<Outcome> {
-  const { environment: changes = {}, certsDirectory, destination, now = Date.now, onSleep, ...given } = options;
+export async function pull(
+  t: TestScope,
+  reference: string,
+  options: PullOptions = {},
+): Promise<Outcome> {
+  const {
+    environment: changes = {},
+    certsDirectory,
+    destination,
+    now = Date.now,
+    onSleep,
+    ...given
+  } = options;
   const tar = destination ?? join(temporaryFolder(t), "image.tar");
   const outcome: Outcome = { result: undefined, error: undefined, warnings: [], sleeps: [], tar };
   const opts: PullerOpts = {
-    url: reference, osType: "linux", archType: "amd64", signal: AbortSignal.timeout(GUARD_MS),
-    onWarning: (message) => outcome.warnings.push(message), ...given,
+    url: reference,
+    osType: "linux",
+    archType: "amd64",
+    signal: AbortSignal.timeout(GUARD_MS),
+    onWarning: (message) => outcome.warnings.push(message),
+    ...given,
   };
   const environment = { ...cleanEnvironment(), ...changes };
   const clock = {
-    now, random: () => 1,
+    now,
+    random: () => 1,
     sleep: async (milliseconds: number) => {
       outcome.sleeps.push(milliseconds);
       await onSleep?.(milliseconds);
@@ -51,10 +73,22 @@ export async function pull(t: TestScope, reference: string, options: PullOptions
   try {
     const parsed = internals.parseReference(reference);
     const name = internals.formatReference(internals.imageName(parsed, opts.namespace));
-    const request = { images: [{ reference: parsed, name }], destination: tar, isAll: false, reuse: [] };
-    const replaced = { environment, clock, ...(certsDirectory !== undefined && { certsDirectory }) };
+    const request = {
+      images: [{ reference: parsed, name }],
+      destination: tar,
+      isAll: false,
+      reuse: [],
+    };
+    const replaced = {
+      environment,
+      clock,
+      ...(certsDirectory !== undefined && { certsDirectory }),
+    };
     const { results } = await internals.withSession(
-      opts, async (session) => await internals.pullImages(session, request, () => {}), replaced);
+      opts,
+      async (session) => await internals.pullImages(session, request, () => {}),
+      replaced,
+    );
     outcome.result = results[0];
   } catch (error) {
     // With its causes and all their fields, as a program may log it; without the lines of the stack.
@@ -82,12 +116,17 @@ export function assertPulled(outcome: Outcome, image: TestContent): void {
 }
 
 /** It failed with this code and these words, in at most three lines, and DEST is not there. */
-export function assertFailed(outcome: Outcome, code: ErrorCode, ...words: (RegExp | string)[]): void {
+export function assertFailed(
+  outcome: Outcome,
+  code: ErrorCode,
+  ...words: (RegExp | string)[]
+): void {
   const { error } = outcome;
   assert(error, "it did not fail");
   assert.equal(error.code, code, error.message);
   for (const word of words) {
-    if (typeof word === "string") assert(error.message.includes(word), `no "${word}" in: ${error.message}`);
+    if (typeof word === "string")
+      assert(error.message.includes(word), `no "${word}" in: ${error.message}`);
     else assert.match(error.message, word);
   }
   assert(error.message.split("\n").length <= 3, `too long: ${error.message}`);
