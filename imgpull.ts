@@ -51,32 +51,36 @@ const CONFIG_TYPES = [
 ];
 const MIB = 1024 * 1024;
 const NEVER = Number.POSITIVE_INFINITY;
-/** Every bound in one place. What a registry can make us hold in memory is here, whatever it sends. */
+/** Safety: what a peer, a file or a user can make us hold, do or wait for, whatever it sends. */
 const LIMITS = Object.freeze({
   manifestBytes: 4 * MIB, // the distribution specification's own floor for registries
-  configBytes: 16 * MIB,
-  tokenBytes: MIB,
-  errorBodyBytes: MIB / 16,
-  credentialFileBytes: 4 * MIB,
+  configBytes: 16 * MIB, // image configs are some KiB; a label may hold an SBOM
+  tokenBytes: MIB, // tokens are some KiB
+  errorBodyBytes: MIB / 16, // a sentence is shown of it
+  credentialFileBytes: 4 * MIB, // docker's config.json; this one may be a device or a mistake
   tarMetadataBytes: 16 * MIB, // index.json and the like of a tar that someone else made
-  indexDepth: 4,
+  indexDepth: 4, // an index inside an index; real ones are one or two deep
   indexEntries: 1024, // with `--platform all` each entry is a request
+  redirects: 10, // as browsers and Go have it
   tokenFloorMs: 60_000, // the token specification's default, and more than a skewed clock takes away
-  redirects: 10,
-  firstBackoffMs: 1000,
-  backoffMs: 30_000,
+  firstBackoffMs: 1000, // most lost connections are back at once
+  backoffMs: 30_000, // and a registry that restarts is back within a minute or two
   retryAfterMs: 120_000, // longer waits are the user's to decide
+  lockBeatMs: 10_000, // a lock of another machine that is six beats old belongs to nobody
+});
+
+/** Speed: measured, and free to change. No promise depends on them. */
+const TUNING = Object.freeze({
   batchBytes: MIB, // one write to disk: fewer trips to Node's thread pool than one for each chunk
   journalBytes: MIB, // how much a kill -9 may cost each blob, beside what a connection has gathered
   syncBytes: 32 * MIB, // the disk works while the line does, and little is left for the sync at the end
   splitBytes: MIB, // neither half of a range that is cut in two is smaller,
   nearSplitBytes: 16 * MIB, // nor on a near line, where a server has megabytes under way that a cut throws away
-  busyLoop: 0.4,
-  judgeMs: 100, // of Node's event loop, over that time: from here on the processor is the limit
+  busyLoop: 0.4, // share of Node's event loop that is in use, over judgeMs:
+  judgeMs: 100, // from there on the processor is the limit
   farLatencyMs: 20, // from here on a line is worth several connections before its speed is known
   streamUnitBytes: 4 * MIB, // DEST `-`: one request's share of a large blob
   streamWindowBytes: 32 * MIB, // DEST `-`: how far the line may be ahead of the reader
-  lockBeatMs: 10_000, // a lock of another machine that is six beats old belongs to nobody
 });
 
 // ====== 2. Public types ======
@@ -297,7 +301,7 @@ function parseJson(text: string | Buffer): unknown {
   }
 }
 /** The values that are there: what is undefined or empty is left out. */
-const given = <T extends object>(values: T): { [K in keyof T]?: Exclude<T[K], undefined> } =>
+const dropEmpty = <T extends object>(values: T): { [K in keyof T]?: Exclude<T[K], undefined> } =>
   Object.fromEntries(
     Object.entries(values).filter(([, value]) => value !== undefined && value !== ""),
   ) as never;
@@ -397,7 +401,7 @@ function parseReference(text: string): Reference {
   const repository = isHub && !name.includes("/") ? `library/${name}` : name;
   if (host.length + repository.length + 1 > 255)
     refuse("host and repository are longer than 255 characters");
-  const version = given({ tag: tag ?? (digest === undefined ? "latest" : undefined), digest });
+  const version = dropEmpty({ tag: tag ?? (digest === undefined ? "latest" : undefined), digest });
   return { host: isHub ? "docker.io" : host, repository, ...version };
 }
 const formatReference = ({ host, repository, tag, digest }: Reference): string =>
@@ -740,7 +744,7 @@ async function followRedirects(request: HttpRequest, sendOnce: SendOnce): Promis
     };
     const response = await sendOnce(request, url, {
       ...common,
-      ...given({ Authorization: authorization }),
+      ...dropEmpty({ Authorization: authorization }),
     });
     const {
       statusCode: status = 0,
@@ -1071,13 +1075,13 @@ async function fetchToken(
   const isSafe = ["https:", new URL(origin).protocol].includes(url.protocol);
   if (!isSafe)
     fail("PROTOCOL", `${origin} names the token endpoint ${where}: not over ${url.protocol}`);
-  const query = given({ service, scope });
+  const query = dropEmpty({ service, scope });
   const ask = (method: string, authorization: string | undefined, body?: string) =>
     session.transport.send({
       method,
       url,
       signal: session.signal,
-      ...given({ body }),
+      ...dropEmpty({ body }),
       headers: body === undefined ? {} : { "Content-Type": "application/x-www-form-urlencoded" },
       authorizationFor: async (each) => (each === url.origin ? authorization : undefined),
       isRegistry: (each) => each === origin && isRegistry,
@@ -1461,7 +1465,7 @@ function parseDescriptor(value: unknown, where: string): Descriptor {
     mediaType,
     digest,
     size,
-    ...given({ urls: isUrlList ? (urls as string[]) : undefined, platform }),
+    ...dropEmpty({ urls: isUrlList ? (urls as string[]) : undefined, platform }),
   };
 }
 function parsePlatform(value: Record<string, unknown>): Platform {
@@ -1470,7 +1474,7 @@ function parsePlatform(value: Record<string, unknown>): Platform {
   return {
     os: word("os"),
     architecture: word("architecture"),
-    ...given({ variant: word("variant") }),
+    ...dropEmpty({ variant: word("variant") }),
   };
 }
 function parseManifest(
@@ -1527,7 +1531,7 @@ function hostPlatform(): Platform {
   return {
     os: systems[platform] ?? platform,
     architecture: processors[arch] ?? arch,
-    ...given({ variant }),
+    ...dropEmpty({ variant }),
   };
 }
 /** Variants that serve, best first; "" is an entry without one. containerd's platforms package has the same order. */
@@ -1561,7 +1565,7 @@ function wantedPlatform(wanted: Partial<Platform>, host = hostPlatform()): Platf
   return {
     os: wanted.os ?? host.os,
     architecture: wanted.architecture ?? host.architecture,
-    ...given({ variant }),
+    ...dropEmpty({ variant }),
   };
 }
 
@@ -1748,8 +1752,8 @@ async function readAt(handle: fs.FileHandle, position: number, length: number): 
 }
 /** What lies at a place of a file, piece by piece. */
 async function* readPlace(handle: fs.FileHandle, from: number, to: number): AsyncGenerator<Buffer> {
-  for (let at = from; at < to; at += LIMITS.batchBytes) {
-    const length = Math.min(LIMITS.batchBytes, to - at);
+  for (let at = from; at < to; at += TUNING.batchBytes) {
+    const length = Math.min(TUNING.batchBytes, to - at);
     const piece = await readAt(handle, at, length);
     if (piece.length < length) fail("DISK", "a file became shorter while it was read");
     yield piece;
@@ -1962,7 +1966,7 @@ function longestRange(segments: Iterable<Segment>): Segment | undefined {
     origins.length === 0 &&
     registry.acceptsRanges &&
     to - at >=
-      2 * (registry.latencyMs < LIMITS.farLatencyMs ? LIMITS.nearSplitBytes : LIMITS.splitBytes);
+      2 * (registry.latencyMs < TUNING.farLatencyMs ? TUNING.nearSplitBytes : TUNING.splitBytes);
   return [...segments].filter(canCut).sort(longestFirst)[0];
 }
 /** Half of what a connection has left, where it is the line that is slow. */
@@ -1973,7 +1977,7 @@ function takeOver({ active, sink, loopBefore }: Transfer): Segment | undefined {
     idle: idleMs,
     utilization,
   } = performance.eventLoopUtilization(loopBefore);
-  return victim && busyMs + idleMs > LIMITS.judgeMs && utilization < LIMITS.busyLoop
+  return victim && busyMs + idleMs > TUNING.judgeMs && utilization < TUNING.busyLoop
     ? cutInHalf(victim)
     : undefined;
 }
@@ -2002,7 +2006,7 @@ async function fetchBlobs(transfer: Transfer): Promise<void> {
   if (!sink.unitBytes) {
     // A far line is worth several connections before its speed is known: closed ranges from the start waste nothing.
     const longest = () =>
-      longestRange(pending.filter(({ job }) => job.registry.latencyMs >= LIMITS.farLatencyMs));
+      longestRange(pending.filter(({ job }) => job.registry.latencyMs >= TUNING.farLatencyMs));
     for (let next = longest(); next && pending.length < connections; next = longest())
       pending.push(cutInHalf(next));
     pending.sort(longestFirst);
@@ -2047,7 +2051,7 @@ function fetchSegment(transfer: Transfer, segment: Segment): Promise<void> {
   const gotOn = () => {
     const isEnough =
       segment.at - before >=
-      Math.min(LIMITS.batchBytes, Math.ceil(segment.job.descriptor.size / 64));
+      Math.min(TUNING.batchBytes, Math.ceil(segment.job.descriptor.size / 64));
     before = segment.at;
     return isEnough;
   };
@@ -2177,7 +2181,7 @@ async function receive(transfer: Transfer, segment: Segment): Promise<void> {
     transfer[counter] += wanted.length;
     // More than belongs there, or another connection has taken the rest over: no need to hear it to its end.
     if (position > end || (segment.at >= segment.to && position < end)) stream.destroy();
-    else if (batchBytes >= LIMITS.batchBytes) flush();
+    else if (batchBytes >= TUNING.batchBytes) flush();
   });
   const cause = await finished(stream, { signal }).then(
     () => undefined,
@@ -2207,7 +2211,7 @@ async function isIntact(
 ) {
   const hash = newHash(digest);
   const pieces = Readable.from(readPlace(handle, offset, offset + size));
-  await pipeline([pieces, ...(unpack ? [unpack] : []), hash], given({ signal })).catch(
+  await pipeline([pieces, ...(unpack ? [unpack] : []), hash], dropEmpty({ signal })).catch(
     (error: unknown) => {
       if (!errorCodeOf(error).startsWith("Z")) throw error; // zlib's and zstd's words for what does not unpack
     },
@@ -2295,9 +2299,9 @@ function fileSink(
       const sizeBytes = await writeAll(handle, chunks, job.offset + position);
       job.written = addRange(job.written, [position, position + sizeBytes]);
       job.unrecordedBytes += sizeBytes;
-      if (job.unrecordedBytes >= LIMITS.journalBytes) record(job);
+      if (job.unrecordedBytes >= TUNING.journalBytes) record(job);
       unsyncedBytes += sizeBytes;
-      if (unsyncedBytes < LIMITS.syncBytes) return;
+      if (unsyncedBytes < TUNING.syncBytes) return;
       unsyncedBytes = 0;
       const before = syncing; // one after the other: an error of the disk is told to one sync only, and may not be lost
       (syncing = before.then(() => syncQuietly(handle))).catch(ignore);
@@ -2545,11 +2549,11 @@ async function pullToStream(
   let cursor = 0;
   const sink: Sink = {
     unitBytes: ({ registry: { acceptsRanges, latencyMs }, origins }) =>
-      acceptsRanges && latencyMs >= LIMITS.farLatencyMs && origins.length === 0
-        ? LIMITS.streamUnitBytes
+      acceptsRanges && latencyMs >= TUNING.farLatencyMs && origins.length === 0
+        ? TUNING.streamUnitBytes
         : NEVER,
     write: async ({ offset }, position, chunks) => {
-      await until(() => offset + position < cursor + LIMITS.streamWindowBytes);
+      await until(() => offset + position < cursor + TUNING.streamWindowBytes);
       early.set(offset + position, Buffer.concat(chunks));
       wake();
     },
@@ -2622,7 +2626,7 @@ async function collectAll(readChild: Reader, limit: number, where: string, top: 
     checkDepth(depth, where);
     const [manifest, { digest }] = [parseManifest(fetched, where), fetched];
     if (manifest.kind === "image")
-      return void contents.push({ digest, manifest, ...given({ platform }) });
+      return void contents.push({ digest, manifest, ...dropEmpty({ platform }) });
     const entries = manifest.manifests.filter((entry) => !manifests.has(entry.digest));
     const children = await mapConcurrently(entries, limit, readChild);
     for (const [at, child] of children.entries()) {
@@ -2714,7 +2718,7 @@ async function resolveImage(session: Session, reference: Reference, name: string
     const platform = isRecord(config) && config.os ? parsePlatform(config) : undefined;
     if (platform) checkPlatform(session, where, platform);
     return resolved(asked, formatPlatform(platform), [
-      { manifest: parsed, ...given({ platform, configBytes }) },
+      { manifest: parsed, ...dropEmpty({ platform, configBytes }) },
     ]);
   }
   const [{ platform }, fetched] = await findPlatform(
@@ -2726,7 +2730,7 @@ async function resolveImage(session: Session, reference: Reference, name: string
   const manifest = parseManifest(fetched, where);
   if (manifest.kind !== "image")
     return fail("PROTOCOL", `${where}: ${fetched.digest} is an index, and not said to be`);
-  return resolved(fetched, formatPlatform(platform), [{ manifest, ...given({ platform }) }]);
+  return resolved(fetched, formatPlatform(platform), [{ manifest, ...dropEmpty({ platform }) }]);
 }
 /** A single image for another platform than the one asked for is an error; than this machine's, a warning. */
 function checkPlatform(
@@ -2904,8 +2908,8 @@ function settingsOf(
     timeoutMs: integer(opts.timeoutMs ?? 30_000, "--timeout", 1, 86_400_000, " ms"),
     concurrency: integer(opts.concurrency ?? 8, "--concurrency", 1, 64),
     retries: integer(opts.retries ?? 5, "--retries", 0, 100),
-    wanted: given({ os: opts.osType, architecture: opts.archType, variant: opts.variant }),
-    ...given({ tlsCert, tlsKey, caCert, username, password, token, namespace }),
+    wanted: dropEmpty({ os: opts.osType, architecture: opts.archType, variant: opts.variant }),
+    ...dropEmpty({ tlsCert, tlsKey, caCert, username, password, token, namespace }),
   };
 }
 /** Everything that one pull opens is closed when `run` ends. */
@@ -3345,7 +3349,7 @@ function parseCommandLine(argv: readonly string[]) {
   const options = Object.fromEntries(
     specs.map(({ name, short, value }) => [
       name,
-      { type: value ? ("string" as const) : ("boolean" as const), ...given({ short }) },
+      { type: value ? ("string" as const) : ("boolean" as const), ...dropEmpty({ short }) },
     ]),
   );
   const parsed = parseArgs({
@@ -3426,7 +3430,7 @@ function planCommand({
   if (isPasswordOnStdin && from === "-")
     usage("stdin is asked for twice: --password-stdin and --from -");
   const timeout = number("timeout");
-  const opts = given({
+  const opts = dropEmpty({
     scheme,
     osType,
     archType,
@@ -3649,7 +3653,7 @@ async function runCommand(
       destination: isStream ? stdout : destination,
       isAll,
       reuse,
-      ...given({ since }),
+      ...dropEmpty({ since }),
     };
     const pull = (session: Session) => pullImages(session, request, progress.observe);
     const { results, transfer, plan } = await withSession(pullerOpts, pull, { environment });
@@ -3708,6 +3712,7 @@ async function main(argv: readonly string[], io: CommandIO = process): Promise<n
 const internals = Object.freeze({
   LIMITS,
   OPTIONS,
+  TUNING,
   defaultDestination,
   encodeTarHeader,
   formatReference,

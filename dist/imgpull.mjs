@@ -28,21 +28,33 @@ var LIMITS = Object.freeze({
   manifestBytes: 4 * MIB,
   // the distribution specification's own floor for registries
   configBytes: 16 * MIB,
+  // image configs are some KiB; a label may hold an SBOM
   tokenBytes: MIB,
+  // tokens are some KiB
   errorBodyBytes: MIB / 16,
+  // a sentence is shown of it
   credentialFileBytes: 4 * MIB,
+  // docker's config.json; this one may be a device or a mistake
   tarMetadataBytes: 16 * MIB,
   // index.json and the like of a tar that someone else made
   indexDepth: 4,
+  // an index inside an index; real ones are one or two deep
   indexEntries: 1024,
   // with `--platform all` each entry is a request
+  redirects: 10,
+  // as browsers and Go have it
   tokenFloorMs: 6e4,
   // the token specification's default, and more than a skewed clock takes away
-  redirects: 10,
   firstBackoffMs: 1e3,
+  // most lost connections are back at once
   backoffMs: 3e4,
+  // and a registry that restarts is back within a minute or two
   retryAfterMs: 12e4,
   // longer waits are the user's to decide
+  lockBeatMs: 1e4
+  // a lock of another machine that is six beats old belongs to nobody
+});
+var TUNING = Object.freeze({
   batchBytes: MIB,
   // one write to disk: fewer trips to Node's thread pool than one for each chunk
   journalBytes: MIB,
@@ -54,16 +66,15 @@ var LIMITS = Object.freeze({
   nearSplitBytes: 16 * MIB,
   // nor on a near line, where a server has megabytes under way that a cut throws away
   busyLoop: 0.4,
+  // share of Node's event loop that is in use, over judgeMs:
   judgeMs: 100,
-  // of Node's event loop, over that time: from here on the processor is the limit
+  // from there on the processor is the limit
   farLatencyMs: 20,
   // from here on a line is worth several connections before its speed is known
   streamUnitBytes: 4 * MIB,
   // DEST `-`: one request's share of a large blob
-  streamWindowBytes: 32 * MIB,
+  streamWindowBytes: 32 * MIB
   // DEST `-`: how far the line may be ahead of the reader
-  lockBeatMs: 1e4
-  // a lock of another machine that is six beats old belongs to nobody
 });
 var ImgpullError = class extends Error {
   name = "ImgpullError";
@@ -160,7 +171,7 @@ function parseJson(text) {
     return void 0;
   }
 }
-var given = (values) => Object.fromEntries(
+var dropEmpty = (values) => Object.fromEntries(
   Object.entries(values).filter(([, value]) => value !== void 0 && value !== "")
 );
 var sumOf = (items, value) => Array.from(items, value).reduce((sum, each) => sum + each, 0);
@@ -236,7 +247,7 @@ function parseReference(text) {
   const repository = isHub && !name.includes("/") ? `library/${name}` : name;
   if (host.length + repository.length + 1 > 255)
     refuse("host and repository are longer than 255 characters");
-  const version = given({ tag: tag ?? (digest === void 0 ? "latest" : void 0), digest });
+  const version = dropEmpty({ tag: tag ?? (digest === void 0 ? "latest" : void 0), digest });
   return { host: isHub ? "docker.io" : host, repository, ...version };
 }
 var formatReference = ({ host, repository, tag, digest }) => `${host}/${repository}${tag === void 0 ? "" : `:${tag}`}${digest === void 0 ? "" : `@${digest}`}`;
@@ -479,7 +490,7 @@ async function followRedirects(request, sendOnce) {
     };
     const response = await sendOnce(request, url, {
       ...common,
-      ...given({ Authorization: authorization })
+      ...dropEmpty({ Authorization: authorization })
     });
     const {
       statusCode: status = 0,
@@ -695,12 +706,12 @@ async function fetchToken(session, origin, asked, isRegistry, credential) {
   const isSafe = ["https:", new URL(origin).protocol].includes(url.protocol);
   if (!isSafe)
     fail("PROTOCOL", `${origin} names the token endpoint ${where}: not over ${url.protocol}`);
-  const query = given({ service, scope });
+  const query = dropEmpty({ service, scope });
   const ask = (method, authorization, body) => session.transport.send({
     method,
     url,
     signal: session.signal,
-    ...given({ body }),
+    ...dropEmpty({ body }),
     headers: body === void 0 ? {} : { "Content-Type": "application/x-www-form-urlencoded" },
     authorizationFor: async (each) => each === url.origin ? authorization : void 0,
     isRegistry: (each) => each === origin && isRegistry
@@ -1000,7 +1011,7 @@ function parseDescriptor(value, where) {
     mediaType,
     digest,
     size,
-    ...given({ urls: isUrlList ? urls : void 0, platform })
+    ...dropEmpty({ urls: isUrlList ? urls : void 0, platform })
   };
 }
 function parsePlatform(value) {
@@ -1008,7 +1019,7 @@ function parsePlatform(value) {
   return {
     os: word("os"),
     architecture: word("architecture"),
-    ...given({ variant: word("variant") })
+    ...dropEmpty({ variant: word("variant") })
   };
 }
 function parseManifest({ bytes, mediaType }, where) {
@@ -1059,7 +1070,7 @@ function hostPlatform() {
   return {
     os: systems[platform] ?? platform,
     architecture: processors[arch] ?? arch,
-    ...given({ variant })
+    ...dropEmpty({ variant })
   };
 }
 function acceptableVariants(architecture, variant) {
@@ -1088,7 +1099,7 @@ function wantedPlatform(wanted, host = hostPlatform()) {
   return {
     os: wanted.os ?? host.os,
     architecture: wanted.architecture ?? host.architecture,
-    ...given({ variant })
+    ...dropEmpty({ variant })
   };
 }
 var BLOCK = 512;
@@ -1225,8 +1236,8 @@ async function readAt(handle, position, length) {
   }
 }
 async function* readPlace(handle, from, to) {
-  for (let at = from; at < to; at += LIMITS.batchBytes) {
-    const length = Math.min(LIMITS.batchBytes, to - at);
+  for (let at = from; at < to; at += TUNING.batchBytes) {
+    const length = Math.min(TUNING.batchBytes, to - at);
     const piece = await readAt(handle, at, length);
     if (piece.length < length) fail("DISK", "a file became shorter while it was read");
     yield piece;
@@ -1393,7 +1404,7 @@ function cutInHalf(segment) {
   return newSegment(job, segment.to, to, true);
 }
 function longestRange(segments) {
-  const canCut = ({ job: { origins, registry }, at, to }) => origins.length === 0 && registry.acceptsRanges && to - at >= 2 * (registry.latencyMs < LIMITS.farLatencyMs ? LIMITS.nearSplitBytes : LIMITS.splitBytes);
+  const canCut = ({ job: { origins, registry }, at, to }) => origins.length === 0 && registry.acceptsRanges && to - at >= 2 * (registry.latencyMs < TUNING.farLatencyMs ? TUNING.nearSplitBytes : TUNING.splitBytes);
   return [...segments].filter(canCut).sort(longestFirst)[0];
 }
 function takeOver({ active, sink, loopBefore }) {
@@ -1403,7 +1414,7 @@ function takeOver({ active, sink, loopBefore }) {
     idle: idleMs,
     utilization
   } = performance.eventLoopUtilization(loopBefore);
-  return victim && busyMs + idleMs > LIMITS.judgeMs && utilization < LIMITS.busyLoop ? cutInHalf(victim) : void 0;
+  return victim && busyMs + idleMs > TUNING.judgeMs && utilization < TUNING.busyLoop ? cutInHalf(victim) : void 0;
 }
 function enqueue({ pending, sink }, job) {
   const unit = sink.unitBytes?.(job) ?? NEVER;
@@ -1427,7 +1438,7 @@ async function fetchBlobs(transfer) {
   observe(transfer);
   for (const job of jobs) enqueue(transfer, job);
   if (!sink.unitBytes) {
-    const longest = () => longestRange(pending.filter(({ job }) => job.registry.latencyMs >= LIMITS.farLatencyMs));
+    const longest = () => longestRange(pending.filter(({ job }) => job.registry.latencyMs >= TUNING.farLatencyMs));
     for (let next = longest(); next && pending.length < connections; next = longest())
       pending.push(cutInHalf(next));
     pending.sort(longestFirst);
@@ -1464,7 +1475,7 @@ async function fetchBlobs(transfer) {
 function fetchSegment(transfer, segment) {
   let before = segment.at;
   const gotOn = () => {
-    const isEnough = segment.at - before >= Math.min(LIMITS.batchBytes, Math.ceil(segment.job.descriptor.size / 64));
+    const isEnough = segment.at - before >= Math.min(TUNING.batchBytes, Math.ceil(segment.job.descriptor.size / 64));
     before = segment.at;
     return isEnough;
   };
@@ -1583,7 +1594,7 @@ async function receive(transfer, segment) {
     job.doneBytes = Math.min(job.descriptor.size, job.doneBytes + wanted.length);
     transfer[counter] += wanted.length;
     if (position > end || segment.at >= segment.to && position < end) stream.destroy();
-    else if (batchBytes >= LIMITS.batchBytes) flush();
+    else if (batchBytes >= TUNING.batchBytes) flush();
   });
   const cause = await finished(stream, { signal }).then(
     () => void 0,
@@ -1604,7 +1615,7 @@ var openForUpdate = (file, mode = 438) => fs.open(file, fs.constants.O_RDWR | fs
 async function isIntact({ handle, offset }, { digest, size }, signal, unpack) {
   const hash = newHash(digest);
   const pieces = Readable.from(readPlace(handle, offset, offset + size));
-  await pipeline([pieces, ...unpack ? [unpack] : [], hash], given({ signal })).catch(
+  await pipeline([pieces, ...unpack ? [unpack] : [], hash], dropEmpty({ signal })).catch(
     (error) => {
       if (!errorCodeOf(error).startsWith("Z")) throw error;
     }
@@ -1666,9 +1677,9 @@ function fileSink({ warn }, { open: open2, finish }, record) {
       const sizeBytes = await writeAll(handle, chunks, job.offset + position);
       job.written = addRange(job.written, [position, position + sizeBytes]);
       job.unrecordedBytes += sizeBytes;
-      if (job.unrecordedBytes >= LIMITS.journalBytes) record(job);
+      if (job.unrecordedBytes >= TUNING.journalBytes) record(job);
       unsyncedBytes += sizeBytes;
-      if (unsyncedBytes < LIMITS.syncBytes) return;
+      if (unsyncedBytes < TUNING.syncBytes) return;
       unsyncedBytes = 0;
       const before = syncing;
       (syncing = before.then(() => syncQuietly(handle))).catch(ignore);
@@ -1872,9 +1883,9 @@ async function pullToStream(outer, plan, output, tars, observe) {
   };
   let cursor = 0;
   const sink = {
-    unitBytes: ({ registry: { acceptsRanges, latencyMs }, origins }) => acceptsRanges && latencyMs >= LIMITS.farLatencyMs && origins.length === 0 ? LIMITS.streamUnitBytes : NEVER,
+    unitBytes: ({ registry: { acceptsRanges, latencyMs }, origins }) => acceptsRanges && latencyMs >= TUNING.farLatencyMs && origins.length === 0 ? TUNING.streamUnitBytes : NEVER,
     write: async ({ offset }, position, chunks) => {
-      await until(() => offset + position < cursor + LIMITS.streamWindowBytes);
+      await until(() => offset + position < cursor + TUNING.streamWindowBytes);
       early.set(offset + position, Buffer.concat(chunks));
       wake();
     },
@@ -1930,7 +1941,7 @@ async function collectAll(readChild, limit, where, top) {
     checkDepth(depth, where);
     const [manifest, { digest }] = [parseManifest(fetched, where), fetched];
     if (manifest.kind === "image")
-      return void contents.push({ digest, manifest, ...given({ platform }) });
+      return void contents.push({ digest, manifest, ...dropEmpty({ platform }) });
     const entries = manifest.manifests.filter((entry) => !manifests.has(entry.digest));
     const children = await mapConcurrently(entries, limit, readChild);
     for (const [at, child] of children.entries()) {
@@ -2005,7 +2016,7 @@ async function resolveImage(session, reference, name, isAll) {
     const platform2 = isRecord(config) && config.os ? parsePlatform(config) : void 0;
     if (platform2) checkPlatform(session, where, platform2);
     return resolved(asked, formatPlatform(platform2), [
-      { manifest: parsed, ...given({ platform: platform2, configBytes }) }
+      { manifest: parsed, ...dropEmpty({ platform: platform2, configBytes }) }
     ]);
   }
   const [{ platform }, fetched] = await findPlatform(
@@ -2017,7 +2028,7 @@ async function resolveImage(session, reference, name, isAll) {
   const manifest = parseManifest(fetched, where);
   if (manifest.kind !== "image")
     return fail("PROTOCOL", `${where}: ${fetched.digest} is an index, and not said to be`);
-  return resolved(fetched, formatPlatform(platform), [{ manifest, ...given({ platform }) }]);
+  return resolved(fetched, formatPlatform(platform), [{ manifest, ...dropEmpty({ platform }) }]);
 }
 function checkPlatform({ settings: { wanted }, warn }, where, platform) {
   const asked = { ...platform, ...wanted };
@@ -2154,8 +2165,8 @@ function settingsOf(opts, environment, certsDirectory = "/etc/docker/certs.d") {
     timeoutMs: integer(opts.timeoutMs ?? 3e4, "--timeout", 1, 864e5, " ms"),
     concurrency: integer(opts.concurrency ?? 8, "--concurrency", 1, 64),
     retries: integer(opts.retries ?? 5, "--retries", 0, 100),
-    wanted: given({ os: opts.osType, architecture: opts.archType, variant: opts.variant }),
-    ...given({ tlsCert, tlsKey, caCert, username, password, token, namespace })
+    wanted: dropEmpty({ os: opts.osType, architecture: opts.archType, variant: opts.variant }),
+    ...dropEmpty({ tlsCert, tlsKey, caCert, username, password, token, namespace })
   };
 }
 async function withSession(opts, run, replaced = {}) {
@@ -2525,7 +2536,7 @@ function parseCommandLine(argv) {
   const options = Object.fromEntries(
     specs.map(({ name, short, value }) => [
       name,
-      { type: value ? "string" : "boolean", ...given({ short }) }
+      { type: value ? "string" : "boolean", ...dropEmpty({ short }) }
     ])
   );
   const parsed = parseArgs({
@@ -2595,7 +2606,7 @@ function planCommand({
   if (isPasswordOnStdin && from === "-")
     usage("stdin is asked for twice: --password-stdin and --from -");
   const timeout = number("timeout");
-  const opts = given({
+  const opts = dropEmpty({
     scheme,
     osType,
     archType,
@@ -2798,7 +2809,7 @@ async function runCommand(argv, io, signal) {
       destination: isStream ? stdout : destination,
       isAll,
       reuse,
-      ...given({ since })
+      ...dropEmpty({ since })
     };
     const pull = (session) => pullImages(session, request, progress.observe);
     const { results, transfer, plan } = await withSession(pullerOpts, pull, { environment });
@@ -2853,6 +2864,7 @@ async function main(argv, io = process) {
 var internals = Object.freeze({
   LIMITS,
   OPTIONS,
+  TUNING,
   defaultDestination,
   encodeTarHeader,
   formatReference,

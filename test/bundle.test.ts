@@ -751,7 +751,7 @@ test("a slow reader holds the line back: read-ahead and memory are bounded", {
   assert.ok(aheadBytes > 8 * MIB, `the reader was not slow: ${aheadBytes} bytes ahead`);
   // The window, and what Linux may hold in the sockets of one connection: 32 MiB to read, 4 MiB to send.
   assert.ok(
-    aheadBytes < internals.LIMITS.streamWindowBytes + 48 * MIB,
+    aheadBytes < internals.TUNING.streamWindowBytes + 48 * MIB,
     `${aheadBytes} bytes ahead of the reader`,
   );
   assert.ok(peakMemory < 192 * MIB, `${peakMemory} bytes of memory`);

@@ -438,7 +438,7 @@ test("far away, a large layer comes over several connections, each byte once", {
   timeout: 30_000,
 }, async (t) => {
   // Quarters of 1.9 times the smallest half: too small to be cut in two once more.
-  const sizeBytes = Math.floor(7.6 * internals.LIMITS.splitBytes);
+  const sizeBytes = Math.floor(7.6 * internals.TUNING.splitBytes);
   const content = makeMultiPlatform(["linux/amd64"], { seed: "far", layers: [sizeBytes] });
   const [{ digest }] = layersOf(childOf(content));
   const served = await serve(t, content);

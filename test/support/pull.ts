@@ -95,7 +95,7 @@ export function makeFar(registry: Registry): void {
     {
       handler: async (_request, _response, next) => {
         const since = performance.now();
-        while (performance.now() - since < 3 * internals.LIMITS.farLatencyMs)
+        while (performance.now() - since < 3 * internals.TUNING.farLatencyMs)
           await new Promise(setImmediate);
         await next();
       },
