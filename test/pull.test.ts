@@ -527,7 +527,7 @@ test("a registry that takes one connection at a time gets one", { timeout: 30_00
       },
     },
   );
-  await pull(served.reference, served.dest, { sleep: () => free.promise });
+  await pull(served.reference, served.dest, { onSleep: () => free.promise });
   await assertRight(t, served, SEVERAL_MIB);
 });
 

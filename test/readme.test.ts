@@ -221,7 +221,7 @@ const NOT_RUN: Record<string, string> = {
   "npm ci":
     "the rebuild of dist/ is in dist.test.ts, that of the binaries in the test of the binaries",
   'curl -fsSL "$RELEASE/imgpull.cjs" | node --permission --allow-net --allow-fs-read=. --allow-fs-write=. \\':
-    "it needs Node 26: nodes.test.ts runs it",
+    "it needs Node 26: node-versions.test.ts runs it",
 };
 
 describe("every command block", { concurrency: 2 }, () => {

@@ -15,8 +15,8 @@ import { internals, Puller } from "../imgpull.ts";
 import { makeAuthority } from "./support/certificates.ts";
 import { COMMAND, runCommand, SECRETS, secretForms, temporaryFolder } from "./support/command.ts";
 import { makeImage } from "./support/image.ts";
+import { assertFailed, tryPull } from "./support/pull.ts";
 import { gate, startRegistry } from "./support/registry.ts";
-import { assertFailed, pull } from "./support/session.ts";
 
 const image = makeImage();
 const REFERENCE = "team/app";
@@ -63,7 +63,7 @@ test("the client certificate is not shown to the token service of a redirect's t
   const reference = registry.add(image, REFERENCE, "1.0");
   other.add(image, REFERENCE, "1.0");
   registry.on({ kind: "manifest" }, { redirect: (record) => new URL(record.path, other.url).href });
-  await pull(t, reference, { scheme: "https", caCert, tlsCert, tlsKey, retries: 0 });
+  await tryPull(t, reference, { scheme: "https", caCert, tlsCert, tlsKey, retries: 0 });
   const shown = [registry, other].map(({ requests }) =>
     requests.map(({ clientCertificate }) => clientCertificate),
   );
@@ -125,14 +125,14 @@ test("sizes and digests nested deeper than a stack are refused in words", async 
   const bytes = Buffer.from(`{"schemaVersion":2,"config":{"digest":${deep}},"layers":[]}`);
   registry.on({ kind: "manifest" }, { body: bytes, status: 200 });
   const reference = registry.add(image, REFERENCE, "1.0");
-  assertFailed(await pull(t, reference, { scheme: "http" }), "PROTOCOL", "an object");
+  assertFailed(await tryPull(t, reference, { scheme: "http" }), "PROTOCOL", "an object");
 });
 
 test("a stored registrytoken that fits no header is an error that names its file", async (t) => {
   const registry = await startRegistry({ auth: "bearer" }, t);
   const reference = registry.add(image, REFERENCE, "1.0");
   const config = JSON.stringify({ auths: { [registry.host]: { registrytoken: "abc\nx" } } });
-  const outcome = await pull(t, reference, {
+  const outcome = await tryPull(t, reference, {
     scheme: "http",
     environment: { DOCKER_AUTH_CONFIG: config },
   });

@@ -22,8 +22,8 @@ import {
 } from "./support/command.ts";
 import { makeImage } from "./support/image.ts";
 import { type ProxyOptions, startProxy } from "./support/proxy.ts";
+import { assertFailed, assertPulled, tryPull } from "./support/pull.ts";
 import { type Registry, type RegistryOptions, startRegistry } from "./support/registry.ts";
-import { assertFailed, assertPulled, pull } from "./support/session.ts";
 
 const HTTP = { scheme: "http" } as const;
 const GIVEN = { username: USER, password: SECRETS.password };
@@ -72,7 +72,7 @@ describe("redirects", () => {
       });
       const away = registry.on({ kind: "layer" }, { redirect: "storage", redirectStatus });
       const within = registry.on({ kind: "config" }, { redirect: "self", redirectStatus });
-      assertPulled(await pull(t, reference, { ...HTTP, ...GIVEN }), image);
+      assertPulled(await tryPull(t, reference, { ...HTTP, ...GIVEN }), image);
       assert.deepEqual([away.hits, within.hits], [2, 1]);
       assert.deepEqual(shownAt(registry).sort(), [
         "registry true",
@@ -94,7 +94,7 @@ describe("redirects", () => {
         redirect: ({ digest = "" }) => registry.url + registry.signedPath(digest),
       },
     );
-    assertPulled(await pull(t, reference, { ...HTTP, ...GIVEN }), image);
+    assertPulled(await tryPull(t, reference, { ...HTTP, ...GIVEN }), image);
     assert.equal(back.hits, 1);
     assert.deepEqual(shownAt(registry), ["storage false", "registry true"]);
   });
@@ -104,28 +104,28 @@ describe("redirects", () => {
     const { registry, reference } = await serve(t);
     const again = ({ url }: { url: string }) => `${url}${url.includes("?") ? "&" : "?"}again`;
     const rule = registry.on({ kind: "manifest", times: hops }, { redirect: again });
-    assertPulled(await pull(t, reference, HTTP), image);
+    assertPulled(await tryPull(t, reference, HTTP), image);
     assert.equal(rule.hits, hops);
     registry.forget();
     registry.on({ kind: "manifest" }, { redirect: again });
-    assertFailed(await pull(t, reference, HTTP), "PROTOCOL", `more than ${hops} redirects`);
+    assertFailed(await tryPull(t, reference, HTTP), "PROTOCOL", `more than ${hops} redirects`);
     assert.equal(registry.requests.length, hops + 1);
   });
 
   test("never from https to http, whatever the host", async (t) => {
     const { registry, reference } = await serve(t, { tls, storage: { tls: false } });
     registry.on({ kind: "layer" }, { redirect: "storage" });
-    const outcome = await pull(t, reference, trust(t));
+    const outcome = await tryPull(t, reference, trust(t));
     assertFailed(outcome, "PROTOCOL", "redirects to http:", "not followed from https");
-    assert.deepEqual(outcome.sleeps, []);
+    assert.deepEqual(outcome.waitsMs, []);
     assert.equal(registry.connections("storage"), 0);
   });
 
   test("from http to https, where the certificate is checked like any", async (t) => {
     const { registry, reference } = await serve(t, { storage: { tls } });
     registry.on({ kind: "layer" }, { redirect: "storage" });
-    assertFailed(await pull(t, reference, HTTP), "TLS", registry.storageUrl);
-    assertPulled(await pull(t, reference, { ...HTTP, ...trust(t) }), image);
+    assertFailed(await tryPull(t, reference, HTTP), "TLS", registry.storageUrl);
+    assertPulled(await tryPull(t, reference, { ...HTTP, ...trust(t) }), image);
   });
 
   const BAD_LOCATIONS = [
@@ -143,7 +143,7 @@ describe("redirects", () => {
     ]) {
       const { registry, reference } = await serve(t);
       registry.on({ kind: "layer" }, { redirect: location });
-      const outcome = await pull(t, reference, HTTP);
+      const outcome = await tryPull(t, reference, HTTP);
       assertFailed(outcome, "PROTOCOL", "redirects to");
       assert(!outcome.error?.message.includes(SECRETS.signature));
     }
@@ -152,7 +152,7 @@ describe("redirects", () => {
   test("a redirect without a Location is an error with its status", async (t) => {
     const { registry, reference } = await serve(t);
     registry.on({ kind: "manifest" }, { status: 302, body: "" });
-    assertFailed(await pull(t, reference, HTTP), "PROTOCOL", "302");
+    assertFailed(await tryPull(t, reference, HTTP), "PROTOCOL", "302");
   });
 
   test("a redirect whose own body never ends does not hold the pull up", async (t) => {
@@ -167,7 +167,7 @@ describe("redirects", () => {
       headers: location,
       stallAfter: 10,
     });
-    assertPulled(await pull(t, reference, HTTP), image);
+    assertPulled(await tryPull(t, reference, HTTP), image);
     assert.equal(rule.hits, 1);
   });
 });
@@ -200,13 +200,13 @@ describe("the server's certificate", () => {
   for (const [name, identity, words] of wrong) {
     test(`${name}: refused with the reason and not tried again, taken with --insecure`, async (t) => {
       const { registry, reference } = await serve(t, { tls: identity });
-      const outcome = await pull(t, reference, trust(t));
+      const outcome = await tryPull(t, reference, trust(t));
       assertFailed(outcome, "TLS", words, `GET ${registry.url}/v2/team/app/manifests/1.0`);
       assert.deepEqual(
-        [outcome.sleeps, registry.connections("registry"), registry.requests.length],
+        [outcome.waitsMs, registry.connections("registry"), registry.requests.length],
         [[], 1, 0],
       );
-      assertPulled(await pull(t, reference, { insecure: true }), image);
+      assertPulled(await tryPull(t, reference, { insecure: true }), image);
     });
   }
 
@@ -248,15 +248,15 @@ describe("the server's certificate", () => {
         junk: join(folder, "junk"),
       };
       const { reference } = await serve(t, { tls });
-      assertPulled(await pull(t, reference, { environment: environment(files, folder) }), image);
+      assertPulled(await tryPull(t, reference, { environment: environment(files, folder) }), image);
     });
   }
 
   test("SSL_CERT_FILE stands in place of the system's bundle, --cacert comes on top", async (t) => {
     const { reference } = await serve(t, { tls });
     const environment = { SSL_CERT_FILE: pemFiles(t, { junk: second.cert }).junk };
-    assertFailed(await pull(t, reference, { environment }), "TLS", "--cacert");
-    assertPulled(await pull(t, reference, { environment, ...trust(t) }), image);
+    assertFailed(await tryPull(t, reference, { environment }), "TLS", "--cacert");
+    assertPulled(await tryPull(t, reference, { environment, ...trust(t) }), image);
   });
 
   test("--cacert takes a bundle; a file that is missing or none is named", async (t) => {
@@ -265,10 +265,10 @@ describe("the server's certificate", () => {
       bundle: `# ours\n${second.cert}\n${authority.cert}`,
       none: "not PEM",
     });
-    assertPulled(await pull(t, reference, { caCert: bundle }), image);
+    assertPulled(await tryPull(t, reference, { caCert: bundle }), image);
     registry.forget();
     for (const caCert of [none, "/nowhere/ca.pem"]) {
-      assertFailed(await pull(t, reference, { caCert }), "TLS", caCert);
+      assertFailed(await tryPull(t, reference, { caCert }), "TLS", caCert);
     }
     assert.equal(registry.requests.length, 0);
   });
@@ -295,13 +295,13 @@ test("plain HTTP on an https port, and https on an http port, with the way out",
   const plain = createHttpServer((_request, response) => response.end()).listen(0, "127.0.0.1");
   await once(plain, "listening");
   t.after(() => (plain.close(), plain.closeAllConnections()));
-  const outcome = await pull(t, `127.0.0.1:${(plain.address() as AddressInfo).port}/team/app:1`);
+  const outcome = await tryPull(t, `127.0.0.1:${(plain.address() as AddressInfo).port}/team/app:1`);
   assertFailed(outcome, "TLS", "plain HTTP", "--scheme http");
-  assert.deepEqual(outcome.sleeps, []);
+  assert.deepEqual(outcome.waitsMs, []);
   // The words of Go's net/http, and so of docker-registry.
   const { registry, reference } = await serve(t);
   registry.on({}, { status: 400, body: "Client sent an HTTP request to an HTTPS server.\n" });
-  assertFailed(await pull(t, reference, HTTP), "PROTOCOL", "400", "--scheme http");
+  assertFailed(await tryPull(t, reference, HTTP), "PROTOCOL", "400", "--scheme http");
 });
 
 describe("client certificates", () => {
@@ -311,7 +311,7 @@ describe("client certificates", () => {
   test("with every request to the registry", async (t) => {
     const { registry, reference } = await serve(t, { tls: mutual, storage: { tls } });
     const { cert: tlsCert, key: tlsKey } = pemFiles(t, client);
-    assertPulled(await pull(t, reference, { tlsCert, tlsKey, ...trust(t) }), image);
+    assertPulled(await tryPull(t, reference, { tlsCert, tlsKey, ...trust(t) }), image);
     assert.deepEqual(
       new Set(registry.requests.map(({ clientCertificate }) => clientCertificate)),
       new Set(["me"]),
@@ -337,14 +337,14 @@ describe("client certificates", () => {
       { redirect: ({ digest }) => `https://127.0.0.1:${port}/${digest}` },
     );
     const { cert: tlsCert, key: tlsKey } = pemFiles(t, client);
-    assertPulled(await pull(t, reference, { tlsCert, tlsKey, ...trust(t) }), image);
+    assertPulled(await tryPull(t, reference, { tlsCert, tlsKey, ...trust(t) }), image);
     assert.deepEqual(shown, [undefined, undefined]);
   });
 
   test("a registry that wants one and gets none: the error says so", async (t) => {
     const { registry, reference } = await serve(t, { tls: mutual, storage: { tls } });
     assertFailed(
-      await pull(t, reference, { ...trust(t), retries: 0 }),
+      await tryPull(t, reference, { ...trust(t), retries: 0 }),
       "TLS",
       "--cert FILE --key FILE",
     );
@@ -367,7 +367,7 @@ describe("client certificates", () => {
     ];
     for (const [tlsCert = "", tlsKey = ""] of pairs) {
       assertFailed(
-        await pull(t, reference, { tlsCert, tlsKey, ...trust(t) }),
+        await tryPull(t, reference, { tlsCert, tlsKey, ...trust(t) }),
         "TLS",
         /certificate|--cert|--key|PEM/,
       );
@@ -401,7 +401,7 @@ describe("certs.d", () => {
       "client.key": client.key,
       README: "x",
     };
-    assertPulled(await pull(t, reference, certsFolder(t, registry.host, files)), image);
+    assertPulled(await tryPull(t, reference, certsFolder(t, registry.host, files)), image);
     assert.deepEqual(
       new Set(registry.requests.map(({ clientCertificate }) => clientCertificate)),
       new Set(["from certs.d"]),
@@ -411,10 +411,10 @@ describe("certs.d", () => {
   test("another host's is not used, and a broken one is named", async (t) => {
     const { registry, reference } = await serve(t, { tls });
     const other = certsFolder(t, "127.0.0.1:1", { "ca.crt": authority.cert });
-    assertFailed(await pull(t, reference, other), "TLS", "--cacert");
+    assertFailed(await tryPull(t, reference, other), "TLS", "--cacert");
     const broken = certsFolder(t, registry.host, { "ca.crt": "none" });
     assertFailed(
-      await pull(t, reference, broken),
+      await tryPull(t, reference, broken),
       "TLS",
       join(broken.certsDirectory, registry.host, "ca.crt"),
     );
@@ -454,7 +454,7 @@ describe("proxies", () => {
       );
       const environment = { HTTPS_PROXY: proxy.urlWithCredentials };
       assertPulled(
-        await pull(t, reference, { environment, ...GIVEN, ...trust(t), concurrency: 2 }),
+        await tryPull(t, reference, { environment, ...GIVEN, ...trust(t), concurrency: 2 }),
         image,
       );
       const asked = new Set(proxy.requests.map(({ method, target }) => `${method} ${target}`));
@@ -471,7 +471,7 @@ describe("proxies", () => {
       const { registry, proxy, host, reference } = await behindProxy(t, {}, authenticated);
       const environment = { HTTP_PROXY: proxy.urlWithCredentials };
       assertPulled(
-        await pull(t, reference, { ...HTTP, environment, namespace: "quay.io", ...trust(t) }),
+        await tryPull(t, reference, { ...HTTP, environment, namespace: "quay.io", ...trust(t) }),
         image,
       );
       assert.deepEqual(
@@ -499,13 +499,16 @@ describe("proxies", () => {
       const encoded = proxy.urlWithCredentials.replace(SECRETS.proxyPassword, (text) =>
         text.replace(/[-p]/g, (letter) => `%${letter.charCodeAt(0).toString(16)}`),
       );
-      assertPulled(await pull(t, reference, { ...given, environment: { [name]: encoded } }), image);
+      assertPulled(
+        await tryPull(t, reference, { ...given, environment: { [name]: encoded } }),
+        image,
+      );
       const wrong = proxy.url.replace("://", "://tester:guess-4711@");
       for (const url of [proxy.url, wrong]) {
-        const outcome = await pull(t, reference, { ...given, environment: { [name]: url } });
+        const outcome = await tryPull(t, reference, { ...given, environment: { [name]: url } });
         assertFailed(outcome, "PROXY", "407", /proxy/);
         assert(!outcome.error?.message.includes("guess-4711"));
-        assert.deepEqual(outcome.sleeps, []);
+        assert.deepEqual(outcome.waitsMs, []);
       }
     }
   });
@@ -518,7 +521,7 @@ describe("proxies", () => {
       { redirect: ({ digest = "" }) => storageUrl + registry.signedPath(digest) },
     );
     const environment = { HTTP_PROXY: proxy.url };
-    assertPulled(await pull(t, reference, { ...HTTP, environment, ...GIVEN }), image);
+    assertPulled(await tryPull(t, reference, { ...HTTP, environment, ...GIVEN }), image);
     assert.equal(proxy.requests.filter(({ target }) => target.includes("storage.test")).length, 2);
     assert(registry.storageRequests().every(({ headers }) => headers.authorization === undefined));
   });
@@ -530,7 +533,7 @@ describe("proxies", () => {
     const { reference } = await serve(t);
     for (const name of [reference, reference.replace("127.0.0.1", "localhost")]) {
       const environment = { HTTP_PROXY: proxy.url, ALL_PROXY: proxy.url };
-      assertPulled(await pull(t, name, { ...HTTP, environment }), image);
+      assertPulled(await tryPull(t, name, { ...HTTP, environment }), image);
     }
     assert.deepEqual(proxy.requests, []);
   });
@@ -540,12 +543,12 @@ describe("proxies", () => {
       for (const fault of [502, 503, "close"] as const) {
         const { proxy, reference } = await behindProxy(t, options, { fault, faults: 1 });
         const environment = { HTTP_PROXY: proxy.url, HTTPS_PROXY: proxy.url };
-        const outcome = await pull(t, reference, {
+        const outcome = await tryPull(t, reference, {
           ...(options.tls ? trust(t) : HTTP),
           environment,
         });
         assertPulled(outcome, image);
-        assert.equal(outcome.sleeps.length, 1, `${fault}`);
+        assert.equal(outcome.waitsMs.length, 1, `${fault}`);
       }
     }
   });
@@ -561,11 +564,11 @@ describe("proxies", () => {
       const { proxy, reference } = await behindProxy(t, { tls }, { fault });
       const given = { ...trust(t), timeoutMs: SOON, retries: 0 };
       const environment = { HTTPS_PROXY: proxy.urlWithCredentials };
-      assertFailed(await pull(t, reference, { environment, ...given }), code, proxy.host);
+      assertFailed(await tryPull(t, reference, { environment, ...given }), code, proxy.host);
     }
     const environment = { ALL_PROXY: closed.urlWithCredentials };
     for (const given of [{}, HTTP]) {
-      const outcome = await pull(t, "registry.test/team/app:1", {
+      const outcome = await tryPull(t, "registry.test/team/app:1", {
         ...given,
         environment,
         retries: 0,
@@ -580,7 +583,7 @@ describe("proxies", () => {
       ["http://[", /not a URL/],
     ] as const) {
       assertFailed(
-        await pull(t, "registry.test/app:1", { environment: { ALL_PROXY: url } }),
+        await tryPull(t, "registry.test/app:1", { environment: { ALL_PROXY: url } }),
         "PROXY",
         words,
       );
@@ -699,12 +702,12 @@ describe("silence", { concurrency: 8 }, () => {
     test(`${name} is a fault like any: tried again, and said in the end`, async (t) => {
       const { registry, reference } = await serve(t, { auth });
       const once = registry.on({ ...matcher, times: 1 }, fault);
-      const outcome = await pull(t, reference, { ...HTTP, timeoutMs: SOON });
+      const outcome = await tryPull(t, reference, { ...HTTP, timeoutMs: SOON });
       assertPulled(outcome, image);
       assert.equal(once.hits, 1);
-      assert(outcome.sleeps.length >= 1);
+      assert(outcome.waitsMs.length >= 1);
       const always = registry.on(matcher, fault);
-      const failed = await pull(t, reference, { ...HTTP, timeoutMs: SOON, retries: 1 });
+      const failed = await tryPull(t, reference, { ...HTTP, timeoutMs: SOON, retries: 1 });
       assertFailed(failed, name.endsWith("error") ? "PROTOCOL" : "TIMEOUT");
       assert(always.hits >= 2);
     });
@@ -733,14 +736,14 @@ describe("silence", { concurrency: 8 }, () => {
     const environment = { HTTPS_PROXY: proxy.url, HTTP_PROXY: proxy.url };
     for (const host of [silent, "registry.test"]) {
       for (const given of [{}, HTTP]) {
-        const outcome = await pull(t, `${host}/app:1`, {
+        const outcome = await tryPull(t, `${host}/app:1`, {
           ...given,
           environment,
           timeoutMs: SOON,
           retries: 1,
         });
         assertFailed(outcome, "TIMEOUT", `${SOON / 1000} s`);
-        assert.equal(outcome.sleeps.length, 1);
+        assert.equal(outcome.waitsMs.length, 1);
       }
     }
     assert.equal(proxy.requests.length, 4);
@@ -804,9 +807,9 @@ describe("what is too large is refused by name, in bounded memory", () => {
     test(name, async (t) => {
       const { registry, reference } = await serve(t, { auth: "bearer" });
       const rule = registry.on(matcher, fault);
-      const outcome = await pull(t, reference, HTTP);
+      const outcome = await tryPull(t, reference, HTTP);
       assertFailed(outcome, "TOO_LARGE", words);
-      assert.deepEqual([rule.hits, outcome.sleeps], [1, []]);
+      assert.deepEqual([rule.hits, outcome.waitsMs], [1, []]);
       await registry.settled();
       const read = Math.max(...registry.requests.map(({ bytesSent }) => bytesSent));
       assert(read < HUGE / 2, `${read} bytes were taken`);
@@ -817,7 +820,7 @@ describe("what is too large is refused by name, in bounded memory", () => {
     for (const contentLength of [0, "chunked"] as const) {
       const { registry, reference } = await serve(t);
       registry.on({ kind: "manifest" }, { status: 404, body: huge, contentLength });
-      assertFailed(await pull(t, reference, HTTP), "NOT_FOUND", "404");
+      assertFailed(await tryPull(t, reference, HTTP), "NOT_FOUND", "404");
       await registry.settled();
       assert((registry.requests[0]?.bytesSent ?? HUGE) < HUGE / 2);
     }
@@ -826,7 +829,7 @@ describe("what is too large is refused by name, in bounded memory", () => {
   test("headers", async (t) => {
     const { registry, reference } = await serve(t);
     registry.on({ kind: "manifest" }, { headers: { "x-large": "x".repeat(100_000) } });
-    assertFailed(await pull(t, reference, { ...HTTP, retries: 0 }), "NETWORK", "manifests/1.0");
+    assertFailed(await tryPull(t, reference, { ...HTTP, retries: 0 }), "NETWORK", "manifests/1.0");
   });
 });
 
@@ -846,7 +849,7 @@ describe("content encodings", () => {
       for (const [digest, bytes] of bodies) {
         registry.on({ digest }, { body: encode(bytes), headers: { "content-encoding": name } });
       }
-      assertPulled(await pull(t, reference, HTTP), image);
+      assertPulled(await tryPull(t, reference, HTTP), image);
       const asked = registry.requests.map(({ headers }) => headers["accept-encoding"]);
       assert.deepEqual(new Set(asked), new Set(["identity"]));
     });
@@ -860,7 +863,7 @@ describe("content encodings", () => {
           { kind },
           { headers: { "content-encoding": encoding }, body: brotliCompressSync("other bytes") },
         );
-        const outcome = await pull(t, reference, HTTP);
+        const outcome = await tryPull(t, reference, HTTP);
         assert(outcome.error);
         assert(!existsSync(outcome.tar));
       }
@@ -870,7 +873,7 @@ describe("content encodings", () => {
 
 test("the requests of a pull say who asks, and nothing of this machine", async (t) => {
   const { registry, reference } = await serve(t);
-  assertPulled(await pull(t, reference, HTTP), image);
+  assertPulled(await tryPull(t, reference, HTTP), image);
   for (const { headers } of registry.requests) {
     assert.match(headers["user-agent"] ?? "", /^imgpull\/\d+\.\d+\.\d+$/);
     const telling = ["cookie", "referer", "from", "authorization"];

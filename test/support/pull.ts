@@ -1,8 +1,16 @@
-// Pulls inside the test's own process: a clock without waiting, one name for every tar, and what has to be in a tar.
+// Pulls within the test's own process: a clock that does not wait, an environment and a certs.d of the test's own, and
+// what has to be in a tar. All that a user would read is kept for the search for secrets at the end of the suite.
 import assert from "node:assert/strict";
-import { readdirSync, readFileSync } from "node:fs";
+import { existsSync, readdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
-import { ImgpullError, internals, type PullerOpts } from "../../imgpull.ts";
+import { inspect } from "node:util";
+import {
+  type ErrorCode,
+  ImgpullError,
+  internals,
+  type PullerOpts,
+  type PullResult,
+} from "../../imgpull.ts";
 import { cleanEnvironment, recordOutput, type TestScope, temporaryFolder } from "./command.ts";
 import {
   type Algorithm,
@@ -46,46 +54,101 @@ export async function serve(
   };
 }
 
-export interface Pulled {
-  fetchedBytes: number;
+export interface PullOptions extends Partial<Omit<PullerOpts, "url">> {
+  /** Laid over the clean environment of command.ts. */
+  environment?: Record<string, string | undefined>;
+  /** In place of /etc/docker/certs.d. */
+  certsDirectory?: string;
+  now?: () => number;
+  /** Called at each wait before another attempt; the wait lasts until what it returns settles. */
+  onSleep?: (milliseconds: number) => unknown;
+}
+
+/** What a pull said and did besides its result, as far as it got. */
+interface Talk {
   warnings: string[];
+  /** Each wait before another attempt, in milliseconds; random is 1, so these are the longest ones. */
   waitsMs: number[];
 }
 
-export interface PullOptions extends Partial<PullerOpts> {
-  sleep?: (milliseconds: number) => Promise<void>;
+interface Job {
+  reference: string;
+  /** What the image is called in the tar. */
+  name: string;
+  dest: string;
 }
 
-/** A pull whose back-off takes no time unless `sleep` says so; `waitsMs` is what it would have waited. */
-export async function pull(
-  reference: string,
-  dest: string,
-  { sleep, ...opts }: PullOptions = {},
-): Promise<Pulled> {
-  const warnings: string[] = [];
-  const waitsMs: number[] = [];
+/** Waits cost nothing unless `onSleep` says so; `talk` is filled as the pull goes on. */
+async function run({ reference, name, dest }: Job, options: PullOptions, talk: Talk) {
+  const { environment: changes = {}, certsDirectory, now = Date.now, onSleep, ...opts } = options;
   const clock = {
-    now: Date.now,
-    random: () => 0,
+    now,
+    random: () => 1,
     sleep: async (milliseconds: number) => {
-      waitsMs.push(milliseconds);
-      await sleep?.(milliseconds);
+      talk.waitsMs.push(milliseconds);
+      await onSleep?.(milliseconds);
     },
   };
   const onWarning = (message: string): void => {
-    recordOutput(message);
-    warnings.push(message);
+    recordOutput(`${message}\n`);
+    talk.warnings.push(message);
   };
-  const images = [{ reference: internals.parseReference(reference), name: NAME }];
+  const images = [{ reference: internals.parseReference(reference), name }];
+  const request = { images, destination: dest, isAll: false, reuse: [] };
+  const environment = { ...cleanEnvironment(), ...changes };
   return await internals.withSession(
-    { url: reference, ...LINUX, onWarning, ...opts },
-    async (session) => {
-      const request = { images, destination: dest, isAll: false, reuse: [] };
-      const { transfer } = await internals.pullImages(session, request, () => undefined);
-      return { fetchedBytes: transfer.fetchedBytes, warnings, waitsMs };
-    },
-    { clock, environment: cleanEnvironment() },
+    { url: reference, osType: "linux", archType: "amd64", onWarning, ...opts },
+    async (session) => await internals.pullImages(session, request, () => undefined),
+    { clock, environment, ...(certsDirectory !== undefined && { certsDirectory }) },
   );
+}
+
+export interface Pulled extends Talk {
+  fetchedBytes: number;
+}
+
+/** A pull over plain HTTP that is expected to end well: it throws what it fails with. The image is called NAME. */
+export async function pull(
+  reference: string,
+  dest: string,
+  options: PullOptions = {},
+): Promise<Pulled> {
+  const talk: Talk = { warnings: [], waitsMs: [] };
+  const job = { reference, name: NAME, dest };
+  const { transfer } = await run(job, { scheme: "http", ...options }, talk);
+  return { fetchedBytes: transfer.fetchedBytes, ...talk };
+}
+
+export interface Outcome extends Talk {
+  result: PullResult | undefined;
+  error: ImgpullError | undefined;
+  tar: string;
+}
+
+/** The guard against hanging: the pull then ends as ABORTED. */
+const GUARD_MS = 20_000;
+
+/** A pull as `imgpull REFERENCE` makes it, which may fail; anything but an ImgpullError is a bug and fails the test. */
+export async function tryPull(
+  t: TestScope,
+  reference: string,
+  options: PullOptions = {},
+): Promise<Outcome> {
+  const tar = join(temporaryFolder(t), "image.tar");
+  const outcome: Outcome = { result: undefined, error: undefined, warnings: [], waitsMs: [], tar };
+  try {
+    const parsed = internals.parseReference(reference);
+    const name = internals.formatReference(internals.imageName(parsed, options.namespace));
+    const guarded = { signal: AbortSignal.timeout(GUARD_MS), ...options };
+    const { results } = await run({ reference, name, dest: tar }, guarded, outcome);
+    outcome.result = results[0];
+  } catch (error) {
+    // With its causes and all their fields, as a program may log it; without the lines of the stack.
+    recordOutput(`${inspect(error, { depth: 20 }).replace(/^ +at .*$/gm, "")}\n`);
+    if (!(error instanceof ImgpullError)) throw error;
+    outcome.error = error;
+  }
+  return outcome;
 }
 
 /** Answers a manifest only after the line has been silent for a while: this is what "far" means to the module. */
@@ -199,4 +262,38 @@ export function assertUntouched({ folder, dest }: Destination): void {
     others.filter((name) => !name.startsWith("app.tar.partial") || name.endsWith(".lock")),
     [],
   );
+}
+
+// ====== How a pull ended ======
+
+/** DEST is there with every manifest and blob of this image, byte for byte, and nothing beside it. */
+export function assertPulled(outcome: Outcome, image: TestContent): void {
+  if (outcome.error) throw outcome.error;
+  const tar = readFileSync(outcome.tar);
+  const entries = new Map(readTar(tar).map((entry) => [entry.name, entry]));
+  for (const digest of [...image.manifests.keys(), ...image.blobs.keys()]) {
+    const entry = entries.get(`blobs/${digest.replace(":", "/")}`);
+    assert(entry, `${digest} is missing`);
+    const bytes = tar.subarray(entry.offset, entry.offset + entry.size);
+    assert.equal(digestOf(bytes, digest.startsWith("sha512:") ? "sha512" : "sha256"), digest);
+  }
+  assert(!existsSync(`${outcome.tar}.partial`), "a partial file is left");
+}
+
+/** It failed with this code and these words, in at most three lines, and DEST is not there. */
+export function assertFailed(
+  outcome: Outcome,
+  code: ErrorCode,
+  ...words: (RegExp | string)[]
+): void {
+  const { error } = outcome;
+  assert(error, "it did not fail");
+  assert.equal(error.code, code, error.message);
+  for (const word of words) {
+    if (typeof word === "string")
+      assert(error.message.includes(word), `no "${word}" in: ${error.message}`);
+    else assert.match(error.message, word);
+  }
+  assert(error.message.split("\n").length <= 3, `too long: ${error.message}`);
+  assert(!existsSync(outcome.tar), "DEST is there");
 }

@@ -6,8 +6,8 @@ import { describe, test } from "node:test";
 import { internals, Puller } from "../imgpull.ts";
 import { SECRETS, type TestScope, USER } from "./support/command.ts";
 import { makeImage, makeMultiPlatform, readTar, type TestImage } from "./support/image.ts";
+import { assertFailed, assertPulled, type PullOptions, tryPull } from "./support/pull.ts";
 import { type AuthOptions, type RegistryOptions, startRegistry } from "./support/registry.ts";
-import { assertFailed, assertPulled, type PullOptions, pull } from "./support/session.ts";
 
 const HTTP = { scheme: "http" } as const;
 const GIVEN = { ...HTTP, username: USER, password: SECRETS.password };
@@ -48,7 +48,7 @@ describe("several challenges", () => {
   for (const [name, challenge] of orders) {
     test(name, async (t) => {
       const { registry, reference } = await serve(t, bearer({ challenge, anonymous: "refused" }));
-      assertPulled(await pull(t, reference, GIVEN), image);
+      assertPulled(await tryPull(t, reference, GIVEN), image);
       assert.equal(registry.tokenRequests().length, 1);
     });
   }
@@ -57,14 +57,14 @@ describe("several challenges", () => {
     // google/go-containerregistry#1075.
     const challenge = (usual: string) => ["Negotiate", usual];
     const { reference } = await serve(t, { auth: { mode: "basic", challenge } });
-    assertPulled(await pull(t, reference, GIVEN), image);
+    assertPulled(await tryPull(t, reference, GIVEN), image);
   });
 });
 
 test("nvcr.io and OpenShift name no service, and get none", async (t) => {
   // sapcc/keppel#731 (nvcr.io); GoogleContainerTools/jib#576 (OpenShift); google/go-containerregistry#1359.
   const { registry, reference } = await serve(t, bearer({ service: null }));
-  assertPulled(await pull(t, reference, HTTP), image);
+  assertPulled(await tryPull(t, reference, HTTP), image);
   assert.deepEqual(
     registry.tokenRequests().map(({ query }) => query.has("service")),
     [false],
@@ -76,7 +76,7 @@ test("GCR, Artifactory and Nexus name no scope, Gitea any: the scope is ours", a
   // containerd/containerd#4379: GCR takes exactly one.
   for (const scope of [null, "", "*", "repository:other/app:pull", "registry:catalog:*"]) {
     const { registry, reference } = await serve(t, bearer({ scope }));
-    assertPulled(await pull(t, reference, HTTP), image);
+    assertPulled(await tryPull(t, reference, HTTP), image);
     const scopes = registry.tokenRequests().map(({ query }) => query.getAll("scope"));
     assert.deepEqual(scopes, [["repository:team/app:pull"]]);
   }
@@ -86,7 +86,7 @@ test("distribution's autoredirect gives a relative realm", async (t) => {
   // distribution/distribution#1458; goharbor/harbor#9794.
   for (const realm of ["/token", "/auth/token", "/v2/token"]) {
     const { registry, reference } = await serve(t, bearer({ realm }));
-    assertPulled(await pull(t, reference, HTTP), image);
+    assertPulled(await tryPull(t, reference, HTTP), image);
     assert.deepEqual(
       registry.tokenRequests().map(({ path }) => path),
       [realm],
@@ -100,7 +100,7 @@ test("a realm that has a query keeps it", async (t) => {
     t,
     bearer({ realm: "/token?tenant=a%26b&service=own" }),
   );
-  assertPulled(await pull(t, reference, HTTP), image);
+  assertPulled(await tryPull(t, reference, HTTP), image);
   const query = registry.tokenRequests()[0]?.query;
   assert.deepEqual(
     [query?.get("tenant"), query?.getAll("service"), query?.getAll("scope")],
@@ -113,7 +113,7 @@ test("a realm that has a query keeps it", async (t) => {
 test("ACR answers access_token instead of token", async (t) => {
   // containerd/overlaybd#35; google/go-containerregistry#54.
   const { reference } = await serve(t, bearer({ tokenField: "access_token" }));
-  assertPulled(await pull(t, reference, HTTP), image);
+  assertPulled(await tryPull(t, reference, HTTP), image);
 });
 
 test("GitLab's tokens last five minutes, whatever its clock says", async (t) => {
@@ -133,7 +133,7 @@ test("GitLab's tokens last five minutes, whatever its clock says", async (t) => 
         },
       },
     );
-    assertPulled(await pull(t, reference, { ...HTTP, now: () => now, concurrency: 1 }), image);
+    assertPulled(await tryPull(t, reference, { ...HTTP, now: () => now, concurrency: 1 }), image);
     assert.equal(registry.tokenRequests().length, 1);
   }
 });
@@ -143,7 +143,7 @@ test("ECR Public answers 400, without a challenge, to a token that has expired",
   const { registry, reference } = await serve(t, bearer({ staleStatus: 400 }), large);
   const rule = registry.on({ kind: "layer", times: 1 }, { dropAfter: 400_000 });
   assertPulled(
-    await pull(t, reference, { ...HTTP, onSleep: () => registry.expireTokens() }),
+    await tryPull(t, reference, { ...HTTP, onSleep: () => registry.expireTokens() }),
     large,
   );
   assert.equal(rule.hits, 1);
@@ -156,14 +156,14 @@ test("ECR Public answers 400, without a challenge, to a token that has expired",
 test("400 to a request without a token is not a stale token", async (t) => {
   const { registry, reference } = await serve(t);
   registry.on({ kind: "manifest" }, { status: 400 });
-  assertFailed(await pull(t, reference, HTTP), "PROTOCOL", "400");
+  assertFailed(await tryPull(t, reference, HTTP), "PROTOCOL", "400");
   assert.equal(registry.requests.length, 1);
 });
 
 test("GHCR says denied to stale credentials, also for public images", async (t) => {
   // dexidp/dex#2672; github/github-mcp-server#282.
   const { registry, reference } = await serve(t, bearer({ refusedStatus: 403 }));
-  const outcome = await pull(t, reference, loggedIn(registry.host, "expired"));
+  const outcome = await tryPull(t, reference, loggedIn(registry.host, "expired"));
   assertPulled(outcome, image);
   assert.match(outcome.warnings.join("\n"), /DOCKER_AUTH_CONFIG.*refused/);
 });
@@ -177,7 +177,7 @@ test("nvcr.io names another realm once a token has expired, where nobody anonymo
   const stale = { kind: "layer", times: 1, beforeAuth: true, ranged: true } as const;
   registry.on(stale, { status: 401, headers: { "www-authenticate": challenge } });
   assertPulled(
-    await pull(t, reference, { ...HTTP, onSleep: () => registry.expireTokens() }),
+    await tryPull(t, reference, { ...HTTP, onSleep: () => registry.expireTokens() }),
     large,
   );
   assert(closed.hits <= 1);
@@ -193,13 +193,16 @@ test("GCR answers OAuth2's POST by 404, Artifactory by 401, ACR by 400, Harbor b
   for (const postStatus of [404, 401, 400, 405]) {
     const auth = bearer({ anonymous: "refused", password: SECRETS.identityToken, postStatus });
     const { registry, reference } = await serve(t, auth);
-    const outcome = await pull(t, reference, { ...HTTP, environment: environment(registry.host) });
+    const outcome = await tryPull(t, reference, {
+      ...HTTP,
+      environment: environment(registry.host),
+    });
     assertPulled(outcome, image);
     assert.deepEqual(
       registry.tokenRequests().map(({ method, status }) => `${method} ${status}`),
       [`POST ${postStatus}`, "GET 200"],
     );
-    assert.deepEqual([outcome.warnings, outcome.sleeps], [[], []]);
+    assert.deepEqual([outcome.warnings, outcome.waitsMs], [[], []]);
   }
 });
 
@@ -217,7 +220,7 @@ test("GitLab answers OAuth2's POST by 404 in HTML", async (t) => {
   registry.on({ kind: "token", method: "POST" }, html);
   const entry = { username: USER, identitytoken: SECRETS.identityToken };
   const environment = { DOCKER_AUTH_CONFIG: JSON.stringify({ auths: { [registry.host]: entry } }) };
-  assertPulled(await pull(t, reference, { ...HTTP, environment }), image);
+  assertPulled(await tryPull(t, reference, { ...HTTP, environment }), image);
 });
 
 // ====== Storage ======
@@ -227,7 +230,7 @@ test("S3 and Azure answer 400 to a signed URL that comes with an Authorization",
   for (const mode of ["basic", "bearer"] as const) {
     const { registry, reference } = await serve(t, { auth: { mode, anonymous: "refused" } });
     const rule = registry.on({ kind: "blob" }, { redirect: "storage" });
-    assertPulled(await pull(t, reference, GIVEN), image);
+    assertPulled(await tryPull(t, reference, GIVEN), image);
     assert.equal(rule.hits, 3);
     assert.deepEqual(
       registry.storageRequests().map(({ status }) => status),
@@ -244,7 +247,7 @@ test("registry.k8s.io redirects manifests too, to another repository of another 
   const target = (url: string) =>
     back.url + url.replace("team/app", "k8s-artifacts-prod/images/app");
   const rule = front.on({}, { redirect: ({ url }) => target(url) });
-  const outcome = await pull(t, `${front.host}/team/app:1.0`, HTTP);
+  const outcome = await tryPull(t, `${front.host}/team/app:1.0`, HTTP);
   assertPulled(outcome, image);
   assert.equal(rule.hits, 4);
   assert.equal(outcome.result?.name, `${front.host}/team/app:1.0`);
@@ -258,7 +261,7 @@ test("the target of a redirect has a challenge of its own, for its own repositor
     back.forget();
     const { registry: front, reference } = await serve(t, { auth: "basic" });
     front.on({}, { redirect: ({ url }) => back.url + url.replace("team/app", name) });
-    assertPulled(await pull(t, reference, GIVEN), image);
+    assertPulled(await tryPull(t, reference, GIVEN), image);
     const sent = back.requests.map(({ headers }) => headers.authorization ?? "");
     assert(!sent.some((header) => header.startsWith("Basic")), `${name}: the front's credentials`);
     assert.deepEqual(
@@ -274,7 +277,7 @@ test("a storage host that asks for a login gets none, and ends the pull", async 
   for (const challenge of ['Basic realm="storage"', `Bearer realm="${catcher.tokenUrl}"`]) {
     const { registry, reference } = await serve(t, { auth: "basic", storage: { challenge } });
     registry.on({ kind: "layer" }, { redirect: "storage" });
-    const outcome = await pull(t, reference, { ...GIVEN, retries: 1 });
+    const outcome = await tryPull(t, reference, { ...GIVEN, retries: 1 });
     assert(outcome.error);
     assert(["UNAUTHORIZED", "FORBIDDEN"].includes(outcome.error.code), outcome.error.message);
     const sent = [...registry.storageRequests(), ...catcher.requests].map(
@@ -291,7 +294,7 @@ test("a signed URL that has expired when it is used: the registry gives another"
     registry.on({ kind: "layer" }, { redirect: "storage" });
     const body = "<Error><Code>AccessDenied</Code></Error>";
     const rule = registry.on({ kind: "storage", times: 1 }, { status, body });
-    assertPulled(await pull(t, reference, HTTP), image);
+    assertPulled(await tryPull(t, reference, HTTP), image);
     assert.equal(rule.hits, 1);
     assert.equal(registry.blobRequests().length, 4);
   }
@@ -301,7 +304,7 @@ test("a download that breaks off goes on by a new signed URL, from where it stop
   const { registry, reference } = await serve(t, { storage: { singleUse: true } }, large);
   registry.on({ kind: "layer" }, { redirect: "storage" });
   const rule = registry.on({ kind: "storage", times: 1 }, { dropAfter: 500_000 });
-  const outcome = await pull(t, reference, HTTP);
+  const outcome = await tryPull(t, reference, HTTP);
   assertPulled(outcome, large);
   assert.equal(rule.hits, 1);
   assert.equal(new Set(registry.storageRequests().map(({ url }) => url)).size, 2);
@@ -319,7 +322,7 @@ test("caches that are cold ignore Range and answer the whole", async (t) => {
   const { registry, reference } = await serve(t, {}, large);
   registry.on({ kind: "layer", times: 1 }, { dropAfter: 500_000 });
   const cold = registry.on({ kind: "layer", ranged: true }, { ignoreRange: true });
-  const outcome = await pull(t, reference, HTTP);
+  const outcome = await tryPull(t, reference, HTTP);
   assertPulled(outcome, large);
   assert.equal(cold.hits, 1);
 });
@@ -332,7 +335,7 @@ test("go-containerregistry's own registry takes only closed ranges", async (t) =
     { kind: "layer", where: ({ range }) => range?.endsWith("-") === true },
     { status: 416 },
   );
-  assertPulled(await pull(t, reference, HTTP), large);
+  assertPulled(await tryPull(t, reference, HTTP), large);
   const ranges = registry.blobRequests(large.layers[0]?.digest).map(({ range }) => range);
   assert.deepEqual(ranges, [
     undefined,
@@ -371,7 +374,7 @@ test("manifests come as text/html, text/plain, application/json, with parameters
         registry.on({ digest }, { headers: { "content-type": type(mediaType) } }),
       );
       assertPulled(
-        await pull(t, registry.add(index, "team/app", "1"), HTTP),
+        await tryPull(t, registry.add(index, "team/app", "1"), HTTP),
         index.children[0] ?? index,
       );
       assert.deepEqual(
@@ -387,7 +390,7 @@ test("a block page under 200 is not a manifest", async (t) => {
   for (const headers of [{ "content-type": null }, { "content-type": "text/html" }]) {
     const { registry, reference } = await serve(t);
     registry.on({ kind: "manifest" }, { body: "<html><title>Forbidden</title></html>", headers });
-    assertFailed(await pull(t, reference, HTTP), "PROTOCOL", "not a manifest", "is 127.0.0.1");
+    assertFailed(await tryPull(t, reference, HTTP), "PROTOCOL", "not a manifest", "is 127.0.0.1");
   }
 });
 
@@ -399,7 +402,7 @@ test("configs were once labelled text/html, application/json, octet-stream or no
       editManifest: (manifest) => ({ ...manifest, config: { ...manifest.config, mediaType } }),
     });
     const { reference } = await serve(t, {}, old);
-    const outcome = await pull(t, reference, HTTP);
+    const outcome = await tryPull(t, reference, HTTP);
     assertPulled(outcome, old);
     const tar = readFileSync(outcome.tar);
     const entry = readTar(tar).find(({ name }) => name === "manifest.json");
@@ -445,7 +448,7 @@ test("Docker Hub's digest header may be that of another manifest: the bytes deci
     { kind: "manifest" },
     { headers: { "docker-content-digest": `sha256:${"0".repeat(64)}` } },
   );
-  const outcome = await pull(t, reference, HTTP);
+  const outcome = await tryPull(t, reference, HTTP);
   assertPulled(outcome, image);
   assert.equal(outcome.result?.digest, image.digest);
   assert.equal(rule.hits, 1);
@@ -456,7 +459,7 @@ test("registry.access.redhat.com compresses configs in transfer, whatever is ask
   for (const kind of ["config", "manifest", "layer"] as const) {
     const { registry, reference } = await serve(t);
     const rule = registry.on({ kind }, { contentEncoding: "gzip" });
-    assertPulled(await pull(t, reference, HTTP), image);
+    assertPulled(await tryPull(t, reference, HTTP), image);
     assert(rule.hits > 0);
   }
 });
@@ -466,7 +469,7 @@ test("a file server labels a layer that is gzip itself with Content-Encoding: th
   for (const encoding of ["x-gzip", "gzip"]) {
     const { registry, reference } = await serve(t);
     const rule = registry.on({ kind: "layer" }, { headers: { "content-encoding": encoding } });
-    assertPulled(await pull(t, reference, HTTP), image);
+    assertPulled(await tryPull(t, reference, HTTP), image);
     assert.equal(rule.hits, 2);
   }
 });
@@ -476,7 +479,7 @@ test("Trow and others tell no length", async (t) => {
   for (const contentLength of ["chunked", "close"] as const) {
     const { reference, registry } = await serve(t, {}, large);
     registry.on({}, { contentLength });
-    assertPulled(await pull(t, reference, HTTP), large);
+    assertPulled(await tryPull(t, reference, HTTP), large);
   }
 });
 
@@ -488,14 +491,19 @@ test("Harbor and others spell a missing tag UNKNOWN", async (t) => {
     const { registry, reference } = await serve(t);
     const body = JSON.stringify({ errors: [{ code, message: "not here" }] });
     registry.on({ kind: "manifest" }, { status: 404, body });
-    assertFailed(await pull(t, reference, HTTP), "NOT_FOUND", "no such tag", `${code}: not here`);
+    assertFailed(
+      await tryPull(t, reference, HTTP),
+      "NOT_FOUND",
+      "no such tag",
+      `${code}: not here`,
+    );
   }
 });
 
 test("Docker Hub answers 401 for a repository that does not exist, which the error says", async (t) => {
   // openSUSE/open-build-service#13056.
   const { reference } = await serve(t, bearer({ anonymous: "useless" }));
-  assertFailed(await pull(t, reference, HTTP), "UNAUTHORIZED", "does not exist");
+  assertFailed(await tryPull(t, reference, HTTP), "UNAUTHORIZED", "does not exist");
 });
 
 describe("Retry-After", () => {
@@ -518,9 +526,9 @@ describe("Retry-After", () => {
       test(`${name} (${status})`, async (t) => {
         const { registry, reference } = await serve(t);
         registry.on({ kind: "manifest", times: 1 }, { status, headers: { "retry-after": header } });
-        const outcome = await pull(t, reference, { ...HTTP, now: () => NOW });
+        const outcome = await tryPull(t, reference, { ...HTTP, now: () => NOW });
         assertPulled(outcome, image);
-        assert.deepEqual(outcome.sleeps, sleeps);
+        assert.deepEqual(outcome.waitsMs, sleeps);
       });
     }
   }
@@ -529,9 +537,9 @@ describe("Retry-After", () => {
     for (const header of ["3600", new Date(NOW + 3_600_000).toUTCString()]) {
       const { registry, reference } = await serve(t);
       registry.on({ kind: "manifest" }, { status: 429, headers: { "retry-after": header } });
-      const outcome = await pull(t, reference, { ...HTTP, now: () => NOW });
+      const outcome = await tryPull(t, reference, { ...HTTP, now: () => NOW });
       assertFailed(outcome, "RATE_LIMITED", "3600 s", "2026-01-01T13:00:00");
-      assert.deepEqual(outcome.sleeps, []);
+      assert.deepEqual(outcome.waitsMs, []);
       assert.equal(registry.requests.length, 1);
     }
   });
