@@ -3294,189 +3294,319 @@ async function lookAtTar(
 // ====== 15. Command line ======
 // One table of options, from which parsing, help, --parsed and the README's come. stdout is data, stderr is talk.
 // SPEC §1, §8.
-/** What --help prints is the table: the options are read from its lines (--ca besides, an alias). */
-const HELP = `imgpull [options] IMAGE [IMAGE...] [DEST]    pull images into one verified tar
+
+// ------ The table of options ------
+
+/** An option. Without `value` it is a switch; a value named `a|b` is one of these words. */
+type OptionSpec = Readonly<{
+  short?: string;
+  value?: string;
+  help: string;
+  alias?: string;
+  isRepeatable?: true;
+  /** It belongs to one registry: with IMAGEs on several it is refused. */
+  isForOneHost?: true;
+  /** `--parsed` shows *** in place of its value. */
+  isSecret?: true;
+}>;
+
+const PULL_OPTIONS = {
+  os: { short: "o", value: "OS", help: "operating system wanted; default: this machine's" },
+  arch: { short: "a", value: "ARCH", help: "processor wanted (amd64, arm64, arm ...)" },
+  variant: { value: "V", help: "processor variant wanted (v7, v8 ...)" },
+  platform: { value: "OS/ARCH[/V]", help: "the three in one word; all takes every platform" },
+  from: { value: "FILE", help: "read more IMAGEs, one a line; - is stdin" },
+  name: { value: "NAME", help: "the name that the image gets in the tar" },
+  reuse: {
+    value: "TAR",
+    help: "take blobs from a tar that exists (repeatable)",
+    isRepeatable: true,
+  },
+  since: { value: "TAR", help: "leave out layers that this tar holds" },
+} as const satisfies Record<string, OptionSpec>;
+
+const REGISTRY_OPTIONS = {
+  ns: {
+    short: "n",
+    value: "HOST",
+    help: "the registry that a mirror stands for (?ns=)",
+    isForOneHost: true,
+  },
+  scheme: { short: "s", value: "https|http", help: "default https" },
+  user: {
+    short: "u",
+    value: "NAME",
+    help: "user name for basic authentication",
+    isForOneHost: true,
+  },
+  password: {
+    short: "p",
+    value: "WORD",
+    help: "its password",
+    isForOneHost: true,
+    isSecret: true,
+  },
+  "password-stdin": { help: "read the password from stdin" },
+  token: {
+    short: "t",
+    value: "TOKEN",
+    help: "sent as Basic TOKEN",
+    isForOneHost: true,
+    isSecret: true,
+  },
+  cert: { short: "c", value: "FILE", help: "client certificate (PEM)", isForOneHost: true },
+  key: { short: "k", value: "FILE", help: "its key (PEM)", isForOneHost: true },
+  cacert: {
+    short: "x",
+    value: "FILE",
+    help: "trust this CA as well (PEM); alias --ca",
+    alias: "ca",
+  },
+  insecure: { short: "i", help: "do not verify the server's certificate" },
+  concurrency: { short: "j", value: "N", help: "connections used at once; default 8" },
+  retries: { value: "N", help: "attempts after the first; default 5" },
+  timeout: { value: "SECONDS", help: "how long a connection may be silent; default 30" },
+} as const satisfies Record<string, OptionSpec>;
+
+const LOOK_OPTIONS = {
+  manifest: { short: "m", value: "list|image", help: "print the manifest" },
+  "list-tar": { short: "l", value: "TAR", help: "say what a tar holds, offline" },
+  verify: { value: "TAR", help: "hash a tar again, offline" },
+  parsed: { help: "print the parsed command line as JSON" },
+  quiet: { short: "q", help: "no progress" },
+  version: { short: "v", help: "print the version" },
+  help: { short: "h", help: "print this help" },
+} as const satisfies Record<string, OptionSpec>;
+
+const OPTION_TABLE = { ...PULL_OPTIONS, ...REGISTRY_OPTIONS, ...LOOK_OPTIONS };
+type OptionName = keyof typeof OPTION_TABLE;
+/** The names of the options whose line of the table has a property. */
+type NamesWith<Property extends keyof OptionSpec> = {
+  [Name in OptionName]: (typeof OPTION_TABLE)[Name] extends Record<Property, unknown>
+    ? Name
+    : never;
+}[OptionName];
+type NamedOption = OptionSpec & Readonly<{ name: OptionName }>;
+const OPTIONS = Object.entries<OptionSpec>(OPTION_TABLE).map(
+  ([name, spec]) => ({ name, ...spec }) as NamedOption,
+);
+
+// ------ Help ------
+
+const USAGE = `imgpull [options] IMAGE [IMAGE...] [DEST]    pull images into one verified tar
 DEST: a file; - for stdout; a directory or NAME/ for an OCI layout
-What to pull:
-  -o, --os OS                 operating system wanted; default: this machine's
-  -a, --arch ARCH             processor wanted (amd64, arm64, arm ...)
-      --variant V             processor variant wanted (v7, v8 ...)
-      --platform OS/ARCH[/V]  the three in one word; all takes every platform
-      --from FILE             read more IMAGEs, one a line; - is stdin
-      --name NAME             the name that the image gets in the tar
-      --reuse TAR             take blobs from a tar that exists (repeatable)
-      --since TAR             leave out layers that this tar holds
-Registry:
-  -n, --ns HOST               the registry that a mirror stands for (?ns=)
-  -s, --scheme https|http     default https
-  -u, --user NAME             user name for basic authentication
-  -p, --password WORD         its password
-      --password-stdin        read the password from stdin
-  -t, --token TOKEN           sent as Basic TOKEN
-  -c, --cert FILE             client certificate (PEM)
-  -k, --key FILE              its key (PEM)
-  -x, --cacert FILE           trust this CA as well (PEM); alias --ca
-  -i, --insecure              do not verify the server's certificate
-  -j, --concurrency N         connections used at once; default 8
-      --retries N             attempts after the first; default 5
-      --timeout SECONDS       how long a connection may be silent; default 30
-Look, do not pull:
-  -m, --manifest list|image   print the manifest
-  -l, --list-tar TAR          say what a tar holds, offline
-      --verify TAR            hash a tar again, offline
-      --parsed                print the parsed command line as JSON
-  -q, --quiet                 no progress
-  -v, --version               print the version
-  -h, --help                  print this help
-Examples:
+`;
+const EXAMPLES = `Examples:
   imgpull alpine:3.22 alpine.tar && docker load -i alpine.tar
   imgpull ghcr.io/org/app:1 --platform linux/arm64 - | ssh host podman load
   imgpull --from images.txt bundle.tar > images.lock
 `;
-/** `value` names the value, and a switch has none. */
-const OPTIONS = [
-  ...HELP.matchAll(/^ {2}(?:-(?<short>.),| {3}) --(?<name>\S+) (?<value>\S+)? +(?<help>.+)$/gm),
-].map(
-  ({ groups = {} }) => groups as { name: string; short?: string; value?: string; help: string },
-);
-const FOR_ONE_HOST = ["user", "password", "token", "cert", "key", "ns"]; // not with IMAGEs on several hosts
+
+function formatHelp(): string {
+  const groups: [title: string, options: Record<string, OptionSpec>][] = [
+    ["What to pull", PULL_OPTIONS],
+    ["Registry", REGISTRY_OPTIONS],
+    ["Look, do not pull", LOOK_OPTIONS],
+  ];
+  const formatLine = ([name, { short, value = "", help }]: [string, OptionSpec]) => {
+    const form = `${short ? `-${short},` : "   "} --${name} ${value}`;
+    return `  ${form.padEnd(28)}${help}\n`;
+  };
+  const formatGroup = ([title, options]: (typeof groups)[number]) =>
+    `${title}:\n${Object.entries(options).map(formatLine).join("")}`;
+
+  return USAGE + groups.map(formatGroup).join("") + EXAMPLES;
+}
+
+// ------ Parsing ------
+
 const usage = (reason: string): never => fail("BAD_OPTION", `${reason} (imgpull --help)`);
-/** How many pairs of neighbouring letters two names share, to name the option that was meant. */
+
+/** What was typed: each option by its name in the table. */
+type CommandLine = Readonly<{
+  values: Partial<Record<NamesWith<"value">, string>>;
+  lists: Partial<Record<NamesWith<"isRepeatable">, string[]>>;
+  switches: ReadonlySet<OptionName>;
+  positionals: readonly string[];
+}>;
+
+/** How many pairs of neighbouring letters two names share. */
 const likeness = (left: string, right: string): number =>
   [...`^${left}`].filter((letter, at) => `^${right}$`.includes(letter + (left[at] ?? "$"))).length;
-function parseCommandLine(argv: readonly string[]) {
-  const specs: typeof OPTIONS = [...OPTIONS, { name: "ca", value: "FILE", help: "" }];
+
+function refuseUnknown(rawName: string, name: string): never {
+  const [nearest] = OPTIONS.map((option) => ({ ...option, like: likeness(name, option.name) }))
+    .filter(({ like }) => like >= 0.4 * (name.length + 1))
+    .sort((left, right) => right.like - left.like);
+  const suggestion = nearest ? `: did you mean --${nearest.name}?` : "";
+  return usage(`unknown option ${printable(rawName, 60)}${suggestion}`);
+}
+
+type OptionToken = Readonly<{
+  rawName: string;
+  value: string | undefined;
+  inlineValue: boolean | undefined;
+}>;
+
+/** The value of an option as it was typed, after --name, --name=, -n, or right behind -n with or without =. */
+function valueOf(spec: NamedOption, { rawName, value: text, inlineValue }: OptionToken): string {
+  const isShort = !rawName.startsWith("--");
+  const value = isShort && inlineValue ? text?.replace(/^=/, "") : text;
+  const isNextOption = !inlineValue && value?.startsWith("-") && value !== "-";
+  if (!value || isNextOption) return usage(`${rawName} needs a value (${spec.value})`);
+
+  const choices = spec.value?.split("|") ?? [];
+  if (choices.length > 1 && !choices.includes(value))
+    usage(`--${spec.name} is ${choices.join(" or ")}, not "${printable(value)}"`);
+  return value;
+}
+
+function parseCommandLine(argv: readonly string[]): CommandLine {
+  const spellings = OPTIONS.flatMap((option) =>
+    [option.name, option.alias ?? []].flat().map((spelling) => [spelling, option] as const),
+  );
+  const specs = new Map<string, NamedOption>(spellings);
   const options = Object.fromEntries(
-    specs.map(({ name, short, value }) => [
-      name,
+    spellings.map(([spelling, { short, value }]) => [
+      spelling,
       { type: value ? ("string" as const) : ("boolean" as const), ...dropEmpty({ short }) },
     ]),
   );
-  const parsed = parseArgs({
+  const { tokens, positionals } = parseArgs({
     args: [...argv],
     options,
     strict: false,
     allowPositionals: true,
     tokens: true,
   });
+
   const values: Record<string, string> = {};
-  const switches = new Set<string>();
-  const reuse: string[] = [];
-  for (const token of parsed.tokens) {
+  const lists: Record<string, string[]> = {};
+  const switches = new Set<OptionName>();
+  for (const token of tokens) {
     if (token.kind !== "option") continue;
-    const { rawName, inlineValue } = token;
-    const name = token.name === "ca" ? "cacert" : token.name;
-    const spec = OPTIONS.find((option) => option.name === name);
-    if (!spec) {
-      const [nearest] = OPTIONS.map((option) => ({ ...option, like: likeness(name, option.name) }))
-        .filter(({ like }) => like >= 0.4 * (name.length + 1))
-        .sort((left, right) => right.like - left.like);
-      return usage(
-        `unknown option ${printable(rawName, 60)}${nearest ? `: did you mean --${nearest.name}?` : ""}`,
-      );
+    const spec = specs.get(token.name) ?? refuseUnknown(token.rawName, token.name);
+    const { name } = spec;
+    if (name in values || switches.has(name)) usage(`--${name} is given twice`);
+
+    if (!spec.value) {
+      if (token.value !== undefined) usage(`${token.rawName} takes no value`);
+      switches.add(name);
+    } else if (spec.isRepeatable) {
+      lists[name] = [...(lists[name] ?? []), valueOf(spec, token)];
+    } else {
+      values[name] = valueOf(spec, token);
     }
-    if (values[name] !== undefined || switches.has(name)) usage(`--${name} is given twice`);
-    const value =
-      rawName.startsWith("--") || !inlineValue ? token.value : token.value?.replace(/^=/, "");
-    if (!spec.value && value !== undefined) usage(`${rawName} takes no value`);
-    const isMissing = !value || (!inlineValue && value.startsWith("-") && value !== "-");
-    if (!spec.value) switches.add(name);
-    else if (isMissing) usage(`${rawName} needs a value (${spec.value})`);
-    else if (name === "reuse") reuse.push(value);
-    else values[name] = value;
-    const choices = spec.value?.split("|") ?? [];
-    const isChoice = choices.length < 2 || choices.includes(value ?? "");
-    if (!isChoice) usage(`--${name} is ${choices.join(" or ")}, not "${printable(value ?? "")}"`);
   }
-  return { values, switches, reuse, positionals: parsed.positionals };
+  return { values, lists, switches, positionals };
 }
-/** The command line in the words of the library, checked as far as that goes without reading anything. */
-function planCommand({
-  values,
-  switches,
-  reuse,
-  positionals,
-}: ReturnType<typeof parseCommandLine>) {
-  const {
-    platform,
-    user: username,
-    password,
-    cert: tlsCert,
-    key: tlsKey,
-    cacert: caCert,
-    ns: namespace,
-  } = values;
-  const { token, from, name, since, os: system, arch, "list-tar": listed, verify, scheme } = values;
-  const manifest = values.manifest as "list" | "image" | undefined;
-  const isAll = platform === "all";
-  const isWhole = platform === undefined || isAll;
+
+// ------ From the command line to the library's words ------
+
+/** Refuses options that contradict each other or lack each other. */
+function checkCombinations({ values, switches, positionals }: CommandLine): void {
+  const { platform, from, verify, manifest } = values;
+  const listed = values["list-tar"];
   const isPasswordOnStdin = switches.has("password-stdin");
-  if (platform && (system ?? arch ?? values.variant))
+
+  if (platform && (values.os ?? values.arch ?? values.variant))
     usage("--platform excludes --os, --arch and --variant");
-  if (!isWhole && !/^[^/]+\/[^/]+(\/[^/]+)?$/.test(platform)) {
-    usage(`--platform is OS/ARCH, OS/ARCH/VARIANT or all, not "${printable(platform)}"`);
-  }
-  const [osType, archType, variant] = isWhole
-    ? [system, arch, values.variant]
-    : platform.split("/");
-  const number = (option: string, value = values[option]) =>
-    value === undefined
-      ? undefined
-      : /^\d+(\.\d+)?$/.test(value)
-        ? Number(value)
-        : usage(`--${option} is a number, not "${printable(value)}"`);
-  if (password !== undefined && isPasswordOnStdin)
+  if (values.password !== undefined && isPasswordOnStdin)
     usage("--password and --password-stdin exclude each other");
   if (isPasswordOnStdin && from === "-")
     usage("stdin is asked for twice: --password-stdin and --from -");
-  const timeout = number("timeout");
+
+  if (listed ?? verify) {
+    if (positionals.length > 0 || (listed && verify)) usage("--list-tar or --verify takes one tar");
+    return;
+  }
+  if (positionals.length === 0) {
+    if (from === undefined) usage("IMAGE is missing");
+    if (manifest === undefined) usage("DEST is missing");
+  }
+}
+
+/** A number as people write it: no exponent, no hexadecimal, no sign. */
+function parseNumber(option: string, text: string | undefined): number | undefined {
+  if (text === undefined) return undefined;
+  if (!/^\d+(\.\d+)?$/.test(text)) usage(`--${option} is a number, not "${printable(text)}"`);
+  return Number(text);
+}
+
+/** The platform wanted, in the library's words. */
+function platformOptions({
+  values: { platform, os: osType, arch: archType, variant },
+}: CommandLine) {
+  if (platform === undefined) return { osType, archType, variant };
+  if (platform === "all") return {};
+  if (!/^[^/]+\/[^/]+(\/[^/]+)?$/.test(platform))
+    usage(`--platform is OS/ARCH, OS/ARCH/VARIANT or all, not "${printable(platform)}"`);
+  const [system, architecture, level] = platform.split("/");
+  return { osType: system, archType: architecture, variant: level };
+}
+
+/** What is pulled how, in the library's words. */
+function pullerOptions(line: CommandLine): Omit<PullerOpts, "url"> {
+  const { values, switches } = line;
+  const timeoutSeconds = parseNumber("timeout", values.timeout);
   const opts = dropEmpty({
-    scheme,
-    osType,
-    archType,
-    variant,
-    username,
-    password,
-    token,
-    tlsCert,
-    tlsKey,
-    caCert,
-    namespace,
+    ...platformOptions(line),
+    scheme: values.scheme as "https" | "http" | undefined,
+    username: values.user,
+    password: values.password,
+    token: values.token,
+    tlsCert: values.cert,
+    tlsKey: values.key,
+    caCert: values.cacert,
+    namespace: values.ns,
     insecure: switches.has("insecure") || undefined,
-    concurrency: number("concurrency"),
-    retries: number("retries"),
-    timeoutMs: timeout === undefined ? undefined : Math.ceil(timeout * 1000),
-  }) as Omit<PullerOpts, "url">;
-  settingsOf({ url: "", ...opts, ...(isPasswordOnStdin ? { password: "" } : {}) }, {});
-  const hasDestination =
-    manifest === undefined && positionals.length > (from === undefined ? 1 : 0);
-  const destination = hasDestination ? positionals.at(-1) : undefined;
-  const isLooking = (listed ?? verify) !== undefined;
-  if (isLooking && (positionals.length > 0 || (listed && verify)))
-    usage("--list-tar or --verify takes one tar");
-  const images = positionals.slice(0, manifest !== undefined ? 1 : hasDestination ? -1 : undefined);
-  const bound = FOR_ONE_HOST.find((option) => values[option] !== undefined);
-  if (images.length === 0 && from === undefined && !isLooking) usage("IMAGE is missing");
+    concurrency: parseNumber("concurrency", values.concurrency),
+    retries: parseNumber("retries", values.retries),
+    timeoutMs: timeoutSeconds === undefined ? undefined : Math.ceil(timeoutSeconds * 1000),
+  });
+  const passwordToCome = switches.has("password-stdin") ? { password: "" } : {};
+  settingsOf({ url: "", ...opts, ...passwordToCome }, {});
+  return opts;
+}
+
+/** Which of the positionals are IMAGEs, and which is DEST: as with cp, the last one. */
+function splitPositionals({ values: { manifest, from }, positionals }: CommandLine) {
+  if (manifest !== undefined) return { images: positionals.slice(0, 1) }; // a DEST is ignored
+  const isDestinationThere = positionals.length > (from === undefined ? 1 : 0);
+  if (!isDestinationThere) return { images: positionals };
+  return { images: positionals.slice(0, -1), destination: positionals.at(-1) };
+}
+
+/** All that the command line asks for, checked as far as that goes without reading anything. */
+function planCommand(line: CommandLine) {
+  const { values, lists, switches } = line;
+  checkCombinations(line);
+  const opts = pullerOptions(line);
+  const { images, destination } = splitPositionals(line);
+  const { from, name, since, platform } = values;
   if (destination === "") usage("DEST is empty");
-  if (!manifest && from !== undefined && !destination) usage("DEST is missing");
   if (name !== undefined && (images.length !== 1 || from !== undefined))
     usage("--name goes with one IMAGE");
-  const isQuiet = switches.has("quiet");
+
   return {
     opts,
     images,
     destination,
-    manifest,
+    manifest: values.manifest as "list" | "image" | undefined,
     from,
     name,
     since,
-    reuse,
-    isAll,
-    isPasswordOnStdin,
-    isQuiet,
-    bound,
+    reuse: lists.reuse ?? [],
+    isAll: platform === "all",
+    isPasswordOnStdin: switches.has("password-stdin"),
+    isQuiet: switches.has("quiet"),
+    optionForOneHost: OPTIONS.find(
+      (option) => option.isForOneHost && values[option.name as NamesWith<"value">] !== undefined,
+    )?.name,
   };
 }
+type Command = ReturnType<typeof planCommand>;
+
 /** `imgpull alpine:3 busybox:1` means two images, not a file called busybox:1. */
 async function checkDestinationName(destination: string): Promise<void> {
   if (/[\\/]|\.(tar|oci|img|tgz|zip|gz)$/i.test(destination) || !/[:@]/.test(destination)) return;
@@ -3563,14 +3693,11 @@ function showProgress({ stderr, env }: CommandIO, isQuiet: boolean) {
   };
 }
 /** The images of the command line and of --from, each once, with the names they get. */
-async function listImages(
-  io: CommandIO,
-  command: ReturnType<typeof planCommand>,
-): Promise<PullRequest["images"]> {
+async function listImages(io: CommandIO, command: Command): Promise<PullRequest["images"]> {
   const {
     from,
     name: givenName,
-    bound,
+    optionForOneHost,
     opts: { namespace },
   } = command;
   const refuse = (error: unknown) => usage(`cannot read --from ${from}: ${diskWords(error)}`);
@@ -3584,8 +3711,10 @@ async function listImages(
   if (texts.length === 0) usage("no IMAGE is given");
   const references = await mapConcurrently(texts, 1, async (text) => parseReference(text)); // every bad one is named
   const hosts = [...new Set(references.map(({ host }) => host))];
-  if (hosts.length > 1 && bound)
-    usage(`--${bound} belongs to one registry, and the IMAGEs are on ${hosts.join(", ")}`);
+  if (hosts.length > 1 && optionForOneHost)
+    usage(
+      `--${optionForOneHost} belongs to one registry, and the IMAGEs are on ${hosts.join(", ")}`,
+    );
   const unique = new Map(references.map((reference) => [formatReference(reference), reference]));
   const names = new Set<string>();
   return [...unique.values()].map((reference) => {
@@ -3605,7 +3734,7 @@ async function runCommand(
   const { stdout, stderr, env: environment } = io;
   const line = parseCommandLine(argv);
   const version = `imgpull version: ${IMGPULL_VERSION} build date: ${IMGPULL_BUILD_DATE}\n`;
-  if (line.switches.has("help")) return void stdout.write(HELP);
+  if (line.switches.has("help")) return void stdout.write(formatHelp());
   if (line.switches.has("version")) return void stdout.write(version);
   const command = planCommand(line);
   const { opts, manifest: kind, isAll, reuse, since, isQuiet } = command;
@@ -3616,7 +3745,7 @@ async function runCommand(
     const shown = {
       ...command,
       opts: undefined,
-      bound: undefined,
+      optionForOneHost: undefined,
       ...opts,
       ...Object.fromEntries(secrets),
     };

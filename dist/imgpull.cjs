@@ -2505,61 +2505,127 @@ async function lookAtTar(io, file, look, signal) {
     () => tar.handle.close()
   );
 }
-var HELP = `imgpull [options] IMAGE [IMAGE...] [DEST]    pull images into one verified tar
+var PULL_OPTIONS = {
+  os: { short: "o", value: "OS", help: "operating system wanted; default: this machine's" },
+  arch: { short: "a", value: "ARCH", help: "processor wanted (amd64, arm64, arm ...)" },
+  variant: { value: "V", help: "processor variant wanted (v7, v8 ...)" },
+  platform: { value: "OS/ARCH[/V]", help: "the three in one word; all takes every platform" },
+  from: { value: "FILE", help: "read more IMAGEs, one a line; - is stdin" },
+  name: { value: "NAME", help: "the name that the image gets in the tar" },
+  reuse: {
+    value: "TAR",
+    help: "take blobs from a tar that exists (repeatable)",
+    isRepeatable: true
+  },
+  since: { value: "TAR", help: "leave out layers that this tar holds" }
+};
+var REGISTRY_OPTIONS = {
+  ns: {
+    short: "n",
+    value: "HOST",
+    help: "the registry that a mirror stands for (?ns=)",
+    isForOneHost: true
+  },
+  scheme: { short: "s", value: "https|http", help: "default https" },
+  user: {
+    short: "u",
+    value: "NAME",
+    help: "user name for basic authentication",
+    isForOneHost: true
+  },
+  password: {
+    short: "p",
+    value: "WORD",
+    help: "its password",
+    isForOneHost: true,
+    isSecret: true
+  },
+  "password-stdin": { help: "read the password from stdin" },
+  token: {
+    short: "t",
+    value: "TOKEN",
+    help: "sent as Basic TOKEN",
+    isForOneHost: true,
+    isSecret: true
+  },
+  cert: { short: "c", value: "FILE", help: "client certificate (PEM)", isForOneHost: true },
+  key: { short: "k", value: "FILE", help: "its key (PEM)", isForOneHost: true },
+  cacert: {
+    short: "x",
+    value: "FILE",
+    help: "trust this CA as well (PEM); alias --ca",
+    alias: "ca"
+  },
+  insecure: { short: "i", help: "do not verify the server's certificate" },
+  concurrency: { short: "j", value: "N", help: "connections used at once; default 8" },
+  retries: { value: "N", help: "attempts after the first; default 5" },
+  timeout: { value: "SECONDS", help: "how long a connection may be silent; default 30" }
+};
+var LOOK_OPTIONS = {
+  manifest: { short: "m", value: "list|image", help: "print the manifest" },
+  "list-tar": { short: "l", value: "TAR", help: "say what a tar holds, offline" },
+  verify: { value: "TAR", help: "hash a tar again, offline" },
+  parsed: { help: "print the parsed command line as JSON" },
+  quiet: { short: "q", help: "no progress" },
+  version: { short: "v", help: "print the version" },
+  help: { short: "h", help: "print this help" }
+};
+var OPTION_TABLE = { ...PULL_OPTIONS, ...REGISTRY_OPTIONS, ...LOOK_OPTIONS };
+var OPTIONS = Object.entries(OPTION_TABLE).map(
+  ([name, spec]) => ({ name, ...spec })
+);
+var USAGE = `imgpull [options] IMAGE [IMAGE...] [DEST]    pull images into one verified tar
 DEST: a file; - for stdout; a directory or NAME/ for an OCI layout
-What to pull:
-  -o, --os OS                 operating system wanted; default: this machine's
-  -a, --arch ARCH             processor wanted (amd64, arm64, arm ...)
-      --variant V             processor variant wanted (v7, v8 ...)
-      --platform OS/ARCH[/V]  the three in one word; all takes every platform
-      --from FILE             read more IMAGEs, one a line; - is stdin
-      --name NAME             the name that the image gets in the tar
-      --reuse TAR             take blobs from a tar that exists (repeatable)
-      --since TAR             leave out layers that this tar holds
-Registry:
-  -n, --ns HOST               the registry that a mirror stands for (?ns=)
-  -s, --scheme https|http     default https
-  -u, --user NAME             user name for basic authentication
-  -p, --password WORD         its password
-      --password-stdin        read the password from stdin
-  -t, --token TOKEN           sent as Basic TOKEN
-  -c, --cert FILE             client certificate (PEM)
-  -k, --key FILE              its key (PEM)
-  -x, --cacert FILE           trust this CA as well (PEM); alias --ca
-  -i, --insecure              do not verify the server's certificate
-  -j, --concurrency N         connections used at once; default 8
-      --retries N             attempts after the first; default 5
-      --timeout SECONDS       how long a connection may be silent; default 30
-Look, do not pull:
-  -m, --manifest list|image   print the manifest
-  -l, --list-tar TAR          say what a tar holds, offline
-      --verify TAR            hash a tar again, offline
-      --parsed                print the parsed command line as JSON
-  -q, --quiet                 no progress
-  -v, --version               print the version
-  -h, --help                  print this help
-Examples:
+`;
+var EXAMPLES = `Examples:
   imgpull alpine:3.22 alpine.tar && docker load -i alpine.tar
   imgpull ghcr.io/org/app:1 --platform linux/arm64 - | ssh host podman load
   imgpull --from images.txt bundle.tar > images.lock
 `;
-var OPTIONS = [
-  ...HELP.matchAll(/^ {2}(?:-(?<short>.),| {3}) --(?<name>\S+) (?<value>\S+)? +(?<help>.+)$/gm)
-].map(
-  ({ groups = {} }) => groups
-);
-var FOR_ONE_HOST = ["user", "password", "token", "cert", "key", "ns"];
+function formatHelp() {
+  const groups = [
+    ["What to pull", PULL_OPTIONS],
+    ["Registry", REGISTRY_OPTIONS],
+    ["Look, do not pull", LOOK_OPTIONS]
+  ];
+  const formatLine = ([name, { short, value = "", help }]) => {
+    const form = `${short ? `-${short},` : "   "} --${name} ${value}`;
+    return `  ${form.padEnd(28)}${help}
+`;
+  };
+  const formatGroup = ([title, options]) => `${title}:
+${Object.entries(options).map(formatLine).join("")}`;
+  return USAGE + groups.map(formatGroup).join("") + EXAMPLES;
+}
 var usage = (reason) => fail("BAD_OPTION", `${reason} (imgpull --help)`);
 var likeness = (left, right) => [...`^${left}`].filter((letter, at) => `^${right}$`.includes(letter + (left[at] ?? "$"))).length;
+function refuseUnknown(rawName, name) {
+  const [nearest] = OPTIONS.map((option) => ({ ...option, like: likeness(name, option.name) })).filter(({ like }) => like >= 0.4 * (name.length + 1)).sort((left, right) => right.like - left.like);
+  const suggestion = nearest ? `: did you mean --${nearest.name}?` : "";
+  return usage(`unknown option ${printable(rawName, 60)}${suggestion}`);
+}
+function valueOf(spec, { rawName, value: text, inlineValue }) {
+  const isShort = !rawName.startsWith("--");
+  const value = isShort && inlineValue ? text?.replace(/^=/, "") : text;
+  const isNextOption = !inlineValue && value?.startsWith("-") && value !== "-";
+  if (!value || isNextOption) return usage(`${rawName} needs a value (${spec.value})`);
+  const choices = spec.value?.split("|") ?? [];
+  if (choices.length > 1 && !choices.includes(value))
+    usage(`--${spec.name} is ${choices.join(" or ")}, not "${printable(value)}"`);
+  return value;
+}
 function parseCommandLine(argv) {
-  const specs = [...OPTIONS, { name: "ca", value: "FILE", help: "" }];
+  const spellings = OPTIONS.flatMap(
+    (option) => [option.name, option.alias ?? []].flat().map((spelling) => [spelling, option])
+  );
+  const specs = new Map(spellings);
   const options = Object.fromEntries(
-    specs.map(({ name, short, value }) => [
-      name,
+    spellings.map(([spelling, { short, value }]) => [
+      spelling,
       { type: value ? "string" : "boolean", ...dropEmpty({ short }) }
     ])
   );
-  const parsed = (0, import_node_util.parseArgs)({
+  const { tokens, positionals } = (0, import_node_util.parseArgs)({
     args: [...argv],
     options,
     strict: false,
@@ -2567,109 +2633,110 @@ function parseCommandLine(argv) {
     tokens: true
   });
   const values = {};
+  const lists = {};
   const switches = /* @__PURE__ */ new Set();
-  const reuse = [];
-  for (const token of parsed.tokens) {
+  for (const token of tokens) {
     if (token.kind !== "option") continue;
-    const { rawName, inlineValue } = token;
-    const name = token.name === "ca" ? "cacert" : token.name;
-    const spec = OPTIONS.find((option) => option.name === name);
-    if (!spec) {
-      const [nearest] = OPTIONS.map((option) => ({ ...option, like: likeness(name, option.name) })).filter(({ like }) => like >= 0.4 * (name.length + 1)).sort((left, right) => right.like - left.like);
-      return usage(
-        `unknown option ${printable(rawName, 60)}${nearest ? `: did you mean --${nearest.name}?` : ""}`
-      );
+    const spec = specs.get(token.name) ?? refuseUnknown(token.rawName, token.name);
+    const { name } = spec;
+    if (name in values || switches.has(name)) usage(`--${name} is given twice`);
+    if (!spec.value) {
+      if (token.value !== void 0) usage(`${token.rawName} takes no value`);
+      switches.add(name);
+    } else if (spec.isRepeatable) {
+      lists[name] = [...lists[name] ?? [], valueOf(spec, token)];
+    } else {
+      values[name] = valueOf(spec, token);
     }
-    if (values[name] !== void 0 || switches.has(name)) usage(`--${name} is given twice`);
-    const value = rawName.startsWith("--") || !inlineValue ? token.value : token.value?.replace(/^=/, "");
-    if (!spec.value && value !== void 0) usage(`${rawName} takes no value`);
-    const isMissing = !value || !inlineValue && value.startsWith("-") && value !== "-";
-    if (!spec.value) switches.add(name);
-    else if (isMissing) usage(`${rawName} needs a value (${spec.value})`);
-    else if (name === "reuse") reuse.push(value);
-    else values[name] = value;
-    const choices = spec.value?.split("|") ?? [];
-    const isChoice = choices.length < 2 || choices.includes(value ?? "");
-    if (!isChoice) usage(`--${name} is ${choices.join(" or ")}, not "${printable(value ?? "")}"`);
   }
-  return { values, switches, reuse, positionals: parsed.positionals };
+  return { values, lists, switches, positionals };
 }
-function planCommand({
-  values,
-  switches,
-  reuse,
-  positionals
-}) {
-  const {
-    platform,
-    user: username,
-    password,
-    cert: tlsCert,
-    key: tlsKey,
-    cacert: caCert,
-    ns: namespace
-  } = values;
-  const { token, from, name, since, os: system, arch, "list-tar": listed, verify, scheme } = values;
-  const manifest = values.manifest;
-  const isAll = platform === "all";
-  const isWhole = platform === void 0 || isAll;
+function checkCombinations({ values, switches, positionals }) {
+  const { platform, from, verify, manifest } = values;
+  const listed = values["list-tar"];
   const isPasswordOnStdin = switches.has("password-stdin");
-  if (platform && (system ?? arch ?? values.variant))
+  if (platform && (values.os ?? values.arch ?? values.variant))
     usage("--platform excludes --os, --arch and --variant");
-  if (!isWhole && !/^[^/]+\/[^/]+(\/[^/]+)?$/.test(platform)) {
-    usage(`--platform is OS/ARCH, OS/ARCH/VARIANT or all, not "${printable(platform)}"`);
-  }
-  const [osType, archType, variant] = isWhole ? [system, arch, values.variant] : platform.split("/");
-  const number = (option, value = values[option]) => value === void 0 ? void 0 : /^\d+(\.\d+)?$/.test(value) ? Number(value) : usage(`--${option} is a number, not "${printable(value)}"`);
-  if (password !== void 0 && isPasswordOnStdin)
+  if (values.password !== void 0 && isPasswordOnStdin)
     usage("--password and --password-stdin exclude each other");
   if (isPasswordOnStdin && from === "-")
     usage("stdin is asked for twice: --password-stdin and --from -");
-  const timeout = number("timeout");
+  if (listed ?? verify) {
+    if (positionals.length > 0 || listed && verify) usage("--list-tar or --verify takes one tar");
+    return;
+  }
+  if (positionals.length === 0) {
+    if (from === void 0) usage("IMAGE is missing");
+    if (manifest === void 0) usage("DEST is missing");
+  }
+}
+function parseNumber(option, text) {
+  if (text === void 0) return void 0;
+  if (!/^\d+(\.\d+)?$/.test(text)) usage(`--${option} is a number, not "${printable(text)}"`);
+  return Number(text);
+}
+function platformOptions({
+  values: { platform, os: osType, arch: archType, variant }
+}) {
+  if (platform === void 0) return { osType, archType, variant };
+  if (platform === "all") return {};
+  if (!/^[^/]+\/[^/]+(\/[^/]+)?$/.test(platform))
+    usage(`--platform is OS/ARCH, OS/ARCH/VARIANT or all, not "${printable(platform)}"`);
+  const [system, architecture, level] = platform.split("/");
+  return { osType: system, archType: architecture, variant: level };
+}
+function pullerOptions(line) {
+  const { values, switches } = line;
+  const timeoutSeconds = parseNumber("timeout", values.timeout);
   const opts = dropEmpty({
-    scheme,
-    osType,
-    archType,
-    variant,
-    username,
-    password,
-    token,
-    tlsCert,
-    tlsKey,
-    caCert,
-    namespace,
+    ...platformOptions(line),
+    scheme: values.scheme,
+    username: values.user,
+    password: values.password,
+    token: values.token,
+    tlsCert: values.cert,
+    tlsKey: values.key,
+    caCert: values.cacert,
+    namespace: values.ns,
     insecure: switches.has("insecure") || void 0,
-    concurrency: number("concurrency"),
-    retries: number("retries"),
-    timeoutMs: timeout === void 0 ? void 0 : Math.ceil(timeout * 1e3)
+    concurrency: parseNumber("concurrency", values.concurrency),
+    retries: parseNumber("retries", values.retries),
+    timeoutMs: timeoutSeconds === void 0 ? void 0 : Math.ceil(timeoutSeconds * 1e3)
   });
-  settingsOf({ url: "", ...opts, ...isPasswordOnStdin ? { password: "" } : {} }, {});
-  const hasDestination = manifest === void 0 && positionals.length > (from === void 0 ? 1 : 0);
-  const destination = hasDestination ? positionals.at(-1) : void 0;
-  const isLooking = (listed ?? verify) !== void 0;
-  if (isLooking && (positionals.length > 0 || listed && verify))
-    usage("--list-tar or --verify takes one tar");
-  const images = positionals.slice(0, manifest !== void 0 ? 1 : hasDestination ? -1 : void 0);
-  const bound = FOR_ONE_HOST.find((option) => values[option] !== void 0);
-  if (images.length === 0 && from === void 0 && !isLooking) usage("IMAGE is missing");
+  const passwordToCome = switches.has("password-stdin") ? { password: "" } : {};
+  settingsOf({ url: "", ...opts, ...passwordToCome }, {});
+  return opts;
+}
+function splitPositionals({ values: { manifest, from }, positionals }) {
+  if (manifest !== void 0) return { images: positionals.slice(0, 1) };
+  const isDestinationThere = positionals.length > (from === void 0 ? 1 : 0);
+  if (!isDestinationThere) return { images: positionals };
+  return { images: positionals.slice(0, -1), destination: positionals.at(-1) };
+}
+function planCommand(line) {
+  const { values, lists, switches } = line;
+  checkCombinations(line);
+  const opts = pullerOptions(line);
+  const { images, destination } = splitPositionals(line);
+  const { from, name, since, platform } = values;
   if (destination === "") usage("DEST is empty");
-  if (!manifest && from !== void 0 && !destination) usage("DEST is missing");
   if (name !== void 0 && (images.length !== 1 || from !== void 0))
     usage("--name goes with one IMAGE");
-  const isQuiet = switches.has("quiet");
   return {
     opts,
     images,
     destination,
-    manifest,
+    manifest: values.manifest,
     from,
     name,
     since,
-    reuse,
-    isAll,
-    isPasswordOnStdin,
-    isQuiet,
-    bound
+    reuse: lists.reuse ?? [],
+    isAll: platform === "all",
+    isPasswordOnStdin: switches.has("password-stdin"),
+    isQuiet: switches.has("quiet"),
+    optionForOneHost: OPTIONS.find(
+      (option) => option.isForOneHost && values[option.name] !== void 0
+    )?.name
   };
 }
 async function checkDestinationName(destination) {
@@ -2754,7 +2821,7 @@ async function listImages(io, command) {
   const {
     from,
     name: givenName,
-    bound,
+    optionForOneHost,
     opts: { namespace }
   } = command;
   const refuse = (error) => usage(`cannot read --from ${from}: ${diskWords(error)}`);
@@ -2764,8 +2831,10 @@ async function listImages(io, command) {
   if (texts.length === 0) usage("no IMAGE is given");
   const references = await mapConcurrently(texts, 1, async (text) => parseReference(text));
   const hosts = [...new Set(references.map(({ host }) => host))];
-  if (hosts.length > 1 && bound)
-    usage(`--${bound} belongs to one registry, and the IMAGEs are on ${hosts.join(", ")}`);
+  if (hosts.length > 1 && optionForOneHost)
+    usage(
+      `--${optionForOneHost} belongs to one registry, and the IMAGEs are on ${hosts.join(", ")}`
+    );
   const unique = new Map(references.map((reference) => [formatReference(reference), reference]));
   const names = /* @__PURE__ */ new Set();
   return [...unique.values()].map((reference) => {
@@ -2782,7 +2851,7 @@ async function runCommand(argv, io, signal) {
   const line = parseCommandLine(argv);
   const version = `imgpull version: ${"1.0.0"} build date: ${"2026-11-25T00:00:00Z"}
 `;
-  if (line.switches.has("help")) return void stdout.write(HELP);
+  if (line.switches.has("help")) return void stdout.write(formatHelp());
   if (line.switches.has("version")) return void stdout.write(version);
   const command = planCommand(line);
   const { opts, manifest: kind, isAll, reuse, since, isQuiet } = command;
@@ -2791,7 +2860,7 @@ async function runCommand(argv, io, signal) {
     const shown = {
       ...command,
       opts: void 0,
-      bound: void 0,
+      optionForOneHost: void 0,
       ...opts,
       ...Object.fromEntries(secrets)
     };
