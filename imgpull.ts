@@ -1534,20 +1534,33 @@ function hostPlatform(): Platform {
     ...dropEmpty({ variant }),
   };
 }
-/** Variants that serve, best first; "" is an entry without one. containerd's platforms package has the same order. */
+/** Processors whose variants are levels, each of which runs what was made for those below it. */
+const VARIANT_LEVELS: Readonly<Record<string, { lowest: number; unnamed: number }>> = {
+  arm: { lowest: 5, unnamed: 7 }, // `unnamed` is what no variant means
+  arm64: { lowest: 8, unnamed: 8 },
+  amd64: { lowest: 1, unnamed: 1 },
+};
+
+const NO_VARIANT = "";
+const ANY_VARIANT = "*";
+
+/** Variants that serve, best first. containerd's platforms package has the same order. */
 function acceptableVariants(architecture: string, variant: string | undefined): string[] {
-  const known = new Map([
-    ["arm", [5, 7]],
-    ["arm64", [8, 8]],
-    ["amd64", [1, 1]],
-  ]); // lowest tried, and what none means
-  const [lowest = NaN, plain] = known.get(architecture) ?? [];
-  const level = Number(/^v(\d{1,2})$/.exec(variant ?? `v${plain}`)?.[1]);
-  if (Number.isNaN(level - lowest)) return variant === undefined ? ["", "*"] : [variant];
-  const down = Array.from({ length: level - lowest + 1 }, (_, index) => level - index);
-  const names = down.flatMap((each) => (each === plain ? [`v${each}`, ""] : [`v${each}`]));
-  return variant === undefined ? ["", ...names] : names;
+  const levels = VARIANT_LEVELS[architecture];
+  if (!levels) return variant === undefined ? [NO_VARIANT, ANY_VARIANT] : [variant];
+
+  const exact = variant ?? NO_VARIANT;
+  const [, digits] = /^v(\d{1,2})$/.exec(variant ?? `v${levels.unnamed}`) ?? [];
+  if (digits === undefined) return [exact];
+
+  const acceptable = [exact];
+  for (let level = Number(digits); level >= levels.lowest; level -= 1) {
+    acceptable.push(`v${level}`);
+    if (level === levels.unnamed) acceptable.push(NO_VARIANT);
+  }
+  return acceptable;
 }
+
 function matchPlatform(
   candidates: readonly Descriptor[],
   { os: system, architecture, variant }: Platform,

@@ -163,6 +163,11 @@ const MATCHES: [wanted: string, entries: string[], found: string | undefined][] 
   ["linux/arm64/v8", ["linux/arm/v7", "linux/arm64"], "linux/arm64"],
   ["linux/arm64/v8", ["linux/arm64/v8", "linux/arm64"], "linux/arm64/v8"],
   ["linux/386", ["linux/amd64"], undefined],
+  ["linux/arm/v4", ["linux/arm/v5", "linux/arm/v4"], "linux/arm/v4"],
+  ["linux/arm/v4", ["linux/arm/v5", "linux/arm"], undefined],
+  ["linux/arm64/v7", ["linux/arm64/v8", "linux/arm64/v7"], "linux/arm64/v7"],
+  ["linux/amd64/v0", ["linux/amd64/v1", "linux/amd64/v0"], "linux/amd64/v0"],
+  ["linux/arm/v07", ["linux/arm/v6", "linux/arm/v07"], "linux/arm/v07"],
 ];
 
 test("os and processor, then the variant", () => {
