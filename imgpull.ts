@@ -902,30 +902,36 @@ async function withRetries<T>(
 // ====== 8. Credentials and tokens ======
 // Challenges (RFC 9110 §11.6.1), docker's and podman's files, helpers, the distribution token protocol. SPEC §6, §7.
 // Invariant: a credential is for one registry; it goes there and to the token endpoint which that registry names.
+
+// ------ Challenges ------
+
 interface Challenge {
   readonly scheme: string;
   readonly parameters: Record<string, string>;
 }
-interface Authorization {
-  readonly header: string;
-  readonly expiresAt: number;
-}
+
 /** Every challenge of every header line: commas separate both parameters and challenges, and may be inside quotes. */
 function parseChallenges(lines: readonly string[]): Challenge[] {
   const challenges: Challenge[] = [];
   const word = /([\s,]*)([!#$%&'*+.^_`|~0-9A-Za-z/-]+)(?:\s*=\s*("(?:[^"\\]|\\.)*"?|[^\s,"]*))?/gy;
+
   for (const match of lines.flatMap((line) => [...line.matchAll(word)])) {
     const [, separator = "", name = "", value] = match;
     const current = challenges.at(-1)?.parameters;
+    const isToken68 = value !== undefined && /^=*$/.test(value); // as Negotiate sends
+
     if (value === undefined && (match.index === 0 || separator.includes(","))) {
       challenges.push({ scheme: name.toLowerCase(), parameters: {} });
-    } else if (current && value !== undefined && !/^=*$/.test(value)) {
-      // otherwise a token68, as Negotiate sends
+    } else if (current && value !== undefined && !isToken68) {
       current[name.toLowerCase()] ??= value.replace(/^"|"$/g, "").replace(/\\(.)/g, "$1");
     }
   }
+
   return challenges;
 }
+
+// ------ Credential files and helpers ------
+
 /** `stored` ones come from a file or a helper: where they are refused, a public image can still be pulled. */
 type Credential = Readonly<{
   kind: "basic" | "identity" | "bearer";
@@ -934,6 +940,124 @@ type Credential = Readonly<{
   source: string;
   stored: boolean;
 }>;
+
+/** A place that may hold credentials: JSON as docker writes it, in the environment or in a file. */
+type CredentialPlace = Readonly<{
+  variable?: string;
+  text?: (environment: Environment) => string | undefined;
+  file?: (environment: Environment) => string | undefined;
+}>;
+
+const homeOf = ({ HOME }: Environment): string => HOME ?? os.homedir();
+
+/** A path below a directory that the environment names; undefined where it names none. */
+const below = (directory: string | undefined, ...names: string[]): string | undefined =>
+  directory ? path.join(directory, ...names) : undefined;
+
+/**
+ * The places in SPEC §7's order; the first that knows the registry is taken. A new credential file is one line here.
+ * A file that a `variable` names has to be there; the others may be missing.
+ */
+const CREDENTIAL_PLACES: readonly CredentialPlace[] = [
+  { variable: "REGISTRY_AUTH_FILE", file: (environment) => environment.REGISTRY_AUTH_FILE },
+  { variable: "DOCKER_AUTH_CONFIG", text: (environment) => environment.DOCKER_AUTH_CONFIG },
+  {
+    file: (environment) =>
+      below(environment.DOCKER_CONFIG || below(homeOf(environment), ".docker"), "config.json"),
+  },
+  { file: (environment) => below(environment.XDG_RUNTIME_DIR, "containers/auth.json") },
+  { file: (environment) => below(homeOf(environment), ".config/containers/auth.json") },
+];
+
+/** The credential for a repository: the options' own, or that of the first place which knows its registry. */
+async function findCredential(
+  settings: Settings,
+  reference: Reference,
+): Promise<Credential | undefined> {
+  const fromOptions = credentialOfOptions(settings);
+  if (fromOptions) return fromOptions;
+
+  const { environment } = settings;
+  for (const place of CREDENTIAL_PLACES) {
+    const file = place.file?.(environment);
+    const text = file ? await readCredentialFile(file, place.variable) : place.text?.(environment);
+    if (!text) continue;
+
+    const source = file ?? place.variable ?? "";
+    const credential = credentialIn(text, source, reference, environment);
+    if (credential) return credential;
+  }
+
+  return undefined;
+}
+
+function credentialOfOptions({ token, username, password }: Settings): Credential | undefined {
+  const common = { kind: "basic", username: username ?? "", stored: false } as const;
+  if (token !== undefined) return { ...common, secret: token, source: "--token" };
+  if (username === undefined) return undefined;
+  return { ...common, secret: password ?? "", source: "--user and --password" };
+}
+
+/** Undefined where there is none; one that a variable names has to be there. */
+async function readCredentialFile(
+  file: string,
+  variable: string | undefined,
+): Promise<string | undefined> {
+  const what = variable === undefined ? `the credential file ${file}` : `${variable} names ${file}`;
+  const isMissing = (cause: unknown): boolean =>
+    ["ENOENT", "ENOTDIR", "ERR_ACCESS_DENIED"].includes(errorCodeOf(cause));
+
+  try {
+    if ((await fs.stat(file)).size <= LIMITS.credentialFileBytes)
+      return await fs.readFile(file, "utf8");
+  } catch (cause) {
+    if (variable === undefined && isMissing(cause)) return undefined;
+    fail("CREDENTIALS", `${what}: ${diskWords(cause)}`, { cause });
+  }
+
+  return fail("CREDENTIALS", `${what}: too large for a credential file`);
+}
+
+/** The credential that one file has for a repository: its helper, its store, or the longest path in `auths`. */
+function credentialIn(
+  text: string,
+  source: string,
+  reference: Reference,
+  environment: Environment,
+): Credential | undefined {
+  const file = parseJson(text);
+  if (!isRecord(file)) return fail("CREDENTIALS", `${source} is not a JSON object`);
+
+  const { host } = reference;
+  const isName = (value: unknown): value is string => typeof value === "string" && value !== "";
+  const helper = bestEntry(file.credHelpers, reference, isName) ?? file.credsStore;
+  const server = host === "docker.io" ? "https://index.docker.io/v1/" : host;
+  const fromHelper = isName(helper) ? runCredentialHelper(helper, server, environment) : undefined;
+  if (fromHelper) return fromHelper;
+
+  const isFilled = (value: unknown): value is Record<string, unknown> =>
+    isRecord(value) && Object.keys(value).length > 0;
+  const entry = bestEntry(file.auths, reference, isFilled);
+  return entry && decodeAuthEntry(entry, source);
+}
+
+/** Of the usable entries for a repository, the one with the longest key. */
+function bestEntry<T>(
+  entries: unknown,
+  { host, repository }: Reference,
+  isUsable: (value: unknown) => value is T,
+): T | undefined {
+  let best: { key: string; value: T } | undefined;
+
+  for (const [written, value] of Object.entries(entries ?? {})) {
+    const key = normalizeAuthKey(written);
+    const isFor = `${host}/${repository}/`.startsWith(`${key}/`);
+    if (isFor && isUsable(value) && key.length > (best?.key.length ?? -1)) best = { key, value };
+  }
+
+  return best?.value;
+}
+
 /** A credential file's key as host[/path]: docker writes URLs with /v1/, podman writes paths. */
 function normalizeAuthKey(key: string): string {
   const [host = "", ...rest] = key
@@ -942,428 +1066,408 @@ function normalizeAuthKey(key: string): string {
     .split("/");
   return [HUB_HOSTS.includes(host) ? "docker.io" : host, ...rest].join("/");
 }
+
 /** An entry of `auths`; undefined where it is empty. */
 function decodeAuthEntry(entry: Record<string, unknown>, source: string): Credential | undefined {
-  const text = (name: string) => (typeof entry[name] === "string" ? entry[name] : "");
+  const text = (name: string): string => (typeof entry[name] === "string" ? entry[name] : "");
   const decoded = Buffer.from(text("auth"), "base64").toString("utf8").replace(/\0+$/, "");
   if (text("auth") && !decoded.includes(":"))
     fail("CREDENTIALS", `${source}: "auth" is not USER:PASSWORD in base64`);
+
   const [, username = text("username"), password = text("password")] =
-    /^([^:]*):([^]*)$/.exec(decoded) ?? [];
-  const [identity, bearer] = [text("identitytoken"), text("registrytoken")];
-  if (/[^\x21-\x7e]/.test(bearer))
+    /^([^:]*):(.*)$/s.exec(decoded) ?? [];
+  const common = { username, source, stored: true };
+  const identity = text("identitytoken");
+  if (identity) return { ...common, kind: "identity", secret: identity };
+
+  const bearer = text("registrytoken");
+  if (!isHeaderWord(bearer || "-"))
     fail("CREDENTIALS", `${source}: its "registrytoken" fits no header`);
-  const kind = identity ? "identity" : bearer ? "bearer" : "basic";
-  const secret = identity || bearer || password;
-  return username === "" && secret === ""
-    ? undefined
-    : { kind, username, secret, source, stored: true };
+  if (bearer) return { ...common, kind: "bearer", secret: bearer };
+
+  if (username === "" && password === "") return undefined;
+  return { ...common, kind: "basic", secret: password };
 }
+
+/** Whether a header can carry it as one word; anything else could end the header and begin another. */
+const isHeaderWord = (text: string): boolean => /^[\x21-\x7e]+$/.test(text);
+
 /** docker-credential-NAME: the server on stdin, JSON on stdout (docker/docker-credential-helpers). */
 function runCredentialHelper(
   name: string,
-  input: string,
+  server: string,
   environment: Environment,
 ): Credential | undefined {
   const source = `docker-credential-${name}`;
   const refuse = (reason: string): never =>
     fail("CREDENTIALS", `the credential helper ${printable(source)} ${reason}`);
   if (!/^[\w.+-]+$/.test(name)) refuse("has a name that is not one");
-  const options = { input, env: { ...environment }, timeout: 60_000, maxBuffer: LIMITS.tokenBytes };
-  const run = load("node:child_process").spawnSync(source, ["get"], {
-    ...options,
+
+  const { status, stdout, stderr, error } = load("node:child_process").spawnSync(source, ["get"], {
+    input: server,
+    env: { ...environment },
+    timeout: 60_000,
+    maxBuffer: LIMITS.tokenBytes,
     encoding: "utf8",
   });
-  const { status, stdout, stderr, error } = run;
-  if (error)
-    refuse(
-      `cannot be run: ${errorCodeOf(error) === "ENOENT" ? "it is not on the PATH" : errorCodeOf(error)}`,
-    );
+  if (errorCodeOf(error) === "ENOENT") refuse("cannot be run: it is not on the PATH");
+  if (error) refuse(`cannot be run: ${errorCodeOf(error)}`);
+
   const words = printable(stdout || stderr) || `exit code ${status}`;
-  if (status !== 0)
-    return /credentials not found/i.test(words) ? undefined : refuse(`failed: ${words}`);
+  if (status !== 0 && /credentials not found/i.test(words)) return undefined;
+  if (status !== 0) refuse(`failed: ${words}`);
+
   const answer = parseJson(stdout) ?? refuse("answered what is not JSON");
   const { Username: username = "", Secret: secret } = answer as Record<string, unknown>;
   if (typeof username !== "string" || typeof secret !== "string")
     return refuse("answered without a Secret");
-  return decodeAuthEntry(
-    username === "<token>" ? { identitytoken: secret } : { username, password: secret },
-    source,
-  );
+  const entry = username === "<token>" ? { identitytoken: secret } : { username, password: secret };
+  return decodeAuthEntry(entry, source);
 }
-/** The credential that one file has for a repository: its helper, its store, or the longest path in `auths`. */
-function credentialIn(
-  text: string,
-  source: string,
-  { host, repository }: Reference,
-  environment: Environment,
-) {
-  const file = parseJson(text);
-  if (!isRecord(file)) return fail("CREDENTIALS", `${source} is not a JSON object`);
-  const bestIn = (entries: unknown, isUsable: (value: unknown) => boolean): unknown =>
-    Object.entries(entries ?? {})
-      .filter(
-        ([key, value]) =>
-          isUsable(value) && `${host}/${repository}/`.startsWith(`${normalizeAuthKey(key)}/`),
-      )
-      .sort(
-        ([left], [right]) => normalizeAuthKey(right).length - normalizeAuthKey(left).length,
-      )[0]?.[1];
-  const helper = bestIn(file.credHelpers, (value) => typeof value === "string") ?? file.credsStore;
-  const server = host === "docker.io" ? "https://index.docker.io/v1/" : host;
-  const found =
-    helper && typeof helper === "string"
-      ? runCredentialHelper(helper, server, environment)
-      : undefined;
-  const entry = bestIn(file.auths, (value) => isRecord(value) && Object.keys(value).length > 0);
-  return found ?? (isRecord(entry) ? decodeAuthEntry(entry, source) : undefined);
-}
-/** SPEC §7's order. Every place is tried, and the first that knows the registry is taken. */
-async function findCredential(
-  { environment, token, username, password = "" }: Settings,
-  reference: Reference,
-) {
-  const {
-    HOME: home = os.homedir(),
-    DOCKER_CONFIG,
-    XDG_RUNTIME_DIR,
-    REGISTRY_AUTH_FILE,
-  } = environment;
-  const option = { kind: "basic", username: username ?? "", stored: false } as const;
-  if (token !== undefined) return { ...option, secret: token, source: "--token" };
-  if (username !== undefined)
-    return { ...option, secret: password, source: "--user and --password" };
-  const inText = (source: string, text = "") =>
-    text && credentialIn(text, source, reference, environment);
-  const inFile = async (file = "", isNamed = false) =>
-    file && inText(file, await readCredentialFile(file, isNamed));
-  return (
-    (await inFile(REGISTRY_AUTH_FILE, true)) ||
-    inText("DOCKER_AUTH_CONFIG", environment.DOCKER_AUTH_CONFIG) ||
-    (await inFile(path.join(DOCKER_CONFIG || path.join(home, ".docker"), "config.json"))) ||
-    (await inFile(XDG_RUNTIME_DIR && path.join(XDG_RUNTIME_DIR, "containers/auth.json"))) ||
-    (await inFile(path.join(home, ".config/containers/auth.json"))) ||
-    undefined
-  );
-}
-/** Undefined where there is none; the one that REGISTRY_AUTH_FILE names has to be there. */
-async function readCredentialFile(file: string, isNamed: boolean): Promise<string | undefined> {
-  const what = isNamed ? `REGISTRY_AUTH_FILE names ${file}` : `the credential file ${file}`;
-  try {
-    if ((await fs.stat(file)).size <= LIMITS.credentialFileBytes)
-      return await fs.readFile(file, "utf8");
-  } catch (cause) {
-    if (!isNamed && ["ENOENT", "ENOTDIR", "ERR_ACCESS_DENIED"].includes(errorCodeOf(cause)))
-      return undefined;
-    fail("CREDENTIALS", `${what}: ${diskWords(cause)}`, { cause });
-  }
-  return fail("CREDENTIALS", `${what}: too large for a credential file`);
-}
-/** A token for one repository (distribution specification, "Token Authentication"; OAuth2 for identity tokens). */
-async function fetchToken(
-  session: Session,
-  origin: string,
-  asked: Record<string, string>,
-  isRegistry: boolean,
-  credential?: Credential,
-) {
-  const { realm = "", service, scope } = asked;
-  if (realm === "" || !URL.canParse(realm, origin))
-    fail("PROTOCOL", `${origin} names no usable realm for its tokens`);
-  const url = new URL(realm, origin);
-  const where = redactUrl(url);
-  const isSafe = ["https:", new URL(origin).protocol].includes(url.protocol);
-  if (!isSafe)
-    fail("PROTOCOL", `${origin} names the token endpoint ${where}: not over ${url.protocol}`);
-  const query = dropEmpty({ service, scope });
-  const ask = (method: string, authorization: string | undefined, body?: string) =>
-    session.transport.send({
-      method,
-      url,
-      signal: session.signal,
-      ...dropEmpty({ body }),
-      headers: body === undefined ? {} : { "Content-Type": "application/x-www-form-urlencoded" },
-      authorizationFor: async (each) => (each === url.origin ? authorization : undefined),
-      isRegistry: (each) => each === origin && isRegistry,
-    });
-  const { kind, username, secret = "" } = credential ?? {};
-  const grant = {
-    ...query,
-    grant_type: "refresh_token",
-    client_id: "imgpull",
-    refresh_token: secret,
-  };
-  let answer =
-    kind === "identity" ? await ask("POST", undefined, `${new URLSearchParams(grant)}`) : undefined;
-  // Services that know no POST say so in many ways; a redirect would want the secret sent elsewhere.
-  if (!answer || /^(3..|40[0145])$/.test(`${answer.status}`)) {
-    for (const [name, value] of Object.entries(query)) url.searchParams.set(name, value);
-    const user = username || "00000000-0000-0000-0000-000000000000"; // ACR's, for tokens of its own
-    answer = await ask("GET", credential && basicAuthorization(user, secret));
-  }
-  if (!answer.body) throw statusError(answer, session.clock.now(), "the token service");
-  const json = parseJson(await readBody(answer.body, LIMITS.tokenBytes, `the token of ${where}`));
-  const { token, access_token: accessToken, expires_in: seconds } = isRecord(json) ? json : {};
-  const text = token || accessToken;
-  if (typeof text !== "string" || !/^[\x21-\x7e]+$/.test(text))
-    fail("PROTOCOL", `${where} answered without a token`);
-  const lifeMs = Math.max(LIMITS.tokenFloorMs, typeof seconds === "number" ? seconds * 1000 : 0);
-  return { header: `Bearer ${text}`, expiresAt: session.clock.now() + lifeMs };
-}
+
+// ------ What a status means ------
+
 const STORAGE_HOST = "the storage host";
+
+const STATUS_CODES: Readonly<Record<number, ErrorCode>> = {
+  401: "UNAUTHORIZED",
+  403: "FORBIDDEN",
+  404: "NOT_FOUND",
+  407: "PROXY",
+  429: "RATE_LIMITED",
+};
+
 /** What a status means, with the words of the one who said it. */
-function statusError(
-  { status, words, headers, url }: Answer,
-  now: number,
-  who: string,
-): ImgpullError {
-  const codes = {
-    401: "UNAUTHORIZED",
-    403: "FORBIDDEN",
-    404: "NOT_FOUND",
-    407: "PROXY",
-    429: "RATE_LIMITED",
-  } as const;
-  const waitMs =
-    status === 429 || status >= 500 ? parseRetryAfter(headers["retry-after"], now) : undefined;
-  const when =
-    waitMs === undefined
-      ? "try again later"
-      : `come back in ${Math.ceil(waitMs / 1000)} s, at ${new Date(now + Math.min(waitMs, 1e12)).toISOString()}`;
-  const remedy =
-    status === 429
-      ? `\n  too many requests: ${when}`
-      : status === 407
-        ? PROXY_REMEDY
-        : /HTTP request (was sent )?to (an )?HTTPS/i.test(words)
-          ? "\n  this port is https: try without --scheme http"
-          : "";
+function statusError(answer: Answer, now: number, who: string): ImgpullError {
+  const { status, words, headers, url } = answer;
+  const mayWait = status === 429 || status >= 500;
+  const waitMs = mayWait ? parseRetryAfter(headers["retry-after"], now) : undefined;
+  const remedy = remedyFor(answer, waitMs, now);
   const said = `${redactUrl(url)}: ${who} answered ${status}${words ? ` (${words})` : ""}${remedy}`;
+
   // A storage host's refusal is a signed URL that has expired: asking the registry again gives a new one.
   const isExpired = who === STORAGE_HOST && [400, 401, 403].includes(status);
-  const details: ErrorDetails = { status, retryAfterMs: isExpired ? 0 : waitMs };
-  return new ImgpullError(codes[status as keyof typeof codes] ?? "PROTOCOL", said, details);
+  return new ImgpullError(STATUS_CODES[status] ?? "PROTOCOL", said, {
+    status,
+    retryAfterMs: isExpired ? 0 : waitMs,
+  } as ErrorDetails);
+}
+
+/** A second line for the statuses about which something can be done. */
+function remedyFor({ status, words }: Answer, waitMs: number | undefined, now: number): string {
+  if (status === 407) return PROXY_REMEDY;
+  if (status === 429) return `\n  too many requests: ${whenToComeBack(waitMs, now)}`;
+  const isHttpsPort = /HTTP request (was sent )?to (an )?HTTPS/i.test(words);
+  return isHttpsPort ? "\n  this port is https: try without --scheme http" : "";
+}
+
+function whenToComeBack(waitMs: number | undefined, now: number): string {
+  if (waitMs === undefined) return "try again later";
+  const date = new Date(now + Math.min(waitMs, 1e12)); // later than that is no date
+  return `come back in ${Math.ceil(waitMs / 1000)} s, at ${date.toISOString()}`;
+}
+
+// ------ Tokens ------
+
+/** What an Authorization header carries, and until when it is good. */
+interface Authorization {
+  readonly header: string;
+  readonly expiresAt: number;
+}
+
+/** Whose token is asked for: `origin` has named the realm, and `isRegistry` says whether it may see certificates. */
+type TokenRequest = Readonly<{
+  origin: string;
+  isRegistry: boolean;
+  parameters: Readonly<Record<string, string>>; // of the challenge, with the scope that is wanted
+  credential: Credential | undefined;
+}>;
+
+/** Azure's registry wants this name with the tokens that it has issued itself. */
+const NOBODY = "00000000-0000-0000-0000-000000000000";
+
+/** A token for one repository (distribution specification, "Token Authentication"; OAuth2 for identity tokens). */
+async function fetchToken(session: Session, request: TokenRequest): Promise<Authorization> {
+  const url = parseRealm(request.parameters.realm, request.origin);
+  const answer = await requestToken(session, url, request);
+  const now = session.clock.now();
+  if (!answer.body) throw statusError(answer, now, "the token service");
+
+  const where = redactUrl(url);
+  const body = await readBody(answer.body, LIMITS.tokenBytes, `the token of ${where}`);
+  return parseToken(body, where, now);
+}
+
+/** The token endpoint: relative to the registry, and never less private than the registry itself. */
+function parseRealm(realm: string | undefined, origin: string): URL {
+  if (!realm || !URL.canParse(realm, origin))
+    return fail("PROTOCOL", `${origin} names no usable realm for its tokens`);
+
+  const url = new URL(realm, origin);
+  const isPrivateEnough = ["https:", new URL(origin).protocol].includes(url.protocol);
+  if (!isPrivateEnough)
+    fail(
+      "PROTOCOL",
+      `${origin} names the token endpoint ${redactUrl(url)}: not over ${url.protocol}`,
+    );
+  return url;
+}
+
+/** An identity token is asked for by POST, all else by GET, with the credential as a password. */
+async function requestToken(session: Session, url: URL, request: TokenRequest): Promise<Answer> {
+  const { origin, isRegistry, credential, parameters } = request;
+  const { service, scope } = parameters;
+  const query = dropEmpty({ service, scope });
+  const send = (more: Pick<HttpRequest, "method" | "url" | "headers" | "body">, header?: string) =>
+    session.transport.send({
+      ...more,
+      signal: session.signal,
+      authorizationFor: async (each) => (each === url.origin ? header : undefined),
+      isRegistry: (each) => each === origin && isRegistry,
+    });
+
+  if (credential?.kind === "identity") {
+    const answer = await send({
+      method: "POST",
+      url,
+      headers: { "Content-Type": "application/x-www-form-urlencoded" },
+      body: String(new URLSearchParams(identityGrant(query, credential.secret))),
+    });
+    if (!isPostUnknown(answer.status)) return answer;
+  }
+
+  const asked = new URL(url);
+  for (const [name, value] of Object.entries(query)) asked.searchParams.set(name, value);
+  const header = credential && basicAuthorization(credential.username || NOBODY, credential.secret);
+  return send({ method: "GET", url: asked, headers: {} }, header);
+}
+
+const identityGrant = (query: Record<string, string>, secret: string) => ({
+  ...query,
+  grant_type: "refresh_token",
+  client_id: "imgpull",
+  refresh_token: secret,
+});
+
+/** Services that know no POST say so in many ways; a redirect would want the secret sent elsewhere. */
+const isPostUnknown = (status: number): boolean =>
+  (status >= 300 && status < 400) || [400, 401, 404, 405].includes(status);
+
+/** `token` or `access_token`, and how long it lives. */
+function parseToken(body: Buffer, where: string, now: number): Authorization {
+  const json = parseJson(body);
+  const answer = isRecord(json) ? json : {};
+  const token = answer.token || answer.access_token;
+  if (typeof token !== "string" || !isHeaderWord(token))
+    return fail("PROTOCOL", `${where} answered without a token`);
+
+  const seconds = typeof answer.expires_in === "number" ? answer.expires_in : 0;
+  return {
+    header: `Bearer ${token}`,
+    expiresAt: now + Math.max(LIMITS.tokenFloorMs, seconds * 1000),
+  };
 }
 
 // ====== 9. Registry ======
 // One repository of one registry: manifests and blobs from an offset, with whatever handshake it wants. SPEC §6.
+// Invariant: what is asked for by digest has that digest before anyone sees it; a blob's bytes its reader checks.
+
+// ------ Handshake ------
+
+/** What is shown to whom, for one repository: it alone looks up a credential, and holds the tokens. */
+class Authorizer {
+  readonly #session: Session;
+  readonly #reference: Reference;
+  readonly #registryOrigin: string;
+  readonly #authorizations = new Map<string, Authorization>(); // by origin
+  readonly #renewals = new Map<string, Promise<boolean>>(); // by origin, while they are under way
+  #lookup: Promise<Credential | undefined> | undefined;
+  #refusedCredential: Credential | undefined; // once there is one, later requests are anonymous
+
+  constructor(session: Session, reference: Reference, registryOrigin: string) {
+    const { token } = session.settings;
+    this.#session = session;
+    this.#reference = reference;
+    this.#registryOrigin = registryOrigin;
+    if (token !== undefined)
+      this.#authorizations.set(registryOrigin, { header: `Basic ${token}`, expiresAt: NEVER });
+  }
+
+  /** The header for an origin, with a new token where one is wanted and the last has expired. */
+  async headerFor(origin: string): Promise<string | undefined> {
+    const expiresAt = this.#authorizations.get(origin)?.expiresAt ?? 0;
+    const isExpired = expiresAt <= this.#session.clock.now();
+    const challenges = this.#session.challenges.get(origin) ?? [];
+    const wantsToken = challenges.some(({ scheme }) => scheme === "bearer");
+
+    if (wantsToken && isExpired) await this.#renew(origin);
+    return this.#authorizations.get(origin)?.header;
+  }
+
+  /** Whether `answer` was a refusal after which another attempt may go better. `round` counts those before it. */
+  async canGoOnAfter(answer: Answer, round: number): Promise<boolean> {
+    const { url, authorization: sent, status, headers } = answer;
+    const { origin } = url;
+    if (!isAboutAuthorization(answer)) return false;
+
+    const isRenewedMeanwhile = this.#authorizations.get(origin)?.header !== sent;
+    if (isRenewedMeanwhile) return true;
+
+    // nvcr.io names another realm, of no use to us, once a token has expired: the one that served goes first.
+    const challenges = parseChallenges([headers["www-authenticate"] ?? ""]);
+    const isRenewal = round === 0 && sent !== undefined && this.#session.challenges.has(origin);
+    if (challenges.length > 0 && !isRenewal) this.#session.challenges.set(origin, challenges);
+
+    const credential = await this.#credentialFor(origin);
+    const isRefusedWithCredential =
+      status === 403 || (round > 0 && sent !== undefined) || sent?.startsWith("Basic ");
+    if (isRefusedWithCredential) {
+      if (!credential?.stored) return false;
+      this.#goAnonymous(credential, `${redactUrl(url)}: ${status}`);
+    }
+    return this.#renew(origin);
+  }
+
+  /** A refusal with the word of which credentials were tried, and from where. */
+  async explain({ code, message, status }: ImgpullError): Promise<ImgpullError> {
+    const explained = code === "FORBIDDEN" ? code : "UNAUTHORIZED";
+    return new ImgpullError(explained, `${message}\n  ${await this.#triedWords()}`, { status });
+  }
+
+  async #triedWords(): Promise<string> {
+    if (this.#refusedCredential)
+      return `the stored credentials (${this.#refusedCredential.source}) were refused, and so was a request without`;
+
+    const credential = await this.#credentialFor(this.#registryOrigin);
+    if (credential) return `refused: the credentials of ${credential.source}`;
+    return "no credentials were found (--user, --token, docker login); a repository that does not exist looks the same";
+  }
+
+  /** Looked up when a registry asks for it first; storage hosts and other origins never get it. */
+  async #credentialFor(origin: string): Promise<Credential | undefined> {
+    if (this.#refusedCredential || origin !== this.#registryOrigin) return undefined;
+    this.#lookup ??= findCredential(this.#session.settings, this.#reference);
+    return this.#lookup;
+  }
+
+  #goAnonymous(refused: Credential, reason: string): void {
+    this.#refusedCredential = refused;
+    this.#authorizations.delete(this.#registryOrigin);
+    this.#session.warn(
+      `the credentials of ${refused.source} were refused (${reason}); trying without any`,
+    );
+  }
+
+  /** Connections that are refused at the same time get one new token between them. False: we have nothing to show. */
+  #renew(origin: string): Promise<boolean> {
+    const underWay = this.#renewals.get(origin);
+    if (underWay) return underWay;
+
+    const renewal = this.#renewOnce(origin).finally(() => this.#renewals.delete(origin));
+    this.#renewals.set(origin, renewal);
+    return renewal;
+  }
+
+  async #renewOnce(origin: string): Promise<boolean> {
+    const authorization = await this.#answerChallenge(origin);
+    if (authorization) this.#authorizations.set(origin, authorization);
+    return authorization !== undefined;
+  }
+
+  /** A token, or the credential itself, as the origin wants it; undefined where we have nothing of the kind. */
+  async #answerChallenge(origin: string): Promise<Authorization | undefined> {
+    const challenges = this.#session.challenges.get(origin) ?? [];
+    const credential = await this.#credentialFor(origin);
+    const bearer = challenges.find(({ scheme }) => scheme === "bearer");
+
+    if (!bearer) {
+      const takesBasic = challenges.some(({ scheme }) => scheme === "basic");
+      if (!takesBasic || credential?.kind !== "basic") return undefined;
+      const { username, secret } = credential;
+      return { header: basicAuthorization(username, secret), expiresAt: NEVER };
+    }
+
+    if (credential?.kind === "bearer")
+      return { header: `Bearer ${credential.secret}`, expiresAt: NEVER };
+    return this.#tokenFor(origin, bearer, credential);
+  }
+
+  async #tokenFor(
+    origin: string,
+    { parameters }: Challenge,
+    credential: Credential | undefined,
+  ): Promise<Authorization | undefined> {
+    const isRegistry = origin === this.#registryOrigin;
+    // The target of a redirect has repositories of its own, and says which one it wants.
+    const ours = `repository:${this.#reference.repository}:pull`;
+    const scope = isRegistry ? ours : parameters.scope || ours;
+
+    try {
+      const request = { origin, isRegistry, parameters: { ...parameters, scope }, credential };
+      return await fetchToken(this.#session, request);
+    } catch (error) {
+      const { status = 0, message } = error as ImgpullError;
+      if (![400, 401, 403, 404].includes(status)) throw error;
+      if (credential?.stored) {
+        this.#goAnonymous(credential, message);
+        return this.#answerChallenge(origin);
+      }
+      const isAboutCredentials = status === 401 || credential !== undefined;
+      throw isAboutCredentials ? await this.explain(error as ImgpullError) : error;
+    }
+  }
+}
+
+/** ECR Public answers a stale token with 400, GHCR a stale credential for a public image with 403. */
+function isAboutAuthorization({ status, authorization: sent }: Answer): boolean {
+  if (status === 401) return true;
+  if (status === 400) return sent?.startsWith("Bearer ") === true;
+  return status === 403 && sent !== undefined;
+}
+
+// ------ Requests ------
+
 interface FetchedManifest {
   readonly mediaType: string;
   readonly digest: string;
   readonly bytes: Buffer;
 }
+
+type ContentKind = "manifest" | "blob";
+
 class Registry {
   readonly reference: Reference;
   readonly origin: string;
   acceptsRanges = true; // false once it has answered a range with the whole
   latencyMs = NEVER; // of the quickest manifest so far: how far away it is
   readonly #session: Session;
-  readonly #held = new Map<string, Authorization>();
-  readonly #renewals = new Map<string, Promise<boolean>>();
-  #found: Promise<Credential | undefined> | undefined;
-  #refused: Credential | undefined; // from then on it is nobody who asks
+  readonly #authorizer: Authorizer;
+
   constructor(session: Session, reference: Reference) {
-    const { scheme, token } = session.settings;
     this.#session = session;
     this.reference = reference;
-    this.origin = new URL(`${scheme}://${apiHost(reference.host)}`).origin;
-    if (token !== undefined)
-      this.#held.set(this.origin, { header: `Basic ${token}`, expiresAt: NEVER });
+    this.origin = new URL(`${session.settings.scheme}://${apiHost(reference.host)}`).origin;
+    this.#authorizer = new Authorizer(session, reference, this.origin);
   }
-  /** One answer with a body, after at most one handshake, one renewal and one fallback. */
-  async #request(
-    method: string,
-    kind: "manifest" | "blob",
-    name: string,
-    more: Partial<HttpRequest> = {},
-  ) {
-    const {
-      settings: { namespace },
-      signal,
-      transport,
-    } = this.#session;
-    const url = new URL(`${this.origin}/v2/${this.reference.repository}/${kind}s/${name}`);
-    if (namespace !== undefined) url.searchParams.set("ns", namespace);
-    const headers = { Accept: MANIFEST_TYPES.join(", ") };
-    const authorizationFor = (origin: string) => this.#authorizationFor(origin);
-    const isRegistry = (origin: string) => origin === this.origin;
-    for (let round = 0; ; round += 1) {
-      const startedAt = performance.now();
-      const answer = await transport.send({
-        method,
-        url,
-        headers,
-        signal,
-        authorizationFor,
-        isRegistry,
-        ...more,
-      });
-      if (kind === "manifest")
-        this.latencyMs = Math.min(this.latencyMs, performance.now() - startedAt);
-      if (answer.body) return answer;
-      if (round === 3 || !(await this.#authorize(answer, round)))
-        throw await this.#refusal(answer, kind, name);
-    }
-  }
-  async #authorizationFor(origin: string): Promise<string | undefined> {
-    const isFresh = (this.#held.get(origin)?.expiresAt ?? 0) > this.#session.clock.now();
-    const isBearer = this.#session.challenges
-      .get(origin)
-      ?.some(({ scheme }) => scheme === "bearer");
-    if (isBearer && !isFresh) await this.#handshake(origin);
-    return this.#held.get(origin)?.header;
-  }
-  /** Whether `answer` was a refusal, and another attempt may go better. */
-  async #authorize(answer: Answer, round: number): Promise<boolean> {
-    const {
-      url,
-      url: { origin },
-      authorization: sent,
-      status,
-      headers,
-    } = answer;
-    // ECR Public answers a stale token with 400, GHCR a stale credential for a public image with 403.
-    const isStale =
-      sent !== undefined && ((status === 400 && sent.startsWith("Bearer ")) || status === 403);
-    if (status !== 401 && !isStale) return false;
-    if (this.#held.get(origin)?.header !== sent) return true; // another connection has renewed it meanwhile
-    const challenges = parseChallenges([headers["www-authenticate"] ?? ""]);
-    // nvcr.io names another realm, of no use to us, once a token has expired: the one that served goes first.
-    const isRenewal = round === 0 && sent !== undefined && this.#session.challenges.has(origin);
-    if (challenges.length > 0 && !isRenewal) this.#session.challenges.set(origin, challenges);
-    const credential = await this.#credentialFor(origin);
-    if (status === 403 || (round > 0 && sent !== undefined) || sent?.startsWith("Basic ")) {
-      if (!credential?.stored) return false;
-      this.#giveUp(credential, `${redactUrl(url)}: ${status}`);
-    }
-    return this.#handshake(origin);
-  }
-  /** Looked up when a registry asks for it first; storage hosts and other origins never get it. */
-  async #credentialFor(origin: string): Promise<Credential | undefined> {
-    if (this.#refused || origin !== this.origin) return undefined;
-    return (this.#found ??= findCredential(this.#session.settings, this.reference));
-  }
-  #giveUp(credential: Credential, reason: string): void {
-    this.#refused = credential;
-    this.#held.delete(this.origin);
-    this.#session.warn(
-      `the credentials of ${credential.source} were refused (${reason}); trying without any`,
-    );
-  }
-  /** Connections that are refused at the same time get one new token between them. */
-  #handshake(origin: string): Promise<boolean> {
-    const renewal =
-      this.#renewals.get(origin) ??
-      this.#answerChallenge(origin)
-        .then((authorization) => {
-          if (authorization) this.#held.set(origin, authorization);
-          return authorization !== undefined;
-        })
-        .finally(() => this.#renewals.delete(origin));
-    this.#renewals.set(origin, renewal);
-    return renewal;
-  }
-  /** A token, or the credential itself, as the origin wants it; undefined where we have nothing of the kind. */
-  async #answerChallenge(origin: string): Promise<Authorization | undefined> {
-    const challenges = this.#session.challenges.get(origin) ?? [];
-    const credential = await this.#credentialFor(origin);
-    const { kind, username = "", secret = "" } = credential ?? {};
-    const bearer = challenges.find(({ scheme }) => scheme === "bearer");
-    const isBasic = kind === "basic" && challenges.some(({ scheme }) => scheme === "basic");
-    if (!bearer)
-      return isBasic
-        ? { header: basicAuthorization(username, secret), expiresAt: NEVER }
-        : undefined;
-    if (kind === "bearer") return { header: `Bearer ${secret}`, expiresAt: NEVER };
-    // The target of a redirect has repositories of its own, and says which one it wants.
-    const theirs = origin !== this.origin && bearer.parameters.scope;
-    const asked = {
-      ...bearer.parameters,
-      scope: theirs || `repository:${this.reference.repository}:pull`,
-    };
-    const asking = fetchToken(this.#session, origin, asked, origin === this.origin, credential);
-    return asking.catch(async (error: ImgpullError) => {
-      if (![400, 401, 403, 404].includes(error.status ?? 0)) throw error;
-      if (!credential?.stored)
-        throw error.status === 401 || credential ? await this.#withTried(error) : error;
-      this.#giveUp(credential, error.message);
-      return this.#answerChallenge(origin);
-    });
-  }
-  /** The error with the word of which credentials were tried, and from where. */
-  async #withTried({ code, message, status }: ImgpullError): Promise<ImgpullError> {
-    const source = (this.#refused ?? (await this.#credentialFor(this.origin)))?.source;
-    const tried = this.#refused
-      ? `the stored credentials (${source}) were refused, and so was a request without`
-      : source
-        ? `refused: the credentials of ${source}`
-        : "no credentials were found (--user, --token, docker login); a repository that does not exist looks the same";
-    return new ImgpullError(
-      code === "FORBIDDEN" ? code : "UNAUTHORIZED",
-      `${message}\n  ${tried}`,
-      { status },
-    );
-  }
-  /** A refusal in the user's terms. */
-  async #refusal(answer: Answer, kind: string, name: string): Promise<ImgpullError> {
-    const place = `${this.reference.host}/${this.reference.repository}`;
-    const who = answer.url.origin === this.origin ? "the registry" : STORAGE_HOST;
-    const error = statusError(answer, this.#session.clock.now(), who);
-    const { code, status, message, retryAfterMs } = error;
-    const isOurs = (code === "UNAUTHORIZED" || code === "FORBIDDEN") && retryAfterMs === undefined;
-    if (code !== "NOT_FOUND") return isOurs ? this.#withTried(error) : error;
-    const isName = /NAME_UNKNOWN|repository name not known/i.test(answer.words);
-    const missing = isName
-      ? `repository: ${place}`
-      : isDigest(name)
-        ? `${kind}: ${name}`
-        : `tag: ${place}:${name}`;
-    const doubt = answer.headers["content-type"]?.includes("html")
-      ? `: is ${this.reference.host} a registry?`
-      : "";
-    return new ImgpullError(code, `no such ${missing}\n  ${message}${doubt}`, { status });
-  }
-  /** A manifest or config as a whole, verified against the digest where one was asked for. */
-  #document(kind: "manifest" | "blob", name: string, maximumBytes: number) {
-    return withRetries(this.#session, async () => {
-      const { body, url, headers } = await this.#request("GET", kind, name);
-      const where = redactUrl(url);
-      const bytes = await readBody(
-        body as http.IncomingMessage,
-        maximumBytes,
-        `the ${kind} ${where}`,
-      );
-      const wanted = isDigest(name) ? name : undefined;
-      const told = headers["docker-content-digest"]; // of an algorithm that the registry may know it by alone
-      const digest = digestOf(
-        bytes,
-        wanted ?? (isDigest(told) && told === digestOf(bytes, told) ? told : undefined),
-      );
-      if (wanted && digest !== wanted)
-        fail("DIGEST_MISMATCH", `${where}: the bytes have the digest ${digest}`);
-      return { bytes, digest, where, type: headers["content-type"] ?? "nothing named" };
-    });
-  }
+
   async manifest(tagOrDigest: string): Promise<FetchedManifest> {
-    const { bytes, digest, where, type } = await this.#document(
-      "manifest",
-      tagOrDigest,
-      LIMITS.manifestBytes,
-    );
-    const what = `this is not a manifest but ${printable(type, 80)}: is ${this.reference.host} a registry?`;
-    return {
-      bytes,
-      digest,
-      mediaType: sniffMediaType(bytes, type) ?? fail("PROTOCOL", `${where}: ${what}`),
-    };
+    const { manifestBytes } = LIMITS;
+    const document = await this.#document("manifest", tagOrDigest, manifestBytes);
+    const { bytes, digest, where, type } = document;
+    const mediaType = sniffMediaType(bytes, type);
+    if (mediaType !== undefined) return { bytes, digest, mediaType };
+
+    const what = `this is not a manifest but ${printable(type, 80)}`;
+    return fail("PROTOCOL", `${where}: ${what}: is ${this.reference.host} a registry?`);
   }
+
   /** A config before its turn, where the platform stands nowhere else. */
   async config({ digest, size }: Descriptor): Promise<Buffer> {
     const { bytes, where } = await this.#document("blob", digest, LIMITS.configBytes);
-    return bytes.length === size
-      ? bytes
-      : fail("SIZE_MISMATCH", `${where}: ${bytes.length} bytes, not ${size}`);
+    if (bytes.length === size) return bytes;
+    return fail("SIZE_MISMATCH", `${where}: ${bytes.length} bytes, not ${size}`);
   }
+
   /** What HEAD tells of a manifest; undefined where the registry leaves something out. */
   head(
     tagOrDigest: string,
@@ -1371,48 +1475,152 @@ class Registry {
     return withRetries(this.#session, async () => {
       const { headers, body } = await this.#request("HEAD", "manifest", tagOrDigest);
       body?.resume();
-      const {
-        "docker-content-digest": digest,
-        "content-length": length = "",
-        "content-type": type = "",
-      } = headers;
+
+      const digest = headers["docker-content-digest"];
+      const size = Number(headers["content-length"] ?? 0);
+      const type = headers["content-type"] ?? "";
       const mediaType = MANIFEST_TYPES.find((each) => type.startsWith(each));
-      return mediaType && isDigest(digest) && +length > 0
-        ? { mediaType, digest, size: Number(length) }
-        : undefined;
+      return mediaType && isDigest(digest) && size > 0 ? { mediaType, digest, size } : undefined;
     });
   }
+
   /** One answer, with a body, to a request for a blob's bytes [from, to). The caller checks what comes. */
   async blob(
-    { digest, size, urls = [] }: Descriptor,
+    descriptor: Descriptor,
     from: number,
     to: number,
     signal: AbortSignal,
   ): Promise<Answer> {
-    const headers: Record<string, string> =
-      from === 0 && to === size ? {} : { Range: `bytes=${from}-${to - 1}` };
-    return this.#request("GET", "blob", digest, { headers, signal }).catch(
-      async (refusal: ImgpullError) => {
-        const foreign = urls.filter((url) => URL.canParse(url) && url.startsWith("https:"));
-        const anyone = { authorizationFor: async () => undefined, isRegistry: () => false };
-        for (const url of refusal.code === "NOT_FOUND"
-          ? foreign.map((each) => new URL(each))
-          : []) {
-          const answer = await this.#session.transport.send({
-            method: "GET",
-            url,
-            headers,
-            signal,
-            ...anyone,
-          });
-          if (answer.body) return answer;
-          refusal = statusError(answer, this.#session.clock.now(), "the foreign layer's host");
-        }
-        throw refusal;
-      },
-    );
+    const { digest, size } = descriptor;
+    const isWhole = from === 0 && to === size;
+    const headers: Record<string, string> = isWhole ? {} : { Range: `bytes=${from}-${to - 1}` };
+
+    try {
+      return await this.#request("GET", "blob", digest, { headers, signal });
+    } catch (refusal) {
+      const isMissing = refusal instanceof ImgpullError && refusal.code === "NOT_FOUND";
+      if (!isMissing) throw refusal;
+      return this.#foreignBlob(descriptor, headers, signal, refusal);
+    }
+  }
+
+  /** A foreign layer that the registry has not, from its `urls`: over https, and without any credential. */
+  async #foreignBlob(
+    { urls = [] }: Descriptor,
+    headers: Record<string, string>,
+    signal: AbortSignal,
+    refusal: ImgpullError,
+  ): Promise<Answer> {
+    let failure = refusal;
+
+    for (const url of urls.filter((each) => URL.canParse(each) && each.startsWith("https:"))) {
+      const answer = await this.#session.transport.send({
+        method: "GET",
+        url: new URL(url),
+        headers,
+        signal,
+        authorizationFor: async () => undefined,
+        isRegistry: () => false,
+      });
+      if (answer.body) return answer;
+      failure = statusError(answer, this.#session.clock.now(), "the foreign layer's host");
+    }
+
+    throw failure;
+  }
+
+  /** A manifest or config as a whole, verified against the digest where one was asked for. */
+  #document(kind: ContentKind, name: string, maximumBytes: number) {
+    return withRetries(this.#session, async () => {
+      const { body, url, headers } = await this.#request("GET", kind, name);
+      const where = redactUrl(url);
+      const what = `the ${kind} ${where}`;
+      const bytes = await readBody(body as http.IncomingMessage, maximumBytes, what);
+
+      const digest = isDigest(name)
+        ? digestOf(bytes, name)
+        : digestByName(bytes, headers["docker-content-digest"]);
+      if (isDigest(name) && digest !== name)
+        fail("DIGEST_MISMATCH", `${where}: the bytes have the digest ${digest}`);
+      return { bytes, digest, where, type: headers["content-type"] ?? "nothing named" };
+    });
+  }
+
+  /** One answer with a body, after at most one handshake, one renewal and one fallback. */
+  async #request(
+    method: string,
+    kind: ContentKind,
+    name: string,
+    more: Partial<HttpRequest> = {},
+  ): Promise<Answer> {
+    const { signal, transport } = this.#session;
+    const request: HttpRequest = {
+      method,
+      url: this.#urlOf(kind, name),
+      headers: { Accept: MANIFEST_TYPES.join(", ") },
+      signal,
+      authorizationFor: (origin) => this.#authorizer.headerFor(origin),
+      isRegistry: (origin) => origin === this.origin,
+      ...more,
+    };
+
+    for (let round = 0; ; round += 1) {
+      const startedAt = performance.now();
+      const answer = await transport.send(request);
+      if (kind === "manifest")
+        this.latencyMs = Math.min(this.latencyMs, performance.now() - startedAt);
+      if (answer.body) return answer;
+
+      const isLast = round === 3;
+      if (isLast || !(await this.#authorizer.canGoOnAfter(answer, round)))
+        throw await this.#refusal(answer, kind, name);
+    }
+  }
+
+  #urlOf(kind: ContentKind, name: string): URL {
+    const { namespace } = this.#session.settings;
+    const url = new URL(`${this.origin}/v2/${this.reference.repository}/${kind}s/${name}`);
+    if (namespace !== undefined) url.searchParams.set("ns", namespace);
+    return url;
+  }
+
+  /** A refusal in the user's terms. */
+  async #refusal(answer: Answer, kind: ContentKind, name: string): Promise<ImgpullError> {
+    const who = answer.url.origin === this.origin ? "the registry" : STORAGE_HOST;
+    const error = statusError(answer, this.#session.clock.now(), who);
+    const { code, status, message, retryAfterMs } = error;
+
+    if (code === "NOT_FOUND") {
+      const missing = missingWords(answer, this.reference, kind, name);
+      const isPage = answer.headers["content-type"]?.includes("html");
+      const doubt = isPage ? `: is ${this.reference.host} a registry?` : "";
+      return new ImgpullError(code, `no such ${missing}\n  ${message}${doubt}`, { status });
+    }
+
+    const isForGood = retryAfterMs === undefined;
+    const isAccess = code === "UNAUTHORIZED" || code === "FORBIDDEN";
+    return isAccess && isForGood ? this.#authorizer.explain(error) : error;
   }
 }
+
+/** What it is that a registry does not have. */
+function missingWords(
+  { words }: Answer,
+  { host, repository }: Reference,
+  kind: ContentKind,
+  name: string,
+): string {
+  const place = `${host}/${repository}`;
+  if (/NAME_UNKNOWN|repository name not known/i.test(words)) return `repository: ${place}`;
+  return isDigest(name) ? `${kind}: ${name}` : `tag: ${place}:${name}`;
+}
+
+/** The digest of what was asked for by its tag, in the algorithm that the registry may know it by alone. */
+function digestByName(bytes: Buffer, header: unknown): string {
+  const isRight = isDigest(header) && header === digestOf(bytes, header);
+  return isRight ? header : digestOf(bytes);
+}
+
 /** One for each repository of a session. */
 function registryOf(session: Session, reference: Reference): Registry {
   const key = `${reference.host}/${reference.repository}`;
@@ -1420,63 +1628,39 @@ function registryOf(session: Session, reference: Reference): Registry {
   session.registries.set(key, registry);
   return registry;
 }
+
 /** The media type by the JSON itself, then by the header: registries label manifests text/plain and worse. */
 function sniffMediaType(bytes: Buffer, contentType = ""): string | undefined {
   const json = parseJson(bytes);
   if (!isRecord(json)) return undefined;
   if (typeof json.mediaType === "string") return json.mediaType;
   if (json.schemaVersion === 1) return DOCKER_SCHEMA_1;
-  const shape = Array.isArray(json.manifests)
-    ? OCI_INDEX
-    : isRecord(json.config)
-      ? OCI_MANIFEST
-      : undefined;
-  return MANIFEST_TYPES.find((type) => contentType.toLowerCase().startsWith(type)) ?? shape;
+
+  const named = MANIFEST_TYPES.find((type) => contentType.toLowerCase().startsWith(type));
+  if (named) return named;
+  if (Array.isArray(json.manifests)) return OCI_INDEX;
+  return isRecord(json.config) ? OCI_MANIFEST : undefined;
 }
 
 // ====== 10. Manifests and platforms ======
 // One shape for Docker and OCI. Everything that a registry says of digests and sizes is checked here. SPEC §3.
+
+// ------ Manifests ------
+
 interface ImageManifest {
   readonly kind: "image";
   readonly config: Descriptor;
   readonly layers: readonly Descriptor[];
 }
+
 interface IndexManifest {
   readonly kind: "index";
   readonly manifests: readonly Descriptor[];
 }
-/** A descriptor whose digest and size can be relied on to be a digest and a size. */
-function parseDescriptor(value: unknown, where: string): Descriptor {
-  const refuse = (reason: string): never => fail("PROTOCOL", `${where}: ${reason}`);
-  const quote = (
-    word: unknown, // never an object, which may be too deep for JSON.stringify
-  ) => printable(typeof word === "object" ? "an object" : (JSON.stringify(word) ?? "none"), 100);
-  if (!isRecord(value)) return refuse("a descriptor is not an object");
-  const { mediaType: type, digest, size, urls, platform: words } = value;
-  if (!isDigest(digest)) return refuse(`${quote(digest)} is not a digest that is safe to use`);
-  const isSize = typeof size === "number" && Number.isSafeInteger(size) && size >= 0;
-  if (!isSize)
-    return refuse(`${digest} has the size ${quote(size)}, which is not a number of bytes`);
-  const isUrlList =
-    Array.isArray(urls) && urls.length > 0 && urls.every((url) => typeof url === "string");
-  const platform = isRecord(words) ? parsePlatform(words) : undefined;
-  const mediaType = typeof type === "string" ? type : "";
-  return {
-    mediaType,
-    digest,
-    size,
-    ...dropEmpty({ urls: isUrlList ? (urls as string[]) : undefined, platform }),
-  };
-}
-function parsePlatform(value: Record<string, unknown>): Platform {
-  const word = (name: string) =>
-    typeof value[name] === "string" ? printable(value[name], 64) : "";
-  return {
-    os: word("os"),
-    architecture: word("architecture"),
-    ...dropEmpty({ variant: word("variant") }),
-  };
-}
+
+/** Docker takes these for an image's config: registries once said so (distribution/distribution#1621). */
+const OLD_CONFIG_LABELS = ["", "text/html", "application/json", "application/octet-stream"];
+
 function parseManifest(
   { bytes, mediaType }: FetchedManifest,
   where: string,
@@ -1484,42 +1668,87 @@ function parseManifest(
   const refuse = (code: ErrorCode, reason: string): never => fail(code, `${where}: ${reason}`);
   const json = parseJson(bytes);
   if (!isRecord(json)) return refuse("PROTOCOL", "the manifest is not a JSON object");
-  const { manifests, layers, schemaVersion } = json;
-  const isSchema1 = schemaVersion === 1 || mediaType.startsWith(DOCKER_SCHEMA_1);
+
+  const isSchema1 = json.schemaVersion === 1 || mediaType.startsWith(DOCKER_SCHEMA_1);
   if (isSchema1)
     refuse(
       "UNSUPPORTED",
       "a schema 1 manifest, which Docker itself has given up: push the image anew",
     );
-  const isIndex = Array.isArray(manifests);
-  const isImage = isRecord(json.config) && Array.isArray(layers);
-  const isOther = MANIFEST_TYPES.includes(mediaType) && INDEX_TYPES.includes(mediaType) !== isIndex;
-  // One document read as two things by two readers is an attack (CVE-2021-41190).
-  const isAmbiguous = isIndex === isImage || (isIndex && Array.isArray(layers)) || isOther;
-  if (isAmbiguous)
+  if (isAmbiguous(json, mediaType))
     refuse(
       "PROTOCOL",
       `${printable(mediaType, 80)}: no manifest, or with fields of something else`,
     );
-  if (isIndex) {
-    if (manifests.length > LIMITS.indexEntries)
+
+  if (Array.isArray(json.manifests)) {
+    if (json.manifests.length > LIMITS.indexEntries)
       refuse("TOO_LARGE", `more than ${LIMITS.indexEntries} entries`);
-    return { kind: "index", manifests: manifests.map((entry) => parseDescriptor(entry, where)) };
+    const manifests = json.manifests.map((entry) => parseDescriptor(entry, where));
+    return { kind: "index", manifests };
   }
+
   const config = parseDescriptor(json.config, where);
   if (config.size > LIMITS.configBytes)
     refuse("TOO_LARGE", `its config is larger than ${LIMITS.configBytes} bytes`);
-  // Docker takes these four for an image's config: registries once said so (distribution/distribution#1621).
-  const isOldLabel = ["", "text/html", "application/json", "application/octet-stream"].includes(
-    config.mediaType,
-  );
-  if (mediaType === DOCKER_MANIFEST && isOldLabel) config.mediaType = CONFIG_TYPES[0] as string;
+  const isOldLabel = mediaType === DOCKER_MANIFEST && OLD_CONFIG_LABELS.includes(config.mediaType);
+  if (isOldLabel) config.mediaType = CONFIG_TYPES[0] as string;
+  const layers = (json.layers as unknown[]).map((layer) => parseDescriptor(layer, where));
+  return { kind: "image", config, layers };
+}
+
+/** Neither an image nor an index, or both: one document that two readers read as two things (CVE-2021-41190). */
+function isAmbiguous(json: Record<string, unknown>, mediaType: string): boolean {
+  const isIndex = Array.isArray(json.manifests);
+  const hasLayers = Array.isArray(json.layers);
+  const isImage = isRecord(json.config) && hasLayers;
+  const isKnownType = MANIFEST_TYPES.includes(mediaType);
+  const isOtherType = isKnownType && INDEX_TYPES.includes(mediaType) !== isIndex;
+  return isIndex === isImage || (isIndex && hasLayers) || isOtherType;
+}
+
+/** A descriptor whose digest and size can be relied on to be a digest and a size. */
+function parseDescriptor(value: unknown, where: string): Descriptor {
+  const refuse = (reason: string): never => fail("PROTOCOL", `${where}: ${reason}`);
+  if (!isRecord(value)) return refuse("a descriptor is not an object");
+
+  const { mediaType, digest, size, urls, platform } = value;
+  if (!isDigest(digest)) return refuse(`${quote(digest)} is not a digest that is safe to use`);
+  const isSize = typeof size === "number" && Number.isSafeInteger(size) && size >= 0;
+  if (!isSize)
+    return refuse(`${digest} has the size ${quote(size)}, which is not a number of bytes`);
+
+  const isUrlList =
+    Array.isArray(urls) && urls.length > 0 && urls.every((url) => typeof url === "string");
   return {
-    kind: "image",
-    config,
-    layers: (layers as unknown[]).map((layer) => parseDescriptor(layer, where)),
+    mediaType: typeof mediaType === "string" ? mediaType : "",
+    digest,
+    size,
+    ...dropEmpty({
+      urls: isUrlList ? (urls as string[]) : undefined,
+      platform: isRecord(platform) ? parsePlatform(platform) : undefined,
+    }),
   };
 }
+
+/** A value from outside as it stands in a sentence; never an object, which may be too deep for JSON.stringify. */
+function quote(value: unknown): string {
+  const text = typeof value === "object" ? "an object" : (JSON.stringify(value) ?? "none");
+  return printable(text, 100);
+}
+
+// ------ Platforms ------
+
+function parsePlatform(value: Record<string, unknown>): Platform {
+  const word = (name: string): string =>
+    typeof value[name] === "string" ? printable(value[name], 64) : "";
+  return {
+    os: word("os"),
+    architecture: word("architecture"),
+    ...dropEmpty({ variant: word("variant") }),
+  };
+}
+
 /** This machine, in Go's words. */
 function hostPlatform(): Platform {
   const { arch, platform } = process;
@@ -1534,6 +1763,17 @@ function hostPlatform(): Platform {
     ...dropEmpty({ variant }),
   };
 }
+
+/** The platform to look for: what was asked, the rest from this machine (whose variant goes with its processor). */
+function wantedPlatform(wanted: Partial<Platform>, host = hostPlatform()): Platform {
+  const variant = wanted.variant ?? (wanted.architecture === undefined ? host.variant : undefined);
+  return {
+    os: wanted.os ?? host.os,
+    architecture: wanted.architecture ?? host.architecture,
+    ...dropEmpty({ variant }),
+  };
+}
+
 /** Processors whose variants are levels, each of which runs what was made for those below it. */
 const VARIANT_LEVELS: Readonly<Record<string, { lowest: number; unnamed: number }>> = {
   arm: { lowest: 5, unnamed: 7 }, // `unnamed` is what no variant means
@@ -1561,25 +1801,245 @@ function acceptableVariants(architecture: string, variant: string | undefined): 
   return acceptable;
 }
 
+/** The entry that serves a platform best. */
 function matchPlatform(
   candidates: readonly Descriptor[],
   { os: system, architecture, variant }: Platform,
-) {
+): Descriptor | undefined {
   const fitting = candidates.filter(
-    ({ platform: it }) => it?.os === system && it.architecture === architecture,
+    ({ platform }) => platform?.os === system && platform.architecture === architecture,
   );
-  return acceptableVariants(architecture, variant).flatMap((each) =>
-    fitting.filter(({ platform }) => each === "*" || (platform?.variant ?? "") === each),
-  )[0];
+
+  for (const acceptable of acceptableVariants(architecture, variant)) {
+    const match = fitting.find(
+      ({ platform }) =>
+        acceptable === ANY_VARIANT || (platform?.variant ?? NO_VARIANT) === acceptable,
+    );
+    if (match) return match;
+  }
+  return undefined;
 }
-/** The platform to look for: what was asked, the rest from this machine (whose variant goes with its processor). */
-function wantedPlatform(wanted: Partial<Platform>, host = hostPlatform()): Platform {
-  const variant = wanted.variant ?? (wanted.architecture === undefined ? host.variant : undefined);
-  return {
-    os: wanted.os ?? host.os,
-    architecture: wanted.architecture ?? host.architecture,
-    ...dropEmpty({ variant }),
+
+const isAttestation = ({ platform }: { platform?: Platform }): boolean =>
+  platform?.os === "unknown" || platform?.architecture === "unknown";
+
+// ------ Resolving a reference ------
+
+/** One image of a reference. Its config is read already where the platform had to be looked up in it. */
+interface ImageContent {
+  readonly manifest: ImageManifest;
+  readonly platform?: Platform;
+  readonly configBytes?: Buffer;
+}
+
+/** What one reference came to: the manifests to keep, `top` (what index.json points at) first, and the images. */
+type ResolvedImage = Readonly<{
+  reference: Reference;
+  name: string;
+  registry: Registry;
+  top: FetchedManifest;
+  manifests: readonly FetchedManifest[];
+  contents: readonly ImageContent[];
+  platform: string;
+}>;
+
+const versionOf = ({ tag, digest }: Reference): string => digest ?? (tag as string);
+
+/** The manifests for one reference: the platform's, or all of them. */
+async function resolveImage(
+  session: Session,
+  reference: Reference,
+  name: string,
+  isAll: boolean,
+): Promise<ResolvedImage> {
+  const where = formatReference(reference);
+  const registry = registryOf(session, reference);
+  const asked = await registry.manifest(versionOf(reference));
+  const parsed = parseManifest(asked, where);
+  const found = await findImages();
+
+  // What has no tag is named by the digest that DEST holds, so that the printed line gives the same name again.
+  const finalName = name.replace(/@.*$/, `@${found.top.digest}`);
+  return { reference, registry, name: finalName, ...found };
+
+  async function findImages(): Promise<FoundImages> {
+    const readChild = childrenOf(registry, where);
+    if (isAll) {
+      const { concurrency } = session.settings;
+      const all = await collectAll(readChild, concurrency, where, asked);
+      return { top: asked, platform: "all", ...all };
+    }
+    if (parsed.kind === "image") return findLoneImage(session, registry, asked, parsed);
+    return findImageOfIndex(session, readChild, where, parsed);
+  }
+}
+
+type FoundImages = Pick<ResolvedImage, "top" | "manifests" | "contents" | "platform">;
+
+/** A reference that names one image, whose platform stands in its config. */
+async function findLoneImage(
+  session: Session,
+  registry: Registry,
+  top: FetchedManifest,
+  manifest: ImageManifest,
+): Promise<FoundImages> {
+  const isConfig = CONFIG_TYPES.includes(manifest.config.mediaType);
+  const configBytes = isConfig ? await registry.config(manifest.config) : undefined;
+  const config = configBytes && parseJson(configBytes);
+  const platform = isRecord(config) && config.os ? parsePlatform(config) : undefined;
+  if (platform) checkPlatform(session, formatReference(registry.reference), platform);
+
+  const content = { manifest, ...dropEmpty({ platform, configBytes }) };
+  return { top, manifests: [top], contents: [content], platform: formatPlatform(platform) };
+}
+
+/** A single image for another platform than the one asked for is an error; than this machine's, a warning. */
+function checkPlatform({ settings, warn }: Session, where: string, platform: Platform): void {
+  const { wanted } = settings;
+  const asked = { ...platform, ...wanted };
+  const entry: Descriptor = { mediaType: "", digest: "", size: 0, platform };
+  const what = `it is one image, for ${formatPlatform(platform)}`;
+  if (!matchPlatform([entry], asked))
+    fail("NO_PLATFORM", `${where} has no image for ${formatPlatform(asked)}\n  ${what}`);
+
+  const host = wantedPlatform(wanted);
+  const isForHost =
+    platform.architecture === host.architecture && ["linux", host.os].includes(platform.os);
+  if (!isForHost) warn(`${where}: ${what}, not for this machine`);
+}
+
+/** Fetches what an index names; undefined where it is not to be had. */
+type ChildReader<T = FetchedManifest | undefined> = (descriptor: Descriptor) => Promise<T>;
+
+/** From the registry; the size is the index's word, and checked. */
+function childrenOf(registry: Registry, where: string): ChildReader<FetchedManifest> {
+  return async ({ digest, size }) => {
+    const child = await registry.manifest(digest);
+    if (child.bytes.length === size) return child;
+    const actual = `${child.bytes.length} bytes, not ${size}`;
+    return fail("SIZE_MISMATCH", `${where}: ${digest} has ${actual}`);
   };
+}
+
+function checkDepth(depth: number, where: string): void {
+  if (depth > LIMITS.indexDepth)
+    fail("TOO_LARGE", `${where}: indexes inside indexes, more than ${LIMITS.indexDepth} deep`);
+}
+
+/** The image of an index for the wanted platform. */
+async function findImageOfIndex(
+  session: Session,
+  readChild: ChildReader<FetchedManifest>,
+  where: string,
+  index: IndexManifest,
+): Promise<FoundImages> {
+  const entry = await findPlatform(session, readChild, where, index);
+  const top = await readChild(entry);
+  const manifest = parseManifest(top, where);
+  if (manifest.kind !== "image")
+    return fail("PROTOCOL", `${where}: ${top.digest} is an index, and not said to be`);
+
+  const { platform } = entry;
+  const content = { manifest, ...dropEmpty({ platform }) };
+  return { top, manifests: [top], contents: [content], platform: formatPlatform(platform) };
+}
+
+/**
+ * The entry for the wanted platform, of an index or of those inside it, level by level. An operating system that was
+ * not asked for may be linux in its stead. NO_PLATFORM names the platforms that there are.
+ */
+async function findPlatform(
+  session: Session,
+  readChild: ChildReader<FetchedManifest>,
+  where: string,
+  top: IndexManifest,
+): Promise<Descriptor> {
+  const { settings, warn } = session;
+  const host = wantedPlatform(settings.wanted);
+  const onLinux = settings.wanted.os === undefined ? { ...host, os: "linux" } : host;
+  const images: Descriptor[] = [];
+  let level = [top];
+
+  for (let depth = 1; level.length > 0; depth += 1) {
+    checkDepth(depth, where);
+    const listed = level.flatMap(({ manifests }) => manifests);
+    const entries = listed.filter((entry) => !isAttestation(entry));
+    const nested = entries.filter(isIndex);
+    images.push(...entries.filter((entry) => !isIndex(entry)));
+
+    const match = matchPlatform(images, host) ?? loneEntry(entries);
+    if (match) return match;
+
+    const mayHold = nested.filter(
+      (entry) =>
+        !entry.platform?.os || matchPlatform([entry], host) || matchPlatform([entry], onLinux),
+    );
+    const children = await mapConcurrently(mayHold, settings.concurrency, readChild);
+    const manifests = children.map((child) => parseManifest(child, where));
+    level = manifests.filter((manifest) => manifest.kind === "index");
+  }
+
+  const second = matchPlatform(images, onLinux);
+  if (second) {
+    warn(`${where} has nothing for ${host.os}: taking linux`);
+    return second;
+  }
+  const names = images.flatMap(({ platform }) => (platform ? [formatPlatform(platform)] : []));
+  const choices = printable([...new Set(names)].join(", ") || "none", 1000);
+  const wanted = formatPlatform(host);
+  return fail(
+    "NO_PLATFORM",
+    `${where} has no image for ${wanted}\n  it has: ${choices} (--platform)`,
+  );
+}
+
+const isIndex = ({ mediaType }: Descriptor): boolean => INDEX_TYPES.includes(mediaType);
+
+/** An image that is the only entry, and of which no platform is said, is for all of them. */
+function loneEntry(entries: readonly Descriptor[]): Descriptor | undefined {
+  const [entry] = entries;
+  const isLone = entries.length === 1 && entry && !isIndex(entry) && !entry.platform;
+  return isLone ? entry : undefined;
+}
+
+/**
+ * All that an index names, its own manifest first, and the images in it, attestations last. What `readChild` has not
+ * is left out.
+ */
+async function collectAll(
+  readChild: ChildReader,
+  limit: number,
+  where: string,
+  top: FetchedManifest,
+) {
+  const manifests = new Map([[top.digest, top]]);
+  const contents: (ImageContent & { digest: string })[] = [];
+
+  await collect(top, 0);
+  contents.sort((left, right) => Number(isAttestation(left)) - Number(isAttestation(right)));
+  return { manifests: [...manifests.values()], contents };
+
+  async function collect(
+    fetched: FetchedManifest,
+    depth: number,
+    platform?: Platform,
+  ): Promise<void> {
+    checkDepth(depth, where);
+    const { digest } = fetched;
+    const manifest = parseManifest(fetched, where);
+    if (manifest.kind === "image") {
+      contents.push({ digest, manifest, ...dropEmpty({ platform }) });
+      return;
+    }
+
+    const entries = manifest.manifests.filter((entry) => !manifests.has(entry.digest));
+    const children = await mapConcurrently(entries, limit, readChild);
+    for (const [at, child] of children.entries()) {
+      if (!child || manifests.has(child.digest)) continue;
+      manifests.set(child.digest, child);
+      await collect(child, depth + 1, entries[at]?.platform);
+    }
+  }
 }
 
 // ====== 11. Tar ======
@@ -1636,22 +2096,6 @@ function encodeTarHeader(name: string, sizeBytes: number): Buffer {
   );
   return Buffer.concat([encodeUstarHeader("PaxHeaders/blob", records.length, "x"), padded, plain]);
 }
-/** One image of a reference. Its config is read already where the platform had to be looked up in it. */
-interface ImageContent {
-  readonly manifest: ImageManifest;
-  readonly platform?: Platform;
-  readonly configBytes?: Buffer;
-}
-/** What one reference came to: the manifests to keep, `top` (what index.json points at) first, and the images. */
-type ResolvedImage = Readonly<{
-  reference: Reference;
-  name: string;
-  registry: Registry;
-  top: FetchedManifest;
-  manifests: readonly FetchedManifest[];
-  contents: readonly ImageContent[];
-  platform: string;
-}>;
 /** One file of the tar or directory. Its content is `bytes`, or a blob that `registry` has, and begins at `offset` of
  *  the tar; `lead` is the padding of the entry before and this one's header. */
 type PlanEntry = Readonly<{
@@ -2608,160 +3052,6 @@ async function pullToStream(
 }
 // ====== 13. Puller ======
 // References → resolved images → plan → DEST. All is resolved, and every failure named, before a layer moves.
-const versionOf = ({ tag, digest }: Reference): string => digest ?? (tag as string);
-type Reader<T = FetchedManifest | undefined> = (descriptor: Descriptor) => Promise<T>;
-/** Fetches what an index names; its size is the index's word, and checked. */
-const childrenOf =
-  (registry: Registry, where: string): Reader<FetchedManifest> =>
-  async ({ digest, size }) => {
-    const child = await registry.manifest(digest);
-    if (child.bytes.length === size) return child;
-    return fail(
-      "SIZE_MISMATCH",
-      `${where}: ${digest} has ${child.bytes.length} bytes, not ${size}`,
-    );
-  };
-const checkDepth = (depth: number, where: string): boolean =>
-  depth <= LIMITS.indexDepth ||
-  fail("TOO_LARGE", `${where}: indexes inside indexes, more than ${LIMITS.indexDepth} deep`);
-const isAttestation = ({ platform }: { platform?: Platform }): boolean =>
-  platform?.os === "unknown" || platform?.architecture === "unknown";
-/** All that an index names, its own manifest first, and the images in it, attestations last. What `readChild` has not
- *  is left out. */
-async function collectAll(readChild: Reader, limit: number, where: string, top: FetchedManifest) {
-  const manifests = new Map([[top.digest, top]]);
-  const contents: (ImageContent & { digest: string })[] = [];
-  const collect = async (
-    fetched: FetchedManifest,
-    depth: number,
-    platform?: Platform,
-  ): Promise<void> => {
-    checkDepth(depth, where);
-    const [manifest, { digest }] = [parseManifest(fetched, where), fetched];
-    if (manifest.kind === "image")
-      return void contents.push({ digest, manifest, ...dropEmpty({ platform }) });
-    const entries = manifest.manifests.filter((entry) => !manifests.has(entry.digest));
-    const children = await mapConcurrently(entries, limit, readChild);
-    for (const [at, child] of children.entries()) {
-      if (!child || manifests.has(child.digest)) continue;
-      manifests.set(child.digest, child);
-      await collect(child, depth + 1, entries[at]?.platform);
-    }
-  };
-  await collect(top, 0);
-  contents.sort((left, right) => Number(isAttestation(left)) - Number(isAttestation(right)));
-  return { manifests: [...manifests.values()], contents };
-}
-/** The image of an index for a platform, with what the index says of it; NO_PLATFORM names those that there are. */
-async function findPlatform(
-  session: Session,
-  readChild: Reader<FetchedManifest>,
-  where: string,
-  top: IndexManifest,
-) {
-  const {
-    settings: { wanted, concurrency },
-    warn,
-  } = session;
-  const host = wantedPlatform(wanted);
-  const second = wanted.os === undefined ? { ...host, os: "linux" } : host;
-  const images: Descriptor[] = [];
-  for (let [level, depth]: [IndexManifest[], number] = [[top], 1]; level.length > 0; depth += 1) {
-    checkDepth(depth, where);
-    const usable = level
-      .flatMap(({ manifests }) => manifests)
-      .filter((entry) => !isAttestation(entry));
-    const nested = usable.filter(({ mediaType }) => INDEX_TYPES.includes(mediaType));
-    images.push(...usable.filter((entry) => !nested.includes(entry)));
-    const only =
-      usable.length + nested.length === 1 && !usable[0]?.platform ? usable[0] : undefined;
-    const found = matchPlatform(images, host) ?? only;
-    if (found) return [found, await readChild(found)] as const;
-    const fit = nested.filter(
-      (it) => !it.platform?.os || matchPlatform([it], host) || matchPlatform([it], second),
-    );
-    const inner = await mapConcurrently(fit, concurrency, readChild);
-    level = inner
-      .map((child) => parseManifest(child, where))
-      .filter((manifest) => manifest.kind === "index");
-  }
-  const onLinux = matchPlatform(images, second);
-  const names = images.flatMap(({ platform }) => (platform ? [formatPlatform(platform)] : []));
-  const choices = printable([...new Set(names)].join(", ") || "none", 1000);
-  const words = `${where} has no image for ${formatPlatform(host)}\n  it has: ${choices} (--platform)`;
-  if (!onLinux) return fail("NO_PLATFORM", words);
-  warn(`${where} has nothing for ${host.os}: taking linux`);
-  return [onLinux, await readChild(onLinux)] as const;
-}
-/** The manifests for one reference: the platform's, or all of them. */
-async function resolveImage(session: Session, reference: Reference, name: string, isAll: boolean) {
-  const where = formatReference(reference);
-  const registry = registryOf(session, reference);
-  const asked = await registry.manifest(versionOf(reference));
-  const parsed = parseManifest(asked, where);
-  // What has no tag is named by the digest that DEST holds, so that the printed line gives the same name again.
-  const resolved = (
-    top: FetchedManifest,
-    platform: string,
-    contents: readonly ImageContent[],
-    manifests = [top],
-  ) => ({
-    reference,
-    registry,
-    top,
-    platform,
-    contents,
-    manifests,
-    name: name.replace(/@.*$/, `@${top.digest}`),
-  });
-  if (isAll) {
-    const readChild = childrenOf(registry, where);
-    const { contents, manifests } = await collectAll(
-      readChild,
-      session.settings.concurrency,
-      where,
-      asked,
-    );
-    return resolved(asked, "all", contents, manifests);
-  }
-  if (parsed.kind === "image") {
-    const isConfig = CONFIG_TYPES.includes(parsed.config.mediaType);
-    const configBytes = isConfig ? await registry.config(parsed.config) : undefined;
-    const config = configBytes && parseJson(configBytes);
-    const platform = isRecord(config) && config.os ? parsePlatform(config) : undefined;
-    if (platform) checkPlatform(session, where, platform);
-    return resolved(asked, formatPlatform(platform), [
-      { manifest: parsed, ...dropEmpty({ platform, configBytes }) },
-    ]);
-  }
-  const [{ platform }, fetched] = await findPlatform(
-    session,
-    childrenOf(registry, where),
-    where,
-    parsed,
-  );
-  const manifest = parseManifest(fetched, where);
-  if (manifest.kind !== "image")
-    return fail("PROTOCOL", `${where}: ${fetched.digest} is an index, and not said to be`);
-  return resolved(fetched, formatPlatform(platform), [{ manifest, ...dropEmpty({ platform }) }]);
-}
-/** A single image for another platform than the one asked for is an error; than this machine's, a warning. */
-function checkPlatform(
-  { settings: { wanted }, warn }: Session,
-  where: string,
-  platform: Platform,
-): void {
-  const asked = { ...platform, ...wanted };
-  const isAsked =
-    matchPlatform([{ mediaType: "", digest: "", size: 0, platform }], asked) !== undefined;
-  const what = `it is one image, for ${formatPlatform(platform)}`;
-  if (!isAsked)
-    fail("NO_PLATFORM", `${where} has no image for ${formatPlatform(asked)}\n  ${what}`);
-  const host = wantedPlatform(wanted);
-  const isForHost =
-    platform.architecture === host.architecture && ["linux", host.os].includes(platform.os);
-  if (!isForHost) warn(`${where}: ${what}, not for this machine`);
-}
 type PullRequest = Readonly<{
   images: readonly Readonly<{ reference: Reference; name: string }>[];
   destination: string | NodeJS.WritableStream;

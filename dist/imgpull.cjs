@@ -629,13 +629,79 @@ function parseChallenges(lines) {
   for (const match of lines.flatMap((line) => [...line.matchAll(word)])) {
     const [, separator = "", name = "", value] = match;
     const current = challenges.at(-1)?.parameters;
+    const isToken68 = value !== void 0 && /^=*$/.test(value);
     if (value === void 0 && (match.index === 0 || separator.includes(","))) {
       challenges.push({ scheme: name.toLowerCase(), parameters: {} });
-    } else if (current && value !== void 0 && !/^=*$/.test(value)) {
+    } else if (current && value !== void 0 && !isToken68) {
       current[name.toLowerCase()] ??= value.replace(/^"|"$/g, "").replace(/\\(.)/g, "$1");
     }
   }
   return challenges;
+}
+var homeOf = ({ HOME }) => HOME ?? os.homedir();
+var below = (directory, ...names) => directory ? path.join(directory, ...names) : void 0;
+var CREDENTIAL_PLACES = [
+  { variable: "REGISTRY_AUTH_FILE", file: (environment) => environment.REGISTRY_AUTH_FILE },
+  { variable: "DOCKER_AUTH_CONFIG", text: (environment) => environment.DOCKER_AUTH_CONFIG },
+  {
+    file: (environment) => below(environment.DOCKER_CONFIG || below(homeOf(environment), ".docker"), "config.json")
+  },
+  { file: (environment) => below(environment.XDG_RUNTIME_DIR, "containers/auth.json") },
+  { file: (environment) => below(homeOf(environment), ".config/containers/auth.json") }
+];
+async function findCredential(settings, reference) {
+  const fromOptions = credentialOfOptions(settings);
+  if (fromOptions) return fromOptions;
+  const { environment } = settings;
+  for (const place of CREDENTIAL_PLACES) {
+    const file = place.file?.(environment);
+    const text = file ? await readCredentialFile(file, place.variable) : place.text?.(environment);
+    if (!text) continue;
+    const source = file ?? place.variable ?? "";
+    const credential = credentialIn(text, source, reference, environment);
+    if (credential) return credential;
+  }
+  return void 0;
+}
+function credentialOfOptions({ token, username, password }) {
+  const common = { kind: "basic", username: username ?? "", stored: false };
+  if (token !== void 0) return { ...common, secret: token, source: "--token" };
+  if (username === void 0) return void 0;
+  return { ...common, secret: password ?? "", source: "--user and --password" };
+}
+async function readCredentialFile(file, variable) {
+  const what = variable === void 0 ? `the credential file ${file}` : `${variable} names ${file}`;
+  const isMissing = (cause) => ["ENOENT", "ENOTDIR", "ERR_ACCESS_DENIED"].includes(errorCodeOf(cause));
+  try {
+    if ((await fs.stat(file)).size <= LIMITS.credentialFileBytes)
+      return await fs.readFile(file, "utf8");
+  } catch (cause) {
+    if (variable === void 0 && isMissing(cause)) return void 0;
+    fail("CREDENTIALS", `${what}: ${diskWords(cause)}`, { cause });
+  }
+  return fail("CREDENTIALS", `${what}: too large for a credential file`);
+}
+function credentialIn(text, source, reference, environment) {
+  const file = parseJson(text);
+  if (!isRecord(file)) return fail("CREDENTIALS", `${source} is not a JSON object`);
+  const { host } = reference;
+  const isName = (value) => typeof value === "string" && value !== "";
+  const helper = bestEntry(file.credHelpers, reference, isName) ?? file.credsStore;
+  const server = host === "docker.io" ? "https://index.docker.io/v1/" : host;
+  const fromHelper = isName(helper) ? runCredentialHelper(helper, server, environment) : void 0;
+  if (fromHelper) return fromHelper;
+  const isFilled = (value) => isRecord(value) && Object.keys(value).length > 0;
+  const entry = bestEntry(file.auths, reference, isFilled);
+  return entry && decodeAuthEntry(entry, source);
+}
+function bestEntry(entries, { host, repository }, isUsable) {
+  let best;
+  for (const [written, value] of Object.entries(entries ?? {})) {
+    const key = normalizeAuthKey(written);
+    const isFor = `${host}/${repository}/`.startsWith(`${key}/`);
+    if (isFor && isUsable(value) && key.length > (best?.key.length ?? -1)) best = { key, value };
+  }
+  return best?.value;
 }
 function normalizeAuthKey(key) {
   const [host = "", ...rest] = key.replace(/^https?:\/\//, "").replace(/\/(v1|v2)?\/?$/, "").split("/");
@@ -646,139 +712,261 @@ function decodeAuthEntry(entry, source) {
   const decoded = Buffer.from(text("auth"), "base64").toString("utf8").replace(/\0+$/, "");
   if (text("auth") && !decoded.includes(":"))
     fail("CREDENTIALS", `${source}: "auth" is not USER:PASSWORD in base64`);
-  const [, username = text("username"), password = text("password")] = /^([^:]*):([^]*)$/.exec(decoded) ?? [];
-  const [identity, bearer] = [text("identitytoken"), text("registrytoken")];
-  if (/[^\x21-\x7e]/.test(bearer))
+  const [, username = text("username"), password = text("password")] = /^([^:]*):(.*)$/s.exec(decoded) ?? [];
+  const common = { username, source, stored: true };
+  const identity = text("identitytoken");
+  if (identity) return { ...common, kind: "identity", secret: identity };
+  const bearer = text("registrytoken");
+  if (!isHeaderWord(bearer || "-"))
     fail("CREDENTIALS", `${source}: its "registrytoken" fits no header`);
-  const kind = identity ? "identity" : bearer ? "bearer" : "basic";
-  const secret = identity || bearer || password;
-  return username === "" && secret === "" ? void 0 : { kind, username, secret, source, stored: true };
+  if (bearer) return { ...common, kind: "bearer", secret: bearer };
+  if (username === "" && password === "") return void 0;
+  return { ...common, kind: "basic", secret: password };
 }
-function runCredentialHelper(name, input, environment) {
+var isHeaderWord = (text) => /^[\x21-\x7e]+$/.test(text);
+function runCredentialHelper(name, server, environment) {
   const source = `docker-credential-${name}`;
   const refuse = (reason) => fail("CREDENTIALS", `the credential helper ${printable(source)} ${reason}`);
   if (!/^[\w.+-]+$/.test(name)) refuse("has a name that is not one");
-  const options = { input, env: { ...environment }, timeout: 6e4, maxBuffer: LIMITS.tokenBytes };
-  const run = load("node:child_process").spawnSync(source, ["get"], {
-    ...options,
+  const { status, stdout, stderr, error } = load("node:child_process").spawnSync(source, ["get"], {
+    input: server,
+    env: { ...environment },
+    timeout: 6e4,
+    maxBuffer: LIMITS.tokenBytes,
     encoding: "utf8"
   });
-  const { status, stdout, stderr, error } = run;
-  if (error)
-    refuse(
-      `cannot be run: ${errorCodeOf(error) === "ENOENT" ? "it is not on the PATH" : errorCodeOf(error)}`
-    );
+  if (errorCodeOf(error) === "ENOENT") refuse("cannot be run: it is not on the PATH");
+  if (error) refuse(`cannot be run: ${errorCodeOf(error)}`);
   const words = printable(stdout || stderr) || `exit code ${status}`;
-  if (status !== 0)
-    return /credentials not found/i.test(words) ? void 0 : refuse(`failed: ${words}`);
+  if (status !== 0 && /credentials not found/i.test(words)) return void 0;
+  if (status !== 0) refuse(`failed: ${words}`);
   const answer = parseJson(stdout) ?? refuse("answered what is not JSON");
   const { Username: username = "", Secret: secret } = answer;
   if (typeof username !== "string" || typeof secret !== "string")
     return refuse("answered without a Secret");
-  return decodeAuthEntry(
-    username === "<token>" ? { identitytoken: secret } : { username, password: secret },
-    source
-  );
-}
-function credentialIn(text, source, { host, repository }, environment) {
-  const file = parseJson(text);
-  if (!isRecord(file)) return fail("CREDENTIALS", `${source} is not a JSON object`);
-  const bestIn = (entries, isUsable) => Object.entries(entries ?? {}).filter(
-    ([key, value]) => isUsable(value) && `${host}/${repository}/`.startsWith(`${normalizeAuthKey(key)}/`)
-  ).sort(
-    ([left], [right]) => normalizeAuthKey(right).length - normalizeAuthKey(left).length
-  )[0]?.[1];
-  const helper = bestIn(file.credHelpers, (value) => typeof value === "string") ?? file.credsStore;
-  const server = host === "docker.io" ? "https://index.docker.io/v1/" : host;
-  const found = helper && typeof helper === "string" ? runCredentialHelper(helper, server, environment) : void 0;
-  const entry = bestIn(file.auths, (value) => isRecord(value) && Object.keys(value).length > 0);
-  return found ?? (isRecord(entry) ? decodeAuthEntry(entry, source) : void 0);
-}
-async function findCredential({ environment, token, username, password = "" }, reference) {
-  const {
-    HOME: home = os.homedir(),
-    DOCKER_CONFIG,
-    XDG_RUNTIME_DIR,
-    REGISTRY_AUTH_FILE
-  } = environment;
-  const option = { kind: "basic", username: username ?? "", stored: false };
-  if (token !== void 0) return { ...option, secret: token, source: "--token" };
-  if (username !== void 0)
-    return { ...option, secret: password, source: "--user and --password" };
-  const inText = (source, text = "") => text && credentialIn(text, source, reference, environment);
-  const inFile = async (file = "", isNamed = false) => file && inText(file, await readCredentialFile(file, isNamed));
-  return await inFile(REGISTRY_AUTH_FILE, true) || inText("DOCKER_AUTH_CONFIG", environment.DOCKER_AUTH_CONFIG) || await inFile(path.join(DOCKER_CONFIG || path.join(home, ".docker"), "config.json")) || await inFile(XDG_RUNTIME_DIR && path.join(XDG_RUNTIME_DIR, "containers/auth.json")) || await inFile(path.join(home, ".config/containers/auth.json")) || void 0;
-}
-async function readCredentialFile(file, isNamed) {
-  const what = isNamed ? `REGISTRY_AUTH_FILE names ${file}` : `the credential file ${file}`;
-  try {
-    if ((await fs.stat(file)).size <= LIMITS.credentialFileBytes)
-      return await fs.readFile(file, "utf8");
-  } catch (cause) {
-    if (!isNamed && ["ENOENT", "ENOTDIR", "ERR_ACCESS_DENIED"].includes(errorCodeOf(cause)))
-      return void 0;
-    fail("CREDENTIALS", `${what}: ${diskWords(cause)}`, { cause });
-  }
-  return fail("CREDENTIALS", `${what}: too large for a credential file`);
-}
-async function fetchToken(session, origin, asked, isRegistry, credential) {
-  const { realm = "", service, scope } = asked;
-  if (realm === "" || !URL.canParse(realm, origin))
-    fail("PROTOCOL", `${origin} names no usable realm for its tokens`);
-  const url = new URL(realm, origin);
-  const where = redactUrl(url);
-  const isSafe = ["https:", new URL(origin).protocol].includes(url.protocol);
-  if (!isSafe)
-    fail("PROTOCOL", `${origin} names the token endpoint ${where}: not over ${url.protocol}`);
-  const query = dropEmpty({ service, scope });
-  const ask = (method, authorization, body) => session.transport.send({
-    method,
-    url,
-    signal: session.signal,
-    ...dropEmpty({ body }),
-    headers: body === void 0 ? {} : { "Content-Type": "application/x-www-form-urlencoded" },
-    authorizationFor: async (each) => each === url.origin ? authorization : void 0,
-    isRegistry: (each) => each === origin && isRegistry
-  });
-  const { kind, username, secret = "" } = credential ?? {};
-  const grant = {
-    ...query,
-    grant_type: "refresh_token",
-    client_id: "imgpull",
-    refresh_token: secret
-  };
-  let answer = kind === "identity" ? await ask("POST", void 0, `${new URLSearchParams(grant)}`) : void 0;
-  if (!answer || /^(3..|40[0145])$/.test(`${answer.status}`)) {
-    for (const [name, value] of Object.entries(query)) url.searchParams.set(name, value);
-    const user = username || "00000000-0000-0000-0000-000000000000";
-    answer = await ask("GET", credential && basicAuthorization(user, secret));
-  }
-  if (!answer.body) throw statusError(answer, session.clock.now(), "the token service");
-  const json = parseJson(await readBody(answer.body, LIMITS.tokenBytes, `the token of ${where}`));
-  const { token, access_token: accessToken, expires_in: seconds } = isRecord(json) ? json : {};
-  const text = token || accessToken;
-  if (typeof text !== "string" || !/^[\x21-\x7e]+$/.test(text))
-    fail("PROTOCOL", `${where} answered without a token`);
-  const lifeMs = Math.max(LIMITS.tokenFloorMs, typeof seconds === "number" ? seconds * 1e3 : 0);
-  return { header: `Bearer ${text}`, expiresAt: session.clock.now() + lifeMs };
+  const entry = username === "<token>" ? { identitytoken: secret } : { username, password: secret };
+  return decodeAuthEntry(entry, source);
 }
 var STORAGE_HOST = "the storage host";
-function statusError({ status, words, headers, url }, now, who) {
-  const codes = {
-    401: "UNAUTHORIZED",
-    403: "FORBIDDEN",
-    404: "NOT_FOUND",
-    407: "PROXY",
-    429: "RATE_LIMITED"
-  };
-  const waitMs = status === 429 || status >= 500 ? parseRetryAfter(headers["retry-after"], now) : void 0;
-  const when = waitMs === void 0 ? "try again later" : `come back in ${Math.ceil(waitMs / 1e3)} s, at ${new Date(now + Math.min(waitMs, 1e12)).toISOString()}`;
-  const remedy = status === 429 ? `
-  too many requests: ${when}` : status === 407 ? PROXY_REMEDY : /HTTP request (was sent )?to (an )?HTTPS/i.test(words) ? "\n  this port is https: try without --scheme http" : "";
+var STATUS_CODES = {
+  401: "UNAUTHORIZED",
+  403: "FORBIDDEN",
+  404: "NOT_FOUND",
+  407: "PROXY",
+  429: "RATE_LIMITED"
+};
+function statusError(answer, now, who) {
+  const { status, words, headers, url } = answer;
+  const mayWait = status === 429 || status >= 500;
+  const waitMs = mayWait ? parseRetryAfter(headers["retry-after"], now) : void 0;
+  const remedy = remedyFor(answer, waitMs, now);
   const said = `${redactUrl(url)}: ${who} answered ${status}${words ? ` (${words})` : ""}${remedy}`;
   const isExpired = who === STORAGE_HOST && [400, 401, 403].includes(status);
-  const details = { status, retryAfterMs: isExpired ? 0 : waitMs };
-  return new ImgpullError(codes[status] ?? "PROTOCOL", said, details);
+  return new ImgpullError(STATUS_CODES[status] ?? "PROTOCOL", said, {
+    status,
+    retryAfterMs: isExpired ? 0 : waitMs
+  });
+}
+function remedyFor({ status, words }, waitMs, now) {
+  if (status === 407) return PROXY_REMEDY;
+  if (status === 429) return `
+  too many requests: ${whenToComeBack(waitMs, now)}`;
+  const isHttpsPort = /HTTP request (was sent )?to (an )?HTTPS/i.test(words);
+  return isHttpsPort ? "\n  this port is https: try without --scheme http" : "";
+}
+function whenToComeBack(waitMs, now) {
+  if (waitMs === void 0) return "try again later";
+  const date = new Date(now + Math.min(waitMs, 1e12));
+  return `come back in ${Math.ceil(waitMs / 1e3)} s, at ${date.toISOString()}`;
+}
+var NOBODY = "00000000-0000-0000-0000-000000000000";
+async function fetchToken(session, request) {
+  const url = parseRealm(request.parameters.realm, request.origin);
+  const answer = await requestToken(session, url, request);
+  const now = session.clock.now();
+  if (!answer.body) throw statusError(answer, now, "the token service");
+  const where = redactUrl(url);
+  const body = await readBody(answer.body, LIMITS.tokenBytes, `the token of ${where}`);
+  return parseToken(body, where, now);
+}
+function parseRealm(realm, origin) {
+  if (!realm || !URL.canParse(realm, origin))
+    return fail("PROTOCOL", `${origin} names no usable realm for its tokens`);
+  const url = new URL(realm, origin);
+  const isPrivateEnough = ["https:", new URL(origin).protocol].includes(url.protocol);
+  if (!isPrivateEnough)
+    fail(
+      "PROTOCOL",
+      `${origin} names the token endpoint ${redactUrl(url)}: not over ${url.protocol}`
+    );
+  return url;
+}
+async function requestToken(session, url, request) {
+  const { origin, isRegistry, credential, parameters } = request;
+  const { service, scope } = parameters;
+  const query = dropEmpty({ service, scope });
+  const send = (more, header2) => session.transport.send({
+    ...more,
+    signal: session.signal,
+    authorizationFor: async (each) => each === url.origin ? header2 : void 0,
+    isRegistry: (each) => each === origin && isRegistry
+  });
+  if (credential?.kind === "identity") {
+    const answer = await send({
+      method: "POST",
+      url,
+      headers: { "Content-Type": "application/x-www-form-urlencoded" },
+      body: String(new URLSearchParams(identityGrant(query, credential.secret)))
+    });
+    if (!isPostUnknown(answer.status)) return answer;
+  }
+  const asked = new URL(url);
+  for (const [name, value] of Object.entries(query)) asked.searchParams.set(name, value);
+  const header = credential && basicAuthorization(credential.username || NOBODY, credential.secret);
+  return send({ method: "GET", url: asked, headers: {} }, header);
+}
+var identityGrant = (query, secret) => ({
+  ...query,
+  grant_type: "refresh_token",
+  client_id: "imgpull",
+  refresh_token: secret
+});
+var isPostUnknown = (status) => status >= 300 && status < 400 || [400, 401, 404, 405].includes(status);
+function parseToken(body, where, now) {
+  const json = parseJson(body);
+  const answer = isRecord(json) ? json : {};
+  const token = answer.token || answer.access_token;
+  if (typeof token !== "string" || !isHeaderWord(token))
+    return fail("PROTOCOL", `${where} answered without a token`);
+  const seconds = typeof answer.expires_in === "number" ? answer.expires_in : 0;
+  return {
+    header: `Bearer ${token}`,
+    expiresAt: now + Math.max(LIMITS.tokenFloorMs, seconds * 1e3)
+  };
+}
+var Authorizer = class {
+  #session;
+  #reference;
+  #registryOrigin;
+  #authorizations = /* @__PURE__ */ new Map();
+  // by origin
+  #renewals = /* @__PURE__ */ new Map();
+  // by origin, while they are under way
+  #lookup;
+  #refusedCredential;
+  // once there is one, later requests are anonymous
+  constructor(session, reference, registryOrigin) {
+    const { token } = session.settings;
+    this.#session = session;
+    this.#reference = reference;
+    this.#registryOrigin = registryOrigin;
+    if (token !== void 0)
+      this.#authorizations.set(registryOrigin, { header: `Basic ${token}`, expiresAt: NEVER });
+  }
+  /** The header for an origin, with a new token where one is wanted and the last has expired. */
+  async headerFor(origin) {
+    const expiresAt = this.#authorizations.get(origin)?.expiresAt ?? 0;
+    const isExpired = expiresAt <= this.#session.clock.now();
+    const challenges = this.#session.challenges.get(origin) ?? [];
+    const wantsToken = challenges.some(({ scheme }) => scheme === "bearer");
+    if (wantsToken && isExpired) await this.#renew(origin);
+    return this.#authorizations.get(origin)?.header;
+  }
+  /** Whether `answer` was a refusal after which another attempt may go better. `round` counts those before it. */
+  async canGoOnAfter(answer, round) {
+    const { url, authorization: sent, status, headers } = answer;
+    const { origin } = url;
+    if (!isAboutAuthorization(answer)) return false;
+    const isRenewedMeanwhile = this.#authorizations.get(origin)?.header !== sent;
+    if (isRenewedMeanwhile) return true;
+    const challenges = parseChallenges([headers["www-authenticate"] ?? ""]);
+    const isRenewal = round === 0 && sent !== void 0 && this.#session.challenges.has(origin);
+    if (challenges.length > 0 && !isRenewal) this.#session.challenges.set(origin, challenges);
+    const credential = await this.#credentialFor(origin);
+    const isRefusedWithCredential = status === 403 || round > 0 && sent !== void 0 || sent?.startsWith("Basic ");
+    if (isRefusedWithCredential) {
+      if (!credential?.stored) return false;
+      this.#goAnonymous(credential, `${redactUrl(url)}: ${status}`);
+    }
+    return this.#renew(origin);
+  }
+  /** A refusal with the word of which credentials were tried, and from where. */
+  async explain({ code, message, status }) {
+    const explained = code === "FORBIDDEN" ? code : "UNAUTHORIZED";
+    return new ImgpullError(explained, `${message}
+  ${await this.#triedWords()}`, { status });
+  }
+  async #triedWords() {
+    if (this.#refusedCredential)
+      return `the stored credentials (${this.#refusedCredential.source}) were refused, and so was a request without`;
+    const credential = await this.#credentialFor(this.#registryOrigin);
+    if (credential) return `refused: the credentials of ${credential.source}`;
+    return "no credentials were found (--user, --token, docker login); a repository that does not exist looks the same";
+  }
+  /** Looked up when a registry asks for it first; storage hosts and other origins never get it. */
+  async #credentialFor(origin) {
+    if (this.#refusedCredential || origin !== this.#registryOrigin) return void 0;
+    this.#lookup ??= findCredential(this.#session.settings, this.#reference);
+    return this.#lookup;
+  }
+  #goAnonymous(refused, reason) {
+    this.#refusedCredential = refused;
+    this.#authorizations.delete(this.#registryOrigin);
+    this.#session.warn(
+      `the credentials of ${refused.source} were refused (${reason}); trying without any`
+    );
+  }
+  /** Connections that are refused at the same time get one new token between them. False: we have nothing to show. */
+  #renew(origin) {
+    const underWay = this.#renewals.get(origin);
+    if (underWay) return underWay;
+    const renewal = this.#renewOnce(origin).finally(() => this.#renewals.delete(origin));
+    this.#renewals.set(origin, renewal);
+    return renewal;
+  }
+  async #renewOnce(origin) {
+    const authorization = await this.#answerChallenge(origin);
+    if (authorization) this.#authorizations.set(origin, authorization);
+    return authorization !== void 0;
+  }
+  /** A token, or the credential itself, as the origin wants it; undefined where we have nothing of the kind. */
+  async #answerChallenge(origin) {
+    const challenges = this.#session.challenges.get(origin) ?? [];
+    const credential = await this.#credentialFor(origin);
+    const bearer = challenges.find(({ scheme }) => scheme === "bearer");
+    if (!bearer) {
+      const takesBasic = challenges.some(({ scheme }) => scheme === "basic");
+      if (!takesBasic || credential?.kind !== "basic") return void 0;
+      const { username, secret } = credential;
+      return { header: basicAuthorization(username, secret), expiresAt: NEVER };
+    }
+    if (credential?.kind === "bearer")
+      return { header: `Bearer ${credential.secret}`, expiresAt: NEVER };
+    return this.#tokenFor(origin, bearer, credential);
+  }
+  async #tokenFor(origin, { parameters }, credential) {
+    const isRegistry = origin === this.#registryOrigin;
+    const ours = `repository:${this.#reference.repository}:pull`;
+    const scope = isRegistry ? ours : parameters.scope || ours;
+    try {
+      const request = { origin, isRegistry, parameters: { ...parameters, scope }, credential };
+      return await fetchToken(this.#session, request);
+    } catch (error) {
+      const { status = 0, message } = error;
+      if (![400, 401, 403, 404].includes(status)) throw error;
+      if (credential?.stored) {
+        this.#goAnonymous(credential, message);
+        return this.#answerChallenge(origin);
+      }
+      const isAboutCredentials = status === 401 || credential !== void 0;
+      throw isAboutCredentials ? await this.explain(error) : error;
+    }
+  }
+};
+function isAboutAuthorization({ status, authorization: sent }) {
+  if (status === 401) return true;
+  if (status === 400) return sent?.startsWith("Bearer ") === true;
+  return status === 403 && sent !== void 0;
 }
 var Registry = class {
   reference;
@@ -788,223 +976,138 @@ var Registry = class {
   latencyMs = NEVER;
   // of the quickest manifest so far: how far away it is
   #session;
-  #held = /* @__PURE__ */ new Map();
-  #renewals = /* @__PURE__ */ new Map();
-  #found;
-  #refused;
-  // from then on it is nobody who asks
+  #authorizer;
   constructor(session, reference) {
-    const { scheme, token } = session.settings;
     this.#session = session;
     this.reference = reference;
-    this.origin = new URL(`${scheme}://${apiHost(reference.host)}`).origin;
-    if (token !== void 0)
-      this.#held.set(this.origin, { header: `Basic ${token}`, expiresAt: NEVER });
-  }
-  /** One answer with a body, after at most one handshake, one renewal and one fallback. */
-  async #request(method, kind, name, more = {}) {
-    const {
-      settings: { namespace },
-      signal,
-      transport
-    } = this.#session;
-    const url = new URL(`${this.origin}/v2/${this.reference.repository}/${kind}s/${name}`);
-    if (namespace !== void 0) url.searchParams.set("ns", namespace);
-    const headers = { Accept: MANIFEST_TYPES.join(", ") };
-    const authorizationFor = (origin) => this.#authorizationFor(origin);
-    const isRegistry = (origin) => origin === this.origin;
-    for (let round = 0; ; round += 1) {
-      const startedAt = performance.now();
-      const answer = await transport.send({
-        method,
-        url,
-        headers,
-        signal,
-        authorizationFor,
-        isRegistry,
-        ...more
-      });
-      if (kind === "manifest")
-        this.latencyMs = Math.min(this.latencyMs, performance.now() - startedAt);
-      if (answer.body) return answer;
-      if (round === 3 || !await this.#authorize(answer, round))
-        throw await this.#refusal(answer, kind, name);
-    }
-  }
-  async #authorizationFor(origin) {
-    const isFresh = (this.#held.get(origin)?.expiresAt ?? 0) > this.#session.clock.now();
-    const isBearer = this.#session.challenges.get(origin)?.some(({ scheme }) => scheme === "bearer");
-    if (isBearer && !isFresh) await this.#handshake(origin);
-    return this.#held.get(origin)?.header;
-  }
-  /** Whether `answer` was a refusal, and another attempt may go better. */
-  async #authorize(answer, round) {
-    const {
-      url,
-      url: { origin },
-      authorization: sent,
-      status,
-      headers
-    } = answer;
-    const isStale = sent !== void 0 && (status === 400 && sent.startsWith("Bearer ") || status === 403);
-    if (status !== 401 && !isStale) return false;
-    if (this.#held.get(origin)?.header !== sent) return true;
-    const challenges = parseChallenges([headers["www-authenticate"] ?? ""]);
-    const isRenewal = round === 0 && sent !== void 0 && this.#session.challenges.has(origin);
-    if (challenges.length > 0 && !isRenewal) this.#session.challenges.set(origin, challenges);
-    const credential = await this.#credentialFor(origin);
-    if (status === 403 || round > 0 && sent !== void 0 || sent?.startsWith("Basic ")) {
-      if (!credential?.stored) return false;
-      this.#giveUp(credential, `${redactUrl(url)}: ${status}`);
-    }
-    return this.#handshake(origin);
-  }
-  /** Looked up when a registry asks for it first; storage hosts and other origins never get it. */
-  async #credentialFor(origin) {
-    if (this.#refused || origin !== this.origin) return void 0;
-    return this.#found ??= findCredential(this.#session.settings, this.reference);
-  }
-  #giveUp(credential, reason) {
-    this.#refused = credential;
-    this.#held.delete(this.origin);
-    this.#session.warn(
-      `the credentials of ${credential.source} were refused (${reason}); trying without any`
-    );
-  }
-  /** Connections that are refused at the same time get one new token between them. */
-  #handshake(origin) {
-    const renewal = this.#renewals.get(origin) ?? this.#answerChallenge(origin).then((authorization) => {
-      if (authorization) this.#held.set(origin, authorization);
-      return authorization !== void 0;
-    }).finally(() => this.#renewals.delete(origin));
-    this.#renewals.set(origin, renewal);
-    return renewal;
-  }
-  /** A token, or the credential itself, as the origin wants it; undefined where we have nothing of the kind. */
-  async #answerChallenge(origin) {
-    const challenges = this.#session.challenges.get(origin) ?? [];
-    const credential = await this.#credentialFor(origin);
-    const { kind, username = "", secret = "" } = credential ?? {};
-    const bearer = challenges.find(({ scheme }) => scheme === "bearer");
-    const isBasic = kind === "basic" && challenges.some(({ scheme }) => scheme === "basic");
-    if (!bearer)
-      return isBasic ? { header: basicAuthorization(username, secret), expiresAt: NEVER } : void 0;
-    if (kind === "bearer") return { header: `Bearer ${secret}`, expiresAt: NEVER };
-    const theirs = origin !== this.origin && bearer.parameters.scope;
-    const asked = {
-      ...bearer.parameters,
-      scope: theirs || `repository:${this.reference.repository}:pull`
-    };
-    const asking = fetchToken(this.#session, origin, asked, origin === this.origin, credential);
-    return asking.catch(async (error) => {
-      if (![400, 401, 403, 404].includes(error.status ?? 0)) throw error;
-      if (!credential?.stored)
-        throw error.status === 401 || credential ? await this.#withTried(error) : error;
-      this.#giveUp(credential, error.message);
-      return this.#answerChallenge(origin);
-    });
-  }
-  /** The error with the word of which credentials were tried, and from where. */
-  async #withTried({ code, message, status }) {
-    const source = (this.#refused ?? await this.#credentialFor(this.origin))?.source;
-    const tried = this.#refused ? `the stored credentials (${source}) were refused, and so was a request without` : source ? `refused: the credentials of ${source}` : "no credentials were found (--user, --token, docker login); a repository that does not exist looks the same";
-    return new ImgpullError(
-      code === "FORBIDDEN" ? code : "UNAUTHORIZED",
-      `${message}
-  ${tried}`,
-      { status }
-    );
-  }
-  /** A refusal in the user's terms. */
-  async #refusal(answer, kind, name) {
-    const place = `${this.reference.host}/${this.reference.repository}`;
-    const who = answer.url.origin === this.origin ? "the registry" : STORAGE_HOST;
-    const error = statusError(answer, this.#session.clock.now(), who);
-    const { code, status, message, retryAfterMs } = error;
-    const isOurs = (code === "UNAUTHORIZED" || code === "FORBIDDEN") && retryAfterMs === void 0;
-    if (code !== "NOT_FOUND") return isOurs ? this.#withTried(error) : error;
-    const isName = /NAME_UNKNOWN|repository name not known/i.test(answer.words);
-    const missing = isName ? `repository: ${place}` : isDigest(name) ? `${kind}: ${name}` : `tag: ${place}:${name}`;
-    const doubt = answer.headers["content-type"]?.includes("html") ? `: is ${this.reference.host} a registry?` : "";
-    return new ImgpullError(code, `no such ${missing}
-  ${message}${doubt}`, { status });
-  }
-  /** A manifest or config as a whole, verified against the digest where one was asked for. */
-  #document(kind, name, maximumBytes) {
-    return withRetries(this.#session, async () => {
-      const { body, url, headers } = await this.#request("GET", kind, name);
-      const where = redactUrl(url);
-      const bytes = await readBody(
-        body,
-        maximumBytes,
-        `the ${kind} ${where}`
-      );
-      const wanted = isDigest(name) ? name : void 0;
-      const told = headers["docker-content-digest"];
-      const digest = digestOf(
-        bytes,
-        wanted ?? (isDigest(told) && told === digestOf(bytes, told) ? told : void 0)
-      );
-      if (wanted && digest !== wanted)
-        fail("DIGEST_MISMATCH", `${where}: the bytes have the digest ${digest}`);
-      return { bytes, digest, where, type: headers["content-type"] ?? "nothing named" };
-    });
+    this.origin = new URL(`${session.settings.scheme}://${apiHost(reference.host)}`).origin;
+    this.#authorizer = new Authorizer(session, reference, this.origin);
   }
   async manifest(tagOrDigest) {
-    const { bytes, digest, where, type } = await this.#document(
-      "manifest",
-      tagOrDigest,
-      LIMITS.manifestBytes
-    );
-    const what = `this is not a manifest but ${printable(type, 80)}: is ${this.reference.host} a registry?`;
-    return {
-      bytes,
-      digest,
-      mediaType: sniffMediaType(bytes, type) ?? fail("PROTOCOL", `${where}: ${what}`)
-    };
+    const { manifestBytes } = LIMITS;
+    const document = await this.#document("manifest", tagOrDigest, manifestBytes);
+    const { bytes, digest, where, type } = document;
+    const mediaType = sniffMediaType(bytes, type);
+    if (mediaType !== void 0) return { bytes, digest, mediaType };
+    const what = `this is not a manifest but ${printable(type, 80)}`;
+    return fail("PROTOCOL", `${where}: ${what}: is ${this.reference.host} a registry?`);
   }
   /** A config before its turn, where the platform stands nowhere else. */
   async config({ digest, size }) {
     const { bytes, where } = await this.#document("blob", digest, LIMITS.configBytes);
-    return bytes.length === size ? bytes : fail("SIZE_MISMATCH", `${where}: ${bytes.length} bytes, not ${size}`);
+    if (bytes.length === size) return bytes;
+    return fail("SIZE_MISMATCH", `${where}: ${bytes.length} bytes, not ${size}`);
   }
   /** What HEAD tells of a manifest; undefined where the registry leaves something out. */
   head(tagOrDigest) {
     return withRetries(this.#session, async () => {
       const { headers, body } = await this.#request("HEAD", "manifest", tagOrDigest);
       body?.resume();
-      const {
-        "docker-content-digest": digest,
-        "content-length": length = "",
-        "content-type": type = ""
-      } = headers;
+      const digest = headers["docker-content-digest"];
+      const size = Number(headers["content-length"] ?? 0);
+      const type = headers["content-type"] ?? "";
       const mediaType = MANIFEST_TYPES.find((each) => type.startsWith(each));
-      return mediaType && isDigest(digest) && +length > 0 ? { mediaType, digest, size: Number(length) } : void 0;
+      return mediaType && isDigest(digest) && size > 0 ? { mediaType, digest, size } : void 0;
     });
   }
   /** One answer, with a body, to a request for a blob's bytes [from, to). The caller checks what comes. */
-  async blob({ digest, size, urls = [] }, from, to, signal) {
-    const headers = from === 0 && to === size ? {} : { Range: `bytes=${from}-${to - 1}` };
-    return this.#request("GET", "blob", digest, { headers, signal }).catch(
-      async (refusal) => {
-        const foreign = urls.filter((url) => URL.canParse(url) && url.startsWith("https:"));
-        const anyone = { authorizationFor: async () => void 0, isRegistry: () => false };
-        for (const url of refusal.code === "NOT_FOUND" ? foreign.map((each) => new URL(each)) : []) {
-          const answer = await this.#session.transport.send({
-            method: "GET",
-            url,
-            headers,
-            signal,
-            ...anyone
-          });
-          if (answer.body) return answer;
-          refusal = statusError(answer, this.#session.clock.now(), "the foreign layer's host");
-        }
-        throw refusal;
-      }
-    );
+  async blob(descriptor, from, to, signal) {
+    const { digest, size } = descriptor;
+    const isWhole = from === 0 && to === size;
+    const headers = isWhole ? {} : { Range: `bytes=${from}-${to - 1}` };
+    try {
+      return await this.#request("GET", "blob", digest, { headers, signal });
+    } catch (refusal) {
+      const isMissing = refusal instanceof ImgpullError && refusal.code === "NOT_FOUND";
+      if (!isMissing) throw refusal;
+      return this.#foreignBlob(descriptor, headers, signal, refusal);
+    }
+  }
+  /** A foreign layer that the registry has not, from its `urls`: over https, and without any credential. */
+  async #foreignBlob({ urls = [] }, headers, signal, refusal) {
+    let failure = refusal;
+    for (const url of urls.filter((each) => URL.canParse(each) && each.startsWith("https:"))) {
+      const answer = await this.#session.transport.send({
+        method: "GET",
+        url: new URL(url),
+        headers,
+        signal,
+        authorizationFor: async () => void 0,
+        isRegistry: () => false
+      });
+      if (answer.body) return answer;
+      failure = statusError(answer, this.#session.clock.now(), "the foreign layer's host");
+    }
+    throw failure;
+  }
+  /** A manifest or config as a whole, verified against the digest where one was asked for. */
+  #document(kind, name, maximumBytes) {
+    return withRetries(this.#session, async () => {
+      const { body, url, headers } = await this.#request("GET", kind, name);
+      const where = redactUrl(url);
+      const what = `the ${kind} ${where}`;
+      const bytes = await readBody(body, maximumBytes, what);
+      const digest = isDigest(name) ? digestOf(bytes, name) : digestByName(bytes, headers["docker-content-digest"]);
+      if (isDigest(name) && digest !== name)
+        fail("DIGEST_MISMATCH", `${where}: the bytes have the digest ${digest}`);
+      return { bytes, digest, where, type: headers["content-type"] ?? "nothing named" };
+    });
+  }
+  /** One answer with a body, after at most one handshake, one renewal and one fallback. */
+  async #request(method, kind, name, more = {}) {
+    const { signal, transport } = this.#session;
+    const request = {
+      method,
+      url: this.#urlOf(kind, name),
+      headers: { Accept: MANIFEST_TYPES.join(", ") },
+      signal,
+      authorizationFor: (origin) => this.#authorizer.headerFor(origin),
+      isRegistry: (origin) => origin === this.origin,
+      ...more
+    };
+    for (let round = 0; ; round += 1) {
+      const startedAt = performance.now();
+      const answer = await transport.send(request);
+      if (kind === "manifest")
+        this.latencyMs = Math.min(this.latencyMs, performance.now() - startedAt);
+      if (answer.body) return answer;
+      const isLast = round === 3;
+      if (isLast || !await this.#authorizer.canGoOnAfter(answer, round))
+        throw await this.#refusal(answer, kind, name);
+    }
+  }
+  #urlOf(kind, name) {
+    const { namespace } = this.#session.settings;
+    const url = new URL(`${this.origin}/v2/${this.reference.repository}/${kind}s/${name}`);
+    if (namespace !== void 0) url.searchParams.set("ns", namespace);
+    return url;
+  }
+  /** A refusal in the user's terms. */
+  async #refusal(answer, kind, name) {
+    const who = answer.url.origin === this.origin ? "the registry" : STORAGE_HOST;
+    const error = statusError(answer, this.#session.clock.now(), who);
+    const { code, status, message, retryAfterMs } = error;
+    if (code === "NOT_FOUND") {
+      const missing = missingWords(answer, this.reference, kind, name);
+      const isPage = answer.headers["content-type"]?.includes("html");
+      const doubt = isPage ? `: is ${this.reference.host} a registry?` : "";
+      return new ImgpullError(code, `no such ${missing}
+  ${message}${doubt}`, { status });
+    }
+    const isForGood = retryAfterMs === void 0;
+    const isAccess = code === "UNAUTHORIZED" || code === "FORBIDDEN";
+    return isAccess && isForGood ? this.#authorizer.explain(error) : error;
   }
 };
+function missingWords({ words }, { host, repository }, kind, name) {
+  const place = `${host}/${repository}`;
+  if (/NAME_UNKNOWN|repository name not known/i.test(words)) return `repository: ${place}`;
+  return isDigest(name) ? `${kind}: ${name}` : `tag: ${place}:${name}`;
+}
+function digestByName(bytes, header) {
+  const isRight2 = isDigest(header) && header === digestOf(bytes, header);
+  return isRight2 ? header : digestOf(bytes);
+}
 function registryOf(session, reference) {
   const key = `${reference.host}/${reference.repository}`;
   const registry = session.registries.get(key) ?? new Registry(session, reference);
@@ -1016,27 +1119,71 @@ function sniffMediaType(bytes, contentType = "") {
   if (!isRecord(json)) return void 0;
   if (typeof json.mediaType === "string") return json.mediaType;
   if (json.schemaVersion === 1) return DOCKER_SCHEMA_1;
-  const shape = Array.isArray(json.manifests) ? OCI_INDEX : isRecord(json.config) ? OCI_MANIFEST : void 0;
-  return MANIFEST_TYPES.find((type) => contentType.toLowerCase().startsWith(type)) ?? shape;
+  const named = MANIFEST_TYPES.find((type) => contentType.toLowerCase().startsWith(type));
+  if (named) return named;
+  if (Array.isArray(json.manifests)) return OCI_INDEX;
+  return isRecord(json.config) ? OCI_MANIFEST : void 0;
+}
+var OLD_CONFIG_LABELS = ["", "text/html", "application/json", "application/octet-stream"];
+function parseManifest({ bytes, mediaType }, where) {
+  const refuse = (code, reason) => fail(code, `${where}: ${reason}`);
+  const json = parseJson(bytes);
+  if (!isRecord(json)) return refuse("PROTOCOL", "the manifest is not a JSON object");
+  const isSchema1 = json.schemaVersion === 1 || mediaType.startsWith(DOCKER_SCHEMA_1);
+  if (isSchema1)
+    refuse(
+      "UNSUPPORTED",
+      "a schema 1 manifest, which Docker itself has given up: push the image anew"
+    );
+  if (isAmbiguous(json, mediaType))
+    refuse(
+      "PROTOCOL",
+      `${printable(mediaType, 80)}: no manifest, or with fields of something else`
+    );
+  if (Array.isArray(json.manifests)) {
+    if (json.manifests.length > LIMITS.indexEntries)
+      refuse("TOO_LARGE", `more than ${LIMITS.indexEntries} entries`);
+    const manifests = json.manifests.map((entry) => parseDescriptor(entry, where));
+    return { kind: "index", manifests };
+  }
+  const config = parseDescriptor(json.config, where);
+  if (config.size > LIMITS.configBytes)
+    refuse("TOO_LARGE", `its config is larger than ${LIMITS.configBytes} bytes`);
+  const isOldLabel = mediaType === DOCKER_MANIFEST && OLD_CONFIG_LABELS.includes(config.mediaType);
+  if (isOldLabel) config.mediaType = CONFIG_TYPES[0];
+  const layers = json.layers.map((layer) => parseDescriptor(layer, where));
+  return { kind: "image", config, layers };
+}
+function isAmbiguous(json, mediaType) {
+  const isIndex2 = Array.isArray(json.manifests);
+  const hasLayers = Array.isArray(json.layers);
+  const isImage = isRecord(json.config) && hasLayers;
+  const isKnownType = MANIFEST_TYPES.includes(mediaType);
+  const isOtherType = isKnownType && INDEX_TYPES.includes(mediaType) !== isIndex2;
+  return isIndex2 === isImage || isIndex2 && hasLayers || isOtherType;
 }
 function parseDescriptor(value, where) {
   const refuse = (reason) => fail("PROTOCOL", `${where}: ${reason}`);
-  const quote = (word) => printable(typeof word === "object" ? "an object" : JSON.stringify(word) ?? "none", 100);
   if (!isRecord(value)) return refuse("a descriptor is not an object");
-  const { mediaType: type, digest, size, urls, platform: words } = value;
+  const { mediaType, digest, size, urls, platform } = value;
   if (!isDigest(digest)) return refuse(`${quote(digest)} is not a digest that is safe to use`);
   const isSize = typeof size === "number" && Number.isSafeInteger(size) && size >= 0;
   if (!isSize)
     return refuse(`${digest} has the size ${quote(size)}, which is not a number of bytes`);
   const isUrlList = Array.isArray(urls) && urls.length > 0 && urls.every((url) => typeof url === "string");
-  const platform = isRecord(words) ? parsePlatform(words) : void 0;
-  const mediaType = typeof type === "string" ? type : "";
   return {
-    mediaType,
+    mediaType: typeof mediaType === "string" ? mediaType : "",
     digest,
     size,
-    ...dropEmpty({ urls: isUrlList ? urls : void 0, platform })
+    ...dropEmpty({
+      urls: isUrlList ? urls : void 0,
+      platform: isRecord(platform) ? parsePlatform(platform) : void 0
+    })
   };
+}
+function quote(value) {
+  const text = typeof value === "object" ? "an object" : JSON.stringify(value) ?? "none";
+  return printable(text, 100);
 }
 function parsePlatform(value) {
   const word = (name) => typeof value[name] === "string" ? printable(value[name], 64) : "";
@@ -1044,44 +1191,6 @@ function parsePlatform(value) {
     os: word("os"),
     architecture: word("architecture"),
     ...dropEmpty({ variant: word("variant") })
-  };
-}
-function parseManifest({ bytes, mediaType }, where) {
-  const refuse = (code, reason) => fail(code, `${where}: ${reason}`);
-  const json = parseJson(bytes);
-  if (!isRecord(json)) return refuse("PROTOCOL", "the manifest is not a JSON object");
-  const { manifests, layers, schemaVersion } = json;
-  const isSchema1 = schemaVersion === 1 || mediaType.startsWith(DOCKER_SCHEMA_1);
-  if (isSchema1)
-    refuse(
-      "UNSUPPORTED",
-      "a schema 1 manifest, which Docker itself has given up: push the image anew"
-    );
-  const isIndex = Array.isArray(manifests);
-  const isImage = isRecord(json.config) && Array.isArray(layers);
-  const isOther = MANIFEST_TYPES.includes(mediaType) && INDEX_TYPES.includes(mediaType) !== isIndex;
-  const isAmbiguous = isIndex === isImage || isIndex && Array.isArray(layers) || isOther;
-  if (isAmbiguous)
-    refuse(
-      "PROTOCOL",
-      `${printable(mediaType, 80)}: no manifest, or with fields of something else`
-    );
-  if (isIndex) {
-    if (manifests.length > LIMITS.indexEntries)
-      refuse("TOO_LARGE", `more than ${LIMITS.indexEntries} entries`);
-    return { kind: "index", manifests: manifests.map((entry) => parseDescriptor(entry, where)) };
-  }
-  const config = parseDescriptor(json.config, where);
-  if (config.size > LIMITS.configBytes)
-    refuse("TOO_LARGE", `its config is larger than ${LIMITS.configBytes} bytes`);
-  const isOldLabel = ["", "text/html", "application/json", "application/octet-stream"].includes(
-    config.mediaType
-  );
-  if (mediaType === DOCKER_MANIFEST && isOldLabel) config.mediaType = CONFIG_TYPES[0];
-  return {
-    kind: "image",
-    config,
-    layers: layers.map((layer) => parseDescriptor(layer, where))
   };
 }
 function hostPlatform() {
@@ -1097,27 +1206,6 @@ function hostPlatform() {
     ...dropEmpty({ variant })
   };
 }
-function acceptableVariants(architecture, variant) {
-  const known = /* @__PURE__ */ new Map([
-    ["arm", [5, 7]],
-    ["arm64", [8, 8]],
-    ["amd64", [1, 1]]
-  ]);
-  const [lowest = NaN, plain] = known.get(architecture) ?? [];
-  const level = Number(/^v(\d{1,2})$/.exec(variant ?? `v${plain}`)?.[1]);
-  if (Number.isNaN(level - lowest)) return variant === void 0 ? ["", "*"] : [variant];
-  const down = Array.from({ length: level - lowest + 1 }, (_, index) => level - index);
-  const names = down.flatMap((each) => each === plain ? [`v${each}`, ""] : [`v${each}`]);
-  return variant === void 0 ? ["", ...names] : names;
-}
-function matchPlatform(candidates, { os: system, architecture, variant }) {
-  const fitting = candidates.filter(
-    ({ platform: it }) => it?.os === system && it.architecture === architecture
-  );
-  return acceptableVariants(architecture, variant).flatMap(
-    (each) => fitting.filter(({ platform }) => each === "*" || (platform?.variant ?? "") === each)
-  )[0];
-}
 function wantedPlatform(wanted, host = hostPlatform()) {
   const variant = wanted.variant ?? (wanted.architecture === void 0 ? host.variant : void 0);
   return {
@@ -1125,6 +1213,167 @@ function wantedPlatform(wanted, host = hostPlatform()) {
     architecture: wanted.architecture ?? host.architecture,
     ...dropEmpty({ variant })
   };
+}
+var VARIANT_LEVELS = {
+  arm: { lowest: 5, unnamed: 7 },
+  // `unnamed` is what no variant means
+  arm64: { lowest: 8, unnamed: 8 },
+  amd64: { lowest: 1, unnamed: 1 }
+};
+var NO_VARIANT = "";
+var ANY_VARIANT = "*";
+function acceptableVariants(architecture, variant) {
+  const levels = VARIANT_LEVELS[architecture];
+  if (!levels) return variant === void 0 ? [NO_VARIANT, ANY_VARIANT] : [variant];
+  const exact = variant ?? NO_VARIANT;
+  const [, digits] = /^v(\d{1,2})$/.exec(variant ?? `v${levels.unnamed}`) ?? [];
+  if (digits === void 0) return [exact];
+  const acceptable = [exact];
+  for (let level = Number(digits); level >= levels.lowest; level -= 1) {
+    acceptable.push(`v${level}`);
+    if (level === levels.unnamed) acceptable.push(NO_VARIANT);
+  }
+  return acceptable;
+}
+function matchPlatform(candidates, { os: system, architecture, variant }) {
+  const fitting = candidates.filter(
+    ({ platform }) => platform?.os === system && platform.architecture === architecture
+  );
+  for (const acceptable of acceptableVariants(architecture, variant)) {
+    const match = fitting.find(
+      ({ platform }) => acceptable === ANY_VARIANT || (platform?.variant ?? NO_VARIANT) === acceptable
+    );
+    if (match) return match;
+  }
+  return void 0;
+}
+var isAttestation = ({ platform }) => platform?.os === "unknown" || platform?.architecture === "unknown";
+var versionOf = ({ tag, digest }) => digest ?? tag;
+async function resolveImage(session, reference, name, isAll) {
+  const where = formatReference(reference);
+  const registry = registryOf(session, reference);
+  const asked = await registry.manifest(versionOf(reference));
+  const parsed = parseManifest(asked, where);
+  const found = await findImages();
+  const finalName = name.replace(/@.*$/, `@${found.top.digest}`);
+  return { reference, registry, name: finalName, ...found };
+  async function findImages() {
+    const readChild = childrenOf(registry, where);
+    if (isAll) {
+      const { concurrency } = session.settings;
+      const all = await collectAll(readChild, concurrency, where, asked);
+      return { top: asked, platform: "all", ...all };
+    }
+    if (parsed.kind === "image") return findLoneImage(session, registry, asked, parsed);
+    return findImageOfIndex(session, readChild, where, parsed);
+  }
+}
+async function findLoneImage(session, registry, top, manifest) {
+  const isConfig = CONFIG_TYPES.includes(manifest.config.mediaType);
+  const configBytes = isConfig ? await registry.config(manifest.config) : void 0;
+  const config = configBytes && parseJson(configBytes);
+  const platform = isRecord(config) && config.os ? parsePlatform(config) : void 0;
+  if (platform) checkPlatform(session, formatReference(registry.reference), platform);
+  const content = { manifest, ...dropEmpty({ platform, configBytes }) };
+  return { top, manifests: [top], contents: [content], platform: formatPlatform(platform) };
+}
+function checkPlatform({ settings, warn }, where, platform) {
+  const { wanted } = settings;
+  const asked = { ...platform, ...wanted };
+  const entry = { mediaType: "", digest: "", size: 0, platform };
+  const what = `it is one image, for ${formatPlatform(platform)}`;
+  if (!matchPlatform([entry], asked))
+    fail("NO_PLATFORM", `${where} has no image for ${formatPlatform(asked)}
+  ${what}`);
+  const host = wantedPlatform(wanted);
+  const isForHost = platform.architecture === host.architecture && ["linux", host.os].includes(platform.os);
+  if (!isForHost) warn(`${where}: ${what}, not for this machine`);
+}
+function childrenOf(registry, where) {
+  return async ({ digest, size }) => {
+    const child = await registry.manifest(digest);
+    if (child.bytes.length === size) return child;
+    const actual = `${child.bytes.length} bytes, not ${size}`;
+    return fail("SIZE_MISMATCH", `${where}: ${digest} has ${actual}`);
+  };
+}
+function checkDepth(depth, where) {
+  if (depth > LIMITS.indexDepth)
+    fail("TOO_LARGE", `${where}: indexes inside indexes, more than ${LIMITS.indexDepth} deep`);
+}
+async function findImageOfIndex(session, readChild, where, index) {
+  const entry = await findPlatform(session, readChild, where, index);
+  const top = await readChild(entry);
+  const manifest = parseManifest(top, where);
+  if (manifest.kind !== "image")
+    return fail("PROTOCOL", `${where}: ${top.digest} is an index, and not said to be`);
+  const { platform } = entry;
+  const content = { manifest, ...dropEmpty({ platform }) };
+  return { top, manifests: [top], contents: [content], platform: formatPlatform(platform) };
+}
+async function findPlatform(session, readChild, where, top) {
+  const { settings, warn } = session;
+  const host = wantedPlatform(settings.wanted);
+  const onLinux = settings.wanted.os === void 0 ? { ...host, os: "linux" } : host;
+  const images = [];
+  let level = [top];
+  for (let depth = 1; level.length > 0; depth += 1) {
+    checkDepth(depth, where);
+    const listed = level.flatMap(({ manifests: manifests2 }) => manifests2);
+    const entries = listed.filter((entry) => !isAttestation(entry));
+    const nested = entries.filter(isIndex);
+    images.push(...entries.filter((entry) => !isIndex(entry)));
+    const match = matchPlatform(images, host) ?? loneEntry(entries);
+    if (match) return match;
+    const mayHold = nested.filter(
+      (entry) => !entry.platform?.os || matchPlatform([entry], host) || matchPlatform([entry], onLinux)
+    );
+    const children = await mapConcurrently(mayHold, settings.concurrency, readChild);
+    const manifests = children.map((child) => parseManifest(child, where));
+    level = manifests.filter((manifest) => manifest.kind === "index");
+  }
+  const second = matchPlatform(images, onLinux);
+  if (second) {
+    warn(`${where} has nothing for ${host.os}: taking linux`);
+    return second;
+  }
+  const names = images.flatMap(({ platform }) => platform ? [formatPlatform(platform)] : []);
+  const choices = printable([...new Set(names)].join(", ") || "none", 1e3);
+  const wanted = formatPlatform(host);
+  return fail(
+    "NO_PLATFORM",
+    `${where} has no image for ${wanted}
+  it has: ${choices} (--platform)`
+  );
+}
+var isIndex = ({ mediaType }) => INDEX_TYPES.includes(mediaType);
+function loneEntry(entries) {
+  const [entry] = entries;
+  const isLone = entries.length === 1 && entry && !isIndex(entry) && !entry.platform;
+  return isLone ? entry : void 0;
+}
+async function collectAll(readChild, limit, where, top) {
+  const manifests = /* @__PURE__ */ new Map([[top.digest, top]]);
+  const contents = [];
+  await collect(top, 0);
+  contents.sort((left, right) => Number(isAttestation(left)) - Number(isAttestation(right)));
+  return { manifests: [...manifests.values()], contents };
+  async function collect(fetched, depth, platform) {
+    checkDepth(depth, where);
+    const { digest } = fetched;
+    const manifest = parseManifest(fetched, where);
+    if (manifest.kind === "image") {
+      contents.push({ digest, manifest, ...dropEmpty({ platform }) });
+      return;
+    }
+    const entries = manifest.manifests.filter((entry) => !manifests.has(entry.digest));
+    const children = await mapConcurrently(entries, limit, readChild);
+    for (const [at, child] of children.entries()) {
+      if (!child || manifests.has(child.digest)) continue;
+      manifests.set(child.digest, child);
+      await collect(child, depth + 1, entries[at]?.platform);
+    }
+  }
 }
 var BLOCK = 512;
 var paddingOf = (sizeBytes) => (BLOCK - sizeBytes % BLOCK) % BLOCK;
@@ -1946,124 +2195,6 @@ async function pullToStream(outer, plan, output, tars, observe) {
   const failed = (error) => stop(session.signal.aborted ? connectionError(error, "the stream") : error);
   settled(await Promise.allSettled([fetchBlobs(transfer).catch(failed), sending.catch(failed)]));
   return transfer;
-}
-var versionOf = ({ tag, digest }) => digest ?? tag;
-var childrenOf = (registry, where) => async ({ digest, size }) => {
-  const child = await registry.manifest(digest);
-  if (child.bytes.length === size) return child;
-  return fail(
-    "SIZE_MISMATCH",
-    `${where}: ${digest} has ${child.bytes.length} bytes, not ${size}`
-  );
-};
-var checkDepth = (depth, where) => depth <= LIMITS.indexDepth || fail("TOO_LARGE", `${where}: indexes inside indexes, more than ${LIMITS.indexDepth} deep`);
-var isAttestation = ({ platform }) => platform?.os === "unknown" || platform?.architecture === "unknown";
-async function collectAll(readChild, limit, where, top) {
-  const manifests = /* @__PURE__ */ new Map([[top.digest, top]]);
-  const contents = [];
-  const collect = async (fetched, depth, platform) => {
-    checkDepth(depth, where);
-    const [manifest, { digest }] = [parseManifest(fetched, where), fetched];
-    if (manifest.kind === "image")
-      return void contents.push({ digest, manifest, ...dropEmpty({ platform }) });
-    const entries = manifest.manifests.filter((entry) => !manifests.has(entry.digest));
-    const children = await mapConcurrently(entries, limit, readChild);
-    for (const [at, child] of children.entries()) {
-      if (!child || manifests.has(child.digest)) continue;
-      manifests.set(child.digest, child);
-      await collect(child, depth + 1, entries[at]?.platform);
-    }
-  };
-  await collect(top, 0);
-  contents.sort((left, right) => Number(isAttestation(left)) - Number(isAttestation(right)));
-  return { manifests: [...manifests.values()], contents };
-}
-async function findPlatform(session, readChild, where, top) {
-  const {
-    settings: { wanted, concurrency },
-    warn
-  } = session;
-  const host = wantedPlatform(wanted);
-  const second = wanted.os === void 0 ? { ...host, os: "linux" } : host;
-  const images = [];
-  for (let [level, depth] = [[top], 1]; level.length > 0; depth += 1) {
-    checkDepth(depth, where);
-    const usable = level.flatMap(({ manifests }) => manifests).filter((entry) => !isAttestation(entry));
-    const nested = usable.filter(({ mediaType }) => INDEX_TYPES.includes(mediaType));
-    images.push(...usable.filter((entry) => !nested.includes(entry)));
-    const only = usable.length + nested.length === 1 && !usable[0]?.platform ? usable[0] : void 0;
-    const found = matchPlatform(images, host) ?? only;
-    if (found) return [found, await readChild(found)];
-    const fit = nested.filter(
-      (it) => !it.platform?.os || matchPlatform([it], host) || matchPlatform([it], second)
-    );
-    const inner = await mapConcurrently(fit, concurrency, readChild);
-    level = inner.map((child) => parseManifest(child, where)).filter((manifest) => manifest.kind === "index");
-  }
-  const onLinux = matchPlatform(images, second);
-  const names = images.flatMap(({ platform }) => platform ? [formatPlatform(platform)] : []);
-  const choices = printable([...new Set(names)].join(", ") || "none", 1e3);
-  const words = `${where} has no image for ${formatPlatform(host)}
-  it has: ${choices} (--platform)`;
-  if (!onLinux) return fail("NO_PLATFORM", words);
-  warn(`${where} has nothing for ${host.os}: taking linux`);
-  return [onLinux, await readChild(onLinux)];
-}
-async function resolveImage(session, reference, name, isAll) {
-  const where = formatReference(reference);
-  const registry = registryOf(session, reference);
-  const asked = await registry.manifest(versionOf(reference));
-  const parsed = parseManifest(asked, where);
-  const resolved = (top, platform2, contents, manifests = [top]) => ({
-    reference,
-    registry,
-    top,
-    platform: platform2,
-    contents,
-    manifests,
-    name: name.replace(/@.*$/, `@${top.digest}`)
-  });
-  if (isAll) {
-    const readChild = childrenOf(registry, where);
-    const { contents, manifests } = await collectAll(
-      readChild,
-      session.settings.concurrency,
-      where,
-      asked
-    );
-    return resolved(asked, "all", contents, manifests);
-  }
-  if (parsed.kind === "image") {
-    const isConfig = CONFIG_TYPES.includes(parsed.config.mediaType);
-    const configBytes = isConfig ? await registry.config(parsed.config) : void 0;
-    const config = configBytes && parseJson(configBytes);
-    const platform2 = isRecord(config) && config.os ? parsePlatform(config) : void 0;
-    if (platform2) checkPlatform(session, where, platform2);
-    return resolved(asked, formatPlatform(platform2), [
-      { manifest: parsed, ...dropEmpty({ platform: platform2, configBytes }) }
-    ]);
-  }
-  const [{ platform }, fetched] = await findPlatform(
-    session,
-    childrenOf(registry, where),
-    where,
-    parsed
-  );
-  const manifest = parseManifest(fetched, where);
-  if (manifest.kind !== "image")
-    return fail("PROTOCOL", `${where}: ${fetched.digest} is an index, and not said to be`);
-  return resolved(fetched, formatPlatform(platform), [{ manifest, ...dropEmpty({ platform }) }]);
-}
-function checkPlatform({ settings: { wanted }, warn }, where, platform) {
-  const asked = { ...platform, ...wanted };
-  const isAsked = matchPlatform([{ mediaType: "", digest: "", size: 0, platform }], asked) !== void 0;
-  const what = `it is one image, for ${formatPlatform(platform)}`;
-  if (!isAsked)
-    fail("NO_PLATFORM", `${where} has no image for ${formatPlatform(asked)}
-  ${what}`);
-  const host = wantedPlatform(wanted);
-  const isForHost = platform.architecture === host.architecture && ["linux", host.os].includes(platform.os);
-  if (!isForHost) warn(`${where}: ${what}, not for this machine`);
 }
 function warnOfLayers({ warn }, images) {
   for (const { contents, name } of images) {
