@@ -1020,3 +1020,16 @@ test("a token service that redirects elsewhere takes no credentials along", asyn
     !other.registry.tokenRequests().some(({ method, body }) => method === "POST" || body !== ""),
   );
 });
+
+const IMAGE = makeImage();
+
+test("a stored registrytoken that fits no header is an error that names its file", async (t) => {
+  const registry = await startRegistry({ auth: "bearer" }, t);
+  const reference = registry.add(IMAGE, "team/app", "1.0");
+  const config = JSON.stringify({ auths: { [registry.host]: { registrytoken: "abc\nx" } } });
+  const outcome = await tryPull(t, reference, {
+    scheme: "http",
+    environment: { DOCKER_AUTH_CONFIG: config },
+  });
+  assertFailed(outcome, "CREDENTIALS", "DOCKER_AUTH_CONFIG");
+});

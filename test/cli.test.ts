@@ -843,3 +843,19 @@ test("429 with a long Retry-After ends at once and says when to come back", asyn
   assert.match(stderr, /429.*\n?.*(3600 s|60 min|1 h|\d\d:\d\d)/);
   assert.equal(registry.requests.length, 1);
 });
+
+test("an empty DEST is misuse", async () => {
+  assert.equal((await runCommand(["alpine", ""])).exitCode, 2);
+});
+
+const IMAGE = makeImage();
+
+test("what cannot be written to stdout is not a success", async (t) => {
+  const registry = await startRegistry({}, t);
+  const reference = registry.add(IMAGE, "team/app", "1.0");
+  const tar = join(temporaryFolder(t), "a.tar");
+  const args = ["-c", 'exec "$@" > /dev/full', "-", ...COMMAND, reference, tar, ...AMD64];
+  const { exitCode, stderr } = await runCommand(args, { command: ["sh"] });
+  assert.equal(exitCode, 1);
+  assert.match(stderr, /cannot write stdout: the disk is full/);
+});

@@ -1,5 +1,5 @@
-// What is shipped (SPEC §10): the script, run in each way that people run it, and the library of SPEC §9 as a
-// consumer has it, from the package that npm packs and installs.
+// What is shipped (SPEC §10): the script, run in each way that people run it, and the library as a consumer
+// has it, from the package that npm packs and installs.
 import assert from "node:assert/strict";
 import {
   accessSync,
@@ -16,26 +16,17 @@ import {
 import { homedir } from "node:os";
 import { join, resolve } from "node:path";
 import { test } from "node:test";
-import {
-  type ErrorCode,
-  ImgpullError,
-  newPullerOpts,
-  type Progress,
-  Puller,
-  type PullerOpts,
-} from "../imgpull.ts";
+import { newPullerOpts, type PullerOpts } from "../imgpull.ts";
 import { makeAuthority } from "./support/certificates.ts";
 import {
   COMMAND_PATH,
   type CommandOptions,
   type CommandResult,
   runCommand,
-  SECRETS,
   type TestScope,
   temporaryFolder,
-  USER,
 } from "./support/command.ts";
-import { digestOf, makeImage, makeMultiPlatform, readTar } from "./support/image.ts";
+import { makeImage, makeMultiPlatform, readTar } from "./support/image.ts";
 import { installedPackage, npm, packPackage } from "./support/package.ts";
 import { startProxy } from "./support/proxy.ts";
 import { type Registry, type RegistryOptions, startRegistry } from "./support/registry.ts";
@@ -402,184 +393,7 @@ test("importing has no side effect, and pulling leaves nothing behind", async (t
   }
 });
 
-// ====== The library ======
-
 function optsFor(registry: Registry, opts: Partial<PullerOpts> = {}): PullerOpts {
   const url = `${registry.host}/team/app:1.0`;
   return { url, scheme: "http", osType: "linux", archType: "amd64", retries: 0, ...opts };
 }
-
-test("newPullerOpts, getUrl and getOpts", () => {
-  const made = newPullerOpts("docker.io/hello-world:latest");
-  const { platform, arch } = process;
-  const os = platform === "win32" ? "windows" : platform;
-  const architecture = arch === "x64" ? "amd64" : arch === "ia32" ? "386" : arch;
-  const url = "docker.io/hello-world:latest";
-  assert.deepEqual({ ...made }, { url, scheme: "https", osType: os, archType: architecture });
-  const puller = new Puller(made);
-  assert.equal(puller.getUrl(), url);
-  assert.deepEqual(puller.getOpts(), made);
-  made.url = "changed";
-  puller.getOpts().url = "changed";
-  assert.equal(puller.getOpts().url, url);
-  assert.equal(new Puller("alpine").getOpts().url, "alpine");
-});
-
-test("pullTar says what DEST now holds, and what came over the line", async (t) => {
-  const index = makeMultiPlatform(["linux/amd64", "linux/arm/v7"], {
-    layers: [70_000, 4096, 5000],
-  });
-  const registry = await startRegistry({}, t);
-  registry.add(index, "team/app", "1.0");
-  const dest = join(temporaryFolder(t), "a.tar");
-  const puller = new Puller(optsFor(registry, { archType: "arm", variant: "v7" }));
-  const { fetchedBytes, sizeBytes, ...result } = await puller.pullTar(dest);
-  assert.deepEqual(result, {
-    name: `${registry.host}/team/app:1.0`,
-    digest: index.children[1]?.digest,
-    platform: "linux/arm/v7",
-    layers: 3,
-  });
-  assert.equal(sizeBytes, statSync(dest).size);
-  assert.equal(fetchedBytes, registry.bytesServed());
-  const again = await puller.pullTar(dest);
-  assert.deepEqual([again.fetchedBytes, again.sizeBytes], [0, sizeBytes]);
-});
-
-test("onProgress never falls and ends with all of it", async (t) => {
-  const registry = await serve(t);
-  const seen: Progress[] = [];
-  const puller = new Puller(
-    optsFor(registry, {
-      onProgress: (progress) => {
-        seen.push({ ...progress });
-      },
-    }),
-  );
-  await puller.pullTar(join(temporaryFolder(t), "a.tar"));
-  const phases = ["resolve", "fetch", "finish"];
-  for (const [
-    position,
-    { phase, doneBytes, totalBytes, blobsDone, blobsTotal },
-  ] of seen.entries()) {
-    const before = seen[position - 1];
-    assert.ok(doneBytes >= (before?.doneBytes ?? 0) && doneBytes <= totalBytes);
-    assert.ok(blobsDone >= (before?.blobsDone ?? 0) && blobsDone <= blobsTotal);
-    assert.ok(phases.indexOf(phase) >= phases.indexOf(before?.phase ?? "resolve"));
-  }
-  assert.deepEqual(phases, [...new Set(seen.map(({ phase }) => phase))]);
-  const last = seen.at(-1);
-  assert.ok(last && last.doneBytes === last.totalBytes && last.blobsDone === last.blobsTotal);
-  assert.ok(last.totalBytes >= image.layers.reduce((sum, { bytes }) => sum + bytes.length, 0));
-});
-
-test("pullBlobs: every blob as HEX in the folder, verified; those that are there are kept", async (t) => {
-  const registry = await serve(t);
-  const puller = new Puller(optsFor(registry));
-  const holder = await puller.pullManifest("image");
-  const folder = join(temporaryFolder(t), "made/blobs");
-  const hexOf = (digest: string) => digest.split(":")[1] ?? "";
-  const check = () => {
-    assert.deepEqual(readdirSync(folder).sort(), [...image.blobs.keys()].map(hexOf).sort());
-    for (const digest of image.blobs.keys())
-      assert.equal(digestOf(readFileSync(join(folder, hexOf(digest)))), digest);
-  };
-  await puller.pullBlobs(holder, folder);
-  check();
-  const [first, second] = image.layers;
-  assert.ok(first && second);
-  const damaged = Buffer.from(first.bytes);
-  damaged[9] = (damaged[9] ?? 0) ^ 1;
-  writeFileSync(join(folder, hexOf(first.digest)), damaged);
-  rmSync(join(folder, hexOf(second.digest)));
-  registry.forget();
-  await puller.pullBlobs(holder, folder);
-  check();
-  const asked = new Set(registry.blobRequests().map(({ digest }) => digest));
-  assert.deepEqual([...asked].sort(), [first.digest, second.digest].sort());
-
-  const index = makeMultiPlatform(["linux/amd64"]);
-  registry.add(index, "team/app", "2.0");
-  const other = new Puller(optsFor(registry, { url: `${registry.host}/team/app:2.0` }));
-  await assert.rejects(other.pullBlobs(await other.pullManifest("list"), folder), {
-    code: "NOT_AN_IMAGE",
-  });
-});
-
-test("two pullers in one process share nothing", async (t) => {
-  const registry = await serve(t, { auth: "basic" });
-  const folder = temporaryFolder(t);
-  const known = new Puller(optsFor(registry, { username: USER, password: SECRETS.password }));
-  const stranger = new Puller(optsFor(registry));
-  await known.pullTar(join(folder, "a.tar"));
-  await assert.rejects(stranger.pullTar(join(folder, "b.tar")), {
-    code: "UNAUTHORIZED",
-    status: 401,
-  });
-  await known.pullTar(join(folder, "c.tar"));
-  assert.deepEqual(readdirSync(folder).sort(), ["a.tar", "c.tar"]);
-});
-
-test("signal stops everything at once, with sockets closed", async (t) => {
-  const registry = await serve(t);
-  const folder = temporaryFolder(t);
-  const aborted = new Puller(optsFor(registry, { signal: AbortSignal.abort() }));
-  await assert.rejects(aborted.pullTar(join(folder, "a.tar")), { code: "ABORTED" });
-  assert.equal(registry.connections(), 0);
-  const controller = new AbortController();
-  const rule = registry.on({ kind: "layer" }, { stallAfter: 10 });
-  const pulling = new Puller(optsFor(registry, { signal: controller.signal })).pullTar(
-    join(folder, "a.tar"),
-  );
-  await rule.reached;
-  controller.abort();
-  await assert.rejects(pulling, { name: "ImgpullError", code: "ABORTED" });
-  assert.ok(!readdirSync(folder).includes("a.tar"));
-  // A stalled answer ends only when its socket is closed: this would hang if one were left open.
-  await registry.settled();
-});
-
-test("errors have a code, a status where there was one, and their cause", async (t) => {
-  const registry = await serve(t);
-  const closed = await startRegistry();
-  await closed.close();
-  const dest = join(temporaryFolder(t), "a.tar");
-  const cases: [ErrorCode, Partial<PullerOpts>, string, object?][] = [
-    ["NOT_FOUND", { url: `${registry.host}/team/app:none` }, dest, { status: 404 }],
-    ["NO_PLATFORM", { archType: "riscv64" }, dest],
-    ["DISK", {}, join(dest, "no/such/folder/a.tar")],
-    ["NETWORK", { url: `${closed.host}/team/app:1.0` }, dest],
-    ["TLS", { caCert: join(dest, "none.pem"), scheme: "https" }, dest],
-  ];
-  for (const [code, opts, to, fields = {}] of cases) {
-    await assert.rejects(new Puller(optsFor(registry, opts)).pullTar(to), (error) => {
-      assert.ok(error instanceof ImgpullError && error instanceof Error);
-      assert.deepEqual([error.name, error.code], ["ImgpullError", code], error.message);
-      assert.deepEqual({ ...error, ...fields }, { ...error });
-      if (code === "NETWORK")
-        assert.equal((error.cause as NodeJS.ErrnoException).code, "ECONNREFUSED");
-      return true;
-    });
-  }
-  const wrong: Record<string, unknown>[] = [
-    { scheme: "ftp" },
-    { concurrency: 0 },
-    { concurrency: 1.5 },
-    { retries: -1 },
-    { timeoutMs: 0 },
-    { timeoutMs: NaN },
-    { tlsCert: "c.pem" },
-    { tlsKey: "k.pem" },
-    { password: "x" },
-    { token: "x", username: "me", password: "y" },
-    { namespace: "https://quay.io" },
-    { token: "two\nlines" },
-  ];
-  for (const opts of wrong) {
-    assert.throws(
-      () => new Puller(optsFor(registry, opts as Partial<PullerOpts>)),
-      { code: "BAD_OPTION" },
-      JSON.stringify(opts),
-    );
-  }
-});

@@ -28,6 +28,7 @@ import {
   type TestContent,
   type TestIndex,
 } from "./support/image.ts";
+import { assertFailed, tryPull } from "./support/pull.ts";
 import { type Registry, startRegistry } from "./support/registry.ts";
 
 const { matchPlatform, parseManifest, parseReference, wantedPlatform, withSession, pullImages } =
@@ -693,4 +694,15 @@ test("headManifest asks by HEAD, and by GET where the answer lacks something", a
   }
   registry.remove("team/app", "1.0");
   await assert.rejects(puller.headManifest(), { code: "NOT_FOUND", status: 404 });
+});
+
+const IMAGE = makeImage();
+
+test("sizes and digests nested deeper than a stack are refused in words", async (t) => {
+  const registry = await startRegistry({}, t);
+  const deep = `${"[".repeat(1_500_000)}${"]".repeat(1_500_000)}`;
+  const bytes = Buffer.from(`{"schemaVersion":2,"config":{"digest":${deep}},"layers":[]}`);
+  registry.on({ kind: "manifest" }, { body: bytes, status: 200 });
+  const reference = registry.add(IMAGE, "team/app", "1.0");
+  assertFailed(await tryPull(t, reference, { scheme: "http" }), "PROTOCOL", "an object");
 });

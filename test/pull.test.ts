@@ -8,7 +8,7 @@ import {
   statSync,
   writeFileSync,
 } from "node:fs";
-import type { Socket } from "node:net";
+import { Socket } from "node:net";
 import { join } from "node:path";
 import { type TestContext, test } from "node:test";
 import { type ErrorCode, internals, type Progress, Puller } from "../imgpull.ts";
@@ -35,6 +35,7 @@ import {
   LINUX,
   makeFar,
   pull,
+  pullWhole,
   serve,
 } from "./support/pull.ts";
 import {
@@ -812,4 +813,54 @@ test("two pullers at one DEST: the second says so, and does the first no harm", 
   held.open();
   await first;
   await assertRight(t, served, APP);
+});
+
+const MIB = 1024 * 1024;
+
+test("a front end that ignores ranges, beside one that damages: no byte comes twice, and none unhashed", async (t) => {
+  const image = makeImage({
+    layers: [makeLayer({ seed: "holes", sizeBytes: 12 * MIB, compression: "none" })],
+  });
+  const served = await serve(t, image);
+  const { folder, dest, reference, registry } = served;
+  const { plan } = await pullWhole(reference, join(folder, "good.tar"));
+  const right = readFileSync(join(folder, "good.tar"));
+  const digest = image.layers[0]?.digest as string;
+  const { offset } = plan.entries.find(({ blob }) => blob?.descriptor.digest === digest) as {
+    offset: number;
+  };
+  // A killed run left three pieces, so that three ranges are missing between them.
+  const held = [
+    [4 * MIB, 5 * MIB],
+    [8 * MIB, 9 * MIB],
+    [11 * MIB, 12 * MIB],
+  ] as const;
+  const partial = Buffer.alloc(right.length);
+  for (const [from, to] of held) right.copy(partial, offset + from, offset + from, offset + to);
+  writeFileSync(`${dest}.partial`, partial);
+  const lines = held.map((range) => range.join("-")).join(",");
+  writeFileSync(`${dest}.partial.journal`, `${plan.id}\n${digest} ${lines};\n`);
+  const first = gate();
+  registry.on(
+    { digest, where: ({ range }) => range?.startsWith("bytes=0-") === true },
+    {
+      ignoreRange: true,
+      handler: async (_request, response, next) => {
+        response.once("finish", first.open);
+        await next();
+      },
+    },
+  );
+  const damage = registry.on(
+    { digest, where: ({ range }) => range?.startsWith(`bytes=${5 * MIB}-`) === true, times: 1 },
+    { wait: first.promise, corruptAt: 6 * MIB },
+  );
+  const { transfer } = await pullWhole(reference, dest, { concurrency: 2 });
+  assert.equal(damage.hits, 1);
+  for (const {
+    doneBytes,
+    descriptor: { size },
+  } of transfer.jobs)
+    assert.ok(doneBytes <= size);
+  assert.ok(readFileSync(dest).equals(right));
 });

@@ -4,7 +4,7 @@ import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { test } from "node:test";
 import { ImgpullError, internals, Puller } from "../imgpull.ts";
-import { type TestScope, temporaryFolder } from "./support/command.ts";
+import { runCommand, type TestScope, temporaryFolder } from "./support/command.ts";
 import { digestOf, makeImage, readTar } from "./support/image.ts";
 import { type RegistryOptions, startRegistry } from "./support/registry.ts";
 
@@ -289,4 +289,23 @@ test("a bad reference in the options is refused before any request", async (t) =
     });
   }
   assert.equal(registry.connections(), 0);
+});
+
+for (const host of ["10.0.0.256:5000", "1.2.3.4.5"]) {
+  test(`a host that no URL takes is a bad reference: ${host}`, async (t) => {
+    const { exitCode, stderr } = await runCommand([
+      `${host}/app:1`,
+      join(temporaryFolder(t), "a.tar"),
+    ]);
+    assert.equal(exitCode, 2);
+    assert.match(stderr, /^imgpull: bad image reference .* is not a host[^\n]*\n$/);
+  });
+}
+
+test("a path's first part that cannot be a host is no mirror's name", () => {
+  const reference = internals.parseReference("registry.example.com/my_team.app/service:1");
+  assert.equal(
+    internals.formatReference(internals.imageName(reference)),
+    "registry.example.com/my_team.app/service:1",
+  );
 });

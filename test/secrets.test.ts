@@ -335,6 +335,15 @@ test("no secret in what is said of the command line", async (t) => {
   assert(!existsSync(join(cwd, "alpine-3.tar")));
 });
 
+test("a password with an @ in what was meant as a reference is not repeated", async () => {
+  const { exitCode, stderr } = await runCommand([
+    `https://me:hun@${SECRETS.password}@host/app:1`,
+    "a.tar",
+  ]);
+  assert.equal(exitCode, 2);
+  for (const form of secretForms()) assert.ok(!stderr.includes(form));
+});
+
 test("no secret in a Puller that somebody logs", () => {
   const puller = new Puller({
     url: "registry.test/app",

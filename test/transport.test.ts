@@ -8,7 +8,7 @@ import { createServer as createTlsServer } from "node:https";
 import { type AddressInfo, createServer, type Socket } from "node:net";
 import { join } from "node:path";
 import { describe, test } from "node:test";
-import type { TLSSocket } from "node:tls";
+import { TLSSocket } from "node:tls";
 import { brotliCompressSync, gzipSync } from "node:zlib";
 import { internals } from "../imgpull.ts";
 import { type Identity, makeAuthority } from "./support/certificates.ts";
@@ -883,4 +883,59 @@ test("the requests of a pull say who asks, and nothing of this machine", async (
     );
     assert(!JSON.stringify(headers).includes(cleanEnvironment()["HOME"] ?? "no home"));
   }
+});
+
+// ====== What else a peer may do ======
+
+const IMAGE = makeImage();
+const AMD64 = ["--scheme", "http", "--platform", "linux/amd64", "-q"];
+
+test("a 101 that nobody asked for is a failure with words, not an end without any", async (t) => {
+  const server = createServer((socket) => {
+    socket.on("error", () => undefined);
+    socket.once("data", () =>
+      socket.end("HTTP/1.1 101 X\r\nConnection: upgrade\r\nUpgrade: h2c\r\n\r\n"),
+    );
+  });
+  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  t.after(() => server.close());
+  const { port } = server.address() as { port: number };
+  const args = [
+    `127.0.0.1:${port}/app:1`,
+    join(temporaryFolder(t), "a.tar"),
+    ...AMD64,
+    "--retries",
+    "0",
+  ];
+  const { exitCode, stderr } = await runCommand(args);
+  assert.equal(exitCode, 1);
+  assert.match(stderr, /closed without an answer/);
+});
+
+test("the client certificate is not shown to the token service of a redirect's target", async (t) => {
+  const authority = makeAuthority();
+  const server = authority.issueServer();
+  const client = authority.issueClient({ commonName: "client" });
+  const registry = await startRegistry({ tls: { ...server, clientCa: authority.cert } }, t);
+  const other = await startRegistry(
+    { tls: { ...server, clientCa: authority.cert, clientOptional: true }, auth: "bearer" },
+    t,
+  );
+  const folder = temporaryFolder(t);
+  const file = (name: string, text: string) => {
+    writeFileSync(join(folder, name), text);
+    return join(folder, name);
+  };
+  const caCert = file("ca.pem", authority.cert);
+  const [tlsCert, tlsKey] = [file("cert.pem", client.cert), file("key.pem", client.key)];
+  const reference = registry.add(IMAGE, "team/app", "1.0");
+  other.add(IMAGE, "team/app", "1.0");
+  registry.on({ kind: "manifest" }, { redirect: (record) => new URL(record.path, other.url).href });
+  await tryPull(t, reference, { scheme: "https", caCert, tlsCert, tlsKey, retries: 0 });
+  const shown = [registry, other].map(({ requests }) =>
+    requests.map(({ clientCertificate }) => clientCertificate),
+  );
+  assert.ok(other.requests.length > 0, "the redirect was followed");
+  assert.ok(shown[0]?.includes("client"), "the registry itself was shown it");
+  assert.ok(!shown[1]?.includes("client"), "the target was not");
 });

@@ -119,6 +119,23 @@ export async function pull(
   return { fetchedBytes: transfer.fetchedBytes, ...talk };
 }
 
+/** A pull with sources, of which the transfer and the plan are wanted too. */
+export function pullWhole(
+  reference: string,
+  destination: string,
+  opts: { concurrency?: number; reuse?: string[] } = {},
+): Promise<Awaited<ReturnType<typeof internals.pullImages>>> {
+  const { reuse = [], ...more } = opts;
+  const images = [{ reference: internals.parseReference(reference), name: NAME }];
+  const clock = { now: Date.now, random: () => 0, sleep: async () => undefined };
+  return internals.withSession(
+    { url: reference, ...LINUX, ...more },
+    (session) =>
+      internals.pullImages(session, { images, destination, isAll: false, reuse }, () => undefined),
+    { clock, environment: cleanEnvironment() },
+  );
+}
+
 export interface Outcome extends Talk {
   result: PullResult | undefined;
   error: ImgpullError | undefined;
