@@ -21,7 +21,7 @@
 
 // ====== 1. Imports, media types, limits ======
 import type { Hash } from "node:crypto";
-import { EventEmitter, once, setMaxListeners } from "node:events";
+import { once, setMaxListeners } from "node:events";
 import { appendFileSync } from "node:fs";
 import * as fs from "node:fs/promises";
 import type * as http from "node:http";
@@ -2305,363 +2305,12 @@ async function openTar(file: string, signal?: AbortSignal) {
 }
 type OpenTar = Awaited<ReturnType<typeof openTar>>;
 type Tars = readonly OpenTar[];
-
-// ====== 12. Pull ======
-// Plan → bytes in place → verify → rename. Blobs are fetched side by side into DEST.partial and hashed in order as
-// they come; idle connections take over half of the longest remaining range. SPEC §5.
-// Invariant: nothing has DEST's name before every byte of it was hashed and compared.
-type Range = [from: number, to: number];
-const lengthOf = (ranges: readonly Range[]): number => sumOf(ranges, ([from, to]) => to - from);
-/** Adds a range to a sorted list of disjoint ones. */
-function addRange(ranges: readonly Range[], [from, to]: Range): Range[] {
-  const isApart = ([start, end]: Range) => end < from || start > to;
-  const edges = [from, to, ...ranges.filter((range) => !isApart(range)).flat()];
-  const merged: Range = [Math.min(...edges), Math.max(...edges)];
-  return [...ranges.filter(isApart), merged].sort((left, right) => left[0] - right[0]);
-}
-function missingRanges(ranges: readonly Range[], sizeBytes: number): Range[] {
-  const edges = [0, ...ranges.flat(), sizeBytes];
-  const gaps = edges
-    .map((from, at): Range => [from, edges[at + 1] ?? 0])
-    .filter((_, at) => at % 2 === 0);
-  return gaps.filter(([from, to]) => from < to);
-}
-/** A blob of which nothing is in place. Bytes below `hashedTo` are in place and hashed. */
-const untouched = (digest: string) => ({
-  hash: newHash(digest),
-  hashedTo: 0,
-  written: [] as Range[],
-  unrecordedBytes: 0,
-  doneBytes: 0,
-  openSegments: 0,
-});
-/** A blob on its way to `offset` of the tar, or to 0 of a file of its own. */
-function newJob(descriptor: Descriptor, registry: Registry, offset: number, tars: Tars) {
-  // Tars at hand that claim to hold it: the first is read in the registry's stead, and dropped if it lied.
-  const origins = tars.flatMap(({ handle, blobs }) => {
-    const entry = blobs.get(descriptor.digest);
-    return entry?.sizeBytes === descriptor.size ? [{ handle, offset: entry.offset }] : [];
-  });
-  const freshStarts = 1; // fetches from the start that are left after bytes turned out wrong
-  return {
-    descriptor,
-    registry,
-    offset,
-    origins,
-    freshStarts,
-    isDone: false,
-    ...untouched(descriptor.digest),
-  };
-}
-type BlobJob = ReturnType<typeof newJob>;
-const newJobs = ({ entries }: Plan, tars: Tars, isOwnFile = false): BlobJob[] =>
-  entries.flatMap(({ blob, offset }) =>
-    blob ? [newJob(blob.descriptor, blob.registry, isOwnFile ? 0 : offset, tars)] : [],
-  );
-const startAfresh = (job: BlobJob): BlobJob => Object.assign(job, untouched(job.descriptor.digest));
-const isRight = ({ hash, descriptor }: BlobJob): boolean =>
-  hash.digest("hex") === hexOf(descriptor.digest);
-const sizeOf = (jobs: readonly BlobJob[]): number =>
-  sumOf(jobs, ({ descriptor }) => descriptor.size);
-/** A range that one connection fetches: `at` is the next byte, and `to` comes down when another takes the end over. */
-function newSegment(job: BlobJob, at: number, to: number, isTakeover = false) {
-  job.openSegments += 1;
-  return { job, at, to, isTakeover };
-}
-type Segment = ReturnType<typeof newSegment>;
-/** Where bytes go: into files in any order, or onto a stream. */
-type Sink = Readonly<{
-  /** The longest range of one request, where bytes are wanted in order. Where they are not, ranges may be cut. */
-  unitBytes?: (job: BlobJob) => number;
-  write: (job: BlobJob, position: number, chunks: Buffer[]) => Promise<void>;
-  /** All bytes of the blob were written; false asks for them once more. */
-  blobDone: (job: BlobJob) => Promise<boolean>;
-  end?: () => Promise<void>; // all blobs are done
-}>;
-type Observer = (transfer: Transfer, finished?: BlobJob) => void;
-/** One use of the line: what is to come, what nobody fetches yet, what is under way, and what it came to. */
-function newTransfer(outer: Session, jobs: readonly BlobJob[], sink: Sink, observe: Observer) {
-  const stopping = new AbortController();
-  const session = { ...outer, signal: anySignal(outer.signal, stopping.signal) };
-  /** Ends all that is under way for an error, and throws that on. */
-  const stop = (error: unknown): never => {
-    stopping.abort();
-    throw error;
-  };
-  const [pending, active]: [Segment[], Set<Segment>] = [[], new Set()];
-  const counters = {
-    connections: outer.settings.concurrency,
-    fetchedBytes: 0,
-    reusedBytes: 0,
-    resumedBytes: 0,
-  };
-  const loopBefore = performance.eventLoopUtilization();
-  return {
-    session,
-    stop,
-    jobs,
-    totalBytes: sizeOf(jobs),
-    sink,
-    observe,
-    pending,
-    active,
-    loopBefore,
-    ...counters,
-  };
-}
-type Transfer = ReturnType<typeof newTransfer>;
-const remaining = ({ at, to }: Segment): number => to - at;
-const longestFirst = (left: Segment, right: Segment): number => remaining(right) - remaining(left);
-function cutInHalf(segment: Segment): Segment {
-  const { job, at, to } = segment;
-  segment.to = at + Math.ceil((to - at) / 2);
-  return newSegment(job, segment.to, to, true);
-}
-/** The longest range that may be cut: large enough, from a registry that answers ranges. */
-function longestRange(segments: Iterable<Segment>): Segment | undefined {
-  const canCut = ({ job: { origins, registry }, at, to }: Segment) =>
-    origins.length === 0 &&
-    registry.acceptsRanges &&
-    to - at >=
-      2 * (registry.latencyMs < TUNING.farLatencyMs ? TUNING.nearSplitBytes : TUNING.splitBytes);
-  return [...segments].filter(canCut).sort(longestFirst)[0];
-}
-/** Half of what a connection has left, where it is the line that is slow. */
-function takeOver({ active, sink, loopBefore }: Transfer): Segment | undefined {
-  const victim = sink.unitBytes ? undefined : longestRange(active);
-  const {
-    active: busyMs,
-    idle: idleMs,
-    utilization,
-  } = performance.eventLoopUtilization(loopBefore);
-  return victim && busyMs + idleMs > TUNING.judgeMs && utilization < TUNING.busyLoop
-    ? cutInHalf(victim)
-    : undefined;
-}
-function enqueue({ pending, sink }: Transfer, job: BlobJob): void {
-  const unit = sink.unitBytes?.(job) ?? NEVER;
-  for (const [from, to] of missingRanges(job.written, job.descriptor.size)) {
-    for (let at = from; at < to; at += unit)
-      pending.push(newSegment(job, at, Math.min(to, at + unit)));
-  }
-  if (job.openSegments === 0) pending.push(newSegment(job, 0, 0)); // nothing is missing but the check
-}
-/** Runs all jobs over at most `concurrency` connections to their end, or to the first error with all of them closed. */
-async function fetchBlobs(transfer: Transfer): Promise<void> {
-  const {
-    session: { signal },
-    sink,
-    active,
-    jobs,
-    pending,
-    connections,
-    observe,
-  } = transfer;
-  let change = new AbortController(); // what a lane without work waits for
-  observe(transfer);
-  for (const job of jobs) enqueue(transfer, job);
-  if (!sink.unitBytes) {
-    // A far line is worth several connections before its speed is known: closed ranges from the start waste nothing.
-    const longest = () =>
-      longestRange(pending.filter(({ job }) => job.registry.latencyMs >= TUNING.farLatencyMs));
-    for (let next = longest(); next && pending.length < connections; next = longest())
-      pending.push(cutInHalf(next));
-    pending.sort(longestFirst);
-  }
-  const lane = async () => {
-    while (
-      !signal.aborted &&
-      active.size < transfer.connections &&
-      pending.length + active.size > 0
-    ) {
-      const segment = pending.shift() ?? takeOver(transfer);
-      if (!segment) {
-        await delay(20, undefined, { signal: change.signal }).catch(() => undefined); // by then the rates say more
-        continue;
-      }
-      const { job } = segment;
-      active.add(segment);
-      await fetchSegment(transfer, segment);
-      job.openSegments -= 1;
-      if (job.openSegments === 0) {
-        job.isDone = await sink.blobDone(job);
-        if (job.isDone) observe(transfer, job);
-        else enqueue(transfer, startAfresh(job));
-      }
-      active.delete(segment);
-      change.abort();
-      change = new AbortController();
-    }
-  };
-  settled(
-    await Promise.allSettled(
-      Array.from({ length: connections }, () => lane().catch(transfer.stop)),
-    ),
-  );
-  if (signal.aborted) fail("ABORTED", "stopped");
-  await sink.end?.();
-}
-/** Fetches a range to its end, however many answers that takes. */
-function fetchSegment(transfer: Transfer, segment: Segment): Promise<void> {
-  let before = segment.at;
-  // Getting on means more than a trickle: otherwise a server that sends a byte a time would be asked for ever.
-  const gotOn = () => {
-    const isEnough =
-      segment.at - before >=
-      Math.min(TUNING.batchBytes, Math.ceil(segment.job.descriptor.size / 64));
-    before = segment.at;
-    return isEnough;
-  };
-  return withRetries(
-    transfer.session,
-    async () => {
-      while (segment.at < segment.to) {
-        await receive(transfer, segment).catch((error: unknown) => {
-          // A registry that takes no more connections gets fewer: the range goes back to where it was taken from.
-          const isCrowded =
-            error instanceof ImgpullError && error.code === "RATE_LIMITED" && segment.isTakeover;
-          if (!isCrowded || !giveBack(transfer, segment)) throw error;
-          transfer.connections = Math.max(1, transfer.active.size - 1);
-        });
-      }
-    },
-    gotOn,
-  );
-}
-/** Leaves a range to the connection that fetches what lies before it. */
-function giveBack({ active }: Transfer, segment: Segment): boolean {
-  const owner = [...active].find(
-    ({ job, at, to }) => job === segment.job && to === segment.at && at < to,
-  );
-  if (owner) [owner.to, segment.to] = [segment.to, segment.at];
-  return owner !== undefined;
-}
-/** Asks for what a segment still lacks: bytes from `position` on, up to `end`. Undefined where another brings it. */
-async function openSegment(transfer: Transfer, segment: Segment) {
-  const {
-    job: {
-      descriptor: { size },
-      descriptor,
-      registry,
-      origins: [origin],
-    },
-    at,
-    to,
-  } = segment;
-  if (origin) {
-    const stream = Readable.from(readPlace(origin.handle, origin.offset + at, origin.offset + to));
-    return { stream, doing: "reading a tar at hand", position: at, end: to };
-  }
-  const { body, headers, status, url } = await registry.blob(
-    descriptor,
-    at,
-    to,
-    transfer.session.signal,
-  );
-  if (!body) return undefined;
-  const doing = `GET ${redactUrl(url)}`;
-  const refuse = (code: ErrorCode, words: string): never => {
-    body.destroy();
-    return fail(code, `${doing}: ${words}`, { status });
-  };
-  let [position, end] = [0, size];
-  if (status === 206) {
-    const contentRange = headers["content-range"] ?? "none";
-    const [, first, last, total] = /^bytes (\d+)-(\d+)\/(\d+|\*)$/.exec(contentRange) ?? [];
-    [position, end] = [Number(first), Number(last) + 1];
-    const isOurs =
-      position === at && end > at && end <= size && (total === "*" || Number(total) === size);
-    if (!isOurs)
-      refuse(
-        "PROTOCOL",
-        `asked for bytes ${at}-${to - 1} of ${size}, got "${printable(contentRange, 80)}"`,
-      );
-  } else if (at > 0 || to < size) {
-    registry.acceptsRanges = false;
-    if (giveBack(transfer, segment)) return void body.destroy();
-    // What nobody has begun is taken along, up to a range that is under way: no byte may come twice.
-    const follows = ({ job, at: from }: Segment) => job === segment.job && from >= to;
-    const edge = Math.min(...[...transfer.active].filter(follows).map(({ at: from }) => from));
-    for (const next of transfer.pending.filter((each) => follows(each) && each.at < edge)) {
-      [segment.to, next.at] = [Math.max(segment.to, next.to), next.to];
-    }
-  }
-  const stream = decodeBody(body, end - position);
-  const length = Number(headers["content-length"] ?? end - position);
-  if (stream === body && length !== end - position)
-    refuse("SIZE_MISMATCH", `${length} bytes, not ${end - position}`);
-  return { stream, doing, position, end };
-}
-/** Takes bytes into a blob's hash where their turn has come: others are read back later. */
-function hashInOrder(job: BlobJob, position: number, bytes: Buffer): void {
-  const known = job.hashedTo - position;
-  if (known < 0 || known >= bytes.length) return;
-  job.hash.update(bytes.subarray(known));
-  job.hashedTo = position + bytes.length;
-}
-/** One request for what a segment still lacks, and its bytes into the sink. */
-async function receive(transfer: Transfer, segment: Segment): Promise<void> {
-  const {
-    session: { signal },
-    sink,
-  } = transfer;
-  const { job } = segment;
-  const opened = await openSegment(transfer, segment);
-  if (!opened) return;
-  const { stream, doing, end } = opened;
-  const counter = job.origins.length > 0 ? "reusedBytes" : "fetchedBytes";
-  let { position } = opened;
-  let [batch, batchBytes, underWay]: [Buffer[], number, number] = [[], 0, 0];
-  let writing: Promise<unknown> = Promise.resolve();
-  /** One batch is on its way to disk while the next one is gathered; the line waits for the disk from there on. */
-  const flush = () => {
-    const written = sink.write(job, segment.at - batchBytes, batch).finally(() => {
-      underWay -= 1;
-      stream.resume();
-    });
-    [batch, batchBytes, underWay] = [[], 0, underWay + 1];
-    if (underWay > 1) stream.pause();
-    writing = Promise.all([writing, written]).then(() => undefined);
-    writing.catch(() => stream.destroy()); // it is awaited below
-    transfer.observe(transfer);
-  };
-  // Events rather than an iterator, which makes promises for each chunk.
-  stream.on("data", (chunk: Buffer) => {
-    const skipped = Math.min(chunk.length, Math.max(0, segment.at - position));
-    const wanted = chunk.subarray(skipped, skipped + remaining(segment));
-    position += chunk.length;
-    if (wanted.length > 0) batch.push(wanted);
-    batchBytes += wanted.length;
-    hashInOrder(job, segment.at, wanted);
-    segment.at += wanted.length;
-    job.doneBytes = Math.min(job.descriptor.size, job.doneBytes + wanted.length);
-    transfer[counter] += wanted.length;
-    // More than belongs there, or another connection has taken the rest over: no need to hear it to its end.
-    if (position > end || (segment.at >= segment.to && position < end)) stream.destroy();
-    else if (batchBytes >= TUNING.batchBytes) flush();
-  });
-  const cause = await finished(stream, { signal }).then(
-    () => undefined,
-    (error: unknown) => error,
-  );
-  stream.destroy();
-  if (batchBytes > 0) flush();
-  await writing;
-  if (position > end)
-    fail("SIZE_MISMATCH", `${doing}: more than the ${end} bytes that belong there`);
-  if (segment.at >= segment.to) return;
-  if (signal.aborted) fail("ABORTED", "stopped");
-  if (cause instanceof ImgpullError || (cause && job.origins.length > 0)) throw cause;
-  if (position < end)
-    fail("NETWORK", `${doing}: the connection ended after ${position} of ${end} bytes`, { cause });
-}
-const openForUpdate = (file: string, mode = 0o666) =>
-  fs.open(file, fs.constants.O_RDWR | fs.constants.O_CREAT, mode);
-type Origin = Readonly<{ handle: fs.FileHandle; offset: number }>;
+/** Where bytes begin in a file at hand. */
+type Place = Readonly<{ handle: fs.FileHandle; offset: number }>;
 type Sized = Pick<Descriptor, "digest" | "size">;
 /** Whether bytes at hand, or what they unpack to, have a digest. */
 async function isIntact(
-  { handle, offset }: Origin,
+  { handle, offset }: Place,
   { digest, size }: Sized,
   signal?: AbortSignal,
   unpack?: Transform,
@@ -2675,150 +2324,865 @@ async function isIntact(
   );
   return (hash.read() as Buffer | null)?.toString("hex") === hexOf(digest);
 }
-/** Writes all, however often that takes, and says how much it was. */
-async function writeAll(
-  handle: fs.FileHandle,
-  chunks: Buffer[],
-  position: number,
-): Promise<number> {
-  const { bytesWritten } = await handle.writev(chunks, position);
-  if (bytesWritten === sumOf(chunks, ({ length }) => length)) return bytesWritten;
-  const rest = Buffer.concat(chunks).subarray(bytesWritten);
-  return bytesWritten + (await writeAll(handle, [rest], position + bytesWritten));
+
+// ====== 12. Pull ======
+// Plan → bytes in place → verify → rename. Blobs come side by side, each hashed in order as it comes; a connection
+// without work takes over half of the longest range that is under way. SPEC §5.
+// Invariant: nothing has DEST's name before every byte of it was hashed and compared.
+
+// ------ Ranges ------
+// Lists of ranges are sorted, and their members neither overlap nor touch. `to` is the first byte after a range.
+type Range = readonly [from: number, to: number];
+type Ranges = readonly Range[];
+
+const lengthOf = (ranges: Ranges): number => sumOf(ranges, ([from, to]) => to - from);
+
+function addRange(ranges: Ranges, [from, to]: Range): Ranges {
+  const isApart = ([start, end]: Range) => end < from || start > to;
+  const edges = [from, to, ...ranges.filter((range) => !isApart(range)).flat()];
+  const merged: Range = [Math.min(...edges), Math.max(...edges)];
+
+  return [...ranges.filter(isApart), merged].sort((left, right) => left[0] - right[0]);
 }
-/** What the partial holds, a line at a time, true after a kill -9: the plan's id, then `digest from-to,…;`. */
-async function openJournal(file: string, planId: string) {
-  const [id, ...lines] = ((await readOptional(file)) ?? "").split("\n");
-  const held = new Map<string, Range[]>();
-  for (const line of id === planId ? lines : []) {
-    const [, digest = "", text = ""] = /^(\S+) ([\d,-]*);$/.exec(line) ?? [];
-    const ranges = text.split(",").map((range) => range.split("-").map(Number) as Range);
-    held.set(digest, ranges.filter(([from, to]) => from < to).reduce<Range[]>(addRange, []));
+
+/** What of [0, sizeBytes) is in none of them. */
+function missingRanges(ranges: Ranges, sizeBytes: number): Ranges {
+  const missing: Range[] = [];
+  let from = 0;
+  for (const [start, end] of [...ranges, [sizeBytes, sizeBytes] as const]) {
+    if (start > from) missing.push([from, start]);
+    from = end;
   }
-  if (id !== planId) await fs.writeFile(file, `${planId}\n`);
+  return missing;
+}
+
+/** A range in pieces of at most `unitBytes`. */
+function cutRange([from, to]: Range, unitBytes: number): Ranges {
+  const pieces: Range[] = [];
+  for (let at = from; at < to; at += unitBytes) pieces.push([at, Math.min(to, at + unitBytes)]);
+  return pieces;
+}
+
+// ------ The state of a blob ------
+// Fetched → in place → recorded, and hashed in order beside that. Nothing but the methods below changes any of it.
+
+/** What a blob is at first, and again once its bytes were wrong. `hash` has taken in the bytes below `hashedTo`. */
+const nothingOf = (digest: string) => ({
+  hash: newHash(digest),
+  hashedTo: 0,
+  inPlace: [] as Ranges,
+  doneBytes: 0,
+  unrecordedBytes: 0,
+});
+
+class BlobState {
+  readonly descriptor: Descriptor;
+  readonly registry: Registry;
+  /** Where its place begins: in the tar, or 0 in a file of its own. */
+  readonly offset: number;
+
+  /** Tars at hand that claim to hold it: the first is read in the registry's stead, and dropped if it lied. */
+  readonly #sources: Place[];
+  #restartsLeft = 1; // fetches from the start, after the registry's bytes turned out wrong
+  #isDone = false;
+  #now: ReturnType<typeof nothingOf>;
+
+  constructor(descriptor: Descriptor, registry: Registry, offset = 0, tars: Tars = []) {
+    this.descriptor = descriptor;
+    this.registry = registry;
+    this.offset = offset;
+    this.#now = nothingOf(descriptor.digest);
+    this.#sources = tars.flatMap(({ handle, blobs }) => {
+      const entry = blobs.get(descriptor.digest);
+      return entry?.sizeBytes === descriptor.size ? [{ handle, offset: entry.offset }] : [];
+    });
+  }
+
+  get source(): Place | undefined {
+    return this.#sources[0];
+  }
+  /** Bytes that have come, whether they are in place yet or not. */
+  get doneBytes(): number {
+    return this.#now.doneBytes;
+  }
+  get isDone(): boolean {
+    return this.#isDone;
+  }
+  get hashedTo(): number {
+    return this.#now.hashedTo;
+  }
+  get inPlace(): Ranges {
+    return this.#now.inPlace;
+  }
+  get unrecordedBytes(): number {
+    return this.#now.unrecordedBytes;
+  }
+
+  missing(): Ranges {
+    return missingRanges(this.#now.inPlace, this.descriptor.size);
+  }
+
+  /** What an earlier run put in place is gone on with. Where the disk lost it, that is not the registry's fault. */
+  resume(ranges: Ranges): void {
+    this.#now.inPlace = ranges;
+    this.#now.doneBytes = lengthOf(ranges);
+    if (this.#now.doneBytes === 0) return;
+    this.#sources.length = 0;
+    this.#restartsLeft += 1;
+  }
+
+  /** Bytes came. */
+  accept(position: number, bytes: Buffer): void {
+    this.hashInOrder(position, bytes);
+    this.#now.doneBytes = Math.min(this.descriptor.size, this.#now.doneBytes + bytes.length);
+  }
+
+  /** Takes bytes into the hash where their turn has come: others are read back later. */
+  hashInOrder(position: number, bytes: Buffer): void {
+    const known = this.#now.hashedTo - position;
+    if (known < 0 || known >= bytes.length) return;
+    this.#now.hash.update(bytes.subarray(known));
+    this.#now.hashedTo = position + bytes.length;
+  }
+
+  markWritten(position: number, sizeBytes: number): void {
+    this.#now.inPlace = addRange(this.#now.inPlace, [position, position + sizeBytes]);
+    this.#now.unrecordedBytes += sizeBytes;
+  }
+
+  markRecorded(): void {
+    this.#now.unrecordedBytes = 0;
+  }
+
+  /** Whether all of it was hashed, and came to its digest. The hash can be asked once. */
+  verify(): boolean {
+    const { hash, hashedTo } = this.#now;
+    return (
+      hashedTo === this.descriptor.size && hash.digest("hex") === hexOf(this.descriptor.digest)
+    );
+  }
+
+  markDone(): void {
+    this.#isDone = true;
+  }
+
+  /** Its bytes were wrong and are forgotten. Says whose they were, and whether it may be fetched once more. */
+  restart(): { liar: "source" | "registry"; isLast: boolean } {
+    this.#now = nothingOf(this.descriptor.digest);
+    if (this.#sources.shift()) return { liar: "source", isLast: false };
+    this.#restartsLeft -= 1;
+    return { liar: "registry", isLast: this.#restartsLeft < 0 };
+  }
+
+  /** The tar at hand does not hold it after all. */
+  dropSource(): void {
+    this.#sources.shift();
+  }
+}
+
+const sizeOf = (blobs: readonly BlobState[]): number =>
+  sumOf(blobs, ({ descriptor }) => descriptor.size);
+
+const blobsOf = ({ entries }: Plan, tars: Tars, isOwnFile = false): BlobState[] =>
+  entries.flatMap(({ blob, offset }) =>
+    blob ? [new BlobState(blob.descriptor, blob.registry, isOwnFile ? 0 : offset, tars)] : [],
+  );
+
+// ------ Scheduling ------
+// Which connection fetches what. It knows no network, no clock and no file.
+
+/** A range that one connection fetches: `at` is the next byte. Its end moves when another takes over, or gives back. */
+class Segment {
+  readonly blob: BlobState;
+  readonly isTakeover: boolean;
+  at: number;
+  to: number;
+
+  constructor(blob: BlobState, [at, to]: Range, isTakeover = false) {
+    this.blob = blob;
+    this.at = at;
+    this.to = to;
+    this.isTakeover = isTakeover;
+  }
+  get remainingBytes(): number {
+    return this.to - this.at;
+  }
+  get isComplete(): boolean {
+    return this.at >= this.to;
+  }
+}
+
+const longestFirst = (left: Segment, right: Segment): number =>
+  right.remainingBytes - left.remainingBytes;
+
+const isFar = ({ registry }: BlobState): boolean => registry.latencyMs >= TUNING.farLatencyMs;
+
+/** Whether several ranges of a blob can be asked for. */
+const canSplit = ({ registry, source }: BlobState): boolean =>
+  registry.acceptsRanges && source === undefined;
+
+/** The longest range that is worth cutting: neither half may be so small that a request costs more than it brings. */
+function longestRange(segments: Iterable<Segment>): Segment | undefined {
+  const isWorthIt = ({ blob, remainingBytes }: Segment) =>
+    canSplit(blob) &&
+    remainingBytes >= 2 * (isFar(blob) ? TUNING.splitBytes : TUNING.nearSplitBytes);
+  return [...segments].filter(isWorthIt).sort(longestFirst)[0];
+}
+
+function cutInHalf(segment: Segment): Segment {
+  const { blob, at, to, remainingBytes } = segment;
+  segment.to = at + Math.ceil(remainingBytes / 2);
+  return new Segment(blob, [segment.to, to], true);
+}
+
+class Schedule {
+  readonly #isInOrder: boolean;
+  readonly #isLineSlow: () => boolean;
+  #connections: number;
+  #pending: Segment[] = []; // what nobody fetches yet
+  readonly #active = new Set<Segment>();
+
+  /** `isInOrder`: bytes are wanted in their order, as on a stream. `isLineSlow`: more connections would help. */
+  constructor(connections: number, isInOrder: boolean, isLineSlow: () => boolean) {
+    this.#connections = connections;
+    this.#isInOrder = isInOrder;
+    this.#isLineSlow = isLineSlow;
+  }
+
+  /** The blobs that are under way. */
+  get activeBlobs(): Set<BlobState> {
+    return new Set([...this.#active].map(({ blob }) => blob));
+  }
+
+  /** Whether one more connection may stay: there is work, or there may be some again, and the server takes it. */
+  get wantsConnection(): boolean {
+    const isWork = this.#pending.length + this.#active.size > 0;
+    return isWork && this.#active.size < this.#connections;
+  }
+
+  /** Queues what a blob lacks; nothing but its check, where that is nothing. */
+  add(blob: BlobState): void {
+    const missing = blob.missing();
+    const isCut = this.#isInOrder && canSplit(blob) && isFar(blob);
+    const pieces = isCut
+      ? missing.flatMap((range) => cutRange(range, TUNING.streamUnitBytes))
+      : missing;
+    for (const range of pieces.length > 0 ? pieces : [[0, 0] as const])
+      this.#pending.push(new Segment(blob, range));
+  }
+
+  /** A far line is worth several connections before its speed is known: closed ranges from the start waste nothing. */
+  spread(): void {
+    if (this.#isInOrder) return;
+    const longest = () => longestRange(this.#pending.filter(({ blob }) => isFar(blob)));
+    for (let next = longest(); next && this.#pending.length < this.#connections; next = longest())
+      this.#pending.push(cutInHalf(next));
+    this.#pending.sort(longestFirst);
+  }
+
+  /** What a connection without work fetches: what is queued, or half of what another has left. */
+  next(): Segment | undefined {
+    const segment = this.#pending.shift() ?? this.#takeOver();
+    if (segment) this.#active.add(segment);
+    return segment;
+  }
+
+  #takeOver(): Segment | undefined {
+    const longest = this.#isInOrder ? undefined : longestRange(this.#active);
+    return longest && this.#isLineSlow() ? cutInHalf(longest) : undefined;
+  }
+
+  /** Whether nothing else of its blob is queued or under way. */
+  isLast(segment: Segment): boolean {
+    const isOther = (other: Segment) => other !== segment && other.blob === segment.blob;
+    return ![...this.#pending, ...this.#active].some(isOther);
+  }
+
+  end(segment: Segment): void {
+    this.#active.delete(segment);
+  }
+
+  /** Leaves a range to the connection that fetches what lies before it, if there is one. */
+  giveBack(segment: Segment): boolean {
+    const isNeighbour = (other: Segment) =>
+      other.blob === segment.blob && other.to === segment.at && !other.isComplete;
+    const neighbour = [...this.#active].find(isNeighbour);
+    if (!neighbour) return false;
+    neighbour.to = segment.to;
+    segment.to = segment.at;
+    return true;
+  }
+
+  /** Takes along what nobody has begun, up to a range that is under way: no byte may come twice. */
+  absorbQueued(segment: Segment): void {
+    const follows = ({ blob, at }: Segment) => blob === segment.blob && at >= segment.to;
+    const starts = [...this.#active].filter(follows).map(({ at }) => at);
+    const edge = Math.min(...starts, segment.blob.descriptor.size);
+
+    const isAbsorbed = (queued: Segment) => follows(queued) && queued.at < edge;
+    const absorbed = this.#pending.filter(isAbsorbed);
+    this.#pending = this.#pending.filter((queued) => !absorbed.includes(queued));
+    segment.to = Math.max(segment.to, ...absorbed.map(({ to }) => to));
+  }
+
+  /** The registry takes no more connections than there are. False where the range cannot be left to another. */
+  crowded(segment: Segment): boolean {
+    if (!segment.isTakeover || !this.giveBack(segment)) return false;
+    this.#connections = Math.max(1, this.#active.size - 1);
+    return true;
+  }
+}
+
+/** Something changed that another may wait for: who waits looks again. The one way to wait in this section. */
+class Change {
+  readonly #waiting = new Set<() => void>();
+
+  announce(): void {
+    for (const wake of this.#waiting) wake();
+  }
+
+  /** Until the next change, `signal` or the end of `atMostMs`, whichever comes first. */
+  next(signal: AbortSignal, atMostMs?: number): Promise<void> {
+    if (signal.aborted) return Promise.resolve();
+    return new Promise((resolve) => {
+      const wake = () => {
+        clearTimeout(timer);
+        signal.removeEventListener("abort", wake);
+        this.#waiting.delete(wake);
+        resolve();
+      };
+      const timer = atMostMs === undefined ? undefined : setTimeout(wake, atMostMs);
+      signal.addEventListener("abort", wake);
+      this.#waiting.add(wake);
+    });
+  }
+
+  async until(isReady: () => boolean, signal: AbortSignal): Promise<void> {
+    while (!isReady()) {
+      if (signal.aborted) fail("ABORTED", "stopped");
+      await this.next(signal);
+    }
+  }
+}
+
+// ------ One request for a range ------
+
+/** Bytes of a blob as they come: [position, end) of it. `doing` is what an error says of it. */
+type Opened = Readonly<{ stream: Readable; doing: string; position: number; end: number }>;
+
+/** What an answer to a request for [at, to) of a blob holds, by its status and headers; or what is wrong with it. */
+function judgeAnswer(
+  { status, headers }: Pick<Answer, "status" | "headers">,
+  [at, to]: Range,
+  sizeBytes: number,
+): { position: number; end: number } | { code: ErrorCode; reason: string } {
+  let position = 0;
+  let end = sizeBytes;
+  if (status === 206) {
+    const contentRange = headers["content-range"] ?? "none";
+    const [, first, last, total] = /^bytes (\d+)-(\d+)\/(\d+|\*)$/.exec(contentRange) ?? [];
+    position = Number(first);
+    end = Number(last) + 1;
+    const isTotal = total === "*" || Number(total) === sizeBytes;
+    if (position !== at || !(end > at && end <= sizeBytes) || !isTotal) {
+      const got = printable(contentRange, 80);
+      const reason = `asked for bytes ${at}-${to - 1} of ${sizeBytes}, got "${got}"`;
+      return { code: "PROTOCOL", reason };
+    }
+  }
+
+  const length = Number(headers["content-length"] ?? end - position);
+  const isEncoded = /^(x-)?gzip$/i.test(headers["content-encoding"] ?? "");
+  if (length !== end - position && !isEncoded)
+    return { code: "SIZE_MISMATCH", reason: `${length} bytes, not ${end - position}` };
+  return { position, end };
+}
+
+function openSource({ handle, offset }: Place, { at, to }: Segment): Opened {
+  const stream = Readable.from(readPlace(handle, offset + at, offset + to));
+  return { stream, doing: "reading a tar at hand", position: at, end: to };
+}
+
+/** Asks for what a segment still lacks. Undefined where another connection brings it. */
+async function openSegment(
+  schedule: Schedule,
+  segment: Segment,
+  signal: AbortSignal,
+): Promise<Opened | undefined> {
+  const { blob, at, to } = segment;
+  const { descriptor, registry, source } = blob;
+  const { size } = descriptor;
+  if (source) return openSource(source, segment);
+
+  const answer = await registry.blob(descriptor, at, to, signal);
+  const { body, status, url } = answer;
+  if (!body) return undefined;
+
+  const judged = judgeAnswer(answer, [at, to], size);
+  if ("code" in judged) {
+    body.destroy();
+    return fail(judged.code, `GET ${redactUrl(url)}: ${judged.reason}`, { status });
+  }
+
+  const isWhole = at === 0 && to === size;
+  if (status !== 206 && !isWhole) {
+    registry.acceptsRanges = false;
+    if (schedule.giveBack(segment)) {
+      body.destroy();
+      return undefined;
+    }
+    schedule.absorbQueued(segment);
+  }
+
+  const stream = decodeBody(body, judged.end - judged.position);
+  return { stream, doing: `GET ${redactUrl(url)}`, ...judged };
+}
+
+// ------ The batch writer ------
+
+/** Gathers the bytes of one range into batches, and writes them. One batch is on its way to DEST while the next one is
+ *  gathered; from there on `stream` waits for the disk. */
+class BatchWriter {
+  readonly #stream: Readable;
+  readonly #write: (position: number, chunks: Buffer[]) => Promise<void>;
+  #position: number; // of the batch in the blob
+  #batch: Buffer[] = [];
+  #batchBytes = 0;
+  #underWay = 0;
+  #writing: Promise<unknown> = Promise.resolve();
+
+  constructor(
+    stream: Readable,
+    position: number,
+    write: (position: number, chunks: Buffer[]) => Promise<void>,
+  ) {
+    this.#stream = stream;
+    this.#position = position;
+    this.#write = write;
+  }
+
+  add(chunk: Buffer): void {
+    if (chunk.length === 0) return;
+    this.#batch.push(chunk);
+    this.#batchBytes += chunk.length;
+    if (this.#batchBytes >= TUNING.batchBytes) this.#flush();
+  }
+
+  /** Writes what is left, and throws what the disk said of any of it. */
+  async end(): Promise<void> {
+    if (this.#batchBytes > 0) this.#flush();
+    await this.#writing;
+  }
+
+  #flush(): void {
+    const written = this.#write(this.#position, this.#batch).finally(() => {
+      this.#underWay -= 1;
+      this.#stream.resume();
+    });
+    this.#position += this.#batchBytes;
+    this.#batch = [];
+    this.#batchBytes = 0;
+    this.#underWay += 1;
+    if (this.#underWay > 1) this.#stream.pause();
+
+    this.#writing = Promise.all([this.#writing, written]);
+    this.#writing.catch(() => this.#stream.destroy()); // it is awaited at the end
+  }
+}
+
+// ------ Journal ------
+
+/** What is in place, a line at a time, true after a kill -9: the plan's id, then `digest from-to,…;`. */
+class Journal {
+  readonly #file: string;
+  readonly #inPlace: ReadonlyMap<string, Ranges>;
+
+  private constructor(file: string, inPlace: ReadonlyMap<string, Ranges>) {
+    this.#file = file;
+    this.#inPlace = inPlace;
+  }
+
+  /** What is there under another plan's id is not of ours, and written over. */
+  static async open(file: string, planId: string): Promise<Journal> {
+    const [id, ...lines] = ((await readOptional(file)) ?? "").split("\n");
+    if (id === planId) return new Journal(file, Journal.#parse(lines));
+    await fs.writeFile(file, `${planId}\n`);
+    return new Journal(file, new Map());
+  }
+
+  static async belongsTo(file: string, planId: string): Promise<boolean> {
+    return (await readOptional(file))?.split("\n")[0] === planId;
+  }
+
+  /** The last whole line of each blob counts. */
+  static #parse(lines: readonly string[]): Map<string, Ranges> {
+    const inPlace = new Map<string, Ranges>();
+    for (const line of lines) {
+      const [, digest = "", text = ""] = /^(\S+) ([\d,-]*);$/.exec(line) ?? [];
+      let ranges: Ranges = [];
+      for (const range of text.split(",")) {
+        const [from = 0, to = 0] = range.split("-").map(Number);
+        if (from < to) ranges = addRange(ranges, [from, to]);
+      }
+      inPlace.set(digest, ranges);
+    }
+    return inPlace;
+  }
+
+  rangesOf(digest: string): Ranges {
+    return this.#inPlace.get(digest) ?? [];
+  }
+
   /** At once, for a line takes microseconds: one that queued behind the blobs' own writes would come too late. */
-  const record = (job: BlobJob) => {
-    job.unrecordedBytes = 0;
-    const ranges = job.written.map((range) => range.join("-")).join(",");
+  record(blob: BlobState): void {
+    blob.markRecorded();
+    const ranges = blob.inPlace.map((range) => range.join("-")).join(",");
     try {
-      appendFileSync(file, `${job.descriptor.digest} ${ranges};\n`);
+      appendFileSync(this.#file, `${blob.descriptor.digest} ${ranges};\n`);
     } catch {
       // losing a line costs bytes only
     }
-  };
-  return { held, record };
+  }
 }
-const isRunning = (pid: number): Promise<boolean> =>
-  (async () => process.kill(pid, 0))().catch((error: unknown) => errorCodeOf(error) === "EPERM");
+
+// ------ Lock ------
+
+async function isRunning(pid: number): Promise<boolean> {
+  try {
+    return process.kill(pid, 0);
+  } catch (error) {
+    return errorCodeOf(error) === "EPERM";
+  }
+}
+
+/** Whether the one that wrote a lock still has it. Of a lock from before this boot the process number says nothing;
+ *  one of another machine is its owner's as long as it is touched. */
+async function isLockHeld(owner: Record<string, unknown>, ageMs: number): Promise<boolean> {
+  if (owner.host !== os.hostname()) return ageMs < 6 * LIMITS.lockBeatMs;
+  if (ageMs >= os.uptime() * 1000) return false;
+  if (owner.pid === process.pid) return owner.since === performance.timeOrigin;
+  return isRunning(Number(owner.pid));
+}
+
 /** Two runs at one DEST would write over each other: the second stops. A lock says who has it, and is touched while
  *  held; one that was left alone, or whose process is gone from this machine, is taken over. */
 async function acquireLock(file: string, dest: string): Promise<() => Promise<void>> {
-  const [host, since] = [os.hostname(), performance.timeOrigin];
-  const mine = JSON.stringify({ pid: process.pid, host, since, id: Math.random() });
-  const busy = (who = "") => fail("DISK", `${dest} is being pulled by another imgpull${who}`);
+  const busy = (who = ""): never =>
+    fail("DISK", `${dest} is being pulled by another imgpull${who}`);
+  const mine = JSON.stringify({
+    pid: process.pid,
+    host: os.hostname(),
+    since: performance.timeOrigin,
+    id: Math.random(),
+  });
+
   const before = await readOptional(file);
   const { mtimeMs } = await fs.stat(file).catch(() => ({ mtimeMs: 0 }));
   const owner = (parseJson(before ?? "") ?? {}) as Record<string, unknown>;
-  const isThere =
-    owner.pid === process.pid ? owner.since === since : await isRunning(Number(owner.pid));
-  const ageMs = Date.now() - mtimeMs; // of a lock from before this boot the process number says nothing
-  const isHeld =
-    owner.host === host ? isThere && ageMs < os.uptime() * 1000 : ageMs < 6 * LIMITS.lockBeatMs;
-  if (isHeld) busy(owner.pid ? ` (process ${owner.pid} on ${owner.host})` : "");
+  if (await isLockHeld(owner, Date.now() - mtimeMs))
+    busy(owner.pid ? ` (process ${owner.pid} on ${owner.host})` : "");
+
   if (before !== undefined) await fs.rm(file, { force: true });
-  await fs
-    .writeFile(file, mine, { flag: "wx" })
-    .catch((error: unknown) => (errorCodeOf(error) === "EEXIST" ? busy() : Promise.reject(error)));
+  await fs.writeFile(file, mine, { flag: "wx" }).catch((error: unknown) => {
+    if (errorCodeOf(error) === "EEXIST") busy();
+    throw error;
+  });
   // Another that saw the same stale lock may have taken ours for it: the last one has it.
   if (before !== undefined) await delay(20);
   if ((await readOptional(file)) !== mine) busy();
-  const beat = () => void fs.utimes(file, new Date(), new Date()).catch(() => undefined);
+
+  const beat = () => void fs.utimes(file, new Date(), new Date()).catch(ignore);
   const timer = setInterval(beat, LIMITS.lockBeatMs).unref();
   return () => fs.rm(file, { force: true }).finally(() => clearInterval(timer));
 }
-/** Where each blob's bytes are put, all in one tar or each in a file of its own, and what tells of them. */
-type Places = Readonly<{
-  journal: string;
-  id: string;
-  open: (job: BlobJob) => Promise<fs.FileHandle>;
-  finish?: (job: BlobJob) => Promise<void>;
+
+// ------ The transfer ------
+// All blobs of a plan over the line and into a sink. What a blob's bytes are worth is decided here: verify, record,
+// fetch once more.
+
+/** Where bytes go. It writes, and decides nothing. */
+type Sink = Readonly<{
+  /** Bytes are wanted in the order of the plan. */
+  isInOrder: boolean;
+  write: (blob: BlobState, position: number, chunks: Buffer[]) => Promise<void>;
+  /** What was written from `from` on. A stream has none: what went out is verified on its way. */
+  readBack?: (blob: BlobState, from: number) => AsyncIterable<Buffer>;
+  /** The blob is verified: its file may have its name. */
+  seal?: (blob: BlobState) => Promise<void>;
+  /** All blobs are there. */
+  end?: () => Promise<void>;
 }>;
-/** Bytes into files; what came out of order is hashed from disk at the end. */
-function fileSink(
-  { warn }: Session,
-  { open, finish }: Places,
-  record: (job: BlobJob) => void,
-): Sink {
-  let [unsyncedBytes, syncing] = [0, Promise.resolve()];
-  return {
-    write: async (job, position, chunks) => {
-      const handle = await open(job);
-      const sizeBytes = await writeAll(handle, chunks, job.offset + position);
-      job.written = addRange(job.written, [position, position + sizeBytes]);
-      job.unrecordedBytes += sizeBytes;
-      if (job.unrecordedBytes >= TUNING.journalBytes) record(job);
-      unsyncedBytes += sizeBytes;
-      if (unsyncedBytes < TUNING.syncBytes) return;
-      unsyncedBytes = 0;
-      const before = syncing; // one after the other: an error of the disk is told to one sync only, and may not be lost
-      (syncing = before.then(() => syncQuietly(handle))).catch(ignore);
-      await before;
-    },
-    end: () => syncing,
-    blobDone: async (job) => {
-      const {
-        offset,
-        hashedTo,
-        descriptor: { size },
-      } = job;
-      for await (const piece of readPlace(await open(job), offset + hashedTo, offset + size))
-        job.hash.update(piece);
-      if (isRight(job)) {
-        await finish?.(job);
-        record(job);
-        return true;
-      }
-      if (job.origins.shift()) return false; // a tar at hand that lied: the next one, or the registry
-      const wrong = `${job.descriptor.digest}: the bytes have another digest`;
-      job.freshStarts -= 1;
-      if (job.freshStarts < 0) {
-        record(startAfresh(job)); // nothing of it is worth keeping
-        fail("DIGEST_MISMATCH", `${wrong}, twice, from ${job.registry.origin}`);
-      }
-      warn(`${wrong}; fetching the blob once more`);
-      return false;
-    },
+
+type Observer = (transfer: Transfer, finished?: BlobState) => void;
+
+type TransferOptions = Readonly<{
+  session: Session;
+  /** What an earlier run has put in place is marked already. */
+  blobs: readonly BlobState[];
+  sink: Sink;
+  observe: Observer;
+  journal?: Journal;
+  /** Bytes of blobs that were there, and are none of `blobs`. */
+  keptBytes?: number;
+}>;
+
+/** Says whether it is the line that is slow, once there was time to judge: where Node is busy, the processor is. */
+function judgeLine(): () => boolean {
+  const before = performance.eventLoopUtilization();
+  return () => {
+    const { active, idle, utilization } = performance.eventLoopUtilization(before);
+    return active + idle > TUNING.judgeMs && utilization < TUNING.busyLoop;
   };
 }
-/** Brings every job's bytes to its place: what the journal of this plan says is there stays, the rest comes. */
-async function fillPlaces(
-  outer: Session,
-  jobs: readonly BlobJob[],
-  places: Places,
-  observe: Observer,
-) {
-  const { held, record } = await openJournal(places.journal, places.id);
-  const transfer = newTransfer(outer, jobs, fileSink(outer, places, record), observe);
-  try {
-    for (const job of jobs) {
-      const {
-        descriptor: { digest, size },
-      } = job;
-      const ranges = held.get(digest) ?? [];
-      const placeEnd =
-        ranges.length === 0 ? 0 : (await (await places.open(job)).stat()).size - job.offset;
-      job.written = ranges.filter(([, to]) => to <= size && to <= placeEnd); // a place that has gone holds nothing
-      job.doneBytes = lengthOf(job.written);
-      transfer.resumedBytes += job.doneBytes;
-      // What an earlier run put there is gone on with; where the disk lost it, that is not the registry's fault.
-      if (job.doneBytes > 0) Object.assign(job, { origins: [], freshStarts: job.freshStarts + 1 });
+
+class Transfer {
+  readonly blobs: readonly BlobState[];
+  readonly totalBytes: number;
+  readonly resumedBytes: number;
+  readonly signal: AbortSignal;
+
+  readonly #session: Session;
+  readonly #sink: Sink;
+  readonly #observe: Observer;
+  readonly #journal: Journal | undefined;
+  readonly #schedule: Schedule;
+  readonly #change = new Change();
+  readonly #stopping = new AbortController();
+  #fetchedBytes = 0;
+  #reusedBytes: number;
+
+  constructor(options: TransferOptions) {
+    const { session, blobs, sink, observe, journal, keptBytes = 0 } = options;
+    this.signal = anySignal(session.signal, this.#stopping.signal);
+    this.#session = { ...session, signal: this.signal };
+    this.blobs = blobs;
+    this.totalBytes = sizeOf(blobs);
+    this.resumedBytes = sumOf(blobs, ({ doneBytes }) => doneBytes);
+    this.#reusedBytes = keptBytes;
+    this.#sink = sink;
+    this.#observe = observe;
+    this.#journal = journal;
+    this.#schedule = new Schedule(session.settings.concurrency, sink.isInOrder, judgeLine());
+  }
+
+  /** What came over the line, and from tars at hand. */
+  get fetchedBytes(): number {
+    return this.#fetchedBytes;
+  }
+  get reusedBytes(): number {
+    return this.#reusedBytes;
+  }
+  get activeBlobs(): Set<BlobState> {
+    return this.#schedule.activeBlobs;
+  }
+
+  /** Ends all that is under way for an error, and throws that on. */
+  stop = (error: unknown): never => {
+    this.#stopping.abort();
+    throw error;
+  };
+
+  /** To the end of all blobs, or to the first error with every connection closed. */
+  async run(): Promise<void> {
+    this.#observe(this);
+    for (const blob of this.blobs) this.#schedule.add(blob);
+    this.#schedule.spread();
+
+    const { concurrency } = this.#session.settings;
+    const connect = () => this.#runConnection().catch(this.stop);
+    settled(await Promise.allSettled(Array.from({ length: concurrency }, connect)));
+    if (this.signal.aborted) fail("ABORTED", "stopped");
+    await this.#sink.end?.();
+  }
+
+  async #runConnection(): Promise<void> {
+    while (!this.signal.aborted && this.#schedule.wantsConnection) {
+      const segment = this.#schedule.next();
+      if (!segment) {
+        await this.#change.next(this.signal, 20); // by then there may be something to judge by
+        continue;
+      }
+
+      await this.#fetch(segment);
+      if (this.#schedule.isLast(segment)) await this.#finishBlob(segment.blob);
+      this.#schedule.end(segment);
+      this.#change.announce();
     }
-    await fetchBlobs(transfer);
-    return transfer;
-  } finally {
-    for (const job of jobs) if (job.unrecordedBytes > 0) record(job);
+  }
+
+  /** Fetches a range to its end, however many answers that takes. */
+  #fetch(segment: Segment): Promise<void> {
+    let before = segment.at;
+    // Getting on means more than a trickle: otherwise a server that sends a byte a time would be asked for ever.
+    const gotOn = () => {
+      const enough = Math.min(TUNING.batchBytes, Math.ceil(segment.blob.descriptor.size / 64));
+      const isEnough = segment.at - before >= enough;
+      before = segment.at;
+      return isEnough;
+    };
+
+    const attempt = async () => {
+      while (!segment.isComplete) await this.#receiveOrGiveBack(segment);
+    };
+    return withRetries(this.#session, attempt, gotOn);
+  }
+
+  /** A registry that takes no more connections gets fewer: the range goes back to where it was taken from. */
+  async #receiveOrGiveBack(segment: Segment): Promise<void> {
+    try {
+      await this.#receive(segment);
+    } catch (error) {
+      const isCrowded = error instanceof ImgpullError && error.code === "RATE_LIMITED";
+      if (!isCrowded || !this.#schedule.crowded(segment)) throw error;
+    }
+  }
+
+  /** One request for what a segment still lacks, and its bytes into the sink. */
+  async #receive(segment: Segment): Promise<void> {
+    const { blob } = segment;
+    const opened = await openSegment(this.#schedule, segment, this.signal);
+    if (!opened) return;
+
+    const { stream, doing, end } = opened;
+    let { position } = opened;
+    const writer = new BatchWriter(stream, segment.at, (at, chunks) =>
+      this.#write(blob, at, chunks),
+    );
+    // Events rather than an iterator, which makes promises for each chunk.
+    stream.on("data", (chunk: Buffer) => {
+      const skipped = Math.min(chunk.length, Math.max(0, segment.at - position));
+      const wanted = chunk.subarray(skipped, skipped + segment.remainingBytes);
+      position += chunk.length;
+      this.#accept(segment, wanted);
+      // More than belongs there, or another connection has taken the rest over: no need to hear it to its end.
+      if (position > end || (segment.isComplete && position < end)) stream.destroy();
+      writer.add(wanted);
+    });
+
+    const cause = await finished(stream, { signal: this.signal }).then(ignore, (error) => error);
+    stream.destroy();
+    await writer.end();
+    if (position > end)
+      fail("SIZE_MISMATCH", `${doing}: more than the ${end} bytes that belong there`);
+    if (segment.isComplete) return;
+    if (this.signal.aborted) fail("ABORTED", "stopped");
+    if (cause instanceof ImgpullError || (cause && blob.source)) throw cause;
+    if (position < end) {
+      const reason = `the connection ended after ${position} of ${end} bytes`;
+      fail("NETWORK", `${doing}: ${reason}`, { cause });
+    }
+  }
+
+  #accept(segment: Segment, bytes: Buffer): void {
+    const { blob } = segment;
+    blob.accept(segment.at, bytes);
+    segment.at += bytes.length;
+    if (blob.source) this.#reusedBytes += bytes.length;
+    else this.#fetchedBytes += bytes.length;
+  }
+
+  async #write(blob: BlobState, position: number, chunks: Buffer[]): Promise<void> {
+    this.#observe(this);
+    const sizeBytes = sumOf(chunks, ({ length }) => length);
+    await this.#sink.write(blob, position, chunks);
+    blob.markWritten(position, sizeBytes);
+    if (blob.unrecordedBytes >= TUNING.journalBytes) this.#journal?.record(blob);
+  }
+
+  /** All bytes of a blob were written: are they the right ones? */
+  async #finishBlob(blob: BlobState): Promise<void> {
+    if (await this.#isVerified(blob)) {
+      blob.markDone();
+      this.#observe(this, blob);
+      return;
+    }
+    this.#judgeWrongBytes(blob);
+    this.#schedule.add(blob);
+  }
+
+  async #isVerified(blob: BlobState): Promise<boolean> {
+    if (!this.#sink.readBack) return true;
+    // What came out of order is not hashed yet.
+    for await (const piece of this.#sink.readBack(blob, blob.hashedTo))
+      blob.hashInOrder(blob.hashedTo, piece);
+    if (!blob.verify()) return false;
+
+    await this.#sink.seal?.(blob);
+    this.#journal?.record(blob);
+    return true;
+  }
+
+  /** Another source is asked, and the registry once more, with a warning; then it is an error. */
+  #judgeWrongBytes(blob: BlobState): void {
+    const { descriptor, registry } = blob;
+    const { liar, isLast } = blob.restart();
+    if (liar === "source") return;
+
+    const words = `${descriptor.digest}: the bytes have another digest`;
+    if (isLast) {
+      this.#journal?.record(blob); // nothing of it is worth keeping
+      fail("DIGEST_MISMATCH", `${words}, twice, from ${registry.origin}`);
+    }
+    this.#session.warn(`${words}; fetching the blob once more`);
   }
 }
+
+// ------ Destinations ------
+// A tar and a folder keep what has come under another name until all is right; a stream cannot take back what is sent,
+// and lacks its trailer until then.
+
+type Destination =
+  | Readonly<{ kind: "stream"; output: NodeJS.WritableStream }>
+  | Readonly<{ kind: "layout"; folder: string }>
+  | Readonly<{ kind: "tar"; file: string }>;
+
+type PullJob = Readonly<{ session: Session; plan: Plan; tars: Tars; observe: Observer }>;
+
+/** Where a link leads to a file that is not there yet: it is made there, and the link stays. */
+async function resolveLink(file: string): Promise<string> {
+  const link = await fs.readlink(file).catch(() => undefined);
+  return link === undefined ? file : path.resolve(await fs.realpath(path.dirname(file)), link);
+}
+
+/** DEST, before anything is asked: an existing directory or a path that ends in "/" is an OCI layout. */
+async function parseDestination(destination: string | NodeJS.WritableStream): Promise<Destination> {
+  if (typeof destination !== "string") return { kind: "stream", output: destination };
+  const doing = `cannot write ${destination}`;
+  const stats = await fs.stat(destination).catch(() => undefined);
+  if (/[\\/]$/.test(destination) || stats?.isDirectory())
+    return { kind: "layout", folder: destination };
+  if (stats?.isFile() === false)
+    fail("DISK", `${doing}: it is there, and not a file (- is stdout)`);
+
+  const folder = path.dirname(destination);
+  const checking = fs.access(`${folder}/.`, fs.constants.W_OK);
+  await onDisk(`${doing}: the directory ${folder}`, checking);
+  const file = fs.realpath(destination).catch(() => resolveLink(destination));
+  return { kind: "tar", file: await onDisk(doing, file) };
+}
+
+/** A plan's bytes into DEST. */
+function pullInto(destination: Destination, job: PullJob): Promise<Transfer> {
+  if (destination.kind === "stream") return pullToStream(job, destination.output);
+  if (destination.kind === "layout") return pullToLayout(job, destination.folder);
+  return pullToTar(job, destination.file);
+}
+
+const openForUpdate = (file: string, mode = 0o666) =>
+  fs.open(file, fs.constants.O_RDWR | fs.constants.O_CREAT, mode);
+
+/** Writes all, however often that takes. */
+async function writeAll(
+  handle: fs.FileHandle,
+  chunks: readonly Buffer[],
+  position: number,
+): Promise<void> {
+  const { bytesWritten } = await handle.writev(chunks, position);
+  if (bytesWritten === sumOf(chunks, ({ length }) => length)) return;
+  const rest = Buffer.concat(chunks).subarray(bytesWritten);
+  await writeAll(handle, [rest], position + bytesWritten);
+}
+
 /** Sync where the file system and Node's permission model let us; what they refuse is no reason to fail. */
 async function syncQuietly(handle: fs.FileHandle): Promise<void> {
   await handle.sync().catch((error: unknown) => {
@@ -2826,72 +3190,153 @@ async function syncQuietly(handle: fs.FileHandle): Promise<void> {
       throw error;
   });
 }
+
 async function syncFolder(folder: string): Promise<void> {
   const handle = await fs.open(folder, "r").catch(() => undefined); // Windows has no handle for a folder
   if (handle) await syncQuietly(handle).finally(() => handle.close());
 }
+
 async function checkFreeSpace(dest: string, folder: string, neededBytes: number): Promise<void> {
   const { bavail, bsize } = await fs.statfs(folder).catch(() => ({ bavail: NEVER, bsize: 1 }));
-  const words = `${formatBytes(neededBytes)} are needed and ${folder} has ${formatBytes(bavail * bsize)} free`;
-  if (neededBytes > bavail * bsize)
-    fail("DISK", `cannot write ${dest}: the disk is full, ${words}`);
+  const freeBytes = bavail * bsize;
+  if (neededBytes <= freeBytes) return;
+  const words = `${formatBytes(neededBytes)} are needed and ${folder} has ${formatBytes(freeBytes)} free`;
+  fail("DISK", `cannot write ${dest}: the disk is full, ${words}`);
 }
+
+/** Syncs in the background, so that the disk works while the line does and little is left for the end. One after the
+ *  other: an error of the disk is told to one sync only, and may not be lost. */
+class BackgroundSync {
+  #unsyncedBytes = 0;
+  #syncing: Promise<void> = Promise.resolve();
+
+  async written(handle: fs.FileHandle, sizeBytes: number): Promise<void> {
+    this.#unsyncedBytes += sizeBytes;
+    if (this.#unsyncedBytes < TUNING.syncBytes) return;
+    this.#unsyncedBytes = 0;
+    const before = this.#syncing;
+    this.#syncing = before.then(() => syncQuietly(handle));
+    this.#syncing.catch(ignore); // it is awaited by the next, or at the end
+    await before;
+  }
+
+  end(): Promise<void> {
+    return this.#syncing;
+  }
+}
+
+/** The file in which a blob has its place. */
+type OpenPlace = (blob: BlobState) => Promise<fs.FileHandle>;
+
+/** Bytes into files in any order: each blob at its offset of the file that `open` gives for it. */
+function fileSink(open: OpenPlace, seal?: (blob: BlobState) => Promise<void>): Sink {
+  const sync = new BackgroundSync();
+  return {
+    isInOrder: false,
+    write: async (blob, position, chunks) => {
+      const handle = await open(blob);
+      await writeAll(handle, chunks, blob.offset + position);
+      const sizeBytes = sumOf(chunks, ({ length }) => length);
+      await sync.written(handle, sizeBytes);
+    },
+    readBack: async function* (blob, from) {
+      const { offset, descriptor } = blob;
+      yield* readPlace(await open(blob), offset + from, offset + descriptor.size);
+    },
+    seal: async (blob) => seal?.(blob),
+    end: () => sync.end(),
+  };
+}
+
+type Filling = Omit<TransferOptions, "sink"> &
+  Readonly<{
+    journal: Journal;
+    open: OpenPlace;
+    seal?: (blob: BlobState) => Promise<void>;
+  }>;
+
+/** Brings every blob's bytes to its place: what the journal says is there stays, the rest comes. */
+async function fillPlaces(filling: Filling): Promise<Transfer> {
+  const { blobs, journal, open, seal, ...rest } = filling;
+  for (const blob of blobs) await resumeBlob(blob, journal, open);
+
+  const transfer = new Transfer({ ...rest, blobs, journal, sink: fileSink(open, seal) });
+  try {
+    await transfer.run();
+    return transfer;
+  } finally {
+    for (const blob of blobs) if (blob.unrecordedBytes > 0) journal.record(blob);
+  }
+}
+
+async function resumeBlob(blob: BlobState, journal: Journal, open: OpenPlace): Promise<void> {
+  const { digest, size } = blob.descriptor;
+  const ranges = journal.rangesOf(digest);
+  if (ranges.length === 0) return;
+  const { size: fileBytes } = await (await open(blob)).stat();
+  const placeEnd = fileBytes - blob.offset; // a place that has gone holds nothing
+  blob.resume(ranges.filter(([, to]) => to <= size && to <= placeEnd));
+}
+
+/** The tars from which a pull to `dest` can copy: what another plan left (the tag has moved on), and DEST itself. */
+async function openAtHand(files: readonly string[]): Promise<OpenTar[]> {
+  const tars = await Promise.all(files.map((file) => openTar(file).catch(() => undefined)));
+  return tars.filter((tar) => tar !== undefined);
+}
+
+/** All but the blobs, which come later. */
+async function writeFrame(handle: fs.FileHandle, plan: Plan): Promise<void> {
+  for (const { lead, bytes, offset } of plan.entries)
+    await writeAll(handle, bytes ? [lead, bytes] : [lead], offset - lead.length);
+  await writeAll(handle, [plan.trailer], plan.sizeBytes - plan.trailer.length);
+  await handle.truncate(plan.sizeBytes);
+}
+
 /** The plan into `dest` by way of `dest`.partial. */
-async function pullToTar(
-  session: Session,
-  plan: Plan,
-  dest: string,
-  reuse: Tars,
-  observe: Observer,
-) {
+async function pullToTar(job: PullJob, dest: string): Promise<Transfer> {
+  const { session, plan, tars, observe } = job;
+  const folder = path.dirname(dest);
   const partial = `${dest}.partial`;
-  const [journal, old] = [`${partial}.journal`, `${partial}.old`];
+  const journalFile = `${partial}.journal`;
+  const old = `${partial}.old`;
   const unlock = await acquireLock(`${partial}.lock`, dest);
   const opened: fs.FileHandle[] = [];
   let leftovers: string[] = [];
   try {
-    const held = await fs.stat(partial).catch(() => undefined);
+    const before = await fs.stat(partial).catch(() => undefined);
     const isOurs =
-      (await readOptional(journal))?.split("\n")[0] === plan.id && held?.size === plan.sizeBytes;
-    await checkFreeSpace(
-      dest,
-      path.dirname(dest),
-      plan.sizeBytes - (isOurs ? held.blocks * BLOCK : 0),
-    );
-    leftovers = isOurs ? [] : [partial, journal];
-    // A partial of another plan (the tag has moved on) is not at our offsets, but its blobs can be copied.
-    if (!isOurs) await fs.rename(partial, old).catch(() => undefined);
-    if (!isOurs) await fs.rm(journal, { force: true });
-    const found = await Promise.all(
-      [old, dest].map((file) => openTar(file).catch(() => undefined)),
-    );
-    const atHand = found.filter((tar) => tar !== undefined);
+      before?.size === plan.sizeBytes && (await Journal.belongsTo(journalFile, plan.id));
+    const reservedBytes = isOurs ? before.blocks * BLOCK : 0;
+    await checkFreeSpace(dest, folder, plan.sizeBytes - reservedBytes);
+
+    // A partial of another plan is not at our offsets, but its blobs can be copied.
+    if (!isOurs) {
+      leftovers = [partial, journalFile];
+      await fs.rename(partial, old).catch(ignore);
+      await fs.rm(journalFile, { force: true });
+    }
+    const atHand = await openAtHand([old, dest]);
+    opened.push(...atHand.map((tar) => tar.handle));
     const { mode = 0o666 } = (await fs.stat(dest).catch(() => undefined)) ?? {};
     const handle = await openForUpdate(partial, (mode & 0o777) | 0o600); // what was private stays so
-    opened.push(handle, ...atHand.map((tar) => tar.handle));
-    for (const { lead, bytes, offset } of plan.entries) {
-      await writeAll(handle, [lead, bytes ?? Buffer.alloc(0)], offset - lead.length);
-    }
-    await writeAll(handle, [plan.trailer], plan.sizeBytes - plan.trailer.length);
-    await handle.truncate(plan.sizeBytes);
-    const jobs = newJobs(plan, [...reuse, ...atHand]);
+    opened.push(handle);
+    await writeFrame(handle, plan);
+
+    const blobs = blobsOf(plan, [...tars, ...atHand]);
+    const open = async () => handle;
     try {
-      const transfer = await fillPlaces(
-        session,
-        jobs,
-        { journal, id: plan.id, open: async () => handle },
-        observe,
-      );
+      const journal = await Journal.open(journalFile, plan.id);
+      const transfer = await fillPlaces({ session, blobs, observe, journal, open });
       await syncQuietly(handle);
       await fs.rename(partial, dest);
-      leftovers = [journal, old];
-      await syncFolder(path.dirname(dest));
+      leftovers = [journalFile, old];
+      await syncFolder(folder);
       return transfer;
     } catch (error) {
-      const kept = sumOf(jobs, ({ written }) => lengthOf(written));
-      leftovers = kept > 0 ? [] : [partial, journal];
-      if (kept > 0)
-        session.warn(`${partial} keeps ${formatBytes(kept)}: the same command goes on from there`);
+      const keptBytes = sumOf(blobs, ({ inPlace }) => lengthOf(inPlace));
+      leftovers = keptBytes > 0 ? [] : [partial, journalFile];
+      const words = `${partial} keeps ${formatBytes(keptBytes)}: the same command goes on from there`;
+      if (keptBytes > 0) session.warn(words);
       throw error;
     }
   } finally {
@@ -2900,156 +3345,216 @@ async function pullToTar(
     await unlock();
   }
 }
-/** Each blob as a file of its own under `folder`; those that are there already are verified and kept. */
-async function pullToFolder(
-  session: Session,
-  jobs: BlobJob[],
-  folder: string,
-  name: typeof hexOf,
-  observe: Observer,
-  seal?: () => Promise<void>,
-) {
-  const base = path.join(folder, ".imgpull.partial");
-  const journal = `${base}.journal`;
-  const unlock = await acquireLock(`${base}.lock`, folder);
-  const handles = new Map<BlobJob, Promise<fs.FileHandle>>();
-  const fileOf = ({ descriptor }: BlobJob) => path.join(folder, name(descriptor.digest));
-  const open = (job: BlobJob) => {
-    const handle = handles.get(job) ?? openForUpdate(`${fileOf(job)}.partial`);
-    handles.set(job, handle);
+
+/** The files of blobs, each of its own: `FILE.partial` until it is verified. */
+class BlobFiles {
+  readonly #nameOf: (blob: BlobState) => string;
+  readonly #handles = new Map<BlobState, Promise<fs.FileHandle>>();
+
+  constructor(nameOf: (blob: BlobState) => string) {
+    this.#nameOf = nameOf;
+  }
+
+  open = (blob: BlobState): Promise<fs.FileHandle> => {
+    const handle = this.#handles.get(blob) ?? openForUpdate(`${this.#nameOf(blob)}.partial`);
+    this.#handles.set(blob, handle);
     return handle;
   };
-  const finish = async (job: BlobJob) => {
-    const handle = await open(job);
-    await handle.truncate(job.descriptor.size);
+
+  seal = async (blob: BlobState): Promise<void> => {
+    const handle = await this.open(blob);
+    await handle.truncate(blob.descriptor.size);
     await syncQuietly(handle);
-    handles.delete(job);
+    this.#handles.delete(blob);
     await handle.close();
-    await fs.rename(`${fileOf(job)}.partial`, fileOf(job));
+    await fs.rename(`${this.#nameOf(blob)}.partial`, this.#nameOf(blob));
   };
-  const missing: BlobJob[] = [];
-  try {
-    for (const job of jobs) {
-      const handle = await fs.open(fileOf(job), "r").catch(() => undefined);
-      const hasSize = (await handle?.stat())?.size === job.descriptor.size;
-      if (!handle || !hasSize || !(await isIntact({ handle, offset: 0 }, job.descriptor)))
-        missing.push(job);
-      await handle?.close();
+
+  /** Whether its file is there already, and right. */
+  async has(blob: BlobState): Promise<boolean> {
+    const handle = await fs.open(this.#nameOf(blob), "r").catch(() => undefined);
+    if (!handle) return false;
+    try {
+      const { size } = await handle.stat();
+      return (
+        size === blob.descriptor.size && (await isIntact({ handle, offset: 0 }, blob.descriptor))
+      );
+    } finally {
+      await handle.close();
     }
+  }
+
+  async close(): Promise<void> {
+    for (const handle of await Promise.allSettled(this.#handles.values()))
+      if (handle.status === "fulfilled") await handle.value.close();
+  }
+}
+
+type FolderJob = Readonly<{
+  session: Session;
+  blobs: readonly BlobState[];
+  folder: string;
+  /** A blob's file, under the folder. */
+  nameOf: (digest: string) => string;
+  observe: Observer;
+  /** All blobs are there, and the lock is still held. */
+  seal?: () => Promise<void>;
+}>;
+
+/** Each blob as a file of its own under `folder`; those that are there already are verified and kept. */
+async function pullToFolder(job: FolderJob): Promise<Transfer> {
+  const { session, blobs, folder, nameOf, observe } = job;
+  const base = path.join(folder, ".imgpull.partial");
+  const journalFile = `${base}.journal`;
+  const unlock = await acquireLock(`${base}.lock`, folder);
+  const files = new BlobFiles(({ descriptor }) => path.join(folder, nameOf(descriptor.digest)));
+  try {
+    const missing: BlobState[] = [];
+    for (const blob of blobs) if (!(await files.has(blob))) missing.push(blob);
     await checkFreeSpace(folder, folder, sizeOf(missing));
-    const transfer = await fillPlaces(
-      session,
-      missing,
-      { journal, id: "folder", open, finish },
-      observe,
-    );
-    transfer.reusedBytes += sizeOf(jobs) - transfer.totalBytes;
-    await seal?.();
-    await fs.rm(journal, { force: true });
+
+    const journal = await Journal.open(journalFile, "folder");
+    const { open, seal } = files;
+    const keptBytes = sizeOf(blobs) - sizeOf(missing);
+    const filling = { session, blobs: missing, keptBytes, observe, journal, open, seal };
+    const transfer = await fillPlaces(filling);
+    await job.seal?.();
+    await fs.rm(journalFile, { force: true });
     return transfer;
   } finally {
-    const opened = await Promise.allSettled(handles.values());
-    for (const handle of opened) if (handle.status === "fulfilled") await handle.value.close();
+    await files.close();
     await unlock();
   }
 }
+
+/** The index of a layout with our images in it, beside what it named before under other names. */
+function mergeIndex(
+  before: Record<string, unknown>,
+  ours: { manifests: Descriptor[] },
+): Record<string, unknown> {
+  const nameOf = ({ annotations }: Descriptor) => annotations?.[NAME_KEYS[1]];
+  const names = new Set(ours.manifests.map(nameOf));
+  const listed = Array.isArray(before.manifests) ? (before.manifests as Descriptor[]) : [];
+  const others = listed.filter((entry) => !names.has(nameOf(entry)));
+  return { ...before, ...ours, manifests: [...others, ...ours.manifests] };
+}
+
+async function readLayoutIndex(folder: string): Promise<Record<string, unknown>> {
+  const index = parseJson((await readOptional(path.join(folder, "index.json"))) ?? "{}");
+  if (isRecord(index)) return index;
+  return fail("DISK", `${folder} holds an index.json that is not a JSON object`);
+}
+
 /** An OCI image layout: blobs first, then the index that names them, in one step and beside what it named before. */
-async function pullToLayout(
-  session: Session,
-  plan: Plan,
-  folder: string,
-  tars: Tars,
-  observe: Observer,
-) {
+async function pullToLayout(job: PullJob, folder: string): Promise<Transfer> {
+  const { session, plan, tars, observe } = job;
   const files = new Map(plan.entries.map(({ name, bytes }) => [name, bytes]));
   for (const name of files.keys())
     await fs.mkdir(path.dirname(path.join(folder, name)), { recursive: true });
-  const readIndex = async () => {
-    const old = parseJson((await readOptional(path.join(folder, "index.json"))) ?? "{}");
-    return isRecord(old)
-      ? old
-      : fail("DISK", `${folder} holds an index.json that is not a JSON object`);
-  };
-  await readIndex();
-  return pullToFolder(session, newJobs(plan, tars, true), folder, blobPath, observe, async () => {
-    const old = await readIndex(); // again, under the lock: another run may have added to it
+  await readLayoutIndex(folder); // one that we cannot add to is told before anything is fetched
+
+  const seal = async () => {
+    const before = await readLayoutIndex(folder); // under the lock: another run may have added to it
     const ours = parseJson(files.get("index.json") ?? "") as { manifests: Descriptor[] };
-    const nameOf = ({ annotations }: Descriptor) => annotations?.[NAME_KEYS[1]];
-    const isOurs = (entry: Descriptor) =>
-      ours.manifests.some((other) => nameOf(other) === nameOf(entry));
-    const before = Array.isArray(old.manifests) ? (old.manifests as Descriptor[]) : [];
-    const manifests = [...before.filter((entry) => !isOurs(entry)), ...ours.manifests];
     for (const name of ["manifest.json", "index.json"]) files.delete(name);
-    files.set("index.json", encodeJson({ ...old, ...ours, manifests })); // last of all
+    files.set("index.json", encodeJson(mergeIndex(before, ours))); // last of all
     for (const [name, bytes] of files) {
+      if (!bytes) continue;
       const file = path.join(folder, name);
-      if (bytes) await fs.writeFile(`${file}.partial`, bytes, { flush: true } as object);
-      if (bytes) await fs.rename(`${file}.partial`, file);
+      await fs.writeFile(`${file}.partial`, bytes, { flush: true } as object);
+      await fs.rename(`${file}.partial`, file);
     }
     await syncFolder(folder);
-  });
+  };
+
+  const blobs = blobsOf(plan, tars, true);
+  return pullToFolder({ session, blobs, folder, nameOf: blobPath, observe, seal });
 }
-/** The plan in order onto a stream. What comes early waits in a window; the trailer follows only if all was right. */
-async function pullToStream(
-  outer: Session,
+
+/** What came before its turn, up to a bound: bytes are put in at any place of the tar and taken out in order. */
+class ReadAhead {
+  readonly #early = new Map<number, Buffer>(); // by place in the tar
+  readonly #change = new Change();
+  #cursor = 0;
+
+  /** Waits while the place is too far ahead of the reader. */
+  async put(place: number, bytes: Buffer, signal: AbortSignal): Promise<void> {
+    const isNear = () => place < this.#cursor + TUNING.streamWindowBytes;
+    await this.#change.until(isNear, signal);
+    this.#early.set(place, bytes);
+    this.#change.announce();
+  }
+
+  /** Waits for what comes at a place; whatever was before it is behind the reader. */
+  async take(place: number, signal: AbortSignal): Promise<Buffer> {
+    this.moveTo(place);
+    await this.#change.until(() => this.#early.has(place), signal);
+    const bytes = this.#early.get(place) as Buffer;
+    this.#early.delete(place);
+    return bytes;
+  }
+
+  moveTo(place: number): void {
+    this.#cursor = place;
+    this.#change.announce();
+  }
+}
+
+/** What is sent cannot be taken back: a tar at hand is hashed before a byte of it is used. */
+async function dropLyingSources(blobs: readonly BlobState[]): Promise<void> {
+  for (const blob of blobs)
+    while (blob.source && !(await isIntact(blob.source, blob.descriptor))) blob.dropSource();
+}
+
+/** The tar in order; the bytes of blobs are verified as they go by. */
+async function* tarInOrder(
   plan: Plan,
-  output: NodeJS.WritableStream,
-  tars: Tars,
-  observe: Observer,
-) {
-  const early = new Map<number, Buffer>(); // by offset in the tar
-  const bell = new EventEmitter().setMaxListeners(0);
-  const wake = () => bell.emit("change");
-  const until = async (isReady: () => boolean) => {
-    while (!isReady()) await once(bell, "change", { signal: session.signal });
-  };
-  let cursor = 0;
-  const sink: Sink = {
-    unitBytes: ({ registry: { acceptsRanges, latencyMs }, origins }) =>
-      acceptsRanges && latencyMs >= TUNING.farLatencyMs && origins.length === 0
-        ? TUNING.streamUnitBytes
-        : NEVER,
-    write: async ({ offset }, position, chunks) => {
-      await until(() => offset + position < cursor + TUNING.streamWindowBytes);
-      early.set(offset + position, Buffer.concat(chunks));
-      wake();
-    },
-    blobDone: async () => true,
-  };
-  const transfer = newTransfer(outer, newJobs(plan, tars), sink, observe);
-  const { session, jobs, stop } = transfer;
-  async function* inOrder() {
-    for (const { lead, bytes, offset, sizeBytes } of plan.entries) {
-      yield lead;
-      if (bytes) yield bytes;
-      const job = jobs.find((each) => each.offset === offset);
-      cursor = job ? offset : offset + sizeBytes;
-      wake();
-      while (cursor < offset + sizeBytes) {
-        await until(() => early.has(cursor));
-        const batch = early.get(cursor) as Buffer;
-        early.delete(cursor);
-        if (job) hashInOrder(job, cursor - offset, batch);
-        yield batch;
-        cursor += batch.length;
-        wake();
-      }
-      if (job && !isRight(job))
-        fail("DIGEST_MISMATCH", `${job.descriptor.digest}: the bytes have another digest`);
+  { blobs, signal }: Transfer,
+  readAhead: ReadAhead,
+): AsyncGenerator<Buffer> {
+  const byOffset = new Map(blobs.map((blob) => [blob.offset, blob]));
+  for (const { lead, bytes, offset, sizeBytes } of plan.entries) {
+    yield lead;
+    if (bytes) yield bytes;
+    const blob = bytes ? undefined : byOffset.get(offset);
+    if (!blob) continue;
+
+    for (let place = offset; place < offset + sizeBytes; ) {
+      const batch = await readAhead.take(place, signal);
+      blob.hashInOrder(place - offset, batch);
+      yield batch;
+      place += batch.length;
+      readAhead.moveTo(place);
     }
-    yield plan.trailer;
+    if (!blob.verify())
+      fail("DIGEST_MISMATCH", `${blob.descriptor.digest}: the bytes have another digest`);
   }
-  // What is sent cannot be taken back: a tar at hand is hashed before a byte of it is used.
-  for (const { origins, descriptor } of jobs) {
-    while (origins[0] && !(await isIntact(origins[0], descriptor))) origins.shift();
-  }
-  const source = Readable.from(inOrder(), { objectMode: true, highWaterMark: 1 });
-  const sending = pipeline(source, output, { end: false, signal: session.signal });
+  yield plan.trailer;
+}
+
+/** The plan in order onto a stream. The trailer follows only if all was right. */
+async function pullToStream(job: PullJob, output: NodeJS.WritableStream): Promise<Transfer> {
+  const { session, plan, tars, observe } = job;
+  const readAhead = new ReadAhead();
+  const sink: Sink = {
+    isInOrder: true,
+    write: ({ offset }, position, chunks) =>
+      readAhead.put(offset + position, Buffer.concat(chunks), transfer.signal),
+  };
+  const blobs = blobsOf(plan, tars);
+  const transfer = new Transfer({ session, blobs, sink, observe });
+  await dropLyingSources(blobs);
+
+  const { signal } = transfer;
+  const pieces = tarInOrder(plan, transfer, readAhead);
+  const source = Readable.from(pieces, { objectMode: true, highWaterMark: 1 });
+  const sending = pipeline(source, output, { end: false, signal });
   const failed = (error: unknown) =>
-    stop(session.signal.aborted ? connectionError(error, "the stream") : error);
-  settled(await Promise.allSettled([fetchBlobs(transfer).catch(failed), sending.catch(failed)]));
+    transfer.stop(signal.aborted ? connectionError(error, "the stream") : error);
+  settled(await Promise.allSettled([transfer.run().catch(failed), sending.catch(failed)]));
   return transfer;
 }
+
 // ====== 13. Puller ======
 // References → resolved images → plan → DEST. All is resolved, and every failure named, before a layer moves.
 type PullRequest = Readonly<{
@@ -3070,32 +3575,20 @@ function warnOfLayers({ warn }: Session, images: readonly ResolvedImage[]): void
       warn(`${name} has foreign layers, which Docker on Linux does not take`);
   }
 }
-/** Where a link leads to a file that is not there yet: it is made there, and the link stays. */
-const behind = (file: string): Promise<string> =>
-  fs.readlink(file).then(
-    async (link) => path.resolve(await fs.realpath(path.dirname(file)), link),
-    () => file,
-  );
 /** The whole job, for the library and the command alike. */
 async function pullImages(session: Session, request: PullRequest, observe: Observer) {
-  const { destination, images: wanted, isAll, since } = request;
-  const doing = `cannot write ${typeof destination === "string" ? destination : "the stream"}`;
-  const stats =
-    typeof destination === "string" ? await fs.stat(destination).catch(() => undefined) : undefined;
-  const isLayout =
-    typeof destination === "string" &&
-    (/[\\/]$/.test(destination) || stats?.isDirectory() === true);
-  if (!isLayout && stats?.isFile() === false)
-    fail("DISK", `${doing}: it is there, and not a file (- is stdout)`);
-  const folder =
-    typeof destination === "string" && !isLayout ? path.dirname(destination) : undefined;
-  if (folder)
-    await onDisk(`${doing}: the directory ${folder}`, fs.access(`${folder}/.`, fs.constants.W_OK));
+  const { images: wanted, isAll, since } = request;
+  const destination = await parseDestination(request.destination);
+  const doing = `cannot write ${typeof request.destination === "string" ? request.destination : "the stream"}`;
   const sources: OpenTar[] = [];
   try {
     for (const file of request.reuse) sources.push(await openTar(file));
     const base = since === undefined ? undefined : await openTar(since);
     const baseStats = await base?.handle.stat().finally(() => base.handle.close());
+    const stats =
+      destination.kind === "tar"
+        ? await fs.stat(destination.file).catch(() => undefined)
+        : undefined;
     const isOneFile =
       stats !== undefined && stats.ino === baseStats?.ino && stats.dev === baseStats.dev;
     if (isOneFile)
@@ -3119,27 +3612,15 @@ async function pullImages(session: Session, request: PullRequest, observe: Obser
           "load that first. docker's containerd store and ctr --no-unpack take this tar without it, in silence",
       );
     }
-    const transfer = await onDisk(
-      doing,
-      typeof destination !== "string"
-        ? pullToStream(session, plan, destination, sources, observe)
-        : isLayout
-          ? pullToLayout(session, plan, destination, sources, observe)
-          : pullToTar(
-              session,
-              plan,
-              await fs.realpath(destination).catch(() => behind(destination)),
-              sources,
-              observe,
-            ),
-    );
+    const job = { session, plan, tars: sources, observe };
+    const transfer = await onDisk(doing, pullInto(destination, job));
     const results = images.map(
       ({ name, top, platform, contents }): PullResult => ({
         name,
         digest: top.digest,
         platform,
         layers: sumOf(contents, ({ manifest }) => manifest.layers.length),
-        sizeBytes: isLayout ? plan.blobBytes : plan.sizeBytes,
+        sizeBytes: destination.kind === "layout" ? plan.blobBytes : plan.sizeBytes,
         fetchedBytes: transfer.fetchedBytes,
       }),
     );
@@ -3317,13 +3798,16 @@ class Puller {
     );
     await withSession(this.#opts, async (session) => {
       const registry = registryOf(session, this.#reference);
-      const jobs = [...blobs.values()].map((descriptor) => newJob(descriptor, registry, 0, []));
       const report = progressReporter(this.#opts.onProgress);
+      const job = {
+        session,
+        blobs: [...blobs.values()].map((descriptor) => new BlobState(descriptor, registry)),
+        folder: dir,
+        nameOf: hexOf,
+        observe: report,
+      };
       await onDisk(`cannot write ${dir}`, fs.mkdir(dir, { recursive: true }));
-      const transfer = await onDisk(
-        `cannot write ${dir}`,
-        pullToFolder(session, jobs, dir, hexOf, report),
-      );
+      const transfer = await onDisk(`cannot write ${dir}`, pullToFolder(job));
       report(transfer, undefined, "finish");
     });
   }
@@ -3336,20 +3820,20 @@ function progressReporter(onProgress: PullerOpts["onProgress"]) {
   let highest = 0;
   onProgress?.({ phase: "resolve", doneBytes: 0, totalBytes: 0, blobsDone: 0, blobsTotal: 0 });
   return (
-    { jobs, totalBytes }: Transfer,
-    _finished?: BlobJob,
+    { blobs, totalBytes }: Transfer,
+    _finished?: BlobState,
     phase: Progress["phase"] = "fetch",
   ): void => {
     highest = Math.max(
       highest,
       Math.min(
         totalBytes,
-        sumOf(jobs, (job) => job.doneBytes),
+        sumOf(blobs, (blob) => blob.doneBytes),
       ),
     );
     const doneBytes = phase === "finish" ? totalBytes : highest;
-    const blobsDone = jobs.filter((job) => job.isDone).length;
-    onProgress?.({ phase, doneBytes, totalBytes, blobsDone, blobsTotal: jobs.length });
+    const blobsDone = blobs.filter((blob) => blob.isDone).length;
+    onProgress?.({ phase, doneBytes, totalBytes, blobsDone, blobsTotal: blobs.length });
   };
 }
 
@@ -3946,15 +4430,15 @@ function showProgress({ stderr, env }: CommandIO, isQuiet: boolean) {
     if (drawnLines > 0) stderr.write(`\u001b[${drawnLines}A\r\u001b[J`); // up, to the line's start, erase below
     drawnLines = 0;
   };
-  const total = ({ jobs, totalBytes, fetchedBytes }: Transfer) => {
-    const doneBytes = sumOf(jobs, (job) => job.doneBytes);
+  const total = ({ blobs, totalBytes, fetchedBytes }: Transfer) => {
+    const doneBytes = sumOf(blobs, (blob) => blob.doneBytes);
     if (samples.push([performance.now(), fetchedBytes]) > 50) samples.shift(); // five seconds, on a terminal
     const [[sinceMs, sinceBytes]] = samples as [[number, number]];
     const rate = ((fetchedBytes - sinceBytes) * 1000) / Math.max(1, performance.now() - sinceMs);
     const left = rate > 0 ? `, ${Math.ceil((totalBytes - doneBytes) / rate)} s left` : "";
     return `${formatBytes(doneBytes)} of ${formatBytes(totalBytes)}, ${formatBytes(rate)}/s${left}`;
   };
-  const bar = ({ descriptor: { digest, size }, doneBytes }: BlobJob, width: number) => {
+  const bar = ({ descriptor: { digest, size }, doneBytes }: BlobState, width: number) => {
     const sizes = [doneBytes, size].map((bytes) => formatBytes(bytes).padStart(7)).join(" of ");
     const label = `${hexOf(digest).slice(0, 12)} ${sizes} `;
     const room = Math.min(30, width - label.length - 2);
@@ -3965,9 +4449,7 @@ function showProgress({ stderr, env }: CommandIO, isQuiet: boolean) {
     if (!latest) return;
     if (!isLive) return void stderr.write(`imgpull: ${total(latest)}\n`);
     const width = Math.max(20, (stderr.columns ?? 80) - 1);
-    const moving = [...new Set([...latest.active].map(({ job }) => job))].sort(
-      (a, b) => a.offset - b.offset,
-    );
+    const moving = [...latest.activeBlobs].sort((a, b) => a.offset - b.offset);
     const most = Math.max(0, Math.min(12, (stderr.rows ?? 24) - 2)); // a taller block would fill the scrollback
     const bars = moving.slice(0, most).map((job) => `${dim(bar(job, width).slice(0, width))}\n`);
     clear();
@@ -3977,7 +4459,7 @@ function showProgress({ stderr, env }: CommandIO, isQuiet: boolean) {
   const timer = isQuiet ? undefined : setInterval(draw, isLive ? 100 : 10_000).unref();
   return {
     seconds,
-    observe: (transfer: Transfer, finished?: BlobJob) => {
+    observe: (transfer: Transfer, finished?: BlobState) => {
       if (!latest) samples.push([performance.now(), transfer.fetchedBytes]);
       latest = transfer;
       const { digest = "", size = 0 } = finished?.descriptor ?? {};

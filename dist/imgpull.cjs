@@ -1105,8 +1105,8 @@ function missingWords({ words }, { host, repository }, kind, name) {
   return isDigest(name) ? `${kind}: ${name}` : `tag: ${place}:${name}`;
 }
 function digestByName(bytes, header) {
-  const isRight2 = isDigest(header) && header === digestOf(bytes, header);
-  return isRight2 ? header : digestOf(bytes);
+  const isRight = isDigest(header) && header === digestOf(bytes, header);
+  return isRight ? header : digestOf(bytes);
 }
 function registryOf(session, reference) {
   const key = `${reference.host}/${reference.repository}`;
@@ -1595,296 +1595,6 @@ async function openTar(file, signal) {
     throw error;
   }
 }
-var lengthOf = (ranges) => sumOf(ranges, ([from, to]) => to - from);
-function addRange(ranges, [from, to]) {
-  const isApart = ([start, end]) => end < from || start > to;
-  const edges = [from, to, ...ranges.filter((range) => !isApart(range)).flat()];
-  const merged = [Math.min(...edges), Math.max(...edges)];
-  return [...ranges.filter(isApart), merged].sort((left, right) => left[0] - right[0]);
-}
-function missingRanges(ranges, sizeBytes) {
-  const edges = [0, ...ranges.flat(), sizeBytes];
-  const gaps = edges.map((from, at) => [from, edges[at + 1] ?? 0]).filter((_, at) => at % 2 === 0);
-  return gaps.filter(([from, to]) => from < to);
-}
-var untouched = (digest) => ({
-  hash: newHash(digest),
-  hashedTo: 0,
-  written: [],
-  unrecordedBytes: 0,
-  doneBytes: 0,
-  openSegments: 0
-});
-function newJob(descriptor, registry, offset, tars) {
-  const origins = tars.flatMap(({ handle, blobs }) => {
-    const entry = blobs.get(descriptor.digest);
-    return entry?.sizeBytes === descriptor.size ? [{ handle, offset: entry.offset }] : [];
-  });
-  const freshStarts = 1;
-  return {
-    descriptor,
-    registry,
-    offset,
-    origins,
-    freshStarts,
-    isDone: false,
-    ...untouched(descriptor.digest)
-  };
-}
-var newJobs = ({ entries }, tars, isOwnFile = false) => entries.flatMap(
-  ({ blob, offset }) => blob ? [newJob(blob.descriptor, blob.registry, isOwnFile ? 0 : offset, tars)] : []
-);
-var startAfresh = (job) => Object.assign(job, untouched(job.descriptor.digest));
-var isRight = ({ hash, descriptor }) => hash.digest("hex") === hexOf(descriptor.digest);
-var sizeOf = (jobs) => sumOf(jobs, ({ descriptor }) => descriptor.size);
-function newSegment(job, at, to, isTakeover = false) {
-  job.openSegments += 1;
-  return { job, at, to, isTakeover };
-}
-function newTransfer(outer, jobs, sink, observe) {
-  const stopping = new AbortController();
-  const session = { ...outer, signal: anySignal(outer.signal, stopping.signal) };
-  const stop = (error) => {
-    stopping.abort();
-    throw error;
-  };
-  const [pending, active] = [[], /* @__PURE__ */ new Set()];
-  const counters = {
-    connections: outer.settings.concurrency,
-    fetchedBytes: 0,
-    reusedBytes: 0,
-    resumedBytes: 0
-  };
-  const loopBefore = performance.eventLoopUtilization();
-  return {
-    session,
-    stop,
-    jobs,
-    totalBytes: sizeOf(jobs),
-    sink,
-    observe,
-    pending,
-    active,
-    loopBefore,
-    ...counters
-  };
-}
-var remaining = ({ at, to }) => to - at;
-var longestFirst = (left, right) => remaining(right) - remaining(left);
-function cutInHalf(segment) {
-  const { job, at, to } = segment;
-  segment.to = at + Math.ceil((to - at) / 2);
-  return newSegment(job, segment.to, to, true);
-}
-function longestRange(segments) {
-  const canCut = ({ job: { origins, registry }, at, to }) => origins.length === 0 && registry.acceptsRanges && to - at >= 2 * (registry.latencyMs < TUNING.farLatencyMs ? TUNING.nearSplitBytes : TUNING.splitBytes);
-  return [...segments].filter(canCut).sort(longestFirst)[0];
-}
-function takeOver({ active, sink, loopBefore }) {
-  const victim = sink.unitBytes ? void 0 : longestRange(active);
-  const {
-    active: busyMs,
-    idle: idleMs,
-    utilization
-  } = performance.eventLoopUtilization(loopBefore);
-  return victim && busyMs + idleMs > TUNING.judgeMs && utilization < TUNING.busyLoop ? cutInHalf(victim) : void 0;
-}
-function enqueue({ pending, sink }, job) {
-  const unit = sink.unitBytes?.(job) ?? NEVER;
-  for (const [from, to] of missingRanges(job.written, job.descriptor.size)) {
-    for (let at = from; at < to; at += unit)
-      pending.push(newSegment(job, at, Math.min(to, at + unit)));
-  }
-  if (job.openSegments === 0) pending.push(newSegment(job, 0, 0));
-}
-async function fetchBlobs(transfer) {
-  const {
-    session: { signal },
-    sink,
-    active,
-    jobs,
-    pending,
-    connections,
-    observe
-  } = transfer;
-  let change = new AbortController();
-  observe(transfer);
-  for (const job of jobs) enqueue(transfer, job);
-  if (!sink.unitBytes) {
-    const longest = () => longestRange(pending.filter(({ job }) => job.registry.latencyMs >= TUNING.farLatencyMs));
-    for (let next = longest(); next && pending.length < connections; next = longest())
-      pending.push(cutInHalf(next));
-    pending.sort(longestFirst);
-  }
-  const lane = async () => {
-    while (!signal.aborted && active.size < transfer.connections && pending.length + active.size > 0) {
-      const segment = pending.shift() ?? takeOver(transfer);
-      if (!segment) {
-        await (0, import_promises2.setTimeout)(20, void 0, { signal: change.signal }).catch(() => void 0);
-        continue;
-      }
-      const { job } = segment;
-      active.add(segment);
-      await fetchSegment(transfer, segment);
-      job.openSegments -= 1;
-      if (job.openSegments === 0) {
-        job.isDone = await sink.blobDone(job);
-        if (job.isDone) observe(transfer, job);
-        else enqueue(transfer, startAfresh(job));
-      }
-      active.delete(segment);
-      change.abort();
-      change = new AbortController();
-    }
-  };
-  settled(
-    await Promise.allSettled(
-      Array.from({ length: connections }, () => lane().catch(transfer.stop))
-    )
-  );
-  if (signal.aborted) fail("ABORTED", "stopped");
-  await sink.end?.();
-}
-function fetchSegment(transfer, segment) {
-  let before = segment.at;
-  const gotOn = () => {
-    const isEnough = segment.at - before >= Math.min(TUNING.batchBytes, Math.ceil(segment.job.descriptor.size / 64));
-    before = segment.at;
-    return isEnough;
-  };
-  return withRetries(
-    transfer.session,
-    async () => {
-      while (segment.at < segment.to) {
-        await receive(transfer, segment).catch((error) => {
-          const isCrowded = error instanceof ImgpullError && error.code === "RATE_LIMITED" && segment.isTakeover;
-          if (!isCrowded || !giveBack(transfer, segment)) throw error;
-          transfer.connections = Math.max(1, transfer.active.size - 1);
-        });
-      }
-    },
-    gotOn
-  );
-}
-function giveBack({ active }, segment) {
-  const owner = [...active].find(
-    ({ job, at, to }) => job === segment.job && to === segment.at && at < to
-  );
-  if (owner) [owner.to, segment.to] = [segment.to, segment.at];
-  return owner !== void 0;
-}
-async function openSegment(transfer, segment) {
-  const {
-    job: {
-      descriptor: { size },
-      descriptor,
-      registry,
-      origins: [origin]
-    },
-    at,
-    to
-  } = segment;
-  if (origin) {
-    const stream2 = import_node_stream.Readable.from(readPlace(origin.handle, origin.offset + at, origin.offset + to));
-    return { stream: stream2, doing: "reading a tar at hand", position: at, end: to };
-  }
-  const { body, headers, status, url } = await registry.blob(
-    descriptor,
-    at,
-    to,
-    transfer.session.signal
-  );
-  if (!body) return void 0;
-  const doing = `GET ${redactUrl(url)}`;
-  const refuse = (code, words) => {
-    body.destroy();
-    return fail(code, `${doing}: ${words}`, { status });
-  };
-  let [position, end] = [0, size];
-  if (status === 206) {
-    const contentRange = headers["content-range"] ?? "none";
-    const [, first, last, total] = /^bytes (\d+)-(\d+)\/(\d+|\*)$/.exec(contentRange) ?? [];
-    [position, end] = [Number(first), Number(last) + 1];
-    const isOurs = position === at && end > at && end <= size && (total === "*" || Number(total) === size);
-    if (!isOurs)
-      refuse(
-        "PROTOCOL",
-        `asked for bytes ${at}-${to - 1} of ${size}, got "${printable(contentRange, 80)}"`
-      );
-  } else if (at > 0 || to < size) {
-    registry.acceptsRanges = false;
-    if (giveBack(transfer, segment)) return void body.destroy();
-    const follows = ({ job, at: from }) => job === segment.job && from >= to;
-    const edge = Math.min(...[...transfer.active].filter(follows).map(({ at: from }) => from));
-    for (const next of transfer.pending.filter((each) => follows(each) && each.at < edge)) {
-      [segment.to, next.at] = [Math.max(segment.to, next.to), next.to];
-    }
-  }
-  const stream = decodeBody(body, end - position);
-  const length = Number(headers["content-length"] ?? end - position);
-  if (stream === body && length !== end - position)
-    refuse("SIZE_MISMATCH", `${length} bytes, not ${end - position}`);
-  return { stream, doing, position, end };
-}
-function hashInOrder(job, position, bytes) {
-  const known = job.hashedTo - position;
-  if (known < 0 || known >= bytes.length) return;
-  job.hash.update(bytes.subarray(known));
-  job.hashedTo = position + bytes.length;
-}
-async function receive(transfer, segment) {
-  const {
-    session: { signal },
-    sink
-  } = transfer;
-  const { job } = segment;
-  const opened = await openSegment(transfer, segment);
-  if (!opened) return;
-  const { stream, doing, end } = opened;
-  const counter = job.origins.length > 0 ? "reusedBytes" : "fetchedBytes";
-  let { position } = opened;
-  let [batch, batchBytes, underWay] = [[], 0, 0];
-  let writing = Promise.resolve();
-  const flush = () => {
-    const written = sink.write(job, segment.at - batchBytes, batch).finally(() => {
-      underWay -= 1;
-      stream.resume();
-    });
-    [batch, batchBytes, underWay] = [[], 0, underWay + 1];
-    if (underWay > 1) stream.pause();
-    writing = Promise.all([writing, written]).then(() => void 0);
-    writing.catch(() => stream.destroy());
-    transfer.observe(transfer);
-  };
-  stream.on("data", (chunk) => {
-    const skipped = Math.min(chunk.length, Math.max(0, segment.at - position));
-    const wanted = chunk.subarray(skipped, skipped + remaining(segment));
-    position += chunk.length;
-    if (wanted.length > 0) batch.push(wanted);
-    batchBytes += wanted.length;
-    hashInOrder(job, segment.at, wanted);
-    segment.at += wanted.length;
-    job.doneBytes = Math.min(job.descriptor.size, job.doneBytes + wanted.length);
-    transfer[counter] += wanted.length;
-    if (position > end || segment.at >= segment.to && position < end) stream.destroy();
-    else if (batchBytes >= TUNING.batchBytes) flush();
-  });
-  const cause = await (0, import_promises.finished)(stream, { signal }).then(
-    () => void 0,
-    (error) => error
-  );
-  stream.destroy();
-  if (batchBytes > 0) flush();
-  await writing;
-  if (position > end)
-    fail("SIZE_MISMATCH", `${doing}: more than the ${end} bytes that belong there`);
-  if (segment.at >= segment.to) return;
-  if (signal.aborted) fail("ABORTED", "stopped");
-  if (cause instanceof ImgpullError || cause && job.origins.length > 0) throw cause;
-  if (position < end)
-    fail("NETWORK", `${doing}: the connection ended after ${position} of ${end} bytes`, { cause });
-}
-var openForUpdate = (file, mode = 438) => fs.open(file, fs.constants.O_RDWR | fs.constants.O_CREAT, mode);
 async function isIntact({ handle, offset }, { digest, size }, signal, unpack) {
   const hash = newHash(digest);
   const pieces = import_node_stream.Readable.from(readPlace(handle, offset, offset + size));
@@ -1895,115 +1605,643 @@ async function isIntact({ handle, offset }, { digest, size }, signal, unpack) {
   );
   return hash.read()?.toString("hex") === hexOf(digest);
 }
-async function writeAll(handle, chunks, position) {
-  const { bytesWritten } = await handle.writev(chunks, position);
-  if (bytesWritten === sumOf(chunks, ({ length }) => length)) return bytesWritten;
-  const rest = Buffer.concat(chunks).subarray(bytesWritten);
-  return bytesWritten + await writeAll(handle, [rest], position + bytesWritten);
+var lengthOf = (ranges) => sumOf(ranges, ([from, to]) => to - from);
+function addRange(ranges, [from, to]) {
+  const isApart = ([start, end]) => end < from || start > to;
+  const edges = [from, to, ...ranges.filter((range) => !isApart(range)).flat()];
+  const merged = [Math.min(...edges), Math.max(...edges)];
+  return [...ranges.filter(isApart), merged].sort((left, right) => left[0] - right[0]);
 }
-async function openJournal(file, planId) {
-  const [id, ...lines] = (await readOptional(file) ?? "").split("\n");
-  const held = /* @__PURE__ */ new Map();
-  for (const line of id === planId ? lines : []) {
-    const [, digest = "", text = ""] = /^(\S+) ([\d,-]*);$/.exec(line) ?? [];
-    const ranges = text.split(",").map((range) => range.split("-").map(Number));
-    held.set(digest, ranges.filter(([from, to]) => from < to).reduce(addRange, []));
+function missingRanges(ranges, sizeBytes) {
+  const missing = [];
+  let from = 0;
+  for (const [start, end] of [...ranges, [sizeBytes, sizeBytes]]) {
+    if (start > from) missing.push([from, start]);
+    from = end;
   }
-  if (id !== planId) await fs.writeFile(file, `${planId}
+  return missing;
+}
+function cutRange([from, to], unitBytes) {
+  const pieces = [];
+  for (let at = from; at < to; at += unitBytes) pieces.push([at, Math.min(to, at + unitBytes)]);
+  return pieces;
+}
+var nothingOf = (digest) => ({
+  hash: newHash(digest),
+  hashedTo: 0,
+  inPlace: [],
+  doneBytes: 0,
+  unrecordedBytes: 0
+});
+var BlobState = class {
+  descriptor;
+  registry;
+  /** Where its place begins: in the tar, or 0 in a file of its own. */
+  offset;
+  /** Tars at hand that claim to hold it: the first is read in the registry's stead, and dropped if it lied. */
+  #sources;
+  #restartsLeft = 1;
+  // fetches from the start, after the registry's bytes turned out wrong
+  #isDone = false;
+  #now;
+  constructor(descriptor, registry, offset = 0, tars = []) {
+    this.descriptor = descriptor;
+    this.registry = registry;
+    this.offset = offset;
+    this.#now = nothingOf(descriptor.digest);
+    this.#sources = tars.flatMap(({ handle, blobs }) => {
+      const entry = blobs.get(descriptor.digest);
+      return entry?.sizeBytes === descriptor.size ? [{ handle, offset: entry.offset }] : [];
+    });
+  }
+  get source() {
+    return this.#sources[0];
+  }
+  /** Bytes that have come, whether they are in place yet or not. */
+  get doneBytes() {
+    return this.#now.doneBytes;
+  }
+  get isDone() {
+    return this.#isDone;
+  }
+  get hashedTo() {
+    return this.#now.hashedTo;
+  }
+  get inPlace() {
+    return this.#now.inPlace;
+  }
+  get unrecordedBytes() {
+    return this.#now.unrecordedBytes;
+  }
+  missing() {
+    return missingRanges(this.#now.inPlace, this.descriptor.size);
+  }
+  /** What an earlier run put in place is gone on with. Where the disk lost it, that is not the registry's fault. */
+  resume(ranges) {
+    this.#now.inPlace = ranges;
+    this.#now.doneBytes = lengthOf(ranges);
+    if (this.#now.doneBytes === 0) return;
+    this.#sources.length = 0;
+    this.#restartsLeft += 1;
+  }
+  /** Bytes came. */
+  accept(position, bytes) {
+    this.hashInOrder(position, bytes);
+    this.#now.doneBytes = Math.min(this.descriptor.size, this.#now.doneBytes + bytes.length);
+  }
+  /** Takes bytes into the hash where their turn has come: others are read back later. */
+  hashInOrder(position, bytes) {
+    const known = this.#now.hashedTo - position;
+    if (known < 0 || known >= bytes.length) return;
+    this.#now.hash.update(bytes.subarray(known));
+    this.#now.hashedTo = position + bytes.length;
+  }
+  markWritten(position, sizeBytes) {
+    this.#now.inPlace = addRange(this.#now.inPlace, [position, position + sizeBytes]);
+    this.#now.unrecordedBytes += sizeBytes;
+  }
+  markRecorded() {
+    this.#now.unrecordedBytes = 0;
+  }
+  /** Whether all of it was hashed, and came to its digest. The hash can be asked once. */
+  verify() {
+    const { hash, hashedTo } = this.#now;
+    return hashedTo === this.descriptor.size && hash.digest("hex") === hexOf(this.descriptor.digest);
+  }
+  markDone() {
+    this.#isDone = true;
+  }
+  /** Its bytes were wrong and are forgotten. Says whose they were, and whether it may be fetched once more. */
+  restart() {
+    this.#now = nothingOf(this.descriptor.digest);
+    if (this.#sources.shift()) return { liar: "source", isLast: false };
+    this.#restartsLeft -= 1;
+    return { liar: "registry", isLast: this.#restartsLeft < 0 };
+  }
+  /** The tar at hand does not hold it after all. */
+  dropSource() {
+    this.#sources.shift();
+  }
+};
+var sizeOf = (blobs) => sumOf(blobs, ({ descriptor }) => descriptor.size);
+var blobsOf = ({ entries }, tars, isOwnFile = false) => entries.flatMap(
+  ({ blob, offset }) => blob ? [new BlobState(blob.descriptor, blob.registry, isOwnFile ? 0 : offset, tars)] : []
+);
+var Segment = class {
+  blob;
+  isTakeover;
+  at;
+  to;
+  constructor(blob, [at, to], isTakeover = false) {
+    this.blob = blob;
+    this.at = at;
+    this.to = to;
+    this.isTakeover = isTakeover;
+  }
+  get remainingBytes() {
+    return this.to - this.at;
+  }
+  get isComplete() {
+    return this.at >= this.to;
+  }
+};
+var longestFirst = (left, right) => right.remainingBytes - left.remainingBytes;
+var isFar = ({ registry }) => registry.latencyMs >= TUNING.farLatencyMs;
+var canSplit = ({ registry, source }) => registry.acceptsRanges && source === void 0;
+function longestRange(segments) {
+  const isWorthIt = ({ blob, remainingBytes }) => canSplit(blob) && remainingBytes >= 2 * (isFar(blob) ? TUNING.splitBytes : TUNING.nearSplitBytes);
+  return [...segments].filter(isWorthIt).sort(longestFirst)[0];
+}
+function cutInHalf(segment) {
+  const { blob, at, to, remainingBytes } = segment;
+  segment.to = at + Math.ceil(remainingBytes / 2);
+  return new Segment(blob, [segment.to, to], true);
+}
+var Schedule = class {
+  #isInOrder;
+  #isLineSlow;
+  #connections;
+  #pending = [];
+  // what nobody fetches yet
+  #active = /* @__PURE__ */ new Set();
+  /** `isInOrder`: bytes are wanted in their order, as on a stream. `isLineSlow`: more connections would help. */
+  constructor(connections, isInOrder, isLineSlow) {
+    this.#connections = connections;
+    this.#isInOrder = isInOrder;
+    this.#isLineSlow = isLineSlow;
+  }
+  /** The blobs that are under way. */
+  get activeBlobs() {
+    return new Set([...this.#active].map(({ blob }) => blob));
+  }
+  /** Whether one more connection may stay: there is work, or there may be some again, and the server takes it. */
+  get wantsConnection() {
+    const isWork = this.#pending.length + this.#active.size > 0;
+    return isWork && this.#active.size < this.#connections;
+  }
+  /** Queues what a blob lacks; nothing but its check, where that is nothing. */
+  add(blob) {
+    const missing = blob.missing();
+    const isCut = this.#isInOrder && canSplit(blob) && isFar(blob);
+    const pieces = isCut ? missing.flatMap((range) => cutRange(range, TUNING.streamUnitBytes)) : missing;
+    for (const range of pieces.length > 0 ? pieces : [[0, 0]])
+      this.#pending.push(new Segment(blob, range));
+  }
+  /** A far line is worth several connections before its speed is known: closed ranges from the start waste nothing. */
+  spread() {
+    if (this.#isInOrder) return;
+    const longest = () => longestRange(this.#pending.filter(({ blob }) => isFar(blob)));
+    for (let next = longest(); next && this.#pending.length < this.#connections; next = longest())
+      this.#pending.push(cutInHalf(next));
+    this.#pending.sort(longestFirst);
+  }
+  /** What a connection without work fetches: what is queued, or half of what another has left. */
+  next() {
+    const segment = this.#pending.shift() ?? this.#takeOver();
+    if (segment) this.#active.add(segment);
+    return segment;
+  }
+  #takeOver() {
+    const longest = this.#isInOrder ? void 0 : longestRange(this.#active);
+    return longest && this.#isLineSlow() ? cutInHalf(longest) : void 0;
+  }
+  /** Whether nothing else of its blob is queued or under way. */
+  isLast(segment) {
+    const isOther = (other) => other !== segment && other.blob === segment.blob;
+    return ![...this.#pending, ...this.#active].some(isOther);
+  }
+  end(segment) {
+    this.#active.delete(segment);
+  }
+  /** Leaves a range to the connection that fetches what lies before it, if there is one. */
+  giveBack(segment) {
+    const isNeighbour = (other) => other.blob === segment.blob && other.to === segment.at && !other.isComplete;
+    const neighbour = [...this.#active].find(isNeighbour);
+    if (!neighbour) return false;
+    neighbour.to = segment.to;
+    segment.to = segment.at;
+    return true;
+  }
+  /** Takes along what nobody has begun, up to a range that is under way: no byte may come twice. */
+  absorbQueued(segment) {
+    const follows = ({ blob, at }) => blob === segment.blob && at >= segment.to;
+    const starts = [...this.#active].filter(follows).map(({ at }) => at);
+    const edge = Math.min(...starts, segment.blob.descriptor.size);
+    const isAbsorbed = (queued) => follows(queued) && queued.at < edge;
+    const absorbed = this.#pending.filter(isAbsorbed);
+    this.#pending = this.#pending.filter((queued) => !absorbed.includes(queued));
+    segment.to = Math.max(segment.to, ...absorbed.map(({ to }) => to));
+  }
+  /** The registry takes no more connections than there are. False where the range cannot be left to another. */
+  crowded(segment) {
+    if (!segment.isTakeover || !this.giveBack(segment)) return false;
+    this.#connections = Math.max(1, this.#active.size - 1);
+    return true;
+  }
+};
+var Change = class {
+  #waiting = /* @__PURE__ */ new Set();
+  announce() {
+    for (const wake of this.#waiting) wake();
+  }
+  /** Until the next change, `signal` or the end of `atMostMs`, whichever comes first. */
+  next(signal, atMostMs) {
+    if (signal.aborted) return Promise.resolve();
+    return new Promise((resolve2) => {
+      const wake = () => {
+        clearTimeout(timer);
+        signal.removeEventListener("abort", wake);
+        this.#waiting.delete(wake);
+        resolve2();
+      };
+      const timer = atMostMs === void 0 ? void 0 : setTimeout(wake, atMostMs);
+      signal.addEventListener("abort", wake);
+      this.#waiting.add(wake);
+    });
+  }
+  async until(isReady, signal) {
+    while (!isReady()) {
+      if (signal.aborted) fail("ABORTED", "stopped");
+      await this.next(signal);
+    }
+  }
+};
+function judgeAnswer({ status, headers }, [at, to], sizeBytes) {
+  let position = 0;
+  let end = sizeBytes;
+  if (status === 206) {
+    const contentRange = headers["content-range"] ?? "none";
+    const [, first, last, total] = /^bytes (\d+)-(\d+)\/(\d+|\*)$/.exec(contentRange) ?? [];
+    position = Number(first);
+    end = Number(last) + 1;
+    const isTotal = total === "*" || Number(total) === sizeBytes;
+    if (position !== at || !(end > at && end <= sizeBytes) || !isTotal) {
+      const got = printable(contentRange, 80);
+      const reason = `asked for bytes ${at}-${to - 1} of ${sizeBytes}, got "${got}"`;
+      return { code: "PROTOCOL", reason };
+    }
+  }
+  const length = Number(headers["content-length"] ?? end - position);
+  const isEncoded = /^(x-)?gzip$/i.test(headers["content-encoding"] ?? "");
+  if (length !== end - position && !isEncoded)
+    return { code: "SIZE_MISMATCH", reason: `${length} bytes, not ${end - position}` };
+  return { position, end };
+}
+function openSource({ handle, offset }, { at, to }) {
+  const stream = import_node_stream.Readable.from(readPlace(handle, offset + at, offset + to));
+  return { stream, doing: "reading a tar at hand", position: at, end: to };
+}
+async function openSegment(schedule, segment, signal) {
+  const { blob, at, to } = segment;
+  const { descriptor, registry, source } = blob;
+  const { size } = descriptor;
+  if (source) return openSource(source, segment);
+  const answer = await registry.blob(descriptor, at, to, signal);
+  const { body, status, url } = answer;
+  if (!body) return void 0;
+  const judged = judgeAnswer(answer, [at, to], size);
+  if ("code" in judged) {
+    body.destroy();
+    return fail(judged.code, `GET ${redactUrl(url)}: ${judged.reason}`, { status });
+  }
+  const isWhole = at === 0 && to === size;
+  if (status !== 206 && !isWhole) {
+    registry.acceptsRanges = false;
+    if (schedule.giveBack(segment)) {
+      body.destroy();
+      return void 0;
+    }
+    schedule.absorbQueued(segment);
+  }
+  const stream = decodeBody(body, judged.end - judged.position);
+  return { stream, doing: `GET ${redactUrl(url)}`, ...judged };
+}
+var BatchWriter = class {
+  #stream;
+  #write;
+  #position;
+  // of the batch in the blob
+  #batch = [];
+  #batchBytes = 0;
+  #underWay = 0;
+  #writing = Promise.resolve();
+  constructor(stream, position, write) {
+    this.#stream = stream;
+    this.#position = position;
+    this.#write = write;
+  }
+  add(chunk) {
+    if (chunk.length === 0) return;
+    this.#batch.push(chunk);
+    this.#batchBytes += chunk.length;
+    if (this.#batchBytes >= TUNING.batchBytes) this.#flush();
+  }
+  /** Writes what is left, and throws what the disk said of any of it. */
+  async end() {
+    if (this.#batchBytes > 0) this.#flush();
+    await this.#writing;
+  }
+  #flush() {
+    const written = this.#write(this.#position, this.#batch).finally(() => {
+      this.#underWay -= 1;
+      this.#stream.resume();
+    });
+    this.#position += this.#batchBytes;
+    this.#batch = [];
+    this.#batchBytes = 0;
+    this.#underWay += 1;
+    if (this.#underWay > 1) this.#stream.pause();
+    this.#writing = Promise.all([this.#writing, written]);
+    this.#writing.catch(() => this.#stream.destroy());
+  }
+};
+var Journal = class _Journal {
+  #file;
+  #inPlace;
+  constructor(file, inPlace) {
+    this.#file = file;
+    this.#inPlace = inPlace;
+  }
+  /** What is there under another plan's id is not of ours, and written over. */
+  static async open(file, planId) {
+    const [id, ...lines] = (await readOptional(file) ?? "").split("\n");
+    if (id === planId) return new _Journal(file, _Journal.#parse(lines));
+    await fs.writeFile(file, `${planId}
 `);
-  const record = (job) => {
-    job.unrecordedBytes = 0;
-    const ranges = job.written.map((range) => range.join("-")).join(",");
+    return new _Journal(file, /* @__PURE__ */ new Map());
+  }
+  static async belongsTo(file, planId) {
+    return (await readOptional(file))?.split("\n")[0] === planId;
+  }
+  /** The last whole line of each blob counts. */
+  static #parse(lines) {
+    const inPlace = /* @__PURE__ */ new Map();
+    for (const line of lines) {
+      const [, digest = "", text = ""] = /^(\S+) ([\d,-]*);$/.exec(line) ?? [];
+      let ranges = [];
+      for (const range of text.split(",")) {
+        const [from = 0, to = 0] = range.split("-").map(Number);
+        if (from < to) ranges = addRange(ranges, [from, to]);
+      }
+      inPlace.set(digest, ranges);
+    }
+    return inPlace;
+  }
+  rangesOf(digest) {
+    return this.#inPlace.get(digest) ?? [];
+  }
+  /** At once, for a line takes microseconds: one that queued behind the blobs' own writes would come too late. */
+  record(blob) {
+    blob.markRecorded();
+    const ranges = blob.inPlace.map((range) => range.join("-")).join(",");
     try {
-      (0, import_node_fs.appendFileSync)(file, `${job.descriptor.digest} ${ranges};
+      (0, import_node_fs.appendFileSync)(this.#file, `${blob.descriptor.digest} ${ranges};
 `);
     } catch {
     }
-  };
-  return { held, record };
+  }
+};
+async function isRunning(pid) {
+  try {
+    return process.kill(pid, 0);
+  } catch (error) {
+    return errorCodeOf(error) === "EPERM";
+  }
 }
-var isRunning = (pid) => (async () => process.kill(pid, 0))().catch((error) => errorCodeOf(error) === "EPERM");
+async function isLockHeld(owner, ageMs) {
+  if (owner.host !== os.hostname()) return ageMs < 6 * LIMITS.lockBeatMs;
+  if (ageMs >= os.uptime() * 1e3) return false;
+  if (owner.pid === process.pid) return owner.since === performance.timeOrigin;
+  return isRunning(Number(owner.pid));
+}
 async function acquireLock(file, dest) {
-  const [host, since] = [os.hostname(), performance.timeOrigin];
-  const mine = JSON.stringify({ pid: process.pid, host, since, id: Math.random() });
   const busy = (who = "") => fail("DISK", `${dest} is being pulled by another imgpull${who}`);
+  const mine = JSON.stringify({
+    pid: process.pid,
+    host: os.hostname(),
+    since: performance.timeOrigin,
+    id: Math.random()
+  });
   const before = await readOptional(file);
   const { mtimeMs } = await fs.stat(file).catch(() => ({ mtimeMs: 0 }));
   const owner = parseJson(before ?? "") ?? {};
-  const isThere = owner.pid === process.pid ? owner.since === since : await isRunning(Number(owner.pid));
-  const ageMs = Date.now() - mtimeMs;
-  const isHeld = owner.host === host ? isThere && ageMs < os.uptime() * 1e3 : ageMs < 6 * LIMITS.lockBeatMs;
-  if (isHeld) busy(owner.pid ? ` (process ${owner.pid} on ${owner.host})` : "");
+  if (await isLockHeld(owner, Date.now() - mtimeMs))
+    busy(owner.pid ? ` (process ${owner.pid} on ${owner.host})` : "");
   if (before !== void 0) await fs.rm(file, { force: true });
-  await fs.writeFile(file, mine, { flag: "wx" }).catch((error) => errorCodeOf(error) === "EEXIST" ? busy() : Promise.reject(error));
+  await fs.writeFile(file, mine, { flag: "wx" }).catch((error) => {
+    if (errorCodeOf(error) === "EEXIST") busy();
+    throw error;
+  });
   if (before !== void 0) await (0, import_promises2.setTimeout)(20);
   if (await readOptional(file) !== mine) busy();
-  const beat = () => void fs.utimes(file, /* @__PURE__ */ new Date(), /* @__PURE__ */ new Date()).catch(() => void 0);
+  const beat = () => void fs.utimes(file, /* @__PURE__ */ new Date(), /* @__PURE__ */ new Date()).catch(ignore);
   const timer = setInterval(beat, LIMITS.lockBeatMs).unref();
   return () => fs.rm(file, { force: true }).finally(() => clearInterval(timer));
 }
-function fileSink({ warn }, { open: open2, finish }, record) {
-  let [unsyncedBytes, syncing] = [0, Promise.resolve()];
-  return {
-    write: async (job, position, chunks) => {
-      const handle = await open2(job);
-      const sizeBytes = await writeAll(handle, chunks, job.offset + position);
-      job.written = addRange(job.written, [position, position + sizeBytes]);
-      job.unrecordedBytes += sizeBytes;
-      if (job.unrecordedBytes >= TUNING.journalBytes) record(job);
-      unsyncedBytes += sizeBytes;
-      if (unsyncedBytes < TUNING.syncBytes) return;
-      unsyncedBytes = 0;
-      const before = syncing;
-      (syncing = before.then(() => syncQuietly(handle))).catch(ignore);
-      await before;
-    },
-    end: () => syncing,
-    blobDone: async (job) => {
-      const {
-        offset,
-        hashedTo,
-        descriptor: { size }
-      } = job;
-      for await (const piece of readPlace(await open2(job), offset + hashedTo, offset + size))
-        job.hash.update(piece);
-      if (isRight(job)) {
-        await finish?.(job);
-        record(job);
-        return true;
-      }
-      if (job.origins.shift()) return false;
-      const wrong = `${job.descriptor.digest}: the bytes have another digest`;
-      job.freshStarts -= 1;
-      if (job.freshStarts < 0) {
-        record(startAfresh(job));
-        fail("DIGEST_MISMATCH", `${wrong}, twice, from ${job.registry.origin}`);
-      }
-      warn(`${wrong}; fetching the blob once more`);
-      return false;
-    }
+function judgeLine() {
+  const before = performance.eventLoopUtilization();
+  return () => {
+    const { active, idle, utilization } = performance.eventLoopUtilization(before);
+    return active + idle > TUNING.judgeMs && utilization < TUNING.busyLoop;
   };
 }
-async function fillPlaces(outer, jobs, places, observe) {
-  const { held, record } = await openJournal(places.journal, places.id);
-  const transfer = newTransfer(outer, jobs, fileSink(outer, places, record), observe);
-  try {
-    for (const job of jobs) {
-      const {
-        descriptor: { digest, size }
-      } = job;
-      const ranges = held.get(digest) ?? [];
-      const placeEnd = ranges.length === 0 ? 0 : (await (await places.open(job)).stat()).size - job.offset;
-      job.written = ranges.filter(([, to]) => to <= size && to <= placeEnd);
-      job.doneBytes = lengthOf(job.written);
-      transfer.resumedBytes += job.doneBytes;
-      if (job.doneBytes > 0) Object.assign(job, { origins: [], freshStarts: job.freshStarts + 1 });
-    }
-    await fetchBlobs(transfer);
-    return transfer;
-  } finally {
-    for (const job of jobs) if (job.unrecordedBytes > 0) record(job);
+var Transfer = class {
+  blobs;
+  totalBytes;
+  resumedBytes;
+  signal;
+  #session;
+  #sink;
+  #observe;
+  #journal;
+  #schedule;
+  #change = new Change();
+  #stopping = new AbortController();
+  #fetchedBytes = 0;
+  #reusedBytes;
+  constructor(options) {
+    const { session, blobs, sink, observe, journal, keptBytes = 0 } = options;
+    this.signal = anySignal(session.signal, this.#stopping.signal);
+    this.#session = { ...session, signal: this.signal };
+    this.blobs = blobs;
+    this.totalBytes = sizeOf(blobs);
+    this.resumedBytes = sumOf(blobs, ({ doneBytes }) => doneBytes);
+    this.#reusedBytes = keptBytes;
+    this.#sink = sink;
+    this.#observe = observe;
+    this.#journal = journal;
+    this.#schedule = new Schedule(session.settings.concurrency, sink.isInOrder, judgeLine());
   }
+  /** What came over the line, and from tars at hand. */
+  get fetchedBytes() {
+    return this.#fetchedBytes;
+  }
+  get reusedBytes() {
+    return this.#reusedBytes;
+  }
+  get activeBlobs() {
+    return this.#schedule.activeBlobs;
+  }
+  /** Ends all that is under way for an error, and throws that on. */
+  stop = (error) => {
+    this.#stopping.abort();
+    throw error;
+  };
+  /** To the end of all blobs, or to the first error with every connection closed. */
+  async run() {
+    this.#observe(this);
+    for (const blob of this.blobs) this.#schedule.add(blob);
+    this.#schedule.spread();
+    const { concurrency } = this.#session.settings;
+    const connect = () => this.#runConnection().catch(this.stop);
+    settled(await Promise.allSettled(Array.from({ length: concurrency }, connect)));
+    if (this.signal.aborted) fail("ABORTED", "stopped");
+    await this.#sink.end?.();
+  }
+  async #runConnection() {
+    while (!this.signal.aborted && this.#schedule.wantsConnection) {
+      const segment = this.#schedule.next();
+      if (!segment) {
+        await this.#change.next(this.signal, 20);
+        continue;
+      }
+      await this.#fetch(segment);
+      if (this.#schedule.isLast(segment)) await this.#finishBlob(segment.blob);
+      this.#schedule.end(segment);
+      this.#change.announce();
+    }
+  }
+  /** Fetches a range to its end, however many answers that takes. */
+  #fetch(segment) {
+    let before = segment.at;
+    const gotOn = () => {
+      const enough = Math.min(TUNING.batchBytes, Math.ceil(segment.blob.descriptor.size / 64));
+      const isEnough = segment.at - before >= enough;
+      before = segment.at;
+      return isEnough;
+    };
+    const attempt = async () => {
+      while (!segment.isComplete) await this.#receiveOrGiveBack(segment);
+    };
+    return withRetries(this.#session, attempt, gotOn);
+  }
+  /** A registry that takes no more connections gets fewer: the range goes back to where it was taken from. */
+  async #receiveOrGiveBack(segment) {
+    try {
+      await this.#receive(segment);
+    } catch (error) {
+      const isCrowded = error instanceof ImgpullError && error.code === "RATE_LIMITED";
+      if (!isCrowded || !this.#schedule.crowded(segment)) throw error;
+    }
+  }
+  /** One request for what a segment still lacks, and its bytes into the sink. */
+  async #receive(segment) {
+    const { blob } = segment;
+    const opened = await openSegment(this.#schedule, segment, this.signal);
+    if (!opened) return;
+    const { stream, doing, end } = opened;
+    let { position } = opened;
+    const writer = new BatchWriter(
+      stream,
+      segment.at,
+      (at, chunks) => this.#write(blob, at, chunks)
+    );
+    stream.on("data", (chunk) => {
+      const skipped = Math.min(chunk.length, Math.max(0, segment.at - position));
+      const wanted = chunk.subarray(skipped, skipped + segment.remainingBytes);
+      position += chunk.length;
+      this.#accept(segment, wanted);
+      if (position > end || segment.isComplete && position < end) stream.destroy();
+      writer.add(wanted);
+    });
+    const cause = await (0, import_promises.finished)(stream, { signal: this.signal }).then(ignore, (error) => error);
+    stream.destroy();
+    await writer.end();
+    if (position > end)
+      fail("SIZE_MISMATCH", `${doing}: more than the ${end} bytes that belong there`);
+    if (segment.isComplete) return;
+    if (this.signal.aborted) fail("ABORTED", "stopped");
+    if (cause instanceof ImgpullError || cause && blob.source) throw cause;
+    if (position < end) {
+      const reason = `the connection ended after ${position} of ${end} bytes`;
+      fail("NETWORK", `${doing}: ${reason}`, { cause });
+    }
+  }
+  #accept(segment, bytes) {
+    const { blob } = segment;
+    blob.accept(segment.at, bytes);
+    segment.at += bytes.length;
+    if (blob.source) this.#reusedBytes += bytes.length;
+    else this.#fetchedBytes += bytes.length;
+  }
+  async #write(blob, position, chunks) {
+    this.#observe(this);
+    const sizeBytes = sumOf(chunks, ({ length }) => length);
+    await this.#sink.write(blob, position, chunks);
+    blob.markWritten(position, sizeBytes);
+    if (blob.unrecordedBytes >= TUNING.journalBytes) this.#journal?.record(blob);
+  }
+  /** All bytes of a blob were written: are they the right ones? */
+  async #finishBlob(blob) {
+    if (await this.#isVerified(blob)) {
+      blob.markDone();
+      this.#observe(this, blob);
+      return;
+    }
+    this.#judgeWrongBytes(blob);
+    this.#schedule.add(blob);
+  }
+  async #isVerified(blob) {
+    if (!this.#sink.readBack) return true;
+    for await (const piece of this.#sink.readBack(blob, blob.hashedTo))
+      blob.hashInOrder(blob.hashedTo, piece);
+    if (!blob.verify()) return false;
+    await this.#sink.seal?.(blob);
+    this.#journal?.record(blob);
+    return true;
+  }
+  /** Another source is asked, and the registry once more, with a warning; then it is an error. */
+  #judgeWrongBytes(blob) {
+    const { descriptor, registry } = blob;
+    const { liar, isLast } = blob.restart();
+    if (liar === "source") return;
+    const words = `${descriptor.digest}: the bytes have another digest`;
+    if (isLast) {
+      this.#journal?.record(blob);
+      fail("DIGEST_MISMATCH", `${words}, twice, from ${registry.origin}`);
+    }
+    this.#session.warn(`${words}; fetching the blob once more`);
+  }
+};
+async function resolveLink(file) {
+  const link = await fs.readlink(file).catch(() => void 0);
+  return link === void 0 ? file : path.resolve(await fs.realpath(path.dirname(file)), link);
+}
+async function parseDestination(destination) {
+  if (typeof destination !== "string") return { kind: "stream", output: destination };
+  const doing = `cannot write ${destination}`;
+  const stats = await fs.stat(destination).catch(() => void 0);
+  if (/[\\/]$/.test(destination) || stats?.isDirectory())
+    return { kind: "layout", folder: destination };
+  if (stats?.isFile() === false)
+    fail("DISK", `${doing}: it is there, and not a file (- is stdout)`);
+  const folder = path.dirname(destination);
+  const checking = fs.access(`${folder}/.`, fs.constants.W_OK);
+  await onDisk(`${doing}: the directory ${folder}`, checking);
+  const file = fs.realpath(destination).catch(() => resolveLink(destination));
+  return { kind: "tar", file: await onDisk(doing, file) };
+}
+function pullInto(destination, job) {
+  if (destination.kind === "stream") return pullToStream(job, destination.output);
+  if (destination.kind === "layout") return pullToLayout(job, destination.folder);
+  return pullToTar(job, destination.file);
+}
+var openForUpdate = (file, mode = 438) => fs.open(file, fs.constants.O_RDWR | fs.constants.O_CREAT, mode);
+async function writeAll(handle, chunks, position) {
+  const { bytesWritten } = await handle.writev(chunks, position);
+  if (bytesWritten === sumOf(chunks, ({ length }) => length)) return;
+  const rest = Buffer.concat(chunks).subarray(bytesWritten);
+  await writeAll(handle, [rest], position + bytesWritten);
 }
 async function syncQuietly(handle) {
   await handle.sync().catch((error) => {
@@ -2017,57 +2255,114 @@ async function syncFolder(folder) {
 }
 async function checkFreeSpace(dest, folder, neededBytes) {
   const { bavail, bsize } = await fs.statfs(folder).catch(() => ({ bavail: NEVER, bsize: 1 }));
-  const words = `${formatBytes(neededBytes)} are needed and ${folder} has ${formatBytes(bavail * bsize)} free`;
-  if (neededBytes > bavail * bsize)
-    fail("DISK", `cannot write ${dest}: the disk is full, ${words}`);
+  const freeBytes = bavail * bsize;
+  if (neededBytes <= freeBytes) return;
+  const words = `${formatBytes(neededBytes)} are needed and ${folder} has ${formatBytes(freeBytes)} free`;
+  fail("DISK", `cannot write ${dest}: the disk is full, ${words}`);
 }
-async function pullToTar(session, plan, dest, reuse, observe) {
+var BackgroundSync = class {
+  #unsyncedBytes = 0;
+  #syncing = Promise.resolve();
+  async written(handle, sizeBytes) {
+    this.#unsyncedBytes += sizeBytes;
+    if (this.#unsyncedBytes < TUNING.syncBytes) return;
+    this.#unsyncedBytes = 0;
+    const before = this.#syncing;
+    this.#syncing = before.then(() => syncQuietly(handle));
+    this.#syncing.catch(ignore);
+    await before;
+  }
+  end() {
+    return this.#syncing;
+  }
+};
+function fileSink(open2, seal) {
+  const sync = new BackgroundSync();
+  return {
+    isInOrder: false,
+    write: async (blob, position, chunks) => {
+      const handle = await open2(blob);
+      await writeAll(handle, chunks, blob.offset + position);
+      const sizeBytes = sumOf(chunks, ({ length }) => length);
+      await sync.written(handle, sizeBytes);
+    },
+    readBack: async function* (blob, from) {
+      const { offset, descriptor } = blob;
+      yield* readPlace(await open2(blob), offset + from, offset + descriptor.size);
+    },
+    seal: async (blob) => seal?.(blob),
+    end: () => sync.end()
+  };
+}
+async function fillPlaces(filling) {
+  const { blobs, journal, open: open2, seal, ...rest } = filling;
+  for (const blob of blobs) await resumeBlob(blob, journal, open2);
+  const transfer = new Transfer({ ...rest, blobs, journal, sink: fileSink(open2, seal) });
+  try {
+    await transfer.run();
+    return transfer;
+  } finally {
+    for (const blob of blobs) if (blob.unrecordedBytes > 0) journal.record(blob);
+  }
+}
+async function resumeBlob(blob, journal, open2) {
+  const { digest, size } = blob.descriptor;
+  const ranges = journal.rangesOf(digest);
+  if (ranges.length === 0) return;
+  const { size: fileBytes } = await (await open2(blob)).stat();
+  const placeEnd = fileBytes - blob.offset;
+  blob.resume(ranges.filter(([, to]) => to <= size && to <= placeEnd));
+}
+async function openAtHand(files) {
+  const tars = await Promise.all(files.map((file) => openTar(file).catch(() => void 0)));
+  return tars.filter((tar) => tar !== void 0);
+}
+async function writeFrame(handle, plan) {
+  for (const { lead, bytes, offset } of plan.entries)
+    await writeAll(handle, bytes ? [lead, bytes] : [lead], offset - lead.length);
+  await writeAll(handle, [plan.trailer], plan.sizeBytes - plan.trailer.length);
+  await handle.truncate(plan.sizeBytes);
+}
+async function pullToTar(job, dest) {
+  const { session, plan, tars, observe } = job;
+  const folder = path.dirname(dest);
   const partial = `${dest}.partial`;
-  const [journal, old] = [`${partial}.journal`, `${partial}.old`];
+  const journalFile = `${partial}.journal`;
+  const old = `${partial}.old`;
   const unlock = await acquireLock(`${partial}.lock`, dest);
   const opened = [];
   let leftovers = [];
   try {
-    const held = await fs.stat(partial).catch(() => void 0);
-    const isOurs = (await readOptional(journal))?.split("\n")[0] === plan.id && held?.size === plan.sizeBytes;
-    await checkFreeSpace(
-      dest,
-      path.dirname(dest),
-      plan.sizeBytes - (isOurs ? held.blocks * BLOCK : 0)
-    );
-    leftovers = isOurs ? [] : [partial, journal];
-    if (!isOurs) await fs.rename(partial, old).catch(() => void 0);
-    if (!isOurs) await fs.rm(journal, { force: true });
-    const found = await Promise.all(
-      [old, dest].map((file) => openTar(file).catch(() => void 0))
-    );
-    const atHand = found.filter((tar) => tar !== void 0);
+    const before = await fs.stat(partial).catch(() => void 0);
+    const isOurs = before?.size === plan.sizeBytes && await Journal.belongsTo(journalFile, plan.id);
+    const reservedBytes = isOurs ? before.blocks * BLOCK : 0;
+    await checkFreeSpace(dest, folder, plan.sizeBytes - reservedBytes);
+    if (!isOurs) {
+      leftovers = [partial, journalFile];
+      await fs.rename(partial, old).catch(ignore);
+      await fs.rm(journalFile, { force: true });
+    }
+    const atHand = await openAtHand([old, dest]);
+    opened.push(...atHand.map((tar) => tar.handle));
     const { mode = 438 } = await fs.stat(dest).catch(() => void 0) ?? {};
     const handle = await openForUpdate(partial, mode & 511 | 384);
-    opened.push(handle, ...atHand.map((tar) => tar.handle));
-    for (const { lead, bytes, offset } of plan.entries) {
-      await writeAll(handle, [lead, bytes ?? Buffer.alloc(0)], offset - lead.length);
-    }
-    await writeAll(handle, [plan.trailer], plan.sizeBytes - plan.trailer.length);
-    await handle.truncate(plan.sizeBytes);
-    const jobs = newJobs(plan, [...reuse, ...atHand]);
+    opened.push(handle);
+    await writeFrame(handle, plan);
+    const blobs = blobsOf(plan, [...tars, ...atHand]);
+    const open2 = async () => handle;
     try {
-      const transfer = await fillPlaces(
-        session,
-        jobs,
-        { journal, id: plan.id, open: async () => handle },
-        observe
-      );
+      const journal = await Journal.open(journalFile, plan.id);
+      const transfer = await fillPlaces({ session, blobs, observe, journal, open: open2 });
       await syncQuietly(handle);
       await fs.rename(partial, dest);
-      leftovers = [journal, old];
-      await syncFolder(path.dirname(dest));
+      leftovers = [journalFile, old];
+      await syncFolder(folder);
       return transfer;
     } catch (error) {
-      const kept = sumOf(jobs, ({ written }) => lengthOf(written));
-      leftovers = kept > 0 ? [] : [partial, journal];
-      if (kept > 0)
-        session.warn(`${partial} keeps ${formatBytes(kept)}: the same command goes on from there`);
+      const keptBytes = sumOf(blobs, ({ inPlace }) => lengthOf(inPlace));
+      leftovers = keptBytes > 0 ? [] : [partial, journalFile];
+      const words = `${partial} keeps ${formatBytes(keptBytes)}: the same command goes on from there`;
+      if (keptBytes > 0) session.warn(words);
       throw error;
     }
   } finally {
@@ -2076,124 +2371,162 @@ async function pullToTar(session, plan, dest, reuse, observe) {
     await unlock();
   }
 }
-async function pullToFolder(session, jobs, folder, name, observe, seal) {
-  const base = path.join(folder, ".imgpull.partial");
-  const journal = `${base}.journal`;
-  const unlock = await acquireLock(`${base}.lock`, folder);
-  const handles = /* @__PURE__ */ new Map();
-  const fileOf = ({ descriptor }) => path.join(folder, name(descriptor.digest));
-  const open2 = (job) => {
-    const handle = handles.get(job) ?? openForUpdate(`${fileOf(job)}.partial`);
-    handles.set(job, handle);
+var BlobFiles = class {
+  #nameOf;
+  #handles = /* @__PURE__ */ new Map();
+  constructor(nameOf) {
+    this.#nameOf = nameOf;
+  }
+  open = (blob) => {
+    const handle = this.#handles.get(blob) ?? openForUpdate(`${this.#nameOf(blob)}.partial`);
+    this.#handles.set(blob, handle);
     return handle;
   };
-  const finish = async (job) => {
-    const handle = await open2(job);
-    await handle.truncate(job.descriptor.size);
+  seal = async (blob) => {
+    const handle = await this.open(blob);
+    await handle.truncate(blob.descriptor.size);
     await syncQuietly(handle);
-    handles.delete(job);
+    this.#handles.delete(blob);
     await handle.close();
-    await fs.rename(`${fileOf(job)}.partial`, fileOf(job));
+    await fs.rename(`${this.#nameOf(blob)}.partial`, this.#nameOf(blob));
   };
-  const missing = [];
-  try {
-    for (const job of jobs) {
-      const handle = await fs.open(fileOf(job), "r").catch(() => void 0);
-      const hasSize = (await handle?.stat())?.size === job.descriptor.size;
-      if (!handle || !hasSize || !await isIntact({ handle, offset: 0 }, job.descriptor))
-        missing.push(job);
-      await handle?.close();
+  /** Whether its file is there already, and right. */
+  async has(blob) {
+    const handle = await fs.open(this.#nameOf(blob), "r").catch(() => void 0);
+    if (!handle) return false;
+    try {
+      const { size } = await handle.stat();
+      return size === blob.descriptor.size && await isIntact({ handle, offset: 0 }, blob.descriptor);
+    } finally {
+      await handle.close();
     }
+  }
+  async close() {
+    for (const handle of await Promise.allSettled(this.#handles.values()))
+      if (handle.status === "fulfilled") await handle.value.close();
+  }
+};
+async function pullToFolder(job) {
+  const { session, blobs, folder, nameOf, observe } = job;
+  const base = path.join(folder, ".imgpull.partial");
+  const journalFile = `${base}.journal`;
+  const unlock = await acquireLock(`${base}.lock`, folder);
+  const files = new BlobFiles(({ descriptor }) => path.join(folder, nameOf(descriptor.digest)));
+  try {
+    const missing = [];
+    for (const blob of blobs) if (!await files.has(blob)) missing.push(blob);
     await checkFreeSpace(folder, folder, sizeOf(missing));
-    const transfer = await fillPlaces(
-      session,
-      missing,
-      { journal, id: "folder", open: open2, finish },
-      observe
-    );
-    transfer.reusedBytes += sizeOf(jobs) - transfer.totalBytes;
-    await seal?.();
-    await fs.rm(journal, { force: true });
+    const journal = await Journal.open(journalFile, "folder");
+    const { open: open2, seal } = files;
+    const keptBytes = sizeOf(blobs) - sizeOf(missing);
+    const filling = { session, blobs: missing, keptBytes, observe, journal, open: open2, seal };
+    const transfer = await fillPlaces(filling);
+    await job.seal?.();
+    await fs.rm(journalFile, { force: true });
     return transfer;
   } finally {
-    const opened = await Promise.allSettled(handles.values());
-    for (const handle of opened) if (handle.status === "fulfilled") await handle.value.close();
+    await files.close();
     await unlock();
   }
 }
-async function pullToLayout(session, plan, folder, tars, observe) {
+function mergeIndex(before, ours) {
+  const nameOf = ({ annotations }) => annotations?.[NAME_KEYS[1]];
+  const names = new Set(ours.manifests.map(nameOf));
+  const listed = Array.isArray(before.manifests) ? before.manifests : [];
+  const others = listed.filter((entry) => !names.has(nameOf(entry)));
+  return { ...before, ...ours, manifests: [...others, ...ours.manifests] };
+}
+async function readLayoutIndex(folder) {
+  const index = parseJson(await readOptional(path.join(folder, "index.json")) ?? "{}");
+  if (isRecord(index)) return index;
+  return fail("DISK", `${folder} holds an index.json that is not a JSON object`);
+}
+async function pullToLayout(job, folder) {
+  const { session, plan, tars, observe } = job;
   const files = new Map(plan.entries.map(({ name, bytes }) => [name, bytes]));
   for (const name of files.keys())
     await fs.mkdir(path.dirname(path.join(folder, name)), { recursive: true });
-  const readIndex = async () => {
-    const old = parseJson(await readOptional(path.join(folder, "index.json")) ?? "{}");
-    return isRecord(old) ? old : fail("DISK", `${folder} holds an index.json that is not a JSON object`);
-  };
-  await readIndex();
-  return pullToFolder(session, newJobs(plan, tars, true), folder, blobPath, observe, async () => {
-    const old = await readIndex();
+  await readLayoutIndex(folder);
+  const seal = async () => {
+    const before = await readLayoutIndex(folder);
     const ours = parseJson(files.get("index.json") ?? "");
-    const nameOf = ({ annotations }) => annotations?.[NAME_KEYS[1]];
-    const isOurs = (entry) => ours.manifests.some((other) => nameOf(other) === nameOf(entry));
-    const before = Array.isArray(old.manifests) ? old.manifests : [];
-    const manifests = [...before.filter((entry) => !isOurs(entry)), ...ours.manifests];
     for (const name of ["manifest.json", "index.json"]) files.delete(name);
-    files.set("index.json", encodeJson({ ...old, ...ours, manifests }));
+    files.set("index.json", encodeJson(mergeIndex(before, ours)));
     for (const [name, bytes] of files) {
+      if (!bytes) continue;
       const file = path.join(folder, name);
-      if (bytes) await fs.writeFile(`${file}.partial`, bytes, { flush: true });
-      if (bytes) await fs.rename(`${file}.partial`, file);
+      await fs.writeFile(`${file}.partial`, bytes, { flush: true });
+      await fs.rename(`${file}.partial`, file);
     }
     await syncFolder(folder);
-  });
+  };
+  const blobs = blobsOf(plan, tars, true);
+  return pullToFolder({ session, blobs, folder, nameOf: blobPath, observe, seal });
 }
-async function pullToStream(outer, plan, output, tars, observe) {
-  const early = /* @__PURE__ */ new Map();
-  const bell = new import_node_events.EventEmitter().setMaxListeners(0);
-  const wake = () => bell.emit("change");
-  const until = async (isReady) => {
-    while (!isReady()) await (0, import_node_events.once)(bell, "change", { signal: session.signal });
-  };
-  let cursor = 0;
-  const sink = {
-    unitBytes: ({ registry: { acceptsRanges, latencyMs }, origins }) => acceptsRanges && latencyMs >= TUNING.farLatencyMs && origins.length === 0 ? TUNING.streamUnitBytes : NEVER,
-    write: async ({ offset }, position, chunks) => {
-      await until(() => offset + position < cursor + TUNING.streamWindowBytes);
-      early.set(offset + position, Buffer.concat(chunks));
-      wake();
-    },
-    blobDone: async () => true
-  };
-  const transfer = newTransfer(outer, newJobs(plan, tars), sink, observe);
-  const { session, jobs, stop } = transfer;
-  async function* inOrder() {
-    for (const { lead, bytes, offset, sizeBytes } of plan.entries) {
-      yield lead;
-      if (bytes) yield bytes;
-      const job = jobs.find((each) => each.offset === offset);
-      cursor = job ? offset : offset + sizeBytes;
-      wake();
-      while (cursor < offset + sizeBytes) {
-        await until(() => early.has(cursor));
-        const batch = early.get(cursor);
-        early.delete(cursor);
-        if (job) hashInOrder(job, cursor - offset, batch);
-        yield batch;
-        cursor += batch.length;
-        wake();
-      }
-      if (job && !isRight(job))
-        fail("DIGEST_MISMATCH", `${job.descriptor.digest}: the bytes have another digest`);
+var ReadAhead = class {
+  #early = /* @__PURE__ */ new Map();
+  // by place in the tar
+  #change = new Change();
+  #cursor = 0;
+  /** Waits while the place is too far ahead of the reader. */
+  async put(place, bytes, signal) {
+    const isNear = () => place < this.#cursor + TUNING.streamWindowBytes;
+    await this.#change.until(isNear, signal);
+    this.#early.set(place, bytes);
+    this.#change.announce();
+  }
+  /** Waits for what comes at a place; whatever was before it is behind the reader. */
+  async take(place, signal) {
+    this.moveTo(place);
+    await this.#change.until(() => this.#early.has(place), signal);
+    const bytes = this.#early.get(place);
+    this.#early.delete(place);
+    return bytes;
+  }
+  moveTo(place) {
+    this.#cursor = place;
+    this.#change.announce();
+  }
+};
+async function dropLyingSources(blobs) {
+  for (const blob of blobs)
+    while (blob.source && !await isIntact(blob.source, blob.descriptor)) blob.dropSource();
+}
+async function* tarInOrder(plan, { blobs, signal }, readAhead) {
+  const byOffset = new Map(blobs.map((blob) => [blob.offset, blob]));
+  for (const { lead, bytes, offset, sizeBytes } of plan.entries) {
+    yield lead;
+    if (bytes) yield bytes;
+    const blob = bytes ? void 0 : byOffset.get(offset);
+    if (!blob) continue;
+    for (let place = offset; place < offset + sizeBytes; ) {
+      const batch = await readAhead.take(place, signal);
+      blob.hashInOrder(place - offset, batch);
+      yield batch;
+      place += batch.length;
+      readAhead.moveTo(place);
     }
-    yield plan.trailer;
+    if (!blob.verify())
+      fail("DIGEST_MISMATCH", `${blob.descriptor.digest}: the bytes have another digest`);
   }
-  for (const { origins, descriptor } of jobs) {
-    while (origins[0] && !await isIntact(origins[0], descriptor)) origins.shift();
-  }
-  const source = import_node_stream.Readable.from(inOrder(), { objectMode: true, highWaterMark: 1 });
-  const sending = (0, import_promises.pipeline)(source, output, { end: false, signal: session.signal });
-  const failed = (error) => stop(session.signal.aborted ? connectionError(error, "the stream") : error);
-  settled(await Promise.allSettled([fetchBlobs(transfer).catch(failed), sending.catch(failed)]));
+  yield plan.trailer;
+}
+async function pullToStream(job, output) {
+  const { session, plan, tars, observe } = job;
+  const readAhead = new ReadAhead();
+  const sink = {
+    isInOrder: true,
+    write: ({ offset }, position, chunks) => readAhead.put(offset + position, Buffer.concat(chunks), transfer.signal)
+  };
+  const blobs = blobsOf(plan, tars);
+  const transfer = new Transfer({ session, blobs, sink, observe });
+  await dropLyingSources(blobs);
+  const { signal } = transfer;
+  const pieces = tarInOrder(plan, transfer, readAhead);
+  const source = import_node_stream.Readable.from(pieces, { objectMode: true, highWaterMark: 1 });
+  const sending = (0, import_promises.pipeline)(source, output, { end: false, signal });
+  const failed = (error) => transfer.stop(signal.aborted ? connectionError(error, "the stream") : error);
+  settled(await Promise.allSettled([transfer.run().catch(failed), sending.catch(failed)]));
   return transfer;
 }
 function warnOfLayers({ warn }, images) {
@@ -2205,25 +2538,16 @@ function warnOfLayers({ warn }, images) {
       warn(`${name} has foreign layers, which Docker on Linux does not take`);
   }
 }
-var behind = (file) => fs.readlink(file).then(
-  async (link) => path.resolve(await fs.realpath(path.dirname(file)), link),
-  () => file
-);
 async function pullImages(session, request, observe) {
-  const { destination, images: wanted, isAll, since } = request;
-  const doing = `cannot write ${typeof destination === "string" ? destination : "the stream"}`;
-  const stats = typeof destination === "string" ? await fs.stat(destination).catch(() => void 0) : void 0;
-  const isLayout = typeof destination === "string" && (/[\\/]$/.test(destination) || stats?.isDirectory() === true);
-  if (!isLayout && stats?.isFile() === false)
-    fail("DISK", `${doing}: it is there, and not a file (- is stdout)`);
-  const folder = typeof destination === "string" && !isLayout ? path.dirname(destination) : void 0;
-  if (folder)
-    await onDisk(`${doing}: the directory ${folder}`, fs.access(`${folder}/.`, fs.constants.W_OK));
+  const { images: wanted, isAll, since } = request;
+  const destination = await parseDestination(request.destination);
+  const doing = `cannot write ${typeof request.destination === "string" ? request.destination : "the stream"}`;
   const sources = [];
   try {
     for (const file of request.reuse) sources.push(await openTar(file));
     const base = since === void 0 ? void 0 : await openTar(since);
     const baseStats = await base?.handle.stat().finally(() => base.handle.close());
+    const stats = destination.kind === "tar" ? await fs.stat(destination.file).catch(() => void 0) : void 0;
     const isOneFile = stats !== void 0 && stats.ino === baseStats?.ino && stats.dev === baseStats.dev;
     if (isOneFile)
       fail(
@@ -2245,23 +2569,15 @@ async function pullImages(session, request, observe) {
         `left out ${counted(plan.omitted.length, "layer")} (${formatBytes(bytes)}) that ${since} holds: load that first. docker's containerd store and ctr --no-unpack take this tar without it, in silence`
       );
     }
-    const transfer = await onDisk(
-      doing,
-      typeof destination !== "string" ? pullToStream(session, plan, destination, sources, observe) : isLayout ? pullToLayout(session, plan, destination, sources, observe) : pullToTar(
-        session,
-        plan,
-        await fs.realpath(destination).catch(() => behind(destination)),
-        sources,
-        observe
-      )
-    );
+    const job = { session, plan, tars: sources, observe };
+    const transfer = await onDisk(doing, pullInto(destination, job));
     const results = images.map(
       ({ name, top, platform, contents }) => ({
         name,
         digest: top.digest,
         platform,
         layers: sumOf(contents, ({ manifest }) => manifest.layers.length),
-        sizeBytes: isLayout ? plan.blobBytes : plan.sizeBytes,
+        sizeBytes: destination.kind === "layout" ? plan.blobBytes : plan.sizeBytes,
         fetchedBytes: transfer.fetchedBytes
       })
     );
@@ -2282,11 +2598,11 @@ function settingsOf(opts, environment, certsDirectory = "/etc/docker/certs.d") {
     token,
     namespace
   } = opts;
-  const check = (isRight2, reason) => isRight2 || fail("BAD_OPTION", reason);
+  const check = (isRight, reason) => isRight || fail("BAD_OPTION", reason);
   const integer = (value, name, minimum, maximum, unit = "") => {
-    const isRight2 = Number.isSafeInteger(value) && value >= minimum && value <= maximum;
+    const isRight = Number.isSafeInteger(value) && value >= minimum && value <= maximum;
     return check(
-      isRight2,
+      isRight,
       `${name} is a whole number from ${minimum} to ${maximum}${unit}, not ${value}`
     ) && value;
   };
@@ -2416,13 +2732,16 @@ var Puller = class {
     );
     await withSession(this.#opts, async (session) => {
       const registry = registryOf(session, this.#reference);
-      const jobs = [...blobs.values()].map((descriptor) => newJob(descriptor, registry, 0, []));
       const report = progressReporter(this.#opts.onProgress);
+      const job = {
+        session,
+        blobs: [...blobs.values()].map((descriptor) => new BlobState(descriptor, registry)),
+        folder: dir,
+        nameOf: hexOf,
+        observe: report
+      };
       await onDisk(`cannot write ${dir}`, fs.mkdir(dir, { recursive: true }));
-      const transfer = await onDisk(
-        `cannot write ${dir}`,
-        pullToFolder(session, jobs, dir, hexOf, report)
-      );
+      const transfer = await onDisk(`cannot write ${dir}`, pullToFolder(job));
       report(transfer, void 0, "finish");
     });
   }
@@ -2433,17 +2752,17 @@ var Puller = class {
 function progressReporter(onProgress) {
   let highest = 0;
   onProgress?.({ phase: "resolve", doneBytes: 0, totalBytes: 0, blobsDone: 0, blobsTotal: 0 });
-  return ({ jobs, totalBytes }, _finished, phase = "fetch") => {
+  return ({ blobs, totalBytes }, _finished, phase = "fetch") => {
     highest = Math.max(
       highest,
       Math.min(
         totalBytes,
-        sumOf(jobs, (job) => job.doneBytes)
+        sumOf(blobs, (blob) => blob.doneBytes)
       )
     );
     const doneBytes = phase === "finish" ? totalBytes : highest;
-    const blobsDone = jobs.filter((job) => job.isDone).length;
-    onProgress?.({ phase, doneBytes, totalBytes, blobsDone, blobsTotal: jobs.length });
+    const blobsDone = blobs.filter((blob) => blob.isDone).length;
+    onProgress?.({ phase, doneBytes, totalBytes, blobsDone, blobsTotal: blobs.length });
   };
 }
 var isTexts = (list) => Array.isArray(list) && list.every((it) => typeof it === "string");
@@ -2520,8 +2839,8 @@ async function imagesIn(tar, file, signal, problems) {
   for (const value of [(await read("manifest.json")).json ?? []].flat()) {
     const { Config: config, RepoTags, Layers } = isRecord(value) ? value : {};
     const [tags, layers] = [RepoTags ?? [], Layers ?? []];
-    const isRight2 = typeof config === "string" && isTexts(tags) && isTexts(layers);
-    if (!isRight2) return refuse("manifest.json is not as docker save makes it");
+    const isRight = typeof config === "string" && isTexts(tags) && isTexts(layers);
+    if (!isRight) return refuse("manifest.json is not as docker save makes it");
     const parts = [config, ...layers].map((entry) => ({
       entry,
       size: fileIn(tar, entry)?.sizeBytes ?? 0
@@ -2558,8 +2877,8 @@ async function unpacksTo(digest, entry, handle, signal) {
   const isZstd = /^(28b52ffd|5.2a4d18)/.test(magic);
   const { createGunzip, createZstdDecompress } = load("node:zlib");
   const unpacker = isZstd ? createZstdDecompress?.() : magic.startsWith("1f8b") ? createGunzip?.() : void 0;
-  const isRight2 = await isIntact({ handle, offset }, { digest, size }, signal, unpacker);
-  return !isRight2 && isZstd && (unpacker?.bytesWritten ?? 0) < size ? void 0 : isRight2;
+  const isRight = await isIntact({ handle, offset }, { digest, size }, signal, unpacker);
+  return !isRight && isZstd && (unpacker?.bytesWritten ?? 0) < size ? void 0 : isRight;
 }
 async function verifyTar({ stdout }, tar, file, signal) {
   const { handle, entries } = tar;
@@ -2584,12 +2903,12 @@ async function verifyTar({ stdout }, tar, file, signal) {
   });
   const unpacked = /* @__PURE__ */ new Map();
   for (const { parts, diffIds: ids, isImage, platform } of found.named) {
-    const isRight2 = Array.isArray(ids) && ids.length === parts.length - 1 && ids.every(isDigest);
+    const isRight = Array.isArray(ids) && ids.length === parts.length - 1 && ids.every(isDigest);
     const isDue = ids !== void 0 || isImage && parts.length > 1 && !platform.startsWith("unknown");
-    if (isDue && !isRight2) problems.add(`${parts[0]?.entry} has not one diff_id for each layer`);
+    if (isDue && !isRight) problems.add(`${parts[0]?.entry} has not one diff_id for each layer`);
     for (const [at, { entry, size }] of parts.entries()) {
       const held = fileIn(tar, entry);
-      const diffId = isRight2 && at > 0 ? String(ids[at - 1]) : void 0;
+      const diffId = isRight && at > 0 ? String(ids[at - 1]) : void 0;
       const key = `${held?.name} ${diffId}`;
       if (!held) problems.add(`${entry} ${MISSING}`);
       else if (held.sizeBytes !== size)
@@ -2894,8 +3213,8 @@ function showProgress({ stderr, env }, isQuiet) {
     if (drawnLines > 0) stderr.write(`\x1B[${drawnLines}A\r\x1B[J`);
     drawnLines = 0;
   };
-  const total = ({ jobs, totalBytes, fetchedBytes }) => {
-    const doneBytes = sumOf(jobs, (job) => job.doneBytes);
+  const total = ({ blobs, totalBytes, fetchedBytes }) => {
+    const doneBytes = sumOf(blobs, (blob) => blob.doneBytes);
     if (samples.push([performance.now(), fetchedBytes]) > 50) samples.shift();
     const [[sinceMs, sinceBytes]] = samples;
     const rate = (fetchedBytes - sinceBytes) * 1e3 / Math.max(1, performance.now() - sinceMs);
@@ -2914,9 +3233,7 @@ function showProgress({ stderr, env }, isQuiet) {
     if (!isLive) return void stderr.write(`imgpull: ${total(latest)}
 `);
     const width = Math.max(20, (stderr.columns ?? 80) - 1);
-    const moving = [...new Set([...latest.active].map(({ job }) => job))].sort(
-      (a, b) => a.offset - b.offset
-    );
+    const moving = [...latest.activeBlobs].sort((a, b) => a.offset - b.offset);
     const most = Math.max(0, Math.min(12, (stderr.rows ?? 24) - 2));
     const bars = moving.slice(0, most).map((job) => `${dim(bar(job, width).slice(0, width))}
 `);

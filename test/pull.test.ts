@@ -860,7 +860,7 @@ test("a front end that ignores ranges, beside one that damages: no byte comes tw
   for (const {
     doneBytes,
     descriptor: { size },
-  } of transfer.jobs)
+  } of transfer.blobs)
     assert.ok(doneBytes <= size);
   assert.ok(readFileSync(dest).equals(right));
 });
