@@ -125,13 +125,25 @@ interface PullerOpts {
     message: string,
   ) => void;
 }
+/** Of one blob, in bytes. */
+interface BlobProgress {
+  digest: string;
+  sizeBytes: number;
+  doneBytes: number;
+}
 /** Bytes are of blobs, before any tar header; `doneBytes` never falls, and equals `totalBytes` at the end. */
 interface Progress {
   phase: "resolve" | "fetch" | "finish";
   doneBytes: number;
   totalBytes: number;
+  /** What came over the line so far, bytes that were fetched again included: for a rate. */
+  fetchedBytes: number;
   blobsDone: number;
   blobsTotal: number;
+  /** The blobs on their way, in DEST's order. */
+  moving: readonly BlobProgress[];
+  /** The blob that has just become whole. */
+  finished?: BlobProgress;
 }
 /** What DEST now holds. `digest` is the manifest's (the index's when every platform was asked for); `platform` is
  *  `os/architecture[/variant]`, `all`, or empty for what is not an image; `sizeBytes` is DEST's (in a directory: of the
@@ -3741,10 +3753,10 @@ class Puller {
       { reference: this.#reference, name: formatReference(imageName(this.#reference, namespace)) },
     ];
     return withSession(this.#opts, async (session) => {
-      const report = progressReporter(onProgress);
+      const { observe, finish } = progressReporter(onProgress);
       const request = { images, destination: dest, isAll: false, reuse: [] };
-      const { results, transfer } = await pullImages(session, request, report);
-      report(transfer, undefined, "finish");
+      const { results, transfer } = await pullImages(session, request, observe);
+      finish(transfer);
       return results[0] as PullResult;
     });
   }
@@ -3798,42 +3810,55 @@ class Puller {
     );
     await withSession(this.#opts, async (session) => {
       const registry = registryOf(session, this.#reference);
-      const report = progressReporter(this.#opts.onProgress);
+      const { observe, finish } = progressReporter(this.#opts.onProgress);
       const job = {
         session,
         blobs: [...blobs.values()].map((descriptor) => new BlobState(descriptor, registry)),
         folder: dir,
         nameOf: hexOf,
-        observe: report,
+        observe,
       };
       await onDisk(`cannot write ${dir}`, fs.mkdir(dir, { recursive: true }));
       const transfer = await onDisk(`cannot write ${dir}`, pullToFolder(job));
-      report(transfer, undefined, "finish");
+      finish(transfer);
     });
   }
   #holder({ mediaType, digest, bytes }: FetchedManifest): ManifestHolder {
     return { mediaType, digest, bytes, manifest: parseJson(bytes), imageUrl: this.#opts.url };
   }
 }
+const blobProgress = ({ descriptor: { digest, size }, doneBytes }: BlobState): BlobProgress => ({
+  digest,
+  sizeBytes: size,
+  doneBytes,
+});
+
 /** Turns what happens into Progress; bytes that are fetched again do not make it fall. */
 function progressReporter(onProgress: PullerOpts["onProgress"]) {
-  let highest = 0;
-  onProgress?.({ phase: "resolve", doneBytes: 0, totalBytes: 0, blobsDone: 0, blobsTotal: 0 });
-  return (
-    { blobs, totalBytes }: Transfer,
-    _finished?: BlobState,
-    phase: Progress["phase"] = "fetch",
-  ): void => {
-    highest = Math.max(
-      highest,
-      Math.min(
-        totalBytes,
-        sumOf(blobs, (blob) => blob.doneBytes),
-      ),
-    );
-    const doneBytes = phase === "finish" ? totalBytes : highest;
-    const blobsDone = blobs.filter((blob) => blob.isDone).length;
-    onProgress?.({ phase, doneBytes, totalBytes, blobsDone, blobsTotal: blobs.length });
+  const nothingYet = { doneBytes: 0, totalBytes: 0, fetchedBytes: 0, blobsDone: 0, blobsTotal: 0 };
+  let highestBytes = 0;
+  onProgress?.({ phase: "resolve", ...nothingYet, moving: [] });
+
+  const report = (transfer: Transfer, phase: Progress["phase"], finished?: BlobState): void => {
+    const { blobs, totalBytes, fetchedBytes, activeBlobs } = transfer;
+    const bytesInPlace = sumOf(blobs, ({ doneBytes }) => doneBytes);
+    highestBytes = Math.max(highestBytes, Math.min(totalBytes, bytesInPlace));
+    const moving = [...activeBlobs].sort((left, right) => left.offset - right.offset);
+    onProgress?.({
+      phase,
+      doneBytes: phase === "finish" ? totalBytes : highestBytes,
+      totalBytes,
+      fetchedBytes,
+      blobsDone: blobs.filter(({ isDone }) => isDone).length,
+      blobsTotal: blobs.length,
+      moving: moving.map(blobProgress),
+      ...(finished && { finished: blobProgress(finished) }),
+    });
+  };
+
+  return {
+    observe: (transfer: Transfer, finished?: BlobState) => report(transfer, "fetch", finished),
+    finish: (transfer: Transfer) => report(transfer, "finish"),
   };
 }
 
@@ -4236,7 +4261,7 @@ type OptionToken = Readonly<{
 }>;
 
 /** The value of an option as it was typed, after --name, --name=, -n, or right behind -n with or without =. */
-function valueOf(spec: NamedOption, { rawName, value: text, inlineValue }: OptionToken): string {
+function typedValue(spec: NamedOption, { rawName, value: text, inlineValue }: OptionToken): string {
   const isShort = !rawName.startsWith("--");
   const value = isShort && inlineValue ? text?.replace(/^=/, "") : text;
   const isNextOption = !inlineValue && value?.startsWith("-") && value !== "-";
@@ -4280,9 +4305,9 @@ function parseCommandLine(argv: readonly string[]): CommandLine {
       if (token.value !== undefined) usage(`${token.rawName} takes no value`);
       switches.add(name);
     } else if (spec.isRepeatable) {
-      lists[name] = [...(lists[name] ?? []), valueOf(spec, token)];
+      lists[name] = [...(lists[name] ?? []), typedValue(spec, token)];
     } else {
-      values[name] = valueOf(spec, token);
+      values[name] = typedValue(spec, token);
     }
   }
   return { values, lists, switches, positionals };
@@ -4394,19 +4419,20 @@ function planCommand(line: CommandLine) {
 }
 type Command = ReturnType<typeof planCommand>;
 
+function isReference(text: string): boolean {
+  try {
+    parseReference(text);
+    return true;
+  } catch {
+    return false;
+  }
+}
+
 /** `imgpull alpine:3 busybox:1` means two images, not a file called busybox:1. */
-async function checkDestinationName(destination: string): Promise<void> {
+function checkDestinationName(destination: string): void {
   if (/[\\/]|\.(tar|oci|img|tgz|zip|gz)$/i.test(destination) || !/[:@]/.test(destination)) return;
-  const isReference = await Promise.resolve(destination)
-    .then(parseReference)
-    .then(
-      () => true,
-      () => false,
-    );
-  if (isReference)
-    usage(
-      `DEST is missing: "${destination}" reads as an IMAGE; say ./${destination} to mean a file`,
-    );
+  if (!isReference(destination)) return;
+  usage(`DEST is missing: "${destination}" reads as an IMAGE; say ./${destination} to mean a file`);
 }
 /** @internal What a command has of its process: all that it reads and writes, but for files. Tests give their own. */
 type CommandIO = Readonly<{
@@ -4415,84 +4441,141 @@ type CommandIO = Readonly<{
   stderr: NodeJS.WritableStream & { isTTY?: boolean; columns?: number; rows?: number };
   env: Environment;
 }>;
+
+// ------ Progress on a terminal, and in a log ------
+
+const formatBlobSizes = ({ doneBytes, sizeBytes }: BlobProgress): string =>
+  [doneBytes, sizeBytes].map((bytes) => formatBytes(bytes).padStart(7)).join(" of ");
+
+/** `996a91d326c9  4.2 MB of  12 MB [######          ]`, without the bar where it is too narrow for one. */
+function formatBar(blob: BlobProgress, width: number): string {
+  const label = `${hexOf(blob.digest).slice(0, 12)} ${formatBlobSizes(blob)} `;
+  const room = Math.min(30, width - label.length - 2);
+  if (room < 5) return label.slice(0, width);
+  const filled = Math.round((room * blob.doneBytes) / Math.max(1, blob.sizeBytes));
+  return `${label}[${"#".repeat(filled)}${" ".repeat(room - filled)}]`;
+}
+
+/** Bytes a second, over the last fifty times that it was asked: five seconds on a terminal. */
+class Rate {
+  readonly #samples: { atMs: number; bytes: number }[] = [];
+
+  add(bytes: number): void {
+    this.#samples.push({ atMs: performance.now(), bytes });
+    if (this.#samples.length > 50) this.#samples.shift();
+  }
+
+  get bytesPerSecond(): number {
+    const [first, last] = [this.#samples[0], this.#samples.at(-1)];
+    if (!first || !last) return 0;
+    return ((last.bytes - first.bytes) * 1000) / Math.max(1, last.atMs - first.atMs);
+  }
+}
+
+function formatTotal({ doneBytes, totalBytes }: Progress, bytesPerSecond: number): string {
+  const secondsLeft = Math.ceil((totalBytes - doneBytes) / bytesPerSecond);
+  const left = bytesPerSecond > 0 ? `, ${secondsLeft} s left` : "";
+  return `${formatBytes(doneBytes)} of ${formatBytes(totalBytes)}, ${formatBytes(bytesPerSecond)}/s${left}`;
+}
+
+/** Progress and talk on stderr: redrawn in place on a terminal; elsewhere a line for each blob, and every ten seconds. */
+class Display {
+  readonly #stderr: CommandIO["stderr"];
+  readonly #isQuiet: boolean;
+  readonly #isLive: boolean;
+  readonly #isDimmed: boolean;
+  readonly #rate = new Rate();
+  readonly #timer: NodeJS.Timeout | undefined;
+  #latest: Progress | undefined;
+  #drawnLines = 0;
+
+  constructor({ stderr, env }: CommandIO, isQuiet: boolean) {
+    this.#stderr = stderr;
+    this.#isQuiet = isQuiet;
+    this.#isLive = stderr.isTTY === true && !isQuiet && env.TERM !== "dumb";
+    this.#isDimmed = !env.NO_COLOR;
+    const redraw = () => this.#draw();
+    if (!isQuiet) this.#timer = setInterval(redraw, this.#isLive ? 100 : 10_000).unref();
+  }
+
+  readonly show = (progress: Progress): void => {
+    if (progress.phase === "resolve") return;
+    if (!this.#latest) this.#rate.add(progress.fetchedBytes);
+    this.#latest = progress;
+    const { finished } = progress;
+    if (finished && !this.#isQuiet && !this.#isLive)
+      this.say(`${finished.digest.slice(0, 19)} ${formatBytes(finished.sizeBytes)} done`);
+  };
+
+  /** A line of talk; the progress comes back below it. */
+  readonly say = (text: string): void => {
+    this.#clear();
+    this.#stderr.write(`imgpull: ${text}\n`);
+  };
+
+  stop(): void {
+    clearInterval(this.#timer);
+    this.#clear();
+    this.#latest = undefined;
+  }
+
+  #draw(): void {
+    const progress = this.#latest;
+    if (!progress) return;
+    this.#rate.add(progress.fetchedBytes);
+    const total = formatTotal(progress, this.#rate.bytesPerSecond);
+    if (!this.#isLive) {
+      this.say(total);
+      return;
+    }
+
+    const { columns = 80, rows = 24 } = this.#stderr;
+    const width = Math.max(20, columns - 1);
+    const most = Math.max(0, Math.min(12, rows - 2)); // a taller block would fill the scrollback
+    const bars = progress.moving.slice(0, most).map((blob) => this.#dim(formatBar(blob, width)));
+    const lines = [...bars, total.slice(0, width)];
+    this.#clear();
+    this.#stderr.write(lines.map((line) => `${line}\n`).join(""));
+    this.#drawnLines = lines.length;
+  }
+
+  #dim(text: string): string {
+    return this.#isDimmed ? `\u001b[2m${text}\u001b[22m` : text;
+  }
+
+  /** Up, to the line's start, and erase all below. */
+  #clear(): void {
+    if (this.#drawnLines > 0) this.#stderr.write(`\u001b[${this.#drawnLines}A\r\u001b[J`);
+    this.#drawnLines = 0;
+  }
+}
+
+// ------ Running it ------
+
 const readStdin = async ({ stdin }: CommandIO): Promise<string> =>
   Buffer.concat((await Readable.from(stdin).toArray()) as Buffer[]).toString("utf8");
-/** Progress on stderr: redrawn in place on a terminal, a plain line for each blob and every ten seconds elsewhere. */
-function showProgress({ stderr, env }: CommandIO, isQuiet: boolean) {
-  const isLive = stderr.isTTY === true && !isQuiet && env.TERM !== "dumb";
-  const dim = (text: string) => (env.NO_COLOR ? text : `\u001b[2m${text}\u001b[22m`);
-  const startedAtMs = performance.now();
-  const seconds = () => (performance.now() - startedAtMs) / 1000;
-  const samples: [atMs: number, bytes: number][] = [];
-  let latest: Transfer | undefined;
-  let drawnLines = 0;
-  const clear = () => {
-    if (drawnLines > 0) stderr.write(`\u001b[${drawnLines}A\r\u001b[J`); // up, to the line's start, erase below
-    drawnLines = 0;
-  };
-  const total = ({ blobs, totalBytes, fetchedBytes }: Transfer) => {
-    const doneBytes = sumOf(blobs, (blob) => blob.doneBytes);
-    if (samples.push([performance.now(), fetchedBytes]) > 50) samples.shift(); // five seconds, on a terminal
-    const [[sinceMs, sinceBytes]] = samples as [[number, number]];
-    const rate = ((fetchedBytes - sinceBytes) * 1000) / Math.max(1, performance.now() - sinceMs);
-    const left = rate > 0 ? `, ${Math.ceil((totalBytes - doneBytes) / rate)} s left` : "";
-    return `${formatBytes(doneBytes)} of ${formatBytes(totalBytes)}, ${formatBytes(rate)}/s${left}`;
-  };
-  const bar = ({ descriptor: { digest, size }, doneBytes }: BlobState, width: number) => {
-    const sizes = [doneBytes, size].map((bytes) => formatBytes(bytes).padStart(7)).join(" of ");
-    const label = `${hexOf(digest).slice(0, 12)} ${sizes} `;
-    const room = Math.min(30, width - label.length - 2);
-    const filled = Math.round((Math.max(0, room) * doneBytes) / Math.max(1, size));
-    return room < 5 ? label : `${label}[${"#".repeat(filled)}${" ".repeat(room - filled)}]`;
-  };
-  const draw = () => {
-    if (!latest) return;
-    if (!isLive) return void stderr.write(`imgpull: ${total(latest)}\n`);
-    const width = Math.max(20, (stderr.columns ?? 80) - 1);
-    const moving = [...latest.activeBlobs].sort((a, b) => a.offset - b.offset);
-    const most = Math.max(0, Math.min(12, (stderr.rows ?? 24) - 2)); // a taller block would fill the scrollback
-    const bars = moving.slice(0, most).map((job) => `${dim(bar(job, width).slice(0, width))}\n`);
-    clear();
-    stderr.write(`${bars.join("")}${total(latest).slice(0, width)}\n`);
-    drawnLines = bars.length + 1;
-  };
-  const timer = isQuiet ? undefined : setInterval(draw, isLive ? 100 : 10_000).unref();
-  return {
-    seconds,
-    observe: (transfer: Transfer, finished?: BlobState) => {
-      if (!latest) samples.push([performance.now(), transfer.fetchedBytes]);
-      latest = transfer;
-      const { digest = "", size = 0 } = finished?.descriptor ?? {};
-      if (finished && !isQuiet && !isLive)
-        stderr.write(`imgpull: ${digest.slice(0, 19)} ${formatBytes(size)} done\n`);
-    },
-    say: (text: string) => {
-      clear();
-      stderr.write(`imgpull: ${text}\n`);
-    },
-    stop: () => {
-      clearInterval(timer);
-      clear();
-      latest = undefined;
-    },
-  };
-}
-/** The images of the command line and of --from, each once, with the names they get. */
-async function listImages(io: CommandIO, command: Command): Promise<PullRequest["images"]> {
-  const {
-    from,
-    name: givenName,
-    optionForOneHost,
-    opts: { namespace },
-  } = command;
-  const refuse = (error: unknown) => usage(`cannot read --from ${from}: ${diskWords(error)}`);
-  const list =
-    from === "-" ? await readStdin(io) : from ? await fs.readFile(from, "utf8").catch(refuse) : "";
-  const lines = list
+
+/** The references in a list: one a line, with # before comments. */
+const parseImageList = (text: string): string[] =>
+  text
     .split(/\r?\n/)
     .map((line) => line.replace(/(^|\s)#.*$/, "").trim())
-    .filter(Boolean);
-  const texts = [...command.images, ...lines];
+    .filter((line) => line !== "");
+
+async function readImageList(io: CommandIO, from: string | undefined): Promise<string[]> {
+  if (from === undefined) return [];
+  if (from === "-") return parseImageList(await readStdin(io));
+  const text = await fs
+    .readFile(from, "utf8")
+    .catch((error: unknown) => usage(`cannot read --from ${from}: ${diskWords(error)}`));
+  return parseImageList(text);
+}
+
+/** The images of the command line and of --from, each once, with the names they get. */
+async function listImages(io: CommandIO, command: Command): Promise<PullRequest["images"]> {
+  const { name: chosenName, optionForOneHost } = command;
+  const { namespace } = command.opts;
+  const texts = [...command.images, ...(await readImageList(io, command.from))];
   if (texts.length === 0) usage("no IMAGE is given");
   const references = await mapConcurrently(texts, 1, async (text) => parseReference(text)); // every bad one is named
   const hosts = [...new Set(references.map(({ host }) => host))];
@@ -4500,68 +4583,69 @@ async function listImages(io: CommandIO, command: Command): Promise<PullRequest[
     usage(
       `--${optionForOneHost} belongs to one registry, and the IMAGEs are on ${hosts.join(", ")}`,
     );
+
   const unique = new Map(references.map((reference) => [formatReference(reference), reference]));
   const names = new Set<string>();
   return [...unique.values()].map((reference) => {
     const name = formatReference(
-      givenName === undefined ? imageName(reference, namespace) : parseReference(givenName),
+      chosenName === undefined ? imageName(reference, namespace) : parseReference(chosenName),
     );
     if (names.has(name)) usage(`two IMAGEs would have the name ${name} in the tar`);
     names.add(name);
     return { reference, name };
   });
 }
-async function runCommand(
-  argv: readonly string[],
-  io: CommandIO,
-  signal: AbortSignal,
-): Promise<void> {
-  const { stdout, stderr, env: environment } = io;
-  const line = parseCommandLine(argv);
-  const version = `imgpull version: ${IMGPULL_VERSION} build date: ${IMGPULL_BUILD_DATE}\n`;
-  if (line.switches.has("help")) return void stdout.write(formatHelp());
-  if (line.switches.has("version")) return void stdout.write(version);
-  const command = planCommand(line);
-  const { opts, manifest: kind, isAll, reuse, since, isQuiet } = command;
-  if (line.switches.has("parsed")) {
-    const secrets = ["password", "token"]
-      .filter((name) => name in opts)
-      .map((name) => [name, "***"]);
-    const shown = {
-      ...command,
-      opts: undefined,
-      optionForOneHost: undefined,
-      ...opts,
-      ...Object.fromEntries(secrets),
-    };
-    return void stdout.write(`${JSON.stringify(shown, null, 2)}\n`);
+
+/** --parsed: what the command line says, in the library's words where it has them; no secret is shown. */
+function showCommand({ stdout }: CommandIO, { opts, optionForOneHost: _, ...rest }: Command): void {
+  const shown: Record<string, unknown> = { ...rest, ...opts };
+  for (const { name, isSecret } of OPTIONS) {
+    if (isSecret && name in shown) shown[name] = "***";
   }
-  const { "list-tar": listed, verify } = line.values;
-  if (listed ?? verify)
-    return lookAtTar(io, (listed ?? verify) as string, listed ? listTar : verifyTar, signal);
-  const images = await listImages(io, command);
-  const { reference } = images[0] as PullRequest["images"][number];
-  const destination = command.destination ?? defaultDestination(reference);
-  if (command.destination !== undefined) await checkDestinationName(destination);
+  stdout.write(`${JSON.stringify(shown, null, 2)}\n`);
+}
+
+async function printManifest(
+  { stdout, stderr }: CommandIO,
+  puller: Puller,
+  type: "list" | "image",
+): Promise<void> {
+  const { bytes, digest, manifest } = await puller.pullManifest(type);
+  stdout.write(stdout.isTTY ? `${JSON.stringify(manifest, null, 2)}\n` : bytes);
+  stderr.write(`${digest}\n`);
+}
+
+/** `1 image, 8.3 MB in app.tar: 8.3 MB fetched, 1.2 s`; what is 0 and not news is left out. */
+function formatSummary(
+  place: string,
+  { results, transfer, plan }: Awaited<ReturnType<typeof pullImages>>,
+  seconds: number,
+): string {
+  const { fetchedBytes, reusedBytes, resumedBytes } = transfer;
+  const parts = [
+    `${formatBytes(fetchedBytes)} fetched`,
+    ...(reusedBytes > 0 ? [`${formatBytes(reusedBytes)} reused`] : []),
+    ...(resumedBytes > 0 ? [`${formatBytes(resumedBytes)} resumed`] : []),
+    `${seconds.toFixed(1)} s`,
+  ];
+  const what = `${counted(results.length, "image")}, ${formatBytes(plan.sizeBytes)} in ${place}`;
+  return `${what}: ${parts.join(", ")}`;
+}
+
+/** The pull itself: stdout gets the tar, or one line for each image, pinned to the digest that DEST now holds. */
+async function pullForCommand(
+  io: CommandIO,
+  command: Command,
+  opts: PullerOpts,
+  images: PullRequest["images"],
+): Promise<void> {
+  const { stdout, env: environment } = io;
+  const { isAll, reuse, since, isQuiet } = command;
+  const destination = command.destination ?? defaultDestination(parseReference(opts.url));
   const isStream = ["-", "/dev/stdout"].includes(destination);
-  if (isStream && stdout.isTTY) usage("the tar is not written to a terminal: redirect stdout");
-  const password = command.isPasswordOnStdin
-    ? { password: (await readStdin(io)).replace(/\r?\n$/, "") }
-    : {};
-  const progress = showProgress(io, isQuiet);
-  const pullerOpts = {
-    ...opts,
-    ...password,
-    url: formatReference(reference),
-    signal,
-    onWarning: progress.say,
-  };
+  const startedAtMs = performance.now();
+  const display = new Display(io, isQuiet);
   try {
-    if (kind !== undefined) {
-      const { bytes, digest, manifest } = await new Puller(pullerOpts).pullManifest(kind);
-      stdout.write(stdout.isTTY ? `${JSON.stringify(manifest, null, 2)}\n` : bytes);
-      return void stderr.write(`${digest}\n`);
-    }
     const request = {
       images,
       destination: isStream ? stdout : destination,
@@ -4569,55 +4653,108 @@ async function runCommand(
       reuse,
       ...dropEmpty({ since }),
     };
-    const pull = (session: Session) => pullImages(session, request, progress.observe);
-    const { results, transfer, plan } = await withSession(pullerOpts, pull, { environment });
-    progress.stop();
-    const pinned = images.map((image, at) => ({
-      ...image.reference,
-      digest: results[at]?.digest as string,
-    }));
-    if (!isStream) stdout.write(pinned.map((each) => `${formatReference(each)}\n`).join(""));
-    if (isQuiet) return;
-    const parts = (["fetched", "reused", "resumed"] as const)
-      .map((how) => [transfer[`${how}Bytes`], how] as const)
-      .filter(([bytes, how]) => bytes > 0 || how === "fetched")
-      .map(([bytes, how]) => `${formatBytes(bytes)} ${how}`);
+    const { observe } = progressReporter(display.show);
+    const pulled = await withSession(
+      { ...opts, onWarning: display.say },
+      (session) => pullImages(session, request, observe),
+      { environment },
+    );
+    display.stop();
+
+    const pinned = images.map(({ reference }, at) => {
+      const digest = pulled.results[at]?.digest as string;
+      return `${formatReference({ ...reference, digest })}\n`;
+    });
+    if (!isStream) stdout.write(pinned.join(""));
+    const seconds = (performance.now() - startedAtMs) / 1000;
     const place = isStream ? "the stream" : destination;
-    const what = `${counted(images.length, "image")}, ${formatBytes(plan.sizeBytes)} in ${place}`;
-    progress.say(`${what}: ${parts.join(", ")}, ${progress.seconds().toFixed(1)} s`);
+    if (!isQuiet) display.say(formatSummary(place, pulled, seconds));
   } finally {
-    progress.stop();
+    display.stop();
   }
 }
-/** @internal Runs the command; resolves to its exit code: 0 done, 1 failed, 2 usage, 130 SIGINT, 143 SIGTERM. */
-async function main(argv: readonly string[], io: CommandIO = process): Promise<number> {
-  const { stdout, stderr } = io;
-  const isProcess = io === process;
-  const stop = new AbortController();
-  let signalCode = 0;
+
+async function runCommand(
+  argv: readonly string[],
+  io: CommandIO,
+  signal: AbortSignal,
+): Promise<void> {
+  const { stdout } = io;
+  const line = parseCommandLine(argv);
+  if (line.switches.has("help")) {
+    stdout.write(formatHelp());
+    return;
+  }
+  if (line.switches.has("version")) {
+    stdout.write(`imgpull version: ${IMGPULL_VERSION} build date: ${IMGPULL_BUILD_DATE}\n`);
+    return;
+  }
+  const command = planCommand(line);
+  if (line.switches.has("parsed")) return showCommand(io, command);
+  const { "list-tar": listed, verify: verified } = line.values;
+  if (listed !== undefined) return lookAtTar(io, listed, listTar, signal);
+  if (verified !== undefined) return lookAtTar(io, verified, verifyTar, signal);
+
+  const { destination, manifest } = command;
+  const images = await listImages(io, command);
+  if (destination !== undefined) checkDestinationName(destination);
+  if (stdout.isTTY && (destination === "-" || destination === "/dev/stdout"))
+    usage("the tar is not written to a terminal: redirect stdout");
+  const opts: PullerOpts = {
+    ...command.opts,
+    url: formatReference((images[0] as PullRequest["images"][number]).reference),
+    signal,
+  };
+  if (command.isPasswordOnStdin) opts.password = (await readStdin(io)).replace(/\r?\n$/, "");
+  if (manifest !== undefined) {
+    const onWarning = new Display(io, true).say;
+    return printManifest(io, new Puller({ ...opts, onWarning }), manifest);
+  }
+  return pullForCommand(io, command, opts, images);
+}
+
+/** SIGINT and SIGTERM stop what runs; asked twice, the system ends us at once. */
+function listenForSignals(stop: AbortController) {
+  let exitCode: number | undefined;
   const interrupt = (name: NodeJS.Signals) => {
-    signalCode = name === "SIGINT" ? 130 : 143;
+    exitCode = name === "SIGINT" ? 130 : 143;
     stop.abort();
   };
-  if (isProcess) {
-    process.once("SIGINT", interrupt).once("SIGTERM", interrupt); // asked twice: the system ends us at once
-    for (const stream of [stdout, stderr]) stream.on("error", () => undefined); // a reader that has gone
-    stdout.once("error", (error) => {
-      if (errorCodeOf(error) === "EPIPE") return;
-      stderr.write(`imgpull: cannot write stdout: ${diskWords(error)}\n`);
-      process.once("exit", () => (process.exitCode ||= 1));
+  process.once("SIGINT", interrupt).once("SIGTERM", interrupt);
+  return {
+    exitCode: () => exitCode,
+    close: () => process.off("SIGINT", interrupt).off("SIGTERM", interrupt),
+  };
+}
+
+/** A reader of stdout that has gone is no news; a full disk behind it is. */
+function watchOutput({ stdout, stderr }: CommandIO): void {
+  for (const stream of [stdout, stderr]) stream.on("error", ignore);
+  stdout.once("error", (error) => {
+    if (errorCodeOf(error) === "EPIPE") return;
+    stderr.write(`imgpull: cannot write stdout: ${diskWords(error)}\n`);
+    process.once("exit", () => {
+      process.exitCode ||= 1;
     });
-  }
+  });
+}
+
+/** @internal Runs the command; resolves to its exit code: 0 done, 1 failed, 2 usage, 130 SIGINT, 143 SIGTERM. */
+async function main(argv: readonly string[], io: CommandIO = process): Promise<number> {
+  const stop = new AbortController();
+  const signals = io === process ? listenForSignals(stop) : undefined;
+  if (io === process) watchOutput(io);
   try {
     await runCommand(argv, io, stop.signal);
     return 0;
   } catch (error) {
-    if (signalCode !== 0) return signalCode;
+    const signalCode = signals?.exitCode();
+    if (signalCode !== undefined) return signalCode;
     if (!(error instanceof ImgpullError)) throw error;
-    if (errorCodeOf(error.cause) !== "EPIPE") stderr.write(`imgpull: ${error.message}\n`);
+    if (errorCodeOf(error.cause) !== "EPIPE") io.stderr.write(`imgpull: ${error.message}\n`);
     return error.code === "BAD_REFERENCE" || error.code === "BAD_OPTION" ? 2 : 1;
   } finally {
-    if (isProcess) process.off("SIGINT", interrupt).off("SIGTERM", interrupt);
+    signals?.close();
   }
 }
 

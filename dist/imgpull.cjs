@@ -2674,10 +2674,10 @@ var Puller = class {
       { reference: this.#reference, name: formatReference(imageName(this.#reference, namespace)) }
     ];
     return withSession(this.#opts, async (session) => {
-      const report = progressReporter(onProgress);
+      const { observe, finish } = progressReporter(onProgress);
       const request = { images, destination: dest, isAll: false, reuse: [] };
-      const { results, transfer } = await pullImages(session, request, report);
-      report(transfer, void 0, "finish");
+      const { results, transfer } = await pullImages(session, request, observe);
+      finish(transfer);
       return results[0];
     });
   }
@@ -2732,37 +2732,51 @@ var Puller = class {
     );
     await withSession(this.#opts, async (session) => {
       const registry = registryOf(session, this.#reference);
-      const report = progressReporter(this.#opts.onProgress);
+      const { observe, finish } = progressReporter(this.#opts.onProgress);
       const job = {
         session,
         blobs: [...blobs.values()].map((descriptor) => new BlobState(descriptor, registry)),
         folder: dir,
         nameOf: hexOf,
-        observe: report
+        observe
       };
       await onDisk(`cannot write ${dir}`, fs.mkdir(dir, { recursive: true }));
       const transfer = await onDisk(`cannot write ${dir}`, pullToFolder(job));
-      report(transfer, void 0, "finish");
+      finish(transfer);
     });
   }
   #holder({ mediaType, digest, bytes }) {
     return { mediaType, digest, bytes, manifest: parseJson(bytes), imageUrl: this.#opts.url };
   }
 };
+var blobProgress = ({ descriptor: { digest, size }, doneBytes }) => ({
+  digest,
+  sizeBytes: size,
+  doneBytes
+});
 function progressReporter(onProgress) {
-  let highest = 0;
-  onProgress?.({ phase: "resolve", doneBytes: 0, totalBytes: 0, blobsDone: 0, blobsTotal: 0 });
-  return ({ blobs, totalBytes }, _finished, phase = "fetch") => {
-    highest = Math.max(
-      highest,
-      Math.min(
-        totalBytes,
-        sumOf(blobs, (blob) => blob.doneBytes)
-      )
-    );
-    const doneBytes = phase === "finish" ? totalBytes : highest;
-    const blobsDone = blobs.filter((blob) => blob.isDone).length;
-    onProgress?.({ phase, doneBytes, totalBytes, blobsDone, blobsTotal: blobs.length });
+  const nothingYet = { doneBytes: 0, totalBytes: 0, fetchedBytes: 0, blobsDone: 0, blobsTotal: 0 };
+  let highestBytes = 0;
+  onProgress?.({ phase: "resolve", ...nothingYet, moving: [] });
+  const report = (transfer, phase, finished2) => {
+    const { blobs, totalBytes, fetchedBytes, activeBlobs } = transfer;
+    const bytesInPlace = sumOf(blobs, ({ doneBytes }) => doneBytes);
+    highestBytes = Math.max(highestBytes, Math.min(totalBytes, bytesInPlace));
+    const moving = [...activeBlobs].sort((left, right) => left.offset - right.offset);
+    onProgress?.({
+      phase,
+      doneBytes: phase === "finish" ? totalBytes : highestBytes,
+      totalBytes,
+      fetchedBytes,
+      blobsDone: blobs.filter(({ isDone }) => isDone).length,
+      blobsTotal: blobs.length,
+      moving: moving.map(blobProgress),
+      ...finished2 && { finished: blobProgress(finished2) }
+    });
+  };
+  return {
+    observe: (transfer, finished2) => report(transfer, "fetch", finished2),
+    finish: (transfer) => report(transfer, "finish")
   };
 }
 var isTexts = (list) => Array.isArray(list) && list.every((it) => typeof it === "string");
@@ -3054,7 +3068,7 @@ function refuseUnknown(rawName, name) {
   const suggestion = nearest ? `: did you mean --${nearest.name}?` : "";
   return usage(`unknown option ${printable(rawName, 60)}${suggestion}`);
 }
-function valueOf(spec, { rawName, value: text, inlineValue }) {
+function typedValue(spec, { rawName, value: text, inlineValue }) {
   const isShort = !rawName.startsWith("--");
   const value = isShort && inlineValue ? text?.replace(/^=/, "") : text;
   const isNextOption = !inlineValue && value?.startsWith("-") && value !== "-";
@@ -3094,9 +3108,9 @@ function parseCommandLine(argv) {
       if (token.value !== void 0) usage(`${token.rawName} takes no value`);
       switches.add(name);
     } else if (spec.isRepeatable) {
-      lists[name] = [...lists[name] ?? [], valueOf(spec, token)];
+      lists[name] = [...lists[name] ?? [], typedValue(spec, token)];
     } else {
-      values[name] = valueOf(spec, token);
+      values[name] = typedValue(spec, token);
     }
   }
   return { values, lists, switches, positionals };
@@ -3189,93 +3203,120 @@ function planCommand(line) {
     )?.name
   };
 }
-async function checkDestinationName(destination) {
-  if (/[\\/]|\.(tar|oci|img|tgz|zip|gz)$/i.test(destination) || !/[:@]/.test(destination)) return;
-  const isReference = await Promise.resolve(destination).then(parseReference).then(
-    () => true,
-    () => false
-  );
-  if (isReference)
-    usage(
-      `DEST is missing: "${destination}" reads as an IMAGE; say ./${destination} to mean a file`
-    );
+function isReference(text) {
+  try {
+    parseReference(text);
+    return true;
+  } catch {
+    return false;
+  }
 }
-var readStdin = async ({ stdin }) => Buffer.concat(await import_node_stream.Readable.from(stdin).toArray()).toString("utf8");
-function showProgress({ stderr, env }, isQuiet) {
-  const isLive = stderr.isTTY === true && !isQuiet && env.TERM !== "dumb";
-  const dim = (text) => env.NO_COLOR ? text : `\x1B[2m${text}\x1B[22m`;
-  const startedAtMs = performance.now();
-  const seconds = () => (performance.now() - startedAtMs) / 1e3;
-  const samples = [];
-  let latest;
-  let drawnLines = 0;
-  const clear = () => {
-    if (drawnLines > 0) stderr.write(`\x1B[${drawnLines}A\r\x1B[J`);
-    drawnLines = 0;
+function checkDestinationName(destination) {
+  if (/[\\/]|\.(tar|oci|img|tgz|zip|gz)$/i.test(destination) || !/[:@]/.test(destination)) return;
+  if (!isReference(destination)) return;
+  usage(`DEST is missing: "${destination}" reads as an IMAGE; say ./${destination} to mean a file`);
+}
+var formatBlobSizes = ({ doneBytes, sizeBytes }) => [doneBytes, sizeBytes].map((bytes) => formatBytes(bytes).padStart(7)).join(" of ");
+function formatBar(blob, width) {
+  const label = `${hexOf(blob.digest).slice(0, 12)} ${formatBlobSizes(blob)} `;
+  const room = Math.min(30, width - label.length - 2);
+  if (room < 5) return label.slice(0, width);
+  const filled = Math.round(room * blob.doneBytes / Math.max(1, blob.sizeBytes));
+  return `${label}[${"#".repeat(filled)}${" ".repeat(room - filled)}]`;
+}
+var Rate = class {
+  #samples = [];
+  add(bytes) {
+    this.#samples.push({ atMs: performance.now(), bytes });
+    if (this.#samples.length > 50) this.#samples.shift();
+  }
+  get bytesPerSecond() {
+    const [first, last] = [this.#samples[0], this.#samples.at(-1)];
+    if (!first || !last) return 0;
+    return (last.bytes - first.bytes) * 1e3 / Math.max(1, last.atMs - first.atMs);
+  }
+};
+function formatTotal({ doneBytes, totalBytes }, bytesPerSecond) {
+  const secondsLeft = Math.ceil((totalBytes - doneBytes) / bytesPerSecond);
+  const left = bytesPerSecond > 0 ? `, ${secondsLeft} s left` : "";
+  return `${formatBytes(doneBytes)} of ${formatBytes(totalBytes)}, ${formatBytes(bytesPerSecond)}/s${left}`;
+}
+var Display = class {
+  #stderr;
+  #isQuiet;
+  #isLive;
+  #isDimmed;
+  #rate = new Rate();
+  #timer;
+  #latest;
+  #drawnLines = 0;
+  constructor({ stderr, env }, isQuiet) {
+    this.#stderr = stderr;
+    this.#isQuiet = isQuiet;
+    this.#isLive = stderr.isTTY === true && !isQuiet && env.TERM !== "dumb";
+    this.#isDimmed = !env.NO_COLOR;
+    const redraw = () => this.#draw();
+    if (!isQuiet) this.#timer = setInterval(redraw, this.#isLive ? 100 : 1e4).unref();
+  }
+  show = (progress) => {
+    if (progress.phase === "resolve") return;
+    if (!this.#latest) this.#rate.add(progress.fetchedBytes);
+    this.#latest = progress;
+    const { finished: finished2 } = progress;
+    if (finished2 && !this.#isQuiet && !this.#isLive)
+      this.say(`${finished2.digest.slice(0, 19)} ${formatBytes(finished2.sizeBytes)} done`);
   };
-  const total = ({ blobs, totalBytes, fetchedBytes }) => {
-    const doneBytes = sumOf(blobs, (blob) => blob.doneBytes);
-    if (samples.push([performance.now(), fetchedBytes]) > 50) samples.shift();
-    const [[sinceMs, sinceBytes]] = samples;
-    const rate = (fetchedBytes - sinceBytes) * 1e3 / Math.max(1, performance.now() - sinceMs);
-    const left = rate > 0 ? `, ${Math.ceil((totalBytes - doneBytes) / rate)} s left` : "";
-    return `${formatBytes(doneBytes)} of ${formatBytes(totalBytes)}, ${formatBytes(rate)}/s${left}`;
+  /** A line of talk; the progress comes back below it. */
+  say = (text) => {
+    this.#clear();
+    this.#stderr.write(`imgpull: ${text}
+`);
   };
-  const bar = ({ descriptor: { digest, size }, doneBytes }, width) => {
-    const sizes = [doneBytes, size].map((bytes) => formatBytes(bytes).padStart(7)).join(" of ");
-    const label = `${hexOf(digest).slice(0, 12)} ${sizes} `;
-    const room = Math.min(30, width - label.length - 2);
-    const filled = Math.round(Math.max(0, room) * doneBytes / Math.max(1, size));
-    return room < 5 ? label : `${label}[${"#".repeat(filled)}${" ".repeat(room - filled)}]`;
-  };
-  const draw = () => {
-    if (!latest) return;
-    if (!isLive) return void stderr.write(`imgpull: ${total(latest)}
-`);
-    const width = Math.max(20, (stderr.columns ?? 80) - 1);
-    const moving = [...latest.activeBlobs].sort((a, b) => a.offset - b.offset);
-    const most = Math.max(0, Math.min(12, (stderr.rows ?? 24) - 2));
-    const bars = moving.slice(0, most).map((job) => `${dim(bar(job, width).slice(0, width))}
-`);
-    clear();
-    stderr.write(`${bars.join("")}${total(latest).slice(0, width)}
-`);
-    drawnLines = bars.length + 1;
-  };
-  const timer = isQuiet ? void 0 : setInterval(draw, isLive ? 100 : 1e4).unref();
-  return {
-    seconds,
-    observe: (transfer, finished2) => {
-      if (!latest) samples.push([performance.now(), transfer.fetchedBytes]);
-      latest = transfer;
-      const { digest = "", size = 0 } = finished2?.descriptor ?? {};
-      if (finished2 && !isQuiet && !isLive)
-        stderr.write(`imgpull: ${digest.slice(0, 19)} ${formatBytes(size)} done
-`);
-    },
-    say: (text) => {
-      clear();
-      stderr.write(`imgpull: ${text}
-`);
-    },
-    stop: () => {
-      clearInterval(timer);
-      clear();
-      latest = void 0;
+  stop() {
+    clearInterval(this.#timer);
+    this.#clear();
+    this.#latest = void 0;
+  }
+  #draw() {
+    const progress = this.#latest;
+    if (!progress) return;
+    this.#rate.add(progress.fetchedBytes);
+    const total = formatTotal(progress, this.#rate.bytesPerSecond);
+    if (!this.#isLive) {
+      this.say(total);
+      return;
     }
-  };
+    const { columns = 80, rows = 24 } = this.#stderr;
+    const width = Math.max(20, columns - 1);
+    const most = Math.max(0, Math.min(12, rows - 2));
+    const bars = progress.moving.slice(0, most).map((blob) => this.#dim(formatBar(blob, width)));
+    const lines = [...bars, total.slice(0, width)];
+    this.#clear();
+    this.#stderr.write(lines.map((line) => `${line}
+`).join(""));
+    this.#drawnLines = lines.length;
+  }
+  #dim(text) {
+    return this.#isDimmed ? `\x1B[2m${text}\x1B[22m` : text;
+  }
+  /** Up, to the line's start, and erase all below. */
+  #clear() {
+    if (this.#drawnLines > 0) this.#stderr.write(`\x1B[${this.#drawnLines}A\r\x1B[J`);
+    this.#drawnLines = 0;
+  }
+};
+var readStdin = async ({ stdin }) => Buffer.concat(await import_node_stream.Readable.from(stdin).toArray()).toString("utf8");
+var parseImageList = (text) => text.split(/\r?\n/).map((line) => line.replace(/(^|\s)#.*$/, "").trim()).filter((line) => line !== "");
+async function readImageList(io, from) {
+  if (from === void 0) return [];
+  if (from === "-") return parseImageList(await readStdin(io));
+  const text = await fs.readFile(from, "utf8").catch((error) => usage(`cannot read --from ${from}: ${diskWords(error)}`));
+  return parseImageList(text);
 }
 async function listImages(io, command) {
-  const {
-    from,
-    name: givenName,
-    optionForOneHost,
-    opts: { namespace }
-  } = command;
-  const refuse = (error) => usage(`cannot read --from ${from}: ${diskWords(error)}`);
-  const list = from === "-" ? await readStdin(io) : from ? await fs.readFile(from, "utf8").catch(refuse) : "";
-  const lines = list.split(/\r?\n/).map((line) => line.replace(/(^|\s)#.*$/, "").trim()).filter(Boolean);
-  const texts = [...command.images, ...lines];
+  const { name: chosenName, optionForOneHost } = command;
+  const { namespace } = command.opts;
+  const texts = [...command.images, ...await readImageList(io, command.from)];
   if (texts.length === 0) usage("no IMAGE is given");
   const references = await mapConcurrently(texts, 1, async (text) => parseReference(text));
   const hosts = [...new Set(references.map(({ host }) => host))];
@@ -3287,60 +3328,47 @@ async function listImages(io, command) {
   const names = /* @__PURE__ */ new Set();
   return [...unique.values()].map((reference) => {
     const name = formatReference(
-      givenName === void 0 ? imageName(reference, namespace) : parseReference(givenName)
+      chosenName === void 0 ? imageName(reference, namespace) : parseReference(chosenName)
     );
     if (names.has(name)) usage(`two IMAGEs would have the name ${name} in the tar`);
     names.add(name);
     return { reference, name };
   });
 }
-async function runCommand(argv, io, signal) {
-  const { stdout, stderr, env: environment } = io;
-  const line = parseCommandLine(argv);
-  const version = `imgpull version: ${"1.0.0"} build date: ${"2026-11-25T00:00:00Z"}
-`;
-  if (line.switches.has("help")) return void stdout.write(formatHelp());
-  if (line.switches.has("version")) return void stdout.write(version);
-  const command = planCommand(line);
-  const { opts, manifest: kind, isAll, reuse, since, isQuiet } = command;
-  if (line.switches.has("parsed")) {
-    const secrets = ["password", "token"].filter((name) => name in opts).map((name) => [name, "***"]);
-    const shown = {
-      ...command,
-      opts: void 0,
-      optionForOneHost: void 0,
-      ...opts,
-      ...Object.fromEntries(secrets)
-    };
-    return void stdout.write(`${JSON.stringify(shown, null, 2)}
-`);
+function showCommand({ stdout }, { opts, optionForOneHost: _, ...rest }) {
+  const shown = { ...rest, ...opts };
+  for (const { name, isSecret } of OPTIONS) {
+    if (isSecret && name in shown) shown[name] = "***";
   }
-  const { "list-tar": listed, verify } = line.values;
-  if (listed ?? verify)
-    return lookAtTar(io, listed ?? verify, listed ? listTar : verifyTar, signal);
-  const images = await listImages(io, command);
-  const { reference } = images[0];
-  const destination = command.destination ?? defaultDestination(reference);
-  if (command.destination !== void 0) await checkDestinationName(destination);
-  const isStream = ["-", "/dev/stdout"].includes(destination);
-  if (isStream && stdout.isTTY) usage("the tar is not written to a terminal: redirect stdout");
-  const password = command.isPasswordOnStdin ? { password: (await readStdin(io)).replace(/\r?\n$/, "") } : {};
-  const progress = showProgress(io, isQuiet);
-  const pullerOpts = {
-    ...opts,
-    ...password,
-    url: formatReference(reference),
-    signal,
-    onWarning: progress.say
-  };
-  try {
-    if (kind !== void 0) {
-      const { bytes, digest, manifest } = await new Puller(pullerOpts).pullManifest(kind);
-      stdout.write(stdout.isTTY ? `${JSON.stringify(manifest, null, 2)}
-` : bytes);
-      return void stderr.write(`${digest}
+  stdout.write(`${JSON.stringify(shown, null, 2)}
 `);
-    }
+}
+async function printManifest({ stdout, stderr }, puller, type) {
+  const { bytes, digest, manifest } = await puller.pullManifest(type);
+  stdout.write(stdout.isTTY ? `${JSON.stringify(manifest, null, 2)}
+` : bytes);
+  stderr.write(`${digest}
+`);
+}
+function formatSummary(place, { results, transfer, plan }, seconds) {
+  const { fetchedBytes, reusedBytes, resumedBytes } = transfer;
+  const parts = [
+    `${formatBytes(fetchedBytes)} fetched`,
+    ...reusedBytes > 0 ? [`${formatBytes(reusedBytes)} reused`] : [],
+    ...resumedBytes > 0 ? [`${formatBytes(resumedBytes)} resumed`] : [],
+    `${seconds.toFixed(1)} s`
+  ];
+  const what = `${counted(results.length, "image")}, ${formatBytes(plan.sizeBytes)} in ${place}`;
+  return `${what}: ${parts.join(", ")}`;
+}
+async function pullForCommand(io, command, opts, images) {
+  const { stdout, env: environment } = io;
+  const { isAll, reuse, since, isQuiet } = command;
+  const destination = command.destination ?? defaultDestination(parseReference(opts.url));
+  const isStream = ["-", "/dev/stdout"].includes(destination);
+  const startedAtMs = performance.now();
+  const display = new Display(io, isQuiet);
+  try {
     const request = {
       images,
       destination: isStream ? stdout : destination,
@@ -3348,54 +3376,99 @@ async function runCommand(argv, io, signal) {
       reuse,
       ...dropEmpty({ since })
     };
-    const pull = (session) => pullImages(session, request, progress.observe);
-    const { results, transfer, plan } = await withSession(pullerOpts, pull, { environment });
-    progress.stop();
-    const pinned = images.map((image, at) => ({
-      ...image.reference,
-      digest: results[at]?.digest
-    }));
-    if (!isStream) stdout.write(pinned.map((each) => `${formatReference(each)}
-`).join(""));
-    if (isQuiet) return;
-    const parts = ["fetched", "reused", "resumed"].map((how) => [transfer[`${how}Bytes`], how]).filter(([bytes, how]) => bytes > 0 || how === "fetched").map(([bytes, how]) => `${formatBytes(bytes)} ${how}`);
+    const { observe } = progressReporter(display.show);
+    const pulled = await withSession(
+      { ...opts, onWarning: display.say },
+      (session) => pullImages(session, request, observe),
+      { environment }
+    );
+    display.stop();
+    const pinned = images.map(({ reference }, at) => {
+      const digest = pulled.results[at]?.digest;
+      return `${formatReference({ ...reference, digest })}
+`;
+    });
+    if (!isStream) stdout.write(pinned.join(""));
+    const seconds = (performance.now() - startedAtMs) / 1e3;
     const place = isStream ? "the stream" : destination;
-    const what = `${counted(images.length, "image")}, ${formatBytes(plan.sizeBytes)} in ${place}`;
-    progress.say(`${what}: ${parts.join(", ")}, ${progress.seconds().toFixed(1)} s`);
+    if (!isQuiet) display.say(formatSummary(place, pulled, seconds));
   } finally {
-    progress.stop();
+    display.stop();
   }
 }
-async function main(argv, io = process) {
-  const { stdout, stderr } = io;
-  const isProcess = io === process;
-  const stop = new AbortController();
-  let signalCode = 0;
+async function runCommand(argv, io, signal) {
+  const { stdout } = io;
+  const line = parseCommandLine(argv);
+  if (line.switches.has("help")) {
+    stdout.write(formatHelp());
+    return;
+  }
+  if (line.switches.has("version")) {
+    stdout.write(`imgpull version: ${"1.0.0"} build date: ${"2026-11-25T00:00:00Z"}
+`);
+    return;
+  }
+  const command = planCommand(line);
+  if (line.switches.has("parsed")) return showCommand(io, command);
+  const { "list-tar": listed, verify: verified } = line.values;
+  if (listed !== void 0) return lookAtTar(io, listed, listTar, signal);
+  if (verified !== void 0) return lookAtTar(io, verified, verifyTar, signal);
+  const { destination, manifest } = command;
+  const images = await listImages(io, command);
+  if (destination !== void 0) checkDestinationName(destination);
+  if (stdout.isTTY && (destination === "-" || destination === "/dev/stdout"))
+    usage("the tar is not written to a terminal: redirect stdout");
+  const opts = {
+    ...command.opts,
+    url: formatReference(images[0].reference),
+    signal
+  };
+  if (command.isPasswordOnStdin) opts.password = (await readStdin(io)).replace(/\r?\n$/, "");
+  if (manifest !== void 0) {
+    const onWarning = new Display(io, true).say;
+    return printManifest(io, new Puller({ ...opts, onWarning }), manifest);
+  }
+  return pullForCommand(io, command, opts, images);
+}
+function listenForSignals(stop) {
+  let exitCode;
   const interrupt = (name) => {
-    signalCode = name === "SIGINT" ? 130 : 143;
+    exitCode = name === "SIGINT" ? 130 : 143;
     stop.abort();
   };
-  if (isProcess) {
-    process.once("SIGINT", interrupt).once("SIGTERM", interrupt);
-    for (const stream of [stdout, stderr]) stream.on("error", () => void 0);
-    stdout.once("error", (error) => {
-      if (errorCodeOf(error) === "EPIPE") return;
-      stderr.write(`imgpull: cannot write stdout: ${diskWords(error)}
+  process.once("SIGINT", interrupt).once("SIGTERM", interrupt);
+  return {
+    exitCode: () => exitCode,
+    close: () => process.off("SIGINT", interrupt).off("SIGTERM", interrupt)
+  };
+}
+function watchOutput({ stdout, stderr }) {
+  for (const stream of [stdout, stderr]) stream.on("error", ignore);
+  stdout.once("error", (error) => {
+    if (errorCodeOf(error) === "EPIPE") return;
+    stderr.write(`imgpull: cannot write stdout: ${diskWords(error)}
 `);
-      process.once("exit", () => process.exitCode ||= 1);
+    process.once("exit", () => {
+      process.exitCode ||= 1;
     });
-  }
+  });
+}
+async function main(argv, io = process) {
+  const stop = new AbortController();
+  const signals = io === process ? listenForSignals(stop) : void 0;
+  if (io === process) watchOutput(io);
   try {
     await runCommand(argv, io, stop.signal);
     return 0;
   } catch (error) {
-    if (signalCode !== 0) return signalCode;
+    const signalCode = signals?.exitCode();
+    if (signalCode !== void 0) return signalCode;
     if (!(error instanceof ImgpullError)) throw error;
-    if (errorCodeOf(error.cause) !== "EPIPE") stderr.write(`imgpull: ${error.message}
+    if (errorCodeOf(error.cause) !== "EPIPE") io.stderr.write(`imgpull: ${error.message}
 `);
     return error.code === "BAD_REFERENCE" || error.code === "BAD_OPTION" ? 2 : 1;
   } finally {
-    if (isProcess) process.off("SIGINT", interrupt).off("SIGTERM", interrupt);
+    signals?.close();
   }
 }
 var internals = Object.freeze({

@@ -37,13 +37,25 @@ interface PullerOpts {
     onProgress?: (progress: Progress) => void;
     /** One line each: a retry, a fallback, a layer that some loaders refuse. */ onWarning?: (message: string) => void;
 }
+/** Of one blob, in bytes. */
+interface BlobProgress {
+    digest: string;
+    sizeBytes: number;
+    doneBytes: number;
+}
 /** Bytes are of blobs, before any tar header; `doneBytes` never falls, and equals `totalBytes` at the end. */
 interface Progress {
     phase: "resolve" | "fetch" | "finish";
     doneBytes: number;
     totalBytes: number;
+    /** What came over the line so far, bytes that were fetched again included: for a rate. */
+    fetchedBytes: number;
     blobsDone: number;
     blobsTotal: number;
+    /** The blobs on their way, in DEST's order. */
+    moving: readonly BlobProgress[];
+    /** The blob that has just become whole. */
+    finished?: BlobProgress;
 }
 /** What DEST now holds. `digest` is the manifest's (the index's when every platform was asked for); `platform` is
  *  `os/architecture[/variant]`, `all`, or empty for what is not an image; `sizeBytes` is DEST's (in a directory: of the

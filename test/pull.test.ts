@@ -753,15 +753,19 @@ test("onProgress never falls and ends at the total, whatever happens", async (t)
     phase: "resolve",
     doneBytes: 0,
     totalBytes: 0,
+    fetchedBytes: 0,
     blobsDone: 0,
     blobsTotal: 0,
+    moving: [],
   });
   assert.deepEqual(seen.at(-1), {
     phase: "finish",
     doneBytes: totalBytes,
     totalBytes,
+    fetchedBytes: result.fetchedBytes,
     blobsDone: 3,
     blobsTotal: 3,
+    moving: [],
   });
   const phases = seen.map(({ phase }) => ["resolve", "fetch", "finish"].indexOf(phase));
   for (const [at, { doneBytes, blobsDone }] of seen.entries()) {
