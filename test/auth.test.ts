@@ -193,7 +193,7 @@ describe("the challenge parser", () => {
       "a=".repeat(long / 2),
       `Bearer ${"\\".repeat(long)}`,
     ]) {
-      const realms = internals.parseChallenges([line]).map(({ parameters }) => parameters["realm"]);
+      const realms = internals.parseChallenges([line]).map(({ parameters }) => parameters.realm);
       assert.deepEqual(
         realms.filter((realm) => realm !== undefined),
         [],
@@ -711,7 +711,7 @@ function helper(t: TestScope, script: string) {
   });
   return {
     asked,
-    path: `${folder}:${cleanEnvironment()["PATH"]}`,
+    path: `${folder}:${cleanEnvironment().PATH}`,
     isAsked: () => existsSync(`${program}.args`),
   };
 }

@@ -184,7 +184,7 @@ const KINDS: Record<string, string> = {
 const fileOf = (target: string) =>
   join(FOLDER, `imgpull-${target}${target.startsWith("win-") ? ".exe" : ""}`);
 const hostTarget = `${process.platform === "win32" ? "win" : process.platform}-${process.arch}`;
-const required = process.env["IMGPULL_BINARIES"]?.split(" ").filter(Boolean);
+const required = process.env.IMGPULL_BINARIES?.split(" ").filter(Boolean);
 
 /** Emulates a processor on Debian: the packages qemu-user-static, libstdc++6-arm64-cross and libatomic1-arm64-cross. */
 const EMULATOR = "/usr/bin/qemu-aarch64-static";
@@ -211,11 +211,8 @@ function reasonToSkip(): string | false {
   const isStale = built.some(
     (target) => !readExecutable(readFileSync(fileOf(target))).blob?.includes(script),
   );
-  const reason = isStale
-    ? "dist/bin is of another build"
-    : built.length === 0
-      ? "dist/bin is empty"
-      : false;
+  const isEmpty = built.length === 0 && "dist/bin is empty";
+  const reason = isStale ? "dist/bin is of another build" : isEmpty;
   if (reason) console.error(`\n*** BINARIES NOT TESTED, ${reason}: node build.mjs --sea ***\n`);
   return reason;
 }
@@ -253,7 +250,7 @@ describe("binaries", { skip: reasonToSkip() }, () => {
         ["imgpull.LICENSES.txt", 0o644, 0],
       );
       const text = tar.toString("utf8", licenses.offset, licenses.offset + licenses.size);
-      assert.match(text, /Apache License[^]*Node\.js is licensed for use as follows/);
+      assert.match(text, /Apache License[\s\S]*Node\.js is licensed for use as follows/);
       const { name, type, mode, uid, gid, mtime, offset, size } = entry;
       const fields = { type: "0", mode: 0o755, uid: 0, gid: 0, mtime: 0 };
       const expected = { name: target.startsWith("win-") ? "imgpull.exe" : "imgpull", ...fields };

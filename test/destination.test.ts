@@ -156,7 +156,8 @@ test("what a sync in the background says of the disk is not lost", async (t) => 
   let syncs = 0;
   t.after(() => (prototype.sync = sync));
   prototype.sync = async function failOnce(this: fs.FileHandle) {
-    const mine = (syncs += 1);
+    syncs += 1;
+    const mine = syncs;
     await new Promise((done) => setTimeout(done, 300)); // a disk that is slower than the line, so that writes wait for it
     if (mine === 2)
       throw Object.assign(new Error("EIO: i/o error, fsync"), { code: "EIO", syscall: "fsync" });

@@ -231,7 +231,7 @@ interface Pulled {
 }
 
 function configDigestOf(manifest: StoredManifest): string {
-  return (manifest.json["config"] as { digest: string }).digest;
+  return (manifest.json.config as { digest: string }).digest;
 }
 
 /** The manifests that a case is about, as the registry has them. */
@@ -241,7 +241,7 @@ async function expectedManifests(
 ): Promise<Pick<Pulled, "entry" | "image">> {
   const top = await storedManifest(host, wanted.repository, "v1");
   if (wanted.platform === undefined) return { entry: top, image: top };
-  const children = top.json["manifests"] as {
+  const children = top.json.manifests as {
     digest: string;
     platform: { architecture: string };
   }[];

@@ -44,7 +44,7 @@ test("newPullerOpts, getUrl and getOpts", () => {
   const made = newPullerOpts("docker.io/hello-world:latest");
   const { platform, arch } = process;
   const os = platform === "win32" ? "windows" : platform;
-  const architecture = arch === "x64" ? "amd64" : arch === "ia32" ? "386" : arch;
+  const architecture = { x64: "amd64", ia32: "386" }[arch as string] ?? arch;
   const url = "docker.io/hello-world:latest";
   assert.deepEqual({ ...made }, { url, scheme: "https", osType: os, archType: architecture });
   const puller = new Puller(made);
@@ -319,7 +319,8 @@ test("an abort in the tick after any report ends in ABORTED, and in nothing unca
     const stop = new AbortController();
     let reports = 0;
     const onProgress = (): void => {
-      if ((reports += 1) === round % 7) process.nextTick(() => stop.abort());
+      reports += 1;
+      if (reports === round % 7) process.nextTick(() => stop.abort());
     };
     const puller = new Puller({ ...opts, signal: stop.signal, onProgress });
     const outcome = await puller.pullTar(join(folder, `${round}.tar`)).then(

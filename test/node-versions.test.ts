@@ -100,7 +100,7 @@ describe(`the permission model of Node ${NEWEST_NODE}`, () => {
     const line = PERMITTED.replace("alpine:3.22 alpine.tar", `${app} app.tar --cacert corp-ca.pem`);
     assert.ok(line.includes(app));
     const auth = Buffer.from(`ci:${SECRETS.password}`).toString("base64");
-    const file = join(reader.env["HOME"] ?? "", ".docker/config.json");
+    const file = join(reader.env.HOME ?? "", ".docker/config.json");
     mkdirSync(dirname(file));
     writeFileSync(file, JSON.stringify({ auths: { "registry.corp.example:5000": { auth } } }));
     const allowed = await reader.run(line);
@@ -127,7 +127,7 @@ describe(`the permission model of Node ${NEWEST_NODE}`, () => {
     const reader = await readerWith(t, NEWEST_NODE);
     if (!reader) return;
     const { exitCode, stderr } = await reader.run(
-      PERMITTED.replace("--allow-net", "").trimEnd() + " --retries 0",
+      `${PERMITTED.replace("--allow-net", "").trimEnd()} --retries 0`,
     );
     assert.equal(exitCode, 1);
     assert.match(stderr, /--allow-net/);

@@ -74,7 +74,7 @@ async function capture(scope: { after: (cleanUp: () => unknown) => void }): Prom
     execFileSync("tmux", ["-S", join(home, "tmux"), "-f", "/dev/null", ...args], {
       encoding: "utf8",
       env: {
-        PATH: `${home}/bin:${process.env["PATH"]}`,
+        PATH: `${home}/bin:${process.env.PATH}`,
         HOME: home,
         TERM: "xterm-256color",
         LANG: "C.UTF-8",
@@ -121,12 +121,14 @@ const escapeXml = (text: string): string => text.replaceAll("&", "&amp;").replac
 function renderLine(line: string, state: { isDim: boolean }, y: number): string {
   const spans: string[] = [];
   let column = 0;
+  // biome-ignore lint/suspicious/noControlCharactersInRegex: these are the codes that colour a terminal
   for (const [, codes, text = ""] of line.matchAll(/(?:\u001b\[([\d;]*)m)|([^\u001b]+)/g)) {
     if (codes !== undefined) {
       state.isDim = codes === "2" || (state.isDim && !["", "0", "22"].includes(codes));
       continue;
     }
-    const style = state.isDim ? "dim" : text.startsWith("$ ") ? "typed" : "plain";
+    const bright = text.startsWith("$ ") ? "typed" : "plain";
+    const style = state.isDim ? "dim" : bright;
     const [x, width] = [MARGIN + column * CELL, text.length * CELL];
     const size = `x="${x.toFixed(1)}" y="${y}" textLength="${width.toFixed(1)}"`;
     spans.push(`<text class="${style}" ${size} xml:space="preserve">${escapeXml(text)}</text>`);

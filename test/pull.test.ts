@@ -8,7 +8,7 @@ import {
   statSync,
   writeFileSync,
 } from "node:fs";
-import { Socket } from "node:net";
+import type { Socket } from "node:net";
 import { join } from "node:path";
 import { type TestContext, test } from "node:test";
 import { type ErrorCode, internals, type Progress, Puller } from "../imgpull.ts";

@@ -46,7 +46,7 @@ test("the files that it links to are there, and so are the headings", () => {
 
 test("the environment table has every variable that the module names", () => {
   const header = readFileSync("imgpull.ts", "utf8").split("*/")[0] ?? "";
-  const [, named = ""] = /Environment read: ([^]*?)\.\n/.exec(header) ?? [];
+  const [, named = ""] = /Environment read: ([\s\S]*?)\.\n/.exec(header) ?? [];
   const variables = named.match(/\b[A-Z][A-Z_]+\b/g) ?? [];
   assert.ok(variables.length >= 14);
   const [, section = ""] = readme.split("## Environment variables");
@@ -126,7 +126,7 @@ const RUN: Record<string, Case> = {
       assert.equal(filesOf(read(reader, "build/demo/hello.tar")).size, 7);
       // The figure of the tar is this one; only index.json's size is the port's.
       const figure = readmeBlocks("text")[0]?.text ?? "";
-      const [, listed = ""] = /^The tar:\n.*\n([^]*?) {2}in all/m.exec(stdout) ?? [];
+      const [, listed = ""] = /^The tar:\n.*\n([\s\S]*?) {2}in all/m.exec(stdout) ?? [];
       const rows = listed
         .trimEnd()
         .split("\n")
@@ -368,7 +368,7 @@ before(async () => {
   await once(plainServer, "listening");
   plainHost = `127.0.0.1:${(plainServer.address() as AddressInfo).port}`;
 });
-after(() => (plainServer.close(), plainServer.closeAllConnections()));
+after(() => plainServer.close().closeAllConnections());
 
 describe("every message that is explained", { concurrency: 2 }, () => {
   const [, section = ""] = readme.split("## Troubleshooting");
@@ -408,7 +408,7 @@ describe("every message that is explained", { concurrency: 2 }, () => {
       const escaped = explanation
         .split("…")
         .map((part) => part.trim().replace(/[.*+?^${}()|[\]\\]/g, "\\$&"));
-      assert.match(result.stderr, new RegExp(escaped.join("[^]*")));
+      assert.match(result.stderr, new RegExp(escaped.join("[\\s\\S]*")));
       assert.equal(existsSync(join(folder, "app.tar")), false);
     });
   }

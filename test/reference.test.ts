@@ -18,13 +18,8 @@ type Parts = [host: string, repository: string, tag?: string, digest?: string];
 
 function partsOf(text: string): Parts {
   const { host, repository, tag, digest } = parseReference(text);
-  return digest === undefined
-    ? tag === undefined
-      ? [host, repository]
-      : [host, repository, tag]
-    : tag === undefined
-      ? [host, repository, "", digest]
-      : [host, repository, tag, digest];
+  if (digest !== undefined) return [host, repository, tag ?? "", digest];
+  return tag === undefined ? [host, repository] : [host, repository, tag];
 }
 
 // ====== What is taken ======
@@ -142,7 +137,7 @@ test("references that are refused, each with its reason", () => {
         assert.ok(error instanceof ImgpullError, text);
         assert.equal(error.code, "BAD_REFERENCE", text);
         assert.match(error.message, reason, text);
-        assert.doesNotMatch(error.message, /[\u0000-\u001f\u007f]/, text);
+        assert.doesNotMatch(error.message, /\p{Cc}/u, text);
         return true;
       },
       text,

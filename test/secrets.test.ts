@@ -18,7 +18,12 @@ import {
 } from "./support/command.ts";
 import { makeImage } from "./support/image.ts";
 import { startProxy } from "./support/proxy.ts";
-import { type Registry, type RegistryOptions, startRegistry } from "./support/registry.ts";
+import {
+  type Fault,
+  type Registry,
+  type RegistryOptions,
+  startRegistry,
+} from "./support/registry.ts";
 
 const forms = secretForms();
 const image = makeImage({ seed: "secrets", layers: [8192, 2_000_000] });
@@ -72,7 +77,11 @@ const signed: Pick<Scenario, "secret" | "options"> = {
   secret: "signature",
   options: { auth: "none" },
 };
-const toStorage = (registry: Registry) => registry.on({ kind: "layer" }, { redirect: "storage" });
+/** Layers are redirected to signed URLs of storage, which has this fault. */
+const toStorage = (registry: Registry, fault?: Fault) => {
+  registry.on({ kind: "layer" }, { redirect: "storage" });
+  if (fault) registry.on({ kind: "storage" }, fault);
+};
 const stored =
   (entry: object) =>
   (registry: Registry): CommandOptions => ({
@@ -167,41 +176,33 @@ const SCENARIOS: Scenario[] = [
       name: `signed URLs that give ${status}`,
       ...signed,
       exitCode: 1,
-      prepare: (registry) => (toStorage(registry), registry.on({ kind: "storage" }, { status })),
+      prepare: (registry) => toStorage(registry, { status }),
     }),
   ),
   {
     name: "a signed URL that breaks off",
     ...signed,
     exitCode: 1,
-    prepare: (registry) => (
-      toStorage(registry), registry.on({ kind: "storage" }, { dropAfter: 100 })
-    ),
+    prepare: (registry) => toStorage(registry, { dropAfter: 100 }),
   },
   {
     name: "a signed URL that is silent",
     ...signed,
     args: ["--timeout", "1"],
     exitCode: 1,
-    prepare: (registry) => (
-      toStorage(registry), registry.on({ kind: "storage" }, { stallAfter: 100 })
-    ),
+    prepare: (registry) => toStorage(registry, { stallAfter: 100 }),
   },
   {
     name: "a signed URL with corrupt bytes",
     ...signed,
     exitCode: 1,
-    prepare: (registry) => (
-      toStorage(registry), registry.on({ kind: "storage" }, { corruptAt: 5 })
-    ),
+    prepare: (registry) => toStorage(registry, { corruptAt: 5 }),
   },
   {
     name: "a signed URL that redirects for ever",
     ...signed,
     exitCode: 1,
-    prepare: (registry) => (
-      toStorage(registry), registry.on({ kind: "storage" }, { redirect: "storage" })
-    ),
+    prepare: (registry) => toStorage(registry, { redirect: "storage" }),
   },
   {
     name: "a signed URL with an unknown authority",
@@ -362,7 +363,7 @@ test("no secret and no stack trace in all that the suite has seen", () => {
   const seen = seenOutput();
   assert(seen.size > 0, "nothing was kept");
   // build.mjs says so when all test files have run before this one: then the search is not of this file's output only.
-  if (process.env["IMGPULL_SUITE"] === "whole")
+  if (process.env.IMGPULL_SUITE === "whole")
     assert(seen.size > 5, `output of ${seen.size} test files only`);
   const found = [...seen].flatMap(([file, text]) => {
     const stack = STACK.exec(text);

@@ -8,7 +8,7 @@ import { createServer as createTlsServer } from "node:https";
 import { type AddressInfo, createServer, type Socket } from "node:net";
 import { join } from "node:path";
 import { describe, test } from "node:test";
-import { TLSSocket } from "node:tls";
+import type { TLSSocket } from "node:tls";
 import { brotliCompressSync, gzipSync } from "node:zlib";
 import { internals } from "../imgpull.ts";
 import { type Identity, makeAuthority } from "./support/certificates.ts";
@@ -294,7 +294,7 @@ describe("the server's certificate", () => {
 test("plain HTTP on an https port, and https on an http port, with the way out", async (t) => {
   const plain = createHttpServer((_request, response) => response.end()).listen(0, "127.0.0.1");
   await once(plain, "listening");
-  t.after(() => (plain.close(), plain.closeAllConnections()));
+  t.after(() => plain.close().closeAllConnections());
   const outcome = await tryPull(t, `127.0.0.1:${(plain.address() as AddressInfo).port}/team/app:1`);
   assertFailed(outcome, "TLS", "plain HTTP", "--scheme http");
   assert.deepEqual(outcome.waitsMs, []);
@@ -329,7 +329,7 @@ describe("client certificates", () => {
     );
     storage.listen(0, "127.0.0.1");
     await once(storage, "listening");
-    t.after(() => (storage.close(), storage.closeAllConnections()));
+    t.after(() => storage.close().closeAllConnections());
     const { registry, reference } = await serve(t, { tls: mutual });
     const { port } = storage.address() as AddressInfo;
     registry.on(
@@ -881,7 +881,7 @@ test("the requests of a pull say who asks, and nothing of this machine", async (
       Object.keys(headers).filter((name) => telling.includes(name)),
       [],
     );
-    assert(!JSON.stringify(headers).includes(cleanEnvironment()["HOME"] ?? "no home"));
+    assert(!JSON.stringify(headers).includes(cleanEnvironment().HOME ?? "no home"));
   }
 });
 

@@ -125,7 +125,8 @@ let emptyHome: string | undefined;
 /** PATH, a HOME and an XDG_RUNTIME_DIR without any file: no proxy, no credentials, no NODE_OPTIONS. */
 export function cleanEnvironment(): Record<string, string> {
   if (emptyHome === undefined) {
-    const made = (emptyHome = mkdtempSync(join(tmpdir(), "imgpull-home-")));
+    const made = mkdtempSync(join(tmpdir(), "imgpull-home-"));
+    emptyHome = made;
     mkdirSync(join(made, "run"));
     process.once("exit", () => rmSync(made, { recursive: true, force: true }));
   }

@@ -460,12 +460,8 @@ export function makeIndex(
   );
   const manifests = entries.map(({ content, platform, fields }) => {
     const { mediaType, digest, bytes } = content;
-    const chosen =
-      platform === undefined
-        ? content.platform
-        : platform === null
-          ? undefined
-          : parsePlatform(platform);
+    const own = platform === undefined ? content.platform : undefined;
+    const chosen = platform ? parsePlatform(platform) : own;
     return {
       mediaType,
       digest,

@@ -34,7 +34,7 @@ export const HOST_ARCHITECTURE = arch() === "x64" ? "amd64" : arch();
 // ====== Which programs there are ======
 
 // Daemons live in sbin, which only root's PATH holds.
-const SEARCH_PATH = [process.env["PATH"] ?? "", "/usr/local/sbin", "/usr/sbin", "/sbin"].join(
+const SEARCH_PATH = [process.env.PATH ?? "", "/usr/local/sbin", "/usr/sbin", "/sbin"].join(
   delimiter,
 );
 
@@ -58,7 +58,7 @@ export function skipWithout(...programs: string[]): string | false {
   if (process.getuid?.() !== 0) missing.push("root's rights");
   if (missing.length === 0) return false;
   const reason = `missing here: ${missing.join(", ")}`;
-  if (process.env["IMGPULL_INTEROP"] === "required")
+  if (process.env.IMGPULL_INTEROP === "required")
     throw new Error(`IMGPULL_INTEROP=required, but ${reason}`);
   console.error(`\n*** INTEROP TESTS SKIPPED, ${reason} ***\n`);
   return reason;
@@ -71,7 +71,8 @@ let root: string | undefined;
 /** A new folder for one program's state, removed when the test process exits. */
 export function interopFolder(name: string): string {
   if (root === undefined) {
-    const made = (root = mkdtempSync(join(tmpdir(), "imgpull-interop-")));
+    const made = mkdtempSync(join(tmpdir(), "imgpull-interop-"));
+    root = made;
     chmodSync(made, 0o755);
     process.once("exit", () => rmSync(made, { recursive: true, force: true, maxRetries: 3 }));
   }

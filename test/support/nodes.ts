@@ -68,7 +68,7 @@ async function findNode(version: string): Promise<NodeExecutable> {
     return { path };
   } catch (error) {
     const missing = `missing here: Node ${version}`;
-    if (process.env["IMGPULL_INTEROP"] === "required")
+    if (process.env.IMGPULL_INTEROP === "required")
       throw new Error(`${missing}: required`, { cause: error });
     console.error(`\n*** TESTS SKIPPED, ${missing} (npm pack) ***\n`);
     return { missing };

@@ -34,7 +34,7 @@ export interface ProxyRequest {
   status: number;
 }
 
-export class Proxy {
+export class TestProxy {
   readonly requests: ProxyRequest[] = [];
   /** Settles with the first request. */
   readonly asked: Promise<void>;
@@ -53,8 +53,8 @@ export class Proxy {
   }
 
   /** @internal Use startProxy(). */
-  static async start(options: ProxyOptions): Promise<Proxy> {
-    const proxy = new Proxy(options);
+  static async start(options: ProxyOptions): Promise<TestProxy> {
+    const proxy = new TestProxy(options);
     const server = options.tls
       ? createTlsServer({ key: options.tls.key, cert: options.tls.cert })
       : createServer();
@@ -117,7 +117,9 @@ export class Proxy {
     const known = `Basic ${Buffer.from(`${USER}:${SECRETS.proxyPassword}`).toString("base64")}`;
     const faulty = fault !== undefined && this.requests.length < faults;
     const refused = credentials && headers["proxy-authorization"] !== known;
-    const status = faulty ? (typeof fault === "number" ? fault : 0) : refused ? 407 : 200;
+    const usual = refused ? 407 : 200;
+    const broken = typeof fault === "number" ? fault : 0;
+    const status = faulty ? broken : usual;
     if (faulty && fault === "close") request.socket.destroy();
     const record = { method, target, headers, status };
     this.requests.push(record);
@@ -161,8 +163,8 @@ export class Proxy {
 }
 
 /** Starts a proxy on 127.0.0.1; it is closed when the test ends. */
-export async function startProxy(t: TestScope, options: ProxyOptions): Promise<Proxy> {
-  const proxy = await Proxy.start(options);
+export async function startProxy(t: TestScope, options: ProxyOptions): Promise<TestProxy> {
+  const proxy = await TestProxy.start(options);
   t.after(() => proxy.close());
   return proxy;
 }

@@ -39,7 +39,7 @@ export interface Block {
 }
 
 export function readmeBlocks(language: string): Block[] {
-  const fences = readFileSync("README.md", "utf8").matchAll(/^```(\w*)\n([^]*?)^```$/gm);
+  const fences = readFileSync("README.md", "utf8").matchAll(/^```(\w*)\n([\s\S]*?)^```$/gm);
   const blocks = [...fences].filter(([, name]) => name === language);
   return blocks.map(([, , text = ""]) => ({ text, firstLine: text.split("\n")[0] ?? "" }));
 }
@@ -80,7 +80,7 @@ export interface Reader {
 }
 
 function isOnPath(program: string): boolean {
-  return (process.env["PATH"] ?? "").split(delimiter).some((folder) => {
+  return (process.env.PATH ?? "").split(delimiter).some((folder) => {
     try {
       accessSync(join(folder, program), constants.X_OK);
       return true;
@@ -181,10 +181,8 @@ export async function makeReader(t: TestScope, nodePath = process.execPath): Pro
     const apiHost = host === "docker.io" ? "registry-1.docker.io" : host;
     const tls = (isCorporate ? corporateCa : publicCa).issueServer({ dns: [apiHost] });
     const basic = { mode: "basic", user: "ci", password: SECRETS.password } as const;
-    const registry = (registries[host] = await startRegistry(
-      { tls, auth: isCorporate ? basic : "bearer" },
-      t,
-    ));
+    const registry = await startRegistry({ tls, auth: isCorporate ? basic : "bearer" }, t);
+    registries[host] = registry;
     hosts[isCorporate ? `${apiHost}:5000` : apiHost] = registry.host;
     for (const [name, image] of Object.entries<TestContent>(IMAGES[host])) {
       const [repository = "", tag = ""] = name.split(":");
@@ -218,7 +216,7 @@ export async function makeReader(t: TestScope, nodePath = process.execPath): Pro
     SSL_CERT_FILE: join(folder, "public-ca.pem"),
     RELEASE: `${url}/release`,
     STAND_INS: standIns,
-    PATH: [join(home, "global/bin"), programs, process.env["PATH"] ?? ""].join(delimiter),
+    PATH: [join(home, "global/bin"), programs, process.env.PATH ?? ""].join(delimiter),
     npm_config_registry: `${url}/npm/`,
     npm_config_noproxy: "127.0.0.1",
     npm_config_prefix: join(home, "global"),

@@ -729,18 +729,18 @@ export class Registry {
     }
   }
 
+  #target(redirect: NonNullable<Fault["redirect"]>, record: RequestRecord): string {
+    if (typeof redirect === "function") return redirect(record);
+    if (redirect !== "storage" && redirect !== "self") return redirect;
+    const path = this.signedPath(record.digest ?? record.reference);
+    return redirect === "storage" ? this.storageUrl + path : path;
+  }
+
   #scripted(record: RequestRecord, fault: Fault): Answer | undefined {
     if (fault.redirect !== undefined) {
       const { redirect, redirectStatus = 307 } = fault;
-      const to =
-        redirect === "storage"
-          ? this.storageUrl + this.signedPath(record.digest ?? record.reference)
-          : redirect === "self"
-            ? this.signedPath(record.digest ?? record.reference)
-            : typeof redirect === "function"
-              ? redirect(record)
-              : redirect;
-      return { status: redirectStatus, headers: { location: to }, body: Buffer.alloc(0), start: 0 };
+      const location = this.#target(redirect, record);
+      return { status: redirectStatus, headers: { location }, body: Buffer.alloc(0), start: 0 };
     }
     if (fault.status === undefined) return undefined;
     if (fault.body === undefined)
