@@ -2,19 +2,30 @@
  * imgpull: pull container images from an OCI registry into one verified tar. It only pulls.
  *
  *    1 imports, media types, limits   2 public types   3 errors   4 primitives   5 references   6 transport   7 retry
- *    8 credentials and tokens   9 registry   10 manifests and platforms   11 tar   12 pull   13 Puller
- *   14 looking at a tar   15 command line   16 exports
+ *    8 credentials and tokens   9 registry   10 manifests and platforms   11 tar   12 pull   13 proof   14 library
+ *   15 looking at a tar   16 command line   17 exports
  *
  * Data flows one way: options → references → manifests → plan (every entry with its offset) → bytes → DEST.
  *
- * Requests made: GET and HEAD /v2/REPOSITORY/manifests/…, GET /v2/REPOSITORY/blobs/…, what these redirect to, the
- * token endpoint that the registry names (GET, or POST for an identity token), CONNECT to a proxy, and the `urls` of
- * a foreign layer that the registry does not have. Nothing else is contacted.
- * Files read: --cert, --key, --cacert, --from, --reuse, --since, the tar to look at; the credential files of section
- * 8; the system's certificates and /etc/docker/certs.d (section 6). Files written: DEST, and meanwhile DEST.partial
- * with DEST.partial.journal, .lock and .old. Programs run: docker-credential-NAME, where a credential file names it.
- * Environment read: HOME, DOCKER_CONFIG, DOCKER_AUTH_CONFIG, REGISTRY_AUTH_FILE, XDG_RUNTIME_DIR, SSL_CERT_FILE,
- * SSL_CERT_DIR, NODE_EXTRA_CA_CERTS, HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY (and lower case), NO_COLOR, TERM.
+ * Every request that is made:
+ *   GET and HEAD /v2/REPOSITORY/manifests/…, GET /v2/REPOSITORY/blobs/…, and what these redirect to (sections 6, 9)
+ *   GET or POST to the token endpoint that the registry names (section 8)
+ *   CONNECT to a proxy that the environment names (section 6)
+ *   GET of the `urls` of a foreign layer that the registry does not have, without any credential (section 9)
+ *
+ * Every file that is read:
+ *   --cert, --key, --cacert; the system's certificates; /etc/docker/certs.d/HOST/* (section 6)
+ *   docker's and podman's credential files (section 8)
+ *   --reuse, --since, DEST as it was, and what an earlier run left beside it (section 12)
+ *   --from (section 16); the tar or folder to look at (section 15)
+ * Every file that is written: DEST, and meanwhile DEST.partial with DEST.partial.journal, .lock and .old (section 12).
+ * Every program that is run: docker-credential-NAME, where a credential file names it (section 8).
+ *
+ * Every environment variable that is read:
+ *   HOME, DOCKER_CONFIG, DOCKER_AUTH_CONFIG, REGISTRY_AUTH_FILE, XDG_RUNTIME_DIR (section 8)
+ *   SSL_CERT_FILE, SSL_CERT_DIR, NODE_EXTRA_CA_CERTS (section 6)
+ *   HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY, and the same in lower case (section 6)
+ *   NO_COLOR, TERM (section 16)
  *
  * Not here on purpose: push, serve, build, run, sign, convert, recompress, schema 1, a cache outside DEST.
  */
@@ -28,29 +39,35 @@ import type * as http from "node:http";
 import * as net from "node:net";
 import * as os from "node:os";
 import * as path from "node:path";
-import { unescape } from "node:querystring"; // decodeURIComponent that does not throw
+import { unescape as percentDecode } from "node:querystring"; // decodeURIComponent that does not throw
 import { Readable, type Transform } from "node:stream";
 import { finished, pipeline } from "node:stream/promises";
 import { setTimeout as delay } from "node:timers/promises";
 import type * as tls from "node:tls";
 import { parseArgs } from "node:util";
 
-/** The modules of Node that take long to load, each at its first use: `--version` needs none, a pull over http two. */
+/** For the modules of Node that take long to load (crypto, http, https, tls, zlib, child_process): each is loaded at
+ *  its first use, so that `--version` needs none of them and a pull over http two. */
 const load = process.getBuiltinModule;
-declare const IMGPULL_VERSION: string, IMGPULL_BUILD_DATE: string;
+
+// build.mjs puts these in.
+declare const IMGPULL_VERSION: string;
+declare const IMGPULL_BUILD_DATE: string;
+
 const DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json";
 const DOCKER_INDEX = "application/vnd.docker.distribution.manifest.list.v2+json";
 const DOCKER_SCHEMA_1 = "application/vnd.docker.distribution.manifest.v1";
+const DOCKER_CONFIG_TYPE = "application/vnd.docker.container.image.v1+json";
 const OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json";
 const OCI_INDEX = "application/vnd.oci.image.index.v1+json";
+const OCI_CONFIG_TYPE = "application/vnd.oci.image.config.v1+json";
 const INDEX_TYPES = [OCI_INDEX, DOCKER_INDEX];
 const MANIFEST_TYPES = [...INDEX_TYPES, OCI_MANIFEST, DOCKER_MANIFEST];
-const CONFIG_TYPES = [
-  "application/vnd.docker.container.image.v1+json",
-  "application/vnd.oci.image.config.v1+json",
-];
+const CONFIG_TYPES = [DOCKER_CONFIG_TYPE, OCI_CONFIG_TYPE];
+
 const MIB = 1024 * 1024;
 const NEVER = Number.POSITIVE_INFINITY;
+
 /** Safety: what a peer, a file or a user can make us hold, do or wait for, whatever it sends. */
 const LIMITS = Object.freeze({
   manifestBytes: 4 * MIB, // the distribution specification's own floor for registries
@@ -84,56 +101,87 @@ const TUNING = Object.freeze({
 });
 
 // ====== 2. Public types ======
+// The library's face. An editor shows each field's comment: shape, unit, default.
+
 /** An operating system and processor in Go's words: `{ os: "linux", architecture: "arm", variant: "v7" }`. */
 interface Platform {
   os: string;
   architecture: string;
   variant?: string;
 }
-/** A content descriptor, OCI image specification, descriptor.md. `size` is in bytes. */
+
+/** A content descriptor (OCI image specification, descriptor.md). */
 interface Descriptor {
   mediaType: string;
+  /** `sha256:` and 64, or `sha512:` and 128 hex digits. */
   digest: string;
+  /** In bytes. */
   size: number;
+  /** Where the content can be had besides: foreign layers only. */
   urls?: string[];
+  /** In an index: what the manifest is for. */
   platform?: Platform;
   annotations?: Record<string, string>;
 }
-/** What to pull and how. Only `url` is required; the rest has the command's defaults (SPEC §1, §9). */
+
+/** What to pull and how. Only `url` is required; the rest has the command's defaults. */
 interface PullerOpts {
-  /** The image reference: `[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]`. */ url: string;
+  /** The image reference: `[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]`. */
+  url: string;
+  /** How the registry is spoken to; default `https`. */
   scheme?: "https" | "http";
-  /** Platform wanted, in Go's words; the default is this machine's. */
+
+  /** Operating system wanted, in Go's words (`linux`); default: this machine's. */
   osType?: string;
+  /** Processor wanted, in Go's words (`amd64`, `arm64`); default: this machine's. */
   archType?: string;
+  /** Variant of the processor wanted (`v7`); default: the best that suits `archType`. */
   variant?: string;
+
+  /** For basic credentials; default: docker's and podman's credential files are asked. */
   username?: string;
+  /** The password of `username`. */
   password?: string;
-  /** An outside token (ECR's), sent as `Authorization: Basic TOKEN`. */ token?: string;
-  /** Paths of PEM files: client certificate and key, and additional certificate authorities. */
+  /** An outside token (ECR's), sent as `Authorization: Basic TOKEN`. */
+  token?: string;
+
+  /** Path of a PEM file: the client's certificate. Needs `tlsKey`. */
   tlsCert?: string;
+  /** Path of a PEM file: the key of `tlsCert`. */
   tlsKey?: string;
+  /** Path of a PEM file: certificate authorities that are trusted besides the system's. */
   caCert?: string;
-  /** Does not verify the server's certificate. */ insecure?: boolean;
-  /** The upstream registry that a mirror stands for: `?ns=HOST`. */ namespace?: string;
-  /** Connections used at once; default 8, at most 64. */ concurrency?: number;
-  /** Attempts after the first; default 5. */ retries?: number;
-  /** How long a connection may be silent, in milliseconds; default 30000. */ timeoutMs?: number;
+  /** Does not verify the server's certificate; default false. */
+  insecure?: boolean;
+  /** The upstream registry that a mirror stands for: `?ns=HOST` on every request. */
+  namespace?: string;
+
+  /** Connections used at once, 1 to 64; default 8. */
+  concurrency?: number;
+  /** Attempts after the first; default 5. */
+  retries?: number;
+  /** How long a connection may be silent, in milliseconds; default 30000. */
+  timeoutMs?: number;
+
+  /** Stops everything at once; what is thrown then has the code `ABORTED`. */
   signal?: AbortSignal;
+  /** Called as bytes arrive. */
   onProgress?: (progress: Progress) => void;
-  /** One line each: a retry, a fallback, a layer that some loaders refuse. */ onWarning?: (
-    message: string,
-  ) => void;
+  /** Called with one line each: a retry, a fallback, a layer that some loaders refuse. */
+  onWarning?: (message: string) => void;
 }
-/** Of one blob, in bytes. */
+
+/** How far one blob is. */
 interface BlobProgress {
   digest: string;
   sizeBytes: number;
   doneBytes: number;
 }
-/** Bytes are of blobs, before any tar header; `doneBytes` never falls, and equals `totalBytes` at the end. */
+
+/** How far a pull is. Bytes are of blobs, before any tar header. */
 interface Progress {
   phase: "resolve" | "fetch" | "finish";
+  /** Never falls, and equals `totalBytes` at the end. */
   doneBytes: number;
   totalBytes: number;
   /** What came over the line so far, bytes that were fetched again included: for a rate. */
@@ -145,25 +193,37 @@ interface Progress {
   /** The blob that has just become whole. */
   finished?: BlobProgress;
 }
-/** What DEST now holds. `digest` is the manifest's (the index's when every platform was asked for); `platform` is
- *  `os/architecture[/variant]`, `all`, or empty for what is not an image; `sizeBytes` is DEST's (in a directory: of the
- *  blobs), `fetchedBytes` what came over the line as blobs: the rest was there already. */
+
+/** What DEST now holds. */
 interface PullResult {
+  /** The image's name in DEST: `docker.io/library/alpine:3.22`. */
   name: string;
+  /** Of the manifest, or of the index where every platform was asked for. */
   digest: string;
+  /** `os/architecture[/variant]`, `all`, or empty for what is not an image. */
   platform: string;
+  /** How many layers. */
   layers: number;
+  /** DEST's size; in a directory, that of the blobs. */
   sizeBytes: number;
+  /** What came over the line as blobs: the rest was there already. */
   fetchedBytes: number;
 }
-/** A manifest as the registry sent it. `bytes` has the digest; `manifest` is the parsed JSON. */
+
+/** A manifest as the registry sent it. */
 interface ManifestHolder {
   mediaType: string;
+  /** The digest of `bytes`. */
   digest: string;
+  /** Exactly what the registry sent. */
   bytes: Uint8Array;
+  /** The parsed JSON of `bytes`. */
   manifest: unknown;
+  /** The reference that was asked for. */
   imageUrl: string;
 }
+
+/** What went wrong, for programs: the `code` of an `ImgpullError`. */
 type ErrorCode =
   | "BAD_REFERENCE"
   | "BAD_OPTION"
@@ -189,83 +249,123 @@ type ErrorCode =
 
 // ====== 3. Errors ======
 // One class with a code. The message is what failed, then the request and the registry's words, then the remedy.
+
 interface ErrorDetails {
   status?: number | undefined;
   retryAfterMs?: number | undefined;
   cause?: unknown;
 }
-/** The only error thrown on purpose; anything else is a bug. `status` is the HTTP status, where there was one. */
+
+/** The only error thrown on purpose; anything else is a bug. */
 class ImgpullError extends Error {
   override readonly name = "ImgpullError";
-  readonly code!: ErrorCode;
+  readonly code: ErrorCode;
+  /** The HTTP status, where there was one. */
   readonly status?: number;
-  /** @internal How long the server asks us to stay away. */ readonly retryAfterMs?: number;
+  /** @internal How long the server asks us to stay away. */
+  readonly retryAfterMs?: number;
+
   constructor(
     code: ErrorCode,
     message: string,
-    more: { status?: number | undefined; cause?: unknown } = {},
+    details: { status?: number | undefined; cause?: unknown } = {},
   ) {
-    const { cause, ...details } = more;
+    const { cause, status, retryAfterMs }: ErrorDetails = details;
     super(message, cause === undefined ? undefined : { cause });
-    Object.assign(this, { code, ...details });
+    this.code = code;
+    if (status !== undefined) this.status = status;
+    if (retryAfterMs !== undefined) this.retryAfterMs = retryAfterMs;
   }
 }
+
 function fail(code: ErrorCode, message: string, details?: ErrorDetails): never {
   throw new ImgpullError(code, message, details);
 }
+
+/** Node's code of an error (`ECONNRESET`, `ENOENT`), or nothing. */
 const errorCodeOf = (error: unknown): string =>
   String((error as { code?: unknown } | undefined)?.code ?? "");
+
+// ------ Words from outside ------
+
+// C0, DEL, C1, and the bidirectional and line controls that reorder what a person reads.
+const CONTROL_CHARACTERS =
+  // biome-ignore lint/suspicious/noControlCharactersInRegex: control characters are what it is about
+  /[\u0000-\u001f\u007f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]+/g;
+
 /** Text from outside, fit for a terminal: no control characters or escapes, no line breaks, bounded. */
 function printable(text: string, maximum = 300): string {
-  // C0, DEL, C1, and the bidirectional and line controls that reorder what a person reads.
-  const clean = text
-    .replace(/[\u0000-\u001f\u007f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]+/g, " ")
-    .trim();
+  const clean = text.replace(CONTROL_CHARACTERS, " ").trim();
   return clean.length > maximum ? `${clean.slice(0, maximum)}…` : clean;
 }
+
 /** A URL without user, password and query (which may be a signature); `?ns=` is ours and is kept. */
 function redactUrl(url: URL | string): string {
   const { protocol, host, pathname, searchParams } = new URL(url);
   const namespace = searchParams.get("ns");
-  return printable(
-    `${protocol}//${host}${pathname}${namespace === null ? "" : `?ns=${namespace}`}`,
-  );
+  const query = namespace === null ? "" : `?ns=${namespace}`;
+  return printable(`${protocol}//${host}${pathname}${query}`);
 }
+
+// ------ Connections ------
+
+/** What a pattern in Node's code and words means; without words of our own, Node's are shown. */
+interface ConnectionFault {
+  readonly pattern: RegExp;
+  readonly code: ErrorCode;
+  readonly words?: string;
+  readonly remedy?: string;
+}
+
+/** The first that fits counts. */
+const CONNECTION_FAULTS: readonly ConnectionFault[] = [
+  {
+    // An https client that meets plain HTTP reads "HTTP/1.1" as a TLS record of an absurd version or length.
+    pattern: /wrong version number|packet length too long|unknown protocol|record layer failure/i,
+    code: "TLS",
+    words: "the server answers plain HTTP on this port",
+    remedy: "try --scheme http",
+  },
+  {
+    pattern: /^(UNABLE_TO|SELF_SIGNED|DEPTH_ZERO)/,
+    code: "TLS",
+    remedy:
+      "its certificate authority is not known here: --cacert FILE gives it, --insecure goes without",
+  },
+  {
+    pattern: /certificate required|bad certificate|handshake failure/i,
+    code: "TLS",
+    remedy: "it may want a client certificate: --cert FILE --key FILE",
+  },
+  { pattern: /^(CERT_|INVALID_|ERR_TLS|ERR_SSL|EPROTO)/, code: "TLS" },
+  { pattern: /^ENOTFOUND/, code: "NETWORK", words: "no such host" },
+  { pattern: /^ECONNRESET/, code: "NETWORK", words: "connection lost" },
+  { pattern: /^ECONNREFUSED/, code: "NETWORK", words: "connection refused" },
+];
+const OTHER_CONNECTION_FAULT: ConnectionFault = { pattern: /^/, code: "NETWORK" };
+
 /** What Node says of a connection that failed, in our codes, with the remedy where one is known. */
 function connectionError(error: unknown, doing: string): ImgpullError {
   if (error instanceof ImgpullError) return error;
+
   const cause = error as NodeJS.ErrnoException & { errors?: Error[] };
-  const code = errorCodeOf(error);
-  const said = printable(cause.message || cause.errors?.[0]?.message || code); // happy eyeballs: one for each address
   if (cause.name === "AbortError") return new ImgpullError("ABORTED", "stopped", { cause });
-  const strange =
-    "its certificate authority is not known here: --cacert FILE gives it, --insecure goes without";
-  const known: [words: RegExp, kind: ErrorCode, said: string][] = [
-    // An https client that meets plain HTTP reads "HTTP/1.1" as a TLS record of an absurd version or length.
-    [
-      /wrong version number|packet length too long|unknown protocol|record layer failure/i,
-      "TLS",
-      "the server answers plain HTTP on this port\n  try --scheme http",
-    ],
-    [/^(UNABLE_TO|SELF_SIGNED|DEPTH_ZERO)/, "TLS", `${said}\n  ${strange}`],
-    [
-      /certificate required|bad certificate|handshake failure/i,
-      "TLS",
-      `${said}\n  it may want a client certificate: --cert FILE --key FILE`,
-    ],
-    [/^(CERT_|INVALID_|ERR_TLS|ERR_SSL|EPROTO)/, "TLS", said],
-    [/^ENOTFOUND/, "NETWORK", "no such host"],
-    [/^ECONNRESET/, "NETWORK", "connection lost"],
-    [/^ECONNREFUSED/, "NETWORK", "connection refused"],
-  ];
-  const [, kind, words] = known.find(([pattern]) => pattern.test(`${code} ${said}`)) ?? [
-    /^/,
-    "NETWORK",
-    said,
-  ];
-  return new ImgpullError(kind as ErrorCode, `${doing}: ${words}`, { cause });
+
+  const nodeCode = errorCodeOf(error);
+  // Where a host has several addresses, the message is empty and there is an error for each address.
+  const nodeWords = printable(cause.message || cause.errors?.[0]?.message || nodeCode);
+  const fault =
+    CONNECTION_FAULTS.find(({ pattern }) => pattern.test(`${nodeCode} ${nodeWords}`)) ??
+    OTHER_CONNECTION_FAULT;
+
+  const { code, words = nodeWords, remedy } = fault;
+  const advice = remedy === undefined ? "" : `\n  ${remedy}`;
+  return new ImgpullError(code, `${doing}: ${words}${advice}`, { cause });
 }
-const DISK_WORDS: Record<string, string> = {
+
+// ------ Files ------
+
+const DISK_WORDS: Readonly<Record<string, string>> = {
   ENOSPC: "the disk is full",
   EDQUOT: "the disk quota is used up",
   EROFS: "the file system is read-only",
@@ -278,86 +378,143 @@ const DISK_WORDS: Record<string, string> = {
   EFBIG: "the file system does not take a file of that size",
   ENAMETOOLONG: "a name in the path is too long",
 };
+
 const diskWords = (error: unknown): string =>
   DISK_WORDS[errorCodeOf(error)] ?? printable((error as Error).message);
+
 /** Waits for work on files; what the system refuses becomes a DISK error that says which and why. */
 function onDisk<T>(doing: string, work: Promise<T>): Promise<T> {
   return work.catch((error: NodeJS.ErrnoException) => {
-    const isSystem = error.syscall !== undefined || errorCodeOf(error) === "ERR_ACCESS_DENIED";
-    throw isSystem
-      ? new ImgpullError("DISK", `${doing}: ${diskWords(error)}`, { cause: error })
-      : error;
+    const isRefusal = error.syscall !== undefined || errorCodeOf(error) === "ERR_ACCESS_DENIED";
+    if (!isRefusal) throw error;
+    return fail("DISK", `${doing}: ${diskWords(error)}`, { cause: error });
   });
 }
 
 // ====== 4. Primitives ======
-// Digests, sizes, JSON from outside, work side by side. Nothing here knows of a registry.
+// Digests, JSON from outside, words, work side by side. Nothing here knows of a registry.
+
+const ignore = (): undefined => undefined;
+
+// ------ Digests ------
+
 /** A digest is checked here before it touches a path or a URL: algorithm known, lower-case hex, exact length. */
 const isDigest = (text: unknown): text is string =>
   typeof text === "string" && /^(sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})$/.test(text);
+
+const algorithmOf = (digest: string): string => digest.slice(0, digest.indexOf(":"));
+
 const hexOf = (digest: string): string => digest.slice(digest.indexOf(":") + 1);
-const newHash = (digest: string): Hash =>
-  load("node:crypto").createHash(digest.slice(0, digest.indexOf(":")));
+
+/** A hash of the algorithm that a digest names. */
+const newHash = (digest: string): Hash => load("node:crypto").createHash(algorithmOf(digest));
+
 /** The digest of bytes, by the algorithm of another digest. */
 const digestOf = (bytes: Uint8Array, like = "sha256:"): string =>
-  `${like.slice(0, like.indexOf(":"))}:${newHash(like).update(bytes).digest("hex")}`;
-const ignore = (): undefined => undefined;
+  `${algorithmOf(like)}:${newHash(like).update(bytes).digest("hex")}`;
+
+// ------ JSON and objects ------
+
 const isRecord = (value: unknown): value is Record<string, unknown> =>
   typeof value === "object" && value !== null && !Array.isArray(value);
+
 const encodeJson = (value: unknown): Buffer => Buffer.from(JSON.stringify(value), "utf8");
+
+/** Undefined where it is not JSON, without the parser's words: they quote the text, which may be a secret. */
 function parseJson(text: string | Buffer): unknown {
   try {
     return JSON.parse(String(text)) as unknown;
   } catch {
-    return undefined; // without the parser's words: they quote the text, which may be a secret
+    return undefined;
   }
 }
-/** The values that are there: what is undefined or empty is left out. */
+
+/** The fields that have a value: what is undefined or an empty string is left out. */
 const dropEmpty = <T extends object>(values: T): { [K in keyof T]?: Exclude<T[K], undefined> } =>
   Object.fromEntries(
     Object.entries(values).filter(([, value]) => value !== undefined && value !== ""),
   ) as never;
-const sumOf = <T>(items: Iterable<T>, value: (item: T) => number): number =>
-  Array.from(items, value).reduce((sum, each) => sum + each, 0);
+
+const sumOf = <T>(items: Iterable<T>, numberOf: (item: T) => number): number => {
+  let sum = 0;
+  for (const item of items) sum += numberOf(item);
+  return sum;
+};
+
+// ------ Words ------
+
+/** `999 B`, `1.2 MB`, `340 GB`: three digits or fewer. */
 function formatBytes(bytes: number): string {
-  let [value, unit] = [bytes, "B"];
-  for (const larger of ["kB", "MB", "GB", "TB"])
-    if (value >= 999.5) [value, unit] = [value / 1000, larger];
-  return `${unit === "B" || value >= 99.95 ? Math.round(value) : value.toFixed(1)} ${unit}`;
+  let value = bytes;
+  let unit = "B";
+  for (const larger of ["kB", "MB", "GB", "TB"]) {
+    if (value < 999.5) break;
+    value /= 1000;
+    unit = larger;
+  }
+
+  const isWhole = unit === "B" || value >= 99.95;
+  return `${isWhole ? Math.round(value) : value.toFixed(1)} ${unit}`;
 }
+
+/** `1 layer`, `2 layers`. */
 const counted = (count: number, noun: string): string =>
   `${count} ${noun}${count === 1 ? "" : "s"}`;
+
 const formatPlatform = ({ os: system, architecture, variant }: Partial<Platform> = {}): string =>
   [system, architecture, variant].filter(Boolean).join("/");
+
+// ------ Side by side ------
+
 /** Runs at most `limit` at once, keeps the order, and lets every one end before what failed is thrown. */
 async function mapConcurrently<T, R>(
   items: readonly T[],
   limit: number,
   run: (item: T) => Promise<R>,
-) {
-  const results: PromiseSettledResult<Awaited<R>>[] = [];
+): Promise<R[]> {
+  const results: PromiseSettledResult<R>[] = [];
   const queue = items.entries(); // all lanes take from it
-  const lane = async () => {
-    for (const [index, item] of queue) [results[index]] = await Promise.allSettled([run(item)]);
+
+  const runLane = async () => {
+    for (const [index, item] of queue) {
+      const [result] = await Promise.allSettled([run(item)]);
+      results[index] = result;
+    }
   };
-  await Promise.all(Array.from({ length: limit }, lane));
+  await Promise.all(Array.from({ length: limit }, runLane));
+
   return settled(results);
 }
-/** What all came to. Several things that failed are one error that names each, so that a list is mended in one go. */
+
+/** The values of all, in order; where some failed, one error for all of them is thrown. */
 function settled<R>(results: readonly PromiseSettledResult<R>[]): R[] {
-  const failures = results.flatMap((result) =>
-    result.status === "rejected" ? [result.reason as unknown] : [],
-  );
-  const known = failures.filter((failure) => failure instanceof ImgpullError);
-  if (known.length < failures.length)
-    throw failures.find((failure) => !(failure instanceof ImgpullError)); // a bug
-  const told = known.filter(({ code }) => code !== "ABORTED");
-  const [first = known[0]] = told;
-  if (!first) return results.map((result) => (result as PromiseFulfilledResult<R>).value);
-  const messages = [...new Set(told.map(({ message }) => message))];
-  if (messages.length < 2) throw first;
-  return fail(first.code, messages.join("\n"), { status: first.status, cause: first });
+  const values: R[] = [];
+  const failures: unknown[] = [];
+  for (const result of results) {
+    if (result.status === "fulfilled") values.push(result.value);
+    else failures.push(result.reason);
+  }
+
+  if (failures.length > 0) throw asOneFailure(failures);
+  return values;
 }
+
+/** Several failures as one error that names each, so that a list is mended in one go. Bugs go first, as they are. */
+function asOneFailure(failures: readonly unknown[]): unknown {
+  const errors = failures.filter((failure) => failure instanceof ImgpullError);
+  if (errors.length < failures.length)
+    return failures.find((failure) => !(failure instanceof ImgpullError));
+
+  // The others were only stopped because the first had failed.
+  const telling = errors.filter(({ code }) => code !== "ABORTED");
+  const [first] = telling;
+  if (!first) return errors[0];
+
+  const messages = [...new Set(telling.map(({ message }) => message))];
+  if (messages.length === 1) return first;
+  return new ImgpullError(first.code, messages.join("\n"), { status: first.status, cause: first });
+}
+
 /** Aborts with the first of them. That many requests listen to it is no leak, whatever Node warns. */
 function anySignal(...signals: AbortSignal[]): AbortSignal {
   const signal = AbortSignal.any(signals);
@@ -366,76 +523,126 @@ function anySignal(...signals: AbortSignal[]): AbortSignal {
 }
 
 // ====== 5. References ======
-// The grammar of the distribution specification ("Pulling manifests") and of docker's reference package. SPEC §2.
+// The grammar of the distribution specification ("Pulling manifests") and of docker's reference package:
+//
+//   reference  = [host "/"] repository [":" tag] ["@" digest]
+//   host       = (label *("." label) | "[" IPv6 "]") [":" port]     docker.io where there is none
+//   repository = component *("/" component)                         lower case
+//   component  = alphanumerics, parted by one ".", one or two "_", or any number of "-"
+
 /** `host` is the name people use (`docker.io`); apiHost() says where its API is. */
-type Reference = Readonly<{ host: string; repository: string; tag?: string; digest?: string }>;
-const HUB_HOSTS = ["docker.io", "index.docker.io", "registry-1.docker.io"];
-const LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?";
-const HOST = new RegExp(
-  `^(?:${LABEL}(?:\\.${LABEL})*|\\[(?<ipv6>[0-9a-fA-F:.]+)\\])(?::(?<port>\\d{1,5}))?$`,
-);
-const PATH_PART = "[a-z0-9]+(?:(?:\\.|_{1,2}|-+)[a-z0-9]+)*";
-const REPOSITORY = new RegExp(`^${PATH_PART}(?:/${PATH_PART})*$`);
-const TAG = /^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$/;
-function isHost(text: string): boolean {
-  const { ipv6, port = "443" } = HOST.exec(text)?.groups ?? {};
-  const isPort = Number(port) >= 1 && Number(port) <= 65535;
-  // A URL refuses more: 10.0.0.256, punycode that is none.
-  return (
-    HOST.test(text) &&
-    isPort &&
-    (ipv6 === undefined || net.isIPv6(ipv6)) &&
-    URL.canParse(`http://${text}`)
-  );
+interface Reference {
+  readonly host: string;
+  readonly repository: string;
+  readonly tag?: string;
+  readonly digest?: string;
 }
+
+/** Docker Hub by its three names; the first is what people read, the last is where its API is. */
+const HUB_HOSTS = ["docker.io", "index.docker.io", "registry-1.docker.io"];
+
+const LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?";
+const HOST_NAME = `${LABEL}(?:\\.${LABEL})*`;
+const HOST = new RegExp(`^(?:${HOST_NAME}|\\[(?<ipv6>[0-9a-fA-F:.]+)\\])(?::(?<port>\\d{1,5}))?$`);
+const COMPONENT = "[a-z0-9]+(?:(?:\\.|_{1,2}|-+)[a-z0-9]+)*";
+const REPOSITORY = new RegExp(`^${COMPONENT}(?:/${COMPONENT})*$`);
+const TAG = /^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$/;
+
+/** Cuts without judging: a first segment with a dot or a port is a host; a tag follows the last colon of the rest. */
+const PARTS = /^(?:(?<host>localhost|[^/]*[.:][^/]*)\/)?(?<name>.*?)(?::(?<tag>[^:]*))?$/;
+
+function isHost(text: string): boolean {
+  const match = HOST.exec(text);
+  if (!match) return false;
+
+  const { ipv6, port = "443" } = match.groups ?? {};
+  if (Number(port) < 1 || Number(port) > 65535) return false;
+  if (ipv6 !== undefined && !net.isIPv6(ipv6)) return false;
+  return URL.canParse(`http://${text}`); // which refuses more: 10.0.0.256, punycode that is none
+}
+
+/** Cuts a text as the grammar has it, without judging the parts. */
+function splitReference(text: string) {
+  const [place = "", digest] = text.split("@");
+  const { host = "docker.io", name = "", tag } = PARTS.exec(place)?.groups ?? {};
+  const isHub = HUB_HOSTS.includes(host.toLowerCase());
+  return {
+    host: isHub ? "docker.io" : host,
+    repository: isHub && !name.includes("/") ? `library/${name}` : name,
+    name,
+    tag,
+    digest,
+  };
+}
+
+/** Why a text is no reference; undefined where it is one. */
+function faultOfReference(text: string): string | undefined {
+  if (text === "") return "it is empty";
+  if (/^[a-z]+:\/\//i.test(text)) return "write it without the scheme (use --scheme for http)";
+  if (/[^\x21-\x7e]/.test(text)) return "it has a character that is not printable ASCII";
+  if (text.split("@").length > 2) return "it has more than one @";
+
+  const { host, repository, name, tag, digest } = splitReference(text);
+  if (digest !== undefined && !isDigest(digest)) {
+    const form = "sha256: and 64, or sha512: and 128 lower-case hex digits";
+    return `"${printable(digest)}" is not a digest: ${form}`;
+  }
+  if (!isHost(host)) return `"${host}" is not a host, host:port or [IPv6 address]`;
+  if (name === "") return "the repository is missing";
+  if (name !== name.toLowerCase()) return "a repository is written in lower case";
+  if (!REPOSITORY.test(name)) return `"${name}" is not a repository name`;
+  if (tag !== undefined && !TAG.test(tag)) return `"${tag}" is not a tag`;
+  if (`${host}/${repository}`.length > 255)
+    return "host and repository are longer than 255 characters";
+  return undefined;
+}
+
 /** Throws BAD_REFERENCE with the reason; nothing is asked of any registry for a reference that cannot be right. */
 function parseReference(text: string): Reference {
-  const shown = printable(text.replace(/:.*@(?!sha(256|512):)/, ":***@")); // which may have been a password
-  const named = `bad image reference "${shown}"`;
-  const refuse = (reason: string): never => fail("BAD_REFERENCE", `${named}: ${reason}`);
-  if (text === "") refuse("it is empty");
-  if (/^[a-z]+:\/\//i.test(text)) refuse("write it without the scheme (use --scheme for http)");
-  if (/[^\x21-\x7e]/.test(text)) refuse("it has a character that is not printable ASCII");
-  const [place = "", digest, ...tooMany] = text.split("@");
-  if (tooMany.length > 0) refuse("it has more than one @");
-  const wanted = "sha256: and 64, or sha512: and 128 lower-case hex digits";
-  if (digest !== undefined && !isDigest(digest))
-    refuse(`"${printable(digest)}" is not a digest: ${wanted}`);
-  // A first segment with a dot or a port is a host; what follows the last colon of the rest is a tag.
-  const parts = /^(?:(localhost|[^/]*[.:][^/]*)\/)?(.*?)(?::([^:]*))?$/.exec(place) ?? [];
-  const [, host = "docker.io", name = "", tag] = parts;
-  if (!isHost(host)) refuse(`"${host}" is not a host, host:port or [IPv6 address]`);
-  if (name === "") refuse("the repository is missing");
-  if (name !== name.toLowerCase()) refuse("a repository is written in lower case");
-  if (!REPOSITORY.test(name)) refuse(`"${name}" is not a repository name`);
-  if (tag !== undefined && !TAG.test(tag)) refuse(`"${tag}" is not a tag`);
-  const isHub = HUB_HOSTS.includes(host.toLowerCase());
-  const repository = isHub && !name.includes("/") ? `library/${name}` : name;
-  if (host.length + repository.length + 1 > 255)
-    refuse("host and repository are longer than 255 characters");
-  const version = dropEmpty({ tag: tag ?? (digest === undefined ? "latest" : undefined), digest });
-  return { host: isHub ? "docker.io" : host, repository, ...version };
+  const fault = faultOfReference(text);
+  if (fault !== undefined) {
+    // What stands before an @ that is no digest's may have been a password.
+    const shown = printable(text.replace(/:.*@(?!sha(256|512):)/, ":***@"));
+    fail("BAD_REFERENCE", `bad image reference "${shown}": ${fault}`);
+  }
+
+  const { host, repository, tag, digest } = splitReference(text);
+  const defaultTag = digest === undefined ? "latest" : undefined;
+  return { host, repository, ...dropEmpty({ tag: tag ?? defaultTag, digest }) };
 }
-const formatReference = ({ host, repository, tag, digest }: Reference): string =>
-  `${host}/${repository}${tag === undefined ? "" : `:${tag}`}${digest === undefined ? "" : `@${digest}`}`;
+
+function formatReference({ host, repository, tag, digest }: Reference): string {
+  const tagPart = tag === undefined ? "" : `:${tag}`;
+  const digestPart = digest === undefined ? "" : `@${digest}`;
+  return `${host}/${repository}${tagPart}${digestPart}`;
+}
+
 const apiHost = (host: string): string => (host === "docker.io" ? "registry-1.docker.io" : host);
+
 /** The name an image gets in the tar. A mirror stands for another registry, told by --ns or by the path's first
  *  segment; the tag names, and only a reference without one is named by its digest. */
 function imageName({ host, repository, tag, digest }: Reference, namespace?: string): Reference {
   const version = tag === undefined ? `@${digest}` : `:${tag}`;
-  const [first = ""] = /^[^/]*\.[^/]*(?=\/)/.exec(repository) ?? [];
-  const isMirrored = namespace === undefined && isHost(first);
-  return parseReference(`${isMirrored ? "" : `${namespace ?? host}/`}${repository}${version}`);
+  if (namespace !== undefined) return parseReference(`${namespace}/${repository}${version}`);
+
+  const [firstSegment = "", ...others] = repository.split("/");
+  const isMirrored = others.length > 0 && firstSegment.includes(".") && isHost(firstSegment);
+  return parseReference(`${isMirrored ? "" : `${host}/`}${repository}${version}`);
 }
+
 /** `NAME-TAG.tar`, in the working directory. */
-const defaultDestination = ({ repository, tag, digest = "" }: Reference): string =>
-  `${repository.slice(repository.lastIndexOf("/") + 1)}-${tag ?? hexOf(digest).slice(0, 12)}.tar`;
+function defaultDestination({ repository, tag, digest = "" }: Reference): string {
+  const name = repository.slice(repository.lastIndexOf("/") + 1);
+  return `${name}-${tag ?? hexOf(digest).slice(0, 12)}.tar`;
+}
 
 // ====== 6. Transport ======
-// One request: certificates, proxy, silence, redirects. It knows no registry and keeps no bytes. SPEC §6, §7.
+// One request: certificates, proxy, silence, redirects. It knows no registry and keeps no bytes.
 // Invariant: an Authorization header and a client certificate are chosen anew for each origin, never carried over.
+
 /** @internal */
 type Environment = Readonly<Record<string, string | undefined>>;
+
 /** What a pull was told, checked. `certsDirectory` is /etc/docker/certs.d, but for tests. */
 type Settings = Readonly<
   Omit<PullerOpts, "url" | "osType" | "archType" | "variant" | "signal"> &
@@ -445,32 +652,39 @@ type Settings = Readonly<
       certsDirectory: string;
     }
 >;
-/** A request as its maker sees it. The registry's own origin gets client certificate and certs.d, no other does. */
-type HttpRequest = Readonly<{
-  method: string;
-  url: URL;
-  headers: Readonly<Record<string, string>>;
-  body?: string;
-  signal: AbortSignal;
-  authorizationFor: (origin: string) => Promise<string | undefined>;
-  isRegistry: (origin: string) => boolean;
-}>;
-/** What a server answered to which header. A body is there on success only; otherwise its words were read. */
-type Answer = Readonly<{
-  status: number;
-  headers: http.IncomingHttpHeaders;
-  url: URL;
-  authorization: string | undefined;
-  body?: http.IncomingMessage;
-  words: string;
-}>;
-type SendOnce = (
-  request: HttpRequest,
-  url: URL,
-  headers: Record<string, string>,
-) => Promise<http.IncomingMessage>;
-const readOptional = (file: string): Promise<string | undefined> =>
-  fs.readFile(file, "utf8").catch(() => undefined);
+
+/** A request as its maker sees it. */
+interface HttpRequest {
+  readonly method: string;
+  readonly url: URL;
+  readonly headers: Readonly<Record<string, string>>;
+  readonly body?: string;
+  readonly signal: AbortSignal;
+  /** The Authorization header for an origin; asked anew at each redirect. */
+  readonly authorizationFor: (origin: string) => Promise<string | undefined>;
+  /** The registry's own origin gets the client certificate and certs.d, no other does. */
+  readonly isRegistry: (origin: string) => boolean;
+}
+
+/** What a server answered. A body is there on success only; otherwise its words were read. */
+interface Answer {
+  readonly status: number;
+  readonly headers: http.IncomingHttpHeaders;
+  /** Who answered: after redirects, not the one who was asked. */
+  readonly url: URL;
+  /** The Authorization header that it was shown. */
+  readonly authorization: string | undefined;
+  readonly body?: http.IncomingMessage;
+  readonly words: string;
+}
+
+const clientFor = ({ protocol }: URL) => load(protocol === "https:" ? "node:https" : "node:http");
+
+const basicAuthorization = (username: string, secret: string): string =>
+  `Basic ${Buffer.from(`${username}:${secret}`, "utf8").toString("base64")}`;
+
+// ------ Certificates ------
+
 /** Where the distributions keep their certificates, in the order in which Go's crypto/x509 looks (root_linux.go). */
 const CA_BUNDLES = [
   "/etc/ssl/certs/ca-certificates.crt",
@@ -484,110 +698,162 @@ const CA_BUNDLES = [
   "/etc/openssl/certs/ca-certificates.crt",
 ];
 const CA_DIRECTORIES = ["/etc/ssl/certs", "/etc/pki/tls/certs", "/system/etc/security/cacerts"];
-/** The system's certificate store, as Go reads it; Node's own roots only where the system has none. */
-async function systemCertificates(environment: Environment): Promise<string[]> {
-  const {
-    SSL_CERT_FILE: file,
-    SSL_CERT_DIR: directories,
-    NODE_EXTRA_CA_CERTS: extra,
-  } = environment;
-  let bundle = "";
-  const add = (text: string | undefined) => {
-    if (text?.includes("-----BEGIN CERTIFICATE-----") && !bundle.includes(text.trim()))
-      bundle += `${text}\n`;
-  };
-  for (const each of file ? [file] : CA_BUNDLES) if (bundle === "") add(await readOptional(each));
-  for (const directory of directories?.split(path.delimiter) ??
-    (bundle === "" ? CA_DIRECTORIES : [])) {
-    const names = await fs.readdir(directory).catch(() => []);
-    for (const text of await Promise.all(
-      names.map((name) => readOptional(path.join(directory, name))),
-    ))
-      add(text);
+
+const readOptional = (file: string): Promise<string | undefined> =>
+  fs.readFile(file, "utf8").catch(ignore);
+
+const listOptional = (folder: string): Promise<string[]> => fs.readdir(folder).catch(() => []);
+
+/** Certificates as one PEM text: what is none, and what is there already, is not added. */
+class PemBundle {
+  #text = "";
+
+  get text(): string {
+    return this.#text;
   }
-  // macOS and Windows keep theirs in no file; Node reads them since 22.15.
-  const { getCACertificates, rootCertificates } = load("node:tls") as Partial<typeof tls>;
-  if (bundle === "" && ["darwin", "win32"].includes(process.platform))
-    getCACertificates?.("system").forEach(add);
-  if (bundle === "") rootCertificates?.forEach(add);
-  if (extra) add(await readOptional(extra));
-  return [bundle];
+
+  get isEmpty(): boolean {
+    return this.#text === "";
+  }
+
+  add(...texts: readonly (string | undefined)[]): void {
+    for (const text of texts) {
+      if (!text?.includes("-----BEGIN CERTIFICATE-----")) continue;
+      if (!this.#text.includes(text.trim())) this.#text += `${text}\n`;
+    }
+  }
 }
+
+/** The system's certificate store, as Go reads it; Node's own roots only where the system has none. */
+async function systemCertificates(environment: Environment): Promise<string> {
+  const { SSL_CERT_FILE, SSL_CERT_DIR, NODE_EXTRA_CA_CERTS } = environment;
+  const bundle = new PemBundle();
+
+  for (const file of SSL_CERT_FILE ? [SSL_CERT_FILE] : CA_BUNDLES) {
+    bundle.add(await readOptional(file));
+    if (!bundle.isEmpty) break;
+  }
+
+  const defaultDirectories = bundle.isEmpty ? CA_DIRECTORIES : [];
+  for (const directory of SSL_CERT_DIR?.split(path.delimiter) ?? defaultDirectories) {
+    const names = await listOptional(directory);
+    const texts = await Promise.all(names.map((name) => readOptional(path.join(directory, name))));
+    bundle.add(...texts);
+  }
+
+  if (bundle.isEmpty) bundle.add(...nodeCertificates());
+  if (NODE_EXTRA_CA_CERTS) bundle.add(await readOptional(NODE_EXTRA_CA_CERTS));
+  return bundle.text;
+}
+
+/** macOS and Windows keep theirs in no file; Node reads them since 22.15. Elsewhere, or before that, Node's own roots. */
+function nodeCertificates(): readonly string[] {
+  const { getCACertificates, rootCertificates = [] }: Partial<typeof tls> = load("node:tls");
+  const isKeptByTheSystem = ["darwin", "win32"].includes(process.platform);
+  const system = isKeptByTheSystem ? (getCACertificates?.("system") ?? []) : [];
+  return system.length > 0 ? system : rootCertificates;
+}
+
+/** What a user has named must be there and be PEM. */
 async function readPem(file: string, option: string): Promise<string> {
   const text = await fs
     .readFile(file, "utf8")
     .catch((error: unknown) => fail("TLS", `cannot read ${option} ${file}: ${diskWords(error)}`));
-  return text.includes("-----BEGIN ") ? text : fail("TLS", `${option} ${file} is not a PEM file`);
+  if (!text.includes("-----BEGIN ")) fail("TLS", `${option} ${file} is not a PEM file`);
+  return text;
 }
-/** Whom a peer must be known to, and for the registry what we show it (certs.d as docker's documentation has it). */
-async function secureContextFor(
-  url: URL,
-  isRegistry: boolean,
-  settings: Settings,
-): Promise<tls.SecureContext> {
-  const { caCert, certsDirectory, environment } = settings;
-  const { tlsCert, tlsKey }: Partial<Settings> = isRegistry ? settings : {};
-  const folder = path.join(certsDirectory, url.host);
-  const names = isRegistry ? (await fs.readdir(folder).catch(() => [])).sort() : [];
+
+/** What /etc/docker/certs.d has for a host, as docker's documentation has it: authorities, certificates, keys. */
+async function readCertsFolder(folder: string) {
+  const names = (await listOptional(folder)).sort();
   const read = (suffix: string) =>
     Promise.all(
       names
         .filter((name) => name.endsWith(suffix))
         .map((name) => readPem(path.join(folder, name), "certificate")),
     );
-  const ca = await systemCertificates(environment);
+  return { ca: await read(".crt"), cert: await read(".cert"), key: await read(".key") };
+}
+
+/** Whom a peer must be known to, and for the registry what we show it. */
+async function makeSecureContext(
+  { caCert, tlsCert, tlsKey, environment }: Settings,
+  registryFolder?: string,
+): Promise<tls.SecureContext> {
+  const ca = [await systemCertificates(environment)];
   if (caCert !== undefined) ca.push(await readPem(caCert, "--cacert"));
-  ca.push(...(await read(".crt")));
-  const cert = tlsCert === undefined ? await read(".cert") : await readPem(tlsCert, "--cert");
-  const key = tlsKey === undefined ? await read(".key") : await readPem(tlsKey, "--key");
+
+  let cert: string[] = [];
+  let key: string[] = [];
+  if (registryFolder !== undefined) {
+    const own = await readCertsFolder(registryFolder);
+    ca.push(...own.ca);
+    cert = tlsCert === undefined ? own.cert : [await readPem(tlsCert, "--cert")];
+    key = tlsKey === undefined ? own.key : [await readPem(tlsKey, "--key")];
+  }
+
   try {
     return load("node:tls").createSecureContext({ ca, cert, key });
-  } catch (error) {
-    return fail(
-      "TLS",
-      `cannot use the certificates given: ${printable((error as Error).message)}`,
-      { cause: error },
-    );
+  } catch (cause) {
+    const words = printable((cause as Error).message);
+    return fail("TLS", `cannot use the certificates given: ${words}`, { cause });
   }
 }
+
+// ------ Proxies ------
+
+const LOOPBACK = "localhost,127.0.0.0/8,::1/128";
+const familyOf = (address: string) => (net.isIPv6(address) ? "ipv6" : "ipv4");
+const withoutBrackets = (host: string): string => host.replace(/^\[|\]$/g, "");
+
 /** NO_PROXY as Go and curl take it: `*`, names with subdomains, ports, addresses, CIDR blocks; loopback always. */
 function isExemptFromProxy(url: URL, noProxy: string): boolean {
-  const host = url.hostname.replace(/^\[|\]$/g, "");
-  const port = url.port || (url.protocol === "https:" ? "443" : "80");
-  const isAddress = net.isIP(host) !== 0;
-  const familyOf = (address: string) => (net.isIPv6(address) ? "ipv6" : "ipv4");
-  const blocks = new net.BlockList();
-  const entries = `localhost,127.0.0.0/8,::1/128,${noProxy}`
+  const entries = `${LOOPBACK},${noProxy}`
     .toLowerCase()
     .split(/[\s,]+/)
     .filter(Boolean);
-  return entries.some((entry) => {
-    const [block = "", bits = ""] = entry.split("/");
-    const isBlock =
-      net.isIP(block) !== 0 && /^\d+$/.test(bits) && Number(bits) <= (net.isIPv6(block) ? 128 : 32);
-    if (isBlock) blocks.addSubnet(block, Number(bits), familyOf(block));
-    if (isAddress && blocks.check(host, familyOf(host))) return true;
-    const [, bracketed, bare, wantedPort] = /^(?:\[([^\]]*)\]|([^:]*)|)(?::(\d+))?$/.exec(
-      entry,
-    ) ?? ["", entry];
-    if (wantedPort !== undefined && wantedPort !== port) return false;
-    const name = (bracketed ?? bare ?? "").replace(/^\*?\./, "");
-    return (
-      name === "*" || (name !== "" && (host === name || (!isAddress && host.endsWith(`.${name}`))))
-    );
-  });
+  return entries.some((entry) => isInBlock(url, entry) || isNamedBy(url, entry));
 }
+
+/** Whether the host is an address in the block `10.0.0.0/8`. */
+function isInBlock(url: URL, block: string): boolean {
+  const host = withoutBrackets(url.hostname);
+  const [address = "", bits = ""] = block.split("/");
+  if (net.isIP(host) === 0 || net.isIP(address) === 0 || !/^\d+$/.test(bits)) return false;
+  if (Number(bits) > (net.isIPv6(address) ? 128 : 32)) return false;
+
+  const list = new net.BlockList();
+  list.addSubnet(address, Number(bits), familyOf(address));
+  return list.check(host, familyOf(host));
+}
+
+/** Whether `*`, `example.com`, `.example.com`, `*.example.com`, `10.0.0.1` or `[::1]`, each perhaps with `:PORT`, names
+ *  the URL's host. A name names its subdomains too. */
+function isNamedBy(url: URL, entry: string): boolean {
+  // A bare IPv6 address has colons of its own, and so no port.
+  const withPort = /^(?:\[(?<bracketed>[^\]]*)\]|(?<bare>[^:]*))(?::(?<port>\d+))?$/.exec(entry);
+  const { bracketed, bare = entry, port } = withPort?.groups ?? {};
+  const urlPort = url.port || (url.protocol === "https:" ? "443" : "80");
+  if (port !== undefined && port !== urlPort) return false;
+
+  const host = withoutBrackets(url.hostname);
+  const name = (bracketed ?? bare).replace(/^\*?\./, "");
+  if (name === "") return false;
+  if (name === "*" || name === host) return true;
+  return net.isIP(host) === 0 && host.endsWith(`.${name}`);
+}
+
 /** The proxy that the environment names for a URL, unless NO_PROXY exempts it. */
 function proxyFor(url: URL, environment: Environment): URL | undefined {
   const variable = (name: string) => environment[name] || environment[name.toLowerCase()] || "";
-  const name = [url.protocol === "https:" ? "HTTPS_PROXY" : "HTTP_PROXY", "ALL_PROXY"].find(
-    variable,
-  );
+  const forScheme = url.protocol === "https:" ? "HTTPS_PROXY" : "HTTP_PROXY";
+  const name = [forScheme, "ALL_PROXY"].find(variable);
   if (name === undefined || isExemptFromProxy(url, variable("NO_PROXY"))) return undefined;
-  const text = /^[a-z][a-z0-9+.-]*:\/\//i.test(variable(name))
-    ? variable(name)
-    : `http://${variable(name)}`;
+
+  const value = variable(name);
+  const text = /^[a-z][a-z0-9+.-]*:\/\//i.test(value) ? value : `http://${value}`;
   if (!URL.canParse(text)) fail("PROXY", `${name} is not a URL`);
+
   const proxy = new URL(text);
   if (proxy.protocol === "http:" || proxy.protocol === "https:") return proxy;
   return fail(
@@ -595,43 +861,47 @@ function proxyFor(url: URL, environment: Environment): URL | undefined {
     `${name}: a ${proxy.protocol}// proxy is not supported, only http:// and https:// ones are`,
   );
 }
-const basicAuthorization = (username: string, secret: string): string =>
-  `Basic ${Buffer.from(`${username}:${secret}`, "utf8").toString("base64")}`;
-const proxyHeaders = ({ username, password }: URL): Record<string, string> =>
-  username === ""
-    ? {}
-    : { "Proxy-Authorization": basicAuthorization(unescape(username), unescape(password)) };
+
 const PROXY_REMEDY = "\n  the proxy wants credentials: http://USER:PASSWORD@HOST:PORT";
-const clientFor = ({ protocol }: URL) => load(protocol === "https:" ? "node:https" : "node:http");
+
 const proxyName = ({ protocol, host }: URL): string => `the proxy ${protocol}//${host}`;
-/** What a proxy refuses is told in its name: the registry never saw it. */
-function proxyRefusal(
-  proxy: URL,
-  what: string,
-  { statusCode: status, statusMessage = "" }: http.IncomingMessage,
-) {
-  const words = `${proxyName(proxy)} refused ${what}: ${status} ${printable(statusMessage)}`;
-  return new ImgpullError("PROXY", words + (status === 407 ? PROXY_REMEDY : ""), { status });
+
+function proxyHeaders({ username, password }: URL): Record<string, string> {
+  if (username === "") return {};
+  const authorization = basicAuthorization(percentDecode(username), percentDecode(password));
+  return { "Proxy-Authorization": authorization };
 }
+
+/** What a proxy refuses is told in its name: the registry never saw it. */
+function proxyRefusal(proxy: URL, what: string, response: http.IncomingMessage): ImgpullError {
+  const { statusCode: status, statusMessage = "" } = response;
+  const said = `${proxyName(proxy)} refused ${what}: ${status} ${printable(statusMessage)}`;
+  return new ImgpullError("PROXY", status === 407 ? `${said}${PROXY_REMEDY}` : said, { status });
+}
+
 type OnConnection = (error: Error | null, socket?: net.Socket) => void;
+
 /** An agent's new connection: TLS inside a CONNECT tunnel (RFC 9110 §9.3.6). */
 function connectThrough(
   proxy: URL,
   options: http.RequestOptions,
   target: tls.ConnectionOptions,
   done: OnConnection,
-) {
-  const authority = `${net.isIPv6(String(target.host)) ? `[${target.host}]` : target.host}:${target.port}`;
-  const headers = { Host: authority, ...proxyHeaders(proxy) };
+): void {
+  const host = net.isIPv6(String(target.host)) ? `[${target.host}]` : target.host;
+  const authority = `${host}:${target.port}`;
   const connect = clientFor(proxy).request(proxy.origin, {
     ...options,
     method: "CONNECT",
     path: authority,
-    headers,
+    headers: { Host: authority, ...proxyHeaders(proxy) },
   });
+
   connect.once("connect", (response, socket) => {
-    if (response.statusCode === 200)
-      return done(null, load("node:tls").connect({ ...target, socket }));
+    if (response.statusCode === 200) {
+      done(null, load("node:tls").connect({ ...target, socket }));
+      return;
+    }
     socket.destroy();
     done(proxyRefusal(proxy, `CONNECT ${authority}`, response));
   });
@@ -641,174 +911,249 @@ function connectThrough(
   connect.once("error", (error) => done(connectionError(error, proxyName(proxy))));
   connect.end();
 }
-/** Agents keep connections, one agent for each origin and proxy. */
-function createTransport(settings: Settings) {
-  const agents = new Map<string, Promise<http.Agent>>();
-  const closing = new AbortController(); // for tunnels that are being asked for: no agent knows them yet
-  const { timeoutMs, environment, insecure, tlsCert, certsDirectory } = settings;
-  let common: Promise<tls.SecureContext> | undefined; // to parse the system's certificates takes longer than a request
-  const contextFor = async (url: URL, isRegistry: boolean) => {
-    const hasFolder = fs.access(path.join(certsDirectory, url.host)).then(
-      () => true,
-      () => false,
-    );
-    const hasOwn = isRegistry && (tlsCert !== undefined || (await hasFolder));
-    return hasOwn
-      ? secureContextFor(url, true, settings)
-      : (common ??= secureContextFor(url, false, settings));
-  };
-  const makeAgent = async (
-    url: URL,
-    isRegistry: boolean,
-    proxy: URL | undefined,
-  ): Promise<http.Agent> => {
+
+// ------ Agents ------
+
+/** Owns the connections, which are kept alive: one agent for each origin, way there, and certificate shown. */
+class AgentPool {
+  readonly #settings: Settings;
+  readonly #agents = new Map<string, Promise<http.Agent>>();
+  readonly #closing = new AbortController(); // for tunnels that are being asked for: no agent knows them yet
+  #commonContext: Promise<tls.SecureContext> | undefined; // to parse the system's certificates takes long
+
+  constructor(settings: Settings) {
+    this.#settings = settings;
+  }
+
+  agentFor(url: URL, isRegistry: boolean, proxy: URL | undefined): Promise<http.Agent> {
+    const key = `${url.origin} ${isRegistry} ${proxy?.href}`;
+    const agent = this.#agents.get(key) ?? this.#makeAgent(url, isRegistry, proxy);
+    this.#agents.set(key, agent);
+    return agent;
+  }
+
+  close(): void {
+    this.#closing.abort();
+    for (const agent of this.#agents.values()) agent.then((ready) => ready.destroy(), ignore);
+  }
+
+  async #makeAgent(url: URL, isRegistry: boolean, proxy: URL | undefined): Promise<http.Agent> {
+    const { timeoutMs, insecure } = this.#settings;
     const keepAlive = { keepAlive: true, scheduling: "lifo" as const };
-    const isTlsProxy = proxy?.protocol === "https:";
-    // Node takes the name to verify from the Host header, which is the target's, unless it is told.
-    const servername = isTlsProxy && net.isIP(proxy.hostname) === 0 ? proxy.hostname : "";
-    const proxyTls = isTlsProxy
-      ? { secureContext: await contextFor(proxy, false), servername }
-      : {};
+    const proxyTls = proxy?.protocol === "https:" ? await this.#tlsToProxy(proxy) : undefined;
     if (url.protocol === "http:")
-      return new (clientFor(isTlsProxy ? proxy : url).Agent)({ ...keepAlive, ...proxyTls });
-    const secureContext = await contextFor(url, isRegistry);
-    const agent = new (clientFor(url).Agent)({
+      return new (clientFor(proxyTls && proxy ? proxy : url).Agent)({ ...keepAlive, ...proxyTls });
+
+    const agent = new (load("node:https").Agent)({
       ...keepAlive,
-      secureContext,
+      secureContext: await this.#contextFor(url, isRegistry),
       rejectUnauthorized: insecure !== true,
     });
     if (!proxy) return agent;
-    const options = { ...proxyTls, agent: false, timeout: timeoutMs, signal: closing.signal };
-    return Object.assign(agent, {
-      createConnection: connectThrough.bind(undefined, proxy, options),
-    });
-  };
-  const sendOnce: SendOnce = async (request, url, headers) => {
+
+    const toProxy = { ...proxyTls, agent: false, timeout: timeoutMs, signal: this.#closing.signal };
+    const createConnection = (target: tls.ConnectionOptions, done: OnConnection) =>
+      connectThrough(proxy, toProxy, target, done);
+    return Object.assign(agent, { createConnection });
+  }
+
+  /** Node takes the name to verify from the Host header, which is the target's, unless it is told. */
+  async #tlsToProxy(proxy: URL) {
+    const servername = net.isIP(proxy.hostname) === 0 ? proxy.hostname : "";
+    return { secureContext: await this.#contextFor(proxy, false), servername };
+  }
+
+  async #contextFor(url: URL, isRegistry: boolean): Promise<tls.SecureContext> {
+    const { certsDirectory, tlsCert } = this.#settings;
+    const folder = path.join(certsDirectory, url.host);
+    const hasFolder =
+      isRegistry &&
+      (await fs.access(folder).then(
+        () => true,
+        () => false,
+      ));
+    if (isRegistry && (tlsCert !== undefined || hasFolder))
+      return makeSecureContext(this.#settings, folder);
+
+    this.#commonContext ??= makeSecureContext(this.#settings);
+    return this.#commonContext;
+  }
+}
+
+// ------ One request ------
+
+/** Sends requests and follows their redirects. */
+class Transport {
+  readonly #settings: Settings;
+  readonly #agents: AgentPool;
+
+  constructor(settings: Settings) {
+    this.#settings = settings;
+    this.#agents = new AgentPool(settings);
+  }
+
+  send(request: HttpRequest): Promise<Answer> {
+    return followRedirects(request, (url, headers) => this.#sendOnce(request, url, headers));
+  }
+
+  close(): void {
+    this.#agents.close();
+  }
+
+  async #sendOnce(
+    request: HttpRequest,
+    url: URL,
+    headers: Record<string, string>,
+  ): Promise<http.IncomingMessage> {
+    const { timeoutMs, environment } = this.#settings;
     const { method, signal, body } = request;
     const doing = `${method} ${redactUrl(url)}`;
-    const isRegistry = request.isRegistry(url.origin);
     const proxy = proxyFor(url, environment);
-    const key = `${url.origin} ${isRegistry} ${proxy?.href}`;
-    const making = agents.get(key) ?? makeAgent(url, isRegistry, proxy);
-    agents.set(key, making);
-    const forwarder = url.protocol === "http:" ? proxy : undefined; // plain HTTP goes to the proxy in absolute form
-    const absolute = forwarder && { path: url.href };
-    const added = forwarder && { Host: url.host, ...proxyHeaders(forwarder) };
-    const options = {
-      method,
-      signal,
-      agent: await making,
-      timeout: timeoutMs,
-      headers: { ...headers, ...added },
-    };
-    // The proxy's origin, not its URL: Node would make an Authorization header, for the registry, of its password.
-    const outgoing = clientFor(forwarder ?? url).request(forwarder?.origin ?? url, {
-      ...options,
-      ...absolute,
-    });
-    let incoming: http.IncomingMessage | undefined;
-    outgoing.on("timeout", () => {
-      // Silence that we asked for (the disk or the reader is slower than the line) is not the server's.
-      if (incoming && incoming.readableLength > 0) return void outgoing.setTimeout(timeoutMs);
-      (incoming ?? outgoing).destroy(
-        new ImgpullError("TIMEOUT", `${doing}: nothing came for ${timeoutMs / 1000} s`),
-      );
-    });
-    outgoing.on("error", ignore).end(body); // it is met below, or by the one who reads
-    // Between two requests a connection has no listener: until Node 26 an abort at that moment would end the process.
-    outgoing.once("socket", (socket) => socket.off("error", ignore).on("error", ignore));
-    // After a 101 that nobody asked for, Node closes without a response or an error.
-    outgoing.once("close", () => outgoing.emit("error", new Error("closed without an answer")));
+    const agent = await this.#agents.agentFor(url, request.isRegistry(url.origin), proxy);
+    const forwarder = url.protocol === "http:" ? proxy : undefined;
+
+    const options = { method, headers, signal, agent, timeout: timeoutMs };
+    const outgoing = forwarder
+      ? forwardRequest(forwarder, url, options)
+      : clientFor(url).request(url, options);
+    surviveLateErrors(outgoing);
+    watchSilence(outgoing, timeoutMs, doing);
+    outgoing.end(body);
+
+    let incoming: http.IncomingMessage;
     try {
       // With the signal: while a proxy says nothing, there is no socket yet whose end could tell.
       [incoming] = (await once(outgoing, "response", { signal })) as [http.IncomingMessage];
     } catch (error) {
       // A kept-alive connection that the server closed at the same moment: nothing was answered, so ask again.
       if (outgoing.reusedSocket && errorCodeOf(error) === "ECONNRESET")
-        return sendOnce(request, url, headers);
+        return this.#sendOnce(request, url, headers);
       throw connectionError(error, forwarder ? `${proxyName(forwarder)}, ${doing}` : doing);
     }
-    if (!forwarder || incoming.statusCode !== 407) return incoming;
-    outgoing.destroy();
-    throw proxyRefusal(forwarder, doing, incoming);
-  };
-  return {
-    send: (request: HttpRequest) => followRedirects(request, sendOnce),
-    close: () => {
-      closing.abort();
-      for (const agent of agents.values())
-        agent.then(
-          (ready) => ready.destroy(),
-          () => undefined,
-        );
-    },
-  };
+
+    if (forwarder && incoming.statusCode === 407) {
+      outgoing.destroy();
+      throw proxyRefusal(forwarder, doing, incoming);
+    }
+    return incoming;
+  }
 }
+
+/** Plain HTTP goes to the proxy in absolute form (RFC 9112 §3.2.2). */
+function forwardRequest(proxy: URL, url: URL, options: http.RequestOptions): http.ClientRequest {
+  const headers = { ...options.headers, Host: url.host, ...proxyHeaders(proxy) };
+  // The proxy's origin, not its URL: Node would make an Authorization header, for the registry, of its password.
+  return clientFor(proxy).request(proxy.origin, { ...options, path: url.href, headers });
+}
+
+// ------ Socket guards ------
+
+/** Errors are met where the request is awaited, or by the one who reads the body; none may end the process. */
+function surviveLateErrors(outgoing: http.ClientRequest): void {
+  outgoing.on("error", ignore);
+  // Between two requests a connection has no listener: until Node 26 an abort at that moment would end the process.
+  outgoing.once("socket", (socket) => socket.off("error", ignore).on("error", ignore));
+  // After a 101 that nobody asked for, Node closes without a response or an error.
+  outgoing.once("close", () => outgoing.emit("error", new Error("closed without an answer")));
+}
+
+/** Ends a request on whose connection nothing comes for `timeoutMs`, before its headers or in its body. */
+function watchSilence(outgoing: http.ClientRequest, timeoutMs: number, doing: string): void {
+  let incoming: http.IncomingMessage | undefined;
+  outgoing.once("response", (response) => {
+    incoming = response;
+  });
+
+  outgoing.on("timeout", () => {
+    // Silence that we asked for (the disk or the reader is slower than the line) is not the server's.
+    if (incoming && incoming.readableLength > 0) {
+      outgoing.setTimeout(timeoutMs);
+      return;
+    }
+    const silence = `${doing}: nothing came for ${timeoutMs / 1000} s`;
+    (incoming ?? outgoing).destroy(new ImgpullError("TIMEOUT", silence));
+  });
+}
+
+// ------ Redirects ------
+
+type SendOnce = (url: URL, headers: Record<string, string>) => Promise<http.IncomingMessage>;
+
 /** Follows redirects by hand: relative ones too, at most ten, never from https to http, never with a secret body. */
 async function followRedirects(request: HttpRequest, sendOnce: SendOnce): Promise<Answer> {
   let { url } = request;
-  for (let hop = 0; ; hop += 1) {
+
+  for (let hops = 0; ; hops += 1) {
     const authorization = await request.authorizationFor(url.origin);
-    const common = {
+    const response = await sendOnce(url, {
       "User-Agent": `imgpull/${IMGPULL_VERSION}`,
       "Accept-Encoding": "identity",
       ...request.headers,
-    };
-    const response = await sendOnce(request, url, {
-      ...common,
       ...dropEmpty({ Authorization: authorization }),
     });
-    const {
-      statusCode: status = 0,
-      headers,
-      headers: { location },
-    } = response;
+
+    const { statusCode: status = 0, headers } = response;
     const answer = { status, headers, url, authorization, words: "" };
     if (status >= 200 && status < 300) return { ...answer, body: response };
+
     const isRedirect = [301, 302, 303, 307, 308].includes(status) && request.body === undefined;
-    if (!isRedirect || location === undefined)
+    if (!isRedirect || headers.location === undefined)
       return { ...answer, words: await readWords(response) };
-    response.on("error", () => undefined).resume();
-    const from = redactUrl(url);
-    if (hop >= LIMITS.redirects)
-      fail("PROTOCOL", `${from}: more than ${LIMITS.redirects} redirects`);
-    const next = URL.canParse(location, url)
-      ? new URL(location, url)
-      : fail("PROTOCOL", `${from} redirects to no URL`);
-    if (next.protocol !== "https:" && (next.protocol !== "http:" || url.protocol === "https:")) {
-      fail(
-        "PROTOCOL",
-        `${from} redirects to ${redactUrl(next)}: not followed from https to ${next.protocol}`,
-      );
-    }
-    url = next;
+
+    response.on("error", ignore).resume();
+    if (hops >= LIMITS.redirects)
+      fail("PROTOCOL", `${redactUrl(url)}: more than ${LIMITS.redirects} redirects`);
+    url = redirectTarget(url, headers.location);
   }
 }
+
+/** Where a redirect leads, unless that is a way which credentials or bytes must not go. */
+function redirectTarget(from: URL, location: string): URL {
+  if (!URL.canParse(location, from)) fail("PROTOCOL", `${redactUrl(from)} redirects to no URL`);
+
+  const target = new URL(location, from);
+  const isFollowed =
+    target.protocol === "https:" || (target.protocol === "http:" && from.protocol === "http:");
+  if (isFollowed) return target;
+
+  return fail(
+    "PROTOCOL",
+    `${redactUrl(from)} redirects to ${redactUrl(target)}: not followed from https to ${target.protocol}`,
+  );
+}
+
+// ------ Bodies ------
+
 /** Some front ends compress although `identity` was asked for. Others store a gzip layer with a Content-Encoding that
  *  describes the layer itself: there the length gives it away, and the bytes are what was asked for. */
 function decodeBody(response: http.IncomingMessage, expectedBytes?: number): Readable {
   const { "content-encoding": encoding = "", "content-length": length } = response.headers;
   const isRaw = expectedBytes !== undefined && Number(length) === expectedBytes;
   if (!/^(x-)?gzip$/i.test(encoding) || isRaw) return response;
+
   const decoded = load("node:zlib").createGunzip();
   response.once("error", (error) => decoded.destroy(error));
   return response.pipe(decoded.once("close", () => response.destroy()));
 }
+
 /** A whole body of at most `maximumBytes`; more is refused by name before it is held. */
 async function readBody(
   response: http.IncomingMessage,
   maximumBytes: number,
   what: string,
 ): Promise<Buffer> {
-  const checkSize = (bytes: number) =>
-    bytes <= maximumBytes || fail("TOO_LARGE", `${what} is larger than ${maximumBytes} bytes`);
+  const checkSize = (bytes: number) => {
+    if (bytes > maximumBytes) fail("TOO_LARGE", `${what} is larger than ${maximumBytes} bytes`);
+  };
+
   const chunks: Buffer[] = [];
   let length = 0;
   try {
     checkSize(Number(response.headers["content-length"] ?? 0));
-    for await (const chunk of decodeBody(response)) {
-      chunks.push(chunk as Buffer);
-      checkSize((length += (chunk as Buffer).length));
+    for await (const chunk of decodeBody(response) as AsyncIterable<Buffer>) {
+      length += chunk.length;
+      checkSize(length);
+      chunks.push(chunk);
     }
   } catch (error) {
     response.destroy();
@@ -816,47 +1161,78 @@ async function readBody(
   }
   return Buffer.concat(chunks);
 }
-/** The registry's own words: `errors[]` of the distribution specification, a token service's, or plain text. */
+
+/** The words of a refusal, fit to be shown; none where they cannot be read. */
 async function readWords(response: http.IncomingMessage): Promise<string> {
-  const reading = readBody(response, LIMITS.errorBodyBytes, "the error's body");
-  const body = await reading.catch((error: ImgpullError) =>
-    error.code === "ABORTED" ? Promise.reject(error) : "",
-  );
+  try {
+    return wordsOfError(await readBody(response, LIMITS.errorBodyBytes, "the error's body"));
+  } catch (error) {
+    if ((error as ImgpullError).code === "ABORTED") throw error;
+    return "";
+  }
+}
+
+/** `errors[]` of the distribution specification, a token service's fields, or plain text; nothing of a web page. */
+function wordsOfError(body: Buffer): string {
   const json = parseJson(body);
-  if (!isRecord(json)) return /^\s*</.test(String(body)) ? "" : printable(String(body));
-  const [first] = Array.isArray(json.errors) ? (json.errors as unknown[]) : [];
+  if (!isRecord(json)) {
+    const text = String(body);
+    return /^\s*</.test(text) ? "" : printable(text);
+  }
+
+  const first: unknown = Array.isArray(json.errors) ? json.errors[0] : undefined;
   const { code, message } = isRecord(first) ? first : {};
-  const words = [code, message, json.details, json.message, json.error_description, json.error];
-  return printable(
-    words
-      .filter((word) => typeof word === "string" && word !== "")
-      .slice(0, 2)
-      .join(": "),
-  );
+  const candidates = [
+    code,
+    message,
+    json.details,
+    json.message,
+    json.error_description,
+    json.error,
+  ];
+  const words = candidates.filter((word) => typeof word === "string" && word !== "");
+  return printable(words.slice(0, 2).join(": "));
 }
 
 // ====== 7. Retry ======
-// Pure but for the clock, which tests replace. Only known passing faults are retried; a bug never is. SPEC §6.
+// Pure but for the clock, which tests replace. Only known passing faults are retried; a bug never is.
+
 const sleep = (waitMs: number, signal: AbortSignal): Promise<unknown> =>
   delay(waitMs, undefined, { signal });
 const systemClock = { now: Date.now, random: Math.random, sleep };
-/** Retry-After is seconds or a date (RFC 9110 §10.2.3). */
-function parseRetryAfter(value = "", now: number): number | undefined {
-  const waitMs = /^\s*\d+\s*$/.test(value)
-    ? Number(value) * 1000
-    : Math.max(0, Date.parse(value) - now);
-  return Number.isNaN(waitMs) ? undefined : waitMs;
+
+/** Retry-After is seconds or a date (RFC 9110 §10.2.3); undefined where it is neither. */
+function parseRetryAfter(value: string | undefined, now: number): number | undefined {
+  if (value === undefined) return undefined;
+  if (/^\s*\d+\s*$/.test(value)) return Number(value) * 1000;
+
+  const date = Date.parse(value);
+  return Number.isNaN(date) ? undefined : Math.max(0, date - now);
 }
+
+/** Whether the same request may go better soon. The one place that decides it. */
 function isRetriable(error: unknown): error is ImgpullError {
   if (!(error instanceof ImgpullError)) return false;
   const { code, status = 0, retryAfterMs } = error;
+
   // A name that does not exist is a typo, and what Node's permission model refuses stays refused.
   if (code === "NETWORK")
     return !["ENOTFOUND", "ERR_ACCESS_DENIED"].includes(errorCodeOf(error.cause));
-  if (/^(TIMEOUT|RATE_LIMITED|(DIGEST|SIZE)_MISMATCH)$/.test(code) || retryAfterMs !== undefined)
-    return true;
-  return status === 408 || status === 425 || (status >= 500 && status !== 501 && status !== 505);
+
+  // Silence passes, and so do limits.
+  if (code === "TIMEOUT" || code === "RATE_LIMITED") return true;
+
+  // Wrong bytes may be one broken cache of several.
+  if (code === "DIGEST_MISMATCH" || code === "SIZE_MISMATCH") return true;
+
+  // The server says when to come back.
+  if (retryAfterMs !== undefined) return true;
+
+  // Too slow, too early, or the server's own trouble, but for what it will never do.
+  if (status === 408 || status === 425) return true;
+  return status >= 500 && status !== 501 && status !== 505;
 }
+
 /** How long to wait before the next attempt; undefined where there is none. `failures` counts those so far. */
 function retryDelayMs(
   error: unknown,
@@ -866,44 +1242,53 @@ function retryDelayMs(
 ): number | undefined {
   if (!isRetriable(error)) return undefined;
   const { code, retryAfterMs = 0 } = error;
-  const most = code.endsWith("_MISMATCH") ? Math.min(1, retries) : retries;
-  if (failures > most || retryAfterMs > LIMITS.retryAfterMs) return undefined;
+
+  // Wrong bytes twice are what the server has.
+  const isMismatch = code === "DIGEST_MISMATCH" || code === "SIZE_MISMATCH";
+  const most = isMismatch ? Math.min(1, retries) : retries;
+  if (failures > most) return undefined;
+
+  // Whether to wait that long is the user's to decide.
+  if (retryAfterMs > LIMITS.retryAfterMs) return undefined;
+
+  // Twice as long each time, and by chance, so that many clients do not come back at once.
   const ceilingMs = Math.min(LIMITS.backoffMs, LIMITS.firstBackoffMs * 2 ** (failures - 1));
-  return Math.max(retryAfterMs, Math.round(ceilingMs * (0.5 + random / 2)));
+  const backoffMs = Math.round(ceilingMs * (0.5 + random / 2));
+  return Math.max(retryAfterMs, backoffMs);
 }
+
 /** What one pull has in common: the challenge of each origin, a Registry (and so a token) for each repository. */
-type Session = Readonly<{
-  settings: Settings;
-  transport: ReturnType<typeof createTransport>;
-  clock: typeof systemClock;
-  signal: AbortSignal;
-  challenges: Map<string, readonly Challenge[]>;
-  registries: Map<string, Registry>;
-  warn: (message: string) => void;
-}>;
+interface Session {
+  readonly settings: Settings;
+  readonly transport: Transport;
+  readonly clock: typeof systemClock;
+  readonly signal: AbortSignal;
+  readonly challenges: Map<string, readonly Challenge[]>;
+  readonly registries: Map<string, Registry>;
+  readonly warn: (message: string) => void;
+}
+
 /** Runs `attempt` until it succeeds. `gotOn` says whether the failed one brought us forward: the count starts anew. */
 async function withRetries<T>(
-  session: Session,
+  { clock, settings, signal, warn }: Session,
   attempt: () => Promise<T>,
   gotOn = () => false,
 ): Promise<T> {
-  const {
-    clock,
-    settings: { retries },
-    signal,
-  } = session;
+  const { retries } = settings;
+
   for (let failures = 1; ; failures += 1) {
     try {
       return await attempt();
     } catch (error) {
       if (signal.aborted) fail("ABORTED", "stopped", { cause: error });
+
       if (gotOn()) failures = 1;
       const waitMs = retryDelayMs(error, failures, retries, clock.random());
       if (waitMs === undefined) throw error;
-      const [said] = (error as Error).message.split("\n");
-      session.warn(
-        `${said}; trying again in ${(waitMs / 1000).toFixed(1)} s (${failures} of ${retries})`,
-      );
+
+      const [firstLine] = (error as Error).message.split("\n");
+      const seconds = (waitMs / 1000).toFixed(1);
+      warn(`${firstLine}; trying again in ${seconds} s (${failures} of ${retries})`);
       await clock
         .sleep(waitMs, signal)
         .catch((cause: unknown) => fail("ABORTED", "stopped", { cause }));
@@ -3716,7 +4101,7 @@ async function withSession<T>(
 ): Promise<T> {
   const { environment = process.env, certsDirectory } = replaced;
   const settings = settingsOf(opts, environment, certsDirectory);
-  const transport = createTransport(settings);
+  const transport = new Transport(settings);
   const signal = anySignal(...(opts.signal ? [opts.signal] : []));
   const { onWarning: warn = () => undefined } = opts;
   try {

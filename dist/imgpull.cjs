@@ -38,14 +38,13 @@ var load = process.getBuiltinModule;
 var DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json";
 var DOCKER_INDEX = "application/vnd.docker.distribution.manifest.list.v2+json";
 var DOCKER_SCHEMA_1 = "application/vnd.docker.distribution.manifest.v1";
+var DOCKER_CONFIG_TYPE = "application/vnd.docker.container.image.v1+json";
 var OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json";
 var OCI_INDEX = "application/vnd.oci.image.index.v1+json";
+var OCI_CONFIG_TYPE = "application/vnd.oci.image.config.v1+json";
 var INDEX_TYPES = [OCI_INDEX, DOCKER_INDEX];
 var MANIFEST_TYPES = [...INDEX_TYPES, OCI_MANIFEST, DOCKER_MANIFEST];
-var CONFIG_TYPES = [
-  "application/vnd.docker.container.image.v1+json",
-  "application/vnd.oci.image.config.v1+json"
-];
+var CONFIG_TYPES = [DOCKER_CONFIG_TYPE, OCI_CONFIG_TYPE];
 var MIB = 1024 * 1024;
 var NEVER = Number.POSITIVE_INFINITY;
 var LIMITS = Object.freeze({
@@ -103,63 +102,71 @@ var TUNING = Object.freeze({
 var ImgpullError = class extends Error {
   name = "ImgpullError";
   code;
+  /** The HTTP status, where there was one. */
   status;
   /** @internal How long the server asks us to stay away. */
   retryAfterMs;
-  constructor(code, message, more = {}) {
-    const { cause, ...details } = more;
+  constructor(code, message, details = {}) {
+    const { cause, status, retryAfterMs } = details;
     super(message, cause === void 0 ? void 0 : { cause });
-    Object.assign(this, { code, ...details });
+    this.code = code;
+    if (status !== void 0) this.status = status;
+    if (retryAfterMs !== void 0) this.retryAfterMs = retryAfterMs;
   }
 };
 function fail(code, message, details) {
   throw new ImgpullError(code, message, details);
 }
 var errorCodeOf = (error) => String(error?.code ?? "");
+var CONTROL_CHARACTERS = (
+  // biome-ignore lint/suspicious/noControlCharactersInRegex: control characters are what it is about
+  /[\u0000-\u001f\u007f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]+/g
+);
 function printable(text, maximum = 300) {
-  const clean = text.replace(/[\u0000-\u001f\u007f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]+/g, " ").trim();
+  const clean = text.replace(CONTROL_CHARACTERS, " ").trim();
   return clean.length > maximum ? `${clean.slice(0, maximum)}…` : clean;
 }
 function redactUrl(url) {
   const { protocol, host, pathname, searchParams } = new URL(url);
   const namespace = searchParams.get("ns");
-  return printable(
-    `${protocol}//${host}${pathname}${namespace === null ? "" : `?ns=${namespace}`}`
-  );
+  const query = namespace === null ? "" : `?ns=${namespace}`;
+  return printable(`${protocol}//${host}${pathname}${query}`);
 }
+var CONNECTION_FAULTS = [
+  {
+    // An https client that meets plain HTTP reads "HTTP/1.1" as a TLS record of an absurd version or length.
+    pattern: /wrong version number|packet length too long|unknown protocol|record layer failure/i,
+    code: "TLS",
+    words: "the server answers plain HTTP on this port",
+    remedy: "try --scheme http"
+  },
+  {
+    pattern: /^(UNABLE_TO|SELF_SIGNED|DEPTH_ZERO)/,
+    code: "TLS",
+    remedy: "its certificate authority is not known here: --cacert FILE gives it, --insecure goes without"
+  },
+  {
+    pattern: /certificate required|bad certificate|handshake failure/i,
+    code: "TLS",
+    remedy: "it may want a client certificate: --cert FILE --key FILE"
+  },
+  { pattern: /^(CERT_|INVALID_|ERR_TLS|ERR_SSL|EPROTO)/, code: "TLS" },
+  { pattern: /^ENOTFOUND/, code: "NETWORK", words: "no such host" },
+  { pattern: /^ECONNRESET/, code: "NETWORK", words: "connection lost" },
+  { pattern: /^ECONNREFUSED/, code: "NETWORK", words: "connection refused" }
+];
+var OTHER_CONNECTION_FAULT = { pattern: /^/, code: "NETWORK" };
 function connectionError(error, doing) {
   if (error instanceof ImgpullError) return error;
   const cause = error;
-  const code = errorCodeOf(error);
-  const said = printable(cause.message || cause.errors?.[0]?.message || code);
   if (cause.name === "AbortError") return new ImgpullError("ABORTED", "stopped", { cause });
-  const strange = "its certificate authority is not known here: --cacert FILE gives it, --insecure goes without";
-  const known = [
-    // An https client that meets plain HTTP reads "HTTP/1.1" as a TLS record of an absurd version or length.
-    [
-      /wrong version number|packet length too long|unknown protocol|record layer failure/i,
-      "TLS",
-      "the server answers plain HTTP on this port\n  try --scheme http"
-    ],
-    [/^(UNABLE_TO|SELF_SIGNED|DEPTH_ZERO)/, "TLS", `${said}
-  ${strange}`],
-    [
-      /certificate required|bad certificate|handshake failure/i,
-      "TLS",
-      `${said}
-  it may want a client certificate: --cert FILE --key FILE`
-    ],
-    [/^(CERT_|INVALID_|ERR_TLS|ERR_SSL|EPROTO)/, "TLS", said],
-    [/^ENOTFOUND/, "NETWORK", "no such host"],
-    [/^ECONNRESET/, "NETWORK", "connection lost"],
-    [/^ECONNREFUSED/, "NETWORK", "connection refused"]
-  ];
-  const [, kind, words] = known.find(([pattern]) => pattern.test(`${code} ${said}`)) ?? [
-    /^/,
-    "NETWORK",
-    said
-  ];
-  return new ImgpullError(kind, `${doing}: ${words}`, { cause });
+  const nodeCode = errorCodeOf(error);
+  const nodeWords = printable(cause.message || cause.errors?.[0]?.message || nodeCode);
+  const fault = CONNECTION_FAULTS.find(({ pattern }) => pattern.test(`${nodeCode} ${nodeWords}`)) ?? OTHER_CONNECTION_FAULT;
+  const { code, words = nodeWords, remedy } = fault;
+  const advice = remedy === void 0 ? "" : `
+  ${remedy}`;
+  return new ImgpullError(code, `${doing}: ${words}${advice}`, { cause });
 }
 var DISK_WORDS = {
   ENOSPC: "the disk is full",
@@ -177,15 +184,17 @@ var DISK_WORDS = {
 var diskWords = (error) => DISK_WORDS[errorCodeOf(error)] ?? printable(error.message);
 function onDisk(doing, work) {
   return work.catch((error) => {
-    const isSystem = error.syscall !== void 0 || errorCodeOf(error) === "ERR_ACCESS_DENIED";
-    throw isSystem ? new ImgpullError("DISK", `${doing}: ${diskWords(error)}`, { cause: error }) : error;
+    const isRefusal = error.syscall !== void 0 || errorCodeOf(error) === "ERR_ACCESS_DENIED";
+    if (!isRefusal) throw error;
+    return fail("DISK", `${doing}: ${diskWords(error)}`, { cause: error });
   });
 }
-var isDigest = (text) => typeof text === "string" && /^(sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})$/.test(text);
-var hexOf = (digest) => digest.slice(digest.indexOf(":") + 1);
-var newHash = (digest) => load("node:crypto").createHash(digest.slice(0, digest.indexOf(":")));
-var digestOf = (bytes, like = "sha256:") => `${like.slice(0, like.indexOf(":"))}:${newHash(like).update(bytes).digest("hex")}`;
 var ignore = () => void 0;
+var isDigest = (text) => typeof text === "string" && /^(sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})$/.test(text);
+var algorithmOf = (digest) => digest.slice(0, digest.indexOf(":"));
+var hexOf = (digest) => digest.slice(digest.indexOf(":") + 1);
+var newHash = (digest) => load("node:crypto").createHash(algorithmOf(digest));
+var digestOf = (bytes, like = "sha256:") => `${algorithmOf(like)}:${newHash(like).update(bytes).digest("hex")}`;
 var isRecord = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
 var encodeJson = (value) => Buffer.from(JSON.stringify(value), "utf8");
 function parseJson(text) {
@@ -198,37 +207,56 @@ function parseJson(text) {
 var dropEmpty = (values) => Object.fromEntries(
   Object.entries(values).filter(([, value]) => value !== void 0 && value !== "")
 );
-var sumOf = (items, value) => Array.from(items, value).reduce((sum, each) => sum + each, 0);
+var sumOf = (items, numberOf) => {
+  let sum = 0;
+  for (const item of items) sum += numberOf(item);
+  return sum;
+};
 function formatBytes(bytes) {
-  let [value, unit] = [bytes, "B"];
-  for (const larger of ["kB", "MB", "GB", "TB"])
-    if (value >= 999.5) [value, unit] = [value / 1e3, larger];
-  return `${unit === "B" || value >= 99.95 ? Math.round(value) : value.toFixed(1)} ${unit}`;
+  let value = bytes;
+  let unit = "B";
+  for (const larger of ["kB", "MB", "GB", "TB"]) {
+    if (value < 999.5) break;
+    value /= 1e3;
+    unit = larger;
+  }
+  const isWhole = unit === "B" || value >= 99.95;
+  return `${isWhole ? Math.round(value) : value.toFixed(1)} ${unit}`;
 }
 var counted = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
 var formatPlatform = ({ os: system, architecture, variant } = {}) => [system, architecture, variant].filter(Boolean).join("/");
 async function mapConcurrently(items, limit, run) {
   const results = [];
   const queue = items.entries();
-  const lane = async () => {
-    for (const [index, item] of queue) [results[index]] = await Promise.allSettled([run(item)]);
+  const runLane = async () => {
+    for (const [index, item] of queue) {
+      const [result] = await Promise.allSettled([run(item)]);
+      results[index] = result;
+    }
   };
-  await Promise.all(Array.from({ length: limit }, lane));
+  await Promise.all(Array.from({ length: limit }, runLane));
   return settled(results);
 }
 function settled(results) {
-  const failures = results.flatMap(
-    (result) => result.status === "rejected" ? [result.reason] : []
-  );
-  const known = failures.filter((failure) => failure instanceof ImgpullError);
-  if (known.length < failures.length)
-    throw failures.find((failure) => !(failure instanceof ImgpullError));
-  const told = known.filter(({ code }) => code !== "ABORTED");
-  const [first = known[0]] = told;
-  if (!first) return results.map((result) => result.value);
-  const messages = [...new Set(told.map(({ message }) => message))];
-  if (messages.length < 2) throw first;
-  return fail(first.code, messages.join("\n"), { status: first.status, cause: first });
+  const values = [];
+  const failures = [];
+  for (const result of results) {
+    if (result.status === "fulfilled") values.push(result.value);
+    else failures.push(result.reason);
+  }
+  if (failures.length > 0) throw asOneFailure(failures);
+  return values;
+}
+function asOneFailure(failures) {
+  const errors = failures.filter((failure) => failure instanceof ImgpullError);
+  if (errors.length < failures.length)
+    return failures.find((failure) => !(failure instanceof ImgpullError));
+  const telling = errors.filter(({ code }) => code !== "ABORTED");
+  const [first] = telling;
+  if (!first) return errors[0];
+  const messages = [...new Set(telling.map(({ message }) => message))];
+  if (messages.length === 1) return first;
+  return new ImgpullError(first.code, messages.join("\n"), { status: first.status, cause: first });
 }
 function anySignal(...signals) {
   const signal = AbortSignal.any(signals);
@@ -237,53 +265,80 @@ function anySignal(...signals) {
 }
 var HUB_HOSTS = ["docker.io", "index.docker.io", "registry-1.docker.io"];
 var LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?";
-var HOST = new RegExp(
-  `^(?:${LABEL}(?:\\.${LABEL})*|\\[(?<ipv6>[0-9a-fA-F:.]+)\\])(?::(?<port>\\d{1,5}))?$`
-);
-var PATH_PART = "[a-z0-9]+(?:(?:\\.|_{1,2}|-+)[a-z0-9]+)*";
-var REPOSITORY = new RegExp(`^${PATH_PART}(?:/${PATH_PART})*$`);
+var HOST_NAME = `${LABEL}(?:\\.${LABEL})*`;
+var HOST = new RegExp(`^(?:${HOST_NAME}|\\[(?<ipv6>[0-9a-fA-F:.]+)\\])(?::(?<port>\\d{1,5}))?$`);
+var COMPONENT = "[a-z0-9]+(?:(?:\\.|_{1,2}|-+)[a-z0-9]+)*";
+var REPOSITORY = new RegExp(`^${COMPONENT}(?:/${COMPONENT})*$`);
 var TAG = /^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$/;
+var PARTS = /^(?:(?<host>localhost|[^/]*[.:][^/]*)\/)?(?<name>.*?)(?::(?<tag>[^:]*))?$/;
 function isHost(text) {
-  const { ipv6, port = "443" } = HOST.exec(text)?.groups ?? {};
-  const isPort = Number(port) >= 1 && Number(port) <= 65535;
-  return HOST.test(text) && isPort && (ipv6 === void 0 || net.isIPv6(ipv6)) && URL.canParse(`http://${text}`);
+  const match = HOST.exec(text);
+  if (!match) return false;
+  const { ipv6, port = "443" } = match.groups ?? {};
+  if (Number(port) < 1 || Number(port) > 65535) return false;
+  if (ipv6 !== void 0 && !net.isIPv6(ipv6)) return false;
+  return URL.canParse(`http://${text}`);
+}
+function splitReference(text) {
+  const [place = "", digest] = text.split("@");
+  const { host = "docker.io", name = "", tag } = PARTS.exec(place)?.groups ?? {};
+  const isHub = HUB_HOSTS.includes(host.toLowerCase());
+  return {
+    host: isHub ? "docker.io" : host,
+    repository: isHub && !name.includes("/") ? `library/${name}` : name,
+    name,
+    tag,
+    digest
+  };
+}
+function faultOfReference(text) {
+  if (text === "") return "it is empty";
+  if (/^[a-z]+:\/\//i.test(text)) return "write it without the scheme (use --scheme for http)";
+  if (/[^\x21-\x7e]/.test(text)) return "it has a character that is not printable ASCII";
+  if (text.split("@").length > 2) return "it has more than one @";
+  const { host, repository, name, tag, digest } = splitReference(text);
+  if (digest !== void 0 && !isDigest(digest)) {
+    const form = "sha256: and 64, or sha512: and 128 lower-case hex digits";
+    return `"${printable(digest)}" is not a digest: ${form}`;
+  }
+  if (!isHost(host)) return `"${host}" is not a host, host:port or [IPv6 address]`;
+  if (name === "") return "the repository is missing";
+  if (name !== name.toLowerCase()) return "a repository is written in lower case";
+  if (!REPOSITORY.test(name)) return `"${name}" is not a repository name`;
+  if (tag !== void 0 && !TAG.test(tag)) return `"${tag}" is not a tag`;
+  if (`${host}/${repository}`.length > 255)
+    return "host and repository are longer than 255 characters";
+  return void 0;
 }
 function parseReference(text) {
-  const shown = printable(text.replace(/:.*@(?!sha(256|512):)/, ":***@"));
-  const named = `bad image reference "${shown}"`;
-  const refuse = (reason) => fail("BAD_REFERENCE", `${named}: ${reason}`);
-  if (text === "") refuse("it is empty");
-  if (/^[a-z]+:\/\//i.test(text)) refuse("write it without the scheme (use --scheme for http)");
-  if (/[^\x21-\x7e]/.test(text)) refuse("it has a character that is not printable ASCII");
-  const [place = "", digest, ...tooMany] = text.split("@");
-  if (tooMany.length > 0) refuse("it has more than one @");
-  const wanted = "sha256: and 64, or sha512: and 128 lower-case hex digits";
-  if (digest !== void 0 && !isDigest(digest))
-    refuse(`"${printable(digest)}" is not a digest: ${wanted}`);
-  const parts = /^(?:(localhost|[^/]*[.:][^/]*)\/)?(.*?)(?::([^:]*))?$/.exec(place) ?? [];
-  const [, host = "docker.io", name = "", tag] = parts;
-  if (!isHost(host)) refuse(`"${host}" is not a host, host:port or [IPv6 address]`);
-  if (name === "") refuse("the repository is missing");
-  if (name !== name.toLowerCase()) refuse("a repository is written in lower case");
-  if (!REPOSITORY.test(name)) refuse(`"${name}" is not a repository name`);
-  if (tag !== void 0 && !TAG.test(tag)) refuse(`"${tag}" is not a tag`);
-  const isHub = HUB_HOSTS.includes(host.toLowerCase());
-  const repository = isHub && !name.includes("/") ? `library/${name}` : name;
-  if (host.length + repository.length + 1 > 255)
-    refuse("host and repository are longer than 255 characters");
-  const version = dropEmpty({ tag: tag ?? (digest === void 0 ? "latest" : void 0), digest });
-  return { host: isHub ? "docker.io" : host, repository, ...version };
+  const fault = faultOfReference(text);
+  if (fault !== void 0) {
+    const shown = printable(text.replace(/:.*@(?!sha(256|512):)/, ":***@"));
+    fail("BAD_REFERENCE", `bad image reference "${shown}": ${fault}`);
+  }
+  const { host, repository, tag, digest } = splitReference(text);
+  const defaultTag = digest === void 0 ? "latest" : void 0;
+  return { host, repository, ...dropEmpty({ tag: tag ?? defaultTag, digest }) };
 }
-var formatReference = ({ host, repository, tag, digest }) => `${host}/${repository}${tag === void 0 ? "" : `:${tag}`}${digest === void 0 ? "" : `@${digest}`}`;
+function formatReference({ host, repository, tag, digest }) {
+  const tagPart = tag === void 0 ? "" : `:${tag}`;
+  const digestPart = digest === void 0 ? "" : `@${digest}`;
+  return `${host}/${repository}${tagPart}${digestPart}`;
+}
 var apiHost = (host) => host === "docker.io" ? "registry-1.docker.io" : host;
 function imageName({ host, repository, tag, digest }, namespace) {
   const version = tag === void 0 ? `@${digest}` : `:${tag}`;
-  const [first = ""] = /^[^/]*\.[^/]*(?=\/)/.exec(repository) ?? [];
-  const isMirrored = namespace === void 0 && isHost(first);
-  return parseReference(`${isMirrored ? "" : `${namespace ?? host}/`}${repository}${version}`);
+  if (namespace !== void 0) return parseReference(`${namespace}/${repository}${version}`);
+  const [firstSegment = "", ...others] = repository.split("/");
+  const isMirrored = others.length > 0 && firstSegment.includes(".") && isHost(firstSegment);
+  return parseReference(`${isMirrored ? "" : `${host}/`}${repository}${version}`);
 }
-var defaultDestination = ({ repository, tag, digest = "" }) => `${repository.slice(repository.lastIndexOf("/") + 1)}-${tag ?? hexOf(digest).slice(0, 12)}.tar`;
-var readOptional = (file) => fs.readFile(file, "utf8").catch(() => void 0);
+function defaultDestination({ repository, tag, digest = "" }) {
+  const name = repository.slice(repository.lastIndexOf("/") + 1);
+  return `${name}-${tag ?? hexOf(digest).slice(0, 12)}.tar`;
+}
+var clientFor = ({ protocol }) => load(protocol === "https:" ? "node:https" : "node:http");
+var basicAuthorization = (username, secret) => `Basic ${Buffer.from(`${username}:${secret}`, "utf8").toString("base64")}`;
 var CA_BUNDLES = [
   "/etc/ssl/certs/ca-certificates.crt",
   "/etc/pki/tls/certs/ca-bundle.crt",
@@ -296,87 +351,111 @@ var CA_BUNDLES = [
   "/etc/openssl/certs/ca-certificates.crt"
 ];
 var CA_DIRECTORIES = ["/etc/ssl/certs", "/etc/pki/tls/certs", "/system/etc/security/cacerts"];
-async function systemCertificates(environment) {
-  const {
-    SSL_CERT_FILE: file,
-    SSL_CERT_DIR: directories,
-    NODE_EXTRA_CA_CERTS: extra
-  } = environment;
-  let bundle = "";
-  const add = (text) => {
-    if (text?.includes("-----BEGIN CERTIFICATE-----") && !bundle.includes(text.trim()))
-      bundle += `${text}
-`;
-  };
-  for (const each of file ? [file] : CA_BUNDLES) if (bundle === "") add(await readOptional(each));
-  for (const directory of directories?.split(path.delimiter) ?? (bundle === "" ? CA_DIRECTORIES : [])) {
-    const names = await fs.readdir(directory).catch(() => []);
-    for (const text of await Promise.all(
-      names.map((name) => readOptional(path.join(directory, name)))
-    ))
-      add(text);
+var readOptional = (file) => fs.readFile(file, "utf8").catch(ignore);
+var listOptional = (folder) => fs.readdir(folder).catch(() => []);
+var PemBundle = class {
+  #text = "";
+  get text() {
+    return this.#text;
   }
-  const { getCACertificates, rootCertificates } = load("node:tls");
-  if (bundle === "" && ["darwin", "win32"].includes(process.platform))
-    getCACertificates?.("system").forEach(add);
-  if (bundle === "") rootCertificates?.forEach(add);
-  if (extra) add(await readOptional(extra));
-  return [bundle];
+  get isEmpty() {
+    return this.#text === "";
+  }
+  add(...texts) {
+    for (const text of texts) {
+      if (!text?.includes("-----BEGIN CERTIFICATE-----")) continue;
+      if (!this.#text.includes(text.trim())) this.#text += `${text}
+`;
+    }
+  }
+};
+async function systemCertificates(environment) {
+  const { SSL_CERT_FILE, SSL_CERT_DIR, NODE_EXTRA_CA_CERTS } = environment;
+  const bundle = new PemBundle();
+  for (const file of SSL_CERT_FILE ? [SSL_CERT_FILE] : CA_BUNDLES) {
+    bundle.add(await readOptional(file));
+    if (!bundle.isEmpty) break;
+  }
+  const defaultDirectories = bundle.isEmpty ? CA_DIRECTORIES : [];
+  for (const directory of SSL_CERT_DIR?.split(path.delimiter) ?? defaultDirectories) {
+    const names = await listOptional(directory);
+    const texts = await Promise.all(names.map((name) => readOptional(path.join(directory, name))));
+    bundle.add(...texts);
+  }
+  if (bundle.isEmpty) bundle.add(...nodeCertificates());
+  if (NODE_EXTRA_CA_CERTS) bundle.add(await readOptional(NODE_EXTRA_CA_CERTS));
+  return bundle.text;
+}
+function nodeCertificates() {
+  const { getCACertificates, rootCertificates = [] } = load("node:tls");
+  const isKeptByTheSystem = ["darwin", "win32"].includes(process.platform);
+  const system = isKeptByTheSystem ? getCACertificates?.("system") ?? [] : [];
+  return system.length > 0 ? system : rootCertificates;
 }
 async function readPem(file, option) {
   const text = await fs.readFile(file, "utf8").catch((error) => fail("TLS", `cannot read ${option} ${file}: ${diskWords(error)}`));
-  return text.includes("-----BEGIN ") ? text : fail("TLS", `${option} ${file} is not a PEM file`);
+  if (!text.includes("-----BEGIN ")) fail("TLS", `${option} ${file} is not a PEM file`);
+  return text;
 }
-async function secureContextFor(url, isRegistry, settings) {
-  const { caCert, certsDirectory, environment } = settings;
-  const { tlsCert, tlsKey } = isRegistry ? settings : {};
-  const folder = path.join(certsDirectory, url.host);
-  const names = isRegistry ? (await fs.readdir(folder).catch(() => [])).sort() : [];
+async function readCertsFolder(folder) {
+  const names = (await listOptional(folder)).sort();
   const read = (suffix) => Promise.all(
     names.filter((name) => name.endsWith(suffix)).map((name) => readPem(path.join(folder, name), "certificate"))
   );
-  const ca = await systemCertificates(environment);
+  return { ca: await read(".crt"), cert: await read(".cert"), key: await read(".key") };
+}
+async function makeSecureContext({ caCert, tlsCert, tlsKey, environment }, registryFolder) {
+  const ca = [await systemCertificates(environment)];
   if (caCert !== void 0) ca.push(await readPem(caCert, "--cacert"));
-  ca.push(...await read(".crt"));
-  const cert = tlsCert === void 0 ? await read(".cert") : await readPem(tlsCert, "--cert");
-  const key = tlsKey === void 0 ? await read(".key") : await readPem(tlsKey, "--key");
+  let cert = [];
+  let key = [];
+  if (registryFolder !== void 0) {
+    const own = await readCertsFolder(registryFolder);
+    ca.push(...own.ca);
+    cert = tlsCert === void 0 ? own.cert : [await readPem(tlsCert, "--cert")];
+    key = tlsKey === void 0 ? own.key : [await readPem(tlsKey, "--key")];
+  }
   try {
     return load("node:tls").createSecureContext({ ca, cert, key });
-  } catch (error) {
-    return fail(
-      "TLS",
-      `cannot use the certificates given: ${printable(error.message)}`,
-      { cause: error }
-    );
+  } catch (cause) {
+    const words = printable(cause.message);
+    return fail("TLS", `cannot use the certificates given: ${words}`, { cause });
   }
 }
+var LOOPBACK = "localhost,127.0.0.0/8,::1/128";
+var familyOf = (address) => net.isIPv6(address) ? "ipv6" : "ipv4";
+var withoutBrackets = (host) => host.replace(/^\[|\]$/g, "");
 function isExemptFromProxy(url, noProxy) {
-  const host = url.hostname.replace(/^\[|\]$/g, "");
-  const port = url.port || (url.protocol === "https:" ? "443" : "80");
-  const isAddress = net.isIP(host) !== 0;
-  const familyOf = (address) => net.isIPv6(address) ? "ipv6" : "ipv4";
-  const blocks = new net.BlockList();
-  const entries = `localhost,127.0.0.0/8,::1/128,${noProxy}`.toLowerCase().split(/[\s,]+/).filter(Boolean);
-  return entries.some((entry) => {
-    const [block = "", bits = ""] = entry.split("/");
-    const isBlock = net.isIP(block) !== 0 && /^\d+$/.test(bits) && Number(bits) <= (net.isIPv6(block) ? 128 : 32);
-    if (isBlock) blocks.addSubnet(block, Number(bits), familyOf(block));
-    if (isAddress && blocks.check(host, familyOf(host))) return true;
-    const [, bracketed, bare, wantedPort] = /^(?:\[([^\]]*)\]|([^:]*)|)(?::(\d+))?$/.exec(
-      entry
-    ) ?? ["", entry];
-    if (wantedPort !== void 0 && wantedPort !== port) return false;
-    const name = (bracketed ?? bare ?? "").replace(/^\*?\./, "");
-    return name === "*" || name !== "" && (host === name || !isAddress && host.endsWith(`.${name}`));
-  });
+  const entries = `${LOOPBACK},${noProxy}`.toLowerCase().split(/[\s,]+/).filter(Boolean);
+  return entries.some((entry) => isInBlock(url, entry) || isNamedBy(url, entry));
+}
+function isInBlock(url, block) {
+  const host = withoutBrackets(url.hostname);
+  const [address = "", bits = ""] = block.split("/");
+  if (net.isIP(host) === 0 || net.isIP(address) === 0 || !/^\d+$/.test(bits)) return false;
+  if (Number(bits) > (net.isIPv6(address) ? 128 : 32)) return false;
+  const list = new net.BlockList();
+  list.addSubnet(address, Number(bits), familyOf(address));
+  return list.check(host, familyOf(host));
+}
+function isNamedBy(url, entry) {
+  const withPort = /^(?:\[(?<bracketed>[^\]]*)\]|(?<bare>[^:]*))(?::(?<port>\d+))?$/.exec(entry);
+  const { bracketed, bare = entry, port } = withPort?.groups ?? {};
+  const urlPort = url.port || (url.protocol === "https:" ? "443" : "80");
+  if (port !== void 0 && port !== urlPort) return false;
+  const host = withoutBrackets(url.hostname);
+  const name = (bracketed ?? bare).replace(/^\*?\./, "");
+  if (name === "") return false;
+  if (name === "*" || name === host) return true;
+  return net.isIP(host) === 0 && host.endsWith(`.${name}`);
 }
 function proxyFor(url, environment) {
   const variable = (name2) => environment[name2] || environment[name2.toLowerCase()] || "";
-  const name = [url.protocol === "https:" ? "HTTPS_PROXY" : "HTTP_PROXY", "ALL_PROXY"].find(
-    variable
-  );
+  const forScheme = url.protocol === "https:" ? "HTTPS_PROXY" : "HTTP_PROXY";
+  const name = [forScheme, "ALL_PROXY"].find(variable);
   if (name === void 0 || isExemptFromProxy(url, variable("NO_PROXY"))) return void 0;
-  const text = /^[a-z][a-z0-9+.-]*:\/\//i.test(variable(name)) ? variable(name) : `http://${variable(name)}`;
+  const value = variable(name);
+  const text = /^[a-z][a-z0-9+.-]*:\/\//i.test(value) ? value : `http://${value}`;
   if (!URL.canParse(text)) fail("PROXY", `${name} is not a URL`);
   const proxy = new URL(text);
   if (proxy.protocol === "http:" || proxy.protocol === "https:") return proxy;
@@ -385,27 +464,32 @@ function proxyFor(url, environment) {
     `${name}: a ${proxy.protocol}// proxy is not supported, only http:// and https:// ones are`
   );
 }
-var basicAuthorization = (username, secret) => `Basic ${Buffer.from(`${username}:${secret}`, "utf8").toString("base64")}`;
-var proxyHeaders = ({ username, password }) => username === "" ? {} : { "Proxy-Authorization": basicAuthorization((0, import_node_querystring.unescape)(username), (0, import_node_querystring.unescape)(password)) };
 var PROXY_REMEDY = "\n  the proxy wants credentials: http://USER:PASSWORD@HOST:PORT";
-var clientFor = ({ protocol }) => load(protocol === "https:" ? "node:https" : "node:http");
 var proxyName = ({ protocol, host }) => `the proxy ${protocol}//${host}`;
-function proxyRefusal(proxy, what, { statusCode: status, statusMessage = "" }) {
-  const words = `${proxyName(proxy)} refused ${what}: ${status} ${printable(statusMessage)}`;
-  return new ImgpullError("PROXY", words + (status === 407 ? PROXY_REMEDY : ""), { status });
+function proxyHeaders({ username, password }) {
+  if (username === "") return {};
+  const authorization = basicAuthorization((0, import_node_querystring.unescape)(username), (0, import_node_querystring.unescape)(password));
+  return { "Proxy-Authorization": authorization };
+}
+function proxyRefusal(proxy, what, response) {
+  const { statusCode: status, statusMessage = "" } = response;
+  const said = `${proxyName(proxy)} refused ${what}: ${status} ${printable(statusMessage)}`;
+  return new ImgpullError("PROXY", status === 407 ? `${said}${PROXY_REMEDY}` : said, { status });
 }
 function connectThrough(proxy, options, target, done) {
-  const authority = `${net.isIPv6(String(target.host)) ? `[${target.host}]` : target.host}:${target.port}`;
-  const headers = { Host: authority, ...proxyHeaders(proxy) };
+  const host = net.isIPv6(String(target.host)) ? `[${target.host}]` : target.host;
+  const authority = `${host}:${target.port}`;
   const connect = clientFor(proxy).request(proxy.origin, {
     ...options,
     method: "CONNECT",
     path: authority,
-    headers
+    headers: { Host: authority, ...proxyHeaders(proxy) }
   });
   connect.once("connect", (response, socket) => {
-    if (response.statusCode === 200)
-      return done(null, load("node:tls").connect({ ...target, socket }));
+    if (response.statusCode === 200) {
+      done(null, load("node:tls").connect({ ...target, socket }));
+      return;
+    }
     socket.destroy();
     done(proxyRefusal(proxy, `CONNECT ${authority}`, response));
   });
@@ -416,129 +500,154 @@ function connectThrough(proxy, options, target, done) {
   connect.once("error", (error) => done(connectionError(error, proxyName(proxy))));
   connect.end();
 }
-function createTransport(settings) {
-  const agents = /* @__PURE__ */ new Map();
-  const closing = new AbortController();
-  const { timeoutMs, environment, insecure, tlsCert, certsDirectory } = settings;
-  let common;
-  const contextFor = async (url, isRegistry) => {
-    const hasFolder = fs.access(path.join(certsDirectory, url.host)).then(
-      () => true,
-      () => false
-    );
-    const hasOwn = isRegistry && (tlsCert !== void 0 || await hasFolder);
-    return hasOwn ? secureContextFor(url, true, settings) : common ??= secureContextFor(url, false, settings);
-  };
-  const makeAgent = async (url, isRegistry, proxy) => {
+var AgentPool = class {
+  #settings;
+  #agents = /* @__PURE__ */ new Map();
+  #closing = new AbortController();
+  // for tunnels that are being asked for: no agent knows them yet
+  #commonContext;
+  // to parse the system's certificates takes long
+  constructor(settings) {
+    this.#settings = settings;
+  }
+  agentFor(url, isRegistry, proxy) {
+    const key = `${url.origin} ${isRegistry} ${proxy?.href}`;
+    const agent = this.#agents.get(key) ?? this.#makeAgent(url, isRegistry, proxy);
+    this.#agents.set(key, agent);
+    return agent;
+  }
+  close() {
+    this.#closing.abort();
+    for (const agent of this.#agents.values()) agent.then((ready) => ready.destroy(), ignore);
+  }
+  async #makeAgent(url, isRegistry, proxy) {
+    const { timeoutMs, insecure } = this.#settings;
     const keepAlive = { keepAlive: true, scheduling: "lifo" };
-    const isTlsProxy = proxy?.protocol === "https:";
-    const servername = isTlsProxy && net.isIP(proxy.hostname) === 0 ? proxy.hostname : "";
-    const proxyTls = isTlsProxy ? { secureContext: await contextFor(proxy, false), servername } : {};
+    const proxyTls = proxy?.protocol === "https:" ? await this.#tlsToProxy(proxy) : void 0;
     if (url.protocol === "http:")
-      return new (clientFor(isTlsProxy ? proxy : url)).Agent({ ...keepAlive, ...proxyTls });
-    const secureContext = await contextFor(url, isRegistry);
-    const agent = new (clientFor(url)).Agent({
+      return new (clientFor(proxyTls && proxy ? proxy : url)).Agent({ ...keepAlive, ...proxyTls });
+    const agent = new (load("node:https")).Agent({
       ...keepAlive,
-      secureContext,
+      secureContext: await this.#contextFor(url, isRegistry),
       rejectUnauthorized: insecure !== true
     });
     if (!proxy) return agent;
-    const options = { ...proxyTls, agent: false, timeout: timeoutMs, signal: closing.signal };
-    return Object.assign(agent, {
-      createConnection: connectThrough.bind(void 0, proxy, options)
-    });
-  };
-  const sendOnce = async (request, url, headers) => {
+    const toProxy = { ...proxyTls, agent: false, timeout: timeoutMs, signal: this.#closing.signal };
+    const createConnection = (target, done) => connectThrough(proxy, toProxy, target, done);
+    return Object.assign(agent, { createConnection });
+  }
+  /** Node takes the name to verify from the Host header, which is the target's, unless it is told. */
+  async #tlsToProxy(proxy) {
+    const servername = net.isIP(proxy.hostname) === 0 ? proxy.hostname : "";
+    return { secureContext: await this.#contextFor(proxy, false), servername };
+  }
+  async #contextFor(url, isRegistry) {
+    const { certsDirectory, tlsCert } = this.#settings;
+    const folder = path.join(certsDirectory, url.host);
+    const hasFolder = isRegistry && await fs.access(folder).then(
+      () => true,
+      () => false
+    );
+    if (isRegistry && (tlsCert !== void 0 || hasFolder))
+      return makeSecureContext(this.#settings, folder);
+    this.#commonContext ??= makeSecureContext(this.#settings);
+    return this.#commonContext;
+  }
+};
+var Transport = class {
+  #settings;
+  #agents;
+  constructor(settings) {
+    this.#settings = settings;
+    this.#agents = new AgentPool(settings);
+  }
+  send(request) {
+    return followRedirects(request, (url, headers) => this.#sendOnce(request, url, headers));
+  }
+  close() {
+    this.#agents.close();
+  }
+  async #sendOnce(request, url, headers) {
+    const { timeoutMs, environment } = this.#settings;
     const { method, signal, body } = request;
     const doing = `${method} ${redactUrl(url)}`;
-    const isRegistry = request.isRegistry(url.origin);
     const proxy = proxyFor(url, environment);
-    const key = `${url.origin} ${isRegistry} ${proxy?.href}`;
-    const making = agents.get(key) ?? makeAgent(url, isRegistry, proxy);
-    agents.set(key, making);
+    const agent = await this.#agents.agentFor(url, request.isRegistry(url.origin), proxy);
     const forwarder = url.protocol === "http:" ? proxy : void 0;
-    const absolute = forwarder && { path: url.href };
-    const added = forwarder && { Host: url.host, ...proxyHeaders(forwarder) };
-    const options = {
-      method,
-      signal,
-      agent: await making,
-      timeout: timeoutMs,
-      headers: { ...headers, ...added }
-    };
-    const outgoing = clientFor(forwarder ?? url).request(forwarder?.origin ?? url, {
-      ...options,
-      ...absolute
-    });
+    const options = { method, headers, signal, agent, timeout: timeoutMs };
+    const outgoing = forwarder ? forwardRequest(forwarder, url, options) : clientFor(url).request(url, options);
+    surviveLateErrors(outgoing);
+    watchSilence(outgoing, timeoutMs, doing);
+    outgoing.end(body);
     let incoming;
-    outgoing.on("timeout", () => {
-      if (incoming && incoming.readableLength > 0) return void outgoing.setTimeout(timeoutMs);
-      (incoming ?? outgoing).destroy(
-        new ImgpullError("TIMEOUT", `${doing}: nothing came for ${timeoutMs / 1e3} s`)
-      );
-    });
-    outgoing.on("error", ignore).end(body);
-    outgoing.once("socket", (socket) => socket.off("error", ignore).on("error", ignore));
-    outgoing.once("close", () => outgoing.emit("error", new Error("closed without an answer")));
     try {
       [incoming] = await (0, import_node_events.once)(outgoing, "response", { signal });
     } catch (error) {
       if (outgoing.reusedSocket && errorCodeOf(error) === "ECONNRESET")
-        return sendOnce(request, url, headers);
+        return this.#sendOnce(request, url, headers);
       throw connectionError(error, forwarder ? `${proxyName(forwarder)}, ${doing}` : doing);
     }
-    if (!forwarder || incoming.statusCode !== 407) return incoming;
-    outgoing.destroy();
-    throw proxyRefusal(forwarder, doing, incoming);
-  };
-  return {
-    send: (request) => followRedirects(request, sendOnce),
-    close: () => {
-      closing.abort();
-      for (const agent of agents.values())
-        agent.then(
-          (ready) => ready.destroy(),
-          () => void 0
-        );
+    if (forwarder && incoming.statusCode === 407) {
+      outgoing.destroy();
+      throw proxyRefusal(forwarder, doing, incoming);
     }
-  };
+    return incoming;
+  }
+};
+function forwardRequest(proxy, url, options) {
+  const headers = { ...options.headers, Host: url.host, ...proxyHeaders(proxy) };
+  return clientFor(proxy).request(proxy.origin, { ...options, path: url.href, headers });
+}
+function surviveLateErrors(outgoing) {
+  outgoing.on("error", ignore);
+  outgoing.once("socket", (socket) => socket.off("error", ignore).on("error", ignore));
+  outgoing.once("close", () => outgoing.emit("error", new Error("closed without an answer")));
+}
+function watchSilence(outgoing, timeoutMs, doing) {
+  let incoming;
+  outgoing.once("response", (response) => {
+    incoming = response;
+  });
+  outgoing.on("timeout", () => {
+    if (incoming && incoming.readableLength > 0) {
+      outgoing.setTimeout(timeoutMs);
+      return;
+    }
+    const silence = `${doing}: nothing came for ${timeoutMs / 1e3} s`;
+    (incoming ?? outgoing).destroy(new ImgpullError("TIMEOUT", silence));
+  });
 }
 async function followRedirects(request, sendOnce) {
   let { url } = request;
-  for (let hop = 0; ; hop += 1) {
+  for (let hops = 0; ; hops += 1) {
     const authorization = await request.authorizationFor(url.origin);
-    const common = {
+    const response = await sendOnce(url, {
       "User-Agent": `imgpull/${"1.0.0"}`,
       "Accept-Encoding": "identity",
-      ...request.headers
-    };
-    const response = await sendOnce(request, url, {
-      ...common,
+      ...request.headers,
       ...dropEmpty({ Authorization: authorization })
     });
-    const {
-      statusCode: status = 0,
-      headers,
-      headers: { location }
-    } = response;
+    const { statusCode: status = 0, headers } = response;
     const answer = { status, headers, url, authorization, words: "" };
     if (status >= 200 && status < 300) return { ...answer, body: response };
     const isRedirect = [301, 302, 303, 307, 308].includes(status) && request.body === void 0;
-    if (!isRedirect || location === void 0)
+    if (!isRedirect || headers.location === void 0)
       return { ...answer, words: await readWords(response) };
-    response.on("error", () => void 0).resume();
-    const from = redactUrl(url);
-    if (hop >= LIMITS.redirects)
-      fail("PROTOCOL", `${from}: more than ${LIMITS.redirects} redirects`);
-    const next = URL.canParse(location, url) ? new URL(location, url) : fail("PROTOCOL", `${from} redirects to no URL`);
-    if (next.protocol !== "https:" && (next.protocol !== "http:" || url.protocol === "https:")) {
-      fail(
-        "PROTOCOL",
-        `${from} redirects to ${redactUrl(next)}: not followed from https to ${next.protocol}`
-      );
-    }
-    url = next;
+    response.on("error", ignore).resume();
+    if (hops >= LIMITS.redirects)
+      fail("PROTOCOL", `${redactUrl(url)}: more than ${LIMITS.redirects} redirects`);
+    url = redirectTarget(url, headers.location);
   }
+}
+function redirectTarget(from, location) {
+  if (!URL.canParse(location, from)) fail("PROTOCOL", `${redactUrl(from)} redirects to no URL`);
+  const target = new URL(location, from);
+  const isFollowed = target.protocol === "https:" || target.protocol === "http:" && from.protocol === "http:";
+  if (isFollowed) return target;
+  return fail(
+    "PROTOCOL",
+    `${redactUrl(from)} redirects to ${redactUrl(target)}: not followed from https to ${target.protocol}`
+  );
 }
 function decodeBody(response, expectedBytes) {
   const { "content-encoding": encoding = "", "content-length": length } = response.headers;
@@ -549,14 +658,17 @@ function decodeBody(response, expectedBytes) {
   return response.pipe(decoded.once("close", () => response.destroy()));
 }
 async function readBody(response, maximumBytes, what) {
-  const checkSize = (bytes) => bytes <= maximumBytes || fail("TOO_LARGE", `${what} is larger than ${maximumBytes} bytes`);
+  const checkSize = (bytes) => {
+    if (bytes > maximumBytes) fail("TOO_LARGE", `${what} is larger than ${maximumBytes} bytes`);
+  };
   const chunks = [];
   let length = 0;
   try {
     checkSize(Number(response.headers["content-length"] ?? 0));
     for await (const chunk of decodeBody(response)) {
+      length += chunk.length;
+      checkSize(length);
       chunks.push(chunk);
-      checkSize(length += chunk.length);
     }
   } catch (error) {
     response.destroy();
@@ -565,48 +677,64 @@ async function readBody(response, maximumBytes, what) {
   return Buffer.concat(chunks);
 }
 async function readWords(response) {
-  const reading = readBody(response, LIMITS.errorBodyBytes, "the error's body");
-  const body = await reading.catch(
-    (error) => error.code === "ABORTED" ? Promise.reject(error) : ""
-  );
+  try {
+    return wordsOfError(await readBody(response, LIMITS.errorBodyBytes, "the error's body"));
+  } catch (error) {
+    if (error.code === "ABORTED") throw error;
+    return "";
+  }
+}
+function wordsOfError(body) {
   const json = parseJson(body);
-  if (!isRecord(json)) return /^\s*</.test(String(body)) ? "" : printable(String(body));
-  const [first] = Array.isArray(json.errors) ? json.errors : [];
+  if (!isRecord(json)) {
+    const text = String(body);
+    return /^\s*</.test(text) ? "" : printable(text);
+  }
+  const first = Array.isArray(json.errors) ? json.errors[0] : void 0;
   const { code, message } = isRecord(first) ? first : {};
-  const words = [code, message, json.details, json.message, json.error_description, json.error];
-  return printable(
-    words.filter((word) => typeof word === "string" && word !== "").slice(0, 2).join(": ")
-  );
+  const candidates = [
+    code,
+    message,
+    json.details,
+    json.message,
+    json.error_description,
+    json.error
+  ];
+  const words = candidates.filter((word) => typeof word === "string" && word !== "");
+  return printable(words.slice(0, 2).join(": "));
 }
 var sleep = (waitMs, signal) => (0, import_promises2.setTimeout)(waitMs, void 0, { signal });
 var systemClock = { now: Date.now, random: Math.random, sleep };
-function parseRetryAfter(value = "", now) {
-  const waitMs = /^\s*\d+\s*$/.test(value) ? Number(value) * 1e3 : Math.max(0, Date.parse(value) - now);
-  return Number.isNaN(waitMs) ? void 0 : waitMs;
+function parseRetryAfter(value, now) {
+  if (value === void 0) return void 0;
+  if (/^\s*\d+\s*$/.test(value)) return Number(value) * 1e3;
+  const date = Date.parse(value);
+  return Number.isNaN(date) ? void 0 : Math.max(0, date - now);
 }
 function isRetriable(error) {
   if (!(error instanceof ImgpullError)) return false;
   const { code, status = 0, retryAfterMs } = error;
   if (code === "NETWORK")
     return !["ENOTFOUND", "ERR_ACCESS_DENIED"].includes(errorCodeOf(error.cause));
-  if (/^(TIMEOUT|RATE_LIMITED|(DIGEST|SIZE)_MISMATCH)$/.test(code) || retryAfterMs !== void 0)
-    return true;
-  return status === 408 || status === 425 || status >= 500 && status !== 501 && status !== 505;
+  if (code === "TIMEOUT" || code === "RATE_LIMITED") return true;
+  if (code === "DIGEST_MISMATCH" || code === "SIZE_MISMATCH") return true;
+  if (retryAfterMs !== void 0) return true;
+  if (status === 408 || status === 425) return true;
+  return status >= 500 && status !== 501 && status !== 505;
 }
 function retryDelayMs(error, failures, retries, random) {
   if (!isRetriable(error)) return void 0;
   const { code, retryAfterMs = 0 } = error;
-  const most = code.endsWith("_MISMATCH") ? Math.min(1, retries) : retries;
-  if (failures > most || retryAfterMs > LIMITS.retryAfterMs) return void 0;
+  const isMismatch = code === "DIGEST_MISMATCH" || code === "SIZE_MISMATCH";
+  const most = isMismatch ? Math.min(1, retries) : retries;
+  if (failures > most) return void 0;
+  if (retryAfterMs > LIMITS.retryAfterMs) return void 0;
   const ceilingMs = Math.min(LIMITS.backoffMs, LIMITS.firstBackoffMs * 2 ** (failures - 1));
-  return Math.max(retryAfterMs, Math.round(ceilingMs * (0.5 + random / 2)));
+  const backoffMs = Math.round(ceilingMs * (0.5 + random / 2));
+  return Math.max(retryAfterMs, backoffMs);
 }
-async function withRetries(session, attempt, gotOn = () => false) {
-  const {
-    clock,
-    settings: { retries },
-    signal
-  } = session;
+async function withRetries({ clock, settings, signal, warn }, attempt, gotOn = () => false) {
+  const { retries } = settings;
   for (let failures = 1; ; failures += 1) {
     try {
       return await attempt();
@@ -615,10 +743,9 @@ async function withRetries(session, attempt, gotOn = () => false) {
       if (gotOn()) failures = 1;
       const waitMs = retryDelayMs(error, failures, retries, clock.random());
       if (waitMs === void 0) throw error;
-      const [said] = error.message.split("\n");
-      session.warn(
-        `${said}; trying again in ${(waitMs / 1e3).toFixed(1)} s (${failures} of ${retries})`
-      );
+      const [firstLine] = error.message.split("\n");
+      const seconds = (waitMs / 1e3).toFixed(1);
+      warn(`${firstLine}; trying again in ${seconds} s (${failures} of ${retries})`);
       await clock.sleep(waitMs, signal).catch((cause) => fail("ABORTED", "stopped", { cause }));
     }
   }
@@ -2643,7 +2770,7 @@ function settingsOf(opts, environment, certsDirectory = "/etc/docker/certs.d") {
 async function withSession(opts, run, replaced = {}) {
   const { environment = process.env, certsDirectory } = replaced;
   const settings = settingsOf(opts, environment, certsDirectory);
-  const transport = createTransport(settings);
+  const transport = new Transport(settings);
   const signal = anySignal(...opts.signal ? [opts.signal] : []);
   const { onWarning: warn = () => void 0 } = opts;
   try {
