@@ -22,7 +22,7 @@
  * Every program that is run: docker-credential-NAME, where a credential file names it (section 8).
  *
  * Every environment variable that is read:
- *   HOME, DOCKER_CONFIG, DOCKER_AUTH_CONFIG, REGISTRY_AUTH_FILE, XDG_RUNTIME_DIR (section 8)
+ *   HOME, DOCKER_CONFIG, DOCKER_AUTH_CONFIG, REGISTRY_AUTH_FILE, XDG_RUNTIME_DIR, XDG_CONFIG_HOME (section 8)
  *   SSL_CERT_FILE, SSL_CERT_DIR, NODE_EXTRA_CA_CERTS (section 6)
  *   HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY, and the same in lower case (section 6)
  *   NO_COLOR, TERM (section 16)
@@ -1343,6 +1343,7 @@ type CredentialPlace = Readonly<{
   variable?: string;
   text?: (environment: Environment) => string | undefined;
   file?: (environment: Environment) => string | undefined;
+  isAuthsOnly?: boolean; // the file is what `auths` is elsewhere
 }>;
 
 const homeOf = ({ HOME }: Environment): string => HOME ?? os.homedir();
@@ -1350,6 +1351,16 @@ const homeOf = ({ HOME }: Environment): string => HOME ?? os.homedir();
 /** A path below a directory that the environment names; undefined where it names none. */
 const below = (directory: string | undefined, ...names: string[]): string | undefined =>
   directory ? path.join(directory, ...names) : undefined;
+
+/** podman's file, below XDG's directories. */
+const AUTH_JSON = "containers/auth.json";
+
+/** `podman login` without a session of its own (sudo, cron, containers) writes below /run (podman#3752). */
+function runtimeDirectory({ XDG_RUNTIME_DIR }: Environment): string | undefined {
+  if (XDG_RUNTIME_DIR !== undefined) return below(XDG_RUNTIME_DIR, "containers");
+  const userId = process.getuid?.();
+  return userId === undefined ? undefined : `/run/containers/${userId}`;
+}
 
 /**
  * The places in SPEC §7's order; the first that knows the registry is taken. A new credential file is one line here.
@@ -1362,8 +1373,12 @@ const CREDENTIAL_PLACES: readonly CredentialPlace[] = [
     file: (environment) =>
       below(environment.DOCKER_CONFIG || below(homeOf(environment), ".docker"), "config.json"),
   },
-  { file: (environment) => below(environment.XDG_RUNTIME_DIR, "containers/auth.json") },
-  { file: (environment) => below(homeOf(environment), ".config/containers/auth.json") },
+  { file: (environment) => below(runtimeDirectory(environment), "auth.json") },
+  {
+    file: (environment) =>
+      below(environment.XDG_CONFIG_HOME || below(homeOf(environment), ".config"), AUTH_JSON),
+  },
+  { file: (environment) => below(homeOf(environment), ".dockercfg"), isAuthsOnly: true },
 ];
 
 /** The credential for a repository: the options' own, or that of the first place which knows its registry. */
@@ -1376,12 +1391,15 @@ async function findCredential(
 
   const { environment } = settings;
   for (const place of CREDENTIAL_PLACES) {
-    const file = place.file?.(environment);
-    const text = file ? await readCredentialFile(file, place.variable) : place.text?.(environment);
+    const path = place.file?.(environment);
+    const text = path ? await readCredentialFile(path, place.variable) : place.text?.(environment);
     if (!text) continue;
 
-    const source = file ?? place.variable ?? "";
-    const credential = credentialIn(text, source, reference, environment);
+    const source = path ?? place.variable ?? "";
+    const json = parseJson(text);
+    if (!isRecord(json)) return fail("CREDENTIALS", `${source} is not a JSON object`);
+    const file = place.isAuthsOnly ? { auths: json } : json;
+    const credential = credentialIn({ ...file, source }, reference, settings);
     if (credential) return credential;
   }
 
@@ -1415,53 +1433,77 @@ async function readCredentialFile(
   return fail("CREDENTIALS", `${what}: too large for a credential file`);
 }
 
-/** The credential that one file has for a repository: its helper, its store, or the longest path in `auths`. */
+/** What docker and podman write. `source` is ours: where it was found. */
+interface CredentialFile {
+  readonly source: string;
+  readonly auths?: unknown;
+  readonly credHelpers?: unknown;
+  readonly credsStore?: unknown;
+}
+
+/** The credential that one file has for a repository: its helper, its store, or an entry of `auths`. */
 function credentialIn(
-  text: string,
-  source: string,
+  { source, auths, credHelpers, credsStore }: CredentialFile,
   reference: Reference,
-  environment: Environment,
+  { scheme, environment }: Settings,
 ): Credential | undefined {
-  const file = parseJson(text);
-  if (!isRecord(file)) return fail("CREDENTIALS", `${source} is not a JSON object`);
-
-  const { host } = reference;
+  const { host, repository } = reference;
+  const wanted = normalizeAuthKey(`${host}/${repository}`, scheme);
   const isName = (value: unknown): value is string => typeof value === "string" && value !== "";
-  const helper = bestEntry(file.credHelpers, reference, isName) ?? file.credsStore;
-  const server = host === "docker.io" ? "https://index.docker.io/v1/" : host;
-  const fromHelper = isName(helper) ? runCredentialHelper(helper, server, environment) : undefined;
-  if (fromHelper) return fromHelper;
-
   const isFilled = (value: unknown): value is Record<string, unknown> =>
     isRecord(value) && Object.keys(value).length > 0;
-  const entry = bestEntry(file.auths, reference, isFilled);
-  return entry && decodeAuthEntry(entry, source);
+
+  const helper = longestPath(entriesOfHost(credHelpers, wanted, scheme, isName), wanted)?.value;
+  const program = helper ?? credsStore;
+  const server = host === "docker.io" ? "https://index.docker.io/v1/" : host;
+  const fromHelper = isName(program) && runCredentialHelper(program, server, environment);
+  if (fromHelper) return fromHelper;
+
+  const entries = entriesOfHost(auths, wanted, scheme, isFilled);
+  const entry = longestPath(entries, wanted) ?? entries[0];
+  return entry && decodeAuthEntry(entry.value, source);
 }
 
-/** Of the usable entries for a repository, the one with the longest key. */
-function bestEntry<T>(
-  entries: unknown,
-  { host, repository }: Reference,
-  isUsable: (value: unknown) => value is T,
-): T | undefined {
-  let best: { key: string; value: T } | undefined;
-
-  for (const [written, value] of Object.entries(entries ?? {})) {
-    const key = normalizeAuthKey(written);
-    const isFor = `${host}/${repository}/`.startsWith(`${key}/`);
-    if (isFor && isUsable(value) && key.length > (best?.key.length ?? -1)) best = { key, value };
-  }
-
-  return best?.value;
+/** A place of a registry: the host as one writes it, and the parts of the path. */
+interface AuthKey {
+  readonly host: string;
+  readonly path: readonly string[];
 }
 
-/** A credential file's key as host[/path]: docker writes URLs with /v1/, podman writes paths. */
-function normalizeAuthKey(key: string): string {
-  const [host = "", ...rest] = key
-    .replace(/^https?:\/\//, "")
+/** docker writes URLs with /v1/, podman host and path, people what they see in a browser. */
+function normalizeAuthKey(written: string, scheme: string): AuthKey {
+  const [authority = "", ...path] = written
+    .replace(/^https?:\/\//i, "")
     .replace(/\/(v1|v2)?\/?$/, "")
     .split("/");
-  return [HUB_HOSTS.includes(host) ? "docker.io" : host, ...rest].join("/");
+  const defaultPort = scheme === "http" ? /:80$/ : /:443$/;
+  const host = authority.toLowerCase().replace(defaultPort, "");
+  return { host: HUB_HOSTS.includes(host) ? "docker.io" : host, path };
+}
+
+type AuthEntry<T> = AuthKey & { readonly value: T };
+
+/** The usable entries for the host, those with the shortest paths first. */
+function entriesOfHost<T>(
+  entries: unknown,
+  { host }: AuthKey,
+  scheme: string,
+  isUsable: (value: unknown) => value is T,
+): AuthEntry<T>[] {
+  const ofHost: AuthEntry<T>[] = [];
+  for (const [written, value] of Object.entries(entries ?? {})) {
+    const key = normalizeAuthKey(written, scheme);
+    if (key.host === host && isUsable(value)) ofHost.push({ ...key, value });
+  }
+  return ofHost.sort((left, right) => left.path.length - right.path.length);
+}
+
+/** The entry whose path is the longest that leads to a repository. */
+function longestPath<T>(
+  entries: readonly AuthEntry<T>[],
+  { path }: AuthKey,
+): AuthEntry<T> | undefined {
+  return entries.findLast((entry) => entry.path.every((part, at) => part === path[at]));
 }
 
 /** An entry of `auths`; undefined where it is empty. */
@@ -1514,8 +1556,12 @@ function runCredentialHelper(
   if (status !== 0 && /credentials not found/i.test(words)) return undefined;
   if (status !== 0) refuse(`failed: ${words}`);
 
-  const answer = parseJson(stdout) ?? refuse("answered what is not JSON");
-  const { Username: username = "", Secret: secret } = answer as Record<string, unknown>;
+  if (stdout.trim() === "") return undefined; // as `{}`: it has none
+  const answer = parseJson(stdout);
+  if (!isRecord(answer)) return refuse("answered what is not a JSON object");
+  if (Object.keys(answer).length === 0) return undefined;
+
+  const { Username: username = "", Secret: secret } = answer;
   if (typeof username !== "string" || typeof secret !== "string")
     return refuse("answered without a Secret");
   const entry = username === "<token>" ? { identitytoken: secret } : { username, password: secret };

@@ -1,6 +1,6 @@
 // Section 8: challenges, tokens, credential files, helpers, and above all where credentials never go.
 import assert from "node:assert/strict";
-import { chmodSync, existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
+import { chmodSync, existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { describe, test } from "node:test";
 import { internals } from "../imgpull.ts";
@@ -510,13 +510,30 @@ const PLACES: Place[] = [
     }),
   },
   {
+    name: "XDG_CONFIG_HOME",
+    put: (home, text) => ({
+      XDG_CONFIG_HOME: join(home, "settings"),
+      _file: fileIn(home, "settings/containers/auth.json", text),
+    }),
+  },
+  {
     name: ".config",
     put: (home, text) => ({
       HOME: home,
       _file: fileIn(home, ".config/containers/auth.json", text),
     }),
   },
+  {
+    name: ".dockercfg",
+    put: (home, text) => ({
+      HOME: home,
+      _file: fileIn(home, ".dockercfg", JSON.stringify(JSON.parse(text).auths)),
+    }),
+  },
 ];
+
+/** The first stands for the second, which is then not read. */
+const INSTEAD: Record<string, string> = { DOCKER_CONFIG: ".docker", XDG_CONFIG_HOME: ".config" };
 
 describe("where credentials are looked for", () => {
   for (const [index, place] of PLACES.entries()) {
@@ -526,9 +543,7 @@ describe("where credentials are looked for", () => {
     test(`${place.name}, before ${rest || "nothing else"}`, async (t) => {
       const { registry, reference } = await serve(t, { mode: "basic" });
       const home = temporaryFolder(t);
-      const lower = PLACES.slice(index + 1).filter(
-        ({ name }) => name !== ".docker" || place.name !== "DOCKER_CONFIG",
-      );
+      const lower = PLACES.slice(index + 1).filter(({ name }) => name !== INSTEAD[place.name]);
       const environment = Object.assign(
         {},
         ...lower.map(({ put }) => put(home, authFile({ [registry.host]: WRONG }))),
@@ -558,17 +573,40 @@ describe("where credentials are looked for", () => {
     assert(!sentTo(registry).includes(basic(USER, WRONG)));
   });
 
-  test("DOCKER_CONFIG stands for ~/.docker, which is then not read", async (t) => {
+  for (const [variable, name] of Object.entries(INSTEAD)) {
+    test(`${variable} stands for ~/${name}, which is then not read`, async (t) => {
+      const { registry, reference } = await serve(t, { mode: "basic" });
+      const home = temporaryFolder(t);
+      const file = authFile({ [registry.host]: SECRETS.password });
+      const environment = PLACES.find((place) => place.name === name)?.put(home, file) ?? {};
+      mkdirSync(join(home, "empty"));
+      assertFailed(
+        await tryPull(t, reference, {
+          ...HTTP,
+          environment: { ...environment, [variable]: join(home, "empty") },
+        }),
+        "UNAUTHORIZED",
+        "no credentials were found",
+      );
+      assertPulled(await tryPull(t, reference, { ...HTTP, environment }), image);
+    });
+  }
+
+  test("without XDG_RUNTIME_DIR, what podman login writes below /run", async (t) => {
+    const folder = `/run/containers/${process.getuid?.()}`;
+    const file = join(folder, "auth.json");
     const { registry, reference } = await serve(t, { mode: "basic" });
-    const home = temporaryFolder(t);
-    fileIn(home, ".docker/config.json", authFile({ [registry.host]: SECRETS.password }));
-    mkdirSync(join(home, "empty"));
-    const environment = { HOME: home, DOCKER_CONFIG: join(home, "empty") };
-    assertFailed(
-      await tryPull(t, reference, { ...HTTP, environment }),
-      "UNAUTHORIZED",
-      "no credentials were found",
-    );
+    try {
+      mkdirSync(folder, { recursive: true });
+      const text = authFile({ [registry.host]: SECRETS.password });
+      writeFileSync(file, text, { flag: "wx", mode: 0o600 });
+    } catch (error) {
+      return t.skip(`*** not tried: ${(error as Error).message} ***`);
+    }
+    t.after(() => rmSync(file));
+    const environment = { XDG_RUNTIME_DIR: undefined };
+    assertPulled(await tryPull(t, reference, { ...HTTP, environment }), image);
+    assertFailed(await tryPull(t, reference, HTTP), "UNAUTHORIZED");
   });
 });
 
@@ -576,17 +614,21 @@ const KEYS: [key: string, matches: boolean][] = [
   ["HOST", true],
   ["https://HOST", true],
   ["http://HOST", true],
+  ["HTTPS://HOST", true],
   ["https://HOST/", true],
   ["https://HOST/v1/", true],
   ["https://HOST/v2/", true],
+  ["https://HOST/v2/_catalog", true],
   ["HOST/team", true],
   ["HOST/team/app", true],
-  ["HOST/team/ap", false],
-  ["HOST/team/app/more", false],
-  ["HOST/other", false],
+  ["HOST/team/ap", true],
+  ["HOST/team/app/more", true],
+  ["HOST/other/path", true],
   ["127.0.0.1", false],
   ["127.0.0.1:1", false],
   ["xHOST", false],
+  ["HOST.test", false],
+  ["https://user@HOST", false],
 ];
 
 test("which keys of a credential file are for which registry", async (t) => {
@@ -616,6 +658,39 @@ test("the longest path wins, in any order", async (t) => {
     image,
   );
   assert(!sentTo(registry).includes(basic(USER, WRONG)));
+});
+
+test("where no path leads to the repository, the shortest of the host's", async (t) => {
+  const {
+    registry: { host },
+    registry,
+    reference,
+  } = await serve(t, { mode: "basic" });
+  const entries = { [`${host}/other/more`]: WRONG, [`${host}/other`]: SECRETS.password };
+  assertPulled(await tryPull(t, reference, stored(entries)), image);
+  assert(!sentTo(registry).includes(basic(USER, WRONG)));
+});
+
+test("a host in any case, with its scheme's port or without it", async (t) => {
+  const authority = makeAuthority();
+  const tls = authority.issueServer({ dns: ["registry.test"] });
+  const caCert = fileIn(temporaryFolder(t), "ca.pem", authority.cert);
+  const keys: [key: string, written: string][] = [
+    ["registry.test", "registry.test:443"],
+    ["registry.test:443", "registry.test"],
+    ["HTTPS://Registry.TEST:443/v1/", "registry.test"],
+    ["registry.test", "Registry.Test"],
+  ];
+  for (const [key, host] of keys) {
+    const { registry } = await serve(t, { mode: "basic" }, { tls });
+    const proxy = await startProxy(t, { hosts: { "registry.test:443": registry.host } });
+    const environment = {
+      HTTPS_PROXY: proxy.url,
+      DOCKER_AUTH_CONFIG: authFile({ "registry.test:80": WRONG, [key]: SECRETS.password }),
+    };
+    assertPulled(await tryPull(t, `${host}/team/app:1.0`, { caCert, environment }), image);
+    assert(!sentTo(registry).includes(basic(USER, WRONG)), key);
+  }
 });
 
 test("the forms of an entry", async (t) => {
@@ -774,13 +849,26 @@ const HELPERS: HelperCase[] = [
     config: () => ({ credsStore: "test" }),
     auth: { anonymous: "welcome" },
     script: `echo 'secret=${SECRETS.password}'`,
-    fails: /docker-credential-test answered what is not JSON/,
+    fails: /docker-credential-test answered what is not a JSON object/,
   },
+  ...["echo '{}'", "true", "echo", answer("", "")].map((script) => ({
+    name: `a helper that has none: ${script}`,
+    config: () => ({ credsStore: "test" }),
+    auth: { anonymous: "welcome" as const },
+    script,
+  })),
+  ...["'[]'", "null", "42"].map((words) => ({
+    name: `a helper that answers ${words}`,
+    config: () => ({ credsStore: "test" }),
+    auth: { anonymous: "welcome" as const },
+    script: `echo ${words}`,
+    fails: /docker-credential-test answered what is not a JSON object/,
+  })),
   {
     name: "a helper without a secret",
     config: () => ({ credsStore: "test" }),
     auth: { anonymous: "welcome" },
-    script: "echo '{}'",
+    script: `echo '{"Username":"${USER}"}'`,
     fails: /docker-credential-test answered without a Secret/,
   },
   {
