@@ -767,25 +767,37 @@ function parseChallenges(lines) {
 }
 var homeOf = ({ HOME }) => HOME ?? os.homedir();
 var below = (directory, ...names) => directory ? path.join(directory, ...names) : void 0;
+var AUTH_JSON = "containers/auth.json";
+function runtimeDirectory({ XDG_RUNTIME_DIR }) {
+  if (XDG_RUNTIME_DIR !== void 0) return below(XDG_RUNTIME_DIR, "containers");
+  const userId = process.getuid?.();
+  return userId === void 0 ? void 0 : `/run/containers/${userId}`;
+}
 var CREDENTIAL_PLACES = [
   { variable: "REGISTRY_AUTH_FILE", file: (environment) => environment.REGISTRY_AUTH_FILE },
   { variable: "DOCKER_AUTH_CONFIG", text: (environment) => environment.DOCKER_AUTH_CONFIG },
   {
     file: (environment) => below(environment.DOCKER_CONFIG || below(homeOf(environment), ".docker"), "config.json")
   },
-  { file: (environment) => below(environment.XDG_RUNTIME_DIR, "containers/auth.json") },
-  { file: (environment) => below(homeOf(environment), ".config/containers/auth.json") }
+  { file: (environment) => below(runtimeDirectory(environment), "auth.json") },
+  {
+    file: (environment) => below(environment.XDG_CONFIG_HOME || below(homeOf(environment), ".config"), AUTH_JSON)
+  },
+  { file: (environment) => below(homeOf(environment), ".dockercfg"), isAuthsOnly: true }
 ];
 async function findCredential(settings, reference) {
   const fromOptions = credentialOfOptions(settings);
   if (fromOptions) return fromOptions;
   const { environment } = settings;
   for (const place of CREDENTIAL_PLACES) {
-    const file = place.file?.(environment);
-    const text = file ? await readCredentialFile(file, place.variable) : place.text?.(environment);
+    const path2 = place.file?.(environment);
+    const text = path2 ? await readCredentialFile(path2, place.variable) : place.text?.(environment);
     if (!text) continue;
-    const source = file ?? place.variable ?? "";
-    const credential = credentialIn(text, source, reference, environment);
+    const source = path2 ?? place.variable ?? "";
+    const json = parseJson(text);
+    if (!isRecord(json)) return fail("CREDENTIALS", `${source} is not a JSON object`);
+    const file = place.isAuthsOnly ? { auths: json } : json;
+    const credential = credentialIn({ ...file, source }, reference, settings);
     if (credential) return credential;
   }
   return void 0;
@@ -808,31 +820,36 @@ async function readCredentialFile(file, variable) {
   }
   return fail("CREDENTIALS", `${what}: too large for a credential file`);
 }
-function credentialIn(text, source, reference, environment) {
-  const file = parseJson(text);
-  if (!isRecord(file)) return fail("CREDENTIALS", `${source} is not a JSON object`);
-  const { host } = reference;
+function credentialIn({ source, auths, credHelpers, credsStore }, reference, { scheme, environment }) {
+  const { host, repository } = reference;
+  const wanted = normalizeAuthKey(`${host}/${repository}`, scheme);
   const isName = (value) => typeof value === "string" && value !== "";
-  const helper = bestEntry(file.credHelpers, reference, isName) ?? file.credsStore;
-  const server = host === "docker.io" ? "https://index.docker.io/v1/" : host;
-  const fromHelper = isName(helper) ? runCredentialHelper(helper, server, environment) : void 0;
-  if (fromHelper) return fromHelper;
   const isFilled = (value) => isRecord(value) && Object.keys(value).length > 0;
-  const entry = bestEntry(file.auths, reference, isFilled);
-  return entry && decodeAuthEntry(entry, source);
+  const helper = longestPath(entriesOfHost(credHelpers, wanted, scheme, isName), wanted)?.value;
+  const program = helper ?? credsStore;
+  const server = host === "docker.io" ? "https://index.docker.io/v1/" : host;
+  const fromHelper = isName(program) && runCredentialHelper(program, server, environment);
+  if (fromHelper) return fromHelper;
+  const entries = entriesOfHost(auths, wanted, scheme, isFilled);
+  const entry = longestPath(entries, wanted) ?? entries[0];
+  return entry && decodeAuthEntry(entry.value, source);
 }
-function bestEntry(entries, { host, repository }, isUsable) {
-  let best;
+function normalizeAuthKey(written, scheme) {
+  const [authority = "", ...path2] = written.replace(/^https?:\/\//i, "").replace(/\/(v1|v2)?\/?$/, "").split("/");
+  const defaultPort = scheme === "http" ? /:80$/ : /:443$/;
+  const host = authority.toLowerCase().replace(defaultPort, "");
+  return { host: HUB_HOSTS.includes(host) ? "docker.io" : host, path: path2 };
+}
+function entriesOfHost(entries, { host }, scheme, isUsable) {
+  const ofHost = [];
   for (const [written, value] of Object.entries(entries ?? {})) {
-    const key = normalizeAuthKey(written);
-    const isFor = `${host}/${repository}/`.startsWith(`${key}/`);
-    if (isFor && isUsable(value) && key.length > (best?.key.length ?? -1)) best = { key, value };
+    const key = normalizeAuthKey(written, scheme);
+    if (key.host === host && isUsable(value)) ofHost.push({ ...key, value });
   }
-  return best?.value;
+  return ofHost.sort((left, right) => left.path.length - right.path.length);
 }
-function normalizeAuthKey(key) {
-  const [host = "", ...rest] = key.replace(/^https?:\/\//, "").replace(/\/(v1|v2)?\/?$/, "").split("/");
-  return [HUB_HOSTS.includes(host) ? "docker.io" : host, ...rest].join("/");
+function longestPath(entries, { path: path2 }) {
+  return entries.findLast((entry) => entry.path.every((part, at) => part === path2[at]));
 }
 function decodeAuthEntry(entry, source) {
   const text = (name) => typeof entry[name] === "string" ? entry[name] : "";
@@ -867,7 +884,10 @@ function runCredentialHelper(name, server, environment) {
   const words = printable(stdout || stderr) || `exit code ${status}`;
   if (status !== 0 && /credentials not found/i.test(words)) return void 0;
   if (status !== 0) refuse(`failed: ${words}`);
-  const answer = parseJson(stdout) ?? refuse("answered what is not JSON");
+  if (stdout.trim() === "") return void 0;
+  const answer = parseJson(stdout);
+  if (!isRecord(answer)) return refuse("answered what is not a JSON object");
+  if (Object.keys(answer).length === 0) return void 0;
   const { Username: username = "", Secret: secret } = answer;
   if (typeof username !== "string" || typeof secret !== "string")
     return refuse("answered without a Secret");
