@@ -76,6 +76,11 @@ const LIMITS = Object.freeze({
   errorBodyBytes: MIB / 16, // a sentence is shown of it
   credentialFileBytes: 4 * MIB, // docker's config.json; this one may be a device or a mistake
   tarMetadataBytes: 16 * MIB, // index.json and the like of a tar that someone else made
+  tarExtensionBytes: MIB, // a pax header or the map of a sparse file; Go's reader has the same bound
+  tarEntries: 200_000, // a thousand images in docker's old form have a hundred each
+  tarReferences: 300_000, // manifests and layers that the images of a tar name, all together
+  unpackFactor: 1000, // deflate makes a thousandth at best: what is beyond has no end,
+  unpackFloorBytes: 1024 * MIB, // nor has what is beyond this much besides
   indexDepth: 4, // an index inside an index; real ones are one or two deep
   indexEntries: 1024, // with `--platform all` each entry is a request
   redirects: 10, // as browsers and Go have it
@@ -98,6 +103,7 @@ const TUNING = Object.freeze({
   farLatencyMs: 20, // from here on a line is worth several connections before its speed is known
   streamUnitBytes: 4 * MIB, // DEST `-`: one request's share of a large blob
   streamWindowBytes: 32 * MIB, // DEST `-`: how far the line may be ahead of the reader
+  headerReadBytes: 64 * 1024, // of a tar: small entries stand side by side
 });
 
 // ====== 2. Public types ======
@@ -222,6 +228,35 @@ interface ManifestHolder {
   /** The reference that was asked for. */
   imageUrl: string;
 }
+
+/** One thing that is wrong with a tar. `entry` is the name of a file in it. */
+type TarProblem =
+  /** No tar, or not one from some place on: nothing after it was looked at. */
+  | { kind: "unreadable"; reason: string }
+  /** The blocks that end a tar are not there. */
+  | { kind: "cut-off" }
+  | { kind: "too-many-entries" }
+  | { kind: "too-many-references" }
+  /** Programs differ in which of two files they take, */
+  | { kind: "name-twice"; entry: string }
+  /** in what `..` in a name leads to, */
+  | { kind: "step-up"; entry: string }
+  /** and in what lies below a link or a file. */
+  | { kind: "below-no-folder"; entry: string }
+  /** The bytes have another digest than the name says. */
+  | { kind: "damaged"; entry: string }
+  | { kind: "missing"; entry: string }
+  | { kind: "size"; entry: string; expectedBytes: number; actualBytes: number }
+  /** A manifest, index or config that is not what it should be. */
+  | { kind: "document"; entry: string; reason: string }
+  /** An index of which no manifest is here. */
+  | { kind: "nothing-here"; entry: string }
+  /** A config that has not one diff_id for each layer. */
+  | { kind: "diff-ids"; entry: string }
+  /** A layer that does not unpack to the diff_id that the config has for it. */
+  | { kind: "diff-id"; entry: string; diffId: string }
+  | { kind: "unpacks-without-end"; entry: string }
+  | { kind: "no-image" };
 
 /** What went wrong, for programs: the `code` of an `ImgpullError`. */
 type ErrorCode =
@@ -2486,170 +2521,532 @@ async function collectAll(
 }
 
 // ====== 11. Tar ======
-// POSIX pax: a pure header encoder, the plan of a whole tar before its first byte, a reader for any tar. SPEC §4.
+// POSIX pax: a pure header encoder, the plan of a whole tar before its first byte, a reader for any tar.
 // Invariant: the same digests give the same plan, and the plan gives the same bytes, on every machine.
+
+// ------ Header ------
+
 const BLOCK = 512;
+const CHECKSUM_AT = 148;
+const CHECKSUM_BYTES = 8;
+/** What eleven octal digits hold. */
+const LARGEST_USTAR_SIZE = 0o77777777777;
+const LONGEST_USTAR_NAME = 100;
+
 const paddingOf = (sizeBytes: number): number => (BLOCK - (sizeBytes % BLOCK)) % BLOCK;
-const untilNul = (bytes: Buffer): string => bytes.toString("utf8").split("\0", 1)[0] ?? "";
-/** The ustar header of a regular file; name and size must fit. What no field fills stays zero. */
+
+/** The sum of a header's bytes, where those of the checksum itself count as spaces. */
+function checksumOf(header: Buffer): number {
+  let sum = CHECKSUM_BYTES * 0x20;
+  for (let at = 0; at < BLOCK; at += 1) {
+    const isChecksum = at >= CHECKSUM_AT && at < CHECKSUM_AT + CHECKSUM_BYTES;
+    if (!isChecksum) sum += header[at] ?? 0;
+  }
+  return sum;
+}
+
+/** The ustar header of a file or an extended header; name and size must fit. */
 function encodeUstarHeader(name: string, sizeBytes: number, type: "0" | "x"): Buffer {
-  const header = Buffer.alloc(BLOCK);
   const octal = (value: number, digits: number) => value.toString(8).padStart(digits, "0");
-  const fields: [offset: number, text: string][] = [
-    [0, name],
-    [100, "0000644"],
-    [108, "0000000"],
-    [116, "0000000"],
-    [124, octal(sizeBytes, 11)],
-    [136, octal(0, 11)],
-    [148, " ".repeat(8)],
-    [156, type],
-    [257, "ustar"],
-    [263, "00"],
-    [329, "0000000"],
-    [337, "0000000"],
+  const fields: [widthBytes: number, text: string][] = [
+    [100, name],
+    [8, octal(0o644, 7)],
+    [8, octal(0, 7)], // user
+    [8, octal(0, 7)], // group
+    [12, octal(sizeBytes, 11)],
+    [12, octal(0, 11)], // time of the last change
+    [CHECKSUM_BYTES, ""],
+    [1, type],
+    [100, ""], // what a link leads to
+    [6, "ustar"],
+    [2, "00"],
+    [32, ""], // the user's name
+    [32, ""], // the group's name
+    [8, octal(0, 7)], // device, major
+    [8, octal(0, 7)], // device, minor
+    [155, ""], // prefix of the name
   ];
-  for (const [offset, text] of fields) header.write(text, offset, "latin1");
-  header.write(
-    `${octal(
-      sumOf(header, (byte) => byte),
-      6,
-    )}\0`,
-    148,
-    "latin1",
-  );
+
+  const header = Buffer.alloc(BLOCK);
+  let offset = 0;
+  for (const [widthBytes, text] of fields) {
+    header.write(text, offset, "latin1");
+    offset += widthBytes;
+  }
+
+  header.write(`${octal(checksumOf(header), 6)}\0 `, CHECKSUM_AT, "latin1");
   return header;
 }
+
+/** `LENGTH KEY=VALUE` and a line end, where the length counts its own digits. */
+function encodePaxRecord(key: string, value: string): string {
+  const rest = ` ${key}=${value}\n`;
+  const withGuess = rest.length + String(rest.length).length;
+  return `${rest.length + String(withGuess).length}${rest}`;
+}
+
 /** Header of an entry; names above 100 bytes and sizes from 8 GiB need a pax extended header before it. */
 function encodeTarHeader(name: string, sizeBytes: number): Buffer {
-  const record = (key: string, value: string) => {
-    const rest = ` ${key}=${value}\n`;
-    const guess = rest.length + `${rest.length}`.length; // the length counts itself
-    return `${rest.length + `${guess}`.length}${rest}`;
-  };
-  const isLarge = sizeBytes > 0o77777777777;
-  const plain = encodeUstarHeader(name.slice(0, 100), isLarge ? 0 : sizeBytes, "0");
-  const records =
-    (name.length > 100 ? record("path", name) : "") +
-    (isLarge ? record("size", `${sizeBytes}`) : "");
-  if (records === "") return plain;
-  const padded = Buffer.concat(
-    [Buffer.from(records, "latin1")],
-    records.length + paddingOf(records.length),
-  );
-  return Buffer.concat([encodeUstarHeader("PaxHeaders/blob", records.length, "x"), padded, plain]);
+  const isLong = name.length > LONGEST_USTAR_NAME;
+  const isLarge = sizeBytes > LARGEST_USTAR_SIZE;
+  const shortName = name.slice(0, LONGEST_USTAR_NAME);
+  const header = encodeUstarHeader(shortName, isLarge ? 0 : sizeBytes, "0");
+  if (!isLong && !isLarge) return header;
+
+  const records = [
+    isLong ? encodePaxRecord("path", name) : "",
+    isLarge ? encodePaxRecord("size", String(sizeBytes)) : "",
+  ].join("");
+  const extension = Buffer.alloc(records.length + paddingOf(records.length));
+  extension.write(records, "latin1");
+  return Buffer.concat([
+    encodeUstarHeader("PaxHeaders/blob", records.length, "x"),
+    extension,
+    header,
+  ]);
 }
-/** One file of the tar or directory. Its content is `bytes`, or a blob that `registry` has, and begins at `offset` of
- *  the tar; `lead` is the padding of the entry before and this one's header. */
-type PlanEntry = Readonly<{
-  name: string;
-  sizeBytes: number;
-  lead: Buffer;
-  offset: number;
-  bytes?: Buffer;
-  blob?: Readonly<{ descriptor: Descriptor; registry: Registry }>;
+
+// ------ Plan ------
+
+/** A blob that a registry has, and is to be fetched from. */
+type RemoteBlob = Readonly<{ descriptor: Descriptor; registry: Registry }>;
+
+/** What one file of the tar or folder holds: bytes that are here already, or a blob. */
+type FileContent = Readonly<{ sizeBytes: number; bytes?: Buffer; blob?: RemoteBlob }>;
+
+/** One file of the tar or folder. Its content begins at `offset` of the tar; `lead` is the padding of the entry
+ *  before and this one's header. */
+type PlanEntry = FileContent & Readonly<{ name: string; lead: Buffer; offset: number }>;
+
+/** What a plan takes beside the images, as it is: entries of index.json after the images', and what they lead to. */
+type PlanExtras = Readonly<{
+  indexEntries?: readonly unknown[];
+  documents?: readonly Readonly<{ digest: string; bytes: Buffer }>[];
+  blobs?: readonly RemoteBlob[];
 }>;
+
 const blobPath = (digest: string): string => `blobs/${digest.replace(":", "/")}`;
+
 /** Where an index has an image's name: containerd reads the first, skopeo and podman the second. */
 const NAME_KEYS = ["io.containerd.image.name", "org.opencontainers.image.ref.name"] as const;
+
 function indexEntry({ name, top }: ResolvedImage): unknown {
   const annotations = Object.fromEntries(NAME_KEYS.map((key) => [key, name]));
   return { mediaType: top.mediaType, digest: top.digest, size: top.bytes.length, annotations };
 }
-/** manifest.json's entry, what `docker load` reads: one image for each name. Classic docker cannot name a digest. */
-function dockerEntry({ name, contents }: ResolvedImage): unknown {
+
+/** The one image of a reference that manifest.json lists: classic docker keeps the last of several under one name. */
+function dockerImageOf({ contents }: ResolvedImage): ImageContent | undefined {
   const images = contents.filter(({ manifest }) =>
     CONFIG_TYPES.includes(manifest.config.mediaType),
   );
-  const image =
-    images.find(({ platform }) => formatPlatform(platform) === "linux/amd64") ?? images[0];
-  if (!image) return undefined;
-  const { config, layers } = image.manifest;
-  const tags = name.includes("@") ? [] : [name];
+  const usual = images.find(({ platform }) => formatPlatform(platform) === "linux/amd64");
+  return usual ?? images[0];
+}
+
+/** manifest.json's entry, what `docker load` reads. Classic docker cannot name a digest. */
+function dockerEntry(image: ResolvedImage): unknown {
+  const chosen = dockerImageOf(image);
+  if (!chosen) return undefined;
+
+  const { config, layers } = chosen.manifest;
   return {
     Config: blobPath(config.digest),
-    RepoTags: tags,
+    RepoTags: image.name.includes("@") ? [] : [image.name],
     Layers: layers.map(({ digest }) => blobPath(digest)),
   };
 }
-/** Everything that will be in DEST, known before a byte of a layer: tar, stream and directory are made from it. Two
- *  plans with the same `id` put the same bytes at the same offsets. `omit` has the digests of layers that the receiving
- *  side holds already; those that are left out for it are `omitted`. */
-function planTar(images: readonly ResolvedImage[], omit: ReadonlySet<string> = new Set()) {
-  const contents = new Map<string, Pick<PlanEntry, "sizeBytes" | "bytes" | "blob">>();
-  const addBytes = (name: string, bytes: Buffer) =>
-    contents.set(name, { sizeBytes: bytes.length, bytes });
-  const omitted = new Map<string, Descriptor>();
-  addBytes("oci-layout", encodeJson({ imageLayoutVersion: "1.0.0" }));
-  addBytes(
-    "index.json",
-    encodeJson({ schemaVersion: 2, mediaType: OCI_INDEX, manifests: images.map(indexEntry) }),
-  );
-  addBytes(
-    "manifest.json",
-    encodeJson(images.map(dockerEntry).filter((entry) => entry !== undefined)),
-  );
-  for (const { manifests, contents: parts, registry } of images) {
-    for (const { digest, bytes } of manifests) addBytes(blobPath(digest), bytes);
-    for (const {
-      manifest: { config, layers },
-      configBytes,
-    } of parts) {
-      for (const descriptor of [config, ...layers]) {
-        const { digest, size } = descriptor;
-        const name = blobPath(digest);
-        const planned = contents.get(name)?.sizeBytes ?? size;
-        if (planned !== size)
-          fail("SIZE_MISMATCH", `${digest} is said to have ${size} bytes here, ${planned} there`);
-        if (contents.has(name)) continue;
-        if (descriptor === config && configBytes) addBytes(name, configBytes);
-        else if (descriptor !== config && omit.has(digest)) omitted.set(digest, descriptor);
-        else contents.set(name, { sizeBytes: size, blob: { descriptor, registry } });
+
+/** The files of a plan, each once and in order; the layers that are left out beside them. */
+class PlannedFiles {
+  readonly files = new Map<string, FileContent>();
+  readonly omitted = new Map<string, Descriptor>();
+
+  addBytes(name: string, bytes: Buffer): void {
+    this.files.set(name, { sizeBytes: bytes.length, bytes });
+  }
+
+  addBlob(blob: RemoteBlob, bytes?: Buffer): void {
+    const { digest, size } = blob.descriptor;
+    const name = blobPath(digest);
+    const planned = this.files.get(name);
+    const plannedBytes = planned?.sizeBytes ?? size;
+    if (plannedBytes !== size)
+      fail("SIZE_MISMATCH", `${digest} is said to have ${size} bytes here, ${plannedBytes} there`);
+
+    if (planned) return;
+    if (bytes) this.addBytes(name, bytes);
+    else this.files.set(name, { sizeBytes: size, blob });
+  }
+
+  addImage({ registry, manifests, contents }: ResolvedImage, omit: ReadonlySet<string>): void {
+    for (const { digest, bytes } of manifests) this.addBytes(blobPath(digest), bytes);
+
+    for (const { manifest, configBytes } of contents) {
+      this.addBlob({ descriptor: manifest.config, registry }, configBytes);
+      for (const descriptor of manifest.layers) {
+        const isPlanned = this.files.has(blobPath(descriptor.digest));
+        if (omit.has(descriptor.digest) && !isPlanned)
+          this.omitted.set(descriptor.digest, descriptor);
+        else this.addBlob({ descriptor, registry });
       }
     }
   }
+}
+
+/** Everything that will be in DEST, known before a byte of a layer: tar, stream and folder are made from it. Two
+ *  plans with the same `id` put the same bytes at the same offsets. `omit` has the digests of layers that the receiving
+ *  side holds already; those that are left out for it are `omitted`. */
+function planTar(
+  images: readonly ResolvedImage[],
+  omit: ReadonlySet<string> = new Set(),
+  extras: PlanExtras = {},
+) {
+  const planned = new PlannedFiles();
+  const manifests = [...images.map(indexEntry), ...(extras.indexEntries ?? [])];
+  const listed = images.map(dockerEntry).filter((entry) => entry !== undefined);
+  planned.addBytes("oci-layout", encodeJson({ imageLayoutVersion: "1.0.0" }));
+  planned.addBytes("index.json", encodeJson({ schemaVersion: 2, mediaType: OCI_INDEX, manifests }));
+  planned.addBytes("manifest.json", encodeJson(listed));
+
+  for (const image of images) planned.addImage(image, omit);
+  for (const { digest, bytes } of extras.documents ?? []) planned.addBytes(blobPath(digest), bytes);
+  for (const blob of extras.blobs ?? []) planned.addBlob(blob);
+
+  return { ...layOut(planned.files), omitted: [...planned.omitted.values()] };
+}
+type Plan = ReturnType<typeof planTar>;
+
+/** Gives each file its place in the tar. */
+function layOut(files: ReadonlyMap<string, FileContent>) {
   const entries: PlanEntry[] = [];
   const identity = newHash("sha256:");
-  let [offset, blobBytes] = [0, 0];
-  for (const [name, content] of contents) {
-    const lead = Buffer.concat([
-      Buffer.alloc(paddingOf(offset)),
-      encodeTarHeader(name, content.sizeBytes),
-    ]);
+  let offset = 0;
+  let blobBytes = 0;
+  for (const [name, content] of files) {
+    const padding = Buffer.alloc(paddingOf(offset));
+    const lead = Buffer.concat([padding, encodeTarHeader(name, content.sizeBytes)]);
     offset += lead.length;
     entries.push({ name, lead, offset, ...content });
+
     identity.update(lead).update(content.bytes ?? "");
     if (content.blob) blobBytes += content.sizeBytes;
     offset += content.sizeBytes;
   }
+
   const trailer = Buffer.alloc(paddingOf(offset) + 2 * BLOCK);
   const sizeBytes = offset + trailer.length;
-  return {
-    entries,
-    trailer,
-    sizeBytes,
-    blobBytes,
-    id: identity.digest("hex"),
-    omitted: [...omitted.values()],
-  };
+  return { entries, trailer, sizeBytes, blobBytes, id: identity.digest("hex") };
 }
-type Plan = ReturnType<typeof planTar>;
-type TarEntry = Readonly<{
+
+// ------ Decoding headers ------
+// As strict as Go's archive/tar, with which all loaders read: what it refuses, and what it reads otherwise than others
+// would, is refused here too.
+
+type TarHeader = Readonly<{
   name: string;
+  /** As stored: a sparse file is longer. */
   sizeBytes: number;
-  offset: number;
+  /** "0" a file, "1" a hard link, "2" a symbolic link, "5" a folder, "S" a file with holes. */
   type: string;
   linkName: string;
+  holes?: SparseMap;
 }>;
+type TarEntry = TarHeader & Readonly<{ offset: number }>;
+/** The pieces that a file with holes has, and its whole length. */
+type SparseMap = Readonly<{ realBytes: number; pieces: readonly Span[] }>;
+type Span = readonly [from: number, to: number];
+
+const refuseTar = (reason: string): never => fail("BAD_TAR", reason);
+
+function untilNul(bytes: Buffer): string {
+  const end = bytes.indexOf(0);
+  return bytes.toString("utf8", 0, end < 0 ? bytes.length : end);
+}
+
+const LINE_END = 0x0a;
+const SPACE = 0x20;
+const DIGIT_0 = 0x30;
+const DIGIT_7 = 0x37;
+
+/** An octal number between spaces and NULs, or GNU's big-endian one behind a set top bit. */
+function readTarNumber(header: Buffer, offset: number, widthBytes: number): number {
+  const isBinary = ((header[offset] ?? 0) & 0x80) !== 0;
+  if (isBinary) return readBinaryNumber(header.subarray(offset, offset + widthBytes));
+
+  const isBlank = (at: number) => header[at] === SPACE || header[at] === 0;
+  let at = offset;
+  let end = offset + widthBytes;
+  while (at < end && isBlank(at)) at += 1;
+  while (at < end && isBlank(end - 1)) end -= 1;
+
+  let value = 0;
+  for (; at < end && header[at] !== 0; at += 1) {
+    const digit = header[at] ?? 0;
+    if (digit < DIGIT_0 || digit > DIGIT_7) refuseTar("a number in a header is not octal");
+    value = value * 8 + digit - DIGIT_0;
+  }
+  return value;
+}
+
+function readBinaryNumber(field: Buffer): number {
+  const isNegative = ((field[0] ?? 0) & 0x40) !== 0;
+  if (isNegative) refuseTar("a number in a header is negative");
+
+  let value = (field[0] ?? 0) & 0x3f;
+  for (const byte of field.subarray(1)) value = value * 256 + byte;
+  return value;
+}
+
+/** The only pax records that are of use here; the rest is checked and dropped, however much of it there is. */
+const PAX_KEYS = [
+  "path",
+  "linkpath",
+  "size",
+  "GNU.sparse.major",
+  "GNU.sparse.minor",
+  "GNU.sparse.name",
+  "GNU.sparse.realsize",
+  "GNU.sparse.size",
+  "GNU.sparse.map",
+  "GNU.sparse.offset",
+  "GNU.sparse.numbytes",
+];
+type PaxRecords = Map<string, string>;
+
+/** The record that begins at a place: its length, which counts itself, a space, KEY=VALUE and a line end. */
+function paxRecordAt(body: Buffer, at: number): { key: string; value: Buffer; end: number } {
+  const refuse = (): never => refuseTar("a pax record is malformed");
+  const space = body.indexOf(SPACE, at);
+  if (space < 0 || space > at + 10) return refuse();
+
+  const digits = body.toString("latin1", at, space);
+  const end = at + Number(digits);
+  const equals = body.indexOf("=", space);
+  const hasKey = equals > space + 1 && equals < end;
+  const isWhole = /^\d+$/.test(digits) && end <= body.length && body[end - 1] === LINE_END;
+  if (!hasKey || !isWhole) return refuse();
+
+  const key = body.toString("utf8", space + 1, equals);
+  return { key, value: body.subarray(equals + 1, end - 1), end };
+}
+
+function parsePaxRecords(body: Buffer): PaxRecords {
+  const records: PaxRecords = new Map();
+  const sparsePieces: string[] = [];
+
+  for (let at = 0; at < body.length; ) {
+    const { key, value, end } = paxRecordAt(body, at);
+    at = end;
+    if (!PAX_KEYS.includes(key)) continue;
+    if (value.includes(0)) refuseTar("a pax record is malformed");
+
+    // The oldest form says each piece of a sparse file in two records.
+    if (key === "GNU.sparse.offset" || key === "GNU.sparse.numbytes")
+      sparsePieces.push(value.toString("utf8"));
+    else records.set(key, value.toString("utf8"));
+  }
+
+  if (sparsePieces.length > 0) records.set("GNU.sparse.map", sparsePieces.join(","));
+  return records;
+}
+
+/** Offsets and lengths by turns, in order and inside the file. */
+function sparseMapOf(numbers: readonly number[], realBytes: number): SparseMap {
+  const pieces: Span[] = [];
+  let before = 0;
+  for (let at = 0; at + 1 < numbers.length; at += 2) {
+    const [from = 0, length = 0] = numbers.slice(at, at + 2);
+    const isInOrder = Number.isSafeInteger(from + length) && from >= before;
+    if (!isInOrder || from + length > realBytes) refuseTar("the map of a sparse file is wrong");
+    if (length > 0) pieces.push([from, from + length]);
+    before = from + length;
+  }
+  if (numbers.length % 2 > 0) refuseTar("the map of a sparse file is wrong");
+  return { realBytes, pieces };
+}
+
+/** Reads the headers of one tar: it is given blocks as it wants them, and answers with an entry when one is whole.
+ *  The entry's content follows, and its padding; what comes after these is the next thing wanted. */
+class TarDecoder {
+  /** How many bytes the next call takes. */
+  wantedBytes = BLOCK;
+  /** Both of the blocks that end a tar were seen. */
+  isAtEnd = false;
+  /** The first of them was. */
+  hasTrailer = false;
+  #records: PaxRecords = new Map();
+  /** GNU's long names, which count more than pax ones. */
+  #longNames: PaxRecords = new Map();
+  /** What is expected instead of a header. */
+  #continuation: ((bytes: Buffer) => TarHeader | undefined) | undefined;
+
+  take(bytes: Buffer): TarHeader | undefined {
+    const continuation = this.#continuation;
+    this.#continuation = undefined;
+    this.wantedBytes = BLOCK;
+    return continuation ? continuation(bytes) : this.#takeHeader(bytes);
+  }
+
+  #expect(wantedBytes: number, continuation: (bytes: Buffer) => TarHeader | undefined): undefined {
+    this.wantedBytes = wantedBytes;
+    this.#continuation = continuation;
+  }
+
+  #takeHeader(block: Buffer): TarHeader | undefined {
+    if (block[0] === 0 && block.every((byte) => byte === 0)) {
+      this.isAtEnd = this.hasTrailer;
+      this.hasTrailer = true;
+      return undefined;
+    }
+    if (this.hasTrailer) refuseTar("it goes on after the block of zeros that ends it");
+    if (statedChecksum(block) !== checksumOf(block))
+      refuseTar("it is not a tar, or is damaged (a header's checksum)");
+
+    const numberFields = [100, 108, 116, ...(isUstar(block) ? [329, 337] : [])];
+    for (const offset of numberFields) readTarNumber(block, offset, 8);
+    readTarNumber(block, 136, 12);
+
+    const sizeBytes = readTarNumber(block, 124, 12);
+    const type = String.fromCharCode(block[156] || DIGIT_0);
+    if ("xgLK".includes(type)) return this.#takeExtension(type, sizeBytes);
+    return this.#takeEntry(block, type, sizeBytes);
+  }
+
+  #takeExtension(type: string, sizeBytes: number): undefined {
+    if (sizeBytes > LIMITS.tarExtensionBytes) refuseTar("an extended header is too large");
+
+    const use = (body: Buffer): undefined => {
+      const content = body.subarray(0, sizeBytes);
+      const records = "xg".includes(type) ? parsePaxRecords(content) : new Map();
+      if (type === "x") this.#records = records;
+      if (type === "g") this.#forgetExtensions(); // global records are not used, and end what came before
+      if (type === "L") this.#longNames.set("path", untilNul(content));
+      if (type === "K") this.#longNames.set("linkpath", untilNul(content));
+    };
+    if (sizeBytes === 0) return use(Buffer.alloc(0));
+    return this.#expect(sizeBytes + paddingOf(sizeBytes), use);
+  }
+
+  #forgetExtensions(): void {
+    this.#records = new Map();
+    this.#longNames = new Map();
+  }
+
+  #takeEntry(block: Buffer, type: string, headerBytes: number): TarHeader | undefined {
+    const records = this.#records;
+    const longNames = this.#longNames;
+    this.#forgetExtensions();
+    const name =
+      records.get("GNU.sparse.name") ||
+      longNames.get("path") ||
+      records.get("path") ||
+      headerName(block);
+    const linkName =
+      longNames.get("linkpath") || records.get("linkpath") || untilNul(block.subarray(157, 257));
+
+    const storedBytes = contentBytes(records, headerBytes);
+    const isFolder = type === "5" || (block[156] === 0 && name.endsWith("/"));
+    const isEmpty = isFolder || "123456".includes(type); // links, devices and folders, whatever size they state
+    const header: TarHeader = {
+      name,
+      sizeBytes: isEmpty ? 0 : storedBytes,
+      type: isFolder ? "5" : type,
+      linkName,
+    };
+    if (type === "S") return this.#takeOldSparse(block, header);
+    if (records.get("GNU.sparse.major") === "1") return this.#takeNewSparse(records, header);
+
+    const map = records.get("GNU.sparse.map");
+    if (map === undefined) return header;
+    const realBytes = Number(records.get("GNU.sparse.size") ?? -1);
+    const numbers = map === "" ? [] : map.split(",").map(Number);
+    return { ...header, holes: sparseMapOf(numbers, realBytes) };
+  }
+
+  /** GNU's own: four pieces in the header, and blocks of 21 more as long as each says that another follows. */
+  #takeOldSparse(block: Buffer, header: TarHeader): TarHeader | undefined {
+    const numbers: number[] = [];
+    const realBytes = readTarNumber(block, 483, 12);
+    const takePieces = (from: Buffer, offset: number, count: number): TarHeader | undefined => {
+      const end = offset + count * 24;
+      for (let at = offset; at < end && from[at] !== 0; at += 24)
+        numbers.push(readTarNumber(from, at, 12), readTarNumber(from, at + 12, 12));
+
+      const isContinued = (from[end] ?? 0) !== 0;
+      if (!isContinued) return { ...header, holes: sparseMapOf(numbers, realBytes) };
+      if (numbers.length * 12 > LIMITS.tarExtensionBytes)
+        refuseTar("the map of a sparse file is too large");
+      return this.#expect(BLOCK, (more) => takePieces(more, 0, 21));
+    };
+    return takePieces(block, 386, 4);
+  }
+
+  /** The newest form: the map stands before the content, as lines of decimal digits that fill whole blocks. */
+  #takeNewSparse(records: PaxRecords, header: TarHeader): TarHeader | undefined {
+    const realBytes = Number(records.get("GNU.sparse.realsize") ?? -1);
+    let text = "";
+    const takeLines = (block: Buffer): TarHeader | undefined => {
+      text += block.toString("latin1");
+      if (text.length > LIMITS.tarExtensionBytes)
+        refuseTar("the map of a sparse file is too large");
+
+      const [count = "", ...lines] = text.split("\n");
+      const isWhole = lines.length > 2 * Number(count); // the last piece of a split ends with no line end
+      if (!isWhole) return this.#expect(BLOCK, takeLines);
+
+      const numbers = lines.slice(0, 2 * Number(count));
+      if (![count, ...numbers].every((line) => /^\d+$/.test(line)))
+        refuseTar("the map of a sparse file is wrong");
+      const sizeBytes = header.sizeBytes - text.length;
+      if (sizeBytes < 0) refuseTar("the map of a sparse file is wrong");
+      return { ...header, sizeBytes, holes: sparseMapOf(numbers.map(Number), realBytes) };
+    };
+    return this.#expect(BLOCK, takeLines);
+  }
+}
+
+/** Undefined where there is no number: what is no tar at all is called that. */
+function statedChecksum(block: Buffer): number | undefined {
+  const text = block.toString("latin1", CHECKSUM_AT, CHECKSUM_AT + CHECKSUM_BYTES);
+  const [, digits] = /^[ \0]*([0-7]+)(?:\0.*|[ \0]*)$/s.exec(text) ?? [];
+  return digits === undefined ? undefined : Number.parseInt(digits, 8);
+}
+
+/** The size that an entry states; a pax record counts more than the header. */
+function contentBytes(records: PaxRecords, headerBytes: number): number {
+  const text = records.get("size") || String(headerBytes);
+  const sizeBytes = /^\d+$/.test(text) ? Number(text) : -1;
+  if (!Number.isSafeInteger(sizeBytes) || sizeBytes < 0)
+    refuseTar("an entry's size is not a number");
+  return sizeBytes;
+}
+
+const isUstar = (block: Buffer): boolean => block.toString("latin1", 257, 262) === "ustar";
+
+/** The name in the header itself. The prefix is POSIX's; in GNU's and star's headers other things stand there. */
+function headerName(block: Buffer): string {
+  const name = untilNul(block.subarray(0, 100));
+  const isPosix = block.toString("latin1", 257, 263) === "ustar\0";
+  const isStar = block.toString("latin1", 508, 512) === "tar\0";
+  const prefix = isPosix ? untilNul(block.subarray(345, isStar ? 476 : 500)) : "";
+  return prefix === "" ? name : `${prefix}/${name}`;
+}
+
+// ------ Reading a tar ------
+
 /** Reads up to `length` bytes; fewer only at the end of the file. */
 async function readAt(handle: fs.FileHandle, position: number, length: number): Promise<Buffer> {
   const buffer = Buffer.allocUnsafe(length);
-  for (let filled = 0; ; ) {
+  let filled = 0;
+  while (filled < length) {
     const { bytesRead } = await handle.read(buffer, filled, length - filled, position + filled);
+    if (bytesRead === 0) break;
     filled += bytesRead;
-    if (bytesRead === 0 || filled === length) return buffer.subarray(0, filled);
   }
+  return buffer.subarray(0, filled);
 }
+
 /** What lies at a place of a file, piece by piece. */
 async function* readPlace(handle: fs.FileHandle, from: number, to: number): AsyncGenerator<Buffer> {
   for (let at = from; at < to; at += TUNING.batchBytes) {
@@ -2659,64 +3056,94 @@ async function* readPlace(handle: fs.FileHandle, from: number, to: number): Asyn
     yield piece;
   }
 }
-/** The entries of a tar that anyone made: ustar, pax, and GNU's long names and base-256 sizes. */
-async function* readTar(handle: fs.FileHandle, where: string): AsyncGenerator<TarEntry> {
-  const refuse = (reason: string): never => fail("BAD_TAR", `${where}: ${reason}`);
+
+const CUT_IN_HEADER = "it ends in the middle of a header";
+const CUT_IN_ENTRY = "it ends in the middle of an entry: it was cut off";
+
+/** The entries of a tar on disk, that anyone made; their content is passed over. The decoder knows how it ended. */
+async function* readTar(
+  handle: fs.FileHandle,
+  where: string,
+  decoder = new TarDecoder(),
+): AsyncGenerator<TarEntry> {
   const { size } = await handle.stat();
-  let extended: Record<string, string> = {};
-  for (let position = 0; position < size; ) {
-    const header = await readAt(handle, position, BLOCK);
-    if (header.length < BLOCK) refuse("it ends in the middle of a header");
-    if (header.every((byte) => byte === 0)) return;
-    const text = (start: number, length: number) =>
-      untilNul(header.subarray(start, start + length));
-    const octal = (start: number, length: number) =>
-      Number.parseInt(text(start, length).trim() || "0", 8);
-    const checksum =
-      sumOf(header, (byte) => byte) - sumOf(header.subarray(148, 156), (byte) => byte - 32);
-    if (octal(148, 8) !== checksum) refuse("it is not a tar, or is damaged (a header's checksum)");
-    // GNU writes a size of 8 GiB and more as a big-endian number behind a set top bit.
-    const isBinary = ((header[124] ?? 0) & 0x80) !== 0;
-    const plainSize = isBinary ? Number(header.readBigUInt64BE(128)) : octal(124, 12);
-    const type = text(156, 1) || "0";
-    const isExtension = "xgLK".includes(type);
-    const sizeBytes = isExtension ? plainSize : Number(extended.size ?? plainSize);
-    const offset = position + BLOCK;
-    if (!Number.isSafeInteger(sizeBytes) || sizeBytes < 0)
-      refuse("an entry's size is not a number");
-    if (offset + sizeBytes > size) refuse("it ends in the middle of an entry: it was cut off");
-    position = offset + sizeBytes + paddingOf(sizeBytes);
-    if (isExtension) {
-      if (sizeBytes > LIMITS.tarMetadataBytes) refuse("an extended header is too large");
-      const body = await readAt(handle, offset, sizeBytes);
-      if (type === "x") Object.assign(extended, parsePaxRecords(body));
-      else if (type !== "g") extended[type === "L" ? "path" : "linkpath"] = untilNul(body);
-      continue;
+  let ahead: Buffer = Buffer.alloc(0);
+  let aheadAt = 0;
+  const read = async (position: number, length: number): Promise<Buffer> => {
+    if (position < aheadAt || position + length > aheadAt + ahead.length) {
+      ahead = await readAt(handle, position, Math.max(length, TUNING.headerReadBytes));
+      aheadAt = position;
     }
-    const prefix = header.toString("latin1", 257, 263) === "ustar\0" ? text(345, 155) : "";
-    const name = extended.path ?? (prefix ? `${prefix}/${text(0, 100)}` : text(0, 100));
-    yield {
-      name: name.replace(/^\.\//, ""),
-      sizeBytes,
-      offset,
-      type,
-      linkName: extended.linkpath ?? text(157, 100),
-    };
-    extended = {};
+    return ahead.subarray(position - aheadAt, position - aheadAt + length);
+  };
+
+  try {
+    for (let position = 0; position < size && !decoder.isAtEnd; ) {
+      const wantedBytes = decoder.wantedBytes;
+      const bytes = await read(position, wantedBytes);
+      if (bytes.length < wantedBytes) refuseTar(CUT_IN_HEADER);
+      position += wantedBytes;
+
+      const header = decoder.take(bytes);
+      if (!header) continue;
+      if (position + header.sizeBytes > size) refuseTar(CUT_IN_ENTRY);
+      yield { ...header, name: resolveName(header.name), offset: position };
+      position += header.sizeBytes + paddingOf(header.sizeBytes);
+    }
+  } catch (error) {
+    const isRefusal = error instanceof ImgpullError && error.code === "BAD_TAR";
+    throw isRefusal ? new ImgpullError("BAD_TAR", `${where}: ${error.message}`) : error;
   }
 }
-function parsePaxRecords(body: Buffer): Record<string, string> {
-  const records: Record<string, string> = {};
-  for (let at = 0; at < body.length; ) {
-    const space = body.indexOf(0x20, at);
-    const length = Number(body.toString("latin1", at, Math.max(space, at)));
-    if (space < 0 || !Number.isInteger(length) || length <= space - at) break;
-    const [key = "", ...value] = body.toString("utf8", space + 1, at + length - 1).split("=");
-    records[key] = value.join("=");
-    at += length;
+
+/** A name as loaders resolve it: without `.`, `//`, and a slash before or after. Steps up (`..`) are left in. */
+const resolveName = (name: string): string =>
+  name
+    .split("/")
+    .filter((part) => part !== "" && part !== ".")
+    .join("/");
+
+/** The entries of one tar by their names. Loaders differ in which of two they take, and in what they make of a step up
+ *  or of a name below a link: such names are no names here. */
+class TarNames {
+  readonly entries = new Map<string, TarEntry>();
+  readonly #folders = new Set<string>();
+
+  /** Adds an entry, or says what is wrong with its name. */
+  add(entry: TarEntry): TarProblem | undefined {
+    const { name, type } = entry;
+    const isFolder = type === "5";
+    if (name.split("/").includes("..")) return { kind: "step-up", entry: name };
+    if (!isFolder && (this.entries.has(name) || this.#folders.has(name)))
+      return { kind: "name-twice", entry: name };
+    if (isFolder && (this.entries.get(name)?.type ?? "5") !== "5")
+      return { kind: "name-twice", entry: name };
+    if (this.entries.size >= LIMITS.tarEntries) return { kind: "too-many-entries" };
+
+    for (let folder = parentOf(name); folder !== ""; folder = parentOf(folder)) {
+      if (this.#folders.has(folder)) break;
+      if (this.entries.has(folder) && this.entries.get(folder)?.type !== "5")
+        return { kind: "below-no-folder", entry: name };
+      this.#folders.add(folder);
+    }
+    this.entries.set(name, entry);
+    return undefined;
   }
-  return records;
+
+  /** The file behind a name: docker save makes a link of a layer that occurs twice. */
+  file(name: string): TarEntry | undefined {
+    const { type = "", linkName = "" } = this.entries.get(name) ?? {};
+    if (type === "2" && linkName.startsWith("/")) return undefined;
+    const isLink = type === "1" || type === "2";
+    const folder = type === "2" ? path.posix.dirname(name) : "";
+    const target = isLink ? resolveName(path.posix.join(folder, linkName)) : name;
+    const entry = this.entries.get(target);
+    return entry && "0S".includes(entry.type) ? entry : undefined;
+  }
 }
+
+const parentOf = (name: string): string => name.slice(0, Math.max(0, name.lastIndexOf("/")));
+
 /** Our tars, OCI archives and new docker ones have blobs/sha256/HEX, crane HEX.tar.gz, skopeo HEX.tar and HEX.json. */
 function digestInName(name: string): string | undefined {
   const form =
@@ -2725,22 +3152,40 @@ function digestInName(name: string): string | undefined {
   const digest = blob?.replace("/", ":") ?? `sha256:${bare}`;
   return isDigest(digest) ? digest : undefined;
 }
+
+const PACKING_MAGIC: [packing: Packing, hex: RegExp][] = [
+  ["gzip", /^1f8b/],
+  ["zstd", /^(28b52ffd|5.2a4d18)/],
+  ["xz", /^fd377a585a00/],
+  ["bzip2", /^425a68/],
+];
+type Packing = "gzip" | "zstd" | "xz" | "bzip2";
+
+/** How bytes are compressed, by how they begin. */
+function packingOf(bytes: Buffer): Packing | undefined {
+  const hex = bytes.toString("hex", 0, 6);
+  return PACKING_MAGIC.find(([, magic]) => magic.test(hex))?.[0];
+}
+
 /** A tar at hand. What its names claim of digests is believed only after hashing. */
 async function openTar(file: string, signal?: AbortSignal) {
   const handle = await onDisk(`cannot read ${file}`, fs.open(file, "r"));
-  const [entries, blobs] = [new Map<string, TarEntry>(), new Map<string, TarEntry>()];
+  const names = new TarNames();
+  const blobs = new Map<string, TarEntry>();
   try {
     if (!(await handle.stat()).isFile()) fail("BAD_TAR", `${file}: it is not a file`);
+    const packing = packingOf(await readAt(handle, 0, BLOCK));
+    if (packing)
+      fail("BAD_TAR", `${file}: it is not a tar, but compressed (${packing}): unpack it first`);
+
     for await (const entry of readTar(handle, file)) {
       signal?.throwIfAborted();
+      const problem = names.add(entry);
+      if (problem) fail("BAD_TAR", `${file}: ${problemWords(problem)}`);
       const digest = digestInName(entry.name);
-      const isTwice = entries.has(entry.name) && entry.type !== "5"; // some programs take the first, some the last
-      if (isTwice) fail("BAD_TAR", `${file}: two entries are called ${printable(entry.name)}`);
-      entries.set(entry.name, entry);
-      if (digest !== undefined && (entry.type === "0" || entry.type === "7"))
-        blobs.set(digest, entry);
+      if (digest !== undefined && entry.type === "0" && !entry.holes) blobs.set(digest, entry);
     }
-    return { handle, entries, blobs };
+    return { handle, names, blobs };
   } catch (error) {
     await handle.close();
     throw error;
@@ -2748,16 +3193,18 @@ async function openTar(file: string, signal?: AbortSignal) {
 }
 type OpenTar = Awaited<ReturnType<typeof openTar>>;
 type Tars = readonly OpenTar[];
+
 /** Where bytes begin in a file at hand. */
 type Place = Readonly<{ handle: fs.FileHandle; offset: number }>;
 type Sized = Pick<Descriptor, "digest" | "size">;
+
 /** Whether bytes at hand, or what they unpack to, have a digest. */
 async function isIntact(
   { handle, offset }: Place,
   { digest, size }: Sized,
   signal?: AbortSignal,
   unpack?: Transform,
-) {
+): Promise<boolean> {
   const hash = newHash(digest);
   const pieces = Readable.from(readPlace(handle, offset, offset + size));
   await pipeline([pieces, ...(unpack ? [unpack] : []), hash], dropEmpty({ signal })).catch(
@@ -2766,6 +3213,45 @@ async function isIntact(
     },
   );
   return (hash.read() as Buffer | null)?.toString("hex") === hexOf(digest);
+}
+
+/** The sentence for what is wrong with a tar. */
+function problemWords(problem: TarProblem): string {
+  const entry = "entry" in problem ? printable(problem.entry) : "";
+  switch (problem.kind) {
+    case "unreadable":
+      return problem.reason;
+    case "cut-off":
+      return "its end is missing: it was cut off";
+    case "too-many-entries":
+      return `it has more than ${LIMITS.tarEntries} entries`;
+    case "too-many-references":
+      return `its images name more than ${LIMITS.tarReferences} manifests and layers`;
+    case "name-twice":
+      return `two entries are called ${entry}`;
+    case "step-up":
+      return `the name ${entry} leads through ..`;
+    case "below-no-folder":
+      return `${entry} lies below something that is no folder`;
+    case "damaged":
+      return `${entry} is damaged`;
+    case "missing":
+      return `${entry} is missing (a --since tar needs its base)`;
+    case "size":
+      return `${entry} has ${problem.actualBytes} bytes, not ${problem.expectedBytes}`;
+    case "document":
+      return `${entry} ${problem.reason}`;
+    case "nothing-here":
+      return `${entry} names nothing that is here`;
+    case "diff-ids":
+      return `${entry} has not one diff_id for each layer`;
+    case "diff-id":
+      return `${entry} does not unpack to ${problem.diffId}, its diff_id`;
+    case "unpacks-without-end":
+      return `${entry} unpacks to more than ${LIMITS.unpackFactor} times its size`;
+    case "no-image":
+      return "it holds no image: neither index.json nor manifest.json names one";
+  }
 }
 
 // ====== 12. Pull ======
@@ -4308,15 +4794,7 @@ type HeldImage = Readonly<{
 const isTexts = (list: unknown): list is string[] =>
   Array.isArray(list) && list.every((it) => typeof it === "string");
 const [DAMAGED, MISSING] = ["is damaged", "is missing (a --since tar needs its base)"];
-/** The file behind a name: docker save makes a link of a layer that occurs twice. */
-function fileIn({ entries }: OpenTar, name: string): TarEntry | undefined {
-  const { type = "", linkName = "" } = entries.get(name) ?? {};
-  const folder = type === "2" ? path.posix.dirname(name) : "";
-  const entry = entries.get(
-    type === "1" || type === "2" ? path.posix.join(folder, linkName) : name,
-  );
-  return entry && "07".includes(entry.type) ? entry : undefined;
-}
+const fileIn = ({ names }: OpenTar, name: string): TarEntry | undefined => names.file(name);
 /** The images by index.json, or else by manifest.json; what keeps an image from being read goes to `problems`. */
 async function imagesIn(tar: OpenTar, file: string, signal: AbortSignal, problems: Set<string>) {
   const refuse = (reason: string): never => fail("BAD_TAR", `${file}: ${reason}`);
@@ -4451,7 +4929,8 @@ async function verifyTar(
   file: string,
   signal: AbortSignal,
 ): Promise<void> {
-  const { handle, entries } = tar;
+  const { handle } = tar;
+  const { entries } = tar.names;
   const problems = new Set<string>();
   const blobs = [...entries.values()].filter(
     (entry) => digestInName(entry.name) && fileIn(tar, entry.name) === entry,
@@ -5201,6 +5680,7 @@ const internals = Object.freeze({
   imageName,
   isExemptFromProxy,
   matchPlatform,
+  openTar,
   parseChallenges,
   parseCommandLine,
   parseManifest,

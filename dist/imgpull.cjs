@@ -60,6 +60,16 @@ var LIMITS = Object.freeze({
   // docker's config.json; this one may be a device or a mistake
   tarMetadataBytes: 16 * MIB,
   // index.json and the like of a tar that someone else made
+  tarExtensionBytes: MIB,
+  // a pax header or the map of a sparse file; Go's reader has the same bound
+  tarEntries: 2e5,
+  // a thousand images in docker's old form have a hundred each
+  tarReferences: 3e5,
+  // manifests and layers that the images of a tar name, all together
+  unpackFactor: 1e3,
+  // deflate makes a thousandth at best: what is beyond has no end,
+  unpackFloorBytes: 1024 * MIB,
+  // nor has what is beyond this much besides
   indexDepth: 4,
   // an index inside an index; real ones are one or two deep
   indexEntries: 1024,
@@ -96,8 +106,10 @@ var TUNING = Object.freeze({
   // from here on a line is worth several connections before its speed is known
   streamUnitBytes: 4 * MIB,
   // DEST `-`: one request's share of a large blob
-  streamWindowBytes: 32 * MIB
+  streamWindowBytes: 32 * MIB,
   // DEST `-`: how far the line may be ahead of the reader
+  headerReadBytes: 64 * 1024
+  // of a tar: small entries stand side by side
 });
 var ImgpullError = class extends Error {
   name = "ImgpullError";
@@ -1523,52 +1535,80 @@ async function collectAll(readChild, limit, where, top) {
   }
 }
 var BLOCK = 512;
+var CHECKSUM_AT = 148;
+var CHECKSUM_BYTES = 8;
+var LARGEST_USTAR_SIZE = 8589934591;
+var LONGEST_USTAR_NAME = 100;
 var paddingOf = (sizeBytes) => (BLOCK - sizeBytes % BLOCK) % BLOCK;
-var untilNul = (bytes) => bytes.toString("utf8").split("\0", 1)[0] ?? "";
+function checksumOf(header) {
+  let sum = CHECKSUM_BYTES * 32;
+  for (let at = 0; at < BLOCK; at += 1) {
+    const isChecksum = at >= CHECKSUM_AT && at < CHECKSUM_AT + CHECKSUM_BYTES;
+    if (!isChecksum) sum += header[at] ?? 0;
+  }
+  return sum;
+}
 function encodeUstarHeader(name, sizeBytes, type) {
-  const header = Buffer.alloc(BLOCK);
   const octal = (value, digits) => value.toString(8).padStart(digits, "0");
   const fields = [
-    [0, name],
-    [100, "0000644"],
-    [108, "0000000"],
-    [116, "0000000"],
-    [124, octal(sizeBytes, 11)],
-    [136, octal(0, 11)],
-    [148, " ".repeat(8)],
-    [156, type],
-    [257, "ustar"],
-    [263, "00"],
-    [329, "0000000"],
-    [337, "0000000"]
+    [100, name],
+    [8, octal(420, 7)],
+    [8, octal(0, 7)],
+    // user
+    [8, octal(0, 7)],
+    // group
+    [12, octal(sizeBytes, 11)],
+    [12, octal(0, 11)],
+    // time of the last change
+    [CHECKSUM_BYTES, ""],
+    [1, type],
+    [100, ""],
+    // what a link leads to
+    [6, "ustar"],
+    [2, "00"],
+    [32, ""],
+    // the user's name
+    [32, ""],
+    // the group's name
+    [8, octal(0, 7)],
+    // device, major
+    [8, octal(0, 7)],
+    // device, minor
+    [155, ""]
+    // prefix of the name
   ];
-  for (const [offset, text] of fields) header.write(text, offset, "latin1");
-  header.write(
-    `${octal(
-      sumOf(header, (byte) => byte),
-      6
-    )}\0`,
-    148,
-    "latin1"
-  );
+  const header = Buffer.alloc(BLOCK);
+  let offset = 0;
+  for (const [widthBytes, text] of fields) {
+    header.write(text, offset, "latin1");
+    offset += widthBytes;
+  }
+  header.write(`${octal(checksumOf(header), 6)}\0 `, CHECKSUM_AT, "latin1");
   return header;
 }
-function encodeTarHeader(name, sizeBytes) {
-  const record = (key, value) => {
-    const rest = ` ${key}=${value}
+function encodePaxRecord(key, value) {
+  const rest = ` ${key}=${value}
 `;
-    const guess = rest.length + `${rest.length}`.length;
-    return `${rest.length + `${guess}`.length}${rest}`;
-  };
-  const isLarge = sizeBytes > 8589934591;
-  const plain = encodeUstarHeader(name.slice(0, 100), isLarge ? 0 : sizeBytes, "0");
-  const records = (name.length > 100 ? record("path", name) : "") + (isLarge ? record("size", `${sizeBytes}`) : "");
-  if (records === "") return plain;
-  const padded = Buffer.concat(
-    [Buffer.from(records, "latin1")],
-    records.length + paddingOf(records.length)
-  );
-  return Buffer.concat([encodeUstarHeader("PaxHeaders/blob", records.length, "x"), padded, plain]);
+  const withGuess = rest.length + String(rest.length).length;
+  return `${rest.length + String(withGuess).length}${rest}`;
+}
+function encodeTarHeader(name, sizeBytes) {
+  const isLong = name.length > LONGEST_USTAR_NAME;
+  const isLarge = sizeBytes > LARGEST_USTAR_SIZE;
+  const shortName = name.slice(0, LONGEST_USTAR_NAME);
+  const header = encodeUstarHeader(shortName, isLarge ? 0 : sizeBytes, "0");
+  if (!isLong && !isLarge) return header;
+  const records = [
+    isLong ? encodePaxRecord("path", name) : "",
+    isLarge ? encodePaxRecord("size", String(sizeBytes)) : ""
+  ].join("");
+  const extension = Buffer.alloc(records.length + paddingOf(records.length));
+  extension.write(records, "latin1");
+  return Buffer.concat([
+    encodeUstarHeader("PaxHeaders/blob", records.length, "x"),
+    extension,
+    header
+  ]);
 }
 var blobPath = (digest) => `blobs/${digest.replace(":", "/")}`;
 var NAME_KEYS = ["io.containerd.image.name", "org.opencontainers.image.ref.name"];
@@ -1576,60 +1616,73 @@ function indexEntry({ name, top }) {
   const annotations = Object.fromEntries(NAME_KEYS.map((key) => [key, name]));
   return { mediaType: top.mediaType, digest: top.digest, size: top.bytes.length, annotations };
 }
-function dockerEntry({ name, contents }) {
+function dockerImageOf({ contents }) {
   const images = contents.filter(
     ({ manifest }) => CONFIG_TYPES.includes(manifest.config.mediaType)
   );
-  const image = images.find(({ platform }) => formatPlatform(platform) === "linux/amd64") ?? images[0];
-  if (!image) return void 0;
-  const { config, layers } = image.manifest;
-  const tags = name.includes("@") ? [] : [name];
+  const usual = images.find(({ platform }) => formatPlatform(platform) === "linux/amd64");
+  return usual ?? images[0];
+}
+function dockerEntry(image) {
+  const chosen = dockerImageOf(image);
+  if (!chosen) return void 0;
+  const { config, layers } = chosen.manifest;
   return {
     Config: blobPath(config.digest),
-    RepoTags: tags,
+    RepoTags: image.name.includes("@") ? [] : [image.name],
     Layers: layers.map(({ digest }) => blobPath(digest))
   };
 }
-function planTar(images, omit = /* @__PURE__ */ new Set()) {
-  const contents = /* @__PURE__ */ new Map();
-  const addBytes = (name, bytes) => contents.set(name, { sizeBytes: bytes.length, bytes });
-  const omitted = /* @__PURE__ */ new Map();
-  addBytes("oci-layout", encodeJson({ imageLayoutVersion: "1.0.0" }));
-  addBytes(
-    "index.json",
-    encodeJson({ schemaVersion: 2, mediaType: OCI_INDEX, manifests: images.map(indexEntry) })
-  );
-  addBytes(
-    "manifest.json",
-    encodeJson(images.map(dockerEntry).filter((entry) => entry !== void 0))
-  );
-  for (const { manifests, contents: parts, registry } of images) {
-    for (const { digest, bytes } of manifests) addBytes(blobPath(digest), bytes);
-    for (const {
-      manifest: { config, layers },
-      configBytes
-    } of parts) {
-      for (const descriptor of [config, ...layers]) {
-        const { digest, size } = descriptor;
-        const name = blobPath(digest);
-        const planned = contents.get(name)?.sizeBytes ?? size;
-        if (planned !== size)
-          fail("SIZE_MISMATCH", `${digest} is said to have ${size} bytes here, ${planned} there`);
-        if (contents.has(name)) continue;
-        if (descriptor === config && configBytes) addBytes(name, configBytes);
-        else if (descriptor !== config && omit.has(digest)) omitted.set(digest, descriptor);
-        else contents.set(name, { sizeBytes: size, blob: { descriptor, registry } });
+var PlannedFiles = class {
+  files = /* @__PURE__ */ new Map();
+  omitted = /* @__PURE__ */ new Map();
+  addBytes(name, bytes) {
+    this.files.set(name, { sizeBytes: bytes.length, bytes });
+  }
+  addBlob(blob, bytes) {
+    const { digest, size } = blob.descriptor;
+    const name = blobPath(digest);
+    const planned = this.files.get(name);
+    const plannedBytes = planned?.sizeBytes ?? size;
+    if (plannedBytes !== size)
+      fail("SIZE_MISMATCH", `${digest} is said to have ${size} bytes here, ${plannedBytes} there`);
+    if (planned) return;
+    if (bytes) this.addBytes(name, bytes);
+    else this.files.set(name, { sizeBytes: size, blob });
+  }
+  addImage({ registry, manifests, contents }, omit) {
+    for (const { digest, bytes } of manifests) this.addBytes(blobPath(digest), bytes);
+    for (const { manifest, configBytes } of contents) {
+      this.addBlob({ descriptor: manifest.config, registry }, configBytes);
+      for (const descriptor of manifest.layers) {
+        const isPlanned = this.files.has(blobPath(descriptor.digest));
+        if (omit.has(descriptor.digest) && !isPlanned)
+          this.omitted.set(descriptor.digest, descriptor);
+        else this.addBlob({ descriptor, registry });
       }
     }
   }
+};
+function planTar(images, omit = /* @__PURE__ */ new Set(), extras = {}) {
+  const planned = new PlannedFiles();
+  const manifests = [...images.map(indexEntry), ...extras.indexEntries ?? []];
+  const listed = images.map(dockerEntry).filter((entry) => entry !== void 0);
+  planned.addBytes("oci-layout", encodeJson({ imageLayoutVersion: "1.0.0" }));
+  planned.addBytes("index.json", encodeJson({ schemaVersion: 2, mediaType: OCI_INDEX, manifests }));
+  planned.addBytes("manifest.json", encodeJson(listed));
+  for (const image of images) planned.addImage(image, omit);
+  for (const { digest, bytes } of extras.documents ?? []) planned.addBytes(blobPath(digest), bytes);
+  for (const blob of extras.blobs ?? []) planned.addBlob(blob);
+  return { ...layOut(planned.files), omitted: [...planned.omitted.values()] };
+}
+function layOut(files) {
   const entries = [];
   const identity = newHash("sha256:");
-  let [offset, blobBytes] = [0, 0];
-  for (const [name, content] of contents) {
-    const lead = Buffer.concat([
-      Buffer.alloc(paddingOf(offset)),
-      encodeTarHeader(name, content.sizeBytes)
-    ]);
+  let offset = 0;
+  let blobBytes = 0;
+  for (const [name, content] of files) {
+    const padding = Buffer.alloc(paddingOf(offset));
+    const lead = Buffer.concat([padding, encodeTarHeader(name, content.sizeBytes)]);
     offset += lead.length;
     entries.push({ name, lead, offset, ...content });
     identity.update(lead).update(content.bytes ?? "");
@@ -1638,22 +1691,239 @@ function planTar(images, omit = /* @__PURE__ */ new Set()) {
   }
   const trailer = Buffer.alloc(paddingOf(offset) + 2 * BLOCK);
   const sizeBytes = offset + trailer.length;
-  return {
-    entries,
-    trailer,
-    sizeBytes,
-    blobBytes,
-    id: identity.digest("hex"),
-    omitted: [...omitted.values()]
-  };
+  return { entries, trailer, sizeBytes, blobBytes, id: identity.digest("hex") };
+}
+var refuseTar = (reason) => fail("BAD_TAR", reason);
+function untilNul(bytes) {
+  const end = bytes.indexOf(0);
+  return bytes.toString("utf8", 0, end < 0 ? bytes.length : end);
+}
+var LINE_END = 10;
+var SPACE = 32;
+var DIGIT_0 = 48;
+var DIGIT_7 = 55;
+function readTarNumber(header, offset, widthBytes) {
+  const isBinary = ((header[offset] ?? 0) & 128) !== 0;
+  if (isBinary) return readBinaryNumber(header.subarray(offset, offset + widthBytes));
+  const isBlank = (at2) => header[at2] === SPACE || header[at2] === 0;
+  let at = offset;
+  let end = offset + widthBytes;
+  while (at < end && isBlank(at)) at += 1;
+  while (at < end && isBlank(end - 1)) end -= 1;
+  let value = 0;
+  for (; at < end && header[at] !== 0; at += 1) {
+    const digit = header[at] ?? 0;
+    if (digit < DIGIT_0 || digit > DIGIT_7) refuseTar("a number in a header is not octal");
+    value = value * 8 + digit - DIGIT_0;
+  }
+  return value;
+}
+function readBinaryNumber(field) {
+  const isNegative = ((field[0] ?? 0) & 64) !== 0;
+  if (isNegative) refuseTar("a number in a header is negative");
+  let value = (field[0] ?? 0) & 63;
+  for (const byte of field.subarray(1)) value = value * 256 + byte;
+  return value;
+}
+var PAX_KEYS = [
+  "path",
+  "linkpath",
+  "size",
+  "GNU.sparse.major",
+  "GNU.sparse.minor",
+  "GNU.sparse.name",
+  "GNU.sparse.realsize",
+  "GNU.sparse.size",
+  "GNU.sparse.map",
+  "GNU.sparse.offset",
+  "GNU.sparse.numbytes"
+];
+function paxRecordAt(body, at) {
+  const refuse = () => refuseTar("a pax record is malformed");
+  const space = body.indexOf(SPACE, at);
+  if (space < 0 || space > at + 10) return refuse();
+  const digits = body.toString("latin1", at, space);
+  const end = at + Number(digits);
+  const equals = body.indexOf("=", space);
+  const hasKey = equals > space + 1 && equals < end;
+  const isWhole = /^\d+$/.test(digits) && end <= body.length && body[end - 1] === LINE_END;
+  if (!hasKey || !isWhole) return refuse();
+  const key = body.toString("utf8", space + 1, equals);
+  return { key, value: body.subarray(equals + 1, end - 1), end };
+}
+function parsePaxRecords(body) {
+  const records = /* @__PURE__ */ new Map();
+  const sparsePieces = [];
+  for (let at = 0; at < body.length; ) {
+    const { key, value, end } = paxRecordAt(body, at);
+    at = end;
+    if (!PAX_KEYS.includes(key)) continue;
+    if (value.includes(0)) refuseTar("a pax record is malformed");
+    if (key === "GNU.sparse.offset" || key === "GNU.sparse.numbytes")
+      sparsePieces.push(value.toString("utf8"));
+    else records.set(key, value.toString("utf8"));
+  }
+  if (sparsePieces.length > 0) records.set("GNU.sparse.map", sparsePieces.join(","));
+  return records;
+}
+function sparseMapOf(numbers, realBytes) {
+  const pieces = [];
+  let before = 0;
+  for (let at = 0; at + 1 < numbers.length; at += 2) {
+    const [from = 0, length = 0] = numbers.slice(at, at + 2);
+    const isInOrder = Number.isSafeInteger(from + length) && from >= before;
+    if (!isInOrder || from + length > realBytes) refuseTar("the map of a sparse file is wrong");
+    if (length > 0) pieces.push([from, from + length]);
+    before = from + length;
+  }
+  if (numbers.length % 2 > 0) refuseTar("the map of a sparse file is wrong");
+  return { realBytes, pieces };
+}
+var TarDecoder = class {
+  /** How many bytes the next call takes. */
+  wantedBytes = BLOCK;
+  /** Both of the blocks that end a tar were seen. */
+  isAtEnd = false;
+  /** The first of them was. */
+  hasTrailer = false;
+  #records = /* @__PURE__ */ new Map();
+  /** GNU's long names, which count more than pax ones. */
+  #longNames = /* @__PURE__ */ new Map();
+  /** What is expected instead of a header. */
+  #continuation;
+  take(bytes) {
+    const continuation = this.#continuation;
+    this.#continuation = void 0;
+    this.wantedBytes = BLOCK;
+    return continuation ? continuation(bytes) : this.#takeHeader(bytes);
+  }
+  #expect(wantedBytes, continuation) {
+    this.wantedBytes = wantedBytes;
+    this.#continuation = continuation;
+  }
+  #takeHeader(block) {
+    if (block[0] === 0 && block.every((byte) => byte === 0)) {
+      this.isAtEnd = this.hasTrailer;
+      this.hasTrailer = true;
+      return void 0;
+    }
+    if (this.hasTrailer) refuseTar("it goes on after the block of zeros that ends it");
+    if (statedChecksum(block) !== checksumOf(block))
+      refuseTar("it is not a tar, or is damaged (a header's checksum)");
+    const numberFields = [100, 108, 116, ...isUstar(block) ? [329, 337] : []];
+    for (const offset of numberFields) readTarNumber(block, offset, 8);
+    readTarNumber(block, 136, 12);
+    const sizeBytes = readTarNumber(block, 124, 12);
+    const type = String.fromCharCode(block[156] || DIGIT_0);
+    if ("xgLK".includes(type)) return this.#takeExtension(type, sizeBytes);
+    return this.#takeEntry(block, type, sizeBytes);
+  }
+  #takeExtension(type, sizeBytes) {
+    if (sizeBytes > LIMITS.tarExtensionBytes) refuseTar("an extended header is too large");
+    const use = (body) => {
+      const content = body.subarray(0, sizeBytes);
+      const records = "xg".includes(type) ? parsePaxRecords(content) : /* @__PURE__ */ new Map();
+      if (type === "x") this.#records = records;
+      if (type === "g") this.#forgetExtensions();
+      if (type === "L") this.#longNames.set("path", untilNul(content));
+      if (type === "K") this.#longNames.set("linkpath", untilNul(content));
+    };
+    if (sizeBytes === 0) return use(Buffer.alloc(0));
+    return this.#expect(sizeBytes + paddingOf(sizeBytes), use);
+  }
+  #forgetExtensions() {
+    this.#records = /* @__PURE__ */ new Map();
+    this.#longNames = /* @__PURE__ */ new Map();
+  }
+  #takeEntry(block, type, headerBytes) {
+    const records = this.#records;
+    const longNames = this.#longNames;
+    this.#forgetExtensions();
+    const name = records.get("GNU.sparse.name") || longNames.get("path") || records.get("path") || headerName(block);
+    const linkName = longNames.get("linkpath") || records.get("linkpath") || untilNul(block.subarray(157, 257));
+    const storedBytes = contentBytes(records, headerBytes);
+    const isFolder = type === "5" || block[156] === 0 && name.endsWith("/");
+    const isEmpty = isFolder || "123456".includes(type);
+    const header = {
+      name,
+      sizeBytes: isEmpty ? 0 : storedBytes,
+      type: isFolder ? "5" : type,
+      linkName
+    };
+    if (type === "S") return this.#takeOldSparse(block, header);
+    if (records.get("GNU.sparse.major") === "1") return this.#takeNewSparse(records, header);
+    const map = records.get("GNU.sparse.map");
+    if (map === void 0) return header;
+    const realBytes = Number(records.get("GNU.sparse.size") ?? -1);
+    const numbers = map === "" ? [] : map.split(",").map(Number);
+    return { ...header, holes: sparseMapOf(numbers, realBytes) };
+  }
+  /** GNU's own: four pieces in the header, and blocks of 21 more as long as each says that another follows. */
+  #takeOldSparse(block, header) {
+    const numbers = [];
+    const realBytes = readTarNumber(block, 483, 12);
+    const takePieces = (from, offset, count) => {
+      const end = offset + count * 24;
+      for (let at = offset; at < end && from[at] !== 0; at += 24)
+        numbers.push(readTarNumber(from, at, 12), readTarNumber(from, at + 12, 12));
+      const isContinued = (from[end] ?? 0) !== 0;
+      if (!isContinued) return { ...header, holes: sparseMapOf(numbers, realBytes) };
+      if (numbers.length * 12 > LIMITS.tarExtensionBytes)
+        refuseTar("the map of a sparse file is too large");
+      return this.#expect(BLOCK, (more) => takePieces(more, 0, 21));
+    };
+    return takePieces(block, 386, 4);
+  }
+  /** The newest form: the map stands before the content, as lines of decimal digits that fill whole blocks. */
+  #takeNewSparse(records, header) {
+    const realBytes = Number(records.get("GNU.sparse.realsize") ?? -1);
+    let text = "";
+    const takeLines = (block) => {
+      text += block.toString("latin1");
+      if (text.length > LIMITS.tarExtensionBytes)
+        refuseTar("the map of a sparse file is too large");
+      const [count = "", ...lines] = text.split("\n");
+      const isWhole = lines.length > 2 * Number(count);
+      if (!isWhole) return this.#expect(BLOCK, takeLines);
+      const numbers = lines.slice(0, 2 * Number(count));
+      if (![count, ...numbers].every((line) => /^\d+$/.test(line)))
+        refuseTar("the map of a sparse file is wrong");
+      const sizeBytes = header.sizeBytes - text.length;
+      if (sizeBytes < 0) refuseTar("the map of a sparse file is wrong");
+      return { ...header, sizeBytes, holes: sparseMapOf(numbers.map(Number), realBytes) };
+    };
+    return this.#expect(BLOCK, takeLines);
+  }
+};
+function statedChecksum(block) {
+  const text = block.toString("latin1", CHECKSUM_AT, CHECKSUM_AT + CHECKSUM_BYTES);
+  const [, digits] = /^[ \0]*([0-7]+)(?:\0.*|[ \0]*)$/s.exec(text) ?? [];
+  return digits === void 0 ? void 0 : Number.parseInt(digits, 8);
+}
+function contentBytes(records, headerBytes) {
+  const text = records.get("size") || String(headerBytes);
+  const sizeBytes = /^\d+$/.test(text) ? Number(text) : -1;
+  if (!Number.isSafeInteger(sizeBytes) || sizeBytes < 0)
+    refuseTar("an entry's size is not a number");
+  return sizeBytes;
+}
+var isUstar = (block) => block.toString("latin1", 257, 262) === "ustar";
+function headerName(block) {
+  const name = untilNul(block.subarray(0, 100));
+  const isPosix = block.toString("latin1", 257, 263) === "ustar\0";
+  const isStar = block.toString("latin1", 508, 512) === "tar\0";
+  const prefix = isPosix ? untilNul(block.subarray(345, isStar ? 476 : 500)) : "";
+  return prefix === "" ? name : `${prefix}/${name}`;
 }
 async function readAt(handle, position, length) {
   const buffer = Buffer.allocUnsafe(length);
-  for (let filled = 0; ; ) {
+  let filled = 0;
+  while (filled < length) {
     const { bytesRead } = await handle.read(buffer, filled, length - filled, position + filled);
+    if (bytesRead === 0) break;
     filled += bytesRead;
-    if (bytesRead === 0 || filled === length) return buffer.subarray(0, filled);
   }
+  return buffer.subarray(0, filled);
 }
 async function* readPlace(handle, from, to) {
   for (let at = from; at < to; at += TUNING.batchBytes) {
@@ -1663,80 +1933,104 @@ async function* readPlace(handle, from, to) {
     yield piece;
   }
 }
-async function* readTar(handle, where) {
-  const refuse = (reason) => fail("BAD_TAR", `${where}: ${reason}`);
+var CUT_IN_HEADER = "it ends in the middle of a header";
+var CUT_IN_ENTRY = "it ends in the middle of an entry: it was cut off";
+async function* readTar(handle, where, decoder = new TarDecoder()) {
   const { size } = await handle.stat();
-  let extended = {};
-  for (let position = 0; position < size; ) {
-    const header = await readAt(handle, position, BLOCK);
-    if (header.length < BLOCK) refuse("it ends in the middle of a header");
-    if (header.every((byte) => byte === 0)) return;
-    const text = (start, length) => untilNul(header.subarray(start, start + length));
-    const octal = (start, length) => Number.parseInt(text(start, length).trim() || "0", 8);
-    const checksum = sumOf(header, (byte) => byte) - sumOf(header.subarray(148, 156), (byte) => byte - 32);
-    if (octal(148, 8) !== checksum) refuse("it is not a tar, or is damaged (a header's checksum)");
-    const isBinary = ((header[124] ?? 0) & 128) !== 0;
-    const plainSize = isBinary ? Number(header.readBigUInt64BE(128)) : octal(124, 12);
-    const type = text(156, 1) || "0";
-    const isExtension = "xgLK".includes(type);
-    const sizeBytes = isExtension ? plainSize : Number(extended.size ?? plainSize);
-    const offset = position + BLOCK;
-    if (!Number.isSafeInteger(sizeBytes) || sizeBytes < 0)
-      refuse("an entry's size is not a number");
-    if (offset + sizeBytes > size) refuse("it ends in the middle of an entry: it was cut off");
-    position = offset + sizeBytes + paddingOf(sizeBytes);
-    if (isExtension) {
-      if (sizeBytes > LIMITS.tarMetadataBytes) refuse("an extended header is too large");
-      const body = await readAt(handle, offset, sizeBytes);
-      if (type === "x") Object.assign(extended, parsePaxRecords(body));
-      else if (type !== "g") extended[type === "L" ? "path" : "linkpath"] = untilNul(body);
-      continue;
+  let ahead = Buffer.alloc(0);
+  let aheadAt = 0;
+  const read = async (position, length) => {
+    if (position < aheadAt || position + length > aheadAt + ahead.length) {
+      ahead = await readAt(handle, position, Math.max(length, TUNING.headerReadBytes));
+      aheadAt = position;
     }
-    const prefix = header.toString("latin1", 257, 263) === "ustar\0" ? text(345, 155) : "";
-    const name = extended.path ?? (prefix ? `${prefix}/${text(0, 100)}` : text(0, 100));
-    yield {
-      name: name.replace(/^\.\//, ""),
-      sizeBytes,
-      offset,
-      type,
-      linkName: extended.linkpath ?? text(157, 100)
-    };
-    extended = {};
+    return ahead.subarray(position - aheadAt, position - aheadAt + length);
+  };
+  try {
+    for (let position = 0; position < size && !decoder.isAtEnd; ) {
+      const wantedBytes = decoder.wantedBytes;
+      const bytes = await read(position, wantedBytes);
+      if (bytes.length < wantedBytes) refuseTar(CUT_IN_HEADER);
+      position += wantedBytes;
+      const header = decoder.take(bytes);
+      if (!header) continue;
+      if (position + header.sizeBytes > size) refuseTar(CUT_IN_ENTRY);
+      yield { ...header, name: resolveName(header.name), offset: position };
+      position += header.sizeBytes + paddingOf(header.sizeBytes);
+    }
+  } catch (error) {
+    const isRefusal = error instanceof ImgpullError && error.code === "BAD_TAR";
+    throw isRefusal ? new ImgpullError("BAD_TAR", `${where}: ${error.message}`) : error;
   }
 }
-function parsePaxRecords(body) {
-  const records = {};
-  for (let at = 0; at < body.length; ) {
-    const space = body.indexOf(32, at);
-    const length = Number(body.toString("latin1", at, Math.max(space, at)));
-    if (space < 0 || !Number.isInteger(length) || length <= space - at) break;
-    const [key = "", ...value] = body.toString("utf8", space + 1, at + length - 1).split("=");
-    records[key] = value.join("=");
-    at += length;
+var resolveName = (name) => name.split("/").filter((part) => part !== "" && part !== ".").join("/");
+var TarNames = class {
+  entries = /* @__PURE__ */ new Map();
+  #folders = /* @__PURE__ */ new Set();
+  /** Adds an entry, or says what is wrong with its name. */
+  add(entry) {
+    const { name, type } = entry;
+    const isFolder = type === "5";
+    if (name.split("/").includes("..")) return { kind: "step-up", entry: name };
+    if (!isFolder && (this.entries.has(name) || this.#folders.has(name)))
+      return { kind: "name-twice", entry: name };
+    if (isFolder && (this.entries.get(name)?.type ?? "5") !== "5")
+      return { kind: "name-twice", entry: name };
+    if (this.entries.size >= LIMITS.tarEntries) return { kind: "too-many-entries" };
+    for (let folder = parentOf(name); folder !== ""; folder = parentOf(folder)) {
+      if (this.#folders.has(folder)) break;
+      if (this.entries.has(folder) && this.entries.get(folder)?.type !== "5")
+        return { kind: "below-no-folder", entry: name };
+      this.#folders.add(folder);
+    }
+    this.entries.set(name, entry);
+    return void 0;
   }
-  return records;
-}
+  /** The file behind a name: docker save makes a link of a layer that occurs twice. */
+  file(name) {
+    const { type = "", linkName = "" } = this.entries.get(name) ?? {};
+    if (type === "2" && linkName.startsWith("/")) return void 0;
+    const isLink = type === "1" || type === "2";
+    const folder = type === "2" ? path.posix.dirname(name) : "";
+    const target = isLink ? resolveName(path.posix.join(folder, linkName)) : name;
+    const entry = this.entries.get(target);
+    return entry && "0S".includes(entry.type) ? entry : void 0;
+  }
+};
+var parentOf = (name) => name.slice(0, Math.max(0, name.lastIndexOf("/")));
 function digestInName(name) {
   const form = /^(?:blobs\/(sha\d+\/[0-9a-f]+)|(?:sha256:)?([0-9a-f]{64})(?:\.json|\.tar|\.tar\.gz)?)$/;
   const [, blob, bare] = form.exec(name) ?? [];
   const digest = blob?.replace("/", ":") ?? `sha256:${bare}`;
   return isDigest(digest) ? digest : void 0;
 }
+var PACKING_MAGIC = [
+  ["gzip", /^1f8b/],
+  ["zstd", /^(28b52ffd|5.2a4d18)/],
+  ["xz", /^fd377a585a00/],
+  ["bzip2", /^425a68/]
+];
+function packingOf(bytes) {
+  const hex = bytes.toString("hex", 0, 6);
+  return PACKING_MAGIC.find(([, magic]) => magic.test(hex))?.[0];
+}
 async function openTar(file, signal) {
   const handle = await onDisk(`cannot read ${file}`, fs.open(file, "r"));
-  const [entries, blobs] = [/* @__PURE__ */ new Map(), /* @__PURE__ */ new Map()];
+  const names = new TarNames();
+  const blobs = /* @__PURE__ */ new Map();
   try {
     if (!(await handle.stat()).isFile()) fail("BAD_TAR", `${file}: it is not a file`);
+    const packing = packingOf(await readAt(handle, 0, BLOCK));
+    if (packing)
+      fail("BAD_TAR", `${file}: it is not a tar, but compressed (${packing}): unpack it first`);
     for await (const entry of readTar(handle, file)) {
       signal?.throwIfAborted();
+      const problem = names.add(entry);
+      if (problem) fail("BAD_TAR", `${file}: ${problemWords(problem)}`);
       const digest = digestInName(entry.name);
-      const isTwice = entries.has(entry.name) && entry.type !== "5";
-      if (isTwice) fail("BAD_TAR", `${file}: two entries are called ${printable(entry.name)}`);
-      entries.set(entry.name, entry);
-      if (digest !== void 0 && (entry.type === "0" || entry.type === "7"))
-        blobs.set(digest, entry);
+      if (digest !== void 0 && entry.type === "0" && !entry.holes) blobs.set(digest, entry);
     }
-    return { handle, entries, blobs };
+    return { handle, names, blobs };
   } catch (error) {
     await handle.close();
     throw error;
@@ -1751,6 +2045,43 @@ async function isIntact({ handle, offset }, { digest, size }, signal, unpack) {
     }
   );
   return hash.read()?.toString("hex") === hexOf(digest);
+}
+function problemWords(problem) {
+  const entry = "entry" in problem ? printable(problem.entry) : "";
+  switch (problem.kind) {
+    case "unreadable":
+      return problem.reason;
+    case "cut-off":
+      return "its end is missing: it was cut off";
+    case "too-many-entries":
+      return `it has more than ${LIMITS.tarEntries} entries`;
+    case "too-many-references":
+      return `its images name more than ${LIMITS.tarReferences} manifests and layers`;
+    case "name-twice":
+      return `two entries are called ${entry}`;
+    case "step-up":
+      return `the name ${entry} leads through ..`;
+    case "below-no-folder":
+      return `${entry} lies below something that is no folder`;
+    case "damaged":
+      return `${entry} is damaged`;
+    case "missing":
+      return `${entry} is missing (a --since tar needs its base)`;
+    case "size":
+      return `${entry} has ${problem.actualBytes} bytes, not ${problem.expectedBytes}`;
+    case "document":
+      return `${entry} ${problem.reason}`;
+    case "nothing-here":
+      return `${entry} names nothing that is here`;
+    case "diff-ids":
+      return `${entry} has not one diff_id for each layer`;
+    case "diff-id":
+      return `${entry} does not unpack to ${problem.diffId}, its diff_id`;
+    case "unpacks-without-end":
+      return `${entry} unpacks to more than ${LIMITS.unpackFactor} times its size`;
+    case "no-image":
+      return "it holds no image: neither index.json nor manifest.json names one";
+  }
 }
 var lengthOf = (ranges) => sumOf(ranges, ([from, to]) => to - from);
 function addRange(ranges, [from, to]) {
@@ -2928,14 +3259,7 @@ function progressReporter(onProgress) {
 }
 var isTexts = (list) => Array.isArray(list) && list.every((it) => typeof it === "string");
 var [DAMAGED, MISSING] = ["is damaged", "is missing (a --since tar needs its base)"];
-function fileIn({ entries }, name) {
-  const { type = "", linkName = "" } = entries.get(name) ?? {};
-  const folder = type === "2" ? path.posix.dirname(name) : "";
-  const entry = entries.get(
-    type === "1" || type === "2" ? path.posix.join(folder, linkName) : name
-  );
-  return entry && "07".includes(entry.type) ? entry : void 0;
-}
+var fileIn = ({ names }, name) => names.file(name);
 async function imagesIn(tar, file, signal, problems) {
   const refuse = (reason) => fail("BAD_TAR", `${file}: ${reason}`);
   const read = async (name) => {
@@ -3042,7 +3366,8 @@ async function unpacksTo(digest, entry, handle, signal) {
   return !isRight && isZstd && (unpacker?.bytesWritten ?? 0) < size ? void 0 : isRight;
 }
 async function verifyTar({ stdout }, tar, file, signal) {
-  const { handle, entries } = tar;
+  const { handle } = tar;
+  const { entries } = tar.names;
   const problems = /* @__PURE__ */ new Set();
   const blobs = [...entries.values()].filter(
     (entry) => digestInName(entry.name) && fileIn(tar, entry.name) === entry
@@ -3628,6 +3953,7 @@ var internals = Object.freeze({
   imageName,
   isExemptFromProxy,
   matchPlatform,
+  openTar,
   parseChallenges,
   parseCommandLine,
   parseManifest,

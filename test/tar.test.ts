@@ -823,7 +823,95 @@ const DAMAGED: [name: string, bytes: Buffer][] = [
   ["a negative PAX size", extended("x", paxRecord("size", "-1"))],
   ["a PAX size beyond the file", extended("x", paxRecord("size", "99999999999"))],
   ["an extended header of 17 MiB", extended("x", Buffer.alloc(17 * 1024 * 1024, "x"))],
+  // What Go's archive/tar refuses, and with it every loader.
+  ["a mode that is not octal", changed(one, (header) => header.write("0000648\0", 100))],
+  ["an owner that is not octal", changed(one, (header) => header.write("00 0000\0", 108))],
+  ["a time that is not octal", changed(one, (header) => header.write("1.5", 136))],
+  ["a device number that is not octal", changed(one, (header) => header.write("x", 329))],
+  ["a pax record without =", extended("x", "9 abcdef\n")],
+  ["a pax record without a key", extended("x", "5 =a\n")],
+  ["a pax record without a line end", extended("x", "8 a=bcd ")],
+  ["a pax record that is longer than it says", extended("x", "6 a=bcd\n")],
+  ["a pax record that is shorter than it says", extended("x", "60 a=bcd\n")],
+  ["a malformed global pax record", extended("g", "nonsense\n")],
+  ["a name with a NUL in pax", extended("x", paxRecord("path", "a\0b"))],
+  ["an extended header of 2 MiB", extended("x", paxRecord("comment", "c".repeat(2 << 20)))],
+  [
+    "data after a block of zeros",
+    Buffer.concat([one.subarray(0, 1024), Buffer.alloc(512), one.subarray(0, 1024)]),
+  ],
 ];
+
+test("names as loaders resolve them; two files of one name, and names through .. or a link, are refused", async (t) => {
+  const file = join(temporaryFolder(t), "made.tar");
+  const content = Buffer.from("content");
+  const read = async (tar: Buffer) => {
+    writeFileSync(file, tar);
+    const { handle, names } = await internals.openTar(file);
+    await handle.close();
+    return [...names.entries.keys()];
+  };
+  for (const name of ["/a/b", "./a/b", "././a/b", ".//a/b", "a//b", "a/./b", "//a/b"])
+    assert.deepEqual(await read(writeTar([[name, content]])), ["a/b"], name);
+
+  const link = retyped(writeTar([["x", Buffer.alloc(0)]]), "2").subarray(0, 512);
+  const refused: [why: RegExp, tar: Buffer][] = [
+    ...["/a", "./a", ".//a", "././a", "a/", "a/."].map((name): [RegExp, Buffer] => [
+      /two entries are called a$/,
+      writeTar([
+        ["a", content],
+        [name, content],
+      ]),
+    ]),
+    [/leads through \.\./, writeTar([["b/../a", content]])],
+    [/leads through \.\./, writeTar([["../a", content]])],
+    [
+      /x\/a lies below something that is no folder/,
+      Buffer.concat([link, writeTar([["x/a", content]])]),
+    ],
+    [
+      /x\/y\/a lies below something that is no folder/,
+      writeTar([
+        ["x", content],
+        ["x/y/a", content],
+      ]),
+    ],
+    [
+      /two entries are called x$/,
+      Buffer.concat([writeTar([["x/a", content]]).subarray(0, 1024), link, Buffer.alloc(1024)]),
+    ],
+  ];
+  for (const [why, tar] of refused) await assert.rejects(read(tar), why);
+});
+
+test("files with holes, in GNU's and in the three PAX forms", needsGnuTar, async (t) => {
+  const folder = temporaryFolder(t);
+  const file = openSync(join(folder, "holes"), "w");
+  ftruncateSync(file, 9_000_000);
+  for (let at = 0; at < 30; at += 1) writeSync(file, `piece ${at}`, 200_000 * at);
+  closeSync(file);
+  writeFileSync(join(folder, "after"), "after");
+  const forms = [["gnu"], ["pax", "0.0"], ["pax", "0.1"], ["pax", "1.0"]];
+  for (const [format, version] of forms) {
+    const flags = [`--format=${format}`, ...(version ? [`--sparse-version=${version}`] : [])];
+    gnuTar(folder, ["-cSf", "made.tar", ...flags, "holes", "after"]);
+    const handle = await open(join(folder, "made.tar"));
+    const entries = [];
+    for await (const entry of internals.readTar(handle, "made.tar")) entries.push(entry);
+    const [holed, after] = entries;
+    assert.deepEqual(
+      [holed?.name, after?.name, entries.length],
+      ["holes", "after", 2],
+      flags.join(),
+    );
+    assert.equal(holed?.holes?.realBytes, 9_000_000, flags.join());
+    const [first] = holed?.holes?.pieces ?? [];
+    const tar = readFileSync(join(folder, "made.tar"));
+    assert.equal(first?.[0], 0);
+    assert.equal(tar.toString("latin1", holed?.offset, (holed?.offset ?? 0) + 7), "piece 0");
+    await handle.close();
+  }
+});
 
 test("what is no tar, or a damaged one, is refused by name", async (t) => {
   const file = join(temporaryFolder(t), "made.tar");
