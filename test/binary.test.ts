@@ -13,6 +13,7 @@ import {
   COMMAND_PATH,
   type CommandOptions,
   runCommand,
+  type TestScope,
   temporaryFolder,
 } from "./support/command.ts";
 import { makeMultiPlatform, readTar } from "./support/image.ts";
@@ -29,7 +30,8 @@ interface Executable {
   kind: string;
   /** What --build-sea put in: where Node's own loader looks for it. */
   blob: Buffer | undefined;
-  isSigned: boolean;
+  /** A signature that says who built it; or, on macOS, none but that of its own bytes. */
+  signature: "none" | "ad hoc" | "of somebody";
   /** Symbols that only a debugger needs. */
   symbols: number;
 }
@@ -67,7 +69,7 @@ function readElf(file: Buffer): Executable {
   const symbols = Array.from({ length: file.readUInt16LE(60) }, (_, index) =>
     file.readUInt32LE(Number(file.readBigUInt64LE(40)) + 64 * index + 4),
   ).filter((type) => type === 2).length;
-  return { kind: `ELF ${machines[file.readUInt16LE(18)]}`, blob, isSigned: false, symbols };
+  return { kind: `ELF ${machines[file.readUInt16LE(18)]}`, blob, signature: "none", symbols };
 }
 
 function readPe(file: Buffer): Executable {
@@ -112,9 +114,30 @@ function readPe(file: Buffer): Executable {
   return {
     kind,
     blob: blob || undefined,
-    isSigned: directory(4) !== 0,
+    signature: directory(4) === 0 ? "none" : "of somebody",
     symbols: file.readUInt32LE(pe + 12),
   };
+}
+
+/** What the kernel of macOS looks at before it runs a page: xnu's bsd/sys/cs_blobs.h. */
+function assertAdHoc(file: Buffer, signature: Buffer): void {
+  const word = (at: number) => signature.readUInt32BE(at);
+  assert.deepEqual([word(0), word(4), word(8), word(12)], [0xfade0cc0, signature.length, 1, 0]);
+  const directory = signature.subarray(word(16));
+  const field = (at: number) => directory.readUInt32BE(at);
+  const [hashesAt, identifierAt, pages, codeLimit] = [field(16), field(20), field(28), field(32)];
+  assert.deepEqual([field(0), field(4)], [0xfade0c02, directory.length]);
+  assert.equal(field(12) & 0x2, 0x2, "ad hoc");
+  assert.equal(codeLimit + signature.length, file.length, "all but the signature is signed");
+  assert.deepEqual([...directory.subarray(36, 40)], [32, 2, 0, 12], "SHA-256 of 4 KiB");
+  assert.match(directory.toString("latin1", identifierAt, hashesAt), /^[\w.-]+\0$/);
+  assert.equal(pages, Math.ceil(codeLimit / 4096));
+  for (let page = 0; page < pages; page += 1) {
+    const bytes = file.subarray(page * 4096, Math.min((page + 1) * 4096, codeLimit));
+    const hash = createHash("sha256").update(bytes).digest();
+    const at = hashesAt + 32 * page;
+    assert.ok(directory.subarray(at, at + 32).equals(hash), `page ${page} is signed as it is`);
+  }
 }
 
 function readMachO(file: Buffer): Executable {
@@ -123,7 +146,7 @@ function readMachO(file: Buffer): Executable {
   const found: Executable = {
     kind: `Mach-O ${processors[file.readUInt32LE(4)]}`,
     blob: undefined,
-    isSigned: false,
+    signature: "none",
     symbols: 0,
   };
   let symbolCount = 0;
@@ -133,7 +156,12 @@ function readMachO(file: Buffer): Executable {
     index -= 1, at += file.readUInt32LE(at + 4)
   ) {
     const command = file.readUInt32LE(at);
-    if (command === 0x1d) found.isSigned = true;
+    if (command === 0x1d) {
+      const [offset, size] = [file.readUInt32LE(at + 8), file.readUInt32LE(at + 12)];
+      assert.equal(offset + size, file.length, "the signature is the end of the file");
+      assertAdHoc(file, part(file, offset, size));
+      found.signature = "ad hoc";
+    }
     if (command === 0x2) symbolCount = file.readUInt32LE(at + 12);
     if (command === 0xb) {
       found.symbols = file.readUInt32LE(at + 12);
@@ -219,11 +247,50 @@ function reasonToSkip(): string | false {
 
 // ====== Tests ======
 
+test("a target that is mistyped is one line, and nothing is built", async () => {
+  for (const words of [["linux-x46"], ["linux-x64", "--node"], ["--node", "node", "a", "b"]]) {
+    const args = ["build.mjs", "--sea", ...words];
+    const { exitCode, stdout, stderr } = await runCommand(args, { command: [process.execPath] });
+    assert.deepEqual([exitCode, String(stdout)], [1, ""]);
+    assert.match(stderr, /^build\.mjs: [^\n]+\n$/);
+  }
+});
+
+/** A program for Apple's processors, as Go's linker makes and signs it: no machine of theirs is needed. */
+async function goProgram(t: TestScope): Promise<Buffer | undefined> {
+  const folder = temporaryFolder(t);
+  writeFileSync(join(folder, "go.mod"), "module hello\n");
+  writeFileSync(join(folder, "main.go"), "package main\n\nfunc main() {}\n");
+  const env = { GOOS: "darwin", GOARCH: "arm64", GOCACHE: join(folder, "cache"), GOFLAGS: "" };
+  try {
+    const command: [string, string] = ["go", "build"];
+    await runCommand(["-o", "hello", "."], { command, cwd: folder, env });
+    return readFileSync(join(folder, "hello"));
+  } catch (error) {
+    if (process.env.IMGPULL_INTEROP === "required") throw error;
+    return undefined;
+  }
+}
+
+test("the reader of signatures takes what Go's linker signs, and no other byte", async (t) => {
+  const program = await goProgram(t);
+  if (program === undefined) return t.skip("missing here: go");
+  assert.deepEqual(
+    [readMachO(program).kind, readMachO(program).signature],
+    ["Mach-O arm64", "ad hoc"],
+  );
+  for (const at of [5000, program.length - 1]) {
+    const changed = Buffer.from(program);
+    changed[at] = (changed[at] ?? 0) ^ 1;
+    assert.throws(() => readMachO(changed), /is signed as it is/);
+  }
+});
+
 describe("binaries", { skip: reasonToSkip() }, () => {
   for (const target of built) {
     test(`${target}: the command as it is in dist/, in a Node that starts it`, () => {
       const file = readFileSync(fileOf(target));
-      const { kind, blob, isSigned, symbols } = readExecutable(file);
+      const { kind, blob, signature, symbols } = readExecutable(file);
       assert.equal(kind, KINDS[target]);
       assert.equal(blob?.readUInt32LE(0), 0x143da20, "Node's mark of a single executable");
       assert.ok(blob.includes(script), "the blob holds another command than dist/imgpull.cjs");
@@ -235,7 +302,7 @@ describe("binaries", { skip: reasonToSkip() }, () => {
         ["1"],
       );
       assert.equal(symbols, 0);
-      assert.equal(isSigned, target.startsWith("darwin-") && process.platform === "darwin");
+      assert.equal(signature, target.startsWith("darwin-") ? "ad hoc" : "none");
     });
 
     test(`${target}: the download is the binary, the same wherever it is packed`, () => {
