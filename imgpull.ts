@@ -3274,14 +3274,16 @@ function addRange(ranges: Ranges, [from, to]: Range): Ranges {
   return [...ranges.filter(isApart), merged].sort((left, right) => left[0] - right[0]);
 }
 
-/** What of [0, sizeBytes) is in none of them. */
-function missingRanges(ranges: Ranges, sizeBytes: number): Ranges {
+/** What of a range is in none of them. */
+function missingRanges(ranges: Ranges, [from, to]: Range): Ranges {
   const missing: Range[] = [];
-  let from = 0;
-  for (const [start, end] of [...ranges, [sizeBytes, sizeBytes] as const]) {
-    if (start > from) missing.push([from, start]);
-    from = end;
+  let at = from;
+  for (const [start, end] of ranges) {
+    if (start >= to) break;
+    if (start > at) missing.push([at, start]);
+    at = Math.max(at, end);
   }
+  if (at < to) missing.push([at, to]);
   return missing;
 }
 
@@ -3299,8 +3301,8 @@ function cutRange([from, to]: Range, unitBytes: number): Ranges {
 const nothingOf = (digest: string) => ({
   hash: newHash(digest),
   hashedTo: 0,
+  come: [] as Ranges,
   inPlace: [] as Ranges,
-  doneBytes: 0,
   unrecordedBytes: 0,
 });
 
@@ -3332,7 +3334,7 @@ class BlobState {
   }
   /** Bytes that have come, whether they are in place yet or not. */
   get doneBytes(): number {
-    return this.#now.doneBytes;
+    return lengthOf(this.#now.come);
   }
   get isDone(): boolean {
     return this.#isDone;
@@ -3347,23 +3349,29 @@ class BlobState {
     return this.#now.unrecordedBytes;
   }
 
-  missing(): Ranges {
-    return missingRanges(this.#now.inPlace, this.descriptor.size);
+  /** What of a range, or of all, has not come yet. */
+  missing(range: Range = [0, this.descriptor.size]): Ranges {
+    return missingRanges(this.#now.come, range);
   }
 
   /** What an earlier run put in place is gone on with. Where the disk lost it, that is not the registry's fault. */
   resume(ranges: Ranges): void {
+    this.#now.come = ranges;
     this.#now.inPlace = ranges;
-    this.#now.doneBytes = lengthOf(ranges);
-    if (this.#now.doneBytes === 0) return;
+    if (ranges.length === 0) return;
     this.#sources.length = 0;
     this.#restartsLeft += 1;
   }
 
-  /** Bytes came. */
-  accept(position: number, bytes: Buffer): void {
-    this.hashInOrder(position, bytes);
-    this.#now.doneBytes = Math.min(this.descriptor.size, this.#now.doneBytes + bytes.length);
+  /** Bytes came: gives back those that had not come before, each piece with its position. */
+  accept(position: number, bytes: Buffer): [position: number, bytes: Buffer][] {
+    const isNew = this.missing([position, position + bytes.length]);
+    return isNew.map(([from, to]) => {
+      const piece = bytes.subarray(from - position, to - position);
+      this.hashInOrder(from, piece);
+      this.#now.come = addRange(this.#now.come, [from, to]);
+      return [from, piece];
+    });
   }
 
   /** Takes bytes into the hash where their turn has come: others are read back later. */
@@ -3533,22 +3541,26 @@ class Schedule {
 
   /** Leaves a range to the connection that fetches what lies before it, if there is one. */
   giveBack(segment: Segment): boolean {
-    const isNeighbour = (other: Segment) =>
-      other.blob === segment.blob && other.to === segment.at && !other.isComplete;
-    const neighbour = [...this.#active].find(isNeighbour);
+    const isBefore = (other: Segment) =>
+      other.blob === segment.blob && other.to <= segment.at && !other.isComplete;
+    const neighbour = [...this.#active].filter(isBefore).sort((a, b) => b.to - a.to)[0];
     if (!neighbour) return false;
     neighbour.to = segment.to;
     segment.to = segment.at;
     return true;
   }
 
-  /** Takes along what nobody has begun, up to a range that is under way: no byte may come twice. */
-  absorbQueued(segment: Segment): void {
-    const follows = ({ blob, at }: Segment) => blob === segment.blob && at >= segment.to;
-    const starts = [...this.#active].filter(follows).map(({ at }) => at);
-    const edge = Math.min(...starts, segment.blob.descriptor.size);
+  /** The registry gives only whole blobs: one connection for each. */
+  stopRanges(segment: Segment): "left to another" | "has to fetch the whole" {
+    segment.blob.registry.acceptsRanges = false;
+    if (this.giveBack(segment)) return "left to another";
+    this.#absorbQueued(segment);
+    return "has to fetch the whole";
+  }
 
-    const isAbsorbed = (queued: Segment) => follows(queued) && queued.at < edge;
+  /** Takes along what nobody has begun. */
+  #absorbQueued(segment: Segment): void {
+    const isAbsorbed = ({ blob, at }: Segment) => blob === segment.blob && at >= segment.to;
     const absorbed = this.#pending.filter(isAbsorbed);
     this.#pending = this.#pending.filter((queued) => !absorbed.includes(queued));
     segment.to = Math.max(segment.to, ...absorbed.map(({ to }) => to));
@@ -3599,7 +3611,7 @@ class Change {
 /** Bytes of a blob as they come: [position, end) of it. `doing` is what an error says of it. */
 type Opened = Readonly<{ stream: Readable; doing: string; position: number; end: number }>;
 
-/** What an answer to a request for [at, to) of a blob holds, by its status and headers; or what is wrong with it. */
+/** What an answer to a request for a range of a blob holds, by its status and headers; or what is wrong with it. */
 function judgeAnswer(
   { status, headers }: Pick<Answer, "status" | "headers">,
   [at, to]: Range,
@@ -3609,11 +3621,12 @@ function judgeAnswer(
   let end = sizeBytes;
   if (status === 206) {
     const contentRange = headers["content-range"] ?? "none";
-    const [, first, last, total] = /^bytes (\d+)-(\d+)\/(\d+|\*)$/.exec(contentRange) ?? [];
+    const [, first, last, total] = /^bytes[ =](\d+)-(\d+)\/(\d+|\*)$/i.exec(contentRange) ?? [];
     position = Number(first);
     end = Number(last) + 1;
     const isTotal = total === "*" || Number(total) === sizeBytes;
-    if (position !== at || !(end > at && end <= sizeBytes) || !isTotal) {
+    const isUseful = position <= at && at < end && end <= sizeBytes; // more than was asked for is not wrong
+    if (!isTotal || !isUseful) {
       const got = printable(contentRange, 80);
       const reason = `asked for bytes ${at}-${to - 1} of ${sizeBytes}, got "${got}"`;
       return { code: "PROTOCOL", reason };
@@ -3627,12 +3640,22 @@ function judgeAnswer(
   return { position, end };
 }
 
+/** Whether it may be the Range that a server or its storage host does not like: what it answers is about as varied as
+ *  servers are. Statuses that mean the same with and without one are left out. */
+function isRangeRefusal(error: unknown): boolean {
+  if (!(error instanceof ImgpullError)) return false;
+  const { status = 0, retryAfterMs = 0 } = error;
+  if ([401, 407, 408, 425, 429].includes(status)) return false;
+  return status >= 400 && retryAfterMs === 0; // who says when to come back means the whole as well
+}
+
 function openSource({ handle, offset }: Place, { at, to }: Segment): Opened {
   const stream = Readable.from(readPlace(handle, offset + at, offset + to));
   return { stream, doing: "reading a tar at hand", position: at, end: to };
 }
 
-/** Asks for what a segment still lacks. Undefined where another connection brings it. */
+/** Asks for what a segment still lacks. Undefined where that gave nothing to read, and what to do next has changed: a
+ *  server that refuses a range, or does not keep to it, is asked once for the whole, and no more for ranges. */
 async function openSegment(
   schedule: Schedule,
   segment: Segment,
@@ -3643,28 +3666,32 @@ async function openSegment(
   const { size } = descriptor;
   if (source) return openSource(source, segment);
 
-  const answer = await registry.blob(descriptor, at, to, signal);
-  const { body, status, url } = answer;
-  if (!body) return undefined;
+  const whole: Range = [0, size];
+  const isRanged = registry.acceptsRanges && to - at < size;
+  const range: Range = isRanged ? [at, to] : whole;
+  const asking = registry.blob(descriptor, ...range, signal);
+  const answer = await asking.catch((error: unknown) => {
+    if (!isRanged || !isRangeRefusal(error)) throw error;
+    schedule.stopRanges(segment);
+  });
+  if (!answer?.body) return undefined;
 
-  const judged = judgeAnswer(answer, [at, to], size);
+  const { body, status } = answer;
+  const doing = `GET ${redactUrl(answer.url)}`;
+  const judged = judgeAnswer(answer, range, size);
   if ("code" in judged) {
     body.destroy();
-    return fail(judged.code, `GET ${redactUrl(url)}: ${judged.reason}`, { status });
+    if (!isRanged || status !== 206) fail(judged.code, `${doing}: ${judged.reason}`, { status });
+    schedule.stopRanges(segment);
+    return undefined;
+  }
+  if (isRanged && status !== 206 && schedule.stopRanges(segment) === "left to another") {
+    body.destroy();
+    return undefined;
   }
 
-  const isWhole = at === 0 && to === size;
-  if (status !== 206 && !isWhole) {
-    registry.acceptsRanges = false;
-    if (schedule.giveBack(segment)) {
-      body.destroy();
-      return undefined;
-    }
-    schedule.absorbQueued(segment);
-  }
-
-  const stream = decodeBody(body, judged.end - judged.position);
-  return { stream, doing: `GET ${redactUrl(url)}`, ...judged };
+  const { position, end } = judged;
+  return { stream: decodeBody(body, end - position), doing, position, end };
 }
 
 // ------ The batch writer ------
@@ -3674,24 +3701,21 @@ async function openSegment(
 class BatchWriter {
   readonly #stream: Readable;
   readonly #write: (position: number, chunks: Buffer[]) => Promise<void>;
-  #position: number; // of the batch in the blob
+  #position = 0; // of the batch in the blob
   #batch: Buffer[] = [];
   #batchBytes = 0;
   #underWay = 0;
   #writing: Promise<unknown> = Promise.resolve();
 
-  constructor(
-    stream: Readable,
-    position: number,
-    write: (position: number, chunks: Buffer[]) => Promise<void>,
-  ) {
+  constructor(stream: Readable, write: (position: number, chunks: Buffer[]) => Promise<void>) {
     this.#stream = stream;
-    this.#position = position;
     this.#write = write;
   }
 
-  add(chunk: Buffer): void {
-    if (chunk.length === 0) return;
+  add(position: number, chunk: Buffer): void {
+    const follows = position === this.#position + this.#batchBytes;
+    if (!follows && this.#batchBytes > 0) this.#flush();
+    if (!follows) this.#position = position;
     this.#batch.push(chunk);
     this.#batchBytes += chunk.length;
     if (this.#batchBytes >= TUNING.batchBytes) this.#flush();
@@ -3974,18 +3998,16 @@ class Transfer {
 
     const { stream, doing, end } = opened;
     let { position } = opened;
-    const writer = new BatchWriter(stream, segment.at, (at, chunks) =>
-      this.#write(blob, at, chunks),
-    );
+    const writer = new BatchWriter(stream, (at, chunks) => this.#write(blob, at, chunks));
     // Events rather than an iterator, which makes promises for each chunk.
     stream.on("data", (chunk: Buffer) => {
       const skipped = Math.min(chunk.length, Math.max(0, segment.at - position));
       const wanted = chunk.subarray(skipped, skipped + segment.remainingBytes);
       position += chunk.length;
-      this.#accept(segment, wanted);
+      const pieces = this.#accept(segment, wanted);
       // More than belongs there, or another connection has taken the rest over: no need to hear it to its end.
       if (position > end || (segment.isComplete && position < end)) stream.destroy();
-      writer.add(wanted);
+      for (const piece of pieces) writer.add(...piece);
     });
 
     const cause = await finished(stream, { signal: this.signal }).then(ignore, (error) => error);
@@ -4002,12 +4024,14 @@ class Transfer {
     }
   }
 
-  #accept(segment: Segment, bytes: Buffer): void {
+  #accept(segment: Segment, bytes: Buffer) {
     const { blob } = segment;
-    blob.accept(segment.at, bytes);
+    const pieces = blob.accept(segment.at, bytes);
     segment.at += bytes.length;
-    if (blob.source) this.#reusedBytes += bytes.length;
-    else this.#fetchedBytes += bytes.length;
+    const newBytes = sumOf(pieces, ([, piece]) => piece.length);
+    if (blob.source) this.#reusedBytes += newBytes;
+    else this.#fetchedBytes += newBytes;
+    return pieces;
   }
 
   async #write(blob: BlobState, position: number, chunks: Buffer[]): Promise<void> {

@@ -2066,13 +2066,15 @@ function addRange(ranges, [from, to]) {
   const merged = [Math.min(...edges), Math.max(...edges)];
   return [...ranges.filter(isApart), merged].sort((left, right) => left[0] - right[0]);
 }
-function missingRanges(ranges, sizeBytes) {
+function missingRanges(ranges, [from, to]) {
   const missing = [];
-  let from = 0;
-  for (const [start, end] of [...ranges, [sizeBytes, sizeBytes]]) {
-    if (start > from) missing.push([from, start]);
-    from = end;
+  let at = from;
+  for (const [start, end] of ranges) {
+    if (start >= to) break;
+    if (start > at) missing.push([at, start]);
+    at = Math.max(at, end);
   }
+  if (at < to) missing.push([at, to]);
   return missing;
 }
 function cutRange([from, to], unitBytes) {
@@ -2083,8 +2085,8 @@ function cutRange([from, to], unitBytes) {
 var nothingOf = (digest) => ({
   hash: newHash(digest),
   hashedTo: 0,
+  come: [],
   inPlace: [],
-  doneBytes: 0,
   unrecordedBytes: 0
 });
 var BlobState = class {
@@ -2113,7 +2115,7 @@ var BlobState = class {
   }
   /** Bytes that have come, whether they are in place yet or not. */
   get doneBytes() {
-    return this.#now.doneBytes;
+    return lengthOf(this.#now.come);
   }
   get isDone() {
     return this.#isDone;
@@ -2127,21 +2129,27 @@ var BlobState = class {
   get unrecordedBytes() {
     return this.#now.unrecordedBytes;
   }
-  missing() {
-    return missingRanges(this.#now.inPlace, this.descriptor.size);
+  /** What of a range, or of all, has not come yet. */
+  missing(range = [0, this.descriptor.size]) {
+    return missingRanges(this.#now.come, range);
   }
   /** What an earlier run put in place is gone on with. Where the disk lost it, that is not the registry's fault. */
   resume(ranges) {
+    this.#now.come = ranges;
     this.#now.inPlace = ranges;
-    this.#now.doneBytes = lengthOf(ranges);
-    if (this.#now.doneBytes === 0) return;
+    if (ranges.length === 0) return;
     this.#sources.length = 0;
     this.#restartsLeft += 1;
   }
-  /** Bytes came. */
+  /** Bytes came: gives back those that had not come before, each piece with its position. */
   accept(position, bytes) {
-    this.hashInOrder(position, bytes);
-    this.#now.doneBytes = Math.min(this.descriptor.size, this.#now.doneBytes + bytes.length);
+    const isNew = this.missing([position, position + bytes.length]);
+    return isNew.map(([from, to]) => {
+      const piece = bytes.subarray(from - position, to - position);
+      this.hashInOrder(from, piece);
+      this.#now.come = addRange(this.#now.come, [from, to]);
+      return [from, piece];
+    });
   }
   /** Takes bytes into the hash where their turn has come: others are read back later. */
   hashInOrder(position, bytes) {
@@ -2269,19 +2277,23 @@ var Schedule = class {
   }
   /** Leaves a range to the connection that fetches what lies before it, if there is one. */
   giveBack(segment) {
-    const isNeighbour = (other) => other.blob === segment.blob && other.to === segment.at && !other.isComplete;
-    const neighbour = [...this.#active].find(isNeighbour);
+    const isBefore = (other) => other.blob === segment.blob && other.to <= segment.at && !other.isComplete;
+    const neighbour = [...this.#active].filter(isBefore).sort((a, b) => b.to - a.to)[0];
     if (!neighbour) return false;
     neighbour.to = segment.to;
     segment.to = segment.at;
     return true;
   }
-  /** Takes along what nobody has begun, up to a range that is under way: no byte may come twice. */
-  absorbQueued(segment) {
-    const follows = ({ blob, at }) => blob === segment.blob && at >= segment.to;
-    const starts = [...this.#active].filter(follows).map(({ at }) => at);
-    const edge = Math.min(...starts, segment.blob.descriptor.size);
-    const isAbsorbed = (queued) => follows(queued) && queued.at < edge;
+  /** The registry gives only whole blobs: one connection for each. */
+  stopRanges(segment) {
+    segment.blob.registry.acceptsRanges = false;
+    if (this.giveBack(segment)) return "left to another";
+    this.#absorbQueued(segment);
+    return "has to fetch the whole";
+  }
+  /** Takes along what nobody has begun. */
+  #absorbQueued(segment) {
+    const isAbsorbed = ({ blob, at }) => blob === segment.blob && at >= segment.to;
     const absorbed = this.#pending.filter(isAbsorbed);
     this.#pending = this.#pending.filter((queued) => !absorbed.includes(queued));
     segment.to = Math.max(segment.to, ...absorbed.map(({ to }) => to));
@@ -2325,11 +2337,12 @@ function judgeAnswer({ status, headers }, [at, to], sizeBytes) {
   let end = sizeBytes;
   if (status === 206) {
     const contentRange = headers["content-range"] ?? "none";
-    const [, first, last, total] = /^bytes (\d+)-(\d+)\/(\d+|\*)$/.exec(contentRange) ?? [];
+    const [, first, last, total] = /^bytes[ =](\d+)-(\d+)\/(\d+|\*)$/i.exec(contentRange) ?? [];
     position = Number(first);
     end = Number(last) + 1;
     const isTotal = total === "*" || Number(total) === sizeBytes;
-    if (position !== at || !(end > at && end <= sizeBytes) || !isTotal) {
+    const isUseful = position <= at && at < end && end <= sizeBytes;
+    if (!isTotal || !isUseful) {
       const got = printable(contentRange, 80);
       const reason = `asked for bytes ${at}-${to - 1} of ${sizeBytes}, got "${got}"`;
       return { code: "PROTOCOL", reason };
@@ -2341,6 +2354,12 @@ function judgeAnswer({ status, headers }, [at, to], sizeBytes) {
     return { code: "SIZE_MISMATCH", reason: `${length} bytes, not ${end - position}` };
   return { position, end };
 }
+function isRangeRefusal(error) {
+  if (!(error instanceof ImgpullError)) return false;
+  const { status = 0, retryAfterMs = 0 } = error;
+  if ([401, 407, 408, 425, 429].includes(status)) return false;
+  return status >= 400 && retryAfterMs === 0;
+}
 function openSource({ handle, offset }, { at, to }) {
   const stream = Readable.from(readPlace(handle, offset + at, offset + to));
   return { stream, doing: "reading a tar at hand", position: at, end: to };
@@ -2350,42 +2369,48 @@ async function openSegment(schedule, segment, signal) {
   const { descriptor, registry, source } = blob;
   const { size } = descriptor;
   if (source) return openSource(source, segment);
-  const answer = await registry.blob(descriptor, at, to, signal);
-  const { body, status, url } = answer;
-  if (!body) return void 0;
-  const judged = judgeAnswer(answer, [at, to], size);
+  const whole = [0, size];
+  const isRanged = registry.acceptsRanges && to - at < size;
+  const range = isRanged ? [at, to] : whole;
+  const asking = registry.blob(descriptor, ...range, signal);
+  const answer = await asking.catch((error) => {
+    if (!isRanged || !isRangeRefusal(error)) throw error;
+    schedule.stopRanges(segment);
+  });
+  if (!answer?.body) return void 0;
+  const { body, status } = answer;
+  const doing = `GET ${redactUrl(answer.url)}`;
+  const judged = judgeAnswer(answer, range, size);
   if ("code" in judged) {
     body.destroy();
-    return fail(judged.code, `GET ${redactUrl(url)}: ${judged.reason}`, { status });
+    if (!isRanged || status !== 206) fail(judged.code, `${doing}: ${judged.reason}`, { status });
+    schedule.stopRanges(segment);
+    return void 0;
   }
-  const isWhole = at === 0 && to === size;
-  if (status !== 206 && !isWhole) {
-    registry.acceptsRanges = false;
-    if (schedule.giveBack(segment)) {
-      body.destroy();
-      return void 0;
-    }
-    schedule.absorbQueued(segment);
+  if (isRanged && status !== 206 && schedule.stopRanges(segment) === "left to another") {
+    body.destroy();
+    return void 0;
   }
-  const stream = decodeBody(body, judged.end - judged.position);
-  return { stream, doing: `GET ${redactUrl(url)}`, ...judged };
+  const { position, end } = judged;
+  return { stream: decodeBody(body, end - position), doing, position, end };
 }
 var BatchWriter = class {
   #stream;
   #write;
-  #position;
+  #position = 0;
   // of the batch in the blob
   #batch = [];
   #batchBytes = 0;
   #underWay = 0;
   #writing = Promise.resolve();
-  constructor(stream, position, write) {
+  constructor(stream, write) {
     this.#stream = stream;
-    this.#position = position;
     this.#write = write;
   }
-  add(chunk) {
-    if (chunk.length === 0) return;
+  add(position, chunk) {
+    const follows = position === this.#position + this.#batchBytes;
+    if (!follows && this.#batchBytes > 0) this.#flush();
+    if (!follows) this.#position = position;
     this.#batch.push(chunk);
     this.#batchBytes += chunk.length;
     if (this.#batchBytes >= TUNING.batchBytes) this.#flush();
@@ -2595,18 +2620,14 @@ var Transfer = class {
     if (!opened) return;
     const { stream, doing, end } = opened;
     let { position } = opened;
-    const writer = new BatchWriter(
-      stream,
-      segment.at,
-      (at, chunks) => this.#write(blob, at, chunks)
-    );
+    const writer = new BatchWriter(stream, (at, chunks) => this.#write(blob, at, chunks));
     stream.on("data", (chunk) => {
       const skipped = Math.min(chunk.length, Math.max(0, segment.at - position));
       const wanted = chunk.subarray(skipped, skipped + segment.remainingBytes);
       position += chunk.length;
-      this.#accept(segment, wanted);
+      const pieces = this.#accept(segment, wanted);
       if (position > end || segment.isComplete && position < end) stream.destroy();
-      writer.add(wanted);
+      for (const piece of pieces) writer.add(...piece);
     });
     const cause = await finished(stream, { signal: this.signal }).then(ignore, (error) => error);
     stream.destroy();
@@ -2623,10 +2644,12 @@ var Transfer = class {
   }
   #accept(segment, bytes) {
     const { blob } = segment;
-    blob.accept(segment.at, bytes);
+    const pieces = blob.accept(segment.at, bytes);
     segment.at += bytes.length;
-    if (blob.source) this.#reusedBytes += bytes.length;
-    else this.#fetchedBytes += bytes.length;
+    const newBytes = sumOf(pieces, ([, piece]) => piece.length);
+    if (blob.source) this.#reusedBytes += newBytes;
+    else this.#fetchedBytes += newBytes;
+    return pieces;
   }
   async #write(blob, position, chunks) {
     this.#observe(this);

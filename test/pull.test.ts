@@ -356,31 +356,122 @@ for (const [name, fault, requests] of [
   }
 }
 
-for (const [name, contentRange] of Object.entries({
-  "an earlier start": "bytes 99999-299998/300000",
-  "a later start": "bytes 100001-299999/300000",
-  "another total": "bytes 100000-299999/300001",
-  "an end beyond the blob": "bytes 100000-300000/300000",
-  "an end before the start": "bytes 100000-99999/300000",
-  "no range": "bytes */300000",
-  "another unit": "octets 100000-299999/300000",
-  "no header at all": null,
-})) {
-  test(`wrong Content-Range is refused: ${name}`, async (t) => {
+// ====== A range that is refused ======
+// A server that refuses a range, or does not keep to it, is asked once for the whole, and no more for ranges.
+
+const at = 100_000; // where the first answer breaks off
+const rest = (headers: Record<string, string | null>): Fault => ({ headers });
+const partial = (contentRange: string | null, body: Buffer): Fault => ({
+  status: 206,
+  headers: { "content-range": contentRange },
+  body,
+});
+const multipart: Fault = {
+  status: 206,
+  headers: { "content-type": "multipart/byteranges; boundary=x", "content-range": null },
+  body: Buffer.concat([Buffer.from("--x\r\n\r\n"), LARGE.bytes.subarray(at)]),
+};
+
+const REFUSED_RANGES: Record<string, Fault> = {
+  ...Object.fromEntries(
+    // containerd#11953, registry.k8s.io#333, harbor#16802 (416), and front ends of all kinds
+    [400, 403, 404, 405, 406, 412, 416, 500, 501, 502, 503, 505].map((status) => [
+      `answered ${status}`,
+      { status },
+    ]),
+  ),
+  "206 without Content-Range": rest({ "content-range": null }),
+  "206 of a later place": rest({ "content-range": "bytes 100001-299999/300000" }),
+  "206 of an earlier place only": rest({ "content-range": "bytes 0-99999/300000" }),
+  "206 of another total": rest({ "content-range": "bytes 100000-299999/300001" }),
+  "206 beyond the blob": rest({ "content-range": "bytes 100000-300000/300000" }),
+  "206 that ends before it starts": rest({ "content-range": "bytes 100000-99999/300000" }),
+  "206 of no range": rest({ "content-range": "bytes */300000" }),
+  "206 of another unit": rest({ "content-range": "octets 100000-299999/300000" }),
+  "206 with another length than it says": partial("bytes 100000-299999/300000", LARGE.bytes),
+  "multipart/byteranges": multipart,
+};
+
+for (const [name, fault] of Object.entries(REFUSED_RANGES)) {
+  test(`a range ${name}: the whole is asked for once, and no range any more`, async (t) => {
     const served = await serve(t, APP);
-    writeFileSync(served.dest, "precious");
-    served.registry.on({ ...LAYER, times: 1 }, { dropAfter: 100_000 });
-    const lie = served.registry.on(
-      { ...LAYER, ranged: true },
-      { headers: { "content-range": contentRange } },
+    const { registry } = served;
+    registry.on({ ...LAYER, times: 1 }, { dropAfter: at });
+    registry.on(
+      { digest: SMALL.digest, times: 1 },
+      { dropAfter: 10_000, wait: registry.arrived(LAYER, 3) },
     );
-    const error = await failure(pull(served.reference, served.dest));
-    assert.equal(error.code, "PROTOCOL", error.message);
-    assert.match(error.message, /100000-299999/);
-    assert.ok(lie.hits > 0);
-    assertUntouched(served);
+    const refusal = registry.on({ kind: "layer", ranged: true }, fault);
+    await pull(served.reference, served.dest);
+    assert.equal(refusal.hits, 1);
+    const ranges = registry.seen(LAYER).map(({ range }) => range);
+    assert.deepEqual(ranges, [undefined, `bytes=${at}-299999`, undefined]);
+    const others = registry.seen({ digest: SMALL.digest }).map(({ range }) => range);
+    assert.deepEqual(others, [undefined, undefined]);
+    await assertRight(t, served, APP);
+  });
+
+  test(`a range ${name} by the storage host alone`, async (t) => {
+    const served = await serve(t, APP, { storage: {} });
+    const { registry } = served;
+    registry.on({ kind: "layer" }, { redirect: "storage" });
+    registry.on({ kind: "storage", digest: LARGE.digest, times: 1 }, { dropAfter: at });
+    const refusal = registry.on({ kind: "storage", ranged: true }, fault);
+    await pull(served.reference, served.dest);
+    assert.equal(refusal.hits, 1);
+    assert.equal(registry.storageRequests(LARGE.digest).length, 3);
+    await assertRight(t, served, APP);
   });
 }
+
+for (const [name, fault] of Object.entries({
+  "of the whole": partial("bytes 0-299999/300000", LARGE.bytes),
+  "from the start of a block": partial("bytes 65536-299999/300000", LARGE.bytes.subarray(65_536)),
+  "in capitals": rest({ "content-range": "Bytes 100000-299999/300000" }),
+  "without a total": rest({ "content-range": "bytes 100000-299999/*" }),
+  "and 200 with all": { ignoreRange: true },
+} as Record<string, Fault>)) {
+  test(`a range answered with 206 ${name} is used for what it covers`, async (t) => {
+    const served = await serve(t, APP);
+    const { registry } = served;
+    registry.on({ ...LAYER, times: 1 }, { dropAfter: at });
+    const answer = registry.on({ ...LAYER, ranged: true }, fault);
+    const { fetchedBytes } = await pull(served.reference, served.dest);
+    assert.equal(answer.hits, 1);
+    assert.equal(registry.seen(LAYER).length, 2);
+    assert.equal(fetchedBytes, blobBytes(APP_IMAGE));
+    await assertRight(t, served, APP);
+  });
+}
+
+test("statuses that mean the same with and without a range are no refusal of one", async (t) => {
+  for (const [status, more] of [
+    [408, {}],
+    [425, {}],
+    [429, {}],
+    [503, { headers: { "retry-after": "1" } }],
+  ] as const) {
+    const served = await serve(t, APP);
+    const { registry } = served;
+    registry.on({ ...LAYER, times: 1 }, { dropAfter: at });
+    const once = registry.on({ ...LAYER, ranged: true, times: 1 }, { status, ...more });
+    await pull(served.reference, served.dest);
+    assert.equal(once.hits, 1);
+    const [, ...ranges] = registry.seen(LAYER).map(({ range }) => range);
+    assert.deepEqual(ranges, [`bytes=${at}-299999`, `bytes=${at}-299999`], `${status}`);
+    await assertRight(t, served, APP);
+  }
+});
+
+test("a server that refuses ranges, and the whole as well, is told of as it answers the whole", async (t) => {
+  const served = await serve(t, APP);
+  const { registry } = served;
+  registry.on({ ...LAYER, times: 1 }, { dropAfter: at });
+  registry.on(LAYER, { status: 403 });
+  const error = await failure(pull(served.reference, served.dest));
+  assert.equal(error.code, "FORBIDDEN");
+  assert.equal(registry.seen(LAYER).length, 3);
+});
 
 test("a failure that left bytes says so, and the next pull goes on from them to the byte", async (t) => {
   const served = await serve(t, APP);
