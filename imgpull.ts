@@ -9,6 +9,7 @@
  *
  * Every request that is made:
  *   GET and HEAD /v2/REPOSITORY/manifests/…, GET /v2/REPOSITORY/blobs/…, and what these redirect to (sections 6, 9)
+ *   with --referrers or --signed-by also GET /v2/REPOSITORY/referrers/… (sections 9, 13)
  *   GET or POST to the token endpoint that the registry names (section 8)
  *   CONNECT to a proxy that the environment names (section 6)
  *   GET of the `urls` of a foreign layer that the registry does not have, without any credential (section 9)
@@ -17,7 +18,7 @@
  *   --cert, --key, --cacert; the system's certificates; /etc/docker/certs.d/HOST/* (section 6)
  *   docker's and podman's credential files (section 8)
  *   --reuse, --since, DEST as it was, and what an earlier run left beside it (section 12)
- *   --from (section 16); the tar or folder to look at (section 15)
+ *   --from, --signed-by (section 16); the tar or folder to look at (section 15)
  * Every file that is written: DEST, and meanwhile DEST.partial with DEST.partial.journal, .lock and .old (section 12).
  * Every program that is run: docker-credential-NAME, where a credential file names it (section 8).
  *
@@ -31,7 +32,7 @@
  */
 
 // ====== 1. Imports, media types, limits ======
-import type { Hash } from "node:crypto";
+import type { Hash, KeyObject } from "node:crypto";
 import { once, setMaxListeners } from "node:events";
 import { appendFileSync } from "node:fs";
 import * as fs from "node:fs/promises";
@@ -83,6 +84,13 @@ const LIMITS = Object.freeze({
   unpackFloorBytes: 1024 * MIB, // nor has what is beyond this much besides
   indexDepth: 4, // an index inside an index; real ones are one or two deep
   indexEntries: 1024, // with `--platform all` each entry is a request
+  signatures: 1000, // of one image: each is a request
+  proofJsonDepth: 64, // a Sigstore bundle is some ten deep
+  proofJsonValues: 10_000, // and has some hundred values, where it has log entries
+  referrerPages: 100, // lists of less than ten are not worth pages
+  referrers: 1000, // of one image, and of its referrers: each is a request
+  referrerDepth: 4, // a signature of an attestation of an image is two deep
+  referrerManifestBytes: 64 * MIB, // all of them, which are in memory until DEST is written
   redirects: 10, // as browsers and Go have it
   tokenFloorMs: 60_000, // the token specification's default, and more than a skewed clock takes away
   firstBackoffMs: 1000, // most lost connections are back at once
@@ -272,6 +280,7 @@ type ErrorCode =
   | "TOO_LARGE"
   | "DIGEST_MISMATCH"
   | "SIZE_MISMATCH"
+  | "SIGNATURE"
   | "PROTOCOL"
   | "NETWORK"
   | "TIMEOUT"
@@ -1911,7 +1920,7 @@ interface FetchedManifest {
   readonly bytes: Buffer;
 }
 
-type ContentKind = "manifest" | "blob";
+type ContentKind = "manifest" | "blob" | "referrer";
 
 class Registry {
   readonly reference: Reference;
@@ -1944,6 +1953,39 @@ class Registry {
     const { bytes, where } = await this.#document("blob", digest, LIMITS.configBytes);
     if (bytes.length === size) return bytes;
     return fail("SIZE_MISMATCH", `${where}: ${bytes.length} bytes, not ${size}`);
+  }
+
+  /** The pages of the referrers endpoint; undefined where the registry has no such endpoint. */
+  async referrers(digest: string): Promise<Buffer[] | undefined> {
+    const pages: Buffer[] = [];
+    let url: URL | undefined = this.#urlOf("referrer", digest);
+
+    while (url) {
+      const page: { bytes: Buffer; next?: URL } | undefined = await this.#page(digest, url);
+      if (!page) return pages.length === 0 ? undefined : pages;
+      pages.push(page.bytes);
+      if (pages.length > LIMITS.referrerPages)
+        fail("TOO_LARGE", `${redactUrl(url)}: more than ${LIMITS.referrerPages} pages`);
+      url = page.next;
+    }
+    return pages;
+  }
+
+  /** One page, and where the next one is. A registry without the endpoint says 404, or with less sense 400 or 405. */
+  async #page(digest: string, url: URL): Promise<{ bytes: Buffer; next?: URL } | undefined> {
+    try {
+      return await withRetries(this.#session, async () => {
+        const { body, headers } = await this.#request("GET", "referrer", digest, { url });
+        const what = `the list of referrers ${redactUrl(url)}`;
+        const { manifestBytes } = LIMITS;
+        const bytes = await readBody(body as http.IncomingMessage, manifestBytes, what);
+        return { bytes, ...dropEmpty({ next: nextPage(headers.link, url) }) };
+      });
+    } catch (error) {
+      const status = error instanceof ImgpullError ? error.status : undefined;
+      if ([400, 404, 405].includes(status ?? 0)) return undefined;
+      throw error;
+    }
   }
 
   /** What HEAD tells of a manifest; undefined where the registry leaves something out. */
@@ -2081,6 +2123,20 @@ class Registry {
   }
 }
 
+/** Where a `Link` header has the next page (RFC 8288), which is the registry's own business or nobody's. */
+function nextPage(header: string | string[] | undefined, url: URL): URL | undefined {
+  const links = [header ?? []].flat().join(",");
+  const [, target] = /<([^>]*)>[^<]*;\s*rel="?next"?/i.exec(links) ?? [];
+  if (target === undefined) return undefined;
+
+  const next = URL.canParse(target, url) ? new URL(target, url) : undefined;
+  if (next?.origin !== url.origin)
+    return fail("PROTOCOL", `${redactUrl(url)}: its next page is on another host`);
+  const namespace = url.searchParams.get("ns");
+  if (namespace !== null) next.searchParams.set("ns", namespace);
+  return next;
+}
+
 /** What it is that a registry does not have. */
 function missingWords(
   { words }: Answer,
@@ -2190,7 +2246,7 @@ function parseDescriptor(value: unknown, where: string): Descriptor {
   const refuse = (reason: string): never => fail("PROTOCOL", `${where}: ${reason}`);
   if (!isRecord(value)) return refuse("a descriptor is not an object");
 
-  const { mediaType, digest, size, urls, platform } = value;
+  const { mediaType, digest, size, urls, platform, annotations } = value;
   if (!isDigest(digest)) return refuse(`${quote(digest)} is not a digest that is safe to use`);
   const isSize = typeof size === "number" && Number.isSafeInteger(size) && size >= 0;
   if (!isSize)
@@ -2205,9 +2261,17 @@ function parseDescriptor(value: unknown, where: string): Descriptor {
     ...dropEmpty({
       urls: isUrlList ? (urls as string[]) : undefined,
       platform: isRecord(platform) ? parsePlatform(platform) : undefined,
+      annotations: isRecord(annotations) ? textsIn(annotations) : undefined,
     }),
   };
 }
+
+const textsIn = (value: Record<string, unknown>): Record<string, string> =>
+  Object.fromEntries(
+    Object.entries(value).filter(
+      (entry): entry is [string, string] => typeof entry[1] === "string",
+    ),
+  );
 
 /** A value from outside as it stands in a sentence; never an object, which may be too deep for JSON.stringify. */
 function quote(value: unknown): string {
@@ -2310,11 +2374,27 @@ interface ImageContent {
   readonly configBytes?: Buffer;
 }
 
+/** What travels with an image and is none: what refers to `subject`, or the index that such proof is of. */
+type Companion = Readonly<{
+  registry: Registry;
+  top: FetchedManifest;
+  manifests: readonly FetchedManifest[];
+  contents: readonly ImageContent[];
+  subject?: string;
+  artifactType?: string;
+  kind?: string;
+}>;
+
 /** What one reference came to: the manifests to keep, `top` (what index.json points at) first, and the images. */
 type ResolvedImage = Readonly<{
   reference: Reference;
   name: string;
   registry: Registry;
+  /** What the reference itself names: `top`, or the index that it was chosen from. */
+  asked: FetchedManifest;
+  companions?: readonly Companion[];
+  /** Which of the two `cosign verify --local-image` is to check, and as what. */
+  kind?: string;
   top: FetchedManifest;
   manifests: readonly FetchedManifest[];
   contents: readonly ImageContent[];
@@ -2338,7 +2418,7 @@ async function resolveImage(
 
   // What has no tag is named by the digest that DEST holds, so that the printed line gives the same name again.
   const finalName = name.replace(/@.*$/, `@${found.top.digest}`);
-  return { reference, registry, name: finalName, ...found };
+  return { reference, registry, name: finalName, asked, ...found };
 
   async function findImages(): Promise<FoundImages> {
     const readChild = childrenOf(registry, where);
@@ -2630,8 +2710,9 @@ const blobPath = (digest: string): string => `blobs/${digest.replace(":", "/")}`
 /** Where an index has an image's name: containerd reads the first, skopeo and podman the second. */
 const NAME_KEYS = ["io.containerd.image.name", "org.opencontainers.image.ref.name"] as const;
 
-function indexEntry({ name, top }: ResolvedImage): unknown {
-  const annotations = Object.fromEntries(NAME_KEYS.map((key) => [key, name]));
+function indexEntry({ name, top, kind }: ResolvedImage): unknown {
+  const names = Object.fromEntries(NAME_KEYS.map((key) => [key, name]));
+  const annotations = { ...names, ...dropEmpty({ kind }) };
   return { mediaType: top.mediaType, digest: top.digest, size: top.bytes.length, annotations };
 }
 
@@ -4385,7 +4466,8 @@ function mergeIndex(
   before: Record<string, unknown>,
   ours: { manifests: Descriptor[] },
 ): Record<string, unknown> {
-  const nameOf = ({ annotations }: Descriptor) => annotations?.[NAME_KEYS[1]];
+  // What has no name is known by its digest: it is what refers to an image.
+  const nameOf = ({ annotations, digest }: Descriptor) => annotations?.[NAME_KEYS[1]] ?? digest;
   const names = new Set(ours.manifests.map(nameOf));
   const listed = Array.isArray(before.manifests) ? (before.manifests as Descriptor[]) : [];
   const others = listed.filter((entry) => !names.has(nameOf(entry)));
@@ -4508,7 +4590,496 @@ async function pullToStream(job: PullJob, output: NodeJS.WritableStream): Promis
   return transfer;
 }
 
-// ====== 13. Puller ======
+// ====== 13. Proof ======
+// What refers to an image (signatures, attestations, SBOMs), and whether a given key has signed it. SPEC §11.
+// Invariant: a list's word is no proof. What a referrer is stands in its own manifest, and what it says of an image
+// counts once one of the keys has signed just that.
+
+// ------ Keys ------
+
+/** A public key, and the hashes that a signature by it may have been made with; Ed25519 has its own within. */
+interface SignerKey {
+  readonly publicKey: KeyObject;
+  readonly hashes: readonly (string | null)[];
+}
+
+/** What cosign signs with, by curve. P-384 and P-521 had SHA-256 in cosign 1 and 2, sigstore-go takes both. */
+const HASHES_OF_CURVE = new Map([
+  ["prime256v1", ["sha256"]],
+  ["secp384r1", ["sha384", "sha256"]],
+  ["secp521r1", ["sha512", "sha256"]],
+]);
+
+/** Other things that come in PEM, each with what to do instead. Nothing of the text is ever quoted. */
+const NOT_PUBLIC_KEYS: readonly (readonly [label: RegExp, words: string])[] = [
+  [/PRIVATE KEY/, "a private key, which does not belong here: give the public one (cosign.pub)"],
+  [
+    /CERTIFICATE/,
+    "a certificate, and chains are not checked here: give its key (openssl x509 -pubkey -noout)",
+  ],
+  [/PGP/, "a PGP key, which cosign does not sign with"],
+];
+
+/** Reads one PEM public key. `name` is what the user called it. */
+function parsePublicKey(pem: string, name: string): SignerKey {
+  const refuse = (reason: string): never =>
+    fail("BAD_OPTION", `the key ${printable(name)} is ${reason}`);
+  const labels = Array.from(
+    pem.matchAll(/-----BEGIN ([A-Z0-9 ]+)-----/g),
+    ([, label = ""]) => label,
+  );
+
+  const other = NOT_PUBLIC_KEYS.find(([pattern]) => labels.some((label) => pattern.test(label)));
+  if (other) return refuse(other[1]);
+  if (labels.length > 1)
+    return refuse("more than one key: give each with a --signed-by of its own");
+  // createPublicKey would take a private key or a certificate too, so the label is looked at first.
+  if (!/^(RSA )?PUBLIC KEY$/.test(labels[0] ?? ""))
+    return refuse("no PEM public key (-----BEGIN PUBLIC KEY-----)");
+
+  const publicKey = decodePublicKey(pem);
+  if (!publicKey) return refuse("damaged: its PEM does not hold a public key");
+  return { publicKey, hashes: hashesOf(publicKey, refuse) };
+}
+
+function decodePublicKey(pem: string): KeyObject | undefined {
+  try {
+    return load("node:crypto").createPublicKey(pem);
+  } catch {
+    return undefined; // OpenSSL's words say nothing to a user
+  }
+}
+
+function hashesOf(
+  { asymmetricKeyType: type, asymmetricKeyDetails: details = {} }: KeyObject,
+  refuse: (reason: string) => never,
+): readonly (string | null)[] {
+  if (type === "ed25519") return [null];
+  if (type === "rsa" && (details.modulusLength ?? 0) < 2048)
+    return refuse("an RSA key of less than 2048 bits, which anyone may have broken");
+  if (type === "rsa") return ["sha256"];
+
+  const hashes = type === "ec" ? HASHES_OF_CURVE.get(details.namedCurve ?? "") : undefined;
+  if (hashes) return hashes;
+  const kind = printable(details.namedCurve ?? String(type), 40);
+  return refuse(`a key of the kind ${kind}: cosign's are ECDSA P-256, P-384, P-521, RSA, Ed25519`);
+}
+
+const isSignedBy = (keys: readonly SignerKey[], message: Buffer, signature: Buffer): boolean =>
+  keys.some(({ publicKey, hashes }) =>
+    hashes.some((hash) => load("node:crypto").verify(hash, message, publicKey, signature)),
+  );
+
+// ------ Signatures ------
+
+/** What a signature is worth for the digests that would do, and the keys given. */
+type Verdict = "good" | "keyless" | "other key" | "other subject" | "unreadable";
+
+const SIMPLE_SIGNING = "application/vnd.dev.cosign.simplesigning.v1+json";
+const BUNDLE = "application/vnd.dev.sigstore.bundle";
+const BUNDLE_VERSIONS = [`${BUNDLE}.v0.3+json`, `${BUNDLE}+json;version=0.3`];
+const IN_TOTO = "application/vnd.in-toto+json";
+
+const isSignature = ({ mediaType }: Descriptor): boolean =>
+  mediaType === SIMPLE_SIGNING || mediaType.startsWith(BUNDLE);
+
+/** What the bytes of a layer that may be a signature are worth. A key is asked first, then what it has signed. */
+function judgeSignature(
+  { mediaType, annotations = {} }: Descriptor,
+  bytes: Buffer,
+  digests: readonly string[],
+  keys: readonly SignerKey[],
+): Verdict {
+  const isPayload = mediaType === SIMPLE_SIGNING;
+  return isPayload
+    ? judgePayload(annotations, bytes, digests, keys)
+    : judgeBundle(bytes, digests, keys);
+}
+
+/** cosign's first form: the layer's bytes are the payload, and an annotation of the layer is the signature. */
+function judgePayload(
+  annotations: Readonly<Record<string, string>>,
+  payload: Buffer,
+  digests: readonly string[],
+  keys: readonly SignerKey[],
+): Verdict {
+  const signature = fromBase64(annotations["dev.cosignproject.cosign/signature"]);
+  const isKeyless = "dev.sigstore.cosign/certificate" in annotations;
+  if (!isSignedBy(keys, payload, signature)) return isKeyless ? "keyless" : "other key";
+
+  const critical = recordIn(parseJson(payload), "critical");
+  if (critical.type !== "cosign container image signature") return "unreadable";
+  const subject = recordIn(critical, "image")["docker-manifest-digest"];
+  return digests.some((digest) => digest === subject) ? "good" : "other subject";
+}
+
+/** cosign's second form: a Sigstore bundle, in it a DSSE envelope, in it an in-toto statement of any predicate. */
+function judgeBundle(
+  bytes: Buffer,
+  digests: readonly string[],
+  keys: readonly SignerKey[],
+): Verdict {
+  const bundle = recordIn(parseSmallJson(bytes));
+  const { payloadType, payload, signatures } = recordIn(bundle, "dsseEnvelope");
+  // A bundle has exactly one signature, though an envelope may have more (sigstore-go refuses such a bundle too).
+  const isEnvelope =
+    payloadType === IN_TOTO && Array.isArray(signatures) && signatures.length === 1;
+  if (!BUNDLE_VERSIONS.includes(String(bundle.mediaType)) || !isEnvelope) return "unreadable";
+
+  const statement = fromBase64(payload);
+  const message = encodePreAuthentication(IN_TOTO, statement);
+  const signature = fromBase64(recordIn(signatures[0]).sig);
+  const { certificate, x509CertificateChain } = recordIn(bundle, "verificationMaterial");
+  const isKeyless = (certificate ?? x509CertificateChain) !== undefined;
+  if (!isSignedBy(keys, message, signature)) return isKeyless ? "keyless" : "other key";
+
+  return judgeStatement(statement, digests);
+}
+
+/** What a DSSE signature is over (its specification, "Pre-Authentication Encoding"). */
+function encodePreAuthentication(payloadType: string, payload: Buffer): Buffer {
+  const head = `DSSEv1 ${Buffer.byteLength(payloadType)} ${payloadType} ${payload.length} `;
+  return Buffer.concat([Buffer.from(head, "utf8"), payload]);
+}
+
+/** An in-toto statement that a key has vouched for: is one of the digests among its subjects? */
+function judgeStatement(bytes: Buffer, digests: readonly string[]): Verdict {
+  const { _type: type, subject: subjects } = recordIn(parseJson(bytes));
+  const isStatement = typeof type === "string" && type.startsWith("https://in-toto.io/Statement/");
+  if (!isStatement || !Array.isArray(subjects)) return "unreadable";
+
+  const isNamed = digests.some((digest) =>
+    subjects.some((subject) => recordIn(subject, "digest")[algorithmOf(digest)] === hexOf(digest)),
+  );
+  return isNamed ? "good" : "other subject";
+}
+
+/** The object at a path of keys, or an empty one: what is not there has no fields. */
+function recordIn(value: unknown, ...keys: readonly string[]): Record<string, unknown> {
+  let record = isRecord(value) ? value : {};
+  for (const key of keys) {
+    const inner = Object.hasOwn(record, key) ? record[key] : undefined;
+    record = isRecord(inner) ? inner : {};
+  }
+  return record;
+}
+
+const fromBase64 = (text: unknown): Buffer =>
+  Buffer.from(typeof text === "string" ? text : "", "base64");
+
+/**
+ * JSON that no key has vouched for yet. Undefined where it is deeper, or has more values, than what it claims to be: a
+ * value takes some fifty times the memory of the two bytes that it can be written with.
+ */
+function parseSmallJson(bytes: Buffer): unknown {
+  let depth = 0;
+  let values = 0;
+
+  for (let at = 0; at < bytes.length; at += 1) {
+    const character = String.fromCharCode(bytes[at] as number);
+    if (character === '"') at = endOfText(bytes, at);
+    if ("{[,".includes(character)) values += 1;
+    if ("{[".includes(character)) depth += 1;
+    if ("}]".includes(character)) depth -= 1;
+    if (depth > LIMITS.proofJsonDepth || values > LIMITS.proofJsonValues) return undefined;
+  }
+  return parseJson(bytes);
+}
+
+/** Where the JSON text that begins at `start` ends: at the next quote that no backslash escapes. */
+function endOfText(bytes: Buffer, start: number): number {
+  const isBackslash = (at: number): boolean => bytes[at] === 0x5c;
+
+  for (let end = bytes.indexOf('"', start + 1); end >= 0; end = bytes.indexOf('"', end + 1)) {
+    let escapes = 0;
+    while (isBackslash(end - 1 - escapes)) escapes += 1;
+    if (escapes % 2 === 0) return end;
+  }
+  return bytes.length;
+}
+
+// ------ Finding what refers to an image ------
+
+/** cosign's tags for what belongs to `sha256-HEX`, and how `cosign save` marks the first two in index.json. */
+const COSIGN_TAGS: readonly Readonly<{ suffix: string; kind?: string }>[] = [
+  { suffix: ".sig", kind: "dev.cosignproject.cosign/sigs" },
+  { suffix: ".att", kind: "dev.cosignproject.cosign/atts" },
+  { suffix: ".sbom" },
+];
+
+/** The tag that stands for the referrers endpoint (distribution specification, "Referrers Tag Schema"). */
+const referrersTag = (digest: string): string =>
+  `${algorithmOf(digest)}-${hexOf(digest).slice(0, 64)}`;
+
+/** Where something that may refer to `subject` is: by a digest that a list names, or by a tag of cosign's. */
+type ReferrerPlace = Readonly<{ subject: string; digest?: string; tag?: string; kind?: string }>;
+
+/** Looks for what refers to manifests of one repository, and to that in turn; it alone counts what was found. */
+class ReferrerSearch {
+  readonly #session: Session;
+  readonly #registry: Registry;
+  readonly #where: string;
+  readonly #subjects: readonly string[];
+  readonly #found = new Map<string, Companion>(); // by digest
+  #manifestBytes = 0;
+
+  constructor(session: Session, registry: Registry, subjects: readonly string[]) {
+    this.#session = session;
+    this.#registry = registry;
+    this.#where = formatReference(registry.reference);
+    this.#subjects = subjects;
+  }
+
+  /** Sorted by digest: lists have no order, and the same bytes are promised. */
+  async run(): Promise<Companion[]> {
+    const { concurrency } = this.#session.settings;
+    let level = this.#subjects;
+
+    for (let depth = 0; depth < LIMITS.referrerDepth && level.length > 0; depth += 1) {
+      const lists = await mapConcurrently(level, concurrency, (each) => this.#placesOf(each));
+      const places = lists.flat();
+      const referrers = await mapConcurrently(places, concurrency, (each) => this.#fetch(each));
+      const fresh = referrers.filter((each) => each !== undefined && this.#add(each));
+      level = fresh.map((each) => (each as Companion).top.digest);
+    }
+    return [...this.#found.values()].sort(byDigest);
+  }
+
+  /** False for what is known already, as a referrer or as one of the subjects. */
+  #add(referrer: Companion): boolean {
+    const { digest } = referrer.top;
+    if (this.#found.has(digest) || this.#subjects.includes(digest)) return false;
+
+    this.#found.set(digest, referrer);
+    this.#checkCount(this.#found.size);
+    this.#manifestBytes += sumOf(referrer.manifests, ({ bytes }) => bytes.length);
+    const { referrerManifestBytes } = LIMITS;
+    if (this.#manifestBytes <= referrerManifestBytes) return true;
+    const most = formatBytes(referrerManifestBytes);
+    return fail("TOO_LARGE", `${this.#where}: the manifests of its referrers are above ${most}`);
+  }
+
+  #checkCount(count: number): void {
+    const { referrers } = LIMITS;
+    if (count > referrers) fail("TOO_LARGE", `${this.#where}: more than ${referrers} referrers`);
+  }
+
+  /** What the endpoint lists, or else the tag that stands for it; and cosign's tags, which are in no list. */
+  async #placesOf(subject: string): Promise<ReferrerPlace[]> {
+    const lists = (await this.#registry.referrers(subject)) ?? (await this.#taggedList(subject));
+    const entries = lists.flatMap((bytes) => listIn(parseJson(bytes), "manifests"));
+    const where = `${this.#where}: its list of referrers`;
+    const digests = new Set(entries.map((entry) => parseDescriptor(entry, where).digest));
+    this.#checkCount(digests.size);
+
+    const listed = Array.from(digests, (digest) => ({ subject, digest }));
+    // An algorithm of more than 64 digits gives a tag that is too long to be one.
+    const isTaggable = algorithmOf(subject) === "sha256";
+    const tagged = (isTaggable ? COSIGN_TAGS : []).map(({ suffix, ...kind }) => {
+      const tag = `${referrersTag(subject)}${suffix}`;
+      return { subject, tag, ...kind };
+    });
+    return [...tagged, ...listed];
+  }
+
+  /** No such tag, or one that is no index: nothing refers to it. */
+  async #taggedList(subject: string): Promise<Buffer[]> {
+    const list = await orMissing(this.#registry.manifest(referrersTag(subject)));
+    return list ? [list.bytes] : [];
+  }
+
+  async #fetch({ subject, digest, tag, kind }: ReferrerPlace): Promise<Companion | undefined> {
+    const top = await orMissing(this.#registry.manifest(digest ?? (tag as string)));
+    const isListed = digest !== undefined;
+    // What a list says of it is not asked: its own manifest has the subject.
+    const fault = top ? "refers to something else" : "is not there";
+    if (isListed && (!top || subjectOf(top) !== subject)) {
+      this.#session.warn(`${this.#where}: ${digest} is listed as a referrer, and ${fault}`);
+      return undefined;
+    }
+    if (!top) return undefined;
+
+    const readChild = childrenOf(this.#registry, this.#where);
+    const { manifests, contents } = await collectAll(readChild, 1, this.#where, top);
+    const artifactType = artifactTypeOf(top);
+    const registry = this.#registry;
+    return { registry, top, manifests, contents, subject, ...dropEmpty({ artifactType, kind }) };
+  }
+}
+
+const byDigest = (left: Companion, right: Companion): number =>
+  left.top.digest < right.top.digest ? -1 : 1;
+
+/** Undefined for what the registry says that it does not have. */
+async function orMissing<T>(asked: Promise<T>): Promise<T | undefined> {
+  try {
+    return await asked;
+  } catch (error) {
+    if (error instanceof ImgpullError && error.code === "NOT_FOUND") return undefined;
+    throw error;
+  }
+}
+
+function listIn(value: unknown, key: string): unknown[] {
+  const list = recordIn(value)[key];
+  return Array.isArray(list) ? list : [];
+}
+
+const subjectOf = ({ bytes }: FetchedManifest): unknown =>
+  recordIn(parseJson(bytes), "subject").digest;
+
+/** A manifest's own word: its artifactType, or else its config's media type, unless that is any image's. */
+function artifactTypeOf({ bytes }: FetchedManifest): string {
+  const { artifactType, config } = recordIn(parseJson(bytes));
+  if (typeof artifactType === "string" && artifactType !== "") return artifactType;
+  const { mediaType } = recordIn(config);
+  return typeof mediaType === "string" && !CONFIG_TYPES.includes(mediaType) ? mediaType : "";
+}
+
+// ------ Proof of an image ------
+
+/** The image with all that refers to it. SIGNATURE where there are signers, and none of them has signed it. */
+async function addProof(
+  session: Session,
+  image: ResolvedImage,
+  signers: readonly SignerKey[],
+): Promise<ResolvedImage> {
+  const { registry, asked, manifests } = image;
+  const subjects = new Set([asked, ...manifests].map(({ digest }) => digest));
+  const referrers = await new ReferrerSearch(session, registry, [...subjects]).run();
+  if (signers.length > 0) await requireSignature(session, image, referrers, signers);
+
+  const isOfIndex = isReferredTo(asked, referrers) && asked !== image.top;
+  const kind = cosignKind(isOfIndex ? asked : image.top, referrers);
+  if (!isOfIndex) return { ...image, companions: referrers, ...dropEmpty({ kind }) };
+
+  // The far side goes from the signature to the index, and from there to the image.
+  const where = formatReference(image.reference);
+  const path = await pathTo(image.top.digest, asked, childrenOf(registry, where), where);
+  const indexes = (path ?? []).map((top): Companion => {
+    const mark = dropEmpty({ kind: top === asked ? kind : undefined });
+    return { registry, top, manifests: [top], contents: [], ...mark };
+  });
+  return { ...image, companions: [...indexes, ...referrers] };
+}
+
+/** What the plan of some images takes for their companions, each once: indexes first, then by digest. */
+function planExtras(images: readonly ResolvedImage[]): Required<PlanExtras> {
+  const named = new Set(images.map(({ top }) => top.digest));
+  const all = images.flatMap(({ companions = [] }) => companions);
+  const unique = new Map(all.map((companion) => [companion.top.digest, companion]));
+  const companions = [...unique.values()]
+    .filter(({ top }) => !named.has(top.digest))
+    .sort(
+      (left, right) =>
+        Number(isReferrer(left)) - Number(isReferrer(right)) || byDigest(left, right),
+    );
+
+  return {
+    indexEntries: companions.map(companionEntry),
+    documents: companions.flatMap(({ manifests }) => manifests),
+    blobs: companions.flatMap(({ registry, contents }) =>
+      contents
+        .flatMap(({ manifest }) => [manifest.config, ...manifest.layers])
+        .map((descriptor) => ({ descriptor, registry })),
+    ),
+  };
+}
+
+const isReferrer = ({ subject }: Companion): boolean => subject !== undefined;
+
+/** It has no name, so that nobody takes it for an image; docker and containerd read what it refers to. */
+function companionEntry({ top, subject, kind, artifactType }: Companion): unknown {
+  const annotations = dropEmpty({ "io.containerd.manifest.subject": subject, kind });
+  const isAnnotated = Object.keys(annotations).length > 0;
+  return {
+    mediaType: top.mediaType,
+    digest: top.digest,
+    size: top.bytes.length,
+    ...(isAnnotated && { annotations }),
+    ...dropEmpty({ artifactType }),
+  };
+}
+
+const isReferredTo = ({ digest }: FetchedManifest, referrers: readonly Companion[]): boolean =>
+  referrers.some(({ subject }) => subject === digest);
+
+/** How `cosign save` marks what it signed. For an index that has bundles only, `cosign verify` wants `image` too. */
+function cosignKind(signed: FetchedManifest, referrers: readonly Companion[]): string | undefined {
+  const own = referrers.filter(({ subject }) => subject === signed.digest);
+  const hasTag = own.some(({ kind }) => kind === COSIGN_TAGS[0]?.kind);
+  const isIndexEntry = hasTag && INDEX_TYPES.includes(signed.mediaType);
+  if (own.length === 0) return undefined;
+  return `dev.cosignproject.cosign/${isIndexEntry ? "imageIndex" : "image"}`;
+}
+
+/** The indexes that lead from one to a manifest, outermost first; undefined where none does. */
+async function pathTo(
+  digest: string,
+  from: FetchedManifest,
+  readChild: ChildReader,
+  where: string,
+  depth = 0,
+): Promise<FetchedManifest[] | undefined> {
+  checkDepth(depth, where);
+  const manifest = parseManifest(from, where);
+  if (manifest.kind === "image") return undefined;
+  if (manifest.manifests.some((entry) => entry.digest === digest)) return [from];
+
+  for (const entry of manifest.manifests.filter(isIndex)) {
+    const child = await readChild(entry);
+    const path = child && (await pathTo(digest, child, readChild, where, depth + 1));
+    if (path) return [from, ...path];
+  }
+  return undefined;
+}
+
+/** Before any layer: one of the signers has signed the image's manifest, or the index that the reference names. */
+async function requireSignature(
+  session: Session,
+  { reference, registry, asked, top }: ResolvedImage,
+  referrers: readonly Companion[],
+  signers: readonly SignerKey[],
+): Promise<void> {
+  const digests = [...new Set([top.digest, asked.digest])];
+  const where = formatReference({ ...reference, digest: asked.digest });
+  const layers = referrers
+    .filter(({ subject = "" }) => digests.includes(subject))
+    .flatMap(({ contents }) => contents.flatMap(({ manifest }) => manifest.layers))
+    .filter(isSignature);
+  const { signatures } = LIMITS;
+  if (layers.length > signatures) fail("TOO_LARGE", `${where}: more than ${signatures} signatures`);
+
+  const read = (layer: Descriptor) => orMissing(registry.config(layer));
+  const { concurrency } = session.settings;
+  const verdicts = await mapConcurrently(layers, concurrency, async (layer): Promise<Verdict> => {
+    const bytes = layer.size > LIMITS.configBytes ? undefined : await read(layer);
+    return bytes ? judgeSignature(layer, bytes, digests, signers) : "unreadable";
+  });
+  if (!verdicts.includes("good")) refuseUnsigned(where, verdicts);
+}
+
+const VERDICT_WORDS: readonly (readonly [verdict: Verdict, words: string])[] = [
+  ["other key", "made by another key, or of something that was changed since"],
+  ["other subject", "by the key given, but of something else"],
+  ["keyless", "keyless, which needs Sigstore's trust root and is not checked here"],
+  ["unreadable", "in no form that is known here"],
+];
+
+/** What was found in place of a signature. */
+function refuseUnsigned(where: string, verdicts: readonly Verdict[]): never {
+  const found = VERDICT_WORDS.flatMap(([verdict, words]) => {
+    const count = verdicts.filter((each) => each === verdict).length;
+    return count === 0 ? [] : [`${counted(count, "signature")} ${words}`];
+  });
+  const words = found.length === 0 ? "no signature at all" : found.join("; ");
+  return fail(
+    "SIGNATURE",
+    `${where} is not signed by any key given (--signed-by)\n  found: ${words}`,
+  );
+}
+
+// ====== 14. Puller ======
 // References → resolved images → plan → DEST. All is resolved, and every failure named, before a layer moves.
 type PullRequest = Readonly<{
   images: readonly Readonly<{ reference: Reference; name: string }>[];
@@ -4516,6 +5087,9 @@ type PullRequest = Readonly<{
   isAll: boolean;
   reuse: readonly string[];
   since?: string;
+  /** Whether what refers to the images comes too; signers want it in any case. */
+  referrers?: boolean;
+  signers?: readonly SignerKey[];
 }>;
 function warnOfLayers({ warn }: Session, images: readonly ResolvedImage[]): void {
   for (const { contents, name } of images) {
@@ -4528,9 +5102,18 @@ function warnOfLayers({ warn }: Session, images: readonly ResolvedImage[]): void
       warn(`${name} has foreign layers, which Docker on Linux does not take`);
   }
 }
+function warnOfCompanions({ warn }: Session, { indexEntries = [] }: PlanExtras): void {
+  const { length } = indexEntries;
+  if (length === 0) return;
+  warn(
+    `${counted(length, "manifest")} of proof beside the images: podman load makes a digest of its own, ` +
+      "and skopeo wants the name (oci-archive:TAR:NAME)",
+  );
+}
 /** The whole job, for the library and the command alike. */
 async function pullImages(session: Session, request: PullRequest, observe: Observer) {
-  const { images: wanted, isAll, since } = request;
+  const { images: wanted, isAll, since, referrers, signers = [] } = request;
+  const isProofWanted = referrers === true || signers.length > 0;
   const destination = await parseDestination(request.destination);
   const doing = `cannot write ${typeof request.destination === "string" ? request.destination : "the stream"}`;
   const sources: OpenTar[] = [];
@@ -4552,10 +5135,15 @@ async function pullImages(session: Session, request: PullRequest, observe: Obser
     const images = await mapConcurrently(
       wanted,
       session.settings.concurrency,
-      ({ reference, name }) => resolveImage(session, reference, name, isAll),
+      async ({ reference, name }) => {
+        const image = await resolveImage(session, reference, name, isAll);
+        return isProofWanted ? addProof(session, image, signers) : image;
+      },
     );
-    const plan = planTar(images, new Set(base?.blobs.keys()));
+    const extras = planExtras(images);
+    const plan = planTar(images, new Set(base?.blobs.keys()), extras);
     warnOfLayers(session, images);
+    warnOfCompanions(session, extras);
     if (base && plan.omitted.length === 0)
       session.warn(`${since} holds none of the layers: nothing is left out`);
     else if (base) {
@@ -4803,7 +5391,7 @@ function progressReporter(onProgress: PullerOpts["onProgress"]) {
   };
 }
 
-// ====== 14. Looking at a tar ======
+// ====== 15. Looking at a tar ======
 // What a tar holds and whether it is whole, offline: ours, OCI archives, docker save's old and new, crane's, skopeo's.
 // Anyone may have made it: every type, reference, name and size in it is checked before it is used or printed.
 /** An image that a tar names, and the entries that it is made of: config first, then layers. */
@@ -5037,7 +5625,7 @@ async function lookAtTar(
   );
 }
 
-// ====== 15. Command line ======
+// ====== 16. Command line ======
 // One table of options, from which parsing, help, --parsed and the README's come. stdout is data, stderr is talk.
 // SPEC §1, §8.
 
@@ -5069,6 +5657,12 @@ const PULL_OPTIONS = {
     isRepeatable: true,
   },
   since: { value: "TAR", help: "leave out layers that this tar holds" },
+  referrers: { help: "bring signatures, attestations and SBOMs along" },
+  "signed-by": {
+    value: "KEY",
+    help: "only what this PEM key signed (repeatable)",
+    isRepeatable: true,
+  },
 } as const satisfies Record<string, OptionSpec>;
 
 const REGISTRY_OPTIONS = {
@@ -5343,6 +5937,8 @@ function planCommand(line: CommandLine) {
     name,
     since,
     reuse: lists.reuse ?? [],
+    referrers: switches.has("referrers"),
+    signedBy: lists["signed-by"] ?? [],
     isAll: platform === "all",
     isPasswordOnStdin: switches.has("password-stdin"),
     isQuiet: switches.has("quiet"),
@@ -5567,6 +6163,14 @@ function formatSummary(
 }
 
 /** The pull itself: stdout gets the tar, or one line for each image, pinned to the digest that DEST now holds. */
+async function readSigners(files: readonly string[]): Promise<SignerKey[]> {
+  return mapConcurrently(files, 1, async (file) => {
+    const refuse = (error: unknown) =>
+      usage(`cannot read --signed-by ${file}: ${diskWords(error)}`);
+    return parsePublicKey(await fs.readFile(file, "utf8").catch(refuse), file);
+  });
+}
+
 async function pullForCommand(
   io: CommandIO,
   command: Command,
@@ -5574,9 +6178,10 @@ async function pullForCommand(
   images: PullRequest["images"],
 ): Promise<void> {
   const { stdout, env: environment } = io;
-  const { isAll, reuse, since, isQuiet } = command;
+  const { isAll, reuse, since, referrers, isQuiet } = command;
   const destination = command.destination ?? defaultDestination(parseReference(opts.url));
   const isStream = ["-", "/dev/stdout"].includes(destination);
+  const signers = await readSigners(command.signedBy);
   const startedAtMs = performance.now();
   const display = new Display(io, isQuiet);
   try {
@@ -5585,6 +6190,8 @@ async function pullForCommand(
       destination: isStream ? stdout : destination,
       isAll,
       reuse,
+      referrers,
+      signers,
       ...dropEmpty({ since }),
     };
     const { observe } = progressReporter(display.show);
@@ -5692,7 +6299,7 @@ async function main(argv: readonly string[], io: CommandIO = process): Promise<n
   }
 }
 
-// ====== 16. Exports ======
+// ====== 17. Exports ======
 /** @internal for the tests */
 const internals = Object.freeze({
   LIMITS,
@@ -5703,11 +6310,13 @@ const internals = Object.freeze({
   formatReference,
   imageName,
   isExemptFromProxy,
+  judgeSignature,
   matchPlatform,
   openTar,
   parseChallenges,
   parseCommandLine,
   parseManifest,
+  parsePublicKey,
   parseReference,
   planCommand,
   planTar,

@@ -74,6 +74,20 @@ var LIMITS = Object.freeze({
   // an index inside an index; real ones are one or two deep
   indexEntries: 1024,
   // with `--platform all` each entry is a request
+  signatures: 1e3,
+  // of one image: each is a request
+  proofJsonDepth: 64,
+  // a Sigstore bundle is some ten deep
+  proofJsonValues: 1e4,
+  // and has some hundred values, where it has log entries
+  referrerPages: 100,
+  // lists of less than ten are not worth pages
+  referrers: 1e3,
+  // of one image, and of its referrers: each is a request
+  referrerDepth: 4,
+  // a signature of an attestation of an image is two deep
+  referrerManifestBytes: 64 * MIB,
+  // all of them, which are in memory until DEST is written
   redirects: 10,
   // as browsers and Go have it
   tokenFloorMs: 6e4,
@@ -1157,6 +1171,36 @@ var Registry = class {
     if (bytes.length === size) return bytes;
     return fail("SIZE_MISMATCH", `${where}: ${bytes.length} bytes, not ${size}`);
   }
+  /** The pages of the referrers endpoint; undefined where the registry has no such endpoint. */
+  async referrers(digest) {
+    const pages = [];
+    let url = this.#urlOf("referrer", digest);
+    while (url) {
+      const page = await this.#page(digest, url);
+      if (!page) return pages.length === 0 ? void 0 : pages;
+      pages.push(page.bytes);
+      if (pages.length > LIMITS.referrerPages)
+        fail("TOO_LARGE", `${redactUrl(url)}: more than ${LIMITS.referrerPages} pages`);
+      url = page.next;
+    }
+    return pages;
+  }
+  /** One page, and where the next one is. A registry without the endpoint says 404, or with less sense 400 or 405. */
+  async #page(digest, url) {
+    try {
+      return await withRetries(this.#session, async () => {
+        const { body, headers } = await this.#request("GET", "referrer", digest, { url });
+        const what = `the list of referrers ${redactUrl(url)}`;
+        const { manifestBytes } = LIMITS;
+        const bytes = await readBody(body, manifestBytes, what);
+        return { bytes, ...dropEmpty({ next: nextPage(headers.link, url) }) };
+      });
+    } catch (error) {
+      const status = error instanceof ImgpullError ? error.status : void 0;
+      if ([400, 404, 405].includes(status ?? 0)) return void 0;
+      throw error;
+    }
+  }
   /** What HEAD tells of a manifest; undefined where the registry leaves something out. */
   head(tagOrDigest) {
     return withRetries(this.#session, async () => {
@@ -1258,6 +1302,17 @@ var Registry = class {
     return isAccess && isForGood ? this.#authorizer.explain(error) : error;
   }
 };
+function nextPage(header, url) {
+  const links = [header ?? []].flat().join(",");
+  const [, target] = /<([^>]*)>[^<]*;\s*rel="?next"?/i.exec(links) ?? [];
+  if (target === void 0) return void 0;
+  const next = URL.canParse(target, url) ? new URL(target, url) : void 0;
+  if (next?.origin !== url.origin)
+    return fail("PROTOCOL", `${redactUrl(url)}: its next page is on another host`);
+  const namespace = url.searchParams.get("ns");
+  if (namespace !== null) next.searchParams.set("ns", namespace);
+  return next;
+}
 function missingWords({ words }, { host, repository }, kind, name) {
   const place = `${host}/${repository}`;
   if (/NAME_UNKNOWN|repository name not known/i.test(words)) return `repository: ${place}`;
@@ -1324,7 +1379,7 @@ function isAmbiguous(json, mediaType) {
 function parseDescriptor(value, where) {
   const refuse = (reason) => fail("PROTOCOL", `${where}: ${reason}`);
   if (!isRecord(value)) return refuse("a descriptor is not an object");
-  const { mediaType, digest, size, urls, platform } = value;
+  const { mediaType, digest, size, urls, platform, annotations } = value;
   if (!isDigest(digest)) return refuse(`${quote(digest)} is not a digest that is safe to use`);
   const isSize = typeof size === "number" && Number.isSafeInteger(size) && size >= 0;
   if (!isSize)
@@ -1336,10 +1391,16 @@ function parseDescriptor(value, where) {
     size,
     ...dropEmpty({
       urls: isUrlList ? urls : void 0,
-      platform: isRecord(platform) ? parsePlatform(platform) : void 0
+      platform: isRecord(platform) ? parsePlatform(platform) : void 0,
+      annotations: isRecord(annotations) ? textsIn(annotations) : void 0
     })
   };
 }
+var textsIn = (value) => Object.fromEntries(
+  Object.entries(value).filter(
+    (entry) => typeof entry[1] === "string"
+  )
+);
 function quote(value) {
   const text = typeof value === "object" ? "an object" : JSON.stringify(value) ?? "none";
   return printable(text, 100);
@@ -1415,7 +1476,7 @@ async function resolveImage(session, reference, name, isAll) {
   const parsed = parseManifest(asked, where);
   const found = await findImages();
   const finalName = name.replace(/@.*$/, `@${found.top.digest}`);
-  return { reference, registry, name: finalName, ...found };
+  return { reference, registry, name: finalName, asked, ...found };
   async function findImages() {
     const readChild = childrenOf(registry, where);
     if (isAll) {
@@ -1612,8 +1673,9 @@ function encodeTarHeader(name, sizeBytes) {
 }
 var blobPath = (digest) => `blobs/${digest.replace(":", "/")}`;
 var NAME_KEYS = ["io.containerd.image.name", "org.opencontainers.image.ref.name"];
-function indexEntry({ name, top }) {
-  const annotations = Object.fromEntries(NAME_KEYS.map((key) => [key, name]));
+function indexEntry({ name, top, kind }) {
+  const names = Object.fromEntries(NAME_KEYS.map((key) => [key, name]));
+  const annotations = { ...names, ...dropEmpty({ kind }) };
   return { mediaType: top.mediaType, digest: top.digest, size: top.bytes.length, annotations };
 }
 function dockerImageOf({ contents }) {
@@ -2931,7 +2993,7 @@ async function pullToFolder(job) {
   }
 }
 function mergeIndex(before, ours) {
-  const nameOf = ({ annotations }) => annotations?.[NAME_KEYS[1]];
+  const nameOf = ({ annotations, digest }) => annotations?.[NAME_KEYS[1]] ?? digest;
   const names = new Set(ours.manifests.map(nameOf));
   const listed = Array.isArray(before.manifests) ? before.manifests : [];
   const others = listed.filter((entry) => !names.has(nameOf(entry)));
@@ -3030,6 +3092,330 @@ async function pullToStream(job, output) {
   settled(await Promise.allSettled([transfer.run().catch(failed), sending.catch(failed)]));
   return transfer;
 }
+var HASHES_OF_CURVE = /* @__PURE__ */ new Map([
+  ["prime256v1", ["sha256"]],
+  ["secp384r1", ["sha384", "sha256"]],
+  ["secp521r1", ["sha512", "sha256"]]
+]);
+var NOT_PUBLIC_KEYS = [
+  [/PRIVATE KEY/, "a private key, which does not belong here: give the public one (cosign.pub)"],
+  [
+    /CERTIFICATE/,
+    "a certificate, and chains are not checked here: give its key (openssl x509 -pubkey -noout)"
+  ],
+  [/PGP/, "a PGP key, which cosign does not sign with"]
+];
+function parsePublicKey(pem, name) {
+  const refuse = (reason) => fail("BAD_OPTION", `the key ${printable(name)} is ${reason}`);
+  const labels = Array.from(
+    pem.matchAll(/-----BEGIN ([A-Z0-9 ]+)-----/g),
+    ([, label = ""]) => label
+  );
+  const other = NOT_PUBLIC_KEYS.find(([pattern]) => labels.some((label) => pattern.test(label)));
+  if (other) return refuse(other[1]);
+  if (labels.length > 1)
+    return refuse("more than one key: give each with a --signed-by of its own");
+  if (!/^(RSA )?PUBLIC KEY$/.test(labels[0] ?? ""))
+    return refuse("no PEM public key (-----BEGIN PUBLIC KEY-----)");
+  const publicKey = decodePublicKey(pem);
+  if (!publicKey) return refuse("damaged: its PEM does not hold a public key");
+  return { publicKey, hashes: hashesOf(publicKey, refuse) };
+}
+function decodePublicKey(pem) {
+  try {
+    return load("node:crypto").createPublicKey(pem);
+  } catch {
+    return void 0;
+  }
+}
+function hashesOf({ asymmetricKeyType: type, asymmetricKeyDetails: details = {} }, refuse) {
+  if (type === "ed25519") return [null];
+  if (type === "rsa" && (details.modulusLength ?? 0) < 2048)
+    return refuse("an RSA key of less than 2048 bits, which anyone may have broken");
+  if (type === "rsa") return ["sha256"];
+  const hashes = type === "ec" ? HASHES_OF_CURVE.get(details.namedCurve ?? "") : void 0;
+  if (hashes) return hashes;
+  const kind = printable(details.namedCurve ?? String(type), 40);
+  return refuse(`a key of the kind ${kind}: cosign's are ECDSA P-256, P-384, P-521, RSA, Ed25519`);
+}
+var isSignedBy = (keys, message, signature) => keys.some(
+  ({ publicKey, hashes }) => hashes.some((hash) => load("node:crypto").verify(hash, message, publicKey, signature))
+);
+var SIMPLE_SIGNING = "application/vnd.dev.cosign.simplesigning.v1+json";
+var BUNDLE = "application/vnd.dev.sigstore.bundle";
+var BUNDLE_VERSIONS = [`${BUNDLE}.v0.3+json`, `${BUNDLE}+json;version=0.3`];
+var IN_TOTO = "application/vnd.in-toto+json";
+var isSignature = ({ mediaType }) => mediaType === SIMPLE_SIGNING || mediaType.startsWith(BUNDLE);
+function judgeSignature({ mediaType, annotations = {} }, bytes, digests, keys) {
+  const isPayload = mediaType === SIMPLE_SIGNING;
+  return isPayload ? judgePayload(annotations, bytes, digests, keys) : judgeBundle(bytes, digests, keys);
+}
+function judgePayload(annotations, payload, digests, keys) {
+  const signature = fromBase64(annotations["dev.cosignproject.cosign/signature"]);
+  const isKeyless = "dev.sigstore.cosign/certificate" in annotations;
+  if (!isSignedBy(keys, payload, signature)) return isKeyless ? "keyless" : "other key";
+  const critical = recordIn(parseJson(payload), "critical");
+  if (critical.type !== "cosign container image signature") return "unreadable";
+  const subject = recordIn(critical, "image")["docker-manifest-digest"];
+  return digests.some((digest) => digest === subject) ? "good" : "other subject";
+}
+function judgeBundle(bytes, digests, keys) {
+  const bundle = recordIn(parseSmallJson(bytes));
+  const { payloadType, payload, signatures } = recordIn(bundle, "dsseEnvelope");
+  const isEnvelope = payloadType === IN_TOTO && Array.isArray(signatures) && signatures.length === 1;
+  if (!BUNDLE_VERSIONS.includes(String(bundle.mediaType)) || !isEnvelope) return "unreadable";
+  const statement = fromBase64(payload);
+  const message = encodePreAuthentication(IN_TOTO, statement);
+  const signature = fromBase64(recordIn(signatures[0]).sig);
+  const { certificate, x509CertificateChain } = recordIn(bundle, "verificationMaterial");
+  const isKeyless = (certificate ?? x509CertificateChain) !== void 0;
+  if (!isSignedBy(keys, message, signature)) return isKeyless ? "keyless" : "other key";
+  return judgeStatement(statement, digests);
+}
+function encodePreAuthentication(payloadType, payload) {
+  const head = `DSSEv1 ${Buffer.byteLength(payloadType)} ${payloadType} ${payload.length} `;
+  return Buffer.concat([Buffer.from(head, "utf8"), payload]);
+}
+function judgeStatement(bytes, digests) {
+  const { _type: type, subject: subjects } = recordIn(parseJson(bytes));
+  const isStatement = typeof type === "string" && type.startsWith("https://in-toto.io/Statement/");
+  if (!isStatement || !Array.isArray(subjects)) return "unreadable";
+  const isNamed = digests.some(
+    (digest) => subjects.some((subject) => recordIn(subject, "digest")[algorithmOf(digest)] === hexOf(digest))
+  );
+  return isNamed ? "good" : "other subject";
+}
+function recordIn(value, ...keys) {
+  let record = isRecord(value) ? value : {};
+  for (const key of keys) {
+    const inner = Object.hasOwn(record, key) ? record[key] : void 0;
+    record = isRecord(inner) ? inner : {};
+  }
+  return record;
+}
+var fromBase64 = (text) => Buffer.from(typeof text === "string" ? text : "", "base64");
+function parseSmallJson(bytes) {
+  let depth = 0;
+  let values = 0;
+  for (let at = 0; at < bytes.length; at += 1) {
+    const character = String.fromCharCode(bytes[at]);
+    if (character === '"') at = endOfText(bytes, at);
+    if ("{[,".includes(character)) values += 1;
+    if ("{[".includes(character)) depth += 1;
+    if ("}]".includes(character)) depth -= 1;
+    if (depth > LIMITS.proofJsonDepth || values > LIMITS.proofJsonValues) return void 0;
+  }
+  return parseJson(bytes);
+}
+function endOfText(bytes, start) {
+  const isBackslash = (at) => bytes[at] === 92;
+  for (let end = bytes.indexOf('"', start + 1); end >= 0; end = bytes.indexOf('"', end + 1)) {
+    let escapes = 0;
+    while (isBackslash(end - 1 - escapes)) escapes += 1;
+    if (escapes % 2 === 0) return end;
+  }
+  return bytes.length;
+}
+var COSIGN_TAGS = [
+  { suffix: ".sig", kind: "dev.cosignproject.cosign/sigs" },
+  { suffix: ".att", kind: "dev.cosignproject.cosign/atts" },
+  { suffix: ".sbom" }
+];
+var referrersTag = (digest) => `${algorithmOf(digest)}-${hexOf(digest).slice(0, 64)}`;
+var ReferrerSearch = class {
+  #session;
+  #registry;
+  #where;
+  #subjects;
+  #found = /* @__PURE__ */ new Map();
+  // by digest
+  #manifestBytes = 0;
+  constructor(session, registry, subjects) {
+    this.#session = session;
+    this.#registry = registry;
+    this.#where = formatReference(registry.reference);
+    this.#subjects = subjects;
+  }
+  /** Sorted by digest: lists have no order, and the same bytes are promised. */
+  async run() {
+    const { concurrency } = this.#session.settings;
+    let level = this.#subjects;
+    for (let depth = 0; depth < LIMITS.referrerDepth && level.length > 0; depth += 1) {
+      const lists = await mapConcurrently(level, concurrency, (each) => this.#placesOf(each));
+      const places = lists.flat();
+      const referrers = await mapConcurrently(places, concurrency, (each) => this.#fetch(each));
+      const fresh = referrers.filter((each) => each !== void 0 && this.#add(each));
+      level = fresh.map((each) => each.top.digest);
+    }
+    return [...this.#found.values()].sort(byDigest);
+  }
+  /** False for what is known already, as a referrer or as one of the subjects. */
+  #add(referrer) {
+    const { digest } = referrer.top;
+    if (this.#found.has(digest) || this.#subjects.includes(digest)) return false;
+    this.#found.set(digest, referrer);
+    this.#checkCount(this.#found.size);
+    this.#manifestBytes += sumOf(referrer.manifests, ({ bytes }) => bytes.length);
+    const { referrerManifestBytes } = LIMITS;
+    if (this.#manifestBytes <= referrerManifestBytes) return true;
+    const most = formatBytes(referrerManifestBytes);
+    return fail("TOO_LARGE", `${this.#where}: the manifests of its referrers are above ${most}`);
+  }
+  #checkCount(count) {
+    const { referrers } = LIMITS;
+    if (count > referrers) fail("TOO_LARGE", `${this.#where}: more than ${referrers} referrers`);
+  }
+  /** What the endpoint lists, or else the tag that stands for it; and cosign's tags, which are in no list. */
+  async #placesOf(subject) {
+    const lists = await this.#registry.referrers(subject) ?? await this.#taggedList(subject);
+    const entries = lists.flatMap((bytes) => listIn(parseJson(bytes), "manifests"));
+    const where = `${this.#where}: its list of referrers`;
+    const digests = new Set(entries.map((entry) => parseDescriptor(entry, where).digest));
+    this.#checkCount(digests.size);
+    const listed = Array.from(digests, (digest) => ({ subject, digest }));
+    const isTaggable = algorithmOf(subject) === "sha256";
+    const tagged = (isTaggable ? COSIGN_TAGS : []).map(({ suffix, ...kind }) => {
+      const tag = `${referrersTag(subject)}${suffix}`;
+      return { subject, tag, ...kind };
+    });
+    return [...tagged, ...listed];
+  }
+  /** No such tag, or one that is no index: nothing refers to it. */
+  async #taggedList(subject) {
+    const list = await orMissing(this.#registry.manifest(referrersTag(subject)));
+    return list ? [list.bytes] : [];
+  }
+  async #fetch({ subject, digest, tag, kind }) {
+    const top = await orMissing(this.#registry.manifest(digest ?? tag));
+    const isListed = digest !== void 0;
+    const fault = top ? "refers to something else" : "is not there";
+    if (isListed && (!top || subjectOf(top) !== subject)) {
+      this.#session.warn(`${this.#where}: ${digest} is listed as a referrer, and ${fault}`);
+      return void 0;
+    }
+    if (!top) return void 0;
+    const readChild = childrenOf(this.#registry, this.#where);
+    const { manifests, contents } = await collectAll(readChild, 1, this.#where, top);
+    const artifactType = artifactTypeOf(top);
+    const registry = this.#registry;
+    return { registry, top, manifests, contents, subject, ...dropEmpty({ artifactType, kind }) };
+  }
+};
+var byDigest = (left, right) => left.top.digest < right.top.digest ? -1 : 1;
+async function orMissing(asked) {
+  try {
+    return await asked;
+  } catch (error) {
+    if (error instanceof ImgpullError && error.code === "NOT_FOUND") return void 0;
+    throw error;
+  }
+}
+function listIn(value, key) {
+  const list = recordIn(value)[key];
+  return Array.isArray(list) ? list : [];
+}
+var subjectOf = ({ bytes }) => recordIn(parseJson(bytes), "subject").digest;
+function artifactTypeOf({ bytes }) {
+  const { artifactType, config } = recordIn(parseJson(bytes));
+  if (typeof artifactType === "string" && artifactType !== "") return artifactType;
+  const { mediaType } = recordIn(config);
+  return typeof mediaType === "string" && !CONFIG_TYPES.includes(mediaType) ? mediaType : "";
+}
+async function addProof(session, image, signers) {
+  const { registry, asked, manifests } = image;
+  const subjects = new Set([asked, ...manifests].map(({ digest }) => digest));
+  const referrers = await new ReferrerSearch(session, registry, [...subjects]).run();
+  if (signers.length > 0) await requireSignature(session, image, referrers, signers);
+  const isOfIndex = isReferredTo(asked, referrers) && asked !== image.top;
+  const kind = cosignKind(isOfIndex ? asked : image.top, referrers);
+  if (!isOfIndex) return { ...image, companions: referrers, ...dropEmpty({ kind }) };
+  const where = formatReference(image.reference);
+  const path2 = await pathTo(image.top.digest, asked, childrenOf(registry, where), where);
+  const indexes = (path2 ?? []).map((top) => {
+    const mark = dropEmpty({ kind: top === asked ? kind : void 0 });
+    return { registry, top, manifests: [top], contents: [], ...mark };
+  });
+  return { ...image, companions: [...indexes, ...referrers] };
+}
+function planExtras(images) {
+  const named = new Set(images.map(({ top }) => top.digest));
+  const all = images.flatMap(({ companions: companions2 = [] }) => companions2);
+  const unique = new Map(all.map((companion) => [companion.top.digest, companion]));
+  const companions = [...unique.values()].filter(({ top }) => !named.has(top.digest)).sort(
+    (left, right) => Number(isReferrer(left)) - Number(isReferrer(right)) || byDigest(left, right)
+  );
+  return {
+    indexEntries: companions.map(companionEntry),
+    documents: companions.flatMap(({ manifests }) => manifests),
+    blobs: companions.flatMap(
+      ({ registry, contents }) => contents.flatMap(({ manifest }) => [manifest.config, ...manifest.layers]).map((descriptor) => ({ descriptor, registry }))
+    )
+  };
+}
+var isReferrer = ({ subject }) => subject !== void 0;
+function companionEntry({ top, subject, kind, artifactType }) {
+  const annotations = dropEmpty({ "io.containerd.manifest.subject": subject, kind });
+  const isAnnotated = Object.keys(annotations).length > 0;
+  return {
+    mediaType: top.mediaType,
+    digest: top.digest,
+    size: top.bytes.length,
+    ...isAnnotated && { annotations },
+    ...dropEmpty({ artifactType })
+  };
+}
+var isReferredTo = ({ digest }, referrers) => referrers.some(({ subject }) => subject === digest);
+function cosignKind(signed, referrers) {
+  const own = referrers.filter(({ subject }) => subject === signed.digest);
+  const hasTag = own.some(({ kind }) => kind === COSIGN_TAGS[0]?.kind);
+  const isIndexEntry = hasTag && INDEX_TYPES.includes(signed.mediaType);
+  if (own.length === 0) return void 0;
+  return `dev.cosignproject.cosign/${isIndexEntry ? "imageIndex" : "image"}`;
+}
+async function pathTo(digest, from, readChild, where, depth = 0) {
+  checkDepth(depth, where);
+  const manifest = parseManifest(from, where);
+  if (manifest.kind === "image") return void 0;
+  if (manifest.manifests.some((entry) => entry.digest === digest)) return [from];
+  for (const entry of manifest.manifests.filter(isIndex)) {
+    const child = await readChild(entry);
+    const path2 = child && await pathTo(digest, child, readChild, where, depth + 1);
+    if (path2) return [from, ...path2];
+  }
+  return void 0;
+}
+async function requireSignature(session, { reference, registry, asked, top }, referrers, signers) {
+  const digests = [.../* @__PURE__ */ new Set([top.digest, asked.digest])];
+  const where = formatReference({ ...reference, digest: asked.digest });
+  const layers = referrers.filter(({ subject = "" }) => digests.includes(subject)).flatMap(({ contents }) => contents.flatMap(({ manifest }) => manifest.layers)).filter(isSignature);
+  const { signatures } = LIMITS;
+  if (layers.length > signatures) fail("TOO_LARGE", `${where}: more than ${signatures} signatures`);
+  const read = (layer) => orMissing(registry.config(layer));
+  const { concurrency } = session.settings;
+  const verdicts = await mapConcurrently(layers, concurrency, async (layer) => {
+    const bytes = layer.size > LIMITS.configBytes ? void 0 : await read(layer);
+    return bytes ? judgeSignature(layer, bytes, digests, signers) : "unreadable";
+  });
+  if (!verdicts.includes("good")) refuseUnsigned(where, verdicts);
+}
+var VERDICT_WORDS = [
+  ["other key", "made by another key, or of something that was changed since"],
+  ["other subject", "by the key given, but of something else"],
+  ["keyless", "keyless, which needs Sigstore's trust root and is not checked here"],
+  ["unreadable", "in no form that is known here"]
+];
+function refuseUnsigned(where, verdicts) {
+  const found = VERDICT_WORDS.flatMap(([verdict, words2]) => {
+    const count = verdicts.filter((each) => each === verdict).length;
+    return count === 0 ? [] : [`${counted(count, "signature")} ${words2}`];
+  });
+  const words = found.length === 0 ? "no signature at all" : found.join("; ");
+  return fail(
+    "SIGNATURE",
+    `${where} is not signed by any key given (--signed-by)
+  found: ${words}`
+  );
+}
 function warnOfLayers({ warn }, images) {
   for (const { contents, name } of images) {
     const types = contents.flatMap(({ manifest }) => manifest.layers.map(({ mediaType }) => mediaType)).join(" ");
@@ -3039,8 +3425,16 @@ function warnOfLayers({ warn }, images) {
       warn(`${name} has foreign layers, which Docker on Linux does not take`);
   }
 }
+function warnOfCompanions({ warn }, { indexEntries = [] }) {
+  const { length } = indexEntries;
+  if (length === 0) return;
+  warn(
+    `${counted(length, "manifest")} of proof beside the images: podman load makes a digest of its own, and skopeo wants the name (oci-archive:TAR:NAME)`
+  );
+}
 async function pullImages(session, request, observe) {
-  const { images: wanted, isAll, since } = request;
+  const { images: wanted, isAll, since, referrers, signers = [] } = request;
+  const isProofWanted = referrers === true || signers.length > 0;
   const destination = await parseDestination(request.destination);
   const doing = `cannot write ${typeof request.destination === "string" ? request.destination : "the stream"}`;
   const sources = [];
@@ -3058,10 +3452,15 @@ async function pullImages(session, request, observe) {
     const images = await mapConcurrently(
       wanted,
       session.settings.concurrency,
-      ({ reference, name }) => resolveImage(session, reference, name, isAll)
+      async ({ reference, name }) => {
+        const image = await resolveImage(session, reference, name, isAll);
+        return isProofWanted ? addProof(session, image, signers) : image;
+      }
     );
-    const plan = planTar(images, new Set(base?.blobs.keys()));
+    const extras = planExtras(images);
+    const plan = planTar(images, new Set(base?.blobs.keys()), extras);
     warnOfLayers(session, images);
+    warnOfCompanions(session, extras);
     if (base && plan.omitted.length === 0)
       session.warn(`${since} holds none of the layers: nothing is left out`);
     else if (base) {
@@ -3476,7 +3875,13 @@ var PULL_OPTIONS = {
     help: "take blobs from a tar that exists (repeatable)",
     isRepeatable: true
   },
-  since: { value: "TAR", help: "leave out layers that this tar holds" }
+  since: { value: "TAR", help: "leave out layers that this tar holds" },
+  referrers: { help: "bring signatures, attestations and SBOMs along" },
+  "signed-by": {
+    value: "KEY",
+    help: "only what this PEM key signed (repeatable)",
+    isRepeatable: true
+  }
 };
 var REGISTRY_OPTIONS = {
   ns: {
@@ -3690,6 +4095,8 @@ function planCommand(line) {
     name,
     since,
     reuse: lists.reuse ?? [],
+    referrers: switches.has("referrers"),
+    signedBy: lists["signed-by"] ?? [],
     isAll: platform === "all",
     isPasswordOnStdin: switches.has("password-stdin"),
     isQuiet: switches.has("quiet"),
@@ -3856,11 +4263,18 @@ function formatSummary(place, { results, transfer, plan }, seconds) {
   const what = `${counted(results.length, "image")}, ${formatBytes(plan.sizeBytes)} in ${place}`;
   return `${what}: ${parts.join(", ")}`;
 }
+async function readSigners(files) {
+  return mapConcurrently(files, 1, async (file) => {
+    const refuse = (error) => usage(`cannot read --signed-by ${file}: ${diskWords(error)}`);
+    return parsePublicKey(await fs.readFile(file, "utf8").catch(refuse), file);
+  });
+}
 async function pullForCommand(io, command, opts, images) {
   const { stdout, env: environment } = io;
-  const { isAll, reuse, since, isQuiet } = command;
+  const { isAll, reuse, since, referrers, isQuiet } = command;
   const destination = command.destination ?? defaultDestination(parseReference(opts.url));
   const isStream = ["-", "/dev/stdout"].includes(destination);
+  const signers = await readSigners(command.signedBy);
   const startedAtMs = performance.now();
   const display = new Display(io, isQuiet);
   try {
@@ -3869,6 +4283,8 @@ async function pullForCommand(io, command, opts, images) {
       destination: isStream ? stdout : destination,
       isAll,
       reuse,
+      referrers,
+      signers,
       ...dropEmpty({ since })
     };
     const { observe } = progressReporter(display.show);
@@ -3975,11 +4391,13 @@ var internals = Object.freeze({
   formatReference,
   imageName,
   isExemptFromProxy,
+  judgeSignature,
   matchPlatform,
   openTar,
   parseChallenges,
   parseCommandLine,
   parseManifest,
+  parsePublicKey,
   parseReference,
   planCommand,
   planTar,

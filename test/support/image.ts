@@ -525,6 +525,8 @@ export function makeAttestation(image: TestImage): IndexEntry {
 
 export interface ArtifactOptions {
   artifactType?: string;
+  /** What it refers to. */
+  subject?: TestContent;
   configMediaType?: string;
   configBytes?: Buffer;
   layers: { mediaType: string; bytes: Buffer; annotations?: Record<string, string> }[];
@@ -537,10 +539,12 @@ export function makeArtifact(options: ArtifactOptions): TestContent {
     digest: digestOf(bytes),
     size: bytes.length,
   });
+  const { subject } = options;
   const content = makeManifest(MEDIA.ociManifest, {
     schemaVersion: 2,
     mediaType: MEDIA.ociManifest,
     artifactType: options.artifactType,
+    subject: subject && { ...describe(subject.mediaType, subject.bytes), digest: subject.digest },
     config: describe(configMediaType, configBytes),
     layers: options.layers.map(({ bytes, ...layer }) => ({
       ...describe(layer.mediaType, bytes),

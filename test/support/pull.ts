@@ -60,6 +60,10 @@ export interface PullOptions extends Partial<Omit<PullerOpts, "url">> {
   /** In place of /etc/docker/certs.d. */
   certsDirectory?: string;
   now?: () => number;
+  /** What refers to the image comes too; and one of these keys must have signed it. */
+  referrers?: boolean;
+  signers?: ReturnType<typeof internals.parsePublicKey>[];
+  isAll?: boolean;
   /** Called at each wait before another attempt; the wait lasts until what it returns settles. */
   onSleep?: (milliseconds: number) => unknown;
 }
@@ -80,7 +84,8 @@ interface Job {
 
 /** Waits cost nothing unless `onSleep` says so; `talk` is filled as the pull goes on. */
 async function run({ reference, name, dest }: Job, options: PullOptions, talk: Talk) {
-  const { environment: changes = {}, certsDirectory, now = Date.now, onSleep, ...opts } = options;
+  const { environment: changes = {}, certsDirectory, now = Date.now, onSleep, ...rest } = options;
+  const { referrers = false, signers = [], isAll = false, ...opts } = rest;
   const clock = {
     now,
     random: () => 1,
@@ -94,7 +99,7 @@ async function run({ reference, name, dest }: Job, options: PullOptions, talk: T
     talk.warnings.push(message);
   };
   const images = [{ reference: internals.parseReference(reference), name }];
-  const request = { images, destination: dest, isAll: false, reuse: [] };
+  const request = { images, destination: dest, isAll, reuse: [], referrers, signers };
   const environment = { ...cleanEnvironment(), ...changes };
   return await internals.withSession(
     { url: reference, osType: "linux", archType: "amd64", onWarning, ...opts },

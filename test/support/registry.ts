@@ -13,7 +13,7 @@ import type { AddressInfo, Server, Socket } from "node:net";
 import type { TLSSocket } from "node:tls";
 import { gzipSync } from "node:zlib";
 import { SECRETS, type TestScope, USER } from "./command.ts";
-import type { ManifestBytes, TestContent } from "./image.ts";
+import { type ManifestBytes, MEDIA, type TestContent } from "./image.ts";
 
 // ====== Options ======
 
@@ -79,6 +79,8 @@ export interface RegistryOptions {
   storage?: StorageOptions;
   /** Blobs and manifests have an ETag, and If-Range is honoured; default false. */
   etag?: boolean;
+  /** It has the referrers endpoint, with so many entries a page; default: it has none. */
+  referrersPage?: number;
   /** A path before the repository's name that is taken off, as on a mirror: `quay.io/`. */
   prefix?: string;
 }
@@ -760,6 +762,8 @@ export class Registry {
       return failure(405, "UNSUPPORTED", "this registry is for pulling");
     const content = found && replaced ? { ...found, bytes: replaced } : found;
     if (content) return contentAnswer(content, record, fault, this.#options.etag === true);
+    if (kind === "other" && this.#options.referrersPage && record.path.includes("/referrers/"))
+      return this.#referrers(record, this.#options.referrersPage);
     if (kind === "other") return failure(404, "NOT_FOUND", "no such page");
     if (kind === "storage") return failure(404, "NoSuchKey", "no such key");
     if (kind !== "manifest") return failure(404, "BLOB_UNKNOWN", "blob unknown to registry");
@@ -767,6 +771,23 @@ export class Registry {
     return named
       ? failure(404, "MANIFEST_UNKNOWN", "manifest unknown")
       : failure(404, "NAME_UNKNOWN", "repository name not known to registry");
+  }
+
+  /** Those whose own manifest says so, whatever they are, page by page. */
+  #referrers({ path, query }: RequestRecord, pageSize: number): Answer {
+    const [, name = "", subject] = /^\/v2\/(.+)\/referrers\/([^/]+)$/.exec(path) ?? [];
+    const { manifests } = this.#repository(name);
+    const entries = [...manifests].flatMap(([digest, { mediaType, bytes }]) => {
+      const { subject: named } = JSON.parse(bytes.toString("utf8"));
+      return named?.digest === subject ? [{ mediaType, digest, size: bytes.length }] : [];
+    });
+    const start = Number(query.get("start") ?? 0);
+    const page = entries.slice(start, start + pageSize);
+    const list = { schemaVersion: 2, mediaType: MEDIA.ociIndex, manifests: page };
+    const answer = json(Buffer.from(JSON.stringify(list)));
+    const next = start + pageSize;
+    if (next < entries.length) answer.headers.link = `<${path}?start=${next}>; rel="next"`;
+    return answer;
   }
 
   // ------ Authorization ------

@@ -1,0 +1,719 @@
+// What refers to an image comes along, and --signed-by takes only what a key has signed (SPEC §11).
+import assert from "node:assert/strict";
+import { generateKeyPairSync } from "node:crypto";
+import { readdirSync, readFileSync } from "node:fs";
+import { join } from "node:path";
+import { type TestContext, test } from "node:test";
+import { internals } from "../imgpull.ts";
+import { temporaryFolder } from "./support/command.ts";
+import {
+  digestOf,
+  MEDIA,
+  makeArtifact,
+  makeImage,
+  makeIndex,
+  makeManifest,
+  makeMultiPlatform,
+  type TestContent,
+} from "./support/image.ts";
+import {
+  addFallbackTag,
+  BUNDLE,
+  type BundleOptions,
+  keyOf,
+  makeBundle,
+  makeBundleBytes,
+  makePayloadLayer,
+  makeSbom,
+  makeSignatureTag,
+  makeSigner,
+  type PayloadOptions,
+  SIMPLE_SIGNING,
+  SUBJECT,
+  sigTag,
+  type TestSigner,
+} from "./support/proof.ts";
+import {
+  assertFailed,
+  blobName,
+  failure,
+  filesOf,
+  type Outcome,
+  type PullOptions,
+  pull,
+  tryPull,
+} from "./support/pull.ts";
+import { type Registry, type RegistryOptions, startRegistry } from "./support/registry.ts";
+
+const { judgeSignature, LIMITS, parsePublicKey } = internals;
+const REPOSITORY = "team/app";
+const WITH_ENDPOINT = { referrersPage: 100 };
+const signer = makeSigner("P-256");
+const stranger = makeSigner("P-256");
+const image = makeImage({ seed: "signed" });
+const other = makeImage({ seed: "another" });
+
+interface IndexEntry {
+  digest: string;
+  artifactType?: string;
+  annotations?: Record<string, string>;
+}
+
+interface Served {
+  registry: Registry;
+  reference: string;
+}
+
+async function serveWith(
+  t: TestContext,
+  contents: (TestContent | [content: TestContent, tag: string])[],
+  options: RegistryOptions = WITH_ENDPOINT,
+  subject: TestContent = image,
+): Promise<Served> {
+  const registry = await startRegistry(options, t);
+  for (const each of contents) {
+    if (Array.isArray(each)) registry.add(each[0], REPOSITORY, each[1]);
+    else registry.add(each, REPOSITORY);
+  }
+  return { registry, reference: registry.add(subject, REPOSITORY, "1.0") };
+}
+
+const pullProof = (t: TestContext, { reference }: Served, options: PullOptions = {}) =>
+  tryPull(t, reference, { scheme: "http", retries: 0, referrers: true, ...options });
+
+function filesIn(outcome: Outcome): Map<string, Buffer> {
+  if (outcome.error) throw outcome.error;
+  return filesOf(readFileSync(outcome.tar));
+}
+
+function entriesIn(files: Map<string, Buffer>): IndexEntry[] {
+  return JSON.parse(String(files.get("index.json"))).manifests;
+}
+
+const namelessIn = (files: Map<string, Buffer>): IndexEntry[] =>
+  entriesIn(files).filter(({ annotations }) => !annotations?.["io.containerd.image.name"]);
+
+function assertHolds(files: Map<string, Buffer>, ...contents: TestContent[]): void {
+  for (const { digest, blobs } of contents) {
+    for (const each of [digest, ...blobs.keys()]) assert(files.has(blobName(each)), each);
+  }
+}
+
+// ====== Keys ======
+
+const pem = (label: string, body = "AAAA") =>
+  `-----BEGIN ${label}-----\n${body}\n-----END ${label}-----\n`;
+for (const [name, text, words] of [
+  ["a private key", pem("PRIVATE KEY"), /private key/],
+  ["an EC private key", pem("EC PRIVATE KEY"), /private key/],
+  ["cosign's own private key", pem("ENCRYPTED SIGSTORE PRIVATE KEY"), /private key/],
+  ["a public key and its private one", signer.pem + pem("PRIVATE KEY"), /private key/],
+  ["a certificate", pem("CERTIFICATE"), /certificate/],
+  ["a PGP key", pem("PGP PUBLIC KEY BLOCK"), /PGP/],
+  ["an SSH key", "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI user@host", /no PEM public key/],
+  ["nothing", "", /no PEM public key/],
+  ["noise", "\0\u001b[31mred\u0007", /no PEM public key/],
+  ["a PEM of noise", pem("PUBLIC KEY", "bm90IGEga2V5"), /damaged/],
+  ["two keys", signer.pem + stranger.pem, /more than one key/],
+] as const) {
+  test(`--signed-by refuses ${name}, in words, without quoting it`, async () => {
+    const error = await failure((async () => parsePublicKey(text, "the.key"))());
+    assert.equal(error.code, "BAD_OPTION");
+    assert.match(error.message, words);
+    assert.match(error.message, /the\.key/);
+    assert.doesNotMatch(error.message, /AAAA|bm90|red|OpenSSL|DECODER/);
+  });
+}
+
+for (const [name, { publicKey }, words] of [
+  ["an RSA key of 1024 bits", generateKeyPairSync("rsa", { modulusLength: 1024 }), /2048/],
+  ["a curve that cosign has not", generateKeyPairSync("ec", { namedCurve: "secp256k1" }), /secp/],
+  ["a key that does not sign", generateKeyPairSync("x25519"), /x25519/],
+  ["an RSA-PSS key", generateKeyPairSync("rsa-pss", { modulusLength: 2048 }), /rsa-pss/],
+] as const) {
+  test(`--signed-by refuses ${name}`, async () => {
+    const text = publicKey.export({ type: "spki", format: "pem" }).toString();
+    const error = await failure((async () => parsePublicKey(text, "the.key"))());
+    assert.equal(error.code, "BAD_OPTION");
+    assert.match(error.message, words);
+  });
+}
+
+test("an RSA key may come in either of its PEM forms", () => {
+  const { publicKey } = generateKeyPairSync("rsa", { modulusLength: 2048 });
+  for (const type of ["spki", "pkcs1"] as const)
+    parsePublicKey(publicKey.export({ type, format: "pem" }).toString(), "rsa.pub");
+});
+
+// ====== Signatures ======
+
+/** A layer as it stands in a manifest. */
+const layerOf = (mediaType: string, bytes: Buffer, annotations: Record<string, string> = {}) => ({
+  mediaType,
+  digest: digestOf(bytes),
+  size: bytes.length,
+  annotations,
+});
+
+function judgePayload(options: PayloadOptions, by: TestSigner = signer, keys = [keyOf(signer)]) {
+  const { mediaType, bytes, annotations } = makePayloadLayer(image, by, options);
+  return judgeSignature(layerOf(mediaType, bytes, annotations), bytes, [image.digest], keys);
+}
+
+function judgeBundle(options: BundleOptions, by: TestSigner = signer, keys = [keyOf(signer)]) {
+  const bytes = makeBundleBytes(image, by, options);
+  return judgeSignature(layerOf(BUNDLE, bytes), bytes, [image.digest], keys);
+}
+
+const changed = (payload: Buffer) => Buffer.from(String(payload).replace("example", "exbmple"));
+const spaced = (payload: Buffer) => Buffer.concat([payload, Buffer.from(" ")]);
+const CERTIFICATE = { "dev.sigstore.cosign/certificate": pem("CERTIFICATE") };
+
+for (const [name, verdict, expected] of [
+  ["as cosign makes it", judgePayload({}), "good"],
+  ["by one of two keys", judgePayload({}, signer, [keyOf(stranger), keyOf(signer)]), "good"],
+  ["by another key", judgePayload({}, stranger), "other key"],
+  ["of another digest", judgePayload({ digest: other.digest }), "other subject"],
+  ["of another algorithm's digest", judgePayload({ digest: "sha512:00" }), "other subject"],
+  ["whose payload was changed", judgePayload({ changeTo: changed }), "other key"],
+  ["with a space behind the payload", judgePayload({ changeTo: spaced }), "other key"],
+  ["of another type", judgePayload({ type: "atomic container signature" }), "unreadable"],
+  ["of no type", judgePayload({ type: "" }), "unreadable"],
+  ["keyless", judgePayload({ annotations: CERTIFICATE }, stranger), "keyless"],
+  [
+    "without a signature",
+    judgePayload({ annotations: { "dev.cosignproject.cosign/signature": "" } }),
+    "other key",
+  ],
+  [
+    "with noise for a signature",
+    judgePayload({ annotations: { "dev.cosignproject.cosign/signature": "\u0000é%%%" } }),
+    "other key",
+  ],
+] as const) {
+  test(`a signature ${name} is ${expected}`, () => assert.equal(verdict, expected));
+}
+
+for (const [name, verdict, expected] of [
+  ["as cosign makes it", judgeBundle({}), "good"],
+  [
+    "with the older way of writing v0.3",
+    judgeBundle({ mediaType: "application/vnd.dev.sigstore.bundle+json;version=0.3" }),
+    "good",
+  ],
+  [
+    "of the first in-toto",
+    judgeBundle({ statementType: "https://in-toto.io/Statement/v0.1" }),
+    "good",
+  ],
+  ["by another key", judgeBundle({}, stranger), "other key"],
+  ["whose statement names another subject", judgeBundle({ digest: other.digest }), "other subject"],
+  [
+    "whose statement was changed",
+    judgeBundle({
+      changeTo: (bytes) => Buffer.from(String(bytes).replace("predicate", "predicbte")),
+    }),
+    "other key",
+  ],
+  [
+    "whose payload is no in-toto statement by its type",
+    judgeBundle({ payloadType: "application/json" }),
+    "unreadable",
+  ],
+  [
+    "that was signed under another payload type",
+    judgeBundle({ signedType: "application/json" }),
+    "other key",
+  ],
+  [
+    "whose statement is of another type",
+    judgeBundle({ statementType: "https://example.com/Statement/v1" }),
+    "unreadable",
+  ],
+  [
+    "of a version that nobody knows",
+    judgeBundle({ mediaType: "application/vnd.dev.sigstore.bundle.v0.9+json" }),
+    "unreadable",
+  ],
+  ["with a second signature", judgeBundle({ extraSignatures: ["AAAA"] }), "unreadable"],
+  [
+    "keyless",
+    judgeBundle({ verificationMaterial: { certificate: { rawBytes: "AAAA" } } }, stranger),
+    "keyless",
+  ],
+  [
+    "keyless, with a chain",
+    judgeBundle({ verificationMaterial: { x509CertificateChain: {} } }, stranger),
+    "keyless",
+  ],
+] as const) {
+  test(`a bundle ${name} is ${expected}`, () => assert.equal(verdict, expected));
+}
+
+for (const kind of ["P-256", "P-384", "P-521", "rsa", "ed25519"] as const) {
+  test(`a ${kind} key signs in both forms`, () => {
+    const by = makeSigner(kind);
+    assert.equal(judgePayload({}, by, [keyOf(by)]), "good");
+    assert.equal(judgeBundle({}, by, [keyOf(by)]), "good");
+  });
+}
+
+test("P-384 with SHA-256, as cosign 2 signed", () => {
+  const by = { ...makeSigner("P-384"), hash: "sha256" };
+  assert.equal(judgePayload({}, by, [keyOf(by)]), "good");
+});
+
+const deep = (levels: number) => Buffer.from("[".repeat(levels) + "]".repeat(levels));
+for (const [name, bytes] of [
+  ["a million deep", deep(1_000_000)],
+  ["of a million values", Buffer.from(`[${"0,".repeat(1_000_000)}0]`)],
+  ["of a million objects", Buffer.from(`[${"{},".repeat(1_000_000)}{}]`)],
+  ["that is cut off", Buffer.from('{"mediaType":"')],
+  ["that ends in a backslash", Buffer.from('{"mediaType":"\\')],
+  ["that is empty", Buffer.alloc(0)],
+  ["that is null", Buffer.from("null")],
+  ["that is a list", Buffer.from("[]")],
+  ["with a list for an envelope", Buffer.from(`{"mediaType":"${BUNDLE}","dsseEnvelope":[]}`)],
+  [
+    "with fields of a prototype",
+    Buffer.from(`{"mediaType":"${BUNDLE}","__proto__":{"dsseEnvelope":{}}}`),
+  ],
+] as const) {
+  test(`a bundle ${name} is unreadable, at once`, () => {
+    const startedAt = performance.now();
+    const verdict = judgeSignature(layerOf(BUNDLE, bytes), bytes, [image.digest], [keyOf(signer)]);
+    assert.equal(verdict, "unreadable");
+    assert(performance.now() - startedAt < 1000);
+  });
+}
+
+test("quotes, backslashes and brackets inside texts count for nothing", () => {
+  const hint = `${'\\"'.repeat(500)}${"[".repeat(500)}\\`;
+  const verificationMaterial = { publicKey: { hint } };
+  assert.equal(judgeBundle({ verificationMaterial }), "good");
+});
+
+// ====== --signed-by ======
+
+const signatureTag = (options: PayloadOptions = {}, by = signer): [TestContent, string] => [
+  makeSignatureTag(makePayloadLayer(image, by, options)),
+  sigTag(image),
+];
+const bundle = (options: BundleOptions = {}, by = signer): TestContent =>
+  makeBundle(image, makeBundleBytes(image, by, options));
+const SIGNED_BY = { signers: [keyOf(signer)], referrers: false };
+
+for (const [name, contents, options] of [
+  ["a signature under cosign's tag", [signatureTag()], {}],
+  ["a bundle that the endpoint lists", [bundle()], WITH_ENDPOINT],
+  ["a good one beside one by another key", [bundle(), bundle({}, stranger)], WITH_ENDPOINT],
+  ["a good one beside noise", [bundle(), makeBundle(image, deep(100_000))], WITH_ENDPOINT],
+] as const) {
+  test(`${name} is enough`, async (t) => {
+    const served = await serveWith(t, [...contents], options);
+    const files = filesIn(await pullProof(t, served, SIGNED_BY));
+    assertHolds(
+      files,
+      image,
+      ...(contents.map((each) => (Array.isArray(each) ? each[0] : each)) as TestContent[]),
+    );
+  });
+}
+
+test("two signatures under one tag, of which one fits, are enough", async (t) => {
+  const layers = [stranger, signer].map((by) => makePayloadLayer(image, by));
+  const served = await serveWith(t, [[makeSignatureTag(...layers), sigTag(image)]]);
+  filesIn(await pullProof(t, served, SIGNED_BY));
+});
+
+test("a bundle that only the fallback tag lists is enough", async (t) => {
+  const served = await serveWith(t, [], {});
+  const proof = bundle();
+  addFallbackTag(served.registry, REPOSITORY, image, [proof]);
+  assertHolds(filesIn(await pullProof(t, served, SIGNED_BY)), proof);
+});
+
+for (const [name, contents, words] of [
+  ["nothing", [], /no signature at all/],
+  ["an SBOM only", [makeSbom(image)], /no signature at all/],
+  ["a signature by another key", [signatureTag({}, stranger)], /1 signature made by another key/],
+  ["a signature of another digest", [signatureTag({ digest: other.digest })], /something else/],
+  ["a changed payload", [signatureTag({ changeTo: changed })], /changed since/],
+  ["another critical.type", [signatureTag({ type: "x" })], /no form that is known/],
+  ["a bundle of another subject", [bundle({ digest: other.digest })], /something else/],
+  ["a bundle of another payload type", [bundle({ payloadType: "text/plain" })], /no form/],
+  ["a changed bundle", [bundle({ changeTo: spaced })], /changed since/],
+  ["a keyless signature", [signatureTag({ annotations: CERTIFICATE }, stranger)], /keyless/],
+  [
+    "a keyless bundle",
+    [bundle({ verificationMaterial: { certificate: {} } }, stranger)],
+    /keyless/,
+  ],
+  ["a bundle that is deep", [makeBundle(image, deep(1_000_000))], /no form/],
+  [
+    "two that do not fit",
+    [bundle({}, stranger), signatureTag({ type: "x" })],
+    /1 signature made.*; 1 signature in no form/,
+  ],
+] as const) {
+  test(`with ${name}, --signed-by refuses before any layer is asked for`, async (t) => {
+    const served = await serveWith(t, [...contents]);
+    const outcome = await pullProof(t, served, SIGNED_BY);
+    assertFailed(outcome, "SIGNATURE", words, image.digest);
+    const layers = image.layers.map(({ digest }) => digest);
+    assert(!served.registry.requests.some(({ reference }) => layers.includes(reference)));
+  });
+}
+
+test("a signature of another image's tag, under this image's, is for something else", async (t) => {
+  const ofOther = makeSignatureTag(makePayloadLayer(other, signer));
+  const served = await serveWith(t, [[ofOther, sigTag(image)]]);
+  assertFailed(await pullProof(t, served, SIGNED_BY), "SIGNATURE", /something else/);
+});
+
+test("a list's word that another image's bundle refers to this one is not taken", async (t) => {
+  const ofOther = makeBundle(other, makeBundleBytes(other, signer));
+  const served = await serveWith(t, [], {});
+  addFallbackTag(served.registry, REPOSITORY, image, [ofOther]);
+  const outcome = await pullProof(t, served, SIGNED_BY);
+  assertFailed(outcome, "SIGNATURE", /no signature at all/);
+  assert.match(outcome.warnings.join(), /refers to something else/);
+});
+
+test("a signature whose bytes are not its digest's is refused by name", async (t) => {
+  const [content, tag] = signatureTag();
+  const served = await serveWith(t, [[content, tag]]);
+  const [payload] = [...content.blobs.keys()].filter((each) => !content.configs.has(each));
+  served.registry.putBlob(REPOSITORY, payload as string, Buffer.from("other bytes"));
+  assertFailed(await pullProof(t, served, SIGNED_BY), "DIGEST_MISMATCH", payload as string);
+});
+
+test("a signature of the index vouches for the platform, and its bytes come along", async (t) => {
+  const index = makeMultiPlatform(["linux/amd64", "linux/arm64"]);
+  const proof = makeBundle(index, makeBundleBytes(index, signer));
+  const served = await serveWith(t, [proof], WITH_ENDPOINT, index);
+  const files = filesIn(await pullProof(t, served, SIGNED_BY));
+
+  assertHolds(files, index.children[0] as TestContent, proof);
+  assert.deepEqual(files.get(blobName(index.digest)), index.bytes);
+  assert.deepEqual(
+    entriesIn(files).map(({ digest, annotations = {} }) => [
+      digest,
+      annotations.kind,
+      annotations[SUBJECT],
+    ]),
+    [
+      [index.children[0]?.digest, undefined, undefined],
+      [index.digest, "dev.cosignproject.cosign/image", undefined],
+      [proof.digest, undefined, index.digest],
+    ],
+  );
+});
+
+test("a signature of the index under cosign's tag marks the index as one", async (t) => {
+  const index = makeMultiPlatform(["linux/amd64", "linux/arm64"]);
+  const tag = makeSignatureTag(makePayloadLayer(index, signer));
+  const served = await serveWith(t, [[tag, sigTag(index)]], WITH_ENDPOINT, index);
+  for (const isAll of [false, true]) {
+    const files = filesIn(await pullProof(t, served, { ...SIGNED_BY, isAll }));
+    const kinds = entriesIn(files).map(({ digest, annotations }) => [digest, annotations?.kind]);
+    const marked = kinds.filter(([, kind]) => kind !== undefined);
+    assert.deepEqual(marked, [
+      [index.digest, "dev.cosignproject.cosign/imageIndex"],
+      [tag.digest, "dev.cosignproject.cosign/sigs"],
+    ]);
+  }
+});
+
+test("a signature of one platform does not vouch for the whole index", async (t) => {
+  const index = makeMultiPlatform(["linux/amd64", "linux/arm64"]);
+  const [child] = index.children as [TestContent];
+  const proof = makeBundle(child, makeBundleBytes(child, signer));
+  const served = await serveWith(t, [proof], WITH_ENDPOINT, index);
+  filesIn(await pullProof(t, served, SIGNED_BY));
+  const outcome = await pullProof(t, served, { ...SIGNED_BY, isAll: true });
+  assertFailed(outcome, "SIGNATURE", index.digest);
+});
+
+test("a signature of an index inside the index: all that leads to the platform comes along", async (t) => {
+  const inner = makeMultiPlatform(["linux/amd64", "linux/arm64"]);
+  const outer = makeIndex([{ content: inner, platform: "linux/amd64" }]);
+  const proof = makeBundle(outer, makeBundleBytes(outer, signer));
+  const served = await serveWith(t, [proof], WITH_ENDPOINT, outer);
+  const files = filesIn(await pullProof(t, served, SIGNED_BY));
+  for (const { digest, bytes } of [outer, inner])
+    assert.deepEqual(files.get(blobName(digest)), bytes);
+});
+
+// ====== --referrers ======
+
+test("referrers come along, each by its own manifest's word, sorted by digest", async (t) => {
+  const sbom = makeSbom(image);
+  const attestation = makeSignatureTag({
+    ...makePayloadLayer(image, signer),
+    mediaType: "application/vnd.dsse.envelope.v1+json",
+  });
+  const plain = makeArtifact({
+    configMediaType: "application/vnd.example.config",
+    subject: image,
+    layers: [],
+  });
+  const [tagged, tag] = signatureTag();
+  const all = [sbom, attestation, plain, tagged];
+  const served = await serveWith(t, [
+    sbom,
+    plain,
+    [attestation, sigTag(image, ".att")],
+    [tagged, tag],
+  ]);
+  const files = filesIn(await pullProof(t, served));
+
+  assertHolds(files, image, ...all);
+  const types = new Map([
+    [sbom.digest, "application/spdx+json"],
+    [plain.digest, "application/vnd.example.config"],
+  ]);
+  const kinds = new Map([
+    [tagged.digest, "dev.cosignproject.cosign/sigs"],
+    [attestation.digest, "dev.cosignproject.cosign/atts"],
+  ]);
+  const expected = all.map(({ digest }) => digest).sort();
+  assert.deepEqual(
+    namelessIn(files),
+    expected.map((digest) => {
+      const kind = kinds.get(digest);
+      const artifactType = types.get(digest);
+      return {
+        mediaType: MEDIA.ociManifest,
+        digest,
+        size: files.get(blobName(digest))?.length,
+        annotations: { [SUBJECT]: image.digest, ...(kind && { kind }) },
+        ...(artifactType && { artifactType }),
+      };
+    }),
+  );
+  const docker = JSON.parse(String(files.get("manifest.json")));
+  assert.equal(docker.length, 1, "none of it counts as an image");
+});
+
+test("the same tar whatever the order, the pages and the way of the lists", async (t) => {
+  const sboms = Array.from({ length: 7 }, (_, at) => makeSbom(image, `sbom ${at}`));
+  const tars = [];
+  for (const referrersPage of [100, 2, 1]) {
+    const contents = referrersPage === 1 ? sboms.toReversed() : sboms;
+    const { reference } = await serveWith(t, contents, { referrersPage });
+    const dest = join(temporaryFolder(t), "app.tar");
+    await pull(reference, dest, { referrers: true });
+    tars.push(readFileSync(dest));
+  }
+  const fallback = await serveWith(t, [], {});
+  addFallbackTag(fallback.registry, REPOSITORY, image, sboms);
+  const dest = join(temporaryFolder(t), "app.tar");
+  await pull(fallback.reference, dest, { referrers: true });
+  tars.push(readFileSync(dest));
+
+  assertHolds(filesOf(tars[0] as Buffer), ...sboms);
+  for (const tar of tars.slice(1)) assert(tar.equals(tars[0] as Buffer));
+});
+
+test("referrers of referrers come along, four deep", async (t) => {
+  const chain = [makeSbom(image)];
+  for (let at = 1; at < 6; at += 1) chain.push(makeSbom(chain[at - 1] as TestContent, `${at}`));
+  const served = await serveWith(t, chain);
+  const names = namelessIn(filesIn(await pullProof(t, served))).map(({ digest }) => digest);
+  assert.deepEqual(
+    names,
+    chain
+      .slice(0, 4)
+      .map(({ digest }) => digest)
+      .sort(),
+  );
+});
+
+test("an index may be a referrer, with all below it", async (t) => {
+  const parts = makeMultiPlatform(["linux/amd64", "linux/arm64"], {
+    seed: "parts",
+    editIndex: (index) => ({
+      ...index,
+      subject: { mediaType: image.mediaType, digest: image.digest, size: image.bytes.length },
+    }),
+  });
+  const served = await serveWith(t, [parts]);
+  assertHolds(filesIn(await pullProof(t, served)), parts, ...parts.children);
+});
+
+test("with every platform, what refers to the index and to each of its images comes", async (t) => {
+  const index = makeMultiPlatform(["linux/amd64", "linux/arm64"], { attestations: true });
+  const sboms = [index, ...index.children].map((each, at) => makeSbom(each, `${at}`));
+  const served = await serveWith(t, sboms, WITH_ENDPOINT, index);
+  const files = filesIn(await pullProof(t, served, { isAll: true }));
+  assertHolds(files, index, ...sboms);
+  assert.equal(namelessIn(files).length, sboms.length);
+});
+
+test("without referrers the tar is that of a pull without --referrers", async (t) => {
+  for (const options of [{}, WITH_ENDPOINT]) {
+    const served = await serveWith(t, [], options);
+    const [plain, proven] = [
+      await pullProof(t, served, { referrers: false }),
+      await pullProof(t, served),
+    ];
+    assert.deepEqual(filesIn(proven), filesIn(plain));
+    assert.deepEqual(proven.warnings, []);
+  }
+});
+
+for (const status of [400, 404, 405]) {
+  test(`an endpoint that answers ${status} is none`, async (t) => {
+    const served = await serveWith(t, []);
+    addFallbackTag(served.registry, REPOSITORY, image, [makeSbom(image)]);
+    const rule = served.registry.on({ path: /referrers/ }, { status });
+    assertHolds(filesIn(await pullProof(t, served)), makeSbom(image));
+    assert(rule.hits > 0);
+  });
+}
+
+for (const [status, code] of [
+  [401, "UNAUTHORIZED"],
+  [403, "FORBIDDEN"],
+  [500, "NETWORK"],
+] as const) {
+  test(`an endpoint that answers ${status} is no empty list`, async (t) => {
+    const served = await serveWith(t, []);
+    served.registry.on({ path: /referrers/ }, { status });
+    const { error } = await pullProof(t, served);
+    assert(error, `${status} was taken for nothing`);
+    assert.match(error.message, new RegExp(`${status}`), code);
+  });
+}
+
+test("what a list names and the registry has not is a warning", async (t) => {
+  const [here, gone] = [makeSbom(image, "here"), makeSbom(image, "gone")];
+  const served = await serveWith(t, [], {});
+  addFallbackTag(served.registry, REPOSITORY, image, [here, gone]);
+  served.registry.remove(REPOSITORY, gone.digest);
+  const outcome = await pullProof(t, served);
+  assert.deepEqual(
+    namelessIn(filesIn(outcome)).map(({ digest }) => digest),
+    [here.digest],
+  );
+  assert(outcome.warnings.some((line) => line.includes(gone.digest) && /not there/.test(line)));
+});
+
+test("a fallback tag that is no index lists nothing", async (t) => {
+  const served = await serveWith(t, [[other, sigTag(image, "")]], {});
+  assert.deepEqual(namelessIn(filesIn(await pullProof(t, served))), []);
+});
+
+for (const [name, link] of [
+  ["another host", '<http://127.0.0.1:1/v2/team/app/referrers/x>; rel="next"'],
+  ["no URL", '<http://[>; rel="next"'],
+] as const) {
+  test(`a next page on ${name} is refused`, async (t) => {
+    const served = await serveWith(t, []);
+    const headers = { link };
+    served.registry.on({ path: /referrers/ }, { status: 200, body: '{"manifests":[]}', headers });
+    assertFailed(await pullProof(t, served), "PROTOCOL", /next page/);
+  });
+}
+
+test("pages without end are refused by their number", async (t) => {
+  const served = await serveWith(t, []);
+  const headers = { link: '<?page=2>; rel="next"' };
+  const rule = served.registry.on(
+    { path: /referrers/ },
+    { status: 200, body: '{"manifests":[]}', headers },
+  );
+  assertFailed(await pullProof(t, served), "TOO_LARGE", `${LIMITS.referrerPages} pages`);
+  assert(rule.hits <= LIMITS.referrerPages + 1);
+});
+
+test("more referrers than the bound are refused by name, before any is asked for", async (t) => {
+  const served = await serveWith(t, []);
+  const manifests = Array.from({ length: LIMITS.referrers + 1 }, (_, at) => ({
+    mediaType: MEDIA.ociManifest,
+    digest: digestOf(String(at)),
+    size: 2,
+  }));
+  const body = JSON.stringify({ schemaVersion: 2, manifests });
+  served.registry.on({ path: /referrers/ }, { status: 200, body });
+  assertFailed(await pullProof(t, served), "TOO_LARGE", `more than ${LIMITS.referrers} referrers`);
+  assert(!served.registry.requests.some(({ reference }) => reference === manifests[0]?.digest));
+});
+
+test("a tag of cosign's that names the image itself adds nothing", async (t) => {
+  const served = await serveWith(t, [[image, sigTag(image)]]);
+  assert.deepEqual(namelessIn(filesIn(await pullProof(t, served))), []);
+});
+
+test("a digest in a list that is none is refused", async (t) => {
+  const served = await serveWith(t, []);
+  const body = JSON.stringify({
+    manifests: [{ mediaType: MEDIA.ociManifest, digest: "../../etc", size: 2 }],
+  });
+  served.registry.on({ path: /referrers/ }, { status: 200, body });
+  assertFailed(await pullProof(t, served), "PROTOCOL", /not a digest/);
+});
+
+test("a folder gets them too, and keeps those of other images", async (t) => {
+  const folder = temporaryFolder(t);
+  const served = await serveWith(t, [makeSbom(image), makeSbom(other)]);
+  const second = served.registry.add(other, "team/app", "2.0");
+  await pull(served.reference, `${folder}/`, { referrers: true });
+  const registry = internals.parseReference(second);
+  assert.equal(registry.tag, "2.0");
+  await internals.withSession({ url: second, scheme: "http" }, (session) =>
+    internals.pullImages(
+      session,
+      {
+        images: [{ reference: registry, name: "example.com/team/other:2.0" }],
+        destination: `${folder}/`,
+        isAll: false,
+        reuse: [],
+        referrers: true,
+      },
+      () => undefined,
+    ),
+  );
+  const { manifests } = JSON.parse(readFileSync(join(folder, "index.json"), "utf8"));
+  const digests = (manifests as IndexEntry[]).map(({ digest }) => digest).sort();
+  assert.deepEqual(
+    digests,
+    [image, other, makeSbom(image), makeSbom(other)].map(({ digest }) => digest).sort(),
+  );
+  const blobs = readdirSync(join(folder, "blobs/sha256"));
+  for (const { blobs: held } of [makeSbom(image), makeSbom(other)])
+    for (const digest of held.keys()) assert(blobs.includes(digest.slice(7)));
+});
+
+test("a second pull of the same finds it unchanged, and fetches no blob", async (t) => {
+  const served = await serveWith(t, [makeSbom(image), bundle()]);
+  const dest = join(temporaryFolder(t), "app.tar");
+  await pull(served.reference, dest, { referrers: true });
+  const before = readFileSync(dest);
+  const { fetchedBytes } = await pull(served.reference, dest, { referrers: true });
+  assert.equal(fetchedBytes, 0);
+  assert(readFileSync(dest).equals(before));
+});
+
+test("a manifest list of nothing but noise is no list", async (t) => {
+  const served = await serveWith(
+    t,
+    [
+      [
+        makeManifest(MEDIA.ociIndex, { schemaVersion: 2, manifests: "x", config: {}, layers: [] }),
+        sigTag(image, ""),
+      ],
+    ],
+    {},
+  );
+  assert.deepEqual(namelessIn(filesIn(await pullProof(t, served))), []);
+});
+
+test("a layer's media type alone makes a signature of nothing", () => {
+  const bytes = Buffer.from("{}");
+  assert.equal(
+    judgeSignature(layerOf(SIMPLE_SIGNING, bytes), bytes, [image.digest], [keyOf(signer)]),
+    "other key",
+  );
+});
