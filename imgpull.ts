@@ -91,7 +91,12 @@ const LIMITS = Object.freeze({
   referrers: 1000, // of one image, and of its referrers: each is a request
   referrerDepth: 4, // a signature of an attestation of an image is two deep
   referrerManifestBytes: 64 * MIB, // all of them, which are in memory until DEST is written
+  headerBytes: MIB, // Google's registry has sent 21 KB; Node's own bound is 16 KiB
   redirects: 10, // as browsers and Go have it
+  redirectBodyBytes: 64 * 1024, // read, so that the connection can be kept; of a longer one nothing more is taken
+  headersWaitFactor: 4, // times the time-out: a cache may have to fetch a layer before it answers
+  documentWaitFactor: 4, // times the time-out, for a manifest, config or token to be whole
+  slowBytesPerSecond: 1024, // a blob that comes more slowly, over twice the time-out, does not come at all
   tokenFloorMs: 60_000, // the token specification's default, and more than a skewed clock takes away
   firstBackoffMs: 1000, // most lost connections are back at once
   backoffMs: 30_000, // and a registry that restarts is back within a minute or two
@@ -108,6 +113,7 @@ const TUNING = Object.freeze({
   nearSplitBytes: 16 * MIB, // nor on a near line, where a server has megabytes under way that a cut throws away
   busyLoop: 0.4, // share of Node's event loop that is in use, over judgeMs:
   judgeMs: 100, // from there on the processor is the limit
+  addressMs: 3000, // for each of a host's addresses but the last: one lost packet on a slow line is no reason to give up
   farLatencyMs: 20, // from here on a line is worth several connections before its speed is known
   streamUnitBytes: 4 * MIB, // DEST `-`: one request's share of a large blob
   streamWindowBytes: 32 * MIB, // DEST `-`: how far the line may be ahead of the reader
@@ -305,9 +311,9 @@ class ImgpullError extends Error {
   override readonly name = "ImgpullError";
   readonly code: ErrorCode;
   /** The HTTP status, where there was one. */
-  readonly status?: number;
+  declare readonly status?: number;
   /** @internal How long the server asks us to stay away. */
-  readonly retryAfterMs?: number;
+  declare readonly retryAfterMs?: number;
 
   constructor(
     code: ErrorCode,
@@ -382,6 +388,27 @@ const CONNECTION_FAULTS: readonly ConnectionFault[] = [
     remedy: "it may want a client certificate: --cert FILE --key FILE",
   },
   { pattern: /^(CERT_|INVALID_|ERR_TLS|ERR_SSL|EPROTO)/, code: "TLS" },
+  {
+    // Node refuses it even where it is lenient, since proxies and servers have been tricked that way.
+    pattern: /^HPE_(UNEXPECTED_CONTENT_LENGTH|INVALID_CONTENT_LENGTH)/,
+    code: "PROTOCOL",
+    words: "the answer tells its length twice, or in no number (Content-Length): refused",
+  },
+  {
+    pattern: /^HPE_HEADER_OVERFLOW/,
+    code: "PROTOCOL",
+    words: `the answer's headers are larger than ${LIMITS.headerBytes} bytes`,
+  },
+  {
+    pattern: /^HPE_INVALID_HEADER_TOKEN/,
+    code: "PROTOCOL",
+    words: "a header line of the answer is malformed",
+  },
+  {
+    pattern: /^HPE_(INVALID_CONSTANT|INVALID_VERSION|INVALID_STATUS)/,
+    code: "PROTOCOL",
+    words: "what answers there does not speak HTTP/1.1",
+  },
   { pattern: /^ENOTFOUND/, code: "NETWORK", words: "no such host" },
   { pattern: /^ECONNRESET/, code: "NETWORK", words: "connection lost" },
   { pattern: /^ECONNREFUSED/, code: "NETWORK", words: "connection refused" },
@@ -704,6 +731,8 @@ interface HttpRequest {
   readonly headers: Readonly<Record<string, string>>;
   readonly body?: string;
   readonly signal: AbortSignal;
+  /** The body is a blob's: it may take as long as it moves. Everything else has to be whole in time. */
+  readonly isBlob?: boolean;
   /** The Authorization header for an origin; asked anew at each redirect. */
   readonly authorizationFor: (origin: string) => Promise<string | undefined>;
   /** The registry's own origin gets the client certificate and certs.d, no other does. */
@@ -721,6 +750,15 @@ interface Answer {
   readonly body?: http.IncomingMessage;
   readonly words: string;
 }
+
+/** For every request, CONNECT included. Peers take what Node's strict parser refuses (a length beside chunks, LF alone,
+ *  folded lines, control characters), and digests guard the bytes. Each address of a host is given seconds: Node's
+ *  own 250 ms are less than a slow line's round trip. */
+const SOCKET_OPTIONS = {
+  insecureHTTPParser: true,
+  maxHeaderSize: LIMITS.headerBytes,
+  autoSelectFamilyAttemptTimeout: TUNING.addressMs,
+};
 
 const clientFor = ({ protocol }: URL) => load(protocol === "https:" ? "node:https" : "node:http");
 
@@ -925,10 +963,15 @@ function proxyRefusal(proxy: URL, what: string, response: http.IncomingMessage):
 
 type OnConnection = (error: Error | null, socket?: net.Socket) => void;
 
+interface Tunnel {
+  readonly proxy: URL;
+  readonly options: http.RequestOptions;
+  readonly timeoutMs: number;
+}
+
 /** An agent's new connection: TLS inside a CONNECT tunnel (RFC 9110 §9.3.6). */
 function connectThrough(
-  proxy: URL,
-  options: http.RequestOptions,
+  { proxy, options, timeoutMs }: Tunnel,
   target: tls.ConnectionOptions,
   done: OnConnection,
 ): void {
@@ -936,23 +979,31 @@ function connectThrough(
   const authority = `${host}:${target.port}`;
   const connect = clientFor(proxy).request(proxy.origin, {
     ...options,
+    ...SOCKET_OPTIONS,
     method: "CONNECT",
     path: authority,
     headers: { Host: authority, ...proxyHeaders(proxy) },
   });
 
+  // The whole answer has to be there in time, however often a byte of it comes.
+  const silence = `${proxyName(proxy)} is silent: no answer to CONNECT in ${timeoutMs / 1000} s`;
+  const endInTime = () => connect.destroy(new ImgpullError("TIMEOUT", silence));
+  const timer = setTimeout(endInTime, timeoutMs);
+
   connect.once("connect", (response, socket) => {
-    if (response.statusCode === 200) {
+    clearTimeout(timer);
+    const { statusCode: status = 0 } = response;
+    if (status >= 200 && status < 300) {
       done(null, load("node:tls").connect({ ...target, socket }));
       return;
     }
     socket.destroy();
     done(proxyRefusal(proxy, `CONNECT ${authority}`, response));
   });
-  connect.once("timeout", () =>
-    connect.destroy(new ImgpullError("TIMEOUT", `${proxyName(proxy)} is silent`)),
-  );
-  connect.once("error", (error) => done(connectionError(error, proxyName(proxy))));
+  connect.once("error", (error) => {
+    clearTimeout(timer);
+    done(connectionError(error, proxyName(proxy)));
+  });
   connect.end();
 }
 
@@ -995,9 +1046,9 @@ class AgentPool {
     });
     if (!proxy) return agent;
 
-    const toProxy = { ...proxyTls, agent: false, timeout: timeoutMs, signal: this.#closing.signal };
+    const options = { ...proxyTls, agent: false as const, signal: this.#closing.signal };
     const createConnection = (target: tls.ConnectionOptions, done: OnConnection) =>
-      connectThrough(proxy, toProxy, target, done);
+      connectThrough({ proxy, options, timeoutMs }, target, done);
     return Object.assign(agent, { createConnection });
   }
 
@@ -1030,10 +1081,12 @@ class AgentPool {
 class Transport {
   readonly #settings: Settings;
   readonly #agents: AgentPool;
+  readonly #patience: Patience;
 
   constructor(settings: Settings) {
     this.#settings = settings;
     this.#agents = new AgentPool(settings);
+    this.#patience = new Patience(settings.timeoutMs);
   }
 
   send(request: HttpRequest): Promise<Answer> {
@@ -1050,18 +1103,22 @@ class Transport {
     headers: Record<string, string>,
   ): Promise<http.IncomingMessage> {
     const { timeoutMs, environment } = this.#settings;
-    const { method, signal, body } = request;
-    const doing = `${method} ${redactUrl(url)}`;
+    const { method, signal, body, isBlob = false } = request;
     const proxy = proxyFor(url, environment);
     const agent = await this.#agents.agentFor(url, request.isRegistry(url.origin), proxy);
     const forwarder = url.protocol === "http:" ? proxy : undefined;
 
-    const options = { method, headers, signal, agent, timeout: timeoutMs };
+    const options = { ...SOCKET_OPTIONS, method, headers, signal, agent, timeout: timeoutMs };
     const outgoing = forwarder
       ? forwardRequest(forwarder, url, options)
       : clientFor(url).request(url, options);
+    outgoing.maxHeadersCount = 0; // no bound but the bytes'
+
+    const doing = `${method} ${redactUrl(url)}`;
     surviveLateErrors(outgoing);
-    watchSilence(outgoing, timeoutMs, doing);
+    limitConnecting(outgoing, proxy ? 2 * timeoutMs : timeoutMs, doing);
+    this.#patience.limitHeaders(outgoing, request.url, doing);
+    limitBody(outgoing, { timeoutMs, isBlob, doing });
     outgoing.end(body);
 
     let incoming: http.IncomingMessage;
@@ -1069,9 +1126,7 @@ class Transport {
       // With the signal: while a proxy says nothing, there is no socket yet whose end could tell.
       [incoming] = (await once(outgoing, "response", { signal })) as [http.IncomingMessage];
     } catch (error) {
-      // A kept-alive connection that the server closed at the same moment: nothing was answered, so ask again.
-      if (outgoing.reusedSocket && errorCodeOf(error) === "ECONNRESET")
-        return this.#sendOnce(request, url, headers);
+      if (isStaleConnection(outgoing, error)) return this.#sendOnce(request, url, headers);
       throw connectionError(error, forwarder ? `${proxyName(forwarder)}, ${doing}` : doing);
     }
 
@@ -1079,7 +1134,24 @@ class Transport {
       outgoing.destroy();
       throw proxyRefusal(forwarder, doing, incoming);
     }
+    tidyHeaders(incoming.headers);
     return incoming;
+  }
+}
+
+/** A kept-alive connection that the server closed, or left bytes of the last answer on: nothing was answered, so the
+ *  same request may be sent again at once. */
+function isStaleConnection(outgoing: http.ClientRequest, error: unknown): boolean {
+  return outgoing.reusedSocket && /^(ECONNRESET$|HPE_)/.test(errorCodeOf(error));
+}
+
+/** With a blank before the colon, `Content-Length : 2`, Node's lenient parser takes the blank for a part of the name. */
+function tidyHeaders(headers: http.IncomingHttpHeaders): void {
+  for (const [name, value] of Object.entries(headers)) {
+    const trimmed = name.trimEnd();
+    if (trimmed === name) continue;
+    headers[trimmed] ??= value;
+    delete headers[name];
   }
 }
 
@@ -1101,22 +1173,101 @@ function surviveLateErrors(outgoing: http.ClientRequest): void {
   outgoing.once("close", () => outgoing.emit("error", new Error("closed without an answer")));
 }
 
-/** Ends a request on whose connection nothing comes for `timeoutMs`, before its headers or in its body. */
-function watchSilence(outgoing: http.ClientRequest, timeoutMs: number, doing: string): void {
-  let incoming: http.IncomingMessage | undefined;
-  outgoing.once("response", (response) => {
-    incoming = response;
-  });
+// ------ Deadlines ------
+// Node's own time-out starts anew with each byte, so a server that sends one now and then would hold us for ever. Here
+// connecting, headers, and all bodies but a blob's have to be whole in time; a blob has to go on moving.
 
-  outgoing.on("timeout", () => {
-    // Silence that we asked for (the disk or the reader is slower than the line) is not the server's.
-    if (incoming && incoming.readableLength > 0) {
-      outgoing.setTimeout(timeoutMs);
-      return;
-    }
-    const silence = `${doing}: nothing came for ${timeoutMs / 1000} s`;
-    (incoming ?? outgoing).destroy(new ImgpullError("TIMEOUT", silence));
+function timeoutError(doing: string, words: string): ImgpullError {
+  return new ImgpullError("TIMEOUT", `${doing}: ${words}`);
+}
+
+/** Calls `proceed` once the request has a connection, TLS included. */
+function whenConnected(outgoing: http.ClientRequest, proceed: () => void): void {
+  outgoing.once("socket", (socket) => {
+    if (outgoing.reusedSocket) proceed();
+    else socket.once("encrypted" in socket ? "secureConnect" : "connect", proceed);
   });
+}
+
+function limitConnecting(outgoing: http.ClientRequest, limitMs: number, doing: string): void {
+  const words = `nothing came for ${limitMs / 1000} s`;
+  const timer = setTimeout(() => outgoing.destroy(timeoutError(doing, words)), limitMs);
+  whenConnected(outgoing, () => clearTimeout(timer));
+  outgoing.once("close", () => clearTimeout(timer));
+}
+
+/** How long headers are waited for. A cache may fetch a whole layer before it answers: whoever was silent too long is
+ *  given twice as long at the next attempt, up to a bound. */
+class Patience {
+  readonly #timeoutMs: number;
+  readonly #factors = new Map<string, number>();
+
+  constructor(timeoutMs: number) {
+    this.#timeoutMs = timeoutMs;
+  }
+
+  limitHeaders(outgoing: http.ClientRequest, asked: URL, doing: string): void {
+    const key = `${asked.origin}${asked.pathname}`;
+    const factor = this.#factors.get(key) ?? 1;
+    const limitMs = factor * this.#timeoutMs;
+    let timer: NodeJS.Timeout | undefined;
+
+    const giveUp = () => {
+      // Set, not doubled: many requests for the same blob may have begun to wait together.
+      this.#factors.set(key, Math.min(2 * factor, LIMITS.headersWaitFactor));
+      outgoing.destroy(timeoutError(doing, `nothing came for ${limitMs / 1000} s`));
+    };
+    whenConnected(outgoing, () => {
+      timer = setTimeout(giveUp, limitMs);
+    });
+    for (const end of ["response", "close"]) outgoing.once(end, () => clearTimeout(timer));
+  }
+}
+
+interface BodyLimits {
+  readonly timeoutMs: number;
+  readonly isBlob: boolean;
+  readonly doing: string;
+}
+
+/** A blob has to move; words of a refusal have to be there at once, and a document soon. */
+function limitBody(outgoing: http.ClientRequest, limits: BodyLimits): void {
+  const { timeoutMs, isBlob, doing } = limits;
+
+  outgoing.once("response", (incoming: http.IncomingMessage) => {
+    outgoing.on("timeout", () => {
+      if (isReaderSlow(incoming)) outgoing.setTimeout(timeoutMs);
+      else incoming.destroy(timeoutError(doing, `nothing came for ${timeoutMs / 1000} s`));
+    });
+
+    const isRefusal = (incoming.statusCode ?? 0) >= 300;
+    if (isBlob && !isRefusal) return limitSlowness(incoming, 2 * timeoutMs, doing);
+
+    const limitMs = isRefusal ? timeoutMs : LIMITS.documentWaitFactor * timeoutMs;
+    const late = timeoutError(doing, `the answer was not whole after ${limitMs / 1000} s`);
+    const timer = setTimeout(() => incoming.destroy(late), limitMs);
+    incoming.once("close", () => clearTimeout(timer));
+  });
+}
+
+/** Silence that we asked for (the disk or the reader is slower than the line) is not the server's. */
+const isReaderSlow = (incoming: http.IncomingMessage): boolean => incoming.readableLength > 0;
+
+/** Ends a body that hardly moves: over each period it has to bring some KiB. */
+function limitSlowness(incoming: http.IncomingMessage, periodMs: number, doing: string): void {
+  const leastBytes = (LIMITS.slowBytesPerSecond * periodMs) / 1000;
+  let readBefore = incoming.socket.bytesRead;
+
+  const judge = () => {
+    const { bytesRead } = incoming.socket;
+    const cameBytes = bytesRead - readBefore;
+    readBefore = bytesRead;
+    if (cameBytes >= leastBytes || isReaderSlow(incoming)) return;
+    const words = `only ${cameBytes} bytes came in ${periodMs / 1000} s`;
+    incoming.destroy(timeoutError(doing, words));
+  };
+  const timer = setInterval(judge, periodMs);
+  incoming.once("close", () => clearInterval(timer));
 }
 
 // ------ Redirects ------
@@ -1144,7 +1295,7 @@ async function followRedirects(request: HttpRequest, sendOnce: SendOnce): Promis
     if (!isRedirect || headers.location === undefined)
       return { ...answer, words: await readWords(response) };
 
-    response.on("error", ignore).resume();
+    dropBody(response);
     if (hops >= LIMITS.redirects)
       fail("PROTOCOL", `${redactUrl(url)}: more than ${LIMITS.redirects} redirects`);
     url = redirectTarget(url, headers.location);
@@ -1167,6 +1318,15 @@ function redirectTarget(from: URL, location: string): URL {
 }
 
 // ------ Bodies ------
+
+/** A short body is read, so that the connection can be kept; of a longer one nothing more is taken. */
+function dropBody(response: http.IncomingMessage): void {
+  let length = 0;
+  response.on("error", ignore).on("data", (chunk: Buffer) => {
+    length += chunk.length;
+    if (length > LIMITS.redirectBodyBytes) response.destroy();
+  });
+}
 
 /** Some front ends compress although `identity` was asked for. Others store a gzip layer with a Content-Encoding that
  *  describes the layer itself: there the length gives it away, and the bytes are what was asked for. */
@@ -2016,7 +2176,7 @@ class Registry {
     const headers: Record<string, string> = isWhole ? {} : { Range: `bytes=${from}-${to - 1}` };
 
     try {
-      return await this.#request("GET", "blob", digest, { headers, signal });
+      return await this.#request("GET", "blob", digest, { headers, signal, isBlob: true });
     } catch (refusal) {
       const isMissing = refusal instanceof ImgpullError && refusal.code === "NOT_FOUND";
       if (!isMissing) throw refusal;
@@ -2039,6 +2199,7 @@ class Registry {
         url: new URL(url),
         headers,
         signal,
+        isBlob: true,
         authorizationFor: async () => undefined,
         isRegistry: () => false,
       });

@@ -64,8 +64,18 @@ var LIMITS = Object.freeze({
   // a signature of an attestation of an image is two deep
   referrerManifestBytes: 64 * MIB,
   // all of them, which are in memory until DEST is written
+  headerBytes: MIB,
+  // Google's registry has sent 21 KB; Node's own bound is 16 KiB
   redirects: 10,
   // as browsers and Go have it
+  redirectBodyBytes: 64 * 1024,
+  // read, so that the connection can be kept; of a longer one nothing more is taken
+  headersWaitFactor: 4,
+  // times the time-out: a cache may have to fetch a layer before it answers
+  documentWaitFactor: 4,
+  // times the time-out, for a manifest, config or token to be whole
+  slowBytesPerSecond: 1024,
+  // a blob that comes more slowly, over twice the time-out, does not come at all
   tokenFloorMs: 6e4,
   // the token specification's default, and more than a skewed clock takes away
   firstBackoffMs: 1e3,
@@ -92,6 +102,8 @@ var TUNING = Object.freeze({
   // share of Node's event loop that is in use, over judgeMs:
   judgeMs: 100,
   // from there on the processor is the limit
+  addressMs: 3e3,
+  // for each of a host's addresses but the last: one lost packet on a slow line is no reason to give up
   farLatencyMs: 20,
   // from here on a line is worth several connections before its speed is known
   streamUnitBytes: 4 * MIB,
@@ -104,10 +116,6 @@ var TUNING = Object.freeze({
 var ImgpullError = class extends Error {
   name = "ImgpullError";
   code;
-  /** The HTTP status, where there was one. */
-  status;
-  /** @internal How long the server asks us to stay away. */
-  retryAfterMs;
   constructor(code, message, details = {}) {
     const { cause, status, retryAfterMs } = details;
     super(message, cause === void 0 ? void 0 : { cause });
@@ -153,6 +161,27 @@ var CONNECTION_FAULTS = [
     remedy: "it may want a client certificate: --cert FILE --key FILE"
   },
   { pattern: /^(CERT_|INVALID_|ERR_TLS|ERR_SSL|EPROTO)/, code: "TLS" },
+  {
+    // Node refuses it even where it is lenient, since proxies and servers have been tricked that way.
+    pattern: /^HPE_(UNEXPECTED_CONTENT_LENGTH|INVALID_CONTENT_LENGTH)/,
+    code: "PROTOCOL",
+    words: "the answer tells its length twice, or in no number (Content-Length): refused"
+  },
+  {
+    pattern: /^HPE_HEADER_OVERFLOW/,
+    code: "PROTOCOL",
+    words: `the answer's headers are larger than ${LIMITS.headerBytes} bytes`
+  },
+  {
+    pattern: /^HPE_INVALID_HEADER_TOKEN/,
+    code: "PROTOCOL",
+    words: "a header line of the answer is malformed"
+  },
+  {
+    pattern: /^HPE_(INVALID_CONSTANT|INVALID_VERSION|INVALID_STATUS)/,
+    code: "PROTOCOL",
+    words: "what answers there does not speak HTTP/1.1"
+  },
   { pattern: /^ENOTFOUND/, code: "NETWORK", words: "no such host" },
   { pattern: /^ECONNRESET/, code: "NETWORK", words: "connection lost" },
   { pattern: /^ECONNREFUSED/, code: "NETWORK", words: "connection refused" }
@@ -339,6 +368,11 @@ function defaultDestination({ repository, tag, digest = "" }) {
   const name = repository.slice(repository.lastIndexOf("/") + 1);
   return `${name}-${tag ?? hexOf(digest).slice(0, 12)}.tar`;
 }
+var SOCKET_OPTIONS = {
+  insecureHTTPParser: true,
+  maxHeaderSize: LIMITS.headerBytes,
+  autoSelectFamilyAttemptTimeout: TUNING.addressMs
+};
 var clientFor = ({ protocol }) => load(protocol === "https:" ? "node:https" : "node:http");
 var basicAuthorization = (username, secret) => `Basic ${Buffer.from(`${username}:${secret}`, "utf8").toString("base64")}`;
 var CA_BUNDLES = [
@@ -478,28 +512,33 @@ function proxyRefusal(proxy, what, response) {
   const said = `${proxyName(proxy)} refused ${what}: ${status} ${printable(statusMessage)}`;
   return new ImgpullError("PROXY", status === 407 ? `${said}${PROXY_REMEDY}` : said, { status });
 }
-function connectThrough(proxy, options, target, done) {
+function connectThrough({ proxy, options, timeoutMs }, target, done) {
   const host = net.isIPv6(String(target.host)) ? `[${target.host}]` : target.host;
   const authority = `${host}:${target.port}`;
   const connect = clientFor(proxy).request(proxy.origin, {
     ...options,
+    ...SOCKET_OPTIONS,
     method: "CONNECT",
     path: authority,
     headers: { Host: authority, ...proxyHeaders(proxy) }
   });
+  const silence = `${proxyName(proxy)} is silent: no answer to CONNECT in ${timeoutMs / 1e3} s`;
+  const endInTime = () => connect.destroy(new ImgpullError("TIMEOUT", silence));
+  const timer = setTimeout(endInTime, timeoutMs);
   connect.once("connect", (response, socket) => {
-    if (response.statusCode === 200) {
+    clearTimeout(timer);
+    const { statusCode: status = 0 } = response;
+    if (status >= 200 && status < 300) {
       done(null, load("node:tls").connect({ ...target, socket }));
       return;
     }
     socket.destroy();
     done(proxyRefusal(proxy, `CONNECT ${authority}`, response));
   });
-  connect.once(
-    "timeout",
-    () => connect.destroy(new ImgpullError("TIMEOUT", `${proxyName(proxy)} is silent`))
-  );
-  connect.once("error", (error) => done(connectionError(error, proxyName(proxy))));
+  connect.once("error", (error) => {
+    clearTimeout(timer);
+    done(connectionError(error, proxyName(proxy)));
+  });
   connect.end();
 }
 var AgentPool = class {
@@ -534,8 +573,8 @@ var AgentPool = class {
       rejectUnauthorized: insecure !== true
     });
     if (!proxy) return agent;
-    const toProxy = { ...proxyTls, agent: false, timeout: timeoutMs, signal: this.#closing.signal };
-    const createConnection = (target, done) => connectThrough(proxy, toProxy, target, done);
+    const options = { ...proxyTls, agent: false, signal: this.#closing.signal };
+    const createConnection = (target, done) => connectThrough({ proxy, options, timeoutMs }, target, done);
     return Object.assign(agent, { createConnection });
   }
   /** Node takes the name to verify from the Host header, which is the target's, unless it is told. */
@@ -559,9 +598,11 @@ var AgentPool = class {
 var Transport = class {
   #settings;
   #agents;
+  #patience;
   constructor(settings) {
     this.#settings = settings;
     this.#agents = new AgentPool(settings);
+    this.#patience = new Patience(settings.timeoutMs);
   }
   send(request) {
     return followRedirects(request, (url, headers) => this.#sendOnce(request, url, headers));
@@ -571,31 +612,45 @@ var Transport = class {
   }
   async #sendOnce(request, url, headers) {
     const { timeoutMs, environment } = this.#settings;
-    const { method, signal, body } = request;
-    const doing = `${method} ${redactUrl(url)}`;
+    const { method, signal, body, isBlob = false } = request;
     const proxy = proxyFor(url, environment);
     const agent = await this.#agents.agentFor(url, request.isRegistry(url.origin), proxy);
     const forwarder = url.protocol === "http:" ? proxy : void 0;
-    const options = { method, headers, signal, agent, timeout: timeoutMs };
+    const options = { ...SOCKET_OPTIONS, method, headers, signal, agent, timeout: timeoutMs };
     const outgoing = forwarder ? forwardRequest(forwarder, url, options) : clientFor(url).request(url, options);
+    outgoing.maxHeadersCount = 0;
+    const doing = `${method} ${redactUrl(url)}`;
     surviveLateErrors(outgoing);
-    watchSilence(outgoing, timeoutMs, doing);
+    limitConnecting(outgoing, proxy ? 2 * timeoutMs : timeoutMs, doing);
+    this.#patience.limitHeaders(outgoing, request.url, doing);
+    limitBody(outgoing, { timeoutMs, isBlob, doing });
     outgoing.end(body);
     let incoming;
     try {
       [incoming] = await once(outgoing, "response", { signal });
     } catch (error) {
-      if (outgoing.reusedSocket && errorCodeOf(error) === "ECONNRESET")
-        return this.#sendOnce(request, url, headers);
+      if (isStaleConnection(outgoing, error)) return this.#sendOnce(request, url, headers);
       throw connectionError(error, forwarder ? `${proxyName(forwarder)}, ${doing}` : doing);
     }
     if (forwarder && incoming.statusCode === 407) {
       outgoing.destroy();
       throw proxyRefusal(forwarder, doing, incoming);
     }
+    tidyHeaders(incoming.headers);
     return incoming;
   }
 };
+function isStaleConnection(outgoing, error) {
+  return outgoing.reusedSocket && /^(ECONNRESET$|HPE_)/.test(errorCodeOf(error));
+}
+function tidyHeaders(headers) {
+  for (const [name, value] of Object.entries(headers)) {
+    const trimmed = name.trimEnd();
+    if (trimmed === name) continue;
+    headers[trimmed] ??= value;
+    delete headers[name];
+  }
+}
 function forwardRequest(proxy, url, options) {
   const headers = { ...options.headers, Host: url.host, ...proxyHeaders(proxy) };
   return clientFor(proxy).request(proxy.origin, { ...options, path: url.href, headers });
@@ -605,19 +660,71 @@ function surviveLateErrors(outgoing) {
   outgoing.once("socket", (socket) => socket.off("error", ignore).on("error", ignore));
   outgoing.once("close", () => outgoing.emit("error", new Error("closed without an answer")));
 }
-function watchSilence(outgoing, timeoutMs, doing) {
-  let incoming;
-  outgoing.once("response", (response) => {
-    incoming = response;
+function timeoutError(doing, words) {
+  return new ImgpullError("TIMEOUT", `${doing}: ${words}`);
+}
+function whenConnected(outgoing, proceed) {
+  outgoing.once("socket", (socket) => {
+    if (outgoing.reusedSocket) proceed();
+    else socket.once("encrypted" in socket ? "secureConnect" : "connect", proceed);
   });
-  outgoing.on("timeout", () => {
-    if (incoming && incoming.readableLength > 0) {
-      outgoing.setTimeout(timeoutMs);
-      return;
-    }
-    const silence = `${doing}: nothing came for ${timeoutMs / 1e3} s`;
-    (incoming ?? outgoing).destroy(new ImgpullError("TIMEOUT", silence));
+}
+function limitConnecting(outgoing, limitMs, doing) {
+  const words = `nothing came for ${limitMs / 1e3} s`;
+  const timer = setTimeout(() => outgoing.destroy(timeoutError(doing, words)), limitMs);
+  whenConnected(outgoing, () => clearTimeout(timer));
+  outgoing.once("close", () => clearTimeout(timer));
+}
+var Patience = class {
+  #timeoutMs;
+  #factors = /* @__PURE__ */ new Map();
+  constructor(timeoutMs) {
+    this.#timeoutMs = timeoutMs;
+  }
+  limitHeaders(outgoing, asked, doing) {
+    const key = `${asked.origin}${asked.pathname}`;
+    const factor = this.#factors.get(key) ?? 1;
+    const limitMs = factor * this.#timeoutMs;
+    let timer;
+    const giveUp = () => {
+      this.#factors.set(key, Math.min(2 * factor, LIMITS.headersWaitFactor));
+      outgoing.destroy(timeoutError(doing, `nothing came for ${limitMs / 1e3} s`));
+    };
+    whenConnected(outgoing, () => {
+      timer = setTimeout(giveUp, limitMs);
+    });
+    for (const end of ["response", "close"]) outgoing.once(end, () => clearTimeout(timer));
+  }
+};
+function limitBody(outgoing, limits) {
+  const { timeoutMs, isBlob, doing } = limits;
+  outgoing.once("response", (incoming) => {
+    outgoing.on("timeout", () => {
+      if (isReaderSlow(incoming)) outgoing.setTimeout(timeoutMs);
+      else incoming.destroy(timeoutError(doing, `nothing came for ${timeoutMs / 1e3} s`));
+    });
+    const isRefusal = (incoming.statusCode ?? 0) >= 300;
+    if (isBlob && !isRefusal) return limitSlowness(incoming, 2 * timeoutMs, doing);
+    const limitMs = isRefusal ? timeoutMs : LIMITS.documentWaitFactor * timeoutMs;
+    const late = timeoutError(doing, `the answer was not whole after ${limitMs / 1e3} s`);
+    const timer = setTimeout(() => incoming.destroy(late), limitMs);
+    incoming.once("close", () => clearTimeout(timer));
   });
+}
+var isReaderSlow = (incoming) => incoming.readableLength > 0;
+function limitSlowness(incoming, periodMs, doing) {
+  const leastBytes = LIMITS.slowBytesPerSecond * periodMs / 1e3;
+  let readBefore = incoming.socket.bytesRead;
+  const judge = () => {
+    const { bytesRead } = incoming.socket;
+    const cameBytes = bytesRead - readBefore;
+    readBefore = bytesRead;
+    if (cameBytes >= leastBytes || isReaderSlow(incoming)) return;
+    const words = `only ${cameBytes} bytes came in ${periodMs / 1e3} s`;
+    incoming.destroy(timeoutError(doing, words));
+  };
+  const timer = setInterval(judge, periodMs);
+  incoming.once("close", () => clearInterval(timer));
 }
 async function followRedirects(request, sendOnce) {
   let { url } = request;
@@ -635,7 +742,7 @@ async function followRedirects(request, sendOnce) {
     const isRedirect = [301, 302, 303, 307, 308].includes(status) && request.body === void 0;
     if (!isRedirect || headers.location === void 0)
       return { ...answer, words: await readWords(response) };
-    response.on("error", ignore).resume();
+    dropBody(response);
     if (hops >= LIMITS.redirects)
       fail("PROTOCOL", `${redactUrl(url)}: more than ${LIMITS.redirects} redirects`);
     url = redirectTarget(url, headers.location);
@@ -650,6 +757,13 @@ function redirectTarget(from, location) {
     "PROTOCOL",
     `${redactUrl(from)} redirects to ${redactUrl(target)}: not followed from https to ${target.protocol}`
   );
+}
+function dropBody(response) {
+  let length = 0;
+  response.on("error", ignore).on("data", (chunk) => {
+    length += chunk.length;
+    if (length > LIMITS.redirectBodyBytes) response.destroy();
+  });
 }
 function decodeBody(response, expectedBytes) {
   const { "content-encoding": encoding = "", "content-length": length } = response.headers;
@@ -1195,7 +1309,7 @@ var Registry = class {
     const isWhole = from === 0 && to === size;
     const headers = isWhole ? {} : { Range: `bytes=${from}-${to - 1}` };
     try {
-      return await this.#request("GET", "blob", digest, { headers, signal });
+      return await this.#request("GET", "blob", digest, { headers, signal, isBlob: true });
     } catch (refusal) {
       const isMissing = refusal instanceof ImgpullError && refusal.code === "NOT_FOUND";
       if (!isMissing) throw refusal;
@@ -1211,6 +1325,7 @@ var Registry = class {
         url: new URL(url),
         headers,
         signal,
+        isBlob: true,
         authorizationFor: async () => void 0,
         isRegistry: () => false
       });
