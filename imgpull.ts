@@ -144,51 +144,83 @@ interface Descriptor {
   annotations?: Record<string, string>;
 }
 
-/** What to pull and how. Only `url` is required; the rest has the command's defaults. */
-interface PullerOpts {
-  /** The image reference: `[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]`. */
-  url: string;
-  /** How the registry is spoken to; default `https`. */
-  scheme?: "https" | "http";
+/** How images are pulled. All of it is optional, and `undefined` is as if an option was not there. */
+interface PullOptions {
+  /** How registries are spoken to; default `https`. */
+  scheme?: "https" | "http" | undefined;
 
-  /** Operating system wanted, in Go's words (`linux`); default: this machine's. */
-  osType?: string;
+  /** Operating system wanted, in Go's words (`linux`); default: this machine's, or else linux. */
+  osType?: string | undefined;
   /** Processor wanted, in Go's words (`amd64`, `arm64`); default: this machine's. */
-  archType?: string;
+  archType?: string | undefined;
   /** Variant of the processor wanted (`v7`); default: the best that suits `archType`. */
-  variant?: string;
+  variant?: string | undefined;
+  /**
+   * Platforms wanted, as `OS/ARCH` or `OS/ARCH/VARIANT`; `"all"`: every one that there is. With more than one, the
+   * image's index is kept. Excludes `osType`, `archType` and `variant`.
+   */
+  platforms?: "all" | readonly string[] | undefined;
 
-  /** For basic credentials; default: docker's and podman's credential files are asked. */
-  username?: string;
+  /** The name that the image gets in DEST; one reference only. Excludes `renames`. */
+  name?: string | undefined;
+  /**
+   * Names in DEST that begin with a key begin with its value instead: `{ "docker.io": "registry.corp/hub" }`. Whole
+   * path segments count, and the longest key wins.
+   */
+  renames?: Readonly<Record<string, string>> | undefined;
+  /** Paths of tars: blobs that one of them holds are copied from there, and verified. */
+  reuse?: readonly string[] | undefined;
+  /** Path of a tar that the receiving side has: layers that it holds are left out. */
+  since?: string | undefined;
+  /** Brings what refers to the images: signatures, attestations, SBOMs; default false. */
+  referrers?: boolean | undefined;
+  /**
+   * Public keys, each as PEM or as the path of a PEM file: an image that none of them has signed is refused. What refers
+   * to the images comes along.
+   */
+  signedBy?: readonly string[] | undefined;
+  /** Resolves everything, says what would come, and writes nothing; default false. */
+  dryRun?: boolean | undefined;
+
+  /** For basic credentials, with `password`; default: docker's and podman's credential files are asked. */
+  username?: string | undefined;
   /** The password of `username`. */
-  password?: string;
-  /** An outside token (ECR's), sent as `Authorization: Basic TOKEN`. */
-  token?: string;
+  password?: string | undefined;
+  /** An outside token (ECR's), sent as `Authorization: Basic TOKEN`. Excludes `username`. */
+  token?: string | undefined;
 
   /** Path of a PEM file: the client's certificate. Needs `tlsKey`. */
-  tlsCert?: string;
+  tlsCert?: string | undefined;
   /** Path of a PEM file: the key of `tlsCert`. */
-  tlsKey?: string;
+  tlsKey?: string | undefined;
   /** Path of a PEM file: certificate authorities that are trusted besides the system's. */
-  caCert?: string;
+  caCert?: string | undefined;
   /** Does not verify the server's certificate; default false. */
-  insecure?: boolean;
+  insecure?: boolean | undefined;
   /** The upstream registry that a mirror stands for: `?ns=HOST` on every request. */
-  namespace?: string;
+  namespace?: string | undefined;
 
   /** Connections used at once, 1 to 64; default 8. */
-  concurrency?: number;
-  /** Attempts after the first; default 5. */
-  retries?: number;
+  concurrency?: number | undefined;
+  /** Attempts after the first, 0 to 100; default 5. */
+  retries?: number | undefined;
   /** How long a connection may be silent, in milliseconds; default 30000. */
-  timeoutMs?: number;
+  timeoutMs?: number | undefined;
+  /** Where proxies, credential files and certificates are looked up; default: `process.env`. */
+  environment?: Readonly<Record<string, string | undefined>> | undefined;
 
-  /** Stops everything at once; what is thrown then has the code `ABORTED`. */
-  signal?: AbortSignal;
-  /** Called as bytes arrive. */
-  onProgress?: (progress: Progress) => void;
-  /** Called with one line each: a retry, a fallback, a layer that some loaders refuse. */
-  onWarning?: (message: string) => void;
+  /** Stops everything at once; what is thrown then has the code `ABORTED` and the signal's reason as its cause. */
+  signal?: AbortSignal | undefined;
+  /** Called as bytes arrive. What it throws ends the call, and is thrown from there. */
+  onProgress?: ((progress: Progress) => void) | undefined;
+  /** Called with a sentence each: a retry, a fallback, a layer that some loaders refuse. What it throws ends the call. */
+  onWarning?: ((message: string) => void) | undefined;
+}
+
+/** What to pull and how. Only `url` is required; the rest has the command's defaults. */
+interface PullerOpts extends PullOptions {
+  /** The image reference: `[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]`. */
+  url: string;
 }
 
 /** How far one blob is. */
@@ -228,6 +260,38 @@ interface PullResult {
   sizeBytes: number;
   /** What came over the line as blobs: the rest was there already. */
   fetchedBytes: number;
+}
+
+/** One image of a pull. */
+interface PulledImage {
+  /** What was asked for, host and all: `docker.io/library/alpine:3.22`. */
+  reference: string;
+  /** The same, pinned to the digest that DEST now holds: `docker.io/library/alpine:3.22@sha256:…`. */
+  pinned: string;
+  /** Its name in DEST. */
+  name: string;
+  /** Of the manifest, or of the index where it was kept. */
+  digest: string;
+  /** `os/architecture[/variant]`, `all`, or empty for what is not an image. */
+  platform: string;
+  /** How many layers. */
+  layers: number;
+}
+
+/** What a pull came to; with `dryRun`, what it would come to. */
+interface PullReport {
+  /** In the order of the references, each once. */
+  images: readonly PulledImage[];
+  /** DEST's size; in a directory, that of the blobs. */
+  sizeBytes: number;
+  /** What came over the line as blobs. */
+  fetchedBytes: number;
+  /** What was there already: in DEST as it was, or in a tar of `reuse`. */
+  reusedBytes: number;
+  /** What an earlier run of the same pull had brought. */
+  resumedBytes: number;
+  /** Layers that were left out since the tar of `since` holds them. */
+  omitted: readonly Descriptor[];
 }
 
 /** A manifest as the registry sent it. */
@@ -335,6 +399,18 @@ function fail(code: ErrorCode, message: string, details?: ErrorDetails): never {
 /** Node's code of an error (`ECONNRESET`, `ENOENT`), or nothing. */
 const errorCodeOf = (error: unknown): string =>
   String((error as { code?: unknown } | undefined)?.code ?? "");
+
+/** How many pairs of neighbouring letters two words share. */
+const likeness = (left: string, right: string): number =>
+  [...`^${left}`].filter((letter, at) => `^${right}$`.includes(letter + (left[at] ?? "$"))).length;
+
+/** The name that was probably meant. */
+function nearestName(word: string, names: readonly string[]): string | undefined {
+  const isLike = (name: string) => likeness(word, name) >= 0.4 * (word.length + 1);
+  return names
+    .filter(isLike)
+    .sort((left, right) => likeness(word, right) - likeness(word, left))[0];
+}
 
 // ------ Words from outside ------
 
@@ -716,8 +792,12 @@ type Environment = Readonly<Record<string, string | undefined>>;
 
 /** What a pull was told, checked. `certsDirectory` is /etc/docker/certs.d, but for tests. */
 type Settings = Readonly<
-  Omit<PullerOpts, "url" | "osType" | "archType" | "variant" | "signal"> &
-    Required<Pick<PullerOpts, "scheme" | "concurrency" | "retries" | "timeoutMs">> & {
+  Pick<PullOptions, "tlsCert" | "tlsKey" | "caCert" | "username" | "password" | "token"> &
+    Pick<PullOptions, "insecure" | "namespace"> & {
+      scheme: "https" | "http";
+      concurrency: number;
+      retries: number;
+      timeoutMs: number;
       wanted: Partial<Platform>;
       environment: Environment;
       certsDirectory: string;
@@ -5240,18 +5320,344 @@ function refuseUnsigned(where: string, verdicts: readonly Verdict[]): never {
   );
 }
 
-// ====== 14. Puller ======
-// References → resolved images → plan → DEST. All is resolved, and every failure named, before a layer moves.
+// ====== 14. Library ======
+// What a program calls; the command is its first user. References → named images → manifests → plan → DEST: all is
+// resolved, and every failure named, before a layer moves. Messages name an option as `option`, so that a program (the
+// command is one) can put its own word for it there.
+
+// ------ Options ------
+
+type OptionKind =
+  | "a string"
+  | "a number"
+  | "true or false"
+  | "a list of strings"
+  | '"all" or a list of strings'
+  | "an object of strings"
+  | "an AbortSignal"
+  | "a function";
+
+/** What each option has to be. One that is not here is a typo, and refused. */
+const OPTION_KINDS = {
+  url: "a string",
+  scheme: "a string",
+  osType: "a string",
+  archType: "a string",
+  variant: "a string",
+  platforms: '"all" or a list of strings',
+  name: "a string",
+  renames: "an object of strings",
+  reuse: "a list of strings",
+  since: "a string",
+  dryRun: "true or false",
+  referrers: "true or false",
+  signedBy: "a list of strings",
+  username: "a string",
+  password: "a string",
+  token: "a string",
+  tlsCert: "a string",
+  tlsKey: "a string",
+  caCert: "a string",
+  insecure: "true or false",
+  namespace: "a string",
+  concurrency: "a number",
+  retries: "a number",
+  timeoutMs: "a number",
+  environment: "an object of strings",
+  signal: "an AbortSignal",
+  onProgress: "a function",
+  onWarning: "a function",
+} as const satisfies Record<keyof PullerOpts, OptionKind>;
+
+const isListOfStrings = (value: unknown): boolean =>
+  Array.isArray(value) && value.every((item) => typeof item === "string");
+const isStringOrNothing = (value: unknown): boolean =>
+  value === undefined || typeof value === "string";
+
+const IS_OF_KIND: Readonly<Record<OptionKind, (value: unknown) => boolean>> = {
+  "a string": (value) => typeof value === "string",
+  "a number": (value) => typeof value === "number",
+  "true or false": (value) => typeof value === "boolean",
+  "a list of strings": isListOfStrings,
+  '"all" or a list of strings': (value) => value === "all" || isListOfStrings(value),
+  "an object of strings": (value) =>
+    isRecord(value) && Object.values(value).every(isStringOrNothing),
+  "an AbortSignal": (value) => value instanceof AbortSignal,
+  "a function": (value) => typeof value === "function",
+};
+
+/** Without types nothing else says so. A value is not shown: it may be a secret in the wrong place. */
+function checkKinds(options: PullOptions): void {
+  if (!isRecord(options)) fail("BAD_OPTION", "the options are not an object");
+  for (const [name, value] of Object.entries(options)) {
+    if (!Object.hasOwn(OPTION_KINDS, name)) {
+      const nearest = nearestName(name, Object.keys(OPTION_KINDS));
+      const suggestion = nearest === undefined ? "" : `: did you mean \`${nearest}\`?`;
+      fail("BAD_OPTION", `unknown option \`${printable(name, 60)}\`${suggestion}`);
+    }
+    const kind = OPTION_KINDS[name as keyof PullerOpts];
+    if (value !== undefined && !IS_OF_KIND[kind](value))
+      fail("BAD_OPTION", `\`${name}\` has to be ${kind}`);
+  }
+}
+
+/** Options that contradict each other, lack each other, or cannot be right by themselves. */
+function checkOptions(options: PullOptions): void {
+  checkKinds(options);
+  const { scheme, tlsCert, tlsKey, username, password, token, namespace, platforms } = options;
+  const { name, renames = {} } = options;
+  const check = (isRight: boolean, reason: string): void => {
+    if (!isRight) fail("BAD_OPTION", reason);
+  };
+
+  const isScheme = scheme === undefined || scheme === "https" || scheme === "http";
+  check(isScheme, `\`scheme\` is https or http, not "${printable(String(scheme))}"`);
+  const isPair = (tlsCert === undefined) === (tlsKey === undefined);
+  check(isPair, "`tlsCert` and `tlsKey` go together: a certificate and its key");
+  check(username === undefined || password !== undefined, "`username` needs `password`");
+  check(password === undefined || username !== undefined, "`password` needs `username`");
+  check(token === undefined || username === undefined, "`token` and `username` exclude each other");
+  const isHeader = token === undefined || /^[\x21-\x7e]+$/.test(token);
+  check(isHeader, "`token` has characters that no header can carry");
+  const isNamespace = namespace === undefined || isHost(namespace);
+  check(isNamespace, `\`namespace\` is a host, not "${printable(namespace ?? "")}"`);
+
+  const isOnePlatform = options.osType ?? options.archType ?? options.variant;
+  const isEither = platforms === undefined || isOnePlatform === undefined;
+  check(isEither, "`platforms` excludes `osType`, `archType` and `variant`");
+  for (const platform of platforms === "all" ? [] : (platforms ?? []))
+    check(
+      /^[^/]+\/[^/]+(\/[^/]+)?$/.test(platform),
+      `\`platforms\` are OS/ARCH or OS/ARCH/VARIANT, or all, not "${printable(platform)}"`,
+    );
+  check(platforms?.length !== 0, "`platforms` is an empty list");
+  const hasRenames = Object.keys(renames).length > 0;
+  check(name === undefined || !hasRenames, "`name` and `renames` exclude each other");
+  check(!name?.includes("@"), "`name` is NAME or NAME:TAG: a digest cannot be given");
+}
+
+/** A whole number within bounds, or the default. */
+function integerOption(
+  options: PullOptions,
+  name: "concurrency" | "retries" | "timeoutMs",
+  otherwise: number,
+  [minimum, maximum]: readonly [minimum: number, maximum: number],
+): number {
+  const value = options[name] ?? otherwise;
+  const isRight = Number.isSafeInteger(value) && value >= minimum && value <= maximum;
+  const unit = name === "timeoutMs" ? " (milliseconds)" : "";
+  const bounds = `a whole number from ${minimum} to ${maximum}${unit}`;
+  if (!isRight) fail("BAD_OPTION", `\`${name}\` is ${bounds}, not ${value}`);
+  return value;
+}
+
+/** The one platform that is wanted; with several, or all of them, none. */
+function wantedOf({ platforms, osType, archType, variant }: PullOptions): Partial<Platform> {
+  if (platforms === undefined) return dropEmpty({ os: osType, architecture: archType, variant });
+  if (platforms === "all" || platforms.length > 1) return {};
+  const [system, architecture, level] = platforms[0]?.split("/") ?? [];
+  return dropEmpty({ os: system, architecture, variant: level });
+}
+
+/** What the sections above need of a caller's options; what is wrong is named as the option it is. */
+function settingsOf(
+  options: PullOptions,
+  environment: Environment = options.environment ?? process.env,
+  certsDirectory = "/etc/docker/certs.d",
+): Settings {
+  checkOptions(options);
+  const { scheme = "https", insecure = false, tlsCert, tlsKey, caCert } = options;
+  const { username, password, token, namespace } = options;
+  return {
+    scheme,
+    insecure,
+    environment,
+    certsDirectory,
+    timeoutMs: integerOption(options, "timeoutMs", 30_000, [1, 86_400_000]),
+    concurrency: integerOption(options, "concurrency", 8, [1, 64]),
+    retries: integerOption(options, "retries", 5, [0, 100]),
+    wanted: wantedOf(options),
+    ...dropEmpty({ tlsCert, tlsKey, caCert, username, password, token, namespace }),
+  };
+}
+
+// ------ One call ------
+
+/**
+ * What a caller's callbacks do to a call. They are called from the handlers of sockets, where nobody catches: what one
+ * throws, or what its promise rejects with, stops the call and is thrown at its end.
+ */
+class Callbacks {
+  readonly #stopping: AbortController;
+  #failure: { reason: unknown } | undefined;
+
+  constructor(stopping: AbortController) {
+    this.#stopping = stopping;
+  }
+
+  guard<T>(callback: ((argument: T) => unknown) | undefined): (argument: T) => void {
+    if (!callback) return ignore;
+    return (argument) => {
+      if (this.#failure) return;
+      try {
+        const result = callback(argument);
+        if (result instanceof Promise) result.catch(this.#fail);
+      } catch (error) {
+        this.#fail(error);
+      }
+    };
+  }
+
+  throwFailure(): void {
+    if (this.#failure) throw this.#failure.reason;
+  }
+
+  readonly #fail = (reason: unknown): void => {
+    this.#failure ??= { reason };
+    this.#stopping.abort();
+  };
+}
+
+/** Everything that one call opens is closed when it ends, and whatever stops it gets the caller's words. */
+async function withSession<T>(
+  options: PullOptions | PullerOpts,
+  run: (session: Session, onProgress: (progress: Progress) => void) => Promise<T>,
+  replaced: Partial<Session & Settings> = {},
+): Promise<T> {
+  const settings = settingsOf(options, replaced.environment, replaced.certsDirectory);
+  const stopping = new AbortController();
+  const { signal } = stopping;
+  setMaxListeners(0, signal);
+  const callbacks = new Callbacks(stopping);
+  const warn = callbacks.guard(options.onWarning);
+  const onProgress = callbacks.guard(options.onProgress);
+
+  // A listener that is taken off again: AbortSignal.any() keeps what it made as long as a signal lives.
+  const stop = () => stopping.abort();
+  options.signal?.addEventListener("abort", stop);
+  if (options.signal?.aborted) stop();
+  const transport = new Transport(settings);
+  try {
+    if (signal.aborted) fail("ABORTED", "stopped");
+    const state = { clock: systemClock, challenges: new Map(), registries: new Map() };
+    const session = { settings, transport, signal, warn, ...state, ...replaced };
+    const result = await run(session, onProgress);
+    callbacks.throwFailure();
+    return result;
+  } catch (error) {
+    callbacks.throwFailure();
+    if (!options.signal?.aborted) throw error;
+    throw new ImgpullError("ABORTED", "stopped", { cause: options.signal.reason });
+  } finally {
+    options.signal?.removeEventListener("abort", stop);
+    transport.close();
+  }
+}
+
+/** Turns what happens into Progress; bytes that are fetched again do not make it fall. */
+function progressReporter(onProgress: (progress: Progress) => void) {
+  const nothingYet = { doneBytes: 0, totalBytes: 0, fetchedBytes: 0, blobsDone: 0, blobsTotal: 0 };
+  const progressOf = ({ descriptor: { digest, size }, doneBytes }: BlobState): BlobProgress => ({
+    digest,
+    sizeBytes: size,
+    doneBytes,
+  });
+  let highestBytes = 0;
+  onProgress({ phase: "resolve", ...nothingYet, moving: [] });
+
+  const report = (transfer: Transfer, phase: Progress["phase"], finished?: BlobState): void => {
+    const { blobs, totalBytes, fetchedBytes, activeBlobs } = transfer;
+    const bytesInPlace = sumOf(blobs, ({ doneBytes }) => doneBytes);
+    highestBytes = Math.max(highestBytes, Math.min(totalBytes, bytesInPlace));
+    const moving = [...activeBlobs].sort((left, right) => left.offset - right.offset);
+    onProgress({
+      phase,
+      doneBytes: phase === "finish" ? totalBytes : highestBytes,
+      totalBytes,
+      fetchedBytes,
+      blobsDone: blobs.filter(({ isDone }) => isDone).length,
+      blobsTotal: blobs.length,
+      moving: moving.map(progressOf),
+      ...(finished && { finished: progressOf(finished) }),
+    });
+  };
+
+  return {
+    observe: (transfer: Transfer, finished?: BlobState) => report(transfer, "fetch", finished),
+    finish: (transfer: Transfer) => report(transfer, "finish"),
+  };
+}
+
+// ------ Which images, and under which names ------
+
+type NamedImage = Readonly<{ reference: Reference; name: string }>;
+
+/** These belong to one registry, and may not be shown to another. */
+const FOR_ONE_HOST = ["username", "password", "token", "tlsCert", "tlsKey", "namespace"] as const;
+
+/** A name whose first path segments are a key of `renames` gets its value in their place; the longest key wins. */
+function renameImage(name: Reference, renames: Readonly<Record<string, string>>): Reference {
+  const place = `${name.host}/${name.repository}`;
+  const isPrefix = (from: string) => `${place}/`.startsWith(`${from}/`);
+  const [from] = Object.keys(renames)
+    .filter(isPrefix)
+    .sort((left, right) => right.length - left.length);
+  if (from === undefined) return name;
+
+  const version = formatReference(name).slice(place.length);
+  const renamed = `${renames[from]}${place.slice(from.length)}${version}`;
+  try {
+    return parseReference(renamed);
+  } catch (error) {
+    const reason = (error as Error).message;
+    return fail("BAD_OPTION", `\`renames\` ${from}: ${reason}`, { cause: error });
+  }
+}
+
+/** The images for references, each once, with the names that they get in DEST. */
+async function nameImages(
+  texts: readonly string[],
+  options: PullOptions,
+): Promise<readonly NamedImage[]> {
+  const { name: chosenName, namespace, renames = {} } = options;
+  if (texts.length === 0) fail("BAD_REFERENCE", "no image reference is given");
+  const references = await mapConcurrently(texts, 1, async (text) => parseReference(text)); // every bad one is named
+
+  const hosts = [...new Set(references.map(({ host }) => host))];
+  const bound = FOR_ONE_HOST.find((option) => options[option] !== undefined);
+  if (hosts.length > 1 && bound)
+    fail(
+      "BAD_OPTION",
+      `\`${bound}\` belongs to one registry, and the images are on ${hosts.join(", ")}`,
+    );
+
+  const unique = new Map(references.map((reference) => [formatReference(reference), reference]));
+  if (chosenName !== undefined && unique.size > 1)
+    fail("BAD_OPTION", `\`name\` goes with one image, not with ${unique.size}`);
+  const names = new Set<string>();
+  return [...unique.values()].map((reference) => {
+    const own = renameImage(imageName(reference, namespace), renames);
+    const name = formatReference(chosenName === undefined ? own : parseReference(chosenName));
+    if (names.has(name)) fail("BAD_OPTION", `two images would have the name ${name} in the tar`);
+    names.add(name);
+    return { reference, name };
+  });
+}
+
+// ------ A pull ------
+
 type PullRequest = Readonly<{
-  images: readonly Readonly<{ reference: Reference; name: string }>[];
-  destination: string | NodeJS.WritableStream;
-  isAll: boolean;
-  reuse: readonly string[];
-  since?: string;
+  images: readonly NamedImage[];
+  destination: string | NodeJS.WritableStream | undefined;
+  isAll?: boolean;
+  reuse?: readonly string[];
+  since?: string | undefined;
+  isDryRun?: boolean;
   /** Whether what refers to the images comes too; signers want it in any case. */
   referrers?: boolean;
   signers?: readonly SignerKey[];
 }>;
+
 function warnOfLayers({ warn }: Session, images: readonly ResolvedImage[]): void {
   for (const { contents, name } of images) {
     const types = contents
@@ -5263,6 +5669,7 @@ function warnOfLayers({ warn }: Session, images: readonly ResolvedImage[]): void
       warn(`${name} has foreign layers, which Docker on Linux does not take`);
   }
 }
+
 function warnOfCompanions({ warn }: Session, { indexEntries = [] }: PlanExtras): void {
   const { length } = indexEntries;
   if (length === 0) return;
@@ -5271,211 +5678,240 @@ function warnOfCompanions({ warn }: Session, { indexEntries = [] }: PlanExtras):
       "and skopeo wants the name (oci-archive:TAR:NAME)",
   );
 }
-/** The whole job, for the library and the command alike. */
-async function pullImages(session: Session, request: PullRequest, observe: Observer) {
-  const { images: wanted, isAll, since, referrers, signers = [] } = request;
-  const isProofWanted = referrers === true || signers.length > 0;
-  const destination = await parseDestination(request.destination);
-  const doing = `cannot write ${typeof request.destination === "string" ? request.destination : "the stream"}`;
-  const sources: OpenTar[] = [];
+
+function warnOfOmitted({ warn }: Session, { omitted }: Plan, since: string): void {
+  if (omitted.length === 0) {
+    warn(`${since} holds none of the layers: nothing is left out`);
+    return;
+  }
+  const size = formatBytes(sumOf(omitted, (layer) => layer.size));
+  warn(
+    `left out ${counted(omitted.length, "layer")} (${size}) that ${since} holds: load that first. ` +
+      "docker's containerd store and ctr --no-unpack take this tar without it, in silence",
+  );
+}
+
+/** The digests that the tar of `since` holds. It may not be DEST: the delta would take the place of its base. */
+async function digestsIn(
+  since: string | undefined,
+  destination: Destination | undefined,
+): Promise<ReadonlySet<string>> {
+  if (since === undefined) return new Set();
+  return withTars([since], async ([base]) => {
+    if (!base) return new Set();
+    if (destination?.kind === "tar") {
+      const target = await fs.stat(destination.file).catch(() => undefined);
+      const { ino, dev } = await base.handle.stat();
+      if (target?.ino === ino && target.dev === dev)
+        fail(
+          "BAD_OPTION",
+          `\`since\` ${since} is DEST: the delta would take the place of its own base`,
+        );
+    }
+    return new Set(base.blobs.keys());
+  });
+}
+
+/** Tars at hand for as long as `run` takes. */
+async function withTars<T>(
+  files: readonly string[],
+  run: (tars: readonly OpenTar[]) => Promise<T>,
+): Promise<T> {
+  const tars: OpenTar[] = [];
   try {
-    for (const file of request.reuse) sources.push(await openTar(file));
-    const base = since === undefined ? undefined : await openTar(since);
-    const baseStats = await base?.handle.stat().finally(() => base.handle.close());
-    const stats =
-      destination.kind === "tar"
-        ? await fs.stat(destination.file).catch(() => undefined)
-        : undefined;
-    const isOneFile =
-      stats !== undefined && stats.ino === baseStats?.ino && stats.dev === baseStats.dev;
-    if (isOneFile)
-      fail(
-        "BAD_OPTION",
-        `--since ${since} is DEST: the delta would take the place of its own base`,
-      );
-    const images = await mapConcurrently(
-      wanted,
-      session.settings.concurrency,
-      async ({ reference, name }) => {
-        const image = await resolveImage(session, reference, name, isAll);
-        return isProofWanted ? addProof(session, image, signers) : image;
-      },
-    );
+    for (const file of files) tars.push(await openTar(file));
+    return await run(tars);
+  } finally {
+    for (const { handle } of tars) await handle.close();
+  }
+}
+
+type Counts = Pick<PullReport, "fetchedBytes" | "reusedBytes" | "resumedBytes">;
+
+/** What a pull would fetch, by what DEST and tars at hand claim to hold; whether they lie is seen when they are read. */
+async function estimate(
+  { entries }: Plan,
+  destination: Destination | undefined,
+  tars: readonly OpenTar[],
+): Promise<Counts> {
+  const atHand = destination?.kind === "tar" ? await openAtHand([destination.file]) : [];
+  const isThere = async ({ digest, size }: Descriptor) => {
+    if (destination?.kind === "layout") {
+      const file = path.join(destination.folder, blobPath(digest));
+      const stats = await fs.stat(file).catch(() => undefined);
+      if (stats?.size === size) return true;
+    }
+    return [...tars, ...atHand].some(({ blobs }) => blobs.get(digest)?.sizeBytes === size);
+  };
+
+  const counts = { fetchedBytes: 0, reusedBytes: 0, resumedBytes: 0 };
+  for (const { blob } of entries) {
+    if (!blob) continue;
+    const counter = (await isThere(blob.descriptor)) ? "reusedBytes" : "fetchedBytes";
+    counts[counter] += blob.descriptor.size;
+  }
+  for (const { handle } of atHand) await handle.close();
+  return counts;
+}
+
+/** References to DEST, within one session. */
+async function runPull(session: Session, request: PullRequest, observe: Observer) {
+  const { images: wanted, isAll = false, reuse = [], since, signers = [] } = request;
+  const isProofWanted = request.referrers === true || signers.length > 0;
+  const named = typeof request.destination === "string" ? request.destination : "the stream";
+  const destination =
+    request.destination === undefined ? undefined : await parseDestination(request.destination);
+  const omit = await digestsIn(since, destination);
+
+  return withTars(reuse, async (tars) => {
+    const { concurrency } = session.settings;
+    const images = await mapConcurrently(wanted, concurrency, async ({ reference, name }) => {
+      const image = await resolveImage(session, reference, name, isAll);
+      return isProofWanted ? addProof(session, image, signers) : image;
+    });
     const extras = planExtras(images);
-    const plan = planTar(images, new Set(base?.blobs.keys()), extras);
+    const plan = planTar(images, omit, extras);
     warnOfLayers(session, images);
     warnOfCompanions(session, extras);
-    if (base && plan.omitted.length === 0)
-      session.warn(`${since} holds none of the layers: nothing is left out`);
-    else if (base) {
-      const bytes = sumOf(plan.omitted, ({ size }) => size);
-      session.warn(
-        `left out ${counted(plan.omitted.length, "layer")} (${formatBytes(bytes)}) that ${since} holds: ` +
-          "load that first. docker's containerd store and ctr --no-unpack take this tar without it, in silence",
-      );
-    }
-    const job = { session, plan, tars: sources, observe };
-    const transfer = await onDisk(doing, pullInto(destination, job));
-    const results = images.map(
-      ({ name, top, platform, contents }): PullResult => ({
-        name,
-        digest: top.digest,
-        platform,
-        layers: sumOf(contents, ({ manifest }) => manifest.layers.length),
-        sizeBytes: destination.kind === "layout" ? plan.blobBytes : plan.sizeBytes,
-        fetchedBytes: transfer.fetchedBytes,
-      }),
-    );
-    return { results, transfer, plan };
-  } finally {
-    for (const { handle } of sources) await handle.close();
-  }
+    if (since !== undefined) warnOfOmitted(session, plan, since);
+    const sizeBytes = destination?.kind === "layout" ? plan.blobBytes : plan.sizeBytes;
+    if (request.isDryRun || !destination)
+      return { images, plan, sizeBytes, counts: await estimate(plan, destination, tars) };
+
+    const job = { session, plan, tars, observe };
+    const transfer = await onDisk(`cannot write ${named}`, pullInto(destination, job));
+    return { images, plan, sizeBytes, counts: transfer, transfer };
+  });
 }
-/** Checks a caller's options; what is wrong is named as the option it is. */
-function settingsOf(
-  opts: PullerOpts,
-  environment: Environment,
-  certsDirectory = "/etc/docker/certs.d",
-): Settings {
-  const {
-    scheme = "https",
-    insecure = false,
-    tlsCert,
-    tlsKey,
-    caCert,
-    username,
-    password,
-    token,
-    namespace,
-  } = opts;
-  const check = (isRight: boolean, reason: string): true => isRight || fail("BAD_OPTION", reason);
-  const integer = (
-    value: number,
-    name: string,
-    minimum: number,
-    maximum: number,
-    unit = "",
-  ): number => {
-    const isRight = Number.isSafeInteger(value) && value >= minimum && value <= maximum;
-    return (
-      check(
-        isRight,
-        `${name} is a whole number from ${minimum} to ${maximum}${unit}, not ${value}`,
-      ) && value
-    );
-  };
-  check(
-    ["https", "http"].includes(scheme),
-    `the scheme is https or http, not "${printable(String(scheme))}"`,
-  );
-  check(
-    (tlsCert === undefined) === (tlsKey === undefined),
-    "a certificate and its key go together (--cert, --key)",
-  );
-  check(
-    username === undefined || password !== undefined,
-    "--user needs --password or --password-stdin",
-  );
-  check(
-    password === undefined || username !== undefined,
-    "a password (--password, --password-stdin) needs --user",
-  );
-  check(token === undefined || username === undefined, "--token and --user exclude each other");
-  check(/^[\x21-\x7e]+$/.test(token ?? "-"), "the token has characters that no header can carry");
-  check(
-    namespace === undefined || isHost(namespace),
-    `"${printable(namespace ?? "")}" is not a host name (--ns)`,
-  );
+
+/** A public key, given as PEM or as the path of a PEM file. */
+async function readSigner(key: string): Promise<SignerKey> {
+  if (key.includes("-----BEGIN")) return parsePublicKey(key, "in `signedBy`");
+  const pem = await fs
+    .readFile(key, "utf8")
+    .catch((error) => fail("BAD_OPTION", `cannot read \`signedBy\` ${key}: ${diskWords(error)}`));
+  return parsePublicKey(pem, key);
+}
+
+function pulledImage({ reference, name, top, platform, contents }: ResolvedImage): PulledImage {
+  const { digest } = top;
   return {
-    scheme,
-    insecure,
-    environment,
-    certsDirectory,
-    timeoutMs: integer(opts.timeoutMs ?? 30_000, "--timeout", 1, 86_400_000, " ms"),
-    concurrency: integer(opts.concurrency ?? 8, "--concurrency", 1, 64),
-    retries: integer(opts.retries ?? 5, "--retries", 0, 100),
-    wanted: dropEmpty({ os: opts.osType, architecture: opts.archType, variant: opts.variant }),
-    ...dropEmpty({ tlsCert, tlsKey, caCert, username, password, token, namespace }),
+    reference: formatReference(reference),
+    pinned: formatReference({ ...reference, digest }),
+    name,
+    digest,
+    platform,
+    layers: sumOf(contents, ({ manifest }) => manifest.layers.length),
   };
 }
-/** Everything that one pull opens is closed when `run` ends. */
-async function withSession<T>(
-  opts: PullerOpts,
-  run: (session: Session) => Promise<T>,
-  replaced: Partial<Session & Settings> = {},
-): Promise<T> {
-  const { environment = process.env, certsDirectory } = replaced;
-  const settings = settingsOf(opts, environment, certsDirectory);
-  const transport = new Transport(settings);
-  const signal = anySignal(...(opts.signal ? [opts.signal] : []));
-  const { onWarning: warn = () => undefined } = opts;
-  try {
-    const state = { clock: systemClock, challenges: new Map(), registries: new Map() };
-    return await run({ settings, transport, signal, warn, ...state, ...replaced });
-  } finally {
-    transport.close();
-  }
+
+/**
+ * Pulls images into one tar, folder or stream: `dest` is a file's path, a folder's (one that exists, or a path that ends
+ * in `/`: an OCI image layout, to which is added), or a Writable, which gets the tar in order and is not ended. Only
+ * with `dryRun` it may be undefined. Throws ImgpullError: BAD_REFERENCE and BAD_OPTION before anything is asked for.
+ */
+async function pullImages(
+  references: readonly string[],
+  dest: string | NodeJS.WritableStream | undefined,
+  options: PullOptions = {},
+): Promise<PullReport> {
+  checkOptions(options);
+  const { dryRun: isDryRun = false, platforms, referrers = false, reuse = [], since } = options;
+  if (dest === undefined && !isDryRun) fail("BAD_OPTION", "`dest` is missing");
+  const images = await nameImages(references, options);
+  const signers = await mapConcurrently(options.signedBy ?? [], 1, readSigner);
+
+  return withSession(options, async (session, onProgress) => {
+    const { observe, finish } = progressReporter(onProgress);
+    const isAll = platforms === "all";
+    const what = { images, destination: dest, isAll, isDryRun };
+    const pulled = await runPull(session, { ...what, reuse, since, referrers, signers }, observe);
+    if (pulled.transfer) finish(pulled.transfer);
+    const { fetchedBytes, reusedBytes, resumedBytes } = pulled.counts;
+    return {
+      images: pulled.images.map(pulledImage),
+      sizeBytes: pulled.sizeBytes,
+      fetchedBytes,
+      reusedBytes,
+      resumedBytes,
+      omitted: pulled.plan.omitted,
+    };
+  });
 }
+
+// ------ One image ------
+
 /** https, this system's platform. */
 function newPullerOpts(url: string): PullerOpts {
   const { os: osType, architecture: archType } = hostPlatform();
   return { url, scheme: "https", osType, archType };
 }
-/** Pulls one image. Throws ImgpullError: BAD_REFERENCE and BAD_OPTION at once, the rest from its methods. */
+
+/** One image. Its constructor throws BAD_REFERENCE and BAD_OPTION, its methods the rest. */
 class Puller {
   readonly #opts: PullerOpts;
   readonly #reference: Reference;
+
   constructor(urlOrOpts: string | PullerOpts) {
-    this.#opts = typeof urlOrOpts === "string" ? { url: urlOrOpts } : { ...urlOrOpts };
-    this.#reference = parseReference(this.#opts.url);
-    settingsOf(this.#opts, {});
+    const opts = typeof urlOrOpts === "string" ? { url: urlOrOpts } : urlOrOpts;
+    settingsOf(opts);
+    if (opts.url === undefined) fail("BAD_OPTION", "`url` is missing: the image's reference");
+    this.#reference = parseReference(opts.url);
+    this.#opts = { ...opts };
   }
+
   getUrl(): string {
     return this.#opts.url;
   }
+
+  /** The options, with the defaults in place of what was left out. */
   getOpts(): PullerOpts {
-    return { ...this.#opts };
+    const { timeoutMs, retries, insecure } = settingsOf(this.#opts);
+    const isByPlatforms = this.#opts.platforms !== undefined;
+    const { os: osType, architecture: archType } = wantedPlatform(wantedOf(this.#opts));
+    const platform = isByPlatforms ? {} : { osType, archType };
+    const defaults = { scheme: "https", insecure, retries, timeoutMs, ...platform } as const;
+    return { ...defaults, ...dropEmpty(this.#opts), url: this.#opts.url };
   }
+
   /** Leaves a verified tar at `dest`, or adds to the OCI layout there where that is a directory or ends in "/". */
-  pullTar(dest: string): Promise<PullResult> {
-    const { namespace, onProgress } = this.#opts;
-    const images = [
-      { reference: this.#reference, name: formatReference(imageName(this.#reference, namespace)) },
-    ];
-    return withSession(this.#opts, async (session) => {
-      const { observe, finish } = progressReporter(onProgress);
-      const request = { images, destination: dest, isAll: false, reuse: [] };
-      const { results, transfer } = await pullImages(session, request, observe);
-      finish(transfer);
-      return results[0] as PullResult;
-    });
+  async pullTar(dest: string | NodeJS.WritableStream): Promise<PullResult> {
+    const { images, sizeBytes, fetchedBytes } = await pullImages(
+      [this.#opts.url],
+      dest,
+      this.#opts,
+    );
+    const { name, digest, platform, layers } = images[0] as PulledImage;
+    return { name, digest, platform, layers, sizeBytes, fetchedBytes };
   }
+
   /** The index ("list") or the platform's manifest ("image"). NOT_FOUND where the registry has no index for it. */
   async pullManifest(type: "list" | "image"): Promise<ManifestHolder> {
     if (type === "image") {
-      return withSession(this.#opts, async (session) =>
-        this.#holder((await resolveImage(session, this.#reference, "", false)).top),
-      );
+      return withSession(this.#opts, async (session) => {
+        const { top } = await resolveImage(session, this.#reference, "", false);
+        return this.#holder(top);
+      });
     }
     if (type !== "list")
       fail("BAD_OPTION", `a manifest is "list" or "image", not "${printable(String(type))}"`);
+
     const holder = await this.getManifest();
     if (isRecord(holder.manifest) && "manifests" in holder.manifest) return holder;
-    return fail(
-      "NOT_FOUND",
-      `${formatReference(this.#reference)} is one image, without a list (--manifest image)`,
-    );
+    const where = formatReference(this.#reference);
+    return fail("NOT_FOUND", `${where} is one image, without a list: ask for its "image"`);
   }
+
   /** Whatever the registry has under the reference: an index or an image manifest. */
   getManifest(): Promise<ManifestHolder> {
     return withSession(this.#opts, async (session) => {
-      const fetched = await registryOf(session, this.#reference).manifest(
-        versionOf(this.#reference),
-      );
+      const registry = registryOf(session, this.#reference);
+      const fetched = await registry.manifest(versionOf(this.#reference));
       parseManifest(fetched, this.#opts.url);
       return this.#holder(fetched);
     });
   }
+
   /** The manifest's descriptor by a HEAD request; by its bytes where the registry leaves something out. */
   headManifest(): Promise<{ mediaType: string; digest: string; size: number }> {
     return withSession(this.#opts, async (session) => {
@@ -5487,69 +5923,34 @@ class Puller {
       return { mediaType, digest, size: bytes.length };
     });
   }
+
   /** Every blob of an image manifest as `dir/HEX`, verified; those that are there already are kept. */
   async pullBlobs(holder: ManifestHolder, dir: string): Promise<void> {
-    const manifest = parseManifest(
-      { ...holder, bytes: Buffer.from(holder.bytes) },
-      holder.imageUrl,
-    );
+    const fetched = { ...holder, bytes: Buffer.from(holder.bytes) };
+    const manifest = parseManifest(fetched, holder.imageUrl);
     if (manifest.kind !== "image")
       return fail("NOT_AN_IMAGE", `${holder.imageUrl}: a list of manifests has no blobs`);
-    const blobs = new Map(
-      [manifest.config, ...manifest.layers].map((descriptor) => [descriptor.digest, descriptor]),
+
+    const descriptors = [manifest.config, ...manifest.layers];
+    const unique = new Map(descriptors.map((descriptor) => [descriptor.digest, descriptor]));
+    await withSession(this.#opts, (session, onProgress) =>
+      withTars(this.#opts.reuse ?? [], async (tars) => {
+        const { observe, finish } = progressReporter(onProgress);
+        const registry = registryOf(session, this.#reference);
+        const blobs = [...unique.values()].map(
+          (descriptor) => new BlobState(descriptor, registry, 0, tars),
+        );
+        const doing = `cannot write ${dir}`;
+        await onDisk(doing, fs.mkdir(dir, { recursive: true }));
+        const job = { session, blobs, folder: dir, nameOf: hexOf, observe };
+        finish(await onDisk(doing, pullToFolder(job)));
+      }),
     );
-    await withSession(this.#opts, async (session) => {
-      const registry = registryOf(session, this.#reference);
-      const { observe, finish } = progressReporter(this.#opts.onProgress);
-      const job = {
-        session,
-        blobs: [...blobs.values()].map((descriptor) => new BlobState(descriptor, registry)),
-        folder: dir,
-        nameOf: hexOf,
-        observe,
-      };
-      await onDisk(`cannot write ${dir}`, fs.mkdir(dir, { recursive: true }));
-      const transfer = await onDisk(`cannot write ${dir}`, pullToFolder(job));
-      finish(transfer);
-    });
   }
+
   #holder({ mediaType, digest, bytes }: FetchedManifest): ManifestHolder {
     return { mediaType, digest, bytes, manifest: parseJson(bytes), imageUrl: this.#opts.url };
   }
-}
-const blobProgress = ({ descriptor: { digest, size }, doneBytes }: BlobState): BlobProgress => ({
-  digest,
-  sizeBytes: size,
-  doneBytes,
-});
-
-/** Turns what happens into Progress; bytes that are fetched again do not make it fall. */
-function progressReporter(onProgress: PullerOpts["onProgress"]) {
-  const nothingYet = { doneBytes: 0, totalBytes: 0, fetchedBytes: 0, blobsDone: 0, blobsTotal: 0 };
-  let highestBytes = 0;
-  onProgress?.({ phase: "resolve", ...nothingYet, moving: [] });
-
-  const report = (transfer: Transfer, phase: Progress["phase"], finished?: BlobState): void => {
-    const { blobs, totalBytes, fetchedBytes, activeBlobs } = transfer;
-    const bytesInPlace = sumOf(blobs, ({ doneBytes }) => doneBytes);
-    highestBytes = Math.max(highestBytes, Math.min(totalBytes, bytesInPlace));
-    const moving = [...activeBlobs].sort((left, right) => left.offset - right.offset);
-    onProgress?.({
-      phase,
-      doneBytes: phase === "finish" ? totalBytes : highestBytes,
-      totalBytes,
-      fetchedBytes,
-      blobsDone: blobs.filter(({ isDone }) => isDone).length,
-      blobsTotal: blobs.length,
-      moving: moving.map(blobProgress),
-      ...(finished && { finished: blobProgress(finished) }),
-    });
-  };
-
-  return {
-    observe: (transfer: Transfer, finished?: BlobState) => report(transfer, "fetch", finished),
-    finish: (transfer: Transfer) => report(transfer, "finish"),
-  };
 }
 
 // ====== 15. Looking at a tar ======
@@ -5799,31 +6200,57 @@ type OptionSpec = Readonly<{
   help: string;
   alias?: string;
   isRepeatable?: true;
-  /** It belongs to one registry: with IMAGEs on several it is refused. */
-  isForOneHost?: true;
   /** `--parsed` shows *** in place of its value. */
   isSecret?: true;
+  /** The library's name of it, and how what was typed becomes its value there, where that is not the text itself. */
+  option?: keyof PullOptions;
+  convert?: (typed: never) => unknown;
 }>;
 
 const PULL_OPTIONS = {
-  os: { short: "o", value: "OS", help: "operating system wanted; default: this machine's" },
-  arch: { short: "a", value: "ARCH", help: "processor wanted (amd64, arm64, arm ...)" },
-  variant: { value: "V", help: "processor variant wanted (v7, v8 ...)" },
-  platform: { value: "OS/ARCH[/V]", help: "the three in one word; all takes every platform" },
+  os: {
+    short: "o",
+    value: "OS",
+    help: "operating system wanted; default: this machine's",
+    option: "osType",
+  },
+  arch: {
+    short: "a",
+    value: "ARCH",
+    help: "processor wanted (amd64, arm64, arm ...)",
+    option: "archType",
+  },
+  variant: { value: "V", help: "processor variant wanted (v7, v8 ...)", option: "variant" },
+  platform: {
+    value: "OS/ARCH[/V]",
+    help: "the three in one word; all takes every platform",
+    option: "platforms",
+    convert: (typed: string) => (typed === "all" ? typed : typed.split(",")),
+  },
   from: { value: "FILE", help: "read more IMAGEs, one a line; - is stdin" },
-  name: { value: "NAME", help: "the name that the image gets in the tar" },
+  name: { value: "NAME", help: "the name that the image gets in the tar", option: "name" },
+  rename: {
+    value: "FROM=TO",
+    help: "in the tar, names in FROM are in TO (repeatable)",
+    isRepeatable: true,
+    option: "renames",
+    convert: (typed: readonly string[]) => parsePairs("rename", typed),
+  },
   reuse: {
     value: "TAR",
     help: "take blobs from a tar that exists (repeatable)",
     isRepeatable: true,
+    option: "reuse",
   },
-  since: { value: "TAR", help: "leave out layers that this tar holds" },
-  referrers: { help: "bring signatures, attestations and SBOMs along" },
+  since: { value: "TAR", help: "leave out layers that this tar holds", option: "since" },
+  referrers: { help: "bring signatures, attestations and SBOMs along", option: "referrers" },
   "signed-by": {
     value: "KEY",
     help: "only what this PEM key signed (repeatable)",
     isRepeatable: true,
+    option: "signedBy",
   },
+  "dry-run": { help: "say what would be pulled, write nothing", option: "dryRun" },
 } as const satisfies Record<string, OptionSpec>;
 
 const REGISTRY_OPTIONS = {
@@ -5831,42 +6258,59 @@ const REGISTRY_OPTIONS = {
     short: "n",
     value: "HOST",
     help: "the registry that a mirror stands for (?ns=)",
-    isForOneHost: true,
+    option: "namespace",
   },
-  scheme: { short: "s", value: "https|http", help: "default https" },
+  scheme: { short: "s", value: "https|http", help: "default https", option: "scheme" },
   user: {
     short: "u",
     value: "NAME",
     help: "user name for basic authentication",
-    isForOneHost: true,
+    option: "username",
   },
   password: {
     short: "p",
     value: "WORD",
     help: "its password",
-    isForOneHost: true,
     isSecret: true,
+    option: "password",
   },
   "password-stdin": { help: "read the password from stdin" },
   token: {
     short: "t",
     value: "TOKEN",
     help: "sent as Basic TOKEN",
-    isForOneHost: true,
     isSecret: true,
+    option: "token",
   },
-  cert: { short: "c", value: "FILE", help: "client certificate (PEM)", isForOneHost: true },
-  key: { short: "k", value: "FILE", help: "its key (PEM)", isForOneHost: true },
+  cert: { short: "c", value: "FILE", help: "client certificate (PEM)", option: "tlsCert" },
+  key: { short: "k", value: "FILE", help: "its key (PEM)", option: "tlsKey" },
   cacert: {
     short: "x",
     value: "FILE",
     help: "trust this CA as well (PEM); alias --ca",
     alias: "ca",
+    option: "caCert",
   },
-  insecure: { short: "i", help: "do not verify the server's certificate" },
-  concurrency: { short: "j", value: "N", help: "connections used at once; default 8" },
-  retries: { value: "N", help: "attempts after the first; default 5" },
-  timeout: { value: "SECONDS", help: "how long a connection may be silent; default 30" },
+  insecure: { short: "i", help: "do not verify the server's certificate", option: "insecure" },
+  concurrency: {
+    short: "j",
+    value: "N",
+    help: "connections used at once; default 8",
+    option: "concurrency",
+    convert: (typed: string) => parseNumber("concurrency", typed),
+  },
+  retries: {
+    value: "N",
+    help: "attempts after the first; default 5",
+    option: "retries",
+    convert: (typed: string) => parseNumber("retries", typed),
+  },
+  timeout: {
+    value: "SECONDS",
+    help: "how long a connection may be silent; default 30",
+    option: "timeoutMs",
+    convert: (typed: string) => Math.ceil(parseNumber("timeout", typed) * 1000),
+  },
 } as const satisfies Record<string, OptionSpec>;
 
 const LOOK_OPTIONS = {
@@ -5931,15 +6375,9 @@ type CommandLine = Readonly<{
   positionals: readonly string[];
 }>;
 
-/** How many pairs of neighbouring letters two names share. */
-const likeness = (left: string, right: string): number =>
-  [...`^${left}`].filter((letter, at) => `^${right}$`.includes(letter + (left[at] ?? "$"))).length;
-
 function refuseUnknown(rawName: string, name: string): never {
-  const [nearest] = OPTIONS.map((option) => ({ ...option, like: likeness(name, option.name) }))
-    .filter(({ like }) => like >= 0.4 * (name.length + 1))
-    .sort((left, right) => right.like - left.like);
-  const suggestion = nearest ? `: did you mean --${nearest.name}?` : "";
+  const nearest = nearestName(name, Object.keys(OPTION_TABLE));
+  const suggestion = nearest === undefined ? "" : `: did you mean --${nearest}?`;
   return usage(`unknown option ${printable(rawName, 60)}${suggestion}`);
 }
 
@@ -6004,14 +6442,46 @@ function parseCommandLine(argv: readonly string[]): CommandLine {
 
 // ------ From the command line to the library's words ------
 
-/** Refuses options that contradict each other or lack each other. */
-function checkCombinations({ values, switches, positionals }: CommandLine): void {
-  const { platform, from, verify, manifest } = values;
-  const listed = values["list-tar"];
-  const isPasswordOnStdin = switches.has("password-stdin");
+/** A number as people write it: no exponent, no hexadecimal, no sign. */
+function parseNumber(option: string, typed: string): number {
+  if (!/^\d+(\.\d+)?$/.test(typed)) usage(`--${option} is a number, not "${printable(typed)}"`);
+  return Number(typed);
+}
 
-  if (platform && (values.os ?? values.arch ?? values.variant))
-    usage("--platform excludes --os, --arch and --variant");
+/** `FROM=TO`, several times. */
+function parsePairs(option: string, typed: readonly string[]): Record<string, string> {
+  const pairs: Record<string, string> = {};
+  for (const text of typed) {
+    const [from = "", to = "", ...more] = text.split("=");
+    if (from === "" || to === "" || more.length > 0)
+      usage(`--${option} is FROM=TO, not "${printable(text)}"`);
+    if (from in pairs) usage(`--${option} ${printable(from)} is given twice`);
+    pairs[from] = to;
+  }
+  return pairs;
+}
+
+/** What is pulled how, in the library's words. */
+function optionsOf({ values, lists, switches }: CommandLine): PullOptions {
+  const options: Record<string, unknown> = {};
+  for (const { name, option, convert = (typed: unknown) => typed } of OPTIONS) {
+    const typed = { ...values, ...lists }[name as NamesWith<"value">] ?? switches.has(name);
+    if (option !== undefined && typed !== false) options[option] = convert(typed as never);
+  }
+  return options;
+}
+
+/** Sentences of the library name options as `option`: here they are what is typed. */
+const inTypedWords = (sentence: string): string =>
+  sentence.replace(/`(\w+)`/g, (quoted, option) => {
+    const spec = OPTIONS.find((each) => each.option === option);
+    return spec ? `--${spec.name}` : quoted;
+  });
+
+/** What the library cannot know of: who asks for stdin, and what stands beside what is only looked at. */
+function checkCombinations({ values, switches, positionals }: CommandLine): void {
+  const { from, verify, manifest, "list-tar": listed } = values;
+  const isPasswordOnStdin = switches.has("password-stdin");
   if (values.password !== undefined && isPasswordOnStdin)
     usage("--password and --password-stdin exclude each other");
   if (isPasswordOnStdin && from === "-")
@@ -6021,53 +6491,9 @@ function checkCombinations({ values, switches, positionals }: CommandLine): void
     if (positionals.length > 0 || (listed && verify)) usage("--list-tar or --verify takes one tar");
     return;
   }
-  if (positionals.length === 0) {
-    if (from === undefined) usage("IMAGE is missing");
-    if (manifest === undefined) usage("DEST is missing");
-  }
-}
-
-/** A number as people write it: no exponent, no hexadecimal, no sign. */
-function parseNumber(option: string, text: string | undefined): number | undefined {
-  if (text === undefined) return undefined;
-  if (!/^\d+(\.\d+)?$/.test(text)) usage(`--${option} is a number, not "${printable(text)}"`);
-  return Number(text);
-}
-
-/** The platform wanted, in the library's words. */
-function platformOptions({
-  values: { platform, os: osType, arch: archType, variant },
-}: CommandLine) {
-  if (platform === undefined) return { osType, archType, variant };
-  if (platform === "all") return {};
-  if (!/^[^/]+\/[^/]+(\/[^/]+)?$/.test(platform))
-    usage(`--platform is OS/ARCH, OS/ARCH/VARIANT or all, not "${printable(platform)}"`);
-  const [system, architecture, level] = platform.split("/");
-  return { osType: system, archType: architecture, variant: level };
-}
-
-/** What is pulled how, in the library's words. */
-function pullerOptions(line: CommandLine): Omit<PullerOpts, "url"> {
-  const { values, switches } = line;
-  const timeoutSeconds = parseNumber("timeout", values.timeout);
-  const opts = dropEmpty({
-    ...platformOptions(line),
-    scheme: values.scheme as "https" | "http" | undefined,
-    username: values.user,
-    password: values.password,
-    token: values.token,
-    tlsCert: values.cert,
-    tlsKey: values.key,
-    caCert: values.cacert,
-    namespace: values.ns,
-    insecure: switches.has("insecure") || undefined,
-    concurrency: parseNumber("concurrency", values.concurrency),
-    retries: parseNumber("retries", values.retries),
-    timeoutMs: timeoutSeconds === undefined ? undefined : Math.ceil(timeoutSeconds * 1000),
-  });
-  const passwordToCome = switches.has("password-stdin") ? { password: "" } : {};
-  settingsOf({ url: "", ...opts, ...passwordToCome }, {});
-  return opts;
+  if (positionals.length > 0) return;
+  if (from === undefined) usage("IMAGE is missing");
+  if (manifest === undefined && !switches.has("dry-run")) usage("DEST is missing");
 }
 
 /** Which of the positionals are IMAGEs, and which is DEST: as with cp, the last one. */
@@ -6080,35 +6506,30 @@ function splitPositionals({ values: { manifest, from }, positionals }: CommandLi
 
 /** All that the command line asks for, checked as far as that goes without reading anything. */
 function planCommand(line: CommandLine) {
-  const { values, lists, switches } = line;
   checkCombinations(line);
-  const opts = pullerOptions(line);
+  const { values, switches } = line;
   const { images, destination } = splitPositionals(line);
-  const { from, name, since, platform } = values;
+  const options = optionsOf(line);
+  const isPasswordOnStdin = switches.has("password-stdin");
   if (destination === "") usage("DEST is empty");
-  if (name !== undefined && (images.length !== 1 || from !== undefined))
+  if (values.name !== undefined && (images.length !== 1 || values.from !== undefined))
     usage("--name goes with one IMAGE");
 
+  const passwordToCome = isPasswordOnStdin ? { password: "" } : {};
+  new Puller({ ...options, ...passwordToCome, url: "any/image" }); // it checks its options
   return {
-    opts,
     images,
     destination,
+    from: values.from,
     manifest: values.manifest as "list" | "image" | undefined,
-    from,
-    name,
-    since,
-    reuse: lists.reuse ?? [],
-    referrers: switches.has("referrers"),
-    signedBy: lists["signed-by"] ?? [],
-    isAll: platform === "all",
-    isPasswordOnStdin: switches.has("password-stdin"),
+    isPasswordOnStdin,
     isQuiet: switches.has("quiet"),
-    optionForOneHost: OPTIONS.find(
-      (option) => option.isForOneHost && values[option.name as NamesWith<"value">] !== undefined,
-    )?.name,
+    options,
   };
 }
 type Command = ReturnType<typeof planCommand>;
+
+// ------ DEST ------
 
 function isReference(text: string): boolean {
   try {
@@ -6201,7 +6622,7 @@ class Display {
   /** A line of talk; the progress comes back below it. */
   readonly say = (text: string): void => {
     this.#clear();
-    this.#stderr.write(`imgpull: ${text}\n`);
+    this.#stderr.write(`imgpull: ${inTypedWords(text)}\n`);
   };
 
   stop(): void {
@@ -6262,36 +6683,11 @@ async function readImageList(io: CommandIO, from: string | undefined): Promise<s
   return parseImageList(text);
 }
 
-/** The images of the command line and of --from, each once, with the names they get. */
-async function listImages(io: CommandIO, command: Command): Promise<PullRequest["images"]> {
-  const { name: chosenName, optionForOneHost } = command;
-  const { namespace } = command.opts;
-  const texts = [...command.images, ...(await readImageList(io, command.from))];
-  if (texts.length === 0) usage("no IMAGE is given");
-  const references = await mapConcurrently(texts, 1, async (text) => parseReference(text)); // every bad one is named
-  const hosts = [...new Set(references.map(({ host }) => host))];
-  if (hosts.length > 1 && optionForOneHost)
-    usage(
-      `--${optionForOneHost} belongs to one registry, and the IMAGEs are on ${hosts.join(", ")}`,
-    );
-
-  const unique = new Map(references.map((reference) => [formatReference(reference), reference]));
-  const names = new Set<string>();
-  return [...unique.values()].map((reference) => {
-    const name = formatReference(
-      chosenName === undefined ? imageName(reference, namespace) : parseReference(chosenName),
-    );
-    if (names.has(name)) usage(`two IMAGEs would have the name ${name} in the tar`);
-    names.add(name);
-    return { reference, name };
-  });
-}
-
 /** --parsed: what the command line says, in the library's words where it has them; no secret is shown. */
-function showCommand({ stdout }: CommandIO, { opts, optionForOneHost: _, ...rest }: Command): void {
-  const shown: Record<string, unknown> = { ...rest, ...opts };
-  for (const { name, isSecret } of OPTIONS) {
-    if (isSecret && name in shown) shown[name] = "***";
+function showCommand({ stdout }: CommandIO, { options, ...rest }: Command): void {
+  const shown: Record<string, unknown> = { ...rest, ...options };
+  for (const { option, isSecret } of OPTIONS) {
+    if (isSecret && option && option in shown) shown[option] = "***";
   }
   stdout.write(`${JSON.stringify(shown, null, 2)}\n`);
 }
@@ -6307,70 +6703,57 @@ async function printManifest(
 }
 
 /** `1 image, 8.3 MB in app.tar: 8.3 MB fetched, 1.2 s`; what is 0 and not news is left out. */
-function formatSummary(
-  place: string,
-  { results, transfer, plan }: Awaited<ReturnType<typeof pullImages>>,
-  seconds: number,
-): string {
-  const { fetchedBytes, reusedBytes, resumedBytes } = transfer;
+function formatSummary(report: PullReport, place: string, seconds: number): string {
+  const { images, sizeBytes, fetchedBytes, reusedBytes, resumedBytes } = report;
   const parts = [
     `${formatBytes(fetchedBytes)} fetched`,
     ...(reusedBytes > 0 ? [`${formatBytes(reusedBytes)} reused`] : []),
     ...(resumedBytes > 0 ? [`${formatBytes(resumedBytes)} resumed`] : []),
     `${seconds.toFixed(1)} s`,
   ];
-  const what = `${counted(results.length, "image")}, ${formatBytes(plan.sizeBytes)} in ${place}`;
-  return `${what}: ${parts.join(", ")}`;
+  return `${counted(images.length, "image")}, ${formatBytes(sizeBytes)} in ${place}: ${parts.join(", ")}`;
 }
+
+/** What --dry-run says in its stead. */
+function formatForecast(report: PullReport, place: string | undefined): string {
+  const { images, sizeBytes, fetchedBytes, reusedBytes } = report;
+  const size = `${formatBytes(sizeBytes)} ${place === undefined ? "in all" : `in ${place}`}`;
+  const reused = reusedBytes > 0 ? `, ${formatBytes(reusedBytes)} to reuse` : "";
+  return `dry run: ${counted(images.length, "image")}, ${size}: ${formatBytes(fetchedBytes)} to fetch${reused}`;
+}
+
+const isStdout = (destination: string | undefined): boolean =>
+  destination === "-" || destination === "/dev/stdout";
 
 /** The pull itself: stdout gets the tar, or one line for each image, pinned to the digest that DEST now holds. */
-async function readSigners(files: readonly string[]): Promise<SignerKey[]> {
-  return mapConcurrently(files, 1, async (file) => {
-    const refuse = (error: unknown) =>
-      usage(`cannot read --signed-by ${file}: ${diskWords(error)}`);
-    return parsePublicKey(await fs.readFile(file, "utf8").catch(refuse), file);
-  });
-}
-
 async function pullForCommand(
   io: CommandIO,
   command: Command,
-  opts: PullerOpts,
-  images: PullRequest["images"],
+  references: readonly string[],
+  options: PullOptions,
 ): Promise<void> {
-  const { stdout, env: environment } = io;
-  const { isAll, reuse, since, referrers, isQuiet } = command;
-  const destination = command.destination ?? defaultDestination(parseReference(opts.url));
-  const isStream = ["-", "/dev/stdout"].includes(destination);
-  const signers = await readSigners(command.signedBy);
+  const { stdout } = io;
+  const isLone = command.from === undefined && command.destination === undefined;
+  const destination = isLone
+    ? defaultDestination(parseReference(references[0] ?? ""))
+    : command.destination;
+  const isStream = isStdout(destination);
+  const place = isStream ? "the stream" : (destination ?? "");
   const startedAtMs = performance.now();
-  const display = new Display(io, isQuiet);
+  const display = new Display(io, command.isQuiet);
   try {
-    const request = {
-      images,
-      destination: isStream ? stdout : destination,
-      isAll,
-      reuse,
-      referrers,
-      signers,
-      ...dropEmpty({ since }),
-    };
-    const { observe } = progressReporter(display.show);
-    const pulled = await withSession(
-      { ...opts, onWarning: display.say },
-      (session) => pullImages(session, request, observe),
-      { environment },
-    );
-    display.stop();
-
-    const pinned = images.map(({ reference }, at) => {
-      const digest = pulled.results[at]?.digest as string;
-      return `${formatReference({ ...reference, digest })}\n`;
+    const report = await pullImages(references, isStream ? stdout : destination, {
+      ...options,
+      onProgress: display.show,
+      onWarning: display.say,
     });
-    if (!isStream) stdout.write(pinned.join(""));
+    display.stop();
+    if (options.dryRun || !isStream)
+      stdout.write(report.images.map(({ pinned }) => `${pinned}\n`).join(""));
+    if (command.isQuiet) return;
     const seconds = (performance.now() - startedAtMs) / 1000;
-    const place = isStream ? "the stream" : destination;
-    if (!isQuiet) display.say(formatSummary(place, pulled, seconds));
+    if (options.dryRun) display.say(formatForecast(report, destination));
+    else display.say(formatSummary(report, place, seconds));
   } finally {
     display.stop();
   }
@@ -6381,7 +6764,7 @@ async function runCommand(
   io: CommandIO,
   signal: AbortSignal,
 ): Promise<void> {
-  const { stdout } = io;
+  const { stdout, env: environment } = io;
   const line = parseCommandLine(argv);
   if (line.switches.has("help")) {
     stdout.write(formatHelp());
@@ -6398,21 +6781,17 @@ async function runCommand(
   if (verified !== undefined) return lookAtTar(io, verified, verifyTar, signal);
 
   const { destination, manifest } = command;
-  const images = await listImages(io, command);
+  const references = [...command.images, ...(await readImageList(io, command.from))];
+  if (references.length === 0) usage("no IMAGE is given");
   if (destination !== undefined) checkDestinationName(destination);
-  if (stdout.isTTY && (destination === "-" || destination === "/dev/stdout"))
+  if (stdout.isTTY && isStdout(destination))
     usage("the tar is not written to a terminal: redirect stdout");
-  const opts: PullerOpts = {
-    ...command.opts,
-    url: formatReference((images[0] as PullRequest["images"][number]).reference),
-    signal,
-  };
-  if (command.isPasswordOnStdin) opts.password = (await readStdin(io)).replace(/\r?\n$/, "");
-  if (manifest !== undefined) {
-    const onWarning = new Display(io, true).say;
-    return printManifest(io, new Puller({ ...opts, onWarning }), manifest);
-  }
-  return pullForCommand(io, command, opts, images);
+  const options: PullOptions = { ...command.options, environment, signal };
+  if (command.isPasswordOnStdin) options.password = (await readStdin(io)).replace(/\r?\n$/, "");
+  if (manifest === undefined) return pullForCommand(io, command, references, options);
+  const onWarning = new Display(io, true).say;
+  const puller = new Puller({ ...options, onWarning, url: references[0] ?? "" });
+  return printManifest(io, puller, manifest);
 }
 
 /** SIGINT and SIGTERM stop what runs; asked twice, the system ends us at once. */
@@ -6453,7 +6832,8 @@ async function main(argv: readonly string[], io: CommandIO = process): Promise<n
     const signalCode = signals?.exitCode();
     if (signalCode !== undefined) return signalCode;
     if (!(error instanceof ImgpullError)) throw error;
-    if (errorCodeOf(error.cause) !== "EPIPE") io.stderr.write(`imgpull: ${error.message}\n`);
+    if (errorCodeOf(error.cause) !== "EPIPE")
+      io.stderr.write(`imgpull: ${inTypedWords(error.message)}\n`);
     return error.code === "BAD_REFERENCE" || error.code === "BAD_OPTION" ? 2 : 1;
   } finally {
     signals?.close();
@@ -6483,11 +6863,25 @@ const internals = Object.freeze({
   planTar,
   printable,
   proxyFor,
-  pullImages,
   readTar,
+  pulledImage,
+  runPull,
   wantedPlatform,
   withSession,
 });
 
-export type { Descriptor, ErrorCode, ManifestHolder, Platform, Progress, PullerOpts, PullResult };
-export { ImgpullError, internals, main, newPullerOpts, Puller };
+export type {
+  BlobProgress,
+  Descriptor,
+  ErrorCode,
+  ManifestHolder,
+  Platform,
+  Progress,
+  PulledImage,
+  PullerOpts,
+  PullOptions,
+  PullReport,
+  PullResult,
+  Reference,
+};
+export { ImgpullError, internals, main, newPullerOpts, parseReference, Puller, pullImages };

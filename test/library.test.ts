@@ -49,7 +49,11 @@ test("newPullerOpts, getUrl and getOpts", () => {
   assert.deepEqual({ ...made }, { url, scheme: "https", osType: os, archType: architecture });
   const puller = new Puller(made);
   assert.equal(puller.getUrl(), url);
-  assert.deepEqual(puller.getOpts(), made);
+  const defaults = { insecure: false, retries: 5, timeoutMs: 30_000 };
+  assert.deepEqual(puller.getOpts(), { ...made, ...defaults });
+  assert.deepEqual(new Puller(url).getOpts(), puller.getOpts());
+  const byPlatforms = new Puller({ url, platforms: "all" }).getOpts();
+  assert.deepEqual([byPlatforms.osType, byPlatforms.archType], [undefined, undefined]);
   made.url = "changed";
   puller.getOpts().url = "changed";
   assert.equal(puller.getOpts().url, url);
@@ -144,7 +148,7 @@ test("pullManifest of a single image: the image, and no list", async (t) => {
   assert.equal((await puller.pullManifest("image")).digest, THIRD.digest);
   assert.equal((await puller.getManifest()).digest, THIRD.digest);
   const error = await failure(puller.pullManifest("list"));
-  assert.match(error.message, /--manifest image/);
+  assert.match(error.message, /one image, without a list: ask for its "image"/);
   assert.equal((await failure(puller.pullManifest("other" as "list"))).code, "BAD_OPTION");
 });
 

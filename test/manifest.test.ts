@@ -28,10 +28,10 @@ import {
   type TestContent,
   type TestIndex,
 } from "./support/image.ts";
-import { assertFailed, tryPull } from "./support/pull.ts";
+import { assertFailed, resultOf, tryPull } from "./support/pull.ts";
 import { type Registry, startRegistry } from "./support/registry.ts";
 
-const { matchPlatform, parseManifest, parseReference, wantedPlatform, withSession, pullImages } =
+const { matchPlatform, parseManifest, parseReference, wantedPlatform, withSession, runPull } =
   internals;
 
 const HOST = wantedPlatform({});
@@ -111,11 +111,11 @@ async function pullAll(t: TestScope, content: TestContent): Promise<Pulled> {
     const request = { images, destination: join(folder, "app.tar"), isAll: true, reuse: [] };
     return await withSession(
       optsFor(registry, {}),
-      async (session) => await pullImages(session, request, () => {}),
+      async (session) => await runPull(session, request, () => {}),
     );
   });
   return {
-    result: result?.results[0],
+    result: result && resultOf(result),
     error,
     warnings: "",
     registry,
@@ -361,7 +361,7 @@ test("an index inside itself ends at once: its bytes are not those of the digest
       async () =>
         await withSession(
           optsFor(registry, {}),
-          async (session) => await pullImages(session, request, () => {}),
+          async (session) => await runPull(session, request, () => {}),
         ),
     );
     assert.equal(error?.code, "DIGEST_MISMATCH");
@@ -628,7 +628,7 @@ test("a manifest or config whose bytes are wrong once is asked for once more", a
     const opts = optsFor(registry, { ...opted("linux/amd64"), retries: 5 });
     const { error } = await caught(
       async () =>
-        await withSession(opts, async (session) => await pullImages(session, request, () => {}), {
+        await withSession(opts, async (session) => await runPull(session, request, () => {}), {
           clock,
         }),
     );

@@ -663,7 +663,7 @@ test("a folder gets them too, and keeps those of other images", async (t) => {
   const registry = internals.parseReference(second);
   assert.equal(registry.tag, "2.0");
   await internals.withSession({ url: second, scheme: "http" }, (session) =>
-    internals.pullImages(
+    internals.runPull(
       session,
       {
         images: [{ reference: registry, name: "example.com/team/other:2.0" }],

@@ -103,7 +103,7 @@ async function run({ reference, name, dest }: Job, options: PullOptions, talk: T
   const environment = { ...cleanEnvironment(), ...changes };
   return await internals.withSession(
     { url: reference, osType: "linux", archType: "amd64", onWarning, ...opts },
-    async (session) => await internals.pullImages(session, request, () => undefined),
+    async (session) => await internals.runPull(session, request, () => undefined),
     { clock, environment, ...(certsDirectory !== undefined && { certsDirectory }) },
   );
 }
@@ -120,8 +120,8 @@ export async function pull(
 ): Promise<Pulled> {
   const talk: Talk = { warnings: [], waitsMs: [] };
   const job = { reference, name: NAME, dest };
-  const { transfer } = await run(job, { scheme: "http", ...options }, talk);
-  return { fetchedBytes: transfer.fetchedBytes, ...talk };
+  const { counts } = await run(job, { scheme: "http", ...options }, talk);
+  return { fetchedBytes: counts.fetchedBytes, ...talk };
 }
 
 /** A pull with sources, of which the transfer and the plan are wanted too. */
@@ -129,14 +129,14 @@ export function pullWhole(
   reference: string,
   destination: string,
   opts: { concurrency?: number; reuse?: string[] } = {},
-): Promise<Awaited<ReturnType<typeof internals.pullImages>>> {
+): Promise<Awaited<ReturnType<typeof internals.runPull>>> {
   const { reuse = [], ...more } = opts;
   const images = [{ reference: internals.parseReference(reference), name: NAME }];
   const clock = { now: Date.now, random: () => 0, sleep: async () => undefined };
   return internals.withSession(
     { url: reference, ...LINUX, ...more },
     (session) =>
-      internals.pullImages(session, { images, destination, isAll: false, reuse }, () => undefined),
+      internals.runPull(session, { images, destination, isAll: false, reuse }, () => undefined),
     { clock, environment: cleanEnvironment() },
   );
 }
@@ -145,6 +145,17 @@ export interface Outcome extends Talk {
   result: PullResult | undefined;
   error: ImgpullError | undefined;
   tar: string;
+}
+
+/** What Puller's pullTar() makes of a pull of one image. */
+export function resultOf({
+  images: [image],
+  sizeBytes,
+  counts,
+}: Awaited<ReturnType<typeof internals.runPull>>): PullResult {
+  assert.ok(image);
+  const { name, digest, platform, layers } = internals.pulledImage(image);
+  return { name, digest, platform, layers, sizeBytes, fetchedBytes: counts.fetchedBytes };
 }
 
 /** The guard against hanging: the pull then ends as ABORTED. */
@@ -162,8 +173,7 @@ export async function tryPull(
     const parsed = internals.parseReference(reference);
     const name = internals.formatReference(internals.imageName(parsed, options.namespace));
     const guarded = { signal: AbortSignal.timeout(GUARD_MS), ...options };
-    const { results } = await run({ reference, name, dest: tar }, guarded, outcome);
-    outcome.result = results[0];
+    outcome.result = resultOf(await run({ reference, name, dest: tar }, guarded, outcome));
   } catch (error) {
     // With its causes and all their fields, as a program may log it; without the lines of the stack.
     recordOutput(`${inspect(error, { depth: 20 }).replace(/^ +at .*$/gm, "")}\n`);
