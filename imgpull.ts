@@ -6341,10 +6341,8 @@ const OPTIONS = Object.entries<OptionSpec>(OPTION_TABLE).map(
 const USAGE = `imgpull [options] IMAGE [IMAGE...] [DEST]    pull images into one verified tar
 DEST: a file; - for stdout; a directory or NAME/ for an OCI layout
 `;
-const EXAMPLES = `Examples:
-  imgpull alpine:3.22 alpine.tar && docker load -i alpine.tar
-  imgpull ghcr.io/org/app:1 --platform linux/arm64 - | ssh host podman load
-  imgpull --from images.txt bundle.tar > images.lock
+const EXAMPLES = `Examples:  imgpull alpine:3.22 --platform linux/arm64 - | ssh host podman load
+           imgpull --from images.txt bundle.tar > images.lock
 `;
 
 function formatHelp(): string {

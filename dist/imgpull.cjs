@@ -152,6 +152,11 @@ function fail(code, message, details) {
   throw new ImgpullError(code, message, details);
 }
 var errorCodeOf = (error) => String(error?.code ?? "");
+var likeness = (left, right) => [...`^${left}`].filter((letter, at) => `^${right}$`.includes(letter + (left[at] ?? "$"))).length;
+function nearestName(word, names) {
+  const isLike = (name) => likeness(word, name) >= 0.4 * (word.length + 1);
+  return names.filter(isLike).sort((left, right) => likeness(word, right) - likeness(word, left))[0];
+}
 var CONTROL_CHARACTERS = (
   // biome-ignore lint/suspicious/noControlCharactersInRegex: control characters are what it is about
   /[\u0000-\u001f\u007f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]+/g
@@ -3531,6 +3536,244 @@ function refuseUnsigned(where, verdicts) {
   found: ${words}`
   );
 }
+var OPTION_KINDS = {
+  url: "a string",
+  scheme: "a string",
+  osType: "a string",
+  archType: "a string",
+  variant: "a string",
+  platforms: '"all" or a list of strings',
+  name: "a string",
+  renames: "an object of strings",
+  reuse: "a list of strings",
+  since: "a string",
+  dryRun: "true or false",
+  referrers: "true or false",
+  signedBy: "a list of strings",
+  username: "a string",
+  password: "a string",
+  token: "a string",
+  tlsCert: "a string",
+  tlsKey: "a string",
+  caCert: "a string",
+  insecure: "true or false",
+  namespace: "a string",
+  concurrency: "a number",
+  retries: "a number",
+  timeoutMs: "a number",
+  environment: "an object of strings",
+  signal: "an AbortSignal",
+  onProgress: "a function",
+  onWarning: "a function"
+};
+var isListOfStrings = (value) => Array.isArray(value) && value.every((item) => typeof item === "string");
+var isStringOrNothing = (value) => value === void 0 || typeof value === "string";
+var IS_OF_KIND = {
+  "a string": (value) => typeof value === "string",
+  "a number": (value) => typeof value === "number",
+  "true or false": (value) => typeof value === "boolean",
+  "a list of strings": isListOfStrings,
+  '"all" or a list of strings': (value) => value === "all" || isListOfStrings(value),
+  "an object of strings": (value) => isRecord(value) && Object.values(value).every(isStringOrNothing),
+  "an AbortSignal": (value) => value instanceof AbortSignal,
+  "a function": (value) => typeof value === "function"
+};
+function checkKinds(options) {
+  if (!isRecord(options)) fail("BAD_OPTION", "the options are not an object");
+  for (const [name, value] of Object.entries(options)) {
+    if (!Object.hasOwn(OPTION_KINDS, name)) {
+      const nearest = nearestName(name, Object.keys(OPTION_KINDS));
+      const suggestion = nearest === void 0 ? "" : `: did you mean \`${nearest}\`?`;
+      fail("BAD_OPTION", `unknown option \`${printable(name, 60)}\`${suggestion}`);
+    }
+    const kind = OPTION_KINDS[name];
+    if (value !== void 0 && !IS_OF_KIND[kind](value))
+      fail("BAD_OPTION", `\`${name}\` has to be ${kind}`);
+  }
+}
+function checkOptions(options) {
+  checkKinds(options);
+  const { scheme, tlsCert, tlsKey, username, password, token, namespace, platforms } = options;
+  const { name, renames = {} } = options;
+  const check = (isRight, reason) => {
+    if (!isRight) fail("BAD_OPTION", reason);
+  };
+  const isScheme = scheme === void 0 || scheme === "https" || scheme === "http";
+  check(isScheme, `\`scheme\` is https or http, not "${printable(String(scheme))}"`);
+  const isPair = tlsCert === void 0 === (tlsKey === void 0);
+  check(isPair, "`tlsCert` and `tlsKey` go together: a certificate and its key");
+  check(username === void 0 || password !== void 0, "`username` needs `password`");
+  check(password === void 0 || username !== void 0, "`password` needs `username`");
+  check(token === void 0 || username === void 0, "`token` and `username` exclude each other");
+  const isHeader = token === void 0 || /^[\x21-\x7e]+$/.test(token);
+  check(isHeader, "`token` has characters that no header can carry");
+  const isNamespace = namespace === void 0 || isHost(namespace);
+  check(isNamespace, `\`namespace\` is a host, not "${printable(namespace ?? "")}"`);
+  const isOnePlatform = options.osType ?? options.archType ?? options.variant;
+  const isEither = platforms === void 0 || isOnePlatform === void 0;
+  check(isEither, "`platforms` excludes `osType`, `archType` and `variant`");
+  for (const platform of platforms === "all" ? [] : platforms ?? [])
+    check(
+      /^[^/]+\/[^/]+(\/[^/]+)?$/.test(platform),
+      `\`platforms\` are OS/ARCH or OS/ARCH/VARIANT, or all, not "${printable(platform)}"`
+    );
+  check(platforms?.length !== 0, "`platforms` is an empty list");
+  const hasRenames = Object.keys(renames).length > 0;
+  check(name === void 0 || !hasRenames, "`name` and `renames` exclude each other");
+  check(!name?.includes("@"), "`name` is NAME or NAME:TAG: a digest cannot be given");
+}
+function integerOption(options, name, otherwise, [minimum, maximum]) {
+  const value = options[name] ?? otherwise;
+  const isRight = Number.isSafeInteger(value) && value >= minimum && value <= maximum;
+  const unit = name === "timeoutMs" ? " (milliseconds)" : "";
+  const bounds = `a whole number from ${minimum} to ${maximum}${unit}`;
+  if (!isRight) fail("BAD_OPTION", `\`${name}\` is ${bounds}, not ${value}`);
+  return value;
+}
+function wantedOf({ platforms, osType, archType, variant }) {
+  if (platforms === void 0) return dropEmpty({ os: osType, architecture: archType, variant });
+  if (platforms === "all" || platforms.length > 1) return {};
+  const [system, architecture, level] = platforms[0]?.split("/") ?? [];
+  return dropEmpty({ os: system, architecture, variant: level });
+}
+function settingsOf(options, environment = options.environment ?? process.env, certsDirectory = "/etc/docker/certs.d") {
+  checkOptions(options);
+  const { scheme = "https", insecure = false, tlsCert, tlsKey, caCert } = options;
+  const { username, password, token, namespace } = options;
+  return {
+    scheme,
+    insecure,
+    environment,
+    certsDirectory,
+    timeoutMs: integerOption(options, "timeoutMs", 3e4, [1, 864e5]),
+    concurrency: integerOption(options, "concurrency", 8, [1, 64]),
+    retries: integerOption(options, "retries", 5, [0, 100]),
+    wanted: wantedOf(options),
+    ...dropEmpty({ tlsCert, tlsKey, caCert, username, password, token, namespace })
+  };
+}
+var Callbacks = class {
+  #stopping;
+  #failure;
+  constructor(stopping) {
+    this.#stopping = stopping;
+  }
+  guard(callback) {
+    if (!callback) return ignore;
+    return (argument) => {
+      if (this.#failure) return;
+      try {
+        const result = callback(argument);
+        if (result instanceof Promise) result.catch(this.#fail);
+      } catch (error) {
+        this.#fail(error);
+      }
+    };
+  }
+  throwFailure() {
+    if (this.#failure) throw this.#failure.reason;
+  }
+  #fail = (reason) => {
+    this.#failure ??= { reason };
+    this.#stopping.abort();
+  };
+};
+async function withSession(options, run, replaced = {}) {
+  const settings = settingsOf(options, replaced.environment, replaced.certsDirectory);
+  const stopping = new AbortController();
+  const { signal } = stopping;
+  (0, import_node_events.setMaxListeners)(0, signal);
+  const callbacks = new Callbacks(stopping);
+  const warn = callbacks.guard(options.onWarning);
+  const onProgress = callbacks.guard(options.onProgress);
+  const stop = () => stopping.abort();
+  options.signal?.addEventListener("abort", stop);
+  if (options.signal?.aborted) stop();
+  const transport = new Transport(settings);
+  try {
+    if (signal.aborted) fail("ABORTED", "stopped");
+    const state = { clock: systemClock, challenges: /* @__PURE__ */ new Map(), registries: /* @__PURE__ */ new Map() };
+    const session = { settings, transport, signal, warn, ...state, ...replaced };
+    const result = await run(session, onProgress);
+    callbacks.throwFailure();
+    return result;
+  } catch (error) {
+    callbacks.throwFailure();
+    if (!options.signal?.aborted) throw error;
+    throw new ImgpullError("ABORTED", "stopped", { cause: options.signal.reason });
+  } finally {
+    options.signal?.removeEventListener("abort", stop);
+    transport.close();
+  }
+}
+function progressReporter(onProgress) {
+  const nothingYet = { doneBytes: 0, totalBytes: 0, fetchedBytes: 0, blobsDone: 0, blobsTotal: 0 };
+  const progressOf = ({ descriptor: { digest, size }, doneBytes }) => ({
+    digest,
+    sizeBytes: size,
+    doneBytes
+  });
+  let highestBytes = 0;
+  onProgress({ phase: "resolve", ...nothingYet, moving: [] });
+  const report = (transfer, phase, finished2) => {
+    const { blobs, totalBytes, fetchedBytes, activeBlobs } = transfer;
+    const bytesInPlace = sumOf(blobs, ({ doneBytes }) => doneBytes);
+    highestBytes = Math.max(highestBytes, Math.min(totalBytes, bytesInPlace));
+    const moving = [...activeBlobs].sort((left, right) => left.offset - right.offset);
+    onProgress({
+      phase,
+      doneBytes: phase === "finish" ? totalBytes : highestBytes,
+      totalBytes,
+      fetchedBytes,
+      blobsDone: blobs.filter(({ isDone }) => isDone).length,
+      blobsTotal: blobs.length,
+      moving: moving.map(progressOf),
+      ...finished2 && { finished: progressOf(finished2) }
+    });
+  };
+  return {
+    observe: (transfer, finished2) => report(transfer, "fetch", finished2),
+    finish: (transfer) => report(transfer, "finish")
+  };
+}
+var FOR_ONE_HOST = ["username", "password", "token", "tlsCert", "tlsKey", "namespace"];
+function renameImage(name, renames) {
+  const place = `${name.host}/${name.repository}`;
+  const isPrefix = (from2) => `${place}/`.startsWith(`${from2}/`);
+  const [from] = Object.keys(renames).filter(isPrefix).sort((left, right) => right.length - left.length);
+  if (from === void 0) return name;
+  const version = formatReference(name).slice(place.length);
+  const renamed = `${renames[from]}${place.slice(from.length)}${version}`;
+  try {
+    return parseReference(renamed);
+  } catch (error) {
+    const reason = error.message;
+    return fail("BAD_OPTION", `\`renames\` ${from}: ${reason}`, { cause: error });
+  }
+}
+async function nameImages(texts, options) {
+  const { name: chosenName, namespace, renames = {} } = options;
+  if (texts.length === 0) fail("BAD_REFERENCE", "no image reference is given");
+  const references = await mapConcurrently(texts, 1, async (text) => parseReference(text));
+  const hosts = [...new Set(references.map(({ host }) => host))];
+  const bound = FOR_ONE_HOST.find((option) => options[option] !== void 0);
+  if (hosts.length > 1 && bound)
+    fail(
+      "BAD_OPTION",
+      `\`${bound}\` belongs to one registry, and the images are on ${hosts.join(", ")}`
+    );
+  const unique = new Map(references.map((reference) => [formatReference(reference), reference]));
+  if (chosenName !== void 0 && unique.size > 1)
+    fail("BAD_OPTION", `\`name\` goes with one image, not with ${unique.size}`);
+  const names = /* @__PURE__ */ new Set();
+  return [...unique.values()].map((reference) => {
+    const own = renameImage(imageName(reference, namespace), renames);
+    const name = formatReference(chosenName === void 0 ? own : parseReference(chosenName));
+    if (names.has(name)) fail("BAD_OPTION", `two images would have the name ${name} in the tar`);
+    names.add(name);
+    return { reference, name };
+  });
+}
 function warnOfLayers({ warn }, images) {
   for (const { contents, name } of images) {
     const types = contents.flatMap(({ manifest }) => manifest.layers.map(({ mediaType }) => mediaType)).join(" ");
@@ -3547,178 +3790,176 @@ function warnOfCompanions({ warn }, { indexEntries = [] }) {
     `${counted(length, "manifest")} of proof beside the images: podman load makes a digest of its own, and skopeo wants the name (oci-archive:TAR:NAME)`
   );
 }
-async function pullImages(session, request, observe) {
-  const { images: wanted, isAll, since, referrers, signers = [] } = request;
-  const isProofWanted = referrers === true || signers.length > 0;
-  const destination = await parseDestination(request.destination);
-  const doing = `cannot write ${typeof request.destination === "string" ? request.destination : "the stream"}`;
-  const sources = [];
+function warnOfOmitted({ warn }, { omitted }, since) {
+  if (omitted.length === 0) {
+    warn(`${since} holds none of the layers: nothing is left out`);
+    return;
+  }
+  const size = formatBytes(sumOf(omitted, (layer) => layer.size));
+  warn(
+    `left out ${counted(omitted.length, "layer")} (${size}) that ${since} holds: load that first. docker's containerd store and ctr --no-unpack take this tar without it, in silence`
+  );
+}
+async function digestsIn(since, destination) {
+  if (since === void 0) return /* @__PURE__ */ new Set();
+  return withTars([since], async ([base]) => {
+    if (!base) return /* @__PURE__ */ new Set();
+    if (destination?.kind === "tar") {
+      const target = await fs.stat(destination.file).catch(() => void 0);
+      const { ino, dev } = await base.handle.stat();
+      if (target?.ino === ino && target.dev === dev)
+        fail(
+          "BAD_OPTION",
+          `\`since\` ${since} is DEST: the delta would take the place of its own base`
+        );
+    }
+    return new Set(base.blobs.keys());
+  });
+}
+async function withTars(files, run) {
+  const tars = [];
   try {
-    for (const file of request.reuse) sources.push(await openTar(file));
-    const base = since === void 0 ? void 0 : await openTar(since);
-    const baseStats = await base?.handle.stat().finally(() => base.handle.close());
-    const stats = destination.kind === "tar" ? await fs.stat(destination.file).catch(() => void 0) : void 0;
-    const isOneFile = stats !== void 0 && stats.ino === baseStats?.ino && stats.dev === baseStats.dev;
-    if (isOneFile)
-      fail(
-        "BAD_OPTION",
-        `--since ${since} is DEST: the delta would take the place of its own base`
-      );
-    const images = await mapConcurrently(
-      wanted,
-      session.settings.concurrency,
-      async ({ reference, name }) => {
-        const image = await resolveImage(session, reference, name, isAll);
-        return isProofWanted ? addProof(session, image, signers) : image;
-      }
-    );
+    for (const file of files) tars.push(await openTar(file));
+    return await run(tars);
+  } finally {
+    for (const { handle } of tars) await handle.close();
+  }
+}
+async function estimate({ entries }, destination, tars) {
+  const atHand = destination?.kind === "tar" ? await openAtHand([destination.file]) : [];
+  const isThere = async ({ digest, size }) => {
+    if (destination?.kind === "layout") {
+      const file = path.join(destination.folder, blobPath(digest));
+      const stats = await fs.stat(file).catch(() => void 0);
+      if (stats?.size === size) return true;
+    }
+    return [...tars, ...atHand].some(({ blobs }) => blobs.get(digest)?.sizeBytes === size);
+  };
+  const counts = { fetchedBytes: 0, reusedBytes: 0, resumedBytes: 0 };
+  for (const { blob } of entries) {
+    if (!blob) continue;
+    const counter = await isThere(blob.descriptor) ? "reusedBytes" : "fetchedBytes";
+    counts[counter] += blob.descriptor.size;
+  }
+  for (const { handle } of atHand) await handle.close();
+  return counts;
+}
+async function runPull(session, request, observe) {
+  const { images: wanted, isAll = false, reuse = [], since, signers = [] } = request;
+  const isProofWanted = request.referrers === true || signers.length > 0;
+  const named = typeof request.destination === "string" ? request.destination : "the stream";
+  const destination = request.destination === void 0 ? void 0 : await parseDestination(request.destination);
+  const omit = await digestsIn(since, destination);
+  return withTars(reuse, async (tars) => {
+    const { concurrency } = session.settings;
+    const images = await mapConcurrently(wanted, concurrency, async ({ reference, name }) => {
+      const image = await resolveImage(session, reference, name, isAll);
+      return isProofWanted ? addProof(session, image, signers) : image;
+    });
     const extras = planExtras(images);
-    const plan = planTar(images, new Set(base?.blobs.keys()), extras);
+    const plan = planTar(images, omit, extras);
     warnOfLayers(session, images);
     warnOfCompanions(session, extras);
-    if (base && plan.omitted.length === 0)
-      session.warn(`${since} holds none of the layers: nothing is left out`);
-    else if (base) {
-      const bytes = sumOf(plan.omitted, ({ size }) => size);
-      session.warn(
-        `left out ${counted(plan.omitted.length, "layer")} (${formatBytes(bytes)}) that ${since} holds: load that first. docker's containerd store and ctr --no-unpack take this tar without it, in silence`
-      );
-    }
-    const job = { session, plan, tars: sources, observe };
-    const transfer = await onDisk(doing, pullInto(destination, job));
-    const results = images.map(
-      ({ name, top, platform, contents }) => ({
-        name,
-        digest: top.digest,
-        platform,
-        layers: sumOf(contents, ({ manifest }) => manifest.layers.length),
-        sizeBytes: destination.kind === "layout" ? plan.blobBytes : plan.sizeBytes,
-        fetchedBytes: transfer.fetchedBytes
-      })
-    );
-    return { results, transfer, plan };
-  } finally {
-    for (const { handle } of sources) await handle.close();
-  }
+    if (since !== void 0) warnOfOmitted(session, plan, since);
+    const sizeBytes = destination?.kind === "layout" ? plan.blobBytes : plan.sizeBytes;
+    if (request.isDryRun || !destination)
+      return { images, plan, sizeBytes, counts: await estimate(plan, destination, tars) };
+    const job = { session, plan, tars, observe };
+    const transfer = await onDisk(`cannot write ${named}`, pullInto(destination, job));
+    return { images, plan, sizeBytes, counts: transfer, transfer };
+  });
 }
-function settingsOf(opts, environment, certsDirectory = "/etc/docker/certs.d") {
-  const {
-    scheme = "https",
-    insecure = false,
-    tlsCert,
-    tlsKey,
-    caCert,
-    username,
-    password,
-    token,
-    namespace
-  } = opts;
-  const check = (isRight, reason) => isRight || fail("BAD_OPTION", reason);
-  const integer = (value, name, minimum, maximum, unit = "") => {
-    const isRight = Number.isSafeInteger(value) && value >= minimum && value <= maximum;
-    return check(
-      isRight,
-      `${name} is a whole number from ${minimum} to ${maximum}${unit}, not ${value}`
-    ) && value;
-  };
-  check(
-    ["https", "http"].includes(scheme),
-    `the scheme is https or http, not "${printable(String(scheme))}"`
-  );
-  check(
-    tlsCert === void 0 === (tlsKey === void 0),
-    "a certificate and its key go together (--cert, --key)"
-  );
-  check(
-    username === void 0 || password !== void 0,
-    "--user needs --password or --password-stdin"
-  );
-  check(
-    password === void 0 || username !== void 0,
-    "a password (--password, --password-stdin) needs --user"
-  );
-  check(token === void 0 || username === void 0, "--token and --user exclude each other");
-  check(/^[\x21-\x7e]+$/.test(token ?? "-"), "the token has characters that no header can carry");
-  check(
-    namespace === void 0 || isHost(namespace),
-    `"${printable(namespace ?? "")}" is not a host name (--ns)`
-  );
+async function readSigner(key) {
+  if (key.includes("-----BEGIN")) return parsePublicKey(key, "in `signedBy`");
+  const pem = await fs.readFile(key, "utf8").catch((error) => fail("BAD_OPTION", `cannot read \`signedBy\` ${key}: ${diskWords(error)}`));
+  return parsePublicKey(pem, key);
+}
+function pulledImage({ reference, name, top, platform, contents }) {
+  const { digest } = top;
   return {
-    scheme,
-    insecure,
-    environment,
-    certsDirectory,
-    timeoutMs: integer(opts.timeoutMs ?? 3e4, "--timeout", 1, 864e5, " ms"),
-    concurrency: integer(opts.concurrency ?? 8, "--concurrency", 1, 64),
-    retries: integer(opts.retries ?? 5, "--retries", 0, 100),
-    wanted: dropEmpty({ os: opts.osType, architecture: opts.archType, variant: opts.variant }),
-    ...dropEmpty({ tlsCert, tlsKey, caCert, username, password, token, namespace })
+    reference: formatReference(reference),
+    pinned: formatReference({ ...reference, digest }),
+    name,
+    digest,
+    platform,
+    layers: sumOf(contents, ({ manifest }) => manifest.layers.length)
   };
 }
-async function withSession(opts, run, replaced = {}) {
-  const { environment = process.env, certsDirectory } = replaced;
-  const settings = settingsOf(opts, environment, certsDirectory);
-  const transport = new Transport(settings);
-  const signal = anySignal(...opts.signal ? [opts.signal] : []);
-  const { onWarning: warn = () => void 0 } = opts;
-  try {
-    const state = { clock: systemClock, challenges: /* @__PURE__ */ new Map(), registries: /* @__PURE__ */ new Map() };
-    return await run({ settings, transport, signal, warn, ...state, ...replaced });
-  } finally {
-    transport.close();
-  }
+async function pullImages(references, dest, options = {}) {
+  checkOptions(options);
+  const { dryRun: isDryRun = false, platforms, referrers = false, reuse = [], since } = options;
+  if (dest === void 0 && !isDryRun) fail("BAD_OPTION", "`dest` is missing");
+  const images = await nameImages(references, options);
+  const signers = await mapConcurrently(options.signedBy ?? [], 1, readSigner);
+  return withSession(options, async (session, onProgress) => {
+    const { observe, finish } = progressReporter(onProgress);
+    const isAll = platforms === "all";
+    const what = { images, destination: dest, isAll, isDryRun };
+    const pulled = await runPull(session, { ...what, reuse, since, referrers, signers }, observe);
+    if (pulled.transfer) finish(pulled.transfer);
+    const { fetchedBytes, reusedBytes, resumedBytes } = pulled.counts;
+    return {
+      images: pulled.images.map(pulledImage),
+      sizeBytes: pulled.sizeBytes,
+      fetchedBytes,
+      reusedBytes,
+      resumedBytes,
+      omitted: pulled.plan.omitted
+    };
+  });
 }
 var Puller = class {
   #opts;
   #reference;
   constructor(urlOrOpts) {
-    this.#opts = typeof urlOrOpts === "string" ? { url: urlOrOpts } : { ...urlOrOpts };
-    this.#reference = parseReference(this.#opts.url);
-    settingsOf(this.#opts, {});
+    const opts = typeof urlOrOpts === "string" ? { url: urlOrOpts } : urlOrOpts;
+    settingsOf(opts);
+    if (opts.url === void 0) fail("BAD_OPTION", "`url` is missing: the image's reference");
+    this.#reference = parseReference(opts.url);
+    this.#opts = { ...opts };
   }
   getUrl() {
     return this.#opts.url;
   }
+  /** The options, with the defaults in place of what was left out. */
   getOpts() {
-    return { ...this.#opts };
+    const { timeoutMs, retries, insecure } = settingsOf(this.#opts);
+    const isByPlatforms = this.#opts.platforms !== void 0;
+    const { os: osType, architecture: archType } = wantedPlatform(wantedOf(this.#opts));
+    const platform = isByPlatforms ? {} : { osType, archType };
+    const defaults = { scheme: "https", insecure, retries, timeoutMs, ...platform };
+    return { ...defaults, ...dropEmpty(this.#opts), url: this.#opts.url };
   }
   /** Leaves a verified tar at `dest`, or adds to the OCI layout there where that is a directory or ends in "/". */
-  pullTar(dest) {
-    const { namespace, onProgress } = this.#opts;
-    const images = [
-      { reference: this.#reference, name: formatReference(imageName(this.#reference, namespace)) }
-    ];
-    return withSession(this.#opts, async (session) => {
-      const { observe, finish } = progressReporter(onProgress);
-      const request = { images, destination: dest, isAll: false, reuse: [] };
-      const { results, transfer } = await pullImages(session, request, observe);
-      finish(transfer);
-      return results[0];
-    });
+  async pullTar(dest) {
+    const { images, sizeBytes, fetchedBytes } = await pullImages(
+      [this.#opts.url],
+      dest,
+      this.#opts
+    );
+    const { name, digest, platform, layers } = images[0];
+    return { name, digest, platform, layers, sizeBytes, fetchedBytes };
   }
   /** The index ("list") or the platform's manifest ("image"). NOT_FOUND where the registry has no index for it. */
   async pullManifest(type) {
     if (type === "image") {
-      return withSession(
-        this.#opts,
-        async (session) => this.#holder((await resolveImage(session, this.#reference, "", false)).top)
-      );
+      return withSession(this.#opts, async (session) => {
+        const { top } = await resolveImage(session, this.#reference, "", false);
+        return this.#holder(top);
+      });
     }
     if (type !== "list")
       fail("BAD_OPTION", `a manifest is "list" or "image", not "${printable(String(type))}"`);
     const holder = await this.getManifest();
     if (isRecord(holder.manifest) && "manifests" in holder.manifest) return holder;
-    return fail(
-      "NOT_FOUND",
-      `${formatReference(this.#reference)} is one image, without a list (--manifest image)`
-    );
+    const where = formatReference(this.#reference);
+    return fail("NOT_FOUND", `${where} is one image, without a list: ask for its "image"`);
   }
   /** Whatever the registry has under the reference: an index or an image manifest. */
   getManifest() {
     return withSession(this.#opts, async (session) => {
-      const fetched = await registryOf(session, this.#reference).manifest(
-        versionOf(this.#reference)
-      );
+      const registry = registryOf(session, this.#reference);
+      const fetched = await registry.manifest(versionOf(this.#reference));
       parseManifest(fetched, this.#opts.url);
       return this.#holder(fetched);
     });
@@ -3736,64 +3977,31 @@ var Puller = class {
   }
   /** Every blob of an image manifest as `dir/HEX`, verified; those that are there already are kept. */
   async pullBlobs(holder, dir) {
-    const manifest = parseManifest(
-      { ...holder, bytes: Buffer.from(holder.bytes) },
-      holder.imageUrl
-    );
+    const fetched = { ...holder, bytes: Buffer.from(holder.bytes) };
+    const manifest = parseManifest(fetched, holder.imageUrl);
     if (manifest.kind !== "image")
       return fail("NOT_AN_IMAGE", `${holder.imageUrl}: a list of manifests has no blobs`);
-    const blobs = new Map(
-      [manifest.config, ...manifest.layers].map((descriptor) => [descriptor.digest, descriptor])
+    const descriptors = [manifest.config, ...manifest.layers];
+    const unique = new Map(descriptors.map((descriptor) => [descriptor.digest, descriptor]));
+    await withSession(
+      this.#opts,
+      (session, onProgress) => withTars(this.#opts.reuse ?? [], async (tars) => {
+        const { observe, finish } = progressReporter(onProgress);
+        const registry = registryOf(session, this.#reference);
+        const blobs = [...unique.values()].map(
+          (descriptor) => new BlobState(descriptor, registry, 0, tars)
+        );
+        const doing = `cannot write ${dir}`;
+        await onDisk(doing, fs.mkdir(dir, { recursive: true }));
+        const job = { session, blobs, folder: dir, nameOf: hexOf, observe };
+        finish(await onDisk(doing, pullToFolder(job)));
+      })
     );
-    await withSession(this.#opts, async (session) => {
-      const registry = registryOf(session, this.#reference);
-      const { observe, finish } = progressReporter(this.#opts.onProgress);
-      const job = {
-        session,
-        blobs: [...blobs.values()].map((descriptor) => new BlobState(descriptor, registry)),
-        folder: dir,
-        nameOf: hexOf,
-        observe
-      };
-      await onDisk(`cannot write ${dir}`, fs.mkdir(dir, { recursive: true }));
-      const transfer = await onDisk(`cannot write ${dir}`, pullToFolder(job));
-      finish(transfer);
-    });
   }
   #holder({ mediaType, digest, bytes }) {
     return { mediaType, digest, bytes, manifest: parseJson(bytes), imageUrl: this.#opts.url };
   }
 };
-var blobProgress = ({ descriptor: { digest, size }, doneBytes }) => ({
-  digest,
-  sizeBytes: size,
-  doneBytes
-});
-function progressReporter(onProgress) {
-  const nothingYet = { doneBytes: 0, totalBytes: 0, fetchedBytes: 0, blobsDone: 0, blobsTotal: 0 };
-  let highestBytes = 0;
-  onProgress?.({ phase: "resolve", ...nothingYet, moving: [] });
-  const report = (transfer, phase, finished2) => {
-    const { blobs, totalBytes, fetchedBytes, activeBlobs } = transfer;
-    const bytesInPlace = sumOf(blobs, ({ doneBytes }) => doneBytes);
-    highestBytes = Math.max(highestBytes, Math.min(totalBytes, bytesInPlace));
-    const moving = [...activeBlobs].sort((left, right) => left.offset - right.offset);
-    onProgress?.({
-      phase,
-      doneBytes: phase === "finish" ? totalBytes : highestBytes,
-      totalBytes,
-      fetchedBytes,
-      blobsDone: blobs.filter(({ isDone }) => isDone).length,
-      blobsTotal: blobs.length,
-      moving: moving.map(blobProgress),
-      ...finished2 && { finished: blobProgress(finished2) }
-    });
-  };
-  return {
-    observe: (transfer, finished2) => report(transfer, "fetch", finished2),
-    finish: (transfer) => report(transfer, "finish")
-  };
-}
 var isTexts = (list) => Array.isArray(list) && list.every((it) => typeof it === "string");
 var [DAMAGED, MISSING] = ["is damaged", "is missing (a --since tar needs its base)"];
 var fileIn = ({ names }, name) => names.file(name);
@@ -3979,66 +4187,108 @@ async function lookAtTar(io, file, look, signal) {
   );
 }
 var PULL_OPTIONS = {
-  os: { short: "o", value: "OS", help: "operating system wanted; default: this machine's" },
-  arch: { short: "a", value: "ARCH", help: "processor wanted (amd64, arm64, arm ...)" },
-  variant: { value: "V", help: "processor variant wanted (v7, v8 ...)" },
-  platform: { value: "OS/ARCH[/V]", help: "the three in one word; all takes every platform" },
+  os: {
+    short: "o",
+    value: "OS",
+    help: "operating system wanted; default: this machine's",
+    option: "osType"
+  },
+  arch: {
+    short: "a",
+    value: "ARCH",
+    help: "processor wanted (amd64, arm64, arm ...)",
+    option: "archType"
+  },
+  variant: { value: "V", help: "processor variant wanted (v7, v8 ...)", option: "variant" },
+  platform: {
+    value: "OS/ARCH[/V]",
+    help: "the three in one word; all takes every platform",
+    option: "platforms",
+    convert: (typed) => typed === "all" ? typed : typed.split(",")
+  },
   from: { value: "FILE", help: "read more IMAGEs, one a line; - is stdin" },
-  name: { value: "NAME", help: "the name that the image gets in the tar" },
+  name: { value: "NAME", help: "the name that the image gets in the tar", option: "name" },
+  rename: {
+    value: "FROM=TO",
+    help: "in the tar, names in FROM are in TO (repeatable)",
+    isRepeatable: true,
+    option: "renames",
+    convert: (typed) => parsePairs("rename", typed)
+  },
   reuse: {
     value: "TAR",
     help: "take blobs from a tar that exists (repeatable)",
-    isRepeatable: true
+    isRepeatable: true,
+    option: "reuse"
   },
-  since: { value: "TAR", help: "leave out layers that this tar holds" },
-  referrers: { help: "bring signatures, attestations and SBOMs along" },
+  since: { value: "TAR", help: "leave out layers that this tar holds", option: "since" },
+  referrers: { help: "bring signatures, attestations and SBOMs along", option: "referrers" },
   "signed-by": {
     value: "KEY",
     help: "only what this PEM key signed (repeatable)",
-    isRepeatable: true
-  }
+    isRepeatable: true,
+    option: "signedBy"
+  },
+  "dry-run": { help: "say what would be pulled, write nothing", option: "dryRun" }
 };
 var REGISTRY_OPTIONS = {
   ns: {
     short: "n",
     value: "HOST",
     help: "the registry that a mirror stands for (?ns=)",
-    isForOneHost: true
+    option: "namespace"
   },
-  scheme: { short: "s", value: "https|http", help: "default https" },
+  scheme: { short: "s", value: "https|http", help: "default https", option: "scheme" },
   user: {
     short: "u",
     value: "NAME",
     help: "user name for basic authentication",
-    isForOneHost: true
+    option: "username"
   },
   password: {
     short: "p",
     value: "WORD",
     help: "its password",
-    isForOneHost: true,
-    isSecret: true
+    isSecret: true,
+    option: "password"
   },
   "password-stdin": { help: "read the password from stdin" },
   token: {
     short: "t",
     value: "TOKEN",
     help: "sent as Basic TOKEN",
-    isForOneHost: true,
-    isSecret: true
+    isSecret: true,
+    option: "token"
   },
-  cert: { short: "c", value: "FILE", help: "client certificate (PEM)", isForOneHost: true },
-  key: { short: "k", value: "FILE", help: "its key (PEM)", isForOneHost: true },
+  cert: { short: "c", value: "FILE", help: "client certificate (PEM)", option: "tlsCert" },
+  key: { short: "k", value: "FILE", help: "its key (PEM)", option: "tlsKey" },
   cacert: {
     short: "x",
     value: "FILE",
     help: "trust this CA as well (PEM); alias --ca",
-    alias: "ca"
+    alias: "ca",
+    option: "caCert"
   },
-  insecure: { short: "i", help: "do not verify the server's certificate" },
-  concurrency: { short: "j", value: "N", help: "connections used at once; default 8" },
-  retries: { value: "N", help: "attempts after the first; default 5" },
-  timeout: { value: "SECONDS", help: "how long a connection may be silent; default 30" }
+  insecure: { short: "i", help: "do not verify the server's certificate", option: "insecure" },
+  concurrency: {
+    short: "j",
+    value: "N",
+    help: "connections used at once; default 8",
+    option: "concurrency",
+    convert: (typed) => parseNumber("concurrency", typed)
+  },
+  retries: {
+    value: "N",
+    help: "attempts after the first; default 5",
+    option: "retries",
+    convert: (typed) => parseNumber("retries", typed)
+  },
+  timeout: {
+    value: "SECONDS",
+    help: "how long a connection may be silent; default 30",
+    option: "timeoutMs",
+    convert: (typed) => Math.ceil(parseNumber("timeout", typed) * 1e3)
+  }
 };
 var LOOK_OPTIONS = {
   manifest: { short: "m", value: "list|image", help: "print the manifest" },
@@ -4056,10 +4306,8 @@ var OPTIONS = Object.entries(OPTION_TABLE).map(
 var USAGE = `imgpull [options] IMAGE [IMAGE...] [DEST]    pull images into one verified tar
 DEST: a file; - for stdout; a directory or NAME/ for an OCI layout
 `;
-var EXAMPLES = `Examples:
-  imgpull alpine:3.22 alpine.tar && docker load -i alpine.tar
-  imgpull ghcr.io/org/app:1 --platform linux/arm64 - | ssh host podman load
-  imgpull --from images.txt bundle.tar > images.lock
+var EXAMPLES = `Examples:  imgpull alpine:3.22 --platform linux/arm64 - | ssh host podman load
+           imgpull --from images.txt bundle.tar > images.lock
 `;
 function formatHelp() {
   const groups = [
@@ -4077,10 +4325,9 @@ ${Object.entries(options).map(formatLine).join("")}`;
   return USAGE + groups.map(formatGroup).join("") + EXAMPLES;
 }
 var usage = (reason) => fail("BAD_OPTION", `${reason} (imgpull --help)`);
-var likeness = (left, right) => [...`^${left}`].filter((letter, at) => `^${right}$`.includes(letter + (left[at] ?? "$"))).length;
 function refuseUnknown(rawName, name) {
-  const [nearest] = OPTIONS.map((option) => ({ ...option, like: likeness(name, option.name) })).filter(({ like }) => like >= 0.4 * (name.length + 1)).sort((left, right) => right.like - left.like);
-  const suggestion = nearest ? `: did you mean --${nearest.name}?` : "";
+  const nearest = nearestName(name, Object.keys(OPTION_TABLE));
+  const suggestion = nearest === void 0 ? "" : `: did you mean --${nearest}?`;
   return usage(`unknown option ${printable(rawName, 60)}${suggestion}`);
 }
 function typedValue(spec, { rawName, value: text, inlineValue }) {
@@ -4130,12 +4377,36 @@ function parseCommandLine(argv) {
   }
   return { values, lists, switches, positionals };
 }
+function parseNumber(option, typed) {
+  if (!/^\d+(\.\d+)?$/.test(typed)) usage(`--${option} is a number, not "${printable(typed)}"`);
+  return Number(typed);
+}
+function parsePairs(option, typed) {
+  const pairs = {};
+  for (const text of typed) {
+    const [from = "", to = "", ...more] = text.split("=");
+    if (from === "" || to === "" || more.length > 0)
+      usage(`--${option} is FROM=TO, not "${printable(text)}"`);
+    if (from in pairs) usage(`--${option} ${printable(from)} is given twice`);
+    pairs[from] = to;
+  }
+  return pairs;
+}
+function optionsOf({ values, lists, switches }) {
+  const options = {};
+  for (const { name, option, convert = (typed) => typed } of OPTIONS) {
+    const typed = { ...values, ...lists }[name] ?? switches.has(name);
+    if (option !== void 0 && typed !== false) options[option] = convert(typed);
+  }
+  return options;
+}
+var inTypedWords = (sentence) => sentence.replace(/`(\w+)`/g, (quoted, option) => {
+  const spec = OPTIONS.find((each) => each.option === option);
+  return spec ? `--${spec.name}` : quoted;
+});
 function checkCombinations({ values, switches, positionals }) {
-  const { platform, from, verify, manifest } = values;
-  const listed = values["list-tar"];
+  const { from, verify, manifest, "list-tar": listed } = values;
   const isPasswordOnStdin = switches.has("password-stdin");
-  if (platform && (values.os ?? values.arch ?? values.variant))
-    usage("--platform excludes --os, --arch and --variant");
   if (values.password !== void 0 && isPasswordOnStdin)
     usage("--password and --password-stdin exclude each other");
   if (isPasswordOnStdin && from === "-")
@@ -4144,47 +4415,9 @@ function checkCombinations({ values, switches, positionals }) {
     if (positionals.length > 0 || listed && verify) usage("--list-tar or --verify takes one tar");
     return;
   }
-  if (positionals.length === 0) {
-    if (from === void 0) usage("IMAGE is missing");
-    if (manifest === void 0) usage("DEST is missing");
-  }
-}
-function parseNumber(option, text) {
-  if (text === void 0) return void 0;
-  if (!/^\d+(\.\d+)?$/.test(text)) usage(`--${option} is a number, not "${printable(text)}"`);
-  return Number(text);
-}
-function platformOptions({
-  values: { platform, os: osType, arch: archType, variant }
-}) {
-  if (platform === void 0) return { osType, archType, variant };
-  if (platform === "all") return {};
-  if (!/^[^/]+\/[^/]+(\/[^/]+)?$/.test(platform))
-    usage(`--platform is OS/ARCH, OS/ARCH/VARIANT or all, not "${printable(platform)}"`);
-  const [system, architecture, level] = platform.split("/");
-  return { osType: system, archType: architecture, variant: level };
-}
-function pullerOptions(line) {
-  const { values, switches } = line;
-  const timeoutSeconds = parseNumber("timeout", values.timeout);
-  const opts = dropEmpty({
-    ...platformOptions(line),
-    scheme: values.scheme,
-    username: values.user,
-    password: values.password,
-    token: values.token,
-    tlsCert: values.cert,
-    tlsKey: values.key,
-    caCert: values.cacert,
-    namespace: values.ns,
-    insecure: switches.has("insecure") || void 0,
-    concurrency: parseNumber("concurrency", values.concurrency),
-    retries: parseNumber("retries", values.retries),
-    timeoutMs: timeoutSeconds === void 0 ? void 0 : Math.ceil(timeoutSeconds * 1e3)
-  });
-  const passwordToCome = switches.has("password-stdin") ? { password: "" } : {};
-  settingsOf({ url: "", ...opts, ...passwordToCome }, {});
-  return opts;
+  if (positionals.length > 0) return;
+  if (from === void 0) usage("IMAGE is missing");
+  if (manifest === void 0 && !switches.has("dry-run")) usage("DEST is missing");
 }
 function splitPositionals({ values: { manifest, from }, positionals }) {
   if (manifest !== void 0) return { images: positionals.slice(0, 1) };
@@ -4193,31 +4426,24 @@ function splitPositionals({ values: { manifest, from }, positionals }) {
   return { images: positionals.slice(0, -1), destination: positionals.at(-1) };
 }
 function planCommand(line) {
-  const { values, lists, switches } = line;
   checkCombinations(line);
-  const opts = pullerOptions(line);
+  const { values, switches } = line;
   const { images, destination } = splitPositionals(line);
-  const { from, name, since, platform } = values;
+  const options = optionsOf(line);
+  const isPasswordOnStdin = switches.has("password-stdin");
   if (destination === "") usage("DEST is empty");
-  if (name !== void 0 && (images.length !== 1 || from !== void 0))
+  if (values.name !== void 0 && (images.length !== 1 || values.from !== void 0))
     usage("--name goes with one IMAGE");
+  const passwordToCome = isPasswordOnStdin ? { password: "" } : {};
+  new Puller({ ...options, ...passwordToCome, url: "any/image" });
   return {
-    opts,
     images,
     destination,
+    from: values.from,
     manifest: values.manifest,
-    from,
-    name,
-    since,
-    reuse: lists.reuse ?? [],
-    referrers: switches.has("referrers"),
-    signedBy: lists["signed-by"] ?? [],
-    isAll: platform === "all",
-    isPasswordOnStdin: switches.has("password-stdin"),
+    isPasswordOnStdin,
     isQuiet: switches.has("quiet"),
-    optionForOneHost: OPTIONS.find(
-      (option) => option.isForOneHost && values[option.name] !== void 0
-    )?.name
+    options
   };
 }
 function isReference(text) {
@@ -4286,7 +4512,7 @@ var Display = class {
   /** A line of talk; the progress comes back below it. */
   say = (text) => {
     this.#clear();
-    this.#stderr.write(`imgpull: ${text}
+    this.#stderr.write(`imgpull: ${inTypedWords(text)}
 `);
   };
   stop() {
@@ -4330,32 +4556,10 @@ async function readImageList(io, from) {
   const text = await fs.readFile(from, "utf8").catch((error) => usage(`cannot read --from ${from}: ${diskWords(error)}`));
   return parseImageList(text);
 }
-async function listImages(io, command) {
-  const { name: chosenName, optionForOneHost } = command;
-  const { namespace } = command.opts;
-  const texts = [...command.images, ...await readImageList(io, command.from)];
-  if (texts.length === 0) usage("no IMAGE is given");
-  const references = await mapConcurrently(texts, 1, async (text) => parseReference(text));
-  const hosts = [...new Set(references.map(({ host }) => host))];
-  if (hosts.length > 1 && optionForOneHost)
-    usage(
-      `--${optionForOneHost} belongs to one registry, and the IMAGEs are on ${hosts.join(", ")}`
-    );
-  const unique = new Map(references.map((reference) => [formatReference(reference), reference]));
-  const names = /* @__PURE__ */ new Set();
-  return [...unique.values()].map((reference) => {
-    const name = formatReference(
-      chosenName === void 0 ? imageName(reference, namespace) : parseReference(chosenName)
-    );
-    if (names.has(name)) usage(`two IMAGEs would have the name ${name} in the tar`);
-    names.add(name);
-    return { reference, name };
-  });
-}
-function showCommand({ stdout }, { opts, optionForOneHost: _, ...rest }) {
-  const shown = { ...rest, ...opts };
-  for (const { name, isSecret } of OPTIONS) {
-    if (isSecret && name in shown) shown[name] = "***";
+function showCommand({ stdout }, { options, ...rest }) {
+  const shown = { ...rest, ...options };
+  for (const { option, isSecret } of OPTIONS) {
+    if (isSecret && option && option in shown) shown[option] = "***";
   }
   stdout.write(`${JSON.stringify(shown, null, 2)}
 `);
@@ -4367,63 +4571,51 @@ async function printManifest({ stdout, stderr }, puller, type) {
   stderr.write(`${digest}
 `);
 }
-function formatSummary(place, { results, transfer, plan }, seconds) {
-  const { fetchedBytes, reusedBytes, resumedBytes } = transfer;
+function formatSummary(report, place, seconds) {
+  const { images, sizeBytes, fetchedBytes, reusedBytes, resumedBytes } = report;
   const parts = [
     `${formatBytes(fetchedBytes)} fetched`,
     ...reusedBytes > 0 ? [`${formatBytes(reusedBytes)} reused`] : [],
     ...resumedBytes > 0 ? [`${formatBytes(resumedBytes)} resumed`] : [],
     `${seconds.toFixed(1)} s`
   ];
-  const what = `${counted(results.length, "image")}, ${formatBytes(plan.sizeBytes)} in ${place}`;
-  return `${what}: ${parts.join(", ")}`;
+  return `${counted(images.length, "image")}, ${formatBytes(sizeBytes)} in ${place}: ${parts.join(", ")}`;
 }
-async function readSigners(files) {
-  return mapConcurrently(files, 1, async (file) => {
-    const refuse = (error) => usage(`cannot read --signed-by ${file}: ${diskWords(error)}`);
-    return parsePublicKey(await fs.readFile(file, "utf8").catch(refuse), file);
-  });
+function formatForecast(report, place) {
+  const { images, sizeBytes, fetchedBytes, reusedBytes } = report;
+  const size = `${formatBytes(sizeBytes)} ${place === void 0 ? "in all" : `in ${place}`}`;
+  const reused = reusedBytes > 0 ? `, ${formatBytes(reusedBytes)} to reuse` : "";
+  return `dry run: ${counted(images.length, "image")}, ${size}: ${formatBytes(fetchedBytes)} to fetch${reused}`;
 }
-async function pullForCommand(io, command, opts, images) {
-  const { stdout, env: environment } = io;
-  const { isAll, reuse, since, referrers, isQuiet } = command;
-  const destination = command.destination ?? defaultDestination(parseReference(opts.url));
-  const isStream = ["-", "/dev/stdout"].includes(destination);
-  const signers = await readSigners(command.signedBy);
+var isStdout = (destination) => destination === "-" || destination === "/dev/stdout";
+async function pullForCommand(io, command, references, options) {
+  const { stdout } = io;
+  const isLone = command.from === void 0 && command.destination === void 0;
+  const destination = isLone ? defaultDestination(parseReference(references[0] ?? "")) : command.destination;
+  const isStream = isStdout(destination);
+  const place = isStream ? "the stream" : destination ?? "";
   const startedAtMs = performance.now();
-  const display = new Display(io, isQuiet);
+  const display = new Display(io, command.isQuiet);
   try {
-    const request = {
-      images,
-      destination: isStream ? stdout : destination,
-      isAll,
-      reuse,
-      referrers,
-      signers,
-      ...dropEmpty({ since })
-    };
-    const { observe } = progressReporter(display.show);
-    const pulled = await withSession(
-      { ...opts, onWarning: display.say },
-      (session) => pullImages(session, request, observe),
-      { environment }
-    );
-    display.stop();
-    const pinned = images.map(({ reference }, at) => {
-      const digest = pulled.results[at]?.digest;
-      return `${formatReference({ ...reference, digest })}
-`;
+    const report = await pullImages(references, isStream ? stdout : destination, {
+      ...options,
+      onProgress: display.show,
+      onWarning: display.say
     });
-    if (!isStream) stdout.write(pinned.join(""));
+    display.stop();
+    if (options.dryRun || !isStream)
+      stdout.write(report.images.map(({ pinned }) => `${pinned}
+`).join(""));
+    if (command.isQuiet) return;
     const seconds = (performance.now() - startedAtMs) / 1e3;
-    const place = isStream ? "the stream" : destination;
-    if (!isQuiet) display.say(formatSummary(place, pulled, seconds));
+    if (options.dryRun) display.say(formatForecast(report, destination));
+    else display.say(formatSummary(report, place, seconds));
   } finally {
     display.stop();
   }
 }
 async function runCommand(argv, io, signal) {
-  const { stdout } = io;
+  const { stdout, env: environment } = io;
   const line = parseCommandLine(argv);
   if (line.switches.has("help")) {
     stdout.write(formatHelp());
@@ -4440,21 +4632,17 @@ async function runCommand(argv, io, signal) {
   if (listed !== void 0) return lookAtTar(io, listed, listTar, signal);
   if (verified !== void 0) return lookAtTar(io, verified, verifyTar, signal);
   const { destination, manifest } = command;
-  const images = await listImages(io, command);
+  const references = [...command.images, ...await readImageList(io, command.from)];
+  if (references.length === 0) usage("no IMAGE is given");
   if (destination !== void 0) checkDestinationName(destination);
-  if (stdout.isTTY && (destination === "-" || destination === "/dev/stdout"))
+  if (stdout.isTTY && isStdout(destination))
     usage("the tar is not written to a terminal: redirect stdout");
-  const opts = {
-    ...command.opts,
-    url: formatReference(images[0].reference),
-    signal
-  };
-  if (command.isPasswordOnStdin) opts.password = (await readStdin(io)).replace(/\r?\n$/, "");
-  if (manifest !== void 0) {
-    const onWarning = new Display(io, true).say;
-    return printManifest(io, new Puller({ ...opts, onWarning }), manifest);
-  }
-  return pullForCommand(io, command, opts, images);
+  const options = { ...command.options, environment, signal };
+  if (command.isPasswordOnStdin) options.password = (await readStdin(io)).replace(/\r?\n$/, "");
+  if (manifest === void 0) return pullForCommand(io, command, references, options);
+  const onWarning = new Display(io, true).say;
+  const puller = new Puller({ ...options, onWarning, url: references[0] ?? "" });
+  return printManifest(io, puller, manifest);
 }
 function listenForSignals(stop) {
   let exitCode;
@@ -4490,7 +4678,8 @@ async function main(argv, io = process) {
     const signalCode = signals?.exitCode();
     if (signalCode !== void 0) return signalCode;
     if (!(error instanceof ImgpullError)) throw error;
-    if (errorCodeOf(error.cause) !== "EPIPE") io.stderr.write(`imgpull: ${error.message}
+    if (errorCodeOf(error.cause) !== "EPIPE")
+      io.stderr.write(`imgpull: ${inTypedWords(error.message)}
 `);
     return error.code === "BAD_REFERENCE" || error.code === "BAD_OPTION" ? 2 : 1;
   } finally {
@@ -4518,8 +4707,9 @@ var internals = Object.freeze({
   planTar,
   printable,
   proxyFor,
-  pullImages,
   readTar,
+  pulledImage,
+  runPull,
   wantedPlatform,
   withSession
 });

@@ -17,46 +17,76 @@ interface Descriptor {
     platform?: Platform;
     annotations?: Record<string, string>;
 }
+/** How images are pulled. All of it is optional, and `undefined` is as if an option was not there. */
+interface PullOptions {
+    /** How registries are spoken to; default `https`. */
+    scheme?: "https" | "http" | undefined;
+    /** Operating system wanted, in Go's words (`linux`); default: this machine's, or else linux. */
+    osType?: string | undefined;
+    /** Processor wanted, in Go's words (`amd64`, `arm64`); default: this machine's. */
+    archType?: string | undefined;
+    /** Variant of the processor wanted (`v7`); default: the best that suits `archType`. */
+    variant?: string | undefined;
+    /**
+     * Platforms wanted, as `OS/ARCH` or `OS/ARCH/VARIANT`; `"all"`: every one that there is. With more than one, the
+     * image's index is kept. Excludes `osType`, `archType` and `variant`.
+     */
+    platforms?: "all" | readonly string[] | undefined;
+    /** The name that the image gets in DEST; one reference only. Excludes `renames`. */
+    name?: string | undefined;
+    /**
+     * Names in DEST that begin with a key begin with its value instead: `{ "docker.io": "registry.corp/hub" }`. Whole
+     * path segments count, and the longest key wins.
+     */
+    renames?: Readonly<Record<string, string>> | undefined;
+    /** Paths of tars: blobs that one of them holds are copied from there, and verified. */
+    reuse?: readonly string[] | undefined;
+    /** Path of a tar that the receiving side has: layers that it holds are left out. */
+    since?: string | undefined;
+    /** Brings what refers to the images: signatures, attestations, SBOMs; default false. */
+    referrers?: boolean | undefined;
+    /**
+     * Public keys, each as PEM or as the path of a PEM file: an image that none of them has signed is refused. What refers
+     * to the images comes along.
+     */
+    signedBy?: readonly string[] | undefined;
+    /** Resolves everything, says what would come, and writes nothing; default false. */
+    dryRun?: boolean | undefined;
+    /** For basic credentials, with `password`; default: docker's and podman's credential files are asked. */
+    username?: string | undefined;
+    /** The password of `username`. */
+    password?: string | undefined;
+    /** An outside token (ECR's), sent as `Authorization: Basic TOKEN`. Excludes `username`. */
+    token?: string | undefined;
+    /** Path of a PEM file: the client's certificate. Needs `tlsKey`. */
+    tlsCert?: string | undefined;
+    /** Path of a PEM file: the key of `tlsCert`. */
+    tlsKey?: string | undefined;
+    /** Path of a PEM file: certificate authorities that are trusted besides the system's. */
+    caCert?: string | undefined;
+    /** Does not verify the server's certificate; default false. */
+    insecure?: boolean | undefined;
+    /** The upstream registry that a mirror stands for: `?ns=HOST` on every request. */
+    namespace?: string | undefined;
+    /** Connections used at once, 1 to 64; default 8. */
+    concurrency?: number | undefined;
+    /** Attempts after the first, 0 to 100; default 5. */
+    retries?: number | undefined;
+    /** How long a connection may be silent, in milliseconds; default 30000. */
+    timeoutMs?: number | undefined;
+    /** Where proxies, credential files and certificates are looked up; default: `process.env`. */
+    environment?: Readonly<Record<string, string | undefined>> | undefined;
+    /** Stops everything at once; what is thrown then has the code `ABORTED` and the signal's reason as its cause. */
+    signal?: AbortSignal | undefined;
+    /** Called as bytes arrive. What it throws ends the call, and is thrown from there. */
+    onProgress?: ((progress: Progress) => void) | undefined;
+    /** Called with a sentence each: a retry, a fallback, a layer that some loaders refuse. What it throws ends the call. */
+    onWarning?: ((message: string) => void) | undefined;
+}
 /** What to pull and how. Only `url` is required; the rest has the command's defaults. */
-interface PullerOpts {
+interface PullerOpts extends PullOptions {
     /** The image reference: `[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]`. */
     url: string;
-    /** How the registry is spoken to; default `https`. */
-    scheme?: "https" | "http";
-    /** Operating system wanted, in Go's words (`linux`); default: this machine's. */
-    osType?: string;
-    /** Processor wanted, in Go's words (`amd64`, `arm64`); default: this machine's. */
-    archType?: string;
-    /** Variant of the processor wanted (`v7`); default: the best that suits `archType`. */
-    variant?: string;
-    /** For basic credentials; default: docker's and podman's credential files are asked. */
-    username?: string;
-    /** The password of `username`. */
-    password?: string;
-    /** An outside token (ECR's), sent as `Authorization: Basic TOKEN`. */
-    token?: string;
-    /** Path of a PEM file: the client's certificate. Needs `tlsKey`. */
-    tlsCert?: string;
-    /** Path of a PEM file: the key of `tlsCert`. */
-    tlsKey?: string;
-    /** Path of a PEM file: certificate authorities that are trusted besides the system's. */
-    caCert?: string;
-    /** Does not verify the server's certificate; default false. */
-    insecure?: boolean;
-    /** The upstream registry that a mirror stands for: `?ns=HOST` on every request. */
-    namespace?: string;
-    /** Connections used at once, 1 to 64; default 8. */
-    concurrency?: number;
-    /** Attempts after the first; default 5. */
-    retries?: number;
-    /** How long a connection may be silent, in milliseconds; default 30000. */
-    timeoutMs?: number;
-    /** Stops everything at once; what is thrown then has the code `ABORTED`. */
-    signal?: AbortSignal;
-    /** Called as bytes arrive. */
-    onProgress?: (progress: Progress) => void;
-    /** Called with one line each: a retry, a fallback, a layer that some loaders refuse. */
-    onWarning?: (message: string) => void;
 }
 /** How far one blob is. */
 interface BlobProgress {
@@ -94,6 +124,36 @@ interface PullResult {
     /** What came over the line as blobs: the rest was there already. */
     fetchedBytes: number;
 }
+/** One image of a pull. */
+interface PulledImage {
+    /** What was asked for, host and all: `docker.io/library/alpine:3.22`. */
+    reference: string;
+    /** The same, pinned to the digest that DEST now holds: `docker.io/library/alpine:3.22@sha256:…`. */
+    pinned: string;
+    /** Its name in DEST. */
+    name: string;
+    /** Of the manifest, or of the index where it was kept. */
+    digest: string;
+    /** `os/architecture[/variant]`, `all`, or empty for what is not an image. */
+    platform: string;
+    /** How many layers. */
+    layers: number;
+}
+/** What a pull came to; with `dryRun`, what it would come to. */
+interface PullReport {
+    /** In the order of the references, each once. */
+    images: readonly PulledImage[];
+    /** DEST's size; in a directory, that of the blobs. */
+    sizeBytes: number;
+    /** What came over the line as blobs. */
+    fetchedBytes: number;
+    /** What was there already: in DEST as it was, or in a tar of `reuse`. */
+    reusedBytes: number;
+    /** What an earlier run of the same pull had brought. */
+    resumedBytes: number;
+    /** Layers that were left out since the tar of `since` holds them. */
+    omitted: readonly Descriptor[];
+}
 /** A manifest as the registry sent it. */
 interface ManifestHolder {
     mediaType: string;
@@ -119,16 +179,32 @@ declare class ImgpullError extends Error {
         cause?: unknown;
     });
 }
+/** `host` is the name people use (`docker.io`); apiHost() says where its API is. */
+interface Reference {
+    readonly host: string;
+    readonly repository: string;
+    readonly tag?: string;
+    readonly digest?: string;
+}
+/** Throws BAD_REFERENCE with the reason; nothing is asked of any registry for a reference that cannot be right. */
+declare function parseReference(text: string): Reference;
+/**
+ * Pulls images into one tar, folder or stream: `dest` is a file's path, a folder's (one that exists, or a path that ends
+ * in `/`: an OCI image layout, to which is added), or a Writable, which gets the tar in order and is not ended. Only
+ * with `dryRun` it may be undefined. Throws ImgpullError: BAD_REFERENCE and BAD_OPTION before anything is asked for.
+ */
+declare function pullImages(references: readonly string[], dest: string | NodeJS.WritableStream | undefined, options?: PullOptions): Promise<PullReport>;
 /** https, this system's platform. */
 declare function newPullerOpts(url: string): PullerOpts;
-/** Pulls one image. Throws ImgpullError: BAD_REFERENCE and BAD_OPTION at once, the rest from its methods. */
+/** One image. Its constructor throws BAD_REFERENCE and BAD_OPTION, its methods the rest. */
 declare class Puller {
     #private;
     constructor(urlOrOpts: string | PullerOpts);
     getUrl(): string;
+    /** The options, with the defaults in place of what was left out. */
     getOpts(): PullerOpts;
     /** Leaves a verified tar at `dest`, or adds to the OCI layout there where that is a directory or ends in "/". */
-    pullTar(dest: string): Promise<PullResult>;
+    pullTar(dest: string | NodeJS.WritableStream): Promise<PullResult>;
     /** The index ("list") or the platform's manifest ("image"). NOT_FOUND where the registry has no index for it. */
     pullManifest(type: "list" | "image"): Promise<ManifestHolder>;
     /** Whatever the registry has under the reference: an index or an image manifest. */
@@ -142,5 +218,5 @@ declare class Puller {
     /** Every blob of an image manifest as `dir/HEX`, verified; those that are there already are kept. */
     pullBlobs(holder: ManifestHolder, dir: string): Promise<void>;
 }
-export type { Descriptor, ErrorCode, ManifestHolder, Platform, Progress, PullerOpts, PullResult };
-export { ImgpullError, newPullerOpts, Puller };
+export type { BlobProgress, Descriptor, ErrorCode, ManifestHolder, Platform, Progress, PulledImage, PullerOpts, PullOptions, PullReport, PullResult, Reference, };
+export { ImgpullError, newPullerOpts, parseReference, Puller, pullImages };
