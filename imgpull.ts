@@ -1461,7 +1461,7 @@ function wordsOfError(body: Buffer): string {
   const json = parseJson(body);
   if (!isRecord(json)) {
     const text = String(body);
-    return /^\s*</.test(text) ? "" : printable(text);
+    return printable(/^[\s\ufeff]*</.test(text) ? wordsOfXml(text) : text);
   }
 
   const first: unknown = Array.isArray(json.errors) ? json.errors[0] : undefined;
@@ -1477,6 +1477,21 @@ function wordsOfError(body: Buffer): string {
   const words = candidates.filter((word) => typeof word === "string" && word !== "");
   return printable(words.slice(0, 2).join(": "));
 }
+
+/** What S3 and Azure say where they refuse: `<Error><Code>…</Code><Message>…</Message>`. Other markup is a web page. */
+function wordsOfXml(text: string): string {
+  if (!/<Error[\s>]/.test(text)) return "";
+  const words = ["Code", "Message"].map((name) => {
+    const [, content = ""] = new RegExp(`<${name}>([^<]*)</${name}>`).exec(text) ?? [];
+    return content.replace(
+      /&(lt|gt|quot|apos|amp);/g,
+      (_all, entity) => XML_ENTITIES[entity] ?? "",
+    );
+  });
+  return words.filter(Boolean).join(": ");
+}
+
+const XML_ENTITIES: Record<string, string> = { lt: "<", gt: ">", quot: '"', apos: "'", amp: "&" };
 
 // ====== 7. Retry ======
 // Pure but for the clock, which tests replace. Only known passing faults are retried; a bug never is.
@@ -1610,6 +1625,13 @@ function parseChallenges(lines: readonly string[]): Challenge[] {
 
   return challenges;
 }
+
+const challengesOf = ({ headers }: Answer): Challenge[] =>
+  parseChallenges([headers["www-authenticate"] ?? ""]);
+
+/** Whether there is anything that we know to answer to. */
+const hasUsable = (challenges: readonly Challenge[]): boolean =>
+  challenges.some(({ scheme }) => scheme === "bearer" || scheme === "basic");
 
 // ------ Credential files and helpers ------
 
@@ -1916,13 +1938,9 @@ const NOBODY = "00000000-0000-0000-0000-000000000000";
 /** A token for one repository (distribution specification, "Token Authentication"; OAuth2 for identity tokens). */
 async function fetchToken(session: Session, request: TokenRequest): Promise<Authorization> {
   const url = parseRealm(request.parameters.realm, request.origin);
-  const answer = await requestToken(session, url, request);
-  const now = session.clock.now();
-  if (!answer.body) throw statusError(answer, now, "the token service");
-
-  const where = redactUrl(url);
-  const body = await readBody(answer.body, LIMITS.tokenBytes, `the token of ${where}`);
-  return parseToken(body, where, now);
+  return (
+    (await exchangeIdentityToken(session, url, request)) ?? (await getToken(session, url, request))
+  );
 }
 
 /** The token endpoint: relative to the registry, and never less private than the registry itself. */
@@ -1931,62 +1949,119 @@ function parseRealm(realm: string | undefined, origin: string): URL {
     return fail("PROTOCOL", `${origin} names no usable realm for its tokens`);
 
   const url = new URL(realm, origin);
+  const named = `${origin} names the token endpoint ${redactUrl(url)}`;
   const isPrivateEnough = ["https:", new URL(origin).protocol].includes(url.protocol);
-  if (!isPrivateEnough)
-    fail(
-      "PROTOCOL",
-      `${origin} names the token endpoint ${redactUrl(url)}: not over ${url.protocol}`,
-    );
+  if (!isPrivateEnough) fail("PROTOCOL", `${named}: not over ${url.protocol}`);
+
+  // A registry could have us ask, with a password, what only we can reach (google/go-containerregistry#2258).
+  if (leadsInside(url, origin))
+    fail("PROTOCOL", `${named}: an address inside a network, where the registry is not`);
   return url;
 }
 
-/** An identity token is asked for by POST, all else by GET, with the credential as a password. */
-async function requestToken(session: Session, url: URL, request: TokenRequest): Promise<Answer> {
-  const { origin, isRegistry, credential, parameters } = request;
-  const { service, scope } = parameters;
-  const query = dropEmpty({ service, scope });
-  const send = (more: Pick<HttpRequest, "method" | "url" | "headers" | "body">, header?: string) =>
-    session.transport.send({
-      ...more,
-      signal: session.signal,
-      authorizationFor: async (each) => (each === url.origin ? header : undefined),
-      isRegistry: (each) => each === origin && isRegistry,
-    });
+/** Addresses that are not of the internet: loopback, link-local (where clouds keep metadata), private, unspecified. */
+const INSIDE_BLOCKS = [
+  "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.168.0.0/16",
+  "::/127 fc00::/7 fe80::/10 ff02::/16",
+]
+  .join(" ")
+  .split(" ");
 
-  if (credential?.kind === "identity") {
-    const answer = await send({
-      method: "POST",
-      url,
-      headers: { "Content-Type": "application/x-www-form-urlencoded" },
-      body: String(new URLSearchParams(identityGrant(query, credential.secret))),
-    });
-    if (!isPostUnknown(answer.status)) return answer;
+/** Whether a URL's host is such an address, and not the registry's own. Names are not looked up. */
+function leadsInside({ hostname }: URL, registryOrigin: string): boolean {
+  const address = withoutBrackets(hostname);
+  const isOwn = hostname === new URL(registryOrigin).hostname;
+  if (isOwn || net.isIP(address) === 0) return false;
+
+  const blocks = new net.BlockList();
+  for (const block of INSIDE_BLOCKS) {
+    const [network = "", bits] = block.split("/");
+    blocks.addSubnet(network, Number(bits), familyOf(network));
   }
-
-  const asked = new URL(url);
-  for (const [name, value] of Object.entries(query)) asked.searchParams.set(name, value);
-  const header = credential && basicAuthorization(credential.username || NOBODY, credential.secret);
-  return send({ method: "GET", url: asked, headers: {} }, header);
+  return blocks.check(address, familyOf(address));
 }
 
-const identityGrant = (query: Record<string, string>, secret: string) => ({
-  ...query,
-  grant_type: "refresh_token",
-  client_id: "imgpull",
-  refresh_token: secret,
+/** By OAuth2's POST. Undefined where there is no identity token, or where the service does not know how. */
+async function exchangeIdentityToken(
+  session: Session,
+  url: URL,
+  request: TokenRequest,
+): Promise<Authorization | undefined> {
+  const { credential, parameters } = request;
+  if (credential?.kind !== "identity") return undefined;
+
+  const { service, scope } = parameters;
+  const grant = {
+    ...dropEmpty({ service, scope }),
+    grant_type: "refresh_token",
+    client_id: "imgpull",
+    refresh_token: credential.secret,
+  };
+  const answer = await session.transport.send({
+    ...tokenHttpRequest(session, url, request),
+    method: "POST",
+    headers: { "Content-Type": "application/x-www-form-urlencoded" },
+    body: String(new URLSearchParams(grant)),
+  });
+
+  if (isNoOAuth2(answer.status)) return undefined;
+  return readToken(session, url, answer);
+}
+
+/** Services without OAuth2 say so in many ways (containerd#3913); a redirect would want the secret sent elsewhere. */
+function isNoOAuth2(status: number): boolean {
+  const isForLater = [408, 425, 429].includes(status);
+  return status === 501 || (status >= 300 && status < 500 && !isForLater);
+}
+
+/** By GET, with the credential as user and password. */
+async function getToken(session: Session, url: URL, request: TokenRequest): Promise<Authorization> {
+  const { credential, parameters } = request;
+  const { service, scope } = parameters;
+  const asked = new URL(url);
+  for (const [name, value] of Object.entries(dropEmpty({ service, scope })))
+    asked.searchParams.set(name, value);
+
+  const header = credential && basicAuthorization(credential.username || NOBODY, credential.secret);
+  const answer = await session.transport.send(tokenHttpRequest(session, asked, request, header));
+  const token = await readToken(session, url, answer);
+  return token ?? fail("PROTOCOL", `${redactUrl(url)} answered without a token`);
+}
+
+/** A request to the token service. The header goes to its own origin only. */
+const tokenHttpRequest = (
+  { signal }: Session,
+  url: URL,
+  { origin, isRegistry }: TokenRequest,
+  header?: string,
+): HttpRequest => ({
+  method: "GET",
+  url,
+  headers: {},
+  signal,
+  authorizationFor: async (each) => (each === url.origin ? header : undefined),
+  isRegistry: (each) => each === origin && isRegistry,
 });
 
-/** Services that know no POST say so in many ways; a redirect would want the secret sent elsewhere. */
-const isPostUnknown = (status: number): boolean =>
-  (status >= 300 && status < 400) || [400, 401, 404, 405].includes(status);
+/** Undefined where a body came that holds no token. */
+async function readToken(
+  { clock }: Session,
+  url: URL,
+  answer: Answer,
+): Promise<Authorization | undefined> {
+  const now = clock.now();
+  if (!answer.body) throw statusError(answer, now, "the token service");
+
+  const what = `the token of ${redactUrl(url)}`;
+  return parseToken(await readBody(answer.body, LIMITS.tokenBytes, what), now);
+}
 
 /** `token` or `access_token`, and how long it lives. */
-function parseToken(body: Buffer, where: string, now: number): Authorization {
+function parseToken(body: Buffer, now: number): Authorization | undefined {
   const json = parseJson(body);
   const answer = isRecord(json) ? json : {};
   const token = answer.token || answer.access_token;
-  if (typeof token !== "string" || !isHeaderWord(token))
-    return fail("PROTOCOL", `${where} answered without a token`);
+  if (typeof token !== "string" || !isHeaderWord(token)) return undefined;
 
   const seconds = typeof answer.expires_in === "number" ? answer.expires_in : 0;
   return {
@@ -2001,6 +2076,9 @@ function parseToken(body: Buffer, where: string, now: number): Authorization {
 
 // ------ Handshake ------
 
+/** What has become of a credential: the token service takes it, and the registry may refuse that token all the same. */
+type CredentialFate = "unsent" | "sent" | "accepted";
+
 /** What is shown to whom, for one repository: it alone looks up a credential, and holds the tokens. */
 class Authorizer {
   readonly #session: Session;
@@ -2009,49 +2087,89 @@ class Authorizer {
   readonly #authorizations = new Map<string, Authorization>(); // by origin
   readonly #renewals = new Map<string, Promise<boolean>>(); // by origin, while they are under way
   #lookup: Promise<Credential | undefined> | undefined;
+  #fate: CredentialFate = "unsent";
   #refusedCredential: Credential | undefined; // once there is one, later requests are anonymous
+  #otherScope: string | undefined; // the challenge's, once ours was refused
+  #offer: Promise<boolean> | undefined; // of the credential to a registry that had not asked for one
 
   constructor(session: Session, reference: Reference, registryOrigin: string) {
     const { token } = session.settings;
     this.#session = session;
     this.#reference = reference;
     this.#registryOrigin = registryOrigin;
-    if (token !== undefined)
+    if (token !== undefined) {
       this.#authorizations.set(registryOrigin, { header: `Basic ${token}`, expiresAt: NEVER });
+      this.#fate = "sent";
+    }
   }
 
-  /** The header for an origin, with a new token where one is wanted and the last has expired. */
+  /** The header for an origin that is known to want one, anew where the last has expired. */
   async headerFor(origin: string): Promise<string | undefined> {
     const expiresAt = this.#authorizations.get(origin)?.expiresAt ?? 0;
     const isExpired = expiresAt <= this.#session.clock.now();
-    const challenges = this.#session.challenges.get(origin) ?? [];
-    const wantsToken = challenges.some(({ scheme }) => scheme === "bearer");
+    const isWanted = hasUsable(this.#session.challenges.get(origin) ?? []);
 
-    if (wantsToken && isExpired) await this.#renew(origin);
+    if (isWanted && isExpired) await this.#renew(origin);
     return this.#authorizations.get(origin)?.header;
+  }
+
+  /** Keeps the challenge that a registry's first answer brings, for all that is asked of it after that. */
+  hearFirst(answer: Answer): void {
+    const { origin } = answer.url;
+    const challenges = challengesOf(answer);
+    const isNews = answer.status === 401 && !this.#session.challenges.has(origin);
+    if (isNews && hasUsable(challenges)) this.#session.challenges.set(origin, challenges);
   }
 
   /** Whether `answer` was a refusal after which another attempt may go better. `round` counts those before it. */
   async canGoOnAfter(answer: Answer, round: number): Promise<boolean> {
-    const { url, authorization: sent, status, headers } = answer;
+    const { url, authorization: sent, status } = answer;
     const { origin } = url;
+    const challenges = challengesOf(answer);
+    if (isSilentRefusal(answer, challenges)) {
+      this.#offer ??= this.#offerCredential(origin);
+      return this.#offer;
+    }
     if (!isAboutAuthorization(answer)) return false;
 
     const isRenewedMeanwhile = this.#authorizations.get(origin)?.header !== sent;
     if (isRenewedMeanwhile) return true;
 
     // nvcr.io names another realm, of no use to us, once a token has expired: the one that served goes first.
-    const challenges = parseChallenges([headers["www-authenticate"] ?? ""]);
     const isRenewal = round === 0 && sent !== undefined && this.#session.challenges.has(origin);
     if (challenges.length > 0 && !isRenewal) this.#session.challenges.set(origin, challenges);
 
-    const credential = await this.#credentialFor(origin);
-    const isRefusedWithCredential =
+    const isFreshOneRefused =
       status === 403 || (round > 0 && sent !== undefined) || sent?.startsWith("Basic ");
-    if (isRefusedWithCredential) {
+    if (isFreshOneRefused && !this.#takeOtherScope(origin, challenges)) {
+      const credential = await this.#credentialFor(origin);
       if (!credential?.stored) return false;
       this.#goAnonymous(credential, `${redactUrl(url)}: ${status}`);
     }
+    return this.#renew(origin);
+  }
+
+  /**
+   * Some registries tell nobody that there is more to see (keppel#522), or forget the challenge (harbor#15252): where a
+   * credential is at hand, /v2/ is asked how to show it. False: nothing has changed.
+   */
+  async #offerCredential(origin: string): Promise<boolean> {
+    if (!(await this.#credentialFor(origin))) return false;
+
+    const { signal, transport, challenges } = this.#session;
+    const answer = await transport.send({
+      method: "GET",
+      url: new URL("/v2/", origin),
+      headers: {},
+      signal,
+      authorizationFor: async () => undefined,
+      isRegistry: (each) => each === this.#registryOrigin,
+    });
+    answer.body?.destroy();
+
+    const offered = challengesOf(answer);
+    if (answer.url.origin !== origin || !hasUsable(offered)) return false;
+    challenges.set(origin, offered);
     return this.#renew(origin);
   }
 
@@ -2062,12 +2180,23 @@ class Authorizer {
   }
 
   async #triedWords(): Promise<string> {
-    if (this.#refusedCredential)
-      return `the stored credentials (${this.#refusedCredential.source}) were refused, and so was a request without`;
+    const { host, repository } = this.#reference;
+    const isAccepted = this.#fate === "accepted";
+    if (this.#refusedCredential) {
+      const stored = `the stored credentials (${this.#refusedCredential.source})`;
+      return isAccepted
+        ? `${stored} are right, but may not pull ${host}/${repository}, nor may a request without`
+        : `${stored} were refused, and so was a request without`;
+    }
 
     const credential = await this.#credentialFor(this.#registryOrigin);
-    if (credential) return `refused: the credentials of ${credential.source}`;
-    return "no credentials were found (--user, --token, docker login); a repository that does not exist looks the same";
+    if (!credential)
+      return "no credentials were found (--user, --token, docker login); a repository that does not exist looks the same";
+    if (this.#fate === "unsent")
+      return `the credentials of ${credential.source} were not sent: the registry asks for none of their kind`;
+    return isAccepted
+      ? `the credentials of ${credential.source} are right, but may not pull ${host}/${repository}`
+      : `refused: the credentials of ${credential.source}`;
   }
 
   /** Looked up when a registry asks for it first; storage hosts and other origins never get it. */
@@ -2079,9 +2208,11 @@ class Authorizer {
 
   #goAnonymous(refused: Credential, reason: string): void {
     this.#refusedCredential = refused;
+    this.#otherScope = undefined;
     this.#authorizations.delete(this.#registryOrigin);
+    const outcome = this.#fate === "accepted" ? "do not open it" : "were refused";
     this.#session.warn(
-      `the credentials of ${refused.source} were refused (${reason}); trying without any`,
+      `the credentials of ${refused.source} ${outcome} (${reason}); trying without any`,
     );
   }
 
@@ -2111,11 +2242,14 @@ class Authorizer {
       const takesBasic = challenges.some(({ scheme }) => scheme === "basic");
       if (!takesBasic || credential?.kind !== "basic") return undefined;
       const { username, secret } = credential;
+      this.#fate = "sent";
       return { header: basicAuthorization(username, secret), expiresAt: NEVER };
     }
 
-    if (credential?.kind === "bearer")
+    if (credential?.kind === "bearer") {
+      this.#fate = "sent";
       return { header: `Bearer ${credential.secret}`, expiresAt: NEVER };
+    }
     return this.#tokenFor(origin, bearer, credential);
   }
 
@@ -2125,16 +2259,20 @@ class Authorizer {
     credential: Credential | undefined,
   ): Promise<Authorization | undefined> {
     const isRegistry = origin === this.#registryOrigin;
-    // The target of a redirect has repositories of its own, and says which one it wants.
-    const ours = `repository:${this.#reference.repository}:pull`;
-    const scope = isRegistry ? ours : parameters.scope || ours;
+    const scope = this.#scopeFor(isRegistry, parameters.scope);
+    if (credential) this.#fate = "sent";
 
     try {
       const request = { origin, isRegistry, parameters: { ...parameters, scope }, credential };
-      return await fetchToken(this.#session, request);
+      const token = await fetchToken(this.#session, request);
+      if (credential) this.#fate = "accepted";
+      return token;
     } catch (error) {
       const { status = 0, message } = error as ImgpullError;
       if (![400, 401, 403, 404].includes(status)) throw error;
+
+      if (this.#takeOtherScope(origin, [{ scheme: "bearer", parameters }]))
+        return this.#answerChallenge(origin);
       if (credential?.stored) {
         this.#goAnonymous(credential, message);
         return this.#answerChallenge(origin);
@@ -2143,6 +2281,44 @@ class Authorizer {
       throw isAboutCredentials ? await this.explain(error as ImgpullError) : error;
     }
   }
+
+  /** Exactly one scope. The target of a redirect has repositories of its own, and says which one it wants. */
+  #scopeFor(isRegistry: boolean, theirs: string | undefined): string {
+    const ours = `repository:${this.#reference.repository}:pull`;
+    if (isRegistry) return this.#otherScope ?? ours;
+    return theirs || ours;
+  }
+
+  /** Where ours was refused: once the scope that the registry's challenge names. False: it names no other. */
+  #takeOtherScope(origin: string, challenges: readonly Challenge[]): boolean {
+    if (origin !== this.#registryOrigin || this.#otherScope !== undefined) return false;
+
+    const bearer = challenges.find(({ scheme }) => scheme === "bearer");
+    this.#otherScope = otherScope(bearer?.parameters.scope, this.#reference.repository);
+    return this.#otherScope !== undefined;
+  }
+}
+
+/**
+ * The scope of a challenge that is not for our repository: a proxy that rewrites paths knows it by another name
+ * (oras-go#650), and ECR Public has scopes of its own kind (oras-dotnet#395). Of actions, we want `pull` only.
+ */
+function otherScope(scopes = "", repository: string): string | undefined {
+  for (const scope of scopes.split(" ").filter(Boolean)) {
+    const [, name] = /^repository(?:\([^)]*\))?:(.+):[^:]*$/.exec(scope) ?? [];
+    if (name === undefined) return scope;
+    if (name !== repository) return `repository:${name}:pull`;
+  }
+  return undefined;
+}
+
+/** A refusal of a request without credentials that does not say how to show any. */
+function isSilentRefusal(
+  { status, authorization: sent }: Answer,
+  challenges: Challenge[],
+): boolean {
+  if (sent !== undefined) return false;
+  return status === 403 || status === 404 || (status === 401 && !hasUsable(challenges));
 }
 
 /** ECR Public answers a stale token with 400, GHCR a stale credential for a public image with 403. */
@@ -2162,6 +2338,8 @@ interface FetchedManifest {
 
 type ContentKind = "manifest" | "blob" | "referrer";
 
+const ANY_TYPE = "*/*";
+
 class Registry {
   readonly reference: Reference;
   readonly origin: string;
@@ -2169,6 +2347,8 @@ class Registry {
   latencyMs = NEVER; // of the quickest manifest so far: how far away it is
   readonly #session: Session;
   readonly #authorizer: Authorizer;
+  #manifestTypes = MANIFEST_TYPES.join(", "); // what the registry takes as Accept
+  #firstContact: Promise<unknown> | undefined;
 
   constructor(session: Session, reference: Reference) {
     this.#session = session;
@@ -2273,10 +2453,12 @@ class Registry {
   ): Promise<Answer> {
     let failure = refusal;
 
-    for (const url of urls.filter((each) => URL.canParse(each) && each.startsWith("https:"))) {
+    const usable = urls.filter((url) => URL.canParse(url)).map((url) => new URL(url));
+    for (const url of usable) {
+      if (url.protocol !== "https:" || leadsInside(url, this.origin)) continue;
       const answer = await this.#session.transport.send({
         method: "GET",
-        url: new URL(url),
+        url,
         headers,
         signal,
         isBlob: true,
@@ -2314,28 +2496,48 @@ class Registry {
     name: string,
     more: Partial<HttpRequest> = {},
   ): Promise<Answer> {
-    const { signal, transport } = this.#session;
+    const { signal } = this.#session;
     const request: HttpRequest = {
       method,
       url: this.#urlOf(kind, name),
-      headers: { Accept: MANIFEST_TYPES.join(", ") },
       signal,
       authorizationFor: (origin) => this.#authorizer.headerFor(origin),
       isRegistry: (origin) => origin === this.origin,
       ...more,
+      headers: { Accept: kind === "manifest" ? this.#manifestTypes : ANY_TYPE, ...more.headers },
     };
 
     for (let round = 0; ; round += 1) {
-      const startedAt = performance.now();
-      const answer = await transport.send(request);
-      if (kind === "manifest")
-        this.latencyMs = Math.min(this.latencyMs, performance.now() - startedAt);
+      const answer = await this.#sendInTurn(request, kind);
       if (answer.body) return answer;
+
+      // Nexus and others mean by it that they have something else (docker_registry2#40): it is looked at when it comes.
+      if (answer.status === 406 && request.headers.Accept !== ANY_TYPE) {
+        this.#manifestTypes = ANY_TYPE;
+        return this.#request(method, kind, name, more);
+      }
 
       const isLast = round === 3;
       if (isLast || !(await this.#authorizer.canGoOnAfter(answer, round)))
         throw await this.#refusal(answer, kind, name);
     }
+  }
+
+  /** The first request for a repository goes alone: the challenge that it meets serves all the others. */
+  async #sendInTurn(request: HttpRequest, kind: ContentKind): Promise<Answer> {
+    const isFirst = this.#firstContact === undefined;
+    if (!isFirst) await this.#firstContact;
+
+    const startedAt = performance.now();
+    const sending = this.#session.transport.send(request);
+    if (isFirst) {
+      const hearing = sending.then((answer) => this.#authorizer.hearFirst(answer));
+      this.#firstContact = hearing.catch(ignore);
+    }
+    const answer = await sending;
+    if (kind === "manifest")
+      this.latencyMs = Math.min(this.latencyMs, performance.now() - startedAt);
+    return answer;
   }
 
   #urlOf(kind: ContentKind, name: string): URL {

@@ -833,7 +833,7 @@ function wordsOfError(body) {
   const json = parseJson(body);
   if (!isRecord(json)) {
     const text = String(body);
-    return /^\s*</.test(text) ? "" : printable(text);
+    return printable(/^[\s\ufeff]*</.test(text) ? wordsOfXml(text) : text);
   }
   const first = Array.isArray(json.errors) ? json.errors[0] : void 0;
   const { code, message } = isRecord(first) ? first : {};
@@ -848,6 +848,18 @@ function wordsOfError(body) {
   const words = candidates.filter((word) => typeof word === "string" && word !== "");
   return printable(words.slice(0, 2).join(": "));
 }
+function wordsOfXml(text) {
+  if (!/<Error[\s>]/.test(text)) return "";
+  const words = ["Code", "Message"].map((name) => {
+    const [, content = ""] = new RegExp(`<${name}>([^<]*)</${name}>`).exec(text) ?? [];
+    return content.replace(
+      /&(lt|gt|quot|apos|amp);/g,
+      (_all, entity) => XML_ENTITIES[entity] ?? ""
+    );
+  });
+  return words.filter(Boolean).join(": ");
+}
+var XML_ENTITIES = { lt: "<", gt: ">", quot: '"', apos: "'", amp: "&" };
 var sleep = (waitMs, signal) => (0, import_promises2.setTimeout)(waitMs, void 0, { signal });
 var systemClock = { now: Date.now, random: Math.random, sleep };
 function parseRetryAfter(value, now) {
@@ -910,6 +922,8 @@ function parseChallenges(lines) {
   }
   return challenges;
 }
+var challengesOf = ({ headers }) => parseChallenges([headers["www-authenticate"] ?? ""]);
+var hasUsable = (challenges) => challenges.some(({ scheme }) => scheme === "bearer" || scheme === "basic");
 var homeOf = ({ HOME }) => HOME ?? os.homedir();
 var below = (directory, ...names) => directory ? path.join(directory, ...names) : void 0;
 var AUTH_JSON = "containers/auth.json";
@@ -1074,62 +1088,87 @@ function whenToComeBack(waitMs, now) {
 var NOBODY = "00000000-0000-0000-0000-000000000000";
 async function fetchToken(session, request) {
   const url = parseRealm(request.parameters.realm, request.origin);
-  const answer = await requestToken(session, url, request);
-  const now = session.clock.now();
-  if (!answer.body) throw statusError(answer, now, "the token service");
-  const where = redactUrl(url);
-  const body = await readBody(answer.body, LIMITS.tokenBytes, `the token of ${where}`);
-  return parseToken(body, where, now);
+  return await exchangeIdentityToken(session, url, request) ?? await getToken(session, url, request);
 }
 function parseRealm(realm, origin) {
   if (!realm || !URL.canParse(realm, origin))
     return fail("PROTOCOL", `${origin} names no usable realm for its tokens`);
   const url = new URL(realm, origin);
+  const named = `${origin} names the token endpoint ${redactUrl(url)}`;
   const isPrivateEnough = ["https:", new URL(origin).protocol].includes(url.protocol);
-  if (!isPrivateEnough)
-    fail(
-      "PROTOCOL",
-      `${origin} names the token endpoint ${redactUrl(url)}: not over ${url.protocol}`
-    );
+  if (!isPrivateEnough) fail("PROTOCOL", `${named}: not over ${url.protocol}`);
+  if (leadsInside(url, origin))
+    fail("PROTOCOL", `${named}: an address inside a network, where the registry is not`);
   return url;
 }
-async function requestToken(session, url, request) {
-  const { origin, isRegistry, credential, parameters } = request;
-  const { service, scope } = parameters;
-  const query = dropEmpty({ service, scope });
-  const send = (more, header2) => session.transport.send({
-    ...more,
-    signal: session.signal,
-    authorizationFor: async (each) => each === url.origin ? header2 : void 0,
-    isRegistry: (each) => each === origin && isRegistry
-  });
-  if (credential?.kind === "identity") {
-    const answer = await send({
-      method: "POST",
-      url,
-      headers: { "Content-Type": "application/x-www-form-urlencoded" },
-      body: String(new URLSearchParams(identityGrant(query, credential.secret)))
-    });
-    if (!isPostUnknown(answer.status)) return answer;
+var INSIDE_BLOCKS = [
+  "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.168.0.0/16",
+  "::/127 fc00::/7 fe80::/10 ff02::/16"
+].join(" ").split(" ");
+function leadsInside({ hostname: hostname2 }, registryOrigin) {
+  const address = withoutBrackets(hostname2);
+  const isOwn = hostname2 === new URL(registryOrigin).hostname;
+  if (isOwn || net.isIP(address) === 0) return false;
+  const blocks = new net.BlockList();
+  for (const block of INSIDE_BLOCKS) {
+    const [network = "", bits] = block.split("/");
+    blocks.addSubnet(network, Number(bits), familyOf(network));
   }
-  const asked = new URL(url);
-  for (const [name, value] of Object.entries(query)) asked.searchParams.set(name, value);
-  const header = credential && basicAuthorization(credential.username || NOBODY, credential.secret);
-  return send({ method: "GET", url: asked, headers: {} }, header);
+  return blocks.check(address, familyOf(address));
 }
-var identityGrant = (query, secret) => ({
-  ...query,
-  grant_type: "refresh_token",
-  client_id: "imgpull",
-  refresh_token: secret
+async function exchangeIdentityToken(session, url, request) {
+  const { credential, parameters } = request;
+  if (credential?.kind !== "identity") return void 0;
+  const { service, scope } = parameters;
+  const grant = {
+    ...dropEmpty({ service, scope }),
+    grant_type: "refresh_token",
+    client_id: "imgpull",
+    refresh_token: credential.secret
+  };
+  const answer = await session.transport.send({
+    ...tokenHttpRequest(session, url, request),
+    method: "POST",
+    headers: { "Content-Type": "application/x-www-form-urlencoded" },
+    body: String(new URLSearchParams(grant))
+  });
+  if (isNoOAuth2(answer.status)) return void 0;
+  return readToken(session, url, answer);
+}
+function isNoOAuth2(status) {
+  const isForLater = [408, 425, 429].includes(status);
+  return status === 501 || status >= 300 && status < 500 && !isForLater;
+}
+async function getToken(session, url, request) {
+  const { credential, parameters } = request;
+  const { service, scope } = parameters;
+  const asked = new URL(url);
+  for (const [name, value] of Object.entries(dropEmpty({ service, scope })))
+    asked.searchParams.set(name, value);
+  const header = credential && basicAuthorization(credential.username || NOBODY, credential.secret);
+  const answer = await session.transport.send(tokenHttpRequest(session, asked, request, header));
+  const token = await readToken(session, url, answer);
+  return token ?? fail("PROTOCOL", `${redactUrl(url)} answered without a token`);
+}
+var tokenHttpRequest = ({ signal }, url, { origin, isRegistry }, header) => ({
+  method: "GET",
+  url,
+  headers: {},
+  signal,
+  authorizationFor: async (each) => each === url.origin ? header : void 0,
+  isRegistry: (each) => each === origin && isRegistry
 });
-var isPostUnknown = (status) => status >= 300 && status < 400 || [400, 401, 404, 405].includes(status);
-function parseToken(body, where, now) {
+async function readToken({ clock }, url, answer) {
+  const now = clock.now();
+  if (!answer.body) throw statusError(answer, now, "the token service");
+  const what = `the token of ${redactUrl(url)}`;
+  return parseToken(await readBody(answer.body, LIMITS.tokenBytes, what), now);
+}
+function parseToken(body, now) {
   const json = parseJson(body);
   const answer = isRecord(json) ? json : {};
   const token = answer.token || answer.access_token;
-  if (typeof token !== "string" || !isHeaderWord(token))
-    return fail("PROTOCOL", `${where} answered without a token`);
+  if (typeof token !== "string" || !isHeaderWord(token)) return void 0;
   const seconds = typeof answer.expires_in === "number" ? answer.expires_in : 0;
   return {
     header: `Bearer ${token}`,
@@ -1145,41 +1184,79 @@ var Authorizer = class {
   #renewals = /* @__PURE__ */ new Map();
   // by origin, while they are under way
   #lookup;
+  #fate = "unsent";
   #refusedCredential;
   // once there is one, later requests are anonymous
+  #otherScope;
+  // the challenge's, once ours was refused
+  #offer;
+  // of the credential to a registry that had not asked for one
   constructor(session, reference, registryOrigin) {
     const { token } = session.settings;
     this.#session = session;
     this.#reference = reference;
     this.#registryOrigin = registryOrigin;
-    if (token !== void 0)
+    if (token !== void 0) {
       this.#authorizations.set(registryOrigin, { header: `Basic ${token}`, expiresAt: NEVER });
+      this.#fate = "sent";
+    }
   }
-  /** The header for an origin, with a new token where one is wanted and the last has expired. */
+  /** The header for an origin that is known to want one, anew where the last has expired. */
   async headerFor(origin) {
     const expiresAt = this.#authorizations.get(origin)?.expiresAt ?? 0;
     const isExpired = expiresAt <= this.#session.clock.now();
-    const challenges = this.#session.challenges.get(origin) ?? [];
-    const wantsToken = challenges.some(({ scheme }) => scheme === "bearer");
-    if (wantsToken && isExpired) await this.#renew(origin);
+    const isWanted = hasUsable(this.#session.challenges.get(origin) ?? []);
+    if (isWanted && isExpired) await this.#renew(origin);
     return this.#authorizations.get(origin)?.header;
+  }
+  /** Keeps the challenge that a registry's first answer brings, for all that is asked of it after that. */
+  hearFirst(answer) {
+    const { origin } = answer.url;
+    const challenges = challengesOf(answer);
+    const isNews = answer.status === 401 && !this.#session.challenges.has(origin);
+    if (isNews && hasUsable(challenges)) this.#session.challenges.set(origin, challenges);
   }
   /** Whether `answer` was a refusal after which another attempt may go better. `round` counts those before it. */
   async canGoOnAfter(answer, round) {
-    const { url, authorization: sent, status, headers } = answer;
+    const { url, authorization: sent, status } = answer;
     const { origin } = url;
+    const challenges = challengesOf(answer);
+    if (isSilentRefusal(answer, challenges)) {
+      this.#offer ??= this.#offerCredential(origin);
+      return this.#offer;
+    }
     if (!isAboutAuthorization(answer)) return false;
     const isRenewedMeanwhile = this.#authorizations.get(origin)?.header !== sent;
     if (isRenewedMeanwhile) return true;
-    const challenges = parseChallenges([headers["www-authenticate"] ?? ""]);
     const isRenewal = round === 0 && sent !== void 0 && this.#session.challenges.has(origin);
     if (challenges.length > 0 && !isRenewal) this.#session.challenges.set(origin, challenges);
-    const credential = await this.#credentialFor(origin);
-    const isRefusedWithCredential = status === 403 || round > 0 && sent !== void 0 || sent?.startsWith("Basic ");
-    if (isRefusedWithCredential) {
+    const isFreshOneRefused = status === 403 || round > 0 && sent !== void 0 || sent?.startsWith("Basic ");
+    if (isFreshOneRefused && !this.#takeOtherScope(origin, challenges)) {
+      const credential = await this.#credentialFor(origin);
       if (!credential?.stored) return false;
       this.#goAnonymous(credential, `${redactUrl(url)}: ${status}`);
     }
+    return this.#renew(origin);
+  }
+  /**
+   * Some registries tell nobody that there is more to see (keppel#522), or forget the challenge (harbor#15252): where a
+   * credential is at hand, /v2/ is asked how to show it. False: nothing has changed.
+   */
+  async #offerCredential(origin) {
+    if (!await this.#credentialFor(origin)) return false;
+    const { signal, transport, challenges } = this.#session;
+    const answer = await transport.send({
+      method: "GET",
+      url: new URL("/v2/", origin),
+      headers: {},
+      signal,
+      authorizationFor: async () => void 0,
+      isRegistry: (each) => each === this.#registryOrigin
+    });
+    answer.body?.destroy();
+    const offered = challengesOf(answer);
+    if (answer.url.origin !== origin || !hasUsable(offered)) return false;
+    challenges.set(origin, offered);
     return this.#renew(origin);
   }
   /** A refusal with the word of which credentials were tried, and from where. */
@@ -1189,11 +1266,18 @@ var Authorizer = class {
   ${await this.#triedWords()}`, { status });
   }
   async #triedWords() {
-    if (this.#refusedCredential)
-      return `the stored credentials (${this.#refusedCredential.source}) were refused, and so was a request without`;
+    const { host, repository } = this.#reference;
+    const isAccepted = this.#fate === "accepted";
+    if (this.#refusedCredential) {
+      const stored = `the stored credentials (${this.#refusedCredential.source})`;
+      return isAccepted ? `${stored} are right, but may not pull ${host}/${repository}, nor may a request without` : `${stored} were refused, and so was a request without`;
+    }
     const credential = await this.#credentialFor(this.#registryOrigin);
-    if (credential) return `refused: the credentials of ${credential.source}`;
-    return "no credentials were found (--user, --token, docker login); a repository that does not exist looks the same";
+    if (!credential)
+      return "no credentials were found (--user, --token, docker login); a repository that does not exist looks the same";
+    if (this.#fate === "unsent")
+      return `the credentials of ${credential.source} were not sent: the registry asks for none of their kind`;
+    return isAccepted ? `the credentials of ${credential.source} are right, but may not pull ${host}/${repository}` : `refused: the credentials of ${credential.source}`;
   }
   /** Looked up when a registry asks for it first; storage hosts and other origins never get it. */
   async #credentialFor(origin) {
@@ -1203,9 +1287,11 @@ var Authorizer = class {
   }
   #goAnonymous(refused, reason) {
     this.#refusedCredential = refused;
+    this.#otherScope = void 0;
     this.#authorizations.delete(this.#registryOrigin);
+    const outcome = this.#fate === "accepted" ? "do not open it" : "were refused";
     this.#session.warn(
-      `the credentials of ${refused.source} were refused (${reason}); trying without any`
+      `the credentials of ${refused.source} ${outcome} (${reason}); trying without any`
     );
   }
   /** Connections that are refused at the same time get one new token between them. False: we have nothing to show. */
@@ -1230,22 +1316,29 @@ var Authorizer = class {
       const takesBasic = challenges.some(({ scheme }) => scheme === "basic");
       if (!takesBasic || credential?.kind !== "basic") return void 0;
       const { username, secret } = credential;
+      this.#fate = "sent";
       return { header: basicAuthorization(username, secret), expiresAt: NEVER };
     }
-    if (credential?.kind === "bearer")
+    if (credential?.kind === "bearer") {
+      this.#fate = "sent";
       return { header: `Bearer ${credential.secret}`, expiresAt: NEVER };
+    }
     return this.#tokenFor(origin, bearer, credential);
   }
   async #tokenFor(origin, { parameters }, credential) {
     const isRegistry = origin === this.#registryOrigin;
-    const ours = `repository:${this.#reference.repository}:pull`;
-    const scope = isRegistry ? ours : parameters.scope || ours;
+    const scope = this.#scopeFor(isRegistry, parameters.scope);
+    if (credential) this.#fate = "sent";
     try {
       const request = { origin, isRegistry, parameters: { ...parameters, scope }, credential };
-      return await fetchToken(this.#session, request);
+      const token = await fetchToken(this.#session, request);
+      if (credential) this.#fate = "accepted";
+      return token;
     } catch (error) {
       const { status = 0, message } = error;
       if (![400, 401, 403, 404].includes(status)) throw error;
+      if (this.#takeOtherScope(origin, [{ scheme: "bearer", parameters }]))
+        return this.#answerChallenge(origin);
       if (credential?.stored) {
         this.#goAnonymous(credential, message);
         return this.#answerChallenge(origin);
@@ -1254,12 +1347,38 @@ var Authorizer = class {
       throw isAboutCredentials ? await this.explain(error) : error;
     }
   }
+  /** Exactly one scope. The target of a redirect has repositories of its own, and says which one it wants. */
+  #scopeFor(isRegistry, theirs) {
+    const ours = `repository:${this.#reference.repository}:pull`;
+    if (isRegistry) return this.#otherScope ?? ours;
+    return theirs || ours;
+  }
+  /** Where ours was refused: once the scope that the registry's challenge names. False: it names no other. */
+  #takeOtherScope(origin, challenges) {
+    if (origin !== this.#registryOrigin || this.#otherScope !== void 0) return false;
+    const bearer = challenges.find(({ scheme }) => scheme === "bearer");
+    this.#otherScope = otherScope(bearer?.parameters.scope, this.#reference.repository);
+    return this.#otherScope !== void 0;
+  }
 };
+function otherScope(scopes = "", repository) {
+  for (const scope of scopes.split(" ").filter(Boolean)) {
+    const [, name] = /^repository(?:\([^)]*\))?:(.+):[^:]*$/.exec(scope) ?? [];
+    if (name === void 0) return scope;
+    if (name !== repository) return `repository:${name}:pull`;
+  }
+  return void 0;
+}
+function isSilentRefusal({ status, authorization: sent }, challenges) {
+  if (sent !== void 0) return false;
+  return status === 403 || status === 404 || status === 401 && !hasUsable(challenges);
+}
 function isAboutAuthorization({ status, authorization: sent }) {
   if (status === 401) return true;
   if (status === 400) return sent?.startsWith("Bearer ") === true;
   return status === 403 && sent !== void 0;
 }
+var ANY_TYPE = "*/*";
 var Registry = class {
   reference;
   origin;
@@ -1269,6 +1388,9 @@ var Registry = class {
   // of the quickest manifest so far: how far away it is
   #session;
   #authorizer;
+  #manifestTypes = MANIFEST_TYPES.join(", ");
+  // what the registry takes as Accept
+  #firstContact;
   constructor(session, reference) {
     this.#session = session;
     this.reference = reference;
@@ -1348,10 +1470,12 @@ var Registry = class {
   /** A foreign layer that the registry has not, from its `urls`: over https, and without any credential. */
   async #foreignBlob({ urls = [] }, headers, signal, refusal) {
     let failure = refusal;
-    for (const url of urls.filter((each) => URL.canParse(each) && each.startsWith("https:"))) {
+    const usable = urls.filter((url) => URL.canParse(url)).map((url) => new URL(url));
+    for (const url of usable) {
+      if (url.protocol !== "https:" || leadsInside(url, this.origin)) continue;
       const answer = await this.#session.transport.send({
         method: "GET",
-        url: new URL(url),
+        url,
         headers,
         signal,
         isBlob: true,
@@ -1378,26 +1502,42 @@ var Registry = class {
   }
   /** One answer with a body, after at most one handshake, one renewal and one fallback. */
   async #request(method, kind, name, more = {}) {
-    const { signal, transport } = this.#session;
+    const { signal } = this.#session;
     const request = {
       method,
       url: this.#urlOf(kind, name),
-      headers: { Accept: MANIFEST_TYPES.join(", ") },
       signal,
       authorizationFor: (origin) => this.#authorizer.headerFor(origin),
       isRegistry: (origin) => origin === this.origin,
-      ...more
+      ...more,
+      headers: { Accept: kind === "manifest" ? this.#manifestTypes : ANY_TYPE, ...more.headers }
     };
     for (let round = 0; ; round += 1) {
-      const startedAt = performance.now();
-      const answer = await transport.send(request);
-      if (kind === "manifest")
-        this.latencyMs = Math.min(this.latencyMs, performance.now() - startedAt);
+      const answer = await this.#sendInTurn(request, kind);
       if (answer.body) return answer;
+      if (answer.status === 406 && request.headers.Accept !== ANY_TYPE) {
+        this.#manifestTypes = ANY_TYPE;
+        return this.#request(method, kind, name, more);
+      }
       const isLast = round === 3;
       if (isLast || !await this.#authorizer.canGoOnAfter(answer, round))
         throw await this.#refusal(answer, kind, name);
     }
+  }
+  /** The first request for a repository goes alone: the challenge that it meets serves all the others. */
+  async #sendInTurn(request, kind) {
+    const isFirst = this.#firstContact === void 0;
+    if (!isFirst) await this.#firstContact;
+    const startedAt = performance.now();
+    const sending = this.#session.transport.send(request);
+    if (isFirst) {
+      const hearing = sending.then((answer2) => this.#authorizer.hearFirst(answer2));
+      this.#firstContact = hearing.catch(ignore);
+    }
+    const answer = await sending;
+    if (kind === "manifest")
+      this.latencyMs = Math.min(this.latencyMs, performance.now() - startedAt);
+    return answer;
   }
   #urlOf(kind, name) {
     const { namespace } = this.#session.settings;

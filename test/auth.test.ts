@@ -18,6 +18,8 @@ import { startProxy } from "./support/proxy.ts";
 import { assertFailed, assertPulled, type PullOptions, tryPull } from "./support/pull.ts";
 import {
   type AuthOptions,
+  type Fault,
+  type Matcher,
   type Registry,
   type RegistryOptions,
   startRegistry,
@@ -386,6 +388,44 @@ test("a challenge that names no usable realm is refused by name", async (t) => {
   }
 });
 
+const INSIDE = [
+  "http://127.0.0.2:1/token",
+  "http://10.1.2.3/token",
+  "http://172.31.0.1/token",
+  "http://192.168.1.1/token",
+  "http://169.254.169.254/latest/meta-data",
+  "http://2852039166/latest/meta-data",
+  "http://0.0.0.0:1/token",
+  "http://[::1]:1/token",
+  "http://[fd00:ec2::254]/latest/meta-data",
+  "http://[fe80::1]/token",
+  "http://[::ffff:169.254.169.254]/token",
+];
+
+test("a realm inside a network where the registry is not gets no request, whoever asks", async (t) => {
+  for (const realm of INSIDE) {
+    for (const options of [HTTP, { ...HTTP, ...GIVEN }]) {
+      const { registry, reference } = await serve(t, { mode: "bearer", realm });
+      const outcome = await tryPull(t, reference, options);
+      assertFailed(outcome, "PROTOCOL", "token endpoint", "inside a network");
+      assert.equal(registry.requests.length, 1, realm);
+    }
+  }
+});
+
+test("a realm of that kind is right for a registry on that very host only", async (t) => {
+  const authority = makeAuthority();
+  const tls = authority.issueServer({ dns: ["registry.test"] });
+  const caCert = fileIn(temporaryFolder(t), "ca.pem", authority.cert);
+  const { registry } = await serve(t, { mode: "bearer", tokenServer: "second" }, { tls });
+  const proxy = await startProxy(t, { hosts: { "registry.test:443": registry.host } });
+  const environment = { HTTPS_PROXY: proxy.url };
+  const outcome = await tryPull(t, "registry.test/team/app:1.0", { caCert, environment, ...GIVEN });
+  assertFailed(outcome, "PROTOCOL", "inside a network");
+  assert.equal(registry.connections("token"), 0);
+  assertPulled(await tryPull(t, `${registry.host}/team/app:1.0`, { caCert, ...GIVEN }), image);
+});
+
 test("a token service that fails for a while is asked again", async (t) => {
   const faults = [{ status: 503 }, { status: 429, headers: { "retry-after": "7" } }];
   const { registry, reference } = await serve(t, { mode: "bearer" });
@@ -425,7 +465,7 @@ test("an identity token is exchanged by POST, and goes nowhere else", async (t) 
 
 test("where POST is not served, the identity token is the password of a GET", async (t) => {
   const NOBODY = "00000000-0000-0000-0000-000000000000"; // the name that Azure documents for it
-  for (const postStatus of [400, 401, 404, 405]) {
+  for (const postStatus of [302, 307, 400, 401, 402, 403, 404, 405, 406, 410, 411, 415, 422, 501]) {
     for (const [user, entry] of [
       [NOBODY, IDENTITY],
       [USER, { ...IDENTITY, auth: base64(`${USER}:`) }],
@@ -447,15 +487,26 @@ test("where POST is not served, the identity token is the password of a GET", as
   }
 });
 
+test("a POST that is answered by what is no token is followed by a GET", async (t) => {
+  for (const body of ["<!DOCTYPE html><title>Sign in</title>", "", "{}", '{"token":""}', "[]"]) {
+    const auth = { mode: "bearer", anonymous: "refused", password: SECRETS.identityToken } as const;
+    const { registry, reference } = await serve(t, auth);
+    registry.on({ kind: "token", method: "POST" }, { status: 200, body });
+    const entry = { ...IDENTITY, auth: base64(`${USER}:`) };
+    assertPulled(await tryPull(t, reference, stored({ [registry.host]: entry })), image);
+    const methods = registry.tokenRequests().map(({ method }) => method);
+    assert.deepEqual(methods, ["POST", "GET"], body);
+  }
+});
+
 test("a token service that fails at POST for a while is asked by POST again", async (t) => {
   const { registry, reference } = await serve(t, { mode: "bearer", anonymous: "refused" });
-  const rule = registry.on({ kind: "token", times: 1 }, { status: 502 });
+  const statuses = [502, 503, 429, 408];
+  const rules = statuses.map((status) => registry.on({ kind: "token", times: 1 }, { status }));
   assertPulled(await tryPull(t, reference, stored({ [registry.host]: IDENTITY })), image);
-  assert.equal(rule.hits, 1);
-  assert.deepEqual(
-    registry.tokenRequests().map(({ method }) => method),
-    ["POST", "POST"],
-  );
+  assert(rules.every(({ hits }) => hits === 1));
+  const methods = registry.tokenRequests().map(({ method }) => method);
+  assert.deepEqual(methods, ["POST", "POST", "POST", "POST", "POST"]);
 });
 
 test("an identity token that is refused is warned about before anything anonymous is tried", async (t) => {
@@ -959,6 +1010,189 @@ test("a token that opens nothing ends the pull after at most one new one", async
   const { registry, reference } = await serve(t, { mode: "bearer", anonymous: "useless" });
   assertFailed(await tryPull(t, reference, HTTP), "UNAUTHORIZED", "401");
   assert(registry.tokenRequests().length <= 2);
+});
+
+// ====== Credentials that nobody asked for ======
+
+/** What nobody is answered at the manifest, while /v2/ has a challenge. */
+const SILENT: [name: string, fault: Fault][] = [
+  ["403", { status: 403 }],
+  ["404", { status: 404 }],
+  ["401 without a challenge", { status: 401 }],
+  ["401 with an empty challenge", { status: 401, headers: { "www-authenticate": "" } }],
+  ["401 that wants Negotiate", { status: 401, headers: { "www-authenticate": "Negotiate" } }],
+];
+
+const NOBODYS = {
+  kind: "manifest",
+  where: ({ headers }) => headers.authorization === undefined,
+  beforeAuth: true,
+} satisfies Matcher;
+
+const kindsOf = ({ requests }: Registry) => requests.map(({ kind }) => kind);
+
+describe("a registry that does not ask for credentials, of which some are at hand", () => {
+  for (const [name, fault] of SILENT) {
+    for (const mode of ["basic", "bearer"] as const) {
+      test(`${name}, ${mode}: /v2/ is asked how to show them`, async (t) => {
+        const { registry, reference } = await serve(t, { mode, anonymous: "refused" });
+        const rule = registry.on(NOBODYS, fault);
+        const options = stored({ [registry.host]: SECRETS.password });
+        assertPulled(await tryPull(t, reference, options), image);
+        assert.equal(rule.hits, 1);
+        const token = mode === "bearer" ? ["token" as const] : [];
+        const first = ["manifest", "ping", ...token, "manifest"];
+        assert.deepEqual(kindsOf(registry).slice(0, first.length), first);
+        assert.equal(registry.seen({ kind: "ping" })[0]?.headers.authorization, undefined);
+      });
+    }
+
+    test(`${name}, and none at hand: one request`, async (t) => {
+      const { registry, reference } = await serve(t, { mode: "bearer" });
+      registry.on(NOBODYS, fault);
+      const { error } = await tryPull(t, reference, HTTP);
+      assert.equal(error?.status, fault.status);
+      assert.deepEqual(kindsOf(registry), ["manifest"]);
+    });
+
+    test(`${name}, and /v2/ does not ask either: they were not sent, and are not called refused`, async (t) => {
+      const { registry, reference } = await serve(t, { mode: "none" });
+      registry.on(NOBODYS, fault);
+      const { error, warnings } = await tryPull(t, reference, { ...HTTP, ...GIVEN });
+      assert.equal(error?.status, fault.status);
+      assert.doesNotMatch(error?.message ?? "", /refused/);
+      if (fault.status !== 404) assert.match(error?.message ?? "", /--user .* were not sent/);
+      assert.deepEqual(warnings, []);
+      assert.deepEqual(kindsOf(registry), ["manifest", "ping"]);
+      assert.deepEqual(new Set(sentTo(registry)), new Set([undefined]));
+    });
+  }
+
+  test("a tag that is not there costs one question, and is not there", async (t) => {
+    const { registry, reference } = await serve(t, { mode: "none" });
+    const outcome = await tryPull(t, `${reference}-gone`, { ...HTTP, ...GIVEN });
+    assertFailed(outcome, "NOT_FOUND", "no such tag");
+    assert.deepEqual(kindsOf(registry), ["manifest", "ping"]);
+  });
+});
+
+describe("a registry that refuses a token which its token service has given for good credentials", () => {
+  const refused = (registry: Registry, status: number) => {
+    const challenge = `Bearer realm="${registry.tokenUrl}",error="insufficient_scope"`;
+    registry.on({ kind: "manifest" }, { status, headers: { "www-authenticate": challenge } });
+  };
+
+  for (const status of [401, 403]) {
+    test(`${status}: the credentials of --user are not blamed`, async (t) => {
+      const { registry, reference } = await serve(t, { mode: "bearer", anonymous: "refused" });
+      refused(registry, status);
+      const { error } = await tryPull(t, reference, { ...HTTP, ...GIVEN });
+      assert.equal(error?.status, status);
+      const words = /credentials of --user and --password are right, but may not pull .*team\/app$/;
+      assert.match(error?.message ?? "", words);
+      assert.doesNotMatch(error?.message ?? "", /refused/);
+      assert(registry.requests.length <= 5, `${registry.requests.length} requests`);
+    });
+
+    test(`${status}: nor are stored ones`, async (t) => {
+      const { registry, reference } = await serve(t, { mode: "bearer" });
+      refused(registry, status);
+      const options = stored({ [registry.host]: SECRETS.password });
+      const { error, warnings } = await tryPull(t, reference, options);
+      assert.match(error?.message ?? "", /\(DOCKER_AUTH_CONFIG\) are right, but may not pull/);
+      assert.match(warnings.join(), /DOCKER_AUTH_CONFIG do not open it/);
+      assert.doesNotMatch(`${error?.message} ${warnings}`, /were refused/);
+      assert(registry.requests.length <= 7, `${registry.requests.length} requests`);
+    });
+  }
+});
+
+// ====== Scopes ======
+
+/** Who refuses the token for our name of the repository: its service, or the registry that gets it. */
+const SCOPE_REFUSALS: [name: string, fault: Fault][] = [
+  ["the token service by 401", { status: 401 }],
+  ["the token service by 403", { status: 403 }],
+  ["the token service by 400", { status: 400 }],
+  ["the registry", { body: '{"token":"of-no-use"}' }],
+];
+
+describe("a repository that the registry knows by another name", () => {
+  const OURS = "repository:proxy/team/app:pull";
+  const asksFor = (scope: string): Matcher => ({
+    kind: "token",
+    where: ({ query }) => query.get("scope") === scope,
+  });
+
+  for (const [name, fault] of SCOPE_REFUSALS) {
+    for (const options of [{ ...HTTP, ...GIVEN }, HTTP]) {
+      const who = "username" in options ? "with credentials" : "without";
+      test(`${name} refuses ours, ${who}: theirs is asked for once, to pull only`, async (t) => {
+        const auth = { mode: "bearer", scope: "repository:team/app:pull,push" } as const;
+        const { registry, reference } = await serve(t, auth, { prefix: "proxy/" });
+        const rule = registry.on(asksFor(OURS), fault);
+        const outcome = await tryPull(t, reference, options);
+        assertPulled(outcome, image);
+        assert.equal(rule.hits, 1);
+        const scopes = registry.tokenRequests().map(({ query }) => query.getAll("scope"));
+        assert.deepEqual(scopes, [[OURS], ["repository:team/app:pull"]]);
+        assert.deepEqual(outcome.warnings, []);
+      });
+    }
+  }
+
+  test("a scope of another kind, as ECR Public's", async (t) => {
+    const { registry, reference } = await serve(t, { mode: "none" });
+    registry.on(asksFor("repository:team/app:pull"), { status: 400 });
+    registry.on(asksFor("aws"), { body: '{"token":"good"}' });
+    const challenge = `Bearer realm="${registry.tokenUrl}",scope="aws"`;
+    registry.on(
+      { where: ({ kind, headers }) => kind !== "token" && headers.authorization !== "Bearer good" },
+      { status: 401, headers: { "www-authenticate": challenge } },
+    );
+    assertPulled(await tryPull(t, reference, HTTP), image);
+    assert.equal(registry.tokenRequests().length, 2);
+  });
+
+  test("one that is refused as well ends the pull, and is not asked for again", async (t) => {
+    const auth = { mode: "bearer", scope: "repository:secret:pull", anonymous: "refused" } as const;
+    for (const options of [{ ...HTTP, ...GIVEN }, { ...HTTP, ...GIVEN, password: WRONG }, HTTP]) {
+      const { registry, reference } = await serve(t, auth);
+      registry.on({ kind: "token" }, { status: 401 });
+      assertFailed(await tryPull(t, reference, options), "UNAUTHORIZED", "401");
+      const scopes = registry.tokenRequests().map(({ query }) => query.get("scope"));
+      assert.deepEqual(scopes, ["repository:team/app:pull", "repository:secret:pull"]);
+    }
+  });
+
+  test("stored credentials that are wrong: each scope once with them, once without", async (t) => {
+    const auth = { mode: "bearer", scope: "repository:secret:pull" } as const;
+    const { registry, reference } = await serve(t, auth);
+    registry.on({ kind: "token" }, { status: 401 });
+    const outcome = await tryPull(t, reference, stored({ [registry.host]: WRONG }));
+    assertFailed(outcome, "UNAUTHORIZED", "stored credentials (DOCKER_AUTH_CONFIG) were refused");
+    assert.equal(registry.tokenRequests().length, 4);
+    assert.equal(outcome.warnings.length, 1);
+  });
+});
+
+test("images of one repository that are asked for at once meet one 401", async (t) => {
+  for (const mode of ["basic", "bearer"] as const) {
+    const registry = await startRegistry({ auth: { mode, anonymous: "refused" } }, t);
+    const other = makeImage({ seed: "other" });
+    const references = [
+      registry.add(image, "team/app", "1.0"),
+      registry.add(other, "team/app", "2.0"),
+      registry.add(other, "team/app", "3.0"),
+    ];
+    const tar = join(temporaryFolder(t), "all.tar");
+    const { exitCode, stderr } = await runCommand([...references, tar, "--scheme", "http"], {
+      env: { DOCKER_AUTH_CONFIG: authFile({ [registry.host]: SECRETS.password }) },
+    });
+    assert.equal(exitCode, 0, stderr);
+    assert.equal(registry.seen({ where: ({ status }) => status === 401 }).length, 1);
+    assert.equal(registry.tokenRequests().length, mode === "bearer" ? 1 : 0);
+  }
 });
 
 // ====== Renewal ======

@@ -7,7 +7,12 @@ import { internals, Puller } from "../imgpull.ts";
 import { SECRETS, type TestScope, USER } from "./support/command.ts";
 import { makeImage, makeMultiPlatform, readTar, type TestImage } from "./support/image.ts";
 import { assertFailed, assertPulled, type PullOptions, tryPull } from "./support/pull.ts";
-import { type AuthOptions, type RegistryOptions, startRegistry } from "./support/registry.ts";
+import {
+  type AuthOptions,
+  type RegistryOptions,
+  type RequestRecord,
+  startRegistry,
+} from "./support/registry.ts";
 
 const HTTP = { scheme: "http" } as const;
 const GIVEN = { ...HTTP, username: USER, password: SECRETS.password };
@@ -484,6 +489,62 @@ test("Trow and others tell no length", async (t) => {
 });
 
 // ====== Errors ======
+
+test("a registry that finds no type acceptable is asked for any", async (t) => {
+  // deitch/docker_registry2#40: 406 to a config that is asked for with the types of manifests; Nexus to manifests.
+  const accept = "application/vnd.oci.image.manifest.v1+json";
+  const index = makeMultiPlatform(["linux/amd64", "linux/arm64"]);
+  const choosy = {
+    where: ({ headers }: RequestRecord) => headers.accept?.includes(accept) === true,
+  };
+  for (const kind of ["manifest", "blob"] as const) {
+    const registry = await startRegistry({}, t);
+    const rule = registry.on({ kind, ...choosy }, { status: 406 });
+    const outcome = await tryPull(t, registry.add(index, "team/app", "1.0"), HTTP);
+    assertPulled(outcome, index.children[0] as TestImage);
+    assert.equal(
+      rule.hits,
+      kind === "manifest" ? 1 : 0,
+      "it is not asked again what it does not take",
+    );
+    assert.equal(registry.manifestRequests().length, kind === "manifest" ? 3 : 2);
+    assert.deepEqual([outcome.waitsMs, outcome.warnings], [[], []]);
+  }
+  const { registry, reference } = await serve(t);
+  registry.on({ kind: "manifest" }, { status: 406 });
+  assertFailed(await tryPull(t, reference, HTTP), "PROTOCOL", "406");
+  assert.equal(registry.requests.length, 2);
+});
+
+describe("what a storage host says where it refuses", () => {
+  // moby/moby#31327: S3's and Azure's XML; what else is markup is a page that nobody wants in a terminal.
+  const REFUSALS: [name: string, body: string, said: RegExp][] = [
+    [
+      "S3",
+      `<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>RequestTimeTooSkewed</Code><Message>The difference ` +
+        `between the request time &amp; the server&apos;s is too large.</Message><AWSAccessKeyId>AKIA</AWSAccessKeyId></Error>`,
+      /answered 403 \(RequestTimeTooSkewed: The difference between the request time & the server's is too large\.\)/,
+    ],
+    [
+      "Azure, with a byte order mark",
+      "\ufeff<?xml version='1.0'?><Error><Code>AuthenticationFailed</Code><Message>Server failed.\nRequestId:1</Message></Error>",
+      /answered 403 \(AuthenticationFailed: Server failed\. RequestId:1\)/,
+    ],
+    ["a code alone", "<Error><Code>AccessDenied</Code></Error>", /answered 403 \(AccessDenied\)/],
+    ["a page", "<html><head><title>Error</title><Code>x</Code></head></html>", /answered 403$/m],
+    ["an XML of another kind", "<Code>x</Code>", /answered 403$/m],
+  ];
+  for (const [name, body, said] of REFUSALS) {
+    test(name, async (t) => {
+      const { registry, reference } = await serve(t);
+      registry.on({ kind: "layer" }, { redirect: "storage" });
+      registry.on({ kind: "storage" }, { status: 403, body });
+      const { error } = await tryPull(t, reference, { ...HTTP, retries: 0 });
+      assert.match(error?.message ?? "", said);
+      assert.doesNotMatch(error?.message ?? "", /AKIA/);
+    });
+  }
+});
 
 test("Harbor and others spell a missing tag UNKNOWN", async (t) => {
   // buildpacks/lifecycle#304: 404 decides, not the code.
