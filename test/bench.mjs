@@ -1,6 +1,8 @@
 // npm run bench -- [options]: imgpull beside other programs that pull an image into a file, on this machine.
 //
-//   --line loopback|far|all         default all; far: 40 ms there and back, 10 MB/s for each connection
+//   --line NAME|all                 default all: a table of all lines, each with imgpull beside the least time that the
+//                                   line allows, -j 1, and crane where one connection ends within a minute;
+//                                   one of LINES below: a table of programs
 //   --image typical|many|big|one|all  default all
 //   --runs N                        default 5, after a warm-up; the table has their medians
 //   --node PATH                     a Node to run imgpull with, may be repeated; default the one that runs this
@@ -49,14 +51,59 @@ const LAYERS_MB = {
   big: [1000],
   one: [60],
 };
-const LINES = { loopback: undefined, far: { roundTripMs: 40, bytesPerSecond: 10 * MB } };
+/** Rates are a connection's, and of all together; without one of a connection's own it can fill the line. */
+const LINES = {
+  "near throttled": { roundTripMs: 2, bytesPerSecond: 8 * MB },
+  far: { roundTripMs: 40, bytesPerSecond: 10 * MB },
+  ocean: { roundTripMs: 150, bytesPerSecond: 2 * MB },
+  office: { roundTripMs: 10, totalBytesPerSecond: 20 * MB },
+  "far office": { roundTripMs: 60, totalBytesPerSecond: 20 * MB },
+  region: { roundTripMs: 2, bytesPerSecond: 50 * MB, totalBytesPerSecond: 100 * MB },
+  satellite: { roundTripMs: 600, bytesPerSecond: MB, totalBytesPerSecond: 10 * MB },
+  loopback: undefined,
+};
+/** What `--line all` measures. */
+const ROWS = [
+  ["near throttled", "typical"],
+  ["near throttled", "one"],
+  ["far", "typical"],
+  ["far", "many"],
+  ["far", "one"],
+  ["ocean", "typical"],
+  ["ocean", "one"],
+  ["office", "typical"],
+  ["office", "many"],
+  ["office", "one"],
+  ["far office", "one"],
+  ["region", "typical"],
+  ["satellite", "one"],
+  ["loopback", "typical"],
+  ["loopback", "big"],
+];
+/** The least time: 16 connections at once, and four round trips (a connection, index, manifest, first byte). */
+function leastSeconds(line, image) {
+  const shape = LINES[line];
+  if (!shape) return undefined;
+  const { roundTripMs, bytesPerSecond = Infinity, totalBytesPerSecond = Infinity } = shape;
+  const bytes = LAYERS_MB[image].reduce((sum, mb) => sum + mb * MB, 0);
+  return bytes / Math.min(16 * bytesPerSecond, totalBytesPerSecond) + (4 * roundTripMs) / 1000;
+}
 const TIME = "/usr/bin/time";
 
 // ====== The line ======
 // Runs in a process of its own: what it takes of the processor is the same for all, and on no program's account.
 
+/** What all connections share: each chunk takes its time, in the order in which they come. */
+function sharedLine(bytesPerSecond = Infinity) {
+  let freeAtMs = 0;
+  return (sizeBytes) => {
+    freeAtMs = Math.max(freeAtMs, performance.now()) + (sizeBytes * 1000) / bytesPerSecond;
+    return freeAtMs;
+  };
+}
+
 /** One way of a connection: what goes in comes out later, and not faster than the rate. */
-function relay(from, to, { delayMs, bytesPerSecond }, openedAtMs, onBytes) {
+function relay(from, to, { delayMs, bytesPerSecond, take }, openedAtMs, onBytes) {
   const windowBytes = Math.max(256 * 1024, (4 * delayMs * bytesPerSecond) / 1000); // twice what a round trip carries
   const underWay = [];
   let [bytesUnderWay, freeAtMs, isWaiting] = [0, openedAtMs, false];
@@ -81,6 +128,7 @@ function relay(from, to, { delayMs, bytesPerSecond }, openedAtMs, onBytes) {
   const add = (chunk) => {
     freeAtMs =
       Math.max(freeAtMs, performance.now()) + ((chunk?.length ?? 0) * 1000) / bytesPerSecond;
+    if (chunk) freeAtMs = Math.max(freeAtMs, take(chunk.length));
     underWay.push({ dueAtMs: freeAtMs + delayMs, chunk });
     bytesUnderWay += chunk?.length ?? 0;
     if (bytesUnderWay >= windowBytes) from.pause();
@@ -90,14 +138,18 @@ function relay(from, to, { delayMs, bytesPerSecond }, openedAtMs, onBytes) {
   from.on("error", () => to.destroy()).on("close", () => from.readableEnded || to.destroy());
 }
 
-async function runLine({ port, roundTripMs, bytesPerSecond }) {
+async function runLine({ port, roundTripMs, totalBytesPerSecond, ...shape }) {
+  const { bytesPerSecond = totalBytesPerSecond } = shape;
   let bytes = 0;
+  const up = sharedLine(totalBytesPerSecond);
+  const down = sharedLine(totalBytesPerSecond);
   const server = createServer({ allowHalfOpen: true, noDelay: true }, (client) => {
     const registry = connect({ port, host: "127.0.0.1", allowHalfOpen: true, noDelay: true });
-    const shape = { delayMs: roundTripMs / 2, bytesPerSecond };
+    const oneWay = { delayMs: roundTripMs / 2, bytesPerSecond };
     // The kernel has taken the connection at once; over a line that costs a round trip.
-    relay(client, registry, shape, performance.now() + roundTripMs, () => undefined);
-    relay(registry, client, shape, 0, (count) => (bytes += count));
+    const openedAtMs = performance.now() + roundTripMs;
+    relay(client, registry, { ...oneWay, take: up }, openedAtMs, () => undefined);
+    relay(registry, client, { ...oneWay, take: down }, 0, (count) => (bytes += count));
   });
   server.listen(0, "127.0.0.1");
   await once(server, "listening");
@@ -233,11 +285,12 @@ function listPrograms({ node: nodes, script: scripts, only: names }) {
     : [];
   const ours =
     (...start) =>
-    ({ image, folder, isTls }) => [
+    ({ image, folder, isTls, more = [] }) => [
       ...start,
       image,
       join(folder, "image.tar"),
       ...(isTls ? [] : ["--scheme", "http"]),
+      ...more,
     ];
   const nodeVersion = (node) =>
     execFileSync(node, ["--version"], { encoding: "utf8" }).trim().slice(1);
@@ -430,7 +483,7 @@ function table(results) {
     .join("\n");
 }
 
-async function compare(programs, { image, line, registry, runs, folder, environments, isTls }) {
+async function measureAll(programs, { image, line, registry, runs, folder, environments, isTls }) {
   const shaper = LINES[line] && (await startLine(registry.port, LINES[line]));
   const host = `127.0.0.1:${shaper?.port ?? registry.port}`;
   const target = { host, image: `${host}/${image}:1`, folder, isTls };
@@ -461,7 +514,47 @@ async function compare(programs, { image, line, registry, runs, folder, environm
     }
   }
   shaper?.stop();
-  return table(results);
+  return results;
+}
+
+/** A line's row: each imgpull, the same over one connection, and crane where that ends within a minute. */
+async function measureRow(programs, context) {
+  const { line, image } = context;
+  const least = leastSeconds(line, image);
+  const { bytesPerSecond, totalBytesPerSecond } = LINES[line] ?? {};
+  const megabytes = LAYERS_MB[image].reduce((sum, mb) => sum + mb, 0);
+  const isShort = (megabytes * MB) / (bytesPerSecond ?? totalBytesPerSecond ?? Infinity) < 60;
+  const ours = programs.filter(({ kind }) => kind === "imgpull");
+  const [{ command }] = ours;
+  const alone = { name: "-j 1", command: (target) => command({ ...target, more: ["-j", "1"] }) };
+  const crane = programs.filter(({ kind }) => kind === "crane");
+  const results = await measureAll([...ours, ...(isShort ? [alone, ...crane] : [])], context);
+
+  const of = (name, what) => median((results.get(name) ?? []).map((run) => run[what]));
+  const show = (value, digits) => (Number.isFinite(value) ? value.toFixed(digits) : "–");
+  const our = ours.map(({ name }) => [
+    show(of(name, "seconds"), 2),
+    show(of(name, "seconds") / least, 2),
+    show(of(name, "connections"), 0),
+    show(of(name, "requests"), 0),
+    show(of(name, "peakMib"), 0),
+  ]);
+  const others = ["-j 1", "crane"].map((name) => show(of(name, "seconds"), 2));
+  return [
+    `${line}${context.isTls ? ", TLS" : ""}`,
+    image,
+    show(least, 2),
+    ...our.flat(),
+    ...others,
+  ];
+}
+
+function lineTable(programs, rows) {
+  const ours = programs.filter(({ kind }) => kind === "imgpull").map(({ name }) => name);
+  const columns = (name) => [name, "× limit", "connections", "requests", "peak MiB"];
+  const head = ["line", "image", "limit, s", ...ours.flatMap(columns), "-j 1", "crane"];
+  const rule = head.map((_, at) => (at < 2 ? "---" : "---:"));
+  return [head, rule, ...rows].map((row) => `| ${row.join(" | ")} |`).join("\n");
 }
 
 /** The tests' registry and certificates, bundled as build.mjs bundles a test. */
@@ -543,21 +636,22 @@ async function main() {
     console.log(
       `${new Date().toISOString().slice(0, 10)}, ${machine}; medians of ${runs}${isTls ? ", over TLS" : ""}`,
     );
+    const common = { registry, runs, folder: join(state, "dest"), environments, isTls };
+    if (lines.length > 1) {
+      const rows = [];
+      for (const [line, image] of ROWS)
+        if (images.includes(image))
+          rows.push(await measureRow(programs, { ...common, line, image }));
+      console.log(`\n${lineTable(programs, rows)}`);
+      return;
+    }
     for (const line of lines) {
       for (const image of images) {
-        const context = {
-          image,
-          line,
-          registry,
-          runs,
-          folder: join(state, "dest"),
-          environments,
-          isTls,
-        };
+        const context = { ...common, line, image };
         console.log(
           `\n${line}, ${image} (${LAYERS_MB[image].length} × ${LAYERS_MB[image].join(", ")} MB)\n`,
         );
-        console.log(await compare(programs, context));
+        console.log(table(await measureAll(programs, context)));
       }
     }
   } finally {
