@@ -5664,7 +5664,7 @@ function wantedOf({ platforms, osType, archType, variant }: PullOptions): Partia
 /** What the sections above need of a caller's options; what is wrong is named as the option it is. */
 function settingsOf(
   options: PullOptions,
-  environment: Environment = options.environment ?? process.env,
+  environment?: Environment,
   certsDirectory = "/etc/docker/certs.d",
 ): Settings {
   checkOptions(options);
@@ -5673,7 +5673,7 @@ function settingsOf(
   return {
     scheme,
     insecure,
-    environment,
+    environment: environment ?? options.environment ?? process.env,
     certsDirectory,
     timeoutMs: integerOption(options, "timeoutMs", 30_000, [1, 86_400_000]),
     concurrency: integerOption(options, "concurrency", 8, [1, 64]),
@@ -5797,12 +5797,15 @@ type NamedImage = Readonly<{ reference: Reference; name: string }>;
 /** These belong to one registry, and may not be shown to another. */
 const FOR_ONE_HOST = ["username", "password", "token", "tlsCert", "tlsKey", "namespace"] as const;
 
+const placeOf = ({ host, repository }: Reference): string => `${host}/${repository}`;
+const beginsWith = (name: Reference, segments: string): boolean =>
+  `${placeOf(name)}/`.startsWith(`${segments}/`);
+
 /** A name whose first path segments are a key of `renames` gets its value in their place; the longest key wins. */
 function renameImage(name: Reference, renames: Readonly<Record<string, string>>): Reference {
-  const place = `${name.host}/${name.repository}`;
-  const isPrefix = (from: string) => `${place}/`.startsWith(`${from}/`);
+  const place = placeOf(name);
   const [from] = Object.keys(renames)
-    .filter(isPrefix)
+    .filter((key) => beginsWith(name, key))
     .sort((left, right) => right.length - left.length);
   if (from === undefined) return name;
 
@@ -5844,6 +5847,18 @@ async function nameImages(
     names.add(name);
     return { reference, name };
   });
+}
+
+function warnOfRenames(
+  { warn }: Session,
+  images: readonly NamedImage[],
+  { renames = {}, namespace }: PullOptions,
+): void {
+  const names = images.map(({ reference }) => imageName(reference, namespace));
+  for (const from of Object.keys(renames)) {
+    const isUsed = names.some((name) => beginsWith(name, from));
+    if (!isUsed) warn(`\`renames\`: no name begins with ${printable(from)}`);
+  }
 }
 
 // ------ A pull ------
@@ -6018,6 +6033,7 @@ async function pullImages(
   options: PullOptions = {},
 ): Promise<PullReport> {
   checkOptions(options);
+  if (!isListOfStrings(references)) fail("BAD_OPTION", "`references` has to be a list of strings");
   const { dryRun: isDryRun = false, platforms, referrers = false, reuse = [], since } = options;
   if (dest === undefined && !isDryRun) fail("BAD_OPTION", "`dest` is missing");
   const images = await nameImages(references, options);
@@ -6025,6 +6041,7 @@ async function pullImages(
 
   return withSession(options, async (session, onProgress) => {
     const { observe, finish } = progressReporter(onProgress);
+    warnOfRenames(session, images, options);
     const isAll = platforms === "all";
     const what = { images, destination: dest, isAll, isDryRun };
     const pulled = await runPull(session, { ...what, reuse, since, referrers, signers }, observe);
@@ -7084,4 +7101,4 @@ export type {
   PullResult,
   Reference,
 };
-export { ImgpullError, internals, main, newPullerOpts, parseReference, Puller, pullImages };
+export { ImgpullError, internals, main, newPullerOpts, Puller, parseReference, pullImages };

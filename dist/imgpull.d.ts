@@ -219,4 +219,4 @@ declare class Puller {
     pullBlobs(holder: ManifestHolder, dir: string): Promise<void>;
 }
 export type { BlobProgress, Descriptor, ErrorCode, ManifestHolder, Platform, Progress, PulledImage, PullerOpts, PullOptions, PullReport, PullResult, Reference, };
-export { ImgpullError, newPullerOpts, parseReference, Puller, pullImages };
+export { ImgpullError, newPullerOpts, Puller, parseReference, pullImages };

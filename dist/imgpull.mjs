@@ -3752,14 +3752,14 @@ function wantedOf({ platforms, osType, archType, variant }) {
   const [system, architecture, level] = platforms[0]?.split("/") ?? [];
   return dropEmpty({ os: system, architecture, variant: level });
 }
-function settingsOf(options, environment = options.environment ?? process.env, certsDirectory = "/etc/docker/certs.d") {
+function settingsOf(options, environment, certsDirectory = "/etc/docker/certs.d") {
   checkOptions(options);
   const { scheme = "https", insecure = false, tlsCert, tlsKey, caCert } = options;
   const { username, password, token, namespace } = options;
   return {
     scheme,
     insecure,
-    environment,
+    environment: environment ?? options.environment ?? process.env,
     certsDirectory,
     timeoutMs: integerOption(options, "timeoutMs", 3e4, [1, 864e5]),
     concurrency: integerOption(options, "concurrency", 8, [1, 64]),
@@ -3853,10 +3853,11 @@ function progressReporter(onProgress) {
   };
 }
 var FOR_ONE_HOST = ["username", "password", "token", "tlsCert", "tlsKey", "namespace"];
+var placeOf = ({ host, repository }) => `${host}/${repository}`;
+var beginsWith = (name, segments) => `${placeOf(name)}/`.startsWith(`${segments}/`);
 function renameImage(name, renames) {
-  const place = `${name.host}/${name.repository}`;
-  const isPrefix = (from2) => `${place}/`.startsWith(`${from2}/`);
-  const [from] = Object.keys(renames).filter(isPrefix).sort((left, right) => right.length - left.length);
+  const place = placeOf(name);
+  const [from] = Object.keys(renames).filter((key) => beginsWith(name, key)).sort((left, right) => right.length - left.length);
   if (from === void 0) return name;
   const version = formatReference(name).slice(place.length);
   const renamed = `${renames[from]}${place.slice(from.length)}${version}`;
@@ -3889,6 +3890,13 @@ async function nameImages(texts, options) {
     names.add(name);
     return { reference, name };
   });
+}
+function warnOfRenames({ warn }, images, { renames = {}, namespace }) {
+  const names = images.map(({ reference }) => imageName(reference, namespace));
+  for (const from of Object.keys(renames)) {
+    const isUsed = names.some((name) => beginsWith(name, from));
+    if (!isUsed) warn(`\`renames\`: no name begins with ${printable(from)}`);
+  }
 }
 function warnOfLayers({ warn }, images) {
   for (const { contents, name } of images) {
@@ -4003,12 +4011,14 @@ function pulledImage({ reference, name, top, platform, contents }) {
 }
 async function pullImages(references, dest, options = {}) {
   checkOptions(options);
+  if (!isListOfStrings(references)) fail("BAD_OPTION", "`references` has to be a list of strings");
   const { dryRun: isDryRun = false, platforms, referrers = false, reuse = [], since } = options;
   if (dest === void 0 && !isDryRun) fail("BAD_OPTION", "`dest` is missing");
   const images = await nameImages(references, options);
   const signers = await mapConcurrently(options.signedBy ?? [], 1, readSigner);
   return withSession(options, async (session, onProgress) => {
     const { observe, finish } = progressReporter(onProgress);
+    warnOfRenames(session, images, options);
     const isAll = platforms === "all";
     const what = { images, destination: dest, isAll, isDryRun };
     const pulled = await runPull(session, { ...what, reuse, since, referrers, signers }, observe);
