@@ -5431,6 +5431,9 @@ function planExtras(images: readonly ResolvedImage[]): Required<PlanExtras> {
 
 const isReferrer = ({ subject }: Companion): boolean => subject !== undefined;
 
+/** As BuildKit's attestations have it: ctr leaves out what does not match, and does not miss an index's other images. */
+const UNMATCHED: Platform = { architecture: "unknown", os: "unknown" };
+
 /** It has no name, so that nobody takes it for an image; docker and containerd read what it refers to. */
 function companionEntry({ top, subject, kind, artifactType }: Companion): unknown {
   const annotations = dropEmpty({ "io.containerd.manifest.subject": subject, kind });
@@ -5440,7 +5443,7 @@ function companionEntry({ top, subject, kind, artifactType }: Companion): unknow
     digest: top.digest,
     size: top.bytes.length,
     ...(isAnnotated && { annotations }),
-    ...dropEmpty({ artifactType }),
+    ...dropEmpty({ artifactType, platform: subject === undefined ? UNMATCHED : undefined }),
   };
 }
 

@@ -3613,6 +3613,7 @@ function planExtras(images) {
   };
 }
 var isReferrer = ({ subject }) => subject !== void 0;
+var UNMATCHED = { architecture: "unknown", os: "unknown" };
 function companionEntry({ top, subject, kind, artifactType }) {
   const annotations = dropEmpty({ "io.containerd.manifest.subject": subject, kind });
   const isAnnotated = Object.keys(annotations).length > 0;
@@ -3621,7 +3622,7 @@ function companionEntry({ top, subject, kind, artifactType }) {
     digest: top.digest,
     size: top.bytes.length,
     ...isAnnotated && { annotations },
-    ...dropEmpty({ artifactType })
+    ...dropEmpty({ artifactType, platform: subject === void 0 ? UNMATCHED : void 0 })
   };
 }
 var isReferredTo = ({ digest }, referrers) => referrers.some(({ subject }) => subject === digest);

@@ -396,6 +396,12 @@ test("a signature of the index vouches for the platform, and its bytes come alon
 
   assertHolds(files, index.children[0] as TestContent, proof);
   assert.deepEqual(files.get(blobName(index.digest)), index.bytes);
+  const [entry] = JSON.parse(String(files.get("index.json"))).manifests.slice(1);
+  assert.deepEqual(
+    entry.platform,
+    { architecture: "unknown", os: "unknown" },
+    "ctr would look for its other images",
+  );
   assert.deepEqual(
     entriesIn(files).map(({ digest, annotations = {} }) => [
       digest,

@@ -396,6 +396,24 @@ export async function startRealRegistry(options: RealRegistryOptions = {}): Prom
   return registry;
 }
 
+/** go-containerregistry's, in memory, with the referrers endpoint; CI builds it from referrers-registry.go. */
+export async function startReferrersRegistry(): Promise<RealRegistry> {
+  const folder = interopFolder("referrers-registry");
+  const registry = new RealRegistry(
+    {
+      name: "referrers-registry",
+      folder,
+      command: ["referrers-registry"],
+      ready: /listening on 127\.0\.0\.1:(\d+)/,
+      stopSignal: "SIGTERM",
+    },
+    folder,
+  );
+  const [, port] = await registry.start();
+  registry.port = Number(port);
+  return registry;
+}
+
 export interface StoredManifest {
   bytes: Buffer;
   digest: string;

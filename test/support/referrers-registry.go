@@ -1,5 +1,5 @@
 // A registry in memory that has the referrers endpoint of the distribution specification 1.1, which Debian's
-// docker-registry has not. It prints its address, and ends when its standard input does.
+// docker-registry has not. It says on which address it listens, and serves until it is ended.
 package main
 
 import (
@@ -8,7 +8,6 @@ import (
 	"log"
 	"net"
 	"net/http"
-	"os"
 
 	"github.com/google/go-containerregistry/pkg/registry"
 )
@@ -18,10 +17,8 @@ func main() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	fmt.Println(listener.Addr())
+	fmt.Println("listening on", listener.Addr())
 
-	handler := registry.New(registry.WithReferrersSupport(true), registry.Logger(log.New(io.Discard, "", 0)))
-	go func() { log.Fatal(http.Serve(listener, handler)) }()
-
-	io.Copy(io.Discard, os.Stdin)
+	quiet := registry.Logger(log.New(io.Discard, "", 0))
+	log.Fatal(http.Serve(listener, registry.New(registry.WithReferrersSupport(true), quiet)))
 }
