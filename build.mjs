@@ -70,12 +70,29 @@ async function buildDist() {
     outfile: "dist/imgpull.cjs",
   });
   chmodSync("dist/imgpull.cjs", 0o755);
+  const { types, names } = declareTypes();
   await esbuild.build({
     ...common,
-    entryPoints: ["imgpull.ts"],
+    stdin: {
+      contents: `export { ${names.join(", ")} } from "./imgpull.ts";`,
+      resolveDir: ".",
+      sourcefile: "library.ts",
+      loader: "ts",
+    },
     format: "esm",
     outfile: "dist/imgpull.mjs",
   });
+  // For import and for require(): TypeScript tells the two apart by the suffix alone.
+  for (const suffix of ["mts", "ts"]) writeFileSync(`dist/imgpull.d.${suffix}`, types);
+  writeFileSync(
+    "dist/require.cjs",
+    "// What require() gets: the library itself, which every Node from 20.19 on can require.\n" +
+      'module.exports = require("./imgpull.mjs");\n',
+  );
+}
+
+/** The module's declarations, and the names of its values: what is @internal is not declared, nor exported. */
+function declareTypes() {
   run(process.execPath, [
     "node_modules/typescript/bin/tsc",
     "--noEmit",
@@ -87,17 +104,12 @@ async function buildDist() {
     "--outDir",
     "build/types",
   ]);
-  // What is @internal is declared no more, so it is not exported either.
-  const types = readFileSync("build/types/imgpull.d.ts", "utf8");
-  const kinds = "class|function|const|interface|type";
-  const isDeclared = (name) => new RegExp(`^(declare )?(${kinds}) ${name}\\b`, "m").test(types);
-  writeFileSync(
-    "dist/imgpull.d.ts",
-    types.replace(
-      /^export \{ (.*) \};$/m,
-      (_line, names) => `export { ${names.split(", ").filter(isDeclared).join(", ")} };`,
-    ),
-  );
+  const declared = readFileSync("build/types/imgpull.d.ts", "utf8");
+  const isDeclared = (name) =>
+    new RegExp(`^(declare )?(class|function|const) ${name}\\b`, "m").test(declared);
+  const exportLine = /^export \{ (.*) \};$/m;
+  const names = exportLine.exec(declared)[1].split(", ").filter(isDeclared);
+  return { types: declared.replace(exportLine, `export { ${names.join(", ")} };`), names };
 }
 
 /** Each test file becomes one bundle under build/, with source maps, so that it runs on every supported Node. */

@@ -144,6 +144,12 @@ interface Descriptor {
   annotations?: Record<string, string>;
 }
 
+/** Where a tar can be written to: Node's Writables are such (a socket, a child's stdin, process.stdout). */
+interface OutputStream {
+  write(chunk: Uint8Array): boolean;
+  on(event: string, listener: (...values: unknown[]) => void): unknown;
+}
+
 /** How images are pulled. All of it is optional, and `undefined` is as if an option was not there. */
 interface PullOptions {
   /** How registries are spoken to; default `https`. */
@@ -677,7 +683,7 @@ function anySignal(...signals: AbortSignal[]): AbortSignal {
 //   repository = component *("/" component)                         lower case
 //   component  = alphanumerics, parted by one ".", one or two "_", or any number of "-"
 
-/** `host` is the name people use (`docker.io`); apiHost() says where its API is. */
+/** An image reference in its parts. `host` is the name that people use (`docker.io`), not where its API is. */
 interface Reference {
   readonly host: string;
   readonly repository: string;
@@ -6032,7 +6038,7 @@ function pulledImage({ reference, name, top, platform, contents }: ResolvedImage
  */
 async function pullImages(
   references: readonly string[],
-  dest: string | NodeJS.WritableStream | undefined,
+  dest: string | OutputStream | undefined,
   options: PullOptions = {},
 ): Promise<PullReport> {
   checkOptions(options);
@@ -6046,7 +6052,8 @@ async function pullImages(
     const { observe, finish } = progressReporter(onProgress);
     warnOfRenames(session, images, options);
     const isAll = platforms === "all";
-    const what = { images, destination: dest, isAll, isDryRun };
+    const destination = dest as string | NodeJS.WritableStream | undefined;
+    const what = { images, destination, isAll, isDryRun };
     const pulled = await runPull(session, { ...what, reuse, since, referrers, signers }, observe);
     if (pulled.transfer) finish(pulled.transfer);
     const { fetchedBytes, reusedBytes, resumedBytes } = pulled.counts;
@@ -6097,7 +6104,7 @@ class Puller {
   }
 
   /** Leaves a verified tar at `dest`, or adds to the OCI layout there where that is a directory or ends in "/". */
-  async pullTar(dest: string | NodeJS.WritableStream): Promise<PullResult> {
+  async pullTar(dest: string | OutputStream): Promise<PullResult> {
     const { images, sizeBytes, fetchedBytes } = await pullImages(
       [this.#opts.url],
       dest,
@@ -7095,6 +7102,7 @@ export type {
   Descriptor,
   ErrorCode,
   ManifestHolder,
+  OutputStream,
   Platform,
   Progress,
   PulledImage,

@@ -4045,7 +4045,8 @@ async function pullImages(references, dest, options = {}) {
     const { observe, finish } = progressReporter(onProgress);
     warnOfRenames(session, images, options);
     const isAll = platforms === "all";
-    const what = { images, destination: dest, isAll, isDryRun };
+    const destination = dest;
+    const what = { images, destination, isAll, isDryRun };
     const pulled = await runPull(session, { ...what, reuse, since, referrers, signers }, observe);
     if (pulled.transfer) finish(pulled.transfer);
     const { fetchedBytes, reusedBytes, resumedBytes } = pulled.counts;

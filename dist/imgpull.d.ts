@@ -17,6 +17,11 @@ interface Descriptor {
     platform?: Platform;
     annotations?: Record<string, string>;
 }
+/** Where a tar can be written to: Node's Writables are such (a socket, a child's stdin, process.stdout). */
+interface OutputStream {
+    write(chunk: Uint8Array): boolean;
+    on(event: string, listener: (...values: unknown[]) => void): unknown;
+}
 /** How images are pulled. All of it is optional, and `undefined` is as if an option was not there. */
 interface PullOptions {
     /** How registries are spoken to; default `https`. */
@@ -179,7 +184,7 @@ declare class ImgpullError extends Error {
         cause?: unknown;
     });
 }
-/** `host` is the name people use (`docker.io`); apiHost() says where its API is. */
+/** An image reference in its parts. `host` is the name that people use (`docker.io`), not where its API is. */
 interface Reference {
     readonly host: string;
     readonly repository: string;
@@ -193,7 +198,7 @@ declare function parseReference(text: string): Reference;
  * in `/`: an OCI image layout, to which is added), or a Writable, which gets the tar in order and is not ended. Only
  * with `dryRun` it may be undefined. Throws ImgpullError: BAD_REFERENCE and BAD_OPTION before anything is asked for.
  */
-declare function pullImages(references: readonly string[], dest: string | NodeJS.WritableStream | undefined, options?: PullOptions): Promise<PullReport>;
+declare function pullImages(references: readonly string[], dest: string | OutputStream | undefined, options?: PullOptions): Promise<PullReport>;
 /** https, this system's platform. */
 declare function newPullerOpts(url: string): PullerOpts;
 /** One image. Its constructor throws BAD_REFERENCE and BAD_OPTION, its methods the rest. */
@@ -204,7 +209,7 @@ declare class Puller {
     /** The options, with the defaults in place of what was left out. */
     getOpts(): PullerOpts;
     /** Leaves a verified tar at `dest`, or adds to the OCI layout there where that is a directory or ends in "/". */
-    pullTar(dest: string | NodeJS.WritableStream): Promise<PullResult>;
+    pullTar(dest: string | OutputStream): Promise<PullResult>;
     /** The index ("list") or the platform's manifest ("image"). NOT_FOUND where the registry has no index for it. */
     pullManifest(type: "list" | "image"): Promise<ManifestHolder>;
     /** Whatever the registry has under the reference: an index or an image manifest. */
@@ -218,5 +223,5 @@ declare class Puller {
     /** Every blob of an image manifest as `dir/HEX`, verified; those that are there already are kept. */
     pullBlobs(holder: ManifestHolder, dir: string): Promise<void>;
 }
-export type { BlobProgress, Descriptor, ErrorCode, ManifestHolder, Platform, Progress, PulledImage, PullerOpts, PullOptions, PullReport, PullResult, Reference, };
+export type { BlobProgress, Descriptor, ErrorCode, ManifestHolder, OutputStream, Platform, Progress, PulledImage, PullerOpts, PullOptions, PullReport, PullResult, Reference, };
 export { ImgpullError, newPullerOpts, Puller, parseReference, pullImages };

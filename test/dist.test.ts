@@ -32,7 +32,7 @@ import { startProxy } from "./support/proxy.ts";
 import { type Registry, type RegistryOptions, startRegistry } from "./support/registry.ts";
 
 const node = process.execPath;
-const DIST = ["imgpull.cjs", "imgpull.mjs", "imgpull.d.ts"];
+const DIST = ["imgpull.cjs", "imgpull.mjs", "imgpull.d.ts", "imgpull.d.mts", "require.cjs"];
 const manifest = JSON.parse(readFileSync("package.json", "utf8"));
 
 async function run(
@@ -132,8 +132,10 @@ test("the package holds these files and no others, and only the command may be e
     "LICENSE",
     "README.md",
     "dist/imgpull.cjs",
+    "dist/imgpull.d.mts",
     "dist/imgpull.d.ts",
     "dist/imgpull.mjs",
+    "dist/require.cjs",
     "package.json",
   ];
   assert.deepEqual(files.map(({ path }) => path).sort(), wanted);
@@ -164,12 +166,14 @@ test("the installed command: node_modules/.bin/imgpull, and npx", async (t) => {
 
 test("package.json: the command, the types first, no dependency, every file there", () => {
   assert.equal(resolve(manifest.bin.imgpull), COMMAND_PATH);
-  assert.equal(Object.keys(manifest.exports["."])[0], "types");
+  const conditions: Record<string, string>[] = Object.values(manifest.exports["."]);
+  for (const condition of conditions)
+    assert.deepEqual(Object.keys(condition), ["types", "default"]);
   assert.match(manifest.engines.node, /^>=20\.19/);
   const dependencies = Object.keys(manifest).filter((field) => /dependencies$/i.test(field));
   assert.deepEqual(dependencies, ["devDependencies"]);
-  const exported = Object.values(manifest.exports["."] as Record<string, string>);
-  for (const file of [...manifest.files, ...exported, manifest.types])
+  const exported = conditions.flatMap((condition) => Object.values(condition));
+  for (const file of [...manifest.files, ...exported, manifest.types, manifest.main])
     assert.ok(statSync(file).isFile(), file);
   const packed = new Set(manifest.files.map((file: string) => resolve(file)));
   for (const file of exported) assert.ok(packed.has(resolve(file)), `${file} is not packed`);
@@ -222,9 +226,23 @@ test("the library's first example, as ESM and as CommonJS", async (t) => {
 });
 
 const TYPED = `import {
-  ImgpullError, Puller, newPullerOpts,
-  type ErrorCode, type ManifestHolder, type Progress, type PullResult, type PullerOpts,
+  ImgpullError, Puller, newPullerOpts, parseReference, pullImages,
+  type ErrorCode, type ManifestHolder, type Progress, type PullOptions, type PullReport, type PullResult,
+  type PullerOpts,
 } from "imgpull";
+
+const presets = {
+  arm: { platforms: ["linux/arm64", "linux/arm/v7"], renames: { "docker.io": "registry.corp/hub" } },
+  every: { platforms: "all", reuse: ["old.tar"], since: "base.tar", referrers: true, signedBy: ["key.pub"] },
+  none: { username: undefined, signal: undefined, onProgress: undefined, dryRun: true, environment: {} },
+} satisfies Record<string, PullOptions>;
+
+export async function several(preset: keyof typeof presets): Promise<string[]> {
+  const report: PullReport = await pullImages(["alpine", "busybox"], "a.tar", presets[preset]);
+  await pullImages(["alpine"], undefined, { dryRun: true, onProgress: ({ moving }) => console.log(moving[0]?.digest) });
+  const { host, tag } = parseReference("alpine");
+  return [...report.images.map(({ pinned, name, layers }) => pinned + name + layers), host, tag ?? ""];
+}
 
 export async function first(): Promise<PullResult> {
   const puller = new Puller("docker.io/hello-world:latest");
@@ -270,8 +288,34 @@ export const badScheme: PullerOpts = { url: "a", scheme: "ftp" };
 export const badKind = async (): Promise<ManifestHolder> => await new Puller("a").pullManifest("both");
 // @ts-expect-error: not one of the codes
 export const badCode: ErrorCode = "NO_SUCH_CODE";
+// @ts-expect-error: a list, or "all"
+export const badPlatforms: PullOptions = { platforms: "linux/amd64" };
+// @ts-expect-error: url is for Puller
+export const badUrl: PullOptions = { url: "a" };
 // @ts-expect-error: no such option
 export const badOption: PullerOpts = { url: "a", noSuchOption: 1 };
+`;
+
+/** Streams of Node's, which need its types. */
+const STREAMS = `import { createWriteStream } from "node:fs";
+import { spawn } from "node:child_process";
+import { PassThrough } from "node:stream";
+import { Puller, pullImages } from "imgpull";
+
+export async function everywhere(): Promise<void> {
+  const loader = spawn("docker", ["load"], { stdio: ["pipe", "inherit", "inherit"] });
+  for (const output of [createWriteStream("a.tar"), loader.stdin, new PassThrough(), process.stdout])
+    await pullImages(["alpine"], output);
+  await new Puller("alpine").pullTar(process.stdout);
+}
+`;
+
+/** What a CommonJS file sees as the whole module is what it has at run time. */
+const DEFAULT_IMPORT = `import imgpull from "imgpull";
+import whole = require("imgpull");
+
+export const kinds: string[] = [typeof imgpull.Puller, typeof whole.pullImages];
+console.log(kinds.join());
 `;
 
 const STRICT = {
@@ -285,11 +329,25 @@ const STRICT = {
 const COMPILERS: Record<string, { options: object; files: string[] }> = {
   "node16 with @types/node": {
     options: { module: "node16", moduleResolution: "node16", lib: ["es2022"], types: ["node"] },
-    files: ["typed.mts", "typed.cts", "typed.ts", "first.mts"],
+    files: ["typed.mts", "typed.cts", "typed.ts", "first.mts", "streams.ts", "default.cts"],
+  },
+  "nodenext with @types/node": {
+    options: { module: "nodenext", moduleResolution: "nodenext", lib: ["es2022"], types: ["node"] },
+    files: ["typed.mts", "typed.cts", "typed.ts", "streams.ts", "streams.mts", "default.cts"],
+  },
+  "node16, without exactOptionalPropertyTypes": {
+    options: {
+      module: "node16",
+      moduleResolution: "node16",
+      lib: ["es2022"],
+      types: ["node"],
+      exactOptionalPropertyTypes: false,
+    },
+    files: ["typed.mts", "typed.cts", "streams.ts"],
   },
   "bundler with @types/node": {
     options: { module: "esnext", moduleResolution: "bundler", lib: ["es2022"], types: ["node"] },
-    files: ["typed.ts", "first.mts"],
+    files: ["typed.ts", "first.mts", "streams.ts"],
   },
   "bundler for a browser's types": {
     options: { module: "preserve", moduleResolution: "bundler", lib: ["es2022", "dom"], types: [] },
@@ -297,12 +355,36 @@ const COMPILERS: Record<string, { options: object; files: string[] }> = {
   },
 };
 
+test("what require() and a compiled default import give is what the types say", async (t) => {
+  const compiled = `"use strict";
+const load = (module) => (module && module.__esModule ? module : { default: module });
+console.log([typeof load(require("imgpull")).default.Puller, typeof require("imgpull").pullImages].join());
+`;
+  const folder = await makeConsumer(t, { "default.cjs": compiled });
+  const { stdout, stderr } = await run(node, ["default.cjs"], { cwd: folder });
+  assert.deepEqual([String(stdout), stderr], ["function,function\n", ""]);
+});
+
+test("the module exports what the types declare, for import and for require()", async (t) => {
+  const list = "console.log(Object.keys(module).sort().join())";
+  const folder = await makeConsumer(t, {
+    "list.mjs": `import * as module from "imgpull";\n${list}`,
+    "list.cjs": `const it = require("imgpull");\n${list.replace("module", "it")}`,
+  });
+  const values = "ImgpullError,Puller,newPullerOpts,parseReference,pullImages\n";
+  for (const file of ["list.mjs", "list.cjs"])
+    assert.equal(String((await run(node, [file], { cwd: folder })).stdout), values);
+});
+
 for (const [name, { options, files }] of Object.entries(COMPILERS)) {
   test(`the types compile under strict: ${name}`, async (t) => {
     const folder = await makeConsumer(t, {
       "typed.ts": TYPED,
       "typed.mts": TYPED,
       "typed.cts": TYPED,
+      "streams.ts": STREAMS,
+      "streams.mts": STREAMS,
+      "default.cts": DEFAULT_IMPORT,
       "first.mts": `${ESM}export {};\n`,
       "tsconfig.json": JSON.stringify({ compilerOptions: { ...STRICT, ...options }, files }),
     });
@@ -315,16 +397,24 @@ for (const [name, { options, files }] of Object.entries(COMPILERS)) {
 }
 
 const PUBLIC = [
+  "BlobProgress",
   "Descriptor",
   "ErrorCode",
   "ImgpullError",
   "ManifestHolder",
+  "OutputStream",
   "Platform",
   "Progress",
+  "PullOptions",
+  "PullReport",
   "PullResult",
+  "PulledImage",
   "Puller",
   "PullerOpts",
+  "Reference",
   "newPullerOpts",
+  "parseReference",
+  "pullImages",
 ];
 
 test("the types have every public name and no internal one", () => {
