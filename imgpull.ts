@@ -2852,12 +2852,15 @@ type ResolvedImage = Readonly<{
 
 const versionOf = ({ tag, digest }: Reference): string => digest ?? (tag as string);
 
-/** The manifests for one reference: the platform's, or all of them. */
+/** Which images of an index: that for the platform wanted, all of them, or those for several platforms. */
+type PlatformChoice = "one" | "all" | readonly Partial<Platform>[];
+
+/** The manifests for one reference: the platform's, or several of them with the index that names them. */
 async function resolveImage(
   session: Session,
   reference: Reference,
   name: string,
-  isAll: boolean,
+  choice: PlatformChoice,
 ): Promise<ResolvedImage> {
   const where = formatReference(reference);
   const registry = registryOf(session, reference);
@@ -2871,11 +2874,12 @@ async function resolveImage(
 
   async function findImages(): Promise<FoundImages> {
     const readChild = childrenOf(registry, where);
-    if (isAll) {
+    if (choice === "all") {
       const { concurrency } = session.settings;
       const all = await collectAll(readChild, concurrency, where, asked);
       return { top: asked, platform: "all", ...all };
     }
+    if (choice !== "one") return findImagesFor(session, registry, asked, choice);
     if (parsed.kind === "image") return findLoneImage(session, registry, asked, parsed);
     return findImageOfIndex(session, readChild, where, parsed);
   }
@@ -3007,6 +3011,81 @@ function loneEntry(entries: readonly Descriptor[]): Descriptor | undefined {
   const [entry] = entries;
   const isLone = entries.length === 1 && entry && !isIndex(entry) && !entry.platform;
   return isLone ? entry : undefined;
+}
+
+/** The indexes that lead from one to a manifest, outermost first; undefined where none does. */
+async function pathTo(
+  digest: string,
+  from: FetchedManifest,
+  readChild: ChildReader,
+  where: string,
+  depth = 0,
+): Promise<FetchedManifest[] | undefined> {
+  checkDepth(depth, where);
+  const manifest = parseManifest(from, where);
+  if (manifest.kind === "image") return undefined;
+  if (manifest.manifests.some((entry) => entry.digest === digest)) return [from];
+
+  for (const entry of manifest.manifests.filter(isIndex)) {
+    const child = await readChild(entry);
+    const path = child && (await pathTo(digest, child, readChild, where, depth + 1));
+    if (path) return [from, ...path];
+  }
+  return undefined;
+}
+
+/** The images for several platforms, under the index that names them, which is kept as it is. */
+async function findImagesFor(
+  session: Session,
+  registry: Registry,
+  top: FetchedManifest,
+  platforms: readonly Partial<Platform>[],
+): Promise<FoundImages> {
+  const where = formatReference(registry.reference);
+  const readChild = childrenOf(registry, where);
+  const parsed = parseManifest(top, where);
+  // One after the other, so that every platform that is missing is named.
+  const found = await mapConcurrently(platforms, 1, (wanted) => {
+    const wanting = { ...session, settings: { ...session.settings, wanted } };
+    return parsed.kind === "image"
+      ? findLoneImage(wanting, registry, top, parsed)
+      : findImageOfIndex(wanting, readChild, where, parsed);
+  });
+
+  const images = new Map(found.map((image) => [image.top.digest, image]));
+  const entries = parsed.kind === "index" ? parsed.manifests.map(({ digest }) => digest) : [];
+  const placed = await mapConcurrently([...images.values()], 1, async (image) => {
+    const indexes = (await pathTo(image.top.digest, top, readChild, where)) ?? [];
+    return { ...image, indexes, place: entries.indexOf((indexes[1] ?? image.top).digest) };
+  });
+  // In the index's order, so that the same platforms give the same bytes.
+  const ordered = placed.sort((left, right) => left.place - right.place);
+  const kept = [top, ...ordered.flatMap((image) => [...image.indexes, image.top])];
+  const manifests = new Map(kept.map((each) => [each.digest, each]));
+  if (parsed.kind === "index") warnOfPartialIndex(session, where, parsed, manifests);
+
+  const platform = ordered.map((image) => image.platform).join(",");
+  const contents = ordered.flatMap((image) => image.contents);
+  return { top, manifests: [...manifests.values()], contents, platform };
+}
+
+/** docker, podman and ctr load a part of an index; some commands want all of it. */
+function warnOfPartialIndex(
+  { warn }: Session,
+  where: string,
+  { manifests: entries }: IndexManifest,
+  kept: ReadonlyMap<string, unknown>,
+): void {
+  const missing = entries.filter(({ digest }) => !kept.has(digest));
+  if (missing.length === 0) return;
+
+  const platforms = entries.filter((entry) => !isAttestation(entry));
+  const taken = platforms.filter(({ digest }) => kept.has(digest));
+  const without = missing.every(isAttestation) ? ", without their attestations" : "";
+  warn(
+    `${where}: ${taken.length} of ${counted(platforms.length, "platform")}${without}: ` +
+      "ctr --all-platforms, skopeo --all and crane push of a folder want the whole index",
+  );
 }
 
 /**
@@ -5465,27 +5544,6 @@ function cosignKind(signed: FetchedManifest, referrers: readonly Companion[]): s
   return `dev.cosignproject.cosign/${isIndexEntry ? "imageIndex" : "image"}`;
 }
 
-/** The indexes that lead from one to a manifest, outermost first; undefined where none does. */
-async function pathTo(
-  digest: string,
-  from: FetchedManifest,
-  readChild: ChildReader,
-  where: string,
-  depth = 0,
-): Promise<FetchedManifest[] | undefined> {
-  checkDepth(depth, where);
-  const manifest = parseManifest(from, where);
-  if (manifest.kind === "image") return undefined;
-  if (manifest.manifests.some((entry) => entry.digest === digest)) return [from];
-
-  for (const entry of manifest.manifests.filter(isIndex)) {
-    const child = await readChild(entry);
-    const path = child && (await pathTo(digest, child, readChild, where, depth + 1));
-    if (path) return [from, ...path];
-  }
-  return undefined;
-}
-
 /** Before any layer: one of the signers has signed the image's manifest, or the index that the reference names. */
 async function requireSignature(
   session: Session,
@@ -5666,8 +5724,13 @@ function integerOption(
 function wantedOf({ platforms, osType, archType, variant }: PullOptions): Partial<Platform> {
   if (platforms === undefined) return dropEmpty({ os: osType, architecture: archType, variant });
   if (platforms === "all" || platforms.length > 1) return {};
-  const [system, architecture, level] = platforms[0]?.split("/") ?? [];
-  return dropEmpty({ os: system, architecture, variant: level });
+  return splitPlatform(platforms[0] ?? "");
+}
+
+/** `OS/ARCH[/VARIANT]` */
+function splitPlatform(text: string): Partial<Platform> {
+  const [system, architecture, variant] = text.split("/");
+  return dropEmpty({ os: system, architecture, variant });
 }
 
 /** What the sections above need of a caller's options; what is wrong is named as the option it is. */
@@ -5876,6 +5939,8 @@ type PullRequest = Readonly<{
   images: readonly NamedImage[];
   destination: string | NodeJS.WritableStream | undefined;
   isAll?: boolean;
+  /** Several platforms, under the index that names them; default: the one that the settings want. */
+  platforms?: readonly Partial<Platform>[] | undefined;
   reuse?: readonly string[];
   since?: string | undefined;
   isDryRun?: boolean;
@@ -5983,6 +6048,7 @@ async function estimate(
 /** References to DEST, within one session. */
 async function runPull(session: Session, request: PullRequest, observe: Observer) {
   const { images: wanted, isAll = false, reuse = [], since, signers = [] } = request;
+  const choice = isAll ? "all" : (request.platforms ?? "one");
   const isProofWanted = request.referrers === true || signers.length > 0;
   const named = typeof request.destination === "string" ? request.destination : "the stream";
   const destination =
@@ -5992,7 +6058,7 @@ async function runPull(session: Session, request: PullRequest, observe: Observer
   return withTars(reuse, async (tars) => {
     const { concurrency } = session.settings;
     const images = await mapConcurrently(wanted, concurrency, async ({ reference, name }) => {
-      const image = await resolveImage(session, reference, name, isAll);
+      const image = await resolveImage(session, reference, name, choice);
       return isProofWanted ? addProof(session, image, signers) : image;
     });
     const extras = planExtras(images);
@@ -6052,8 +6118,10 @@ async function pullImages(
     const { observe, finish } = progressReporter(onProgress);
     warnOfRenames(session, images, options);
     const isAll = platforms === "all";
+    const isSeveral = platforms !== undefined && !isAll && platforms.length > 1;
+    const several = isSeveral ? platforms.map(splitPlatform) : undefined;
     const destination = dest as string | NodeJS.WritableStream | undefined;
-    const what = { images, destination, isAll, isDryRun };
+    const what = { images, destination, isAll, platforms: several, isDryRun };
     const pulled = await runPull(session, { ...what, reuse, since, referrers, signers }, observe);
     if (pulled.transfer) finish(pulled.transfer);
     const { fetchedBytes, reusedBytes, resumedBytes } = pulled.counts;
@@ -6118,7 +6186,7 @@ class Puller {
   async pullManifest(type: "list" | "image"): Promise<ManifestHolder> {
     if (type === "image") {
       return withSession(this.#opts, async (session) => {
-        const { top } = await resolveImage(session, this.#reference, "", false);
+        const { top } = await resolveImage(session, this.#reference, "", "one");
         return this.#holder(top);
       });
     }
@@ -6452,7 +6520,7 @@ const PULL_OPTIONS = {
   variant: { value: "V", help: "processor variant wanted (v7, v8 ...)", option: "variant" },
   platform: {
     value: "OS/ARCH[/V]",
-    help: "the three in one word; all takes every platform",
+    help: "the three in one word; several with commas; or all",
     option: "platforms",
     convert: (typed: string) => (typed === "all" ? typed : typed.split(",")),
   },

@@ -1729,7 +1729,7 @@ function matchPlatform(candidates, { os: system, architecture, variant }) {
 }
 var isAttestation = ({ platform }) => platform?.os === "unknown" || platform?.architecture === "unknown";
 var versionOf = ({ tag, digest }) => digest ?? tag;
-async function resolveImage(session, reference, name, isAll) {
+async function resolveImage(session, reference, name, choice) {
   const where = formatReference(reference);
   const registry = registryOf(session, reference);
   const asked = await registry.manifest(versionOf(reference));
@@ -1739,11 +1739,12 @@ async function resolveImage(session, reference, name, isAll) {
   return { reference, registry, name: finalName, asked, ...found };
   async function findImages() {
     const readChild = childrenOf(registry, where);
-    if (isAll) {
+    if (choice === "all") {
       const { concurrency } = session.settings;
       const all = await collectAll(readChild, concurrency, where, asked);
       return { top: asked, platform: "all", ...all };
     }
+    if (choice !== "one") return findImagesFor(session, registry, asked, choice);
     if (parsed.kind === "image") return findLoneImage(session, registry, asked, parsed);
     return findImageOfIndex(session, readChild, where, parsed);
   }
@@ -1831,6 +1832,50 @@ function loneEntry(entries) {
   const [entry] = entries;
   const isLone = entries.length === 1 && entry && !isIndex(entry) && !entry.platform;
   return isLone ? entry : void 0;
+}
+async function pathTo(digest, from, readChild, where, depth = 0) {
+  checkDepth(depth, where);
+  const manifest = parseManifest(from, where);
+  if (manifest.kind === "image") return void 0;
+  if (manifest.manifests.some((entry) => entry.digest === digest)) return [from];
+  for (const entry of manifest.manifests.filter(isIndex)) {
+    const child = await readChild(entry);
+    const path2 = child && await pathTo(digest, child, readChild, where, depth + 1);
+    if (path2) return [from, ...path2];
+  }
+  return void 0;
+}
+async function findImagesFor(session, registry, top, platforms) {
+  const where = formatReference(registry.reference);
+  const readChild = childrenOf(registry, where);
+  const parsed = parseManifest(top, where);
+  const found = await mapConcurrently(platforms, 1, (wanted) => {
+    const wanting = { ...session, settings: { ...session.settings, wanted } };
+    return parsed.kind === "image" ? findLoneImage(wanting, registry, top, parsed) : findImageOfIndex(wanting, readChild, where, parsed);
+  });
+  const images = new Map(found.map((image) => [image.top.digest, image]));
+  const entries = parsed.kind === "index" ? parsed.manifests.map(({ digest }) => digest) : [];
+  const placed = await mapConcurrently([...images.values()], 1, async (image) => {
+    const indexes = await pathTo(image.top.digest, top, readChild, where) ?? [];
+    return { ...image, indexes, place: entries.indexOf((indexes[1] ?? image.top).digest) };
+  });
+  const ordered = placed.sort((left, right) => left.place - right.place);
+  const kept = [top, ...ordered.flatMap((image) => [...image.indexes, image.top])];
+  const manifests = new Map(kept.map((each) => [each.digest, each]));
+  if (parsed.kind === "index") warnOfPartialIndex(session, where, parsed, manifests);
+  const platform = ordered.map((image) => image.platform).join(",");
+  const contents = ordered.flatMap((image) => image.contents);
+  return { top, manifests: [...manifests.values()], contents, platform };
+}
+function warnOfPartialIndex({ warn }, where, { manifests: entries }, kept) {
+  const missing = entries.filter(({ digest }) => !kept.has(digest));
+  if (missing.length === 0) return;
+  const platforms = entries.filter((entry) => !isAttestation(entry));
+  const taken = platforms.filter(({ digest }) => kept.has(digest));
+  const without = missing.every(isAttestation) ? ", without their attestations" : "";
+  warn(
+    `${where}: ${taken.length} of ${counted(platforms.length, "platform")}${without}: ctr --all-platforms, skopeo --all and crane push of a folder want the whole index`
+  );
 }
 async function collectAll(readChild, limit, where, top) {
   const manifests = /* @__PURE__ */ new Map([[top.digest, top]]);
@@ -3633,18 +3678,6 @@ function cosignKind(signed, referrers) {
   if (own.length === 0) return void 0;
   return `dev.cosignproject.cosign/${isIndexEntry ? "imageIndex" : "image"}`;
 }
-async function pathTo(digest, from, readChild, where, depth = 0) {
-  checkDepth(depth, where);
-  const manifest = parseManifest(from, where);
-  if (manifest.kind === "image") return void 0;
-  if (manifest.manifests.some((entry) => entry.digest === digest)) return [from];
-  for (const entry of manifest.manifests.filter(isIndex)) {
-    const child = await readChild(entry);
-    const path2 = child && await pathTo(digest, child, readChild, where, depth + 1);
-    if (path2) return [from, ...path2];
-  }
-  return void 0;
-}
 async function requireSignature(session, { reference, registry, asked, top }, referrers, signers) {
   const digests = [.../* @__PURE__ */ new Set([top.digest, asked.digest])];
   const where = formatReference({ ...reference, digest: asked.digest });
@@ -3774,8 +3807,11 @@ function integerOption(options, name, otherwise, [minimum, maximum]) {
 function wantedOf({ platforms, osType, archType, variant }) {
   if (platforms === void 0) return dropEmpty({ os: osType, architecture: archType, variant });
   if (platforms === "all" || platforms.length > 1) return {};
-  const [system, architecture, level] = platforms[0]?.split("/") ?? [];
-  return dropEmpty({ os: system, architecture, variant: level });
+  return splitPlatform(platforms[0] ?? "");
+}
+function splitPlatform(text) {
+  const [system, architecture, variant] = text.split("/");
+  return dropEmpty({ os: system, architecture, variant });
 }
 function settingsOf(options, environment, certsDirectory = "/etc/docker/certs.d") {
   checkOptions(options);
@@ -3995,6 +4031,7 @@ async function estimate({ entries }, destination, tars) {
 }
 async function runPull(session, request, observe) {
   const { images: wanted, isAll = false, reuse = [], since, signers = [] } = request;
+  const choice = isAll ? "all" : request.platforms ?? "one";
   const isProofWanted = request.referrers === true || signers.length > 0;
   const named = typeof request.destination === "string" ? request.destination : "the stream";
   const destination = request.destination === void 0 ? void 0 : await parseDestination(request.destination);
@@ -4002,7 +4039,7 @@ async function runPull(session, request, observe) {
   return withTars(reuse, async (tars) => {
     const { concurrency } = session.settings;
     const images = await mapConcurrently(wanted, concurrency, async ({ reference, name }) => {
-      const image = await resolveImage(session, reference, name, isAll);
+      const image = await resolveImage(session, reference, name, choice);
       return isProofWanted ? addProof(session, image, signers) : image;
     });
     const extras = planExtras(images);
@@ -4045,8 +4082,10 @@ async function pullImages(references, dest, options = {}) {
     const { observe, finish } = progressReporter(onProgress);
     warnOfRenames(session, images, options);
     const isAll = platforms === "all";
+    const isSeveral = platforms !== void 0 && !isAll && platforms.length > 1;
+    const several = isSeveral ? platforms.map(splitPlatform) : void 0;
     const destination = dest;
-    const what = { images, destination, isAll, isDryRun };
+    const what = { images, destination, isAll, platforms: several, isDryRun };
     const pulled = await runPull(session, { ...what, reuse, since, referrers, signers }, observe);
     if (pulled.transfer) finish(pulled.transfer);
     const { fetchedBytes, reusedBytes, resumedBytes } = pulled.counts;
@@ -4096,7 +4135,7 @@ var Puller = class {
   async pullManifest(type) {
     if (type === "image") {
       return withSession(this.#opts, async (session) => {
-        const { top } = await resolveImage(session, this.#reference, "", false);
+        const { top } = await resolveImage(session, this.#reference, "", "one");
         return this.#holder(top);
       });
     }
@@ -4354,7 +4393,7 @@ var PULL_OPTIONS = {
   variant: { value: "V", help: "processor variant wanted (v7, v8 ...)", option: "variant" },
   platform: {
     value: "OS/ARCH[/V]",
-    help: "the three in one word; all takes every platform",
+    help: "the three in one word; several with commas; or all",
     option: "platforms",
     convert: (typed) => typed === "all" ? typed : typed.split(",")
   },

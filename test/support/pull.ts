@@ -64,6 +64,7 @@ export interface PullOptions extends Partial<Omit<PullerOpts, "url">> {
   referrers?: boolean;
   signers?: ReturnType<typeof internals.parsePublicKey>[];
   isAll?: boolean;
+  several?: readonly { os: string; architecture: string }[];
   /** Called at each wait before another attempt; the wait lasts until what it returns settles. */
   onSleep?: (milliseconds: number) => unknown;
 }
@@ -85,7 +86,7 @@ interface Job {
 /** Waits cost nothing unless `onSleep` says so; `talk` is filled as the pull goes on. */
 async function run({ reference, name, dest }: Job, options: PullOptions, talk: Talk) {
   const { environment: changes = {}, certsDirectory, now = Date.now, onSleep, ...rest } = options;
-  const { referrers = false, signers = [], isAll = false, ...opts } = rest;
+  const { referrers = false, signers = [], isAll = false, several, ...opts } = rest;
   const clock = {
     now,
     random: () => 1,
@@ -99,7 +100,8 @@ async function run({ reference, name, dest }: Job, options: PullOptions, talk: T
     talk.warnings.push(message);
   };
   const images = [{ reference: internals.parseReference(reference), name }];
-  const request = { images, destination: dest, isAll, reuse: [], referrers, signers };
+  const what = { images, destination: dest, isAll, platforms: several };
+  const request = { ...what, reuse: [], referrers, signers };
   const environment = { ...cleanEnvironment(), ...changes };
   return await internals.withSession(
     { url: reference, osType: "linux", archType: "amd64", onWarning, ...opts },
