@@ -82,6 +82,7 @@ const LIMITS = Object.freeze({
   tarReferences: 300_000, // manifests and layers that the images of a tar name, all together
   unpackFactor: 1000, // deflate makes a thousandth at best: what is beyond has no end,
   unpackFloorBytes: 1024 * MIB, // nor has what is beyond this much besides
+  mirrorFailures: 2, // what passes by itself: of more, another place has it sooner
   indexDepth: 4, // an index inside an index; real ones are one or two deep
   indexEntries: 1024, // with `--platform all` each entry is a request
   signatures: 1000, // of one image: each is a request
@@ -205,6 +206,11 @@ interface PullOptions {
   insecure?: boolean | undefined;
   /** The upstream registry that a mirror stands for: `?ns=HOST` on every request. */
   namespace?: string | undefined;
+  /**
+   * Where the images of a registry are asked for before the registry itself, in this order, each as
+   * `[http[s]://]HOST[:PORT][/PREFIX]`: `{ "docker.io": ["mirror.corp:5000/hub"] }`.
+   */
+  mirrors?: Readonly<Record<string, readonly string[]>> | undefined;
 
   /** Connections used at once, 1 to 64; default 8. */
   concurrency?: number | undefined;
@@ -718,7 +724,7 @@ function isHost(text: string): boolean {
 function splitReference(text: string) {
   const [place = "", digest] = text.split("@");
   const { host = "docker.io", name = "", tag } = PARTS.exec(place)?.groups ?? {};
-  const isHub = HUB_HOSTS.includes(host.toLowerCase());
+  const isHub = canonicalHost(host) === "docker.io";
   return {
     host: isHub ? "docker.io" : host,
     repository: isHub && !name.includes("/") ? `library/${name}` : name,
@@ -789,6 +795,42 @@ function defaultDestination({ repository, tag, digest = "" }: Reference): string
   return `${name}-${tag ?? hexOf(digest).slice(0, 12)}.tar`;
 }
 
+/** A place that has what a registry has, perhaps below a prefix. */
+interface Mirror {
+  readonly scheme: "https" | "http";
+  readonly host: string;
+  readonly prefix: string;
+}
+
+const canonicalHost = (host: string): string =>
+  HUB_HOSTS.includes(host.toLowerCase()) ? "docker.io" : host.toLowerCase();
+
+/** The mirrors of each host, in their order. */
+function parseMirrors(
+  mirrors: Readonly<Record<string, readonly string[]>>,
+  scheme: "https" | "http",
+): Map<string, readonly Mirror[]> {
+  const parsed = new Map<string, readonly Mirror[]>();
+  for (const [host, places] of Object.entries(mirrors)) {
+    if (!isHost(host)) fail("BAD_OPTION", `\`mirrors\`: "${printable(host)}" is not a host`);
+    const key = canonicalHost(host);
+    const added = places.map((place) => parseMirror(place, scheme));
+    parsed.set(key, [...(parsed.get(key) ?? []), ...added]);
+  }
+  return parsed;
+}
+
+/** `[http[s]://]HOST[:PORT][/PREFIX]` */
+function parseMirror(text: string, scheme: "https" | "http"): Mirror {
+  const parts = /^(?:(https?):\/\/)?([^/]*)(?:\/(.*?))?\/?$/i.exec(text) ?? [];
+  const [, written = scheme, host = "", prefix = ""] = parts;
+  const isPlace = isHost(host) && (prefix === "" || REPOSITORY.test(prefix));
+  if (isPlace) return { scheme: written.toLowerCase() === "http" ? "http" : "https", host, prefix };
+
+  const shown = printable(text.replace(/^.*@/, "***@")); // which may have been a password
+  return fail("BAD_OPTION", `\`mirrors\`: "${shown}" is not HOST[:PORT][/PREFIX]`);
+}
+
 // ====== 6. Transport ======
 // One request: certificates, proxy, silence, redirects. It knows no registry and keeps no bytes.
 // Invariant: an Authorization header and a client certificate are chosen anew for each origin, never carried over.
@@ -805,10 +847,14 @@ type Settings = Readonly<
       retries: number;
       timeoutMs: number;
       wanted: Partial<Platform>;
+      mirrors: ReadonlyMap<string, readonly Mirror[]>; // by the host that they mirror
       environment: Environment;
       certsDirectory: string;
     }
 >;
+
+/** A registry is shown the client certificate, and what certs.d has for it; a mirror the latter; no other either. */
+type Role = "registry" | "mirror" | "other";
 
 /** A request as its maker sees it. */
 interface HttpRequest {
@@ -821,8 +867,7 @@ interface HttpRequest {
   readonly isBlob?: boolean;
   /** The Authorization header for an origin; asked anew at each redirect. */
   readonly authorizationFor: (origin: string) => Promise<string | undefined>;
-  /** The registry's own origin gets the client certificate and certs.d, no other does. */
-  readonly isRegistry: (origin: string) => boolean;
+  readonly roleOf: (origin: string) => Role;
 }
 
 /** What a server answered. A body is there on success only; otherwise its words were read. */
@@ -1106,9 +1151,9 @@ class AgentPool {
     this.#settings = settings;
   }
 
-  agentFor(url: URL, isRegistry: boolean, proxy: URL | undefined): Promise<http.Agent> {
-    const key = `${url.origin} ${isRegistry} ${proxy?.href}`;
-    const agent = this.#agents.get(key) ?? this.#makeAgent(url, isRegistry, proxy);
+  agentFor(url: URL, role: Role, proxy: URL | undefined): Promise<http.Agent> {
+    const key = `${url.origin} ${role} ${proxy?.href}`;
+    const agent = this.#agents.get(key) ?? this.#makeAgent(url, role, proxy);
     this.#agents.set(key, agent);
     return agent;
   }
@@ -1118,7 +1163,7 @@ class AgentPool {
     for (const agent of this.#agents.values()) agent.then((ready) => ready.destroy(), ignore);
   }
 
-  async #makeAgent(url: URL, isRegistry: boolean, proxy: URL | undefined): Promise<http.Agent> {
+  async #makeAgent(url: URL, role: Role, proxy: URL | undefined): Promise<http.Agent> {
     const { timeoutMs, insecure } = this.#settings;
     const keepAlive = { keepAlive: true, scheduling: "lifo" as const };
     const proxyTls = proxy?.protocol === "https:" ? await this.#tlsToProxy(proxy) : undefined;
@@ -1127,7 +1172,7 @@ class AgentPool {
 
     const agent = new (load("node:https").Agent)({
       ...keepAlive,
-      secureContext: await this.#contextFor(url, isRegistry),
+      secureContext: await this.#contextFor(url, role),
       rejectUnauthorized: insecure !== true,
     });
     if (!proxy) return agent;
@@ -1141,22 +1186,23 @@ class AgentPool {
   /** Node takes the name to verify from the Host header, which is the target's, unless it is told. */
   async #tlsToProxy(proxy: URL) {
     const servername = net.isIP(proxy.hostname) === 0 ? proxy.hostname : "";
-    return { secureContext: await this.#contextFor(proxy, false), servername };
+    return { secureContext: await this.#contextFor(proxy, "other"), servername };
   }
 
-  async #contextFor(url: URL, isRegistry: boolean): Promise<tls.SecureContext> {
-    const { certsDirectory, tlsCert } = this.#settings;
-    const folder = path.join(certsDirectory, url.host);
+  async #contextFor(url: URL, role: Role): Promise<tls.SecureContext> {
+    const { tlsCert, tlsKey, ...common } = this.#settings;
+    const folder = path.join(common.certsDirectory, url.host);
     const hasFolder =
-      isRegistry &&
+      role !== "other" &&
       (await fs.access(folder).then(
         () => true,
         () => false,
       ));
-    if (isRegistry && (tlsCert !== undefined || hasFolder))
+    if (role === "registry" && tlsCert !== undefined)
       return makeSecureContext(this.#settings, folder);
+    if (hasFolder) return makeSecureContext(common, folder);
 
-    this.#commonContext ??= makeSecureContext(this.#settings);
+    this.#commonContext ??= makeSecureContext(common);
     return this.#commonContext;
   }
 }
@@ -1191,7 +1237,7 @@ class Transport {
     const { timeoutMs, environment } = this.#settings;
     const { method, signal, body, isBlob = false } = request;
     const proxy = proxyFor(url, environment);
-    const agent = await this.#agents.agentFor(url, request.isRegistry(url.origin), proxy);
+    const agent = await this.#agents.agentFor(url, request.roleOf(url.origin), proxy);
     const forwarder = url.protocol === "http:" ? proxy : undefined;
 
     const options = { ...SOCKET_OPTIONS, method, headers, signal, agent, timeout: timeoutMs };
@@ -1693,12 +1739,15 @@ const CREDENTIAL_PLACES: readonly CredentialPlace[] = [
   { file: (environment) => below(homeOf(environment), ".dockercfg"), isAuthsOnly: true },
 ];
 
+/** Whose credential is looked for. A mirror's is not among the options, which are for the registry alone. */
+type CredentialOwner = Readonly<{ reference: Reference; scheme: string; role: Role }>;
+
 /** The credential for a repository: the options' own, or that of the first place which knows its registry. */
 async function findCredential(
   settings: Settings,
-  reference: Reference,
+  owner: CredentialOwner,
 ): Promise<Credential | undefined> {
-  const fromOptions = credentialOfOptions(settings);
+  const fromOptions = owner.role === "registry" ? credentialOfOptions(settings) : undefined;
   if (fromOptions) return fromOptions;
 
   const { environment } = settings;
@@ -1711,7 +1760,7 @@ async function findCredential(
     const json = parseJson(text);
     if (!isRecord(json)) return fail("CREDENTIALS", `${source} is not a JSON object`);
     const file = place.isAuthsOnly ? { auths: json } : json;
-    const credential = credentialIn({ ...file, source }, reference, settings);
+    const credential = credentialIn({ ...file, source }, owner, environment);
     if (credential) return credential;
   }
 
@@ -1756,8 +1805,8 @@ interface CredentialFile {
 /** The credential that one file has for a repository: its helper, its store, or an entry of `auths`. */
 function credentialIn(
   { source, auths, credHelpers, credsStore }: CredentialFile,
-  reference: Reference,
-  { scheme, environment }: Settings,
+  { reference, scheme }: CredentialOwner,
+  environment: Environment,
 ): Credential | undefined {
   const { host, repository } = reference;
   const wanted = normalizeAuthKey(`${host}/${repository}`, scheme);
@@ -1790,7 +1839,7 @@ function normalizeAuthKey(written: string, scheme: string): AuthKey {
     .split("/");
   const defaultPort = scheme === "http" ? /:80$/ : /:443$/;
   const host = authority.toLowerCase().replace(defaultPort, "");
-  return { host: HUB_HOSTS.includes(host) ? "docker.io" : host, path };
+  return { host: canonicalHost(host), path };
 }
 
 type AuthEntry<T> = AuthKey & { readonly value: T };
@@ -1930,10 +1979,10 @@ interface Authorization {
   readonly expiresAt: number;
 }
 
-/** Whose token is asked for: `origin` has named the realm, and `isRegistry` says whether it may see certificates. */
+/** Whose token is asked for: `origin` has named the realm, and `role` says which certificates it may see. */
 type TokenRequest = Readonly<{
   origin: string;
-  isRegistry: boolean;
+  role: Role;
   parameters: Readonly<Record<string, string>>; // of the challenge, with the scope that is wanted
   credential: Credential | undefined;
 }>;
@@ -2038,7 +2087,7 @@ async function getToken(session: Session, url: URL, request: TokenRequest): Prom
 const tokenHttpRequest = (
   { signal }: Session,
   url: URL,
-  { origin, isRegistry }: TokenRequest,
+  { origin, role }: TokenRequest,
   header?: string,
 ): HttpRequest => ({
   method: "GET",
@@ -2046,7 +2095,7 @@ const tokenHttpRequest = (
   headers: {},
   signal,
   authorizationFor: async (each) => (each === url.origin ? header : undefined),
-  isRegistry: (each) => each === origin && isRegistry,
+  roleOf: (each) => (each === origin ? role : "other"),
 });
 
 /** Undefined where a body came that holds no token. */
@@ -2088,7 +2137,7 @@ type CredentialFate = "unsent" | "sent" | "accepted";
 /** What is shown to whom, for one repository: it alone looks up a credential, and holds the tokens. */
 class Authorizer {
   readonly #session: Session;
-  readonly #reference: Reference;
+  readonly #owner: CredentialOwner;
   readonly #registryOrigin: string;
   readonly #authorizations = new Map<string, Authorization>(); // by origin
   readonly #renewals = new Map<string, Promise<boolean>>(); // by origin, while they are under way
@@ -2098,12 +2147,12 @@ class Authorizer {
   #otherScope: string | undefined; // the challenge's, once ours was refused
   #offer: Promise<boolean> | undefined; // of the credential to a registry that had not asked for one
 
-  constructor(session: Session, reference: Reference, registryOrigin: string) {
+  constructor(session: Session, owner: CredentialOwner, registryOrigin: string) {
     const { token } = session.settings;
     this.#session = session;
-    this.#reference = reference;
+    this.#owner = owner;
     this.#registryOrigin = registryOrigin;
-    if (token !== undefined) {
+    if (token !== undefined && owner.role === "registry") {
       this.#authorizations.set(registryOrigin, { header: `Basic ${token}`, expiresAt: NEVER });
       this.#fate = "sent";
     }
@@ -2169,7 +2218,7 @@ class Authorizer {
       headers: {},
       signal,
       authorizationFor: async () => undefined,
-      isRegistry: (each) => each === this.#registryOrigin,
+      roleOf: (each) => this.#roleOf(each),
     });
     answer.body?.destroy();
 
@@ -2186,7 +2235,7 @@ class Authorizer {
   }
 
   async #triedWords(): Promise<string> {
-    const { host, repository } = this.#reference;
+    const { host, repository } = this.#owner.reference;
     const isAccepted = this.#fate === "accepted";
     if (this.#refusedCredential) {
       const stored = `the stored credentials (${this.#refusedCredential.source})`;
@@ -2208,7 +2257,7 @@ class Authorizer {
   /** Looked up when a registry asks for it first; storage hosts and other origins never get it. */
   async #credentialFor(origin: string): Promise<Credential | undefined> {
     if (this.#refusedCredential || origin !== this.#registryOrigin) return undefined;
-    this.#lookup ??= findCredential(this.#session.settings, this.#reference);
+    this.#lookup ??= findCredential(this.#session.settings, this.#owner);
     return this.#lookup;
   }
 
@@ -2264,12 +2313,12 @@ class Authorizer {
     { parameters }: Challenge,
     credential: Credential | undefined,
   ): Promise<Authorization | undefined> {
-    const isRegistry = origin === this.#registryOrigin;
-    const scope = this.#scopeFor(isRegistry, parameters.scope);
+    const role = this.#roleOf(origin);
+    const scope = this.#scopeFor(role, parameters.scope);
     if (credential) this.#fate = "sent";
 
     try {
-      const request = { origin, isRegistry, parameters: { ...parameters, scope }, credential };
+      const request = { origin, role, parameters: { ...parameters, scope }, credential };
       const token = await fetchToken(this.#session, request);
       if (credential) this.#fate = "accepted";
       return token;
@@ -2289,10 +2338,14 @@ class Authorizer {
   }
 
   /** Exactly one scope. The target of a redirect has repositories of its own, and says which one it wants. */
-  #scopeFor(isRegistry: boolean, theirs: string | undefined): string {
-    const ours = `repository:${this.#reference.repository}:pull`;
-    if (isRegistry) return this.#otherScope ?? ours;
+  #scopeFor(role: Role, theirs: string | undefined): string {
+    const ours = `repository:${this.#owner.reference.repository}:pull`;
+    if (role !== "other") return this.#otherScope ?? ours;
     return theirs || ours;
+  }
+
+  #roleOf(origin: string): Role {
+    return origin === this.#registryOrigin ? this.#owner.role : "other";
   }
 
   /** Where ours was refused: once the scope that the registry's challenge names. False: it names no other. */
@@ -2300,7 +2353,7 @@ class Authorizer {
     if (origin !== this.#registryOrigin || this.#otherScope !== undefined) return false;
 
     const bearer = challenges.find(({ scheme }) => scheme === "bearer");
-    this.#otherScope = otherScope(bearer?.parameters.scope, this.#reference.repository);
+    this.#otherScope = otherScope(bearer?.parameters.scope, this.#owner.reference.repository);
     return this.#otherScope !== undefined;
   }
 }
@@ -2346,49 +2399,100 @@ type ContentKind = "manifest" | "blob" | "referrer";
 
 const ANY_TYPE = "*/*";
 
-class Registry {
-  readonly reference: Reference;
+/** One place that may have a repository: its registry, or a mirror of it. Owns what is known of that place. */
+class Endpoint {
+  readonly name: string; // as people write it
   readonly origin: string;
+  readonly role: Role;
   acceptsRanges = true; // false once it has answered a range with the whole
   latencyMs = NEVER; // of the quickest manifest so far: how far away it is
+  isPassedOver = false; // a mirror that cannot give what it should
+  isToldOf = false; // each has one warning
   readonly #session: Session;
+  readonly #reference: Reference; // as this place knows it
+  readonly #namespace: string | undefined;
   readonly #authorizer: Authorizer;
-  #manifestTypes = MANIFEST_TYPES.join(", "); // what the registry takes as Accept
+  #manifestTypes = MANIFEST_TYPES.join(", "); // what it takes as Accept
   #firstContact: Promise<unknown> | undefined;
+  #hasServed = false;
+  #failures = 0;
 
-  constructor(session: Session, reference: Reference) {
+  constructor(session: Session, reference: Reference, mirror?: Mirror) {
+    const { scheme, namespace } = session.settings;
+    const place = mirror ?? { scheme, host: reference.host, prefix: "" };
+    const repository = `${place.prefix}/${reference.repository}`.replace(/^\//, "");
+    this.name = `${place.host}/${place.prefix}`.replace(/\/$/, "");
+    this.origin = new URL(`${place.scheme}://${apiHost(place.host)}`).origin;
+    this.role = mirror ? "mirror" : "registry";
     this.#session = session;
-    this.reference = reference;
-    this.origin = new URL(`${session.settings.scheme}://${apiHost(reference.host)}`).origin;
-    this.#authorizer = new Authorizer(session, reference, this.origin);
+    this.#reference = { ...reference, host: place.host, repository };
+    this.#namespace = mirror ? reference.host : namespace;
+    const owner = { reference: this.#reference, scheme: place.scheme, role: this.role };
+    this.#authorizer = new Authorizer(session, owner, this.origin);
+  }
+
+  get hasServed(): boolean {
+    return this.#hasServed;
+  }
+
+  #urlOf(kind: ContentKind, name: string): URL {
+    const url = new URL(`${this.origin}/v2/${this.#reference.repository}/${kind}s/${name}`);
+    if (this.#namespace !== undefined) url.searchParams.set("ns", this.#namespace);
+    return url;
   }
 
   async manifest(tagOrDigest: string): Promise<FetchedManifest> {
-    const { manifestBytes } = LIMITS;
-    const document = await this.#document("manifest", tagOrDigest, manifestBytes);
+    const document = await this.document("manifest", tagOrDigest, LIMITS.manifestBytes);
     const { bytes, digest, where, type } = document;
     const mediaType = sniffMediaType(bytes, type);
     if (mediaType !== undefined) return { bytes, digest, mediaType };
 
     const what = `this is not a manifest but ${printable(type, 80)}`;
-    return fail("PROTOCOL", `${where}: ${what}: is ${this.reference.host} a registry?`);
+    return fail("PROTOCOL", `${where}: ${what}: is ${this.#reference.host} a registry?`);
   }
 
-  /** A config before its turn, where the platform stands nowhere else. */
-  async config({ digest, size }: Descriptor): Promise<Buffer> {
-    const { bytes, where } = await this.#document("blob", digest, LIMITS.configBytes);
-    if (bytes.length === size) return bytes;
-    return fail("SIZE_MISMATCH", `${where}: ${bytes.length} bytes, not ${size}`);
+  /** A manifest or config as a whole, verified against the digest where one was asked for. */
+  async document(kind: ContentKind, name: string, maximumBytes: number) {
+    const { body, url, headers } = await this.request("GET", kind, name);
+    const where = redactUrl(url);
+    const what = `the ${kind} ${where}`;
+    const bytes = await readBody(body as http.IncomingMessage, maximumBytes, what);
+
+    const digest = isDigest(name)
+      ? digestOf(bytes, name)
+      : digestByName(bytes, headers["docker-content-digest"]);
+    if (isDigest(name) && digest !== name)
+      fail("DIGEST_MISMATCH", `${where}: the bytes have the digest ${digest}`);
+    return { bytes, digest, where, type: headers["content-type"] ?? "nothing named" };
   }
 
-  /** The pages of the referrers endpoint; undefined where the registry has no such endpoint. */
-  async referrers(digest: string): Promise<Buffer[] | undefined> {
+  /** What HEAD tells of a manifest; undefined where something is left out. */
+  async head(
+    tagOrDigest: string,
+  ): Promise<{ mediaType: string; digest: string; size: number } | undefined> {
+    const { headers, body } = await this.request("HEAD", "manifest", tagOrDigest);
+    body?.resume();
+
+    const digest = headers["docker-content-digest"];
+    const size = Number(headers["content-length"] ?? 0);
+    const type = headers["content-type"] ?? "";
+    const mediaType = MANIFEST_TYPES.find((each) => type.startsWith(each));
+    return mediaType && isDigest(digest) && size > 0 ? { mediaType, digest, size } : undefined;
+  }
+
+  /** The pages of the referrers endpoint. */
+  async referrers(digest: string): Promise<Buffer[]> {
     const pages: Buffer[] = [];
     let url: URL | undefined = this.#urlOf("referrer", digest);
 
     while (url) {
-      const page: { bytes: Buffer; next?: URL } | undefined = await this.#page(digest, url);
-      if (!page) return pages.length === 0 ? undefined : pages;
+      const page: { bytes: Buffer; next?: URL } | undefined = await this.#page(digest, url).catch(
+        (error: unknown) => {
+          if (pages.length === 0 || !isWithoutEndpoint(error)) throw error;
+          return undefined; // it has no more
+        },
+      );
+      if (!page) break;
       pages.push(page.bytes);
       if (pages.length > LIMITS.referrerPages)
         fail("TOO_LARGE", `${redactUrl(url)}: more than ${LIMITS.referrerPages} pages`);
@@ -2397,37 +2501,169 @@ class Registry {
     return pages;
   }
 
-  /** One page, and where the next one is. A registry without the endpoint says 404, or with less sense 400 or 405. */
-  async #page(digest: string, url: URL): Promise<{ bytes: Buffer; next?: URL } | undefined> {
-    try {
-      return await withRetries(this.#session, async () => {
-        const { body, headers } = await this.#request("GET", "referrer", digest, { url });
-        const what = `the list of referrers ${redactUrl(url)}`;
-        const { manifestBytes } = LIMITS;
-        const bytes = await readBody(body as http.IncomingMessage, manifestBytes, what);
-        return { bytes, ...dropEmpty({ next: nextPage(headers.link, url) }) };
-      });
-    } catch (error) {
-      const status = error instanceof ImgpullError ? error.status : undefined;
-      if ([400, 404, 405].includes(status ?? 0)) return undefined;
-      throw error;
+  /** One page, and where the next one is. */
+  #page(digest: string, url: URL): Promise<{ bytes: Buffer; next?: URL }> {
+    return withRetries(this.#session, async () => {
+      const { body, headers } = await this.request("GET", "referrer", digest, { url });
+      const what = `the list of referrers ${redactUrl(url)}`;
+      const bytes = await readBody(body as http.IncomingMessage, LIMITS.manifestBytes, what);
+      return { bytes, ...dropEmpty({ next: nextPage(headers.link, url) }) };
+    });
+  }
+
+  /** One answer with a body, after at most one handshake, one renewal and one fallback. */
+  async request(
+    method: string,
+    kind: ContentKind,
+    name: string,
+    more: Partial<HttpRequest> = {},
+  ): Promise<Answer> {
+    const { signal } = this.#session;
+    const request: HttpRequest = {
+      method,
+      url: this.#urlOf(kind, name),
+      signal,
+      authorizationFor: (origin) => this.#authorizer.headerFor(origin),
+      roleOf: (origin) => (origin === this.origin ? this.role : "other"),
+      ...more,
+      headers: { Accept: kind === "manifest" ? this.#manifestTypes : ANY_TYPE, ...more.headers },
+    };
+
+    for (let round = 0; ; round += 1) {
+      const answer = await this.#sendInTurn(request, kind);
+      if (answer.body) {
+        this.#hasServed = true;
+        return answer;
+      }
+
+      // Nexus and others mean by it that they have something else (docker_registry2#40): it is looked at when it comes.
+      if (answer.status === 406 && request.headers.Accept !== ANY_TYPE) {
+        this.#manifestTypes = ANY_TYPE;
+        return this.request(method, kind, name, more);
+      }
+
+      const isLast = round === 3;
+      if (isLast || !(await this.#authorizer.canGoOnAfter(answer, round)))
+        throw await this.#refusal(answer, kind, name);
     }
   }
 
-  /** What HEAD tells of a manifest; undefined where the registry leaves something out. */
+  /** Whether a mirror that failed may be asked again: what passes by itself is forgiven a few times, once it has served. */
+  isForgiven(error: ImgpullError): boolean {
+    this.#failures += 1;
+    const isLie = error.code === "DIGEST_MISMATCH" || error.code === "SIZE_MISMATCH";
+    const most = Math.min(LIMITS.mirrorFailures, this.#session.settings.retries);
+    return this.#hasServed && !isLie && isRetriable(error) && this.#failures <= most;
+  }
+
+  /** The first request for a repository goes alone: the challenge that it meets serves all the others. */
+  async #sendInTurn(request: HttpRequest, kind: ContentKind): Promise<Answer> {
+    const isFirst = this.#firstContact === undefined;
+    if (!isFirst) await this.#firstContact;
+
+    const startedAt = performance.now();
+    const sending = this.#session.transport.send(request);
+    if (isFirst) {
+      const hearing = sending.then((answer) => this.#authorizer.hearFirst(answer));
+      this.#firstContact = hearing.catch(ignore);
+    }
+    const answer = await sending;
+    if (kind === "manifest")
+      this.latencyMs = Math.min(this.latencyMs, performance.now() - startedAt);
+    return answer;
+  }
+
+  /** A refusal in the user's terms. */
+  async #refusal(answer: Answer, kind: ContentKind, name: string): Promise<ImgpullError> {
+    const who = answer.url.origin === this.origin ? `the ${this.role}` : STORAGE_HOST;
+    const error = statusError(answer, this.#session.clock.now(), who);
+    const { code, status, message, retryAfterMs } = error;
+
+    if (code === "NOT_FOUND") {
+      const missing = missingWords(answer, this.#reference, kind, name);
+      const isPage = answer.headers["content-type"]?.includes("html");
+      const doubt = isPage ? `: is ${this.#reference.host} a registry?` : "";
+      return new ImgpullError(code, `no such ${missing}\n  ${message}${doubt}`, { status });
+    }
+
+    const isForGood = retryAfterMs === undefined;
+    const isAccess = code === "UNAUTHORIZED" || code === "FORBIDDEN";
+    return isAccess && isForGood ? this.#authorizer.explain(error) : error;
+  }
+}
+
+// ------ A repository, wherever it is had from ------
+
+/** One repository: its mirrors in their order, then its registry. What one place cannot give, the next one is asked. */
+class Registry {
+  readonly reference: Reference;
+  readonly #session: Session;
+  readonly #mirrors: readonly Endpoint[];
+  readonly #home: Endpoint;
+  readonly #mirrorAnswers = new Map<string, { mirror: Endpoint; hasFailed: boolean }[]>(); // by the blob's digest
+
+  constructor(session: Session, reference: Reference) {
+    const mirrors = session.settings.mirrors.get(canonicalHost(reference.host)) ?? [];
+    this.#session = session;
+    this.reference = reference;
+    this.#mirrors = mirrors.map((mirror) => new Endpoint(session, reference, mirror));
+    this.#home = new Endpoint(session, reference);
+  }
+
+  get origin(): string {
+    return this.#home.origin;
+  }
+  get latencyMs(): number {
+    return this.#first.latencyMs;
+  }
+  get acceptsRanges(): boolean {
+    return this.#first.acceptsRanges;
+  }
+  set acceptsRanges(value: boolean) {
+    this.#first.acceptsRanges = value;
+  }
+  /** The place that is asked first, as things stand. */
+  get #first(): Endpoint {
+    return this.#mirrors.find(({ isPassedOver }) => !isPassedOver) ?? this.#home;
+  }
+
+  manifest(tagOrDigest: string): Promise<FetchedManifest> {
+    const wanted = { kind: "manifest", name: tagOrDigest } as const;
+    return withRetries(this.#session, () =>
+      this.#ask(wanted, (endpoint) => endpoint.manifest(tagOrDigest)),
+    );
+  }
+
+  /** A config before its turn, where the platform stands nowhere else. */
+  config({ digest, size }: Descriptor): Promise<Buffer> {
+    return withRetries(this.#session, () =>
+      this.#ask({ kind: "blob", name: digest }, async (endpoint) => {
+        const { bytes, where } = await endpoint.document("blob", digest, LIMITS.configBytes);
+        if (bytes.length === size) return bytes;
+        return fail("SIZE_MISMATCH", `${where}: ${bytes.length} bytes, not ${size}`);
+      }),
+    );
+  }
+
+  /** What HEAD tells of a manifest; undefined where something is left out. */
   head(
     tagOrDigest: string,
   ): Promise<{ mediaType: string; digest: string; size: number } | undefined> {
-    return withRetries(this.#session, async () => {
-      const { headers, body } = await this.#request("HEAD", "manifest", tagOrDigest);
-      body?.resume();
+    const wanted = { kind: "manifest", name: tagOrDigest } as const;
+    return withRetries(this.#session, () =>
+      this.#ask(wanted, (endpoint) => endpoint.head(tagOrDigest)),
+    );
+  }
 
-      const digest = headers["docker-content-digest"];
-      const size = Number(headers["content-length"] ?? 0);
-      const type = headers["content-type"] ?? "";
-      const mediaType = MANIFEST_TYPES.find((each) => type.startsWith(each));
-      return mediaType && isDigest(digest) && size > 0 ? { mediaType, digest, size } : undefined;
-    });
+  /** The pages of the referrers endpoint; undefined where there is no such endpoint. */
+  async referrers(digest: string): Promise<Buffer[] | undefined> {
+    const wanted = { kind: "referrer", name: digest } as const;
+    try {
+      return await this.#ask(wanted, (endpoint) => endpoint.referrers(digest));
+    } catch (error) {
+      if (isWithoutEndpoint(error)) return undefined;
+      throw error;
+    }
   }
 
   /** One answer, with a body, to a request for a blob's bytes [from, to). The caller checks what comes. */
@@ -2438,16 +2674,95 @@ class Registry {
     signal: AbortSignal,
   ): Promise<Answer> {
     const { digest, size } = descriptor;
-    const isWhole = from === 0 && to === size;
-    const headers: Record<string, string> = isWhole ? {} : { Range: `bytes=${from}-${to - 1}` };
+    const isRanged = from > 0 || to < size;
+    const headers: Record<string, string> = isRanged ? { Range: `bytes=${from}-${to - 1}` } : {};
+    const more = { headers, signal, isBlob: true };
 
     try {
-      return await this.#request("GET", "blob", digest, { headers, signal, isBlob: true });
+      return await this.#ask({ kind: "blob", name: digest, isRanged }, async (endpoint) => {
+        const answer = await endpoint.request("GET", "blob", digest, more);
+        if (endpoint !== this.#home) this.#rememberAnswer(digest, endpoint);
+        return answer;
+      });
     } catch (refusal) {
       const isMissing = refusal instanceof ImgpullError && refusal.code === "NOT_FOUND";
       if (!isMissing) throw refusal;
       return this.#foreignBlob(descriptor, headers, signal, refusal);
     }
+  }
+
+  /**
+   * Whether another place is asked for a blob after `error`: what its reader got was wrong, or broke off. A mirror that
+   * gave wrong bytes is not asked again; the registry itself has no other place beside it.
+   */
+  canAskElsewhere(digest: string, error: unknown): boolean {
+    if (!isMirrorsFailure(error)) return false;
+    const answers = this.#mirrorAnswers.get(digest) ?? [];
+    if (error.code === "DIGEST_MISMATCH") {
+      for (const { mirror } of answers) this.#passOver(mirror, error);
+      return this.#mirrorAnswers.delete(digest);
+    }
+
+    const failed = answers.findLast(({ hasFailed }) => !hasFailed);
+    if (!failed) return false;
+    failed.hasFailed = true;
+    const { mirror } = failed;
+    if (mirror.isPassedOver) return true; // another connection has met the same
+    if (mirror.isForgiven(error)) return false;
+    this.#passOver(mirror, error);
+    return true;
+  }
+
+  #rememberAnswer(digest: string, mirror: Endpoint): void {
+    const answers = this.#mirrorAnswers.get(digest) ?? [];
+    answers.push({ mirror, hasFailed: false });
+    this.#mirrorAnswers.set(digest, answers);
+  }
+
+  /** From the first place that can give it. */
+  async #ask<T>(wanted: Wanted, attempt: (endpoint: Endpoint) => Promise<T>): Promise<T> {
+    for (const mirror of this.#mirrors) {
+      if (mirror.isPassedOver) continue;
+      try {
+        return await attempt(mirror);
+      } catch (error) {
+        if (!this.#canGoOnWithout(mirror, wanted, error)) throw error;
+      }
+    }
+    return attempt(this.#home);
+  }
+
+  /** What a mirror's failure means: the next place is asked, or its caller decides as for any registry. */
+  #canGoOnWithout(mirror: Endpoint, { kind, name, isRanged }: Wanted, error: unknown): boolean {
+    if (!isMirrorsFailure(error)) return false;
+
+    const isMissing =
+      error.code === "NOT_FOUND" || (kind === "referrer" && isWithoutEndpoint(error));
+    if (isMissing && mirror.hasServed) {
+      const isExpected = kind !== "referrer" && isDigest(name); // nobody needs to have signatures
+      if (isExpected) this.#tellOf(mirror, error);
+      return true;
+    }
+
+    if (isRanged && mirror.acceptsRanges && isRangeRefusal(error)) return false;
+    if (mirror.isForgiven(error)) return false;
+    this.#passOver(mirror, error);
+    return true;
+  }
+
+  #passOver(mirror: Endpoint, error: ImgpullError): void {
+    mirror.isPassedOver = true;
+    this.#tellOf(mirror, error);
+  }
+
+  /** One warning for each mirror, whatever more it does. */
+  #tellOf(mirror: Endpoint, { message }: ImgpullError): void {
+    if (mirror.isToldOf) return;
+    mirror.isToldOf = true;
+    const [said] = message.split("\n");
+    const later = this.#mirrors.slice(this.#mirrors.indexOf(mirror) + 1);
+    const next = later.find(({ isPassedOver }) => !isPassedOver) ?? this.#home;
+    this.#session.warn(`the mirror ${mirror.name}: ${said}; asking ${next.name} instead`);
   }
 
   /** A foreign layer that the registry has not, from its `urls`: over https, and without any credential. */
@@ -2469,7 +2784,7 @@ class Registry {
         signal,
         isBlob: true,
         authorizationFor: async () => undefined,
-        isRegistry: () => false,
+        roleOf: () => "other",
       });
       if (answer.body) return answer;
       failure = statusError(answer, this.#session.clock.now(), "the foreign layer's host");
@@ -2477,99 +2792,28 @@ class Registry {
 
     throw failure;
   }
+}
 
-  /** A manifest or config as a whole, verified against the digest where one was asked for. */
-  #document(kind: ContentKind, name: string, maximumBytes: number) {
-    return withRetries(this.#session, async () => {
-      const { body, url, headers } = await this.#request("GET", kind, name);
-      const where = redactUrl(url);
-      const what = `the ${kind} ${where}`;
-      const bytes = await readBody(body as http.IncomingMessage, maximumBytes, what);
+/** What is asked for, by its tag or digest; of a blob perhaps a part. */
+type Wanted = Readonly<{ kind: ContentKind; name: string; isRanged?: boolean }>;
 
-      const digest = isDigest(name)
-        ? digestOf(bytes, name)
-        : digestByName(bytes, headers["docker-content-digest"]);
-      if (isDigest(name) && digest !== name)
-        fail("DIGEST_MISMATCH", `${where}: the bytes have the digest ${digest}`);
-      return { bytes, digest, where, type: headers["content-type"] ?? "nothing named" };
-    });
-  }
+/** What is no fault of any registry: the end of the pull, our disk, a credential file that is broken. */
+const OUR_OWN: readonly ErrorCode[] = ["ABORTED", "DISK", "CREDENTIALS"];
 
-  /** One answer with a body, after at most one handshake, one renewal and one fallback. */
-  async #request(
-    method: string,
-    kind: ContentKind,
-    name: string,
-    more: Partial<HttpRequest> = {},
-  ): Promise<Answer> {
-    const { signal } = this.#session;
-    const request: HttpRequest = {
-      method,
-      url: this.#urlOf(kind, name),
-      signal,
-      authorizationFor: (origin) => this.#authorizer.headerFor(origin),
-      isRegistry: (origin) => origin === this.origin,
-      ...more,
-      headers: { Accept: kind === "manifest" ? this.#manifestTypes : ANY_TYPE, ...more.headers },
-    };
+const isMirrorsFailure = (error: unknown): error is ImgpullError =>
+  error instanceof ImgpullError && !OUR_OWN.includes(error.code);
 
-    for (let round = 0; ; round += 1) {
-      const answer = await this.#sendInTurn(request, kind);
-      if (answer.body) return answer;
+/** A registry without the referrers endpoint says 404, or with less sense 400 or 405. */
+const isWithoutEndpoint = (error: unknown): boolean =>
+  error instanceof ImgpullError && [400, 404, 405].includes(error.status ?? 0);
 
-      // Nexus and others mean by it that they have something else (docker_registry2#40): it is looked at when it comes.
-      if (answer.status === 406 && request.headers.Accept !== ANY_TYPE) {
-        this.#manifestTypes = ANY_TYPE;
-        return this.#request(method, kind, name, more);
-      }
-
-      const isLast = round === 3;
-      if (isLast || !(await this.#authorizer.canGoOnAfter(answer, round)))
-        throw await this.#refusal(answer, kind, name);
-    }
-  }
-
-  /** The first request for a repository goes alone: the challenge that it meets serves all the others. */
-  async #sendInTurn(request: HttpRequest, kind: ContentKind): Promise<Answer> {
-    const isFirst = this.#firstContact === undefined;
-    if (!isFirst) await this.#firstContact;
-
-    const startedAt = performance.now();
-    const sending = this.#session.transport.send(request);
-    if (isFirst) {
-      const hearing = sending.then((answer) => this.#authorizer.hearFirst(answer));
-      this.#firstContact = hearing.catch(ignore);
-    }
-    const answer = await sending;
-    if (kind === "manifest")
-      this.latencyMs = Math.min(this.latencyMs, performance.now() - startedAt);
-    return answer;
-  }
-
-  #urlOf(kind: ContentKind, name: string): URL {
-    const { namespace } = this.#session.settings;
-    const url = new URL(`${this.origin}/v2/${this.reference.repository}/${kind}s/${name}`);
-    if (namespace !== undefined) url.searchParams.set("ns", namespace);
-    return url;
-  }
-
-  /** A refusal in the user's terms. */
-  async #refusal(answer: Answer, kind: ContentKind, name: string): Promise<ImgpullError> {
-    const who = answer.url.origin === this.origin ? "the registry" : STORAGE_HOST;
-    const error = statusError(answer, this.#session.clock.now(), who);
-    const { code, status, message, retryAfterMs } = error;
-
-    if (code === "NOT_FOUND") {
-      const missing = missingWords(answer, this.reference, kind, name);
-      const isPage = answer.headers["content-type"]?.includes("html");
-      const doubt = isPage ? `: is ${this.reference.host} a registry?` : "";
-      return new ImgpullError(code, `no such ${missing}\n  ${message}${doubt}`, { status });
-    }
-
-    const isForGood = retryAfterMs === undefined;
-    const isAccess = code === "UNAUTHORIZED" || code === "FORBIDDEN";
-    return isAccess && isForGood ? this.#authorizer.explain(error) : error;
-  }
+/** Whether it may be the Range that a server or its storage host does not like: what it answers is about as varied as
+ *  servers are. Statuses that mean the same with and without one are left out. */
+function isRangeRefusal(error: unknown): boolean {
+  if (!(error instanceof ImgpullError)) return false;
+  const { status = 0, retryAfterMs = 0 } = error;
+  if ([401, 407, 408, 425, 429].includes(status)) return false;
+  return status >= 400 && retryAfterMs === 0; // who says when to come back means the whole as well
 }
 
 /** Where a `Link` header has the next page (RFC 8288), which is the registry's own business or nobody's. */
@@ -4012,11 +4256,14 @@ class BlobState {
     this.#isDone = true;
   }
 
-  /** Its bytes were wrong and are forgotten. Says whose they were, and whether it may be fetched once more. */
-  restart(): { liar: "source" | "registry"; isLast: boolean } {
+  /**
+   * Its bytes were wrong and are forgotten. Says whose they were, and whether it may be fetched once more; that it came
+   * from a mirror costs the registry no restart.
+   */
+  restart(isFromMirror: boolean): { liar: "source" | "registry"; isLast: boolean } {
     this.#now = nothingOf(this.descriptor.digest);
     if (this.#sources.shift()) return { liar: "source", isLast: false };
-    this.#restartsLeft -= 1;
+    if (!isFromMirror) this.#restartsLeft -= 1;
     return { liar: "registry", isLast: this.#restartsLeft < 0 };
   }
 
@@ -4247,15 +4494,6 @@ function judgeAnswer(
   if (length !== end - position && !isEncoded)
     return { code: "SIZE_MISMATCH", reason: `${length} bytes, not ${end - position}` };
   return { position, end };
-}
-
-/** Whether it may be the Range that a server or its storage host does not like: what it answers is about as varied as
- *  servers are. Statuses that mean the same with and without one are left out. */
-function isRangeRefusal(error: unknown): boolean {
-  if (!(error instanceof ImgpullError)) return false;
-  const { status = 0, retryAfterMs = 0 } = error;
-  if ([401, 407, 408, 425, 429].includes(status)) return false;
-  return status >= 400 && retryAfterMs === 0; // who says when to come back means the whole as well
 }
 
 function openSource({ handle, offset }: Place, { at, to }: Segment): Opened {
@@ -4595,7 +4833,9 @@ class Transfer {
       await this.#receive(segment);
     } catch (error) {
       const isCrowded = error instanceof ImgpullError && error.code === "RATE_LIMITED";
-      if (!isCrowded || !this.#schedule.crowded(segment)) throw error;
+      if (isCrowded && this.#schedule.crowded(segment)) return;
+      const { registry, descriptor, source } = segment.blob;
+      if (source || !registry.canAskElsewhere(descriptor.digest, error)) throw error;
     }
   }
 
@@ -4677,10 +4917,12 @@ class Transfer {
   /** Another source is asked, and the registry once more, with a warning; then it is an error. */
   #judgeWrongBytes(blob: BlobState): void {
     const { descriptor, registry } = blob;
-    const { liar, isLast } = blob.restart();
-    if (liar === "source") return;
-
     const words = `${descriptor.digest}: the bytes have another digest`;
+    const lie = new ImgpullError("DIGEST_MISMATCH", words);
+    const isFromMirror = !blob.source && registry.canAskElsewhere(descriptor.digest, lie);
+    const { liar, isLast } = blob.restart(isFromMirror);
+    if (liar === "source" || isFromMirror) return;
+
     if (isLast) {
       this.#journal?.record(blob); // nothing of it is worth keeping
       fail("DIGEST_MISMATCH", `${words}, twice, from ${registry.origin}`);
@@ -5603,6 +5845,7 @@ type OptionKind =
   | "a list of strings"
   | '"all" or a list of strings'
   | "an object of strings"
+  | "an object of lists of strings"
   | "an AbortSignal"
   | "a function";
 
@@ -5629,6 +5872,7 @@ const OPTION_KINDS = {
   caCert: "a string",
   insecure: "true or false",
   namespace: "a string",
+  mirrors: "an object of lists of strings",
   concurrency: "a number",
   retries: "a number",
   timeoutMs: "a number",
@@ -5651,6 +5895,8 @@ const IS_OF_KIND: Readonly<Record<OptionKind, (value: unknown) => boolean>> = {
   '"all" or a list of strings': (value) => value === "all" || isListOfStrings(value),
   "an object of strings": (value) =>
     isRecord(value) && Object.values(value).every(isStringOrNothing),
+  "an object of lists of strings": (value) =>
+    isRecord(value) && Object.values(value).every(isListOfStrings),
   "an AbortSignal": (value) => value instanceof AbortSignal,
   "a function": (value) => typeof value === "function",
 };
@@ -5751,6 +5997,7 @@ function settingsOf(
     concurrency: integerOption(options, "concurrency", 8, [1, 64]),
     retries: integerOption(options, "retries", 5, [0, 100]),
     wanted: wantedOf(options),
+    mirrors: parseMirrors(options.mirrors ?? {}, scheme),
     ...dropEmpty({ tlsCert, tlsKey, caCert, username, password, token, namespace }),
   };
 }
@@ -6557,6 +6804,13 @@ const REGISTRY_OPTIONS = {
     help: "the registry that a mirror stands for (?ns=)",
     option: "namespace",
   },
+  mirror: {
+    value: "HOST=PLACE",
+    help: "ask PLACE first for images of HOST (repeatable)",
+    isRepeatable: true,
+    option: "mirrors",
+    convert: (typed: readonly string[]) => parseLists("mirror", typed),
+  },
   scheme: { short: "s", value: "https|http", help: "default https", option: "scheme" },
   user: {
     short: "u",
@@ -6754,6 +7008,18 @@ function parsePairs(option: string, typed: readonly string[]): Record<string, st
     pairs[from] = to;
   }
   return pairs;
+}
+
+/** `HOST=PLACE`, several of each HOST. */
+function parseLists(option: string, typed: readonly string[]): Record<string, string[]> {
+  const lists: Record<string, string[]> = {};
+  for (const text of typed) {
+    const [, host = "", place = ""] = /^([^=]+)=(.+)$/.exec(text) ?? [];
+    if (host === "")
+      usage(`--${option} is HOST=PLACE, not "${printable(text.replace(/^.*@/, "***@"))}"`);
+    lists[host] = [...(lists[host] ?? []), place];
+  }
+  return lists;
 }
 
 /** What is pulled how, in the library's words. */

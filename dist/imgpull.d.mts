@@ -73,6 +73,11 @@ interface PullOptions {
     insecure?: boolean | undefined;
     /** The upstream registry that a mirror stands for: `?ns=HOST` on every request. */
     namespace?: string | undefined;
+    /**
+     * Where the images of a registry are asked for before the registry itself, in this order, each as
+     * `[http[s]://]HOST[:PORT][/PREFIX]`: `{ "docker.io": ["mirror.corp:5000/hub"] }`.
+     */
+    mirrors?: Readonly<Record<string, readonly string[]>> | undefined;
     /** Connections used at once, 1 to 64; default 8. */
     concurrency?: number | undefined;
     /** Attempts after the first, 0 to 100; default 5. */

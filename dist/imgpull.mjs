@@ -46,6 +46,8 @@ var LIMITS = Object.freeze({
   // deflate makes a thousandth at best: what is beyond has no end,
   unpackFloorBytes: 1024 * MIB,
   // nor has what is beyond this much besides
+  mirrorFailures: 2,
+  // what passes by itself: of more, another place has it sooner
   indexDepth: 4,
   // an index inside an index; real ones are one or two deep
   indexEntries: 1024,
@@ -318,7 +320,7 @@ function isHost(text) {
 function splitReference(text) {
   const [place = "", digest] = text.split("@");
   const { host = "docker.io", name = "", tag } = PARTS.exec(place)?.groups ?? {};
-  const isHub = HUB_HOSTS.includes(host.toLowerCase());
+  const isHub = canonicalHost(host) === "docker.io";
   return {
     host: isHub ? "docker.io" : host,
     repository: isHub && !name.includes("/") ? `library/${name}` : name,
@@ -372,6 +374,25 @@ function imageName({ host, repository, tag, digest }, namespace) {
 function defaultDestination({ repository, tag, digest = "" }) {
   const name = repository.slice(repository.lastIndexOf("/") + 1);
   return `${name}-${tag ?? hexOf(digest).slice(0, 12)}.tar`;
+}
+var canonicalHost = (host) => HUB_HOSTS.includes(host.toLowerCase()) ? "docker.io" : host.toLowerCase();
+function parseMirrors(mirrors, scheme) {
+  const parsed = /* @__PURE__ */ new Map();
+  for (const [host, places] of Object.entries(mirrors)) {
+    if (!isHost(host)) fail("BAD_OPTION", `\`mirrors\`: "${printable(host)}" is not a host`);
+    const key = canonicalHost(host);
+    const added = places.map((place) => parseMirror(place, scheme));
+    parsed.set(key, [...parsed.get(key) ?? [], ...added]);
+  }
+  return parsed;
+}
+function parseMirror(text, scheme) {
+  const parts = /^(?:(https?):\/\/)?([^/]*)(?:\/(.*?))?\/?$/i.exec(text) ?? [];
+  const [, written = scheme, host = "", prefix = ""] = parts;
+  const isPlace = isHost(host) && (prefix === "" || REPOSITORY.test(prefix));
+  if (isPlace) return { scheme: written.toLowerCase() === "http" ? "http" : "https", host, prefix };
+  const shown = printable(text.replace(/^.*@/, "***@"));
+  return fail("BAD_OPTION", `\`mirrors\`: "${shown}" is not HOST[:PORT][/PREFIX]`);
 }
 var SOCKET_OPTIONS = {
   insecureHTTPParser: true,
@@ -556,9 +577,9 @@ var AgentPool = class {
   constructor(settings) {
     this.#settings = settings;
   }
-  agentFor(url, isRegistry, proxy) {
-    const key = `${url.origin} ${isRegistry} ${proxy?.href}`;
-    const agent = this.#agents.get(key) ?? this.#makeAgent(url, isRegistry, proxy);
+  agentFor(url, role, proxy) {
+    const key = `${url.origin} ${role} ${proxy?.href}`;
+    const agent = this.#agents.get(key) ?? this.#makeAgent(url, role, proxy);
     this.#agents.set(key, agent);
     return agent;
   }
@@ -566,7 +587,7 @@ var AgentPool = class {
     this.#closing.abort();
     for (const agent of this.#agents.values()) agent.then((ready) => ready.destroy(), ignore);
   }
-  async #makeAgent(url, isRegistry, proxy) {
+  async #makeAgent(url, role, proxy) {
     const { timeoutMs, insecure } = this.#settings;
     const keepAlive = { keepAlive: true, scheduling: "lifo" };
     const proxyTls = proxy?.protocol === "https:" ? await this.#tlsToProxy(proxy) : void 0;
@@ -574,7 +595,7 @@ var AgentPool = class {
       return new (clientFor(proxyTls && proxy ? proxy : url)).Agent({ ...keepAlive, ...proxyTls });
     const agent = new (load("node:https")).Agent({
       ...keepAlive,
-      secureContext: await this.#contextFor(url, isRegistry),
+      secureContext: await this.#contextFor(url, role),
       rejectUnauthorized: insecure !== true
     });
     if (!proxy) return agent;
@@ -585,18 +606,19 @@ var AgentPool = class {
   /** Node takes the name to verify from the Host header, which is the target's, unless it is told. */
   async #tlsToProxy(proxy) {
     const servername = net.isIP(proxy.hostname) === 0 ? proxy.hostname : "";
-    return { secureContext: await this.#contextFor(proxy, false), servername };
+    return { secureContext: await this.#contextFor(proxy, "other"), servername };
   }
-  async #contextFor(url, isRegistry) {
-    const { certsDirectory, tlsCert } = this.#settings;
-    const folder = path.join(certsDirectory, url.host);
-    const hasFolder = isRegistry && await fs.access(folder).then(
+  async #contextFor(url, role) {
+    const { tlsCert, tlsKey, ...common } = this.#settings;
+    const folder = path.join(common.certsDirectory, url.host);
+    const hasFolder = role !== "other" && await fs.access(folder).then(
       () => true,
       () => false
     );
-    if (isRegistry && (tlsCert !== void 0 || hasFolder))
+    if (role === "registry" && tlsCert !== void 0)
       return makeSecureContext(this.#settings, folder);
-    this.#commonContext ??= makeSecureContext(this.#settings);
+    if (hasFolder) return makeSecureContext(common, folder);
+    this.#commonContext ??= makeSecureContext(common);
     return this.#commonContext;
   }
 };
@@ -619,7 +641,7 @@ var Transport = class {
     const { timeoutMs, environment } = this.#settings;
     const { method, signal, body, isBlob = false } = request;
     const proxy = proxyFor(url, environment);
-    const agent = await this.#agents.agentFor(url, request.isRegistry(url.origin), proxy);
+    const agent = await this.#agents.agentFor(url, request.roleOf(url.origin), proxy);
     const forwarder = url.protocol === "http:" ? proxy : void 0;
     const options = { ...SOCKET_OPTIONS, method, headers, signal, agent, timeout: timeoutMs };
     const outgoing = forwarder ? forwardRequest(forwarder, url, options) : clientFor(url).request(url, options);
@@ -920,8 +942,8 @@ var CREDENTIAL_PLACES = [
   },
   { file: (environment) => below(homeOf(environment), ".dockercfg"), isAuthsOnly: true }
 ];
-async function findCredential(settings, reference) {
-  const fromOptions = credentialOfOptions(settings);
+async function findCredential(settings, owner) {
+  const fromOptions = owner.role === "registry" ? credentialOfOptions(settings) : void 0;
   if (fromOptions) return fromOptions;
   const { environment } = settings;
   for (const place of CREDENTIAL_PLACES) {
@@ -932,7 +954,7 @@ async function findCredential(settings, reference) {
     const json = parseJson(text);
     if (!isRecord(json)) return fail("CREDENTIALS", `${source} is not a JSON object`);
     const file = place.isAuthsOnly ? { auths: json } : json;
-    const credential = credentialIn({ ...file, source }, reference, settings);
+    const credential = credentialIn({ ...file, source }, owner, environment);
     if (credential) return credential;
   }
   return void 0;
@@ -955,7 +977,7 @@ async function readCredentialFile(file, variable) {
   }
   return fail("CREDENTIALS", `${what}: too large for a credential file`);
 }
-function credentialIn({ source, auths, credHelpers, credsStore }, reference, { scheme, environment }) {
+function credentialIn({ source, auths, credHelpers, credsStore }, { reference, scheme }, environment) {
   const { host, repository } = reference;
   const wanted = normalizeAuthKey(`${host}/${repository}`, scheme);
   const isName = (value) => typeof value === "string" && value !== "";
@@ -973,7 +995,7 @@ function normalizeAuthKey(written, scheme) {
   const [authority = "", ...path2] = written.replace(/^https?:\/\//i, "").replace(/\/(v1|v2)?\/?$/, "").split("/");
   const defaultPort = scheme === "http" ? /:80$/ : /:443$/;
   const host = authority.toLowerCase().replace(defaultPort, "");
-  return { host: HUB_HOSTS.includes(host) ? "docker.io" : host, path: path2 };
+  return { host: canonicalHost(host), path: path2 };
 }
 function entriesOfHost(entries, { host }, scheme, isUsable) {
   const ofHost = [];
@@ -1126,13 +1148,13 @@ async function getToken(session, url, request) {
   const token = await readToken(session, url, answer);
   return token ?? fail("PROTOCOL", `${redactUrl(url)} answered without a token`);
 }
-var tokenHttpRequest = ({ signal }, url, { origin, isRegistry }, header) => ({
+var tokenHttpRequest = ({ signal }, url, { origin, role }, header) => ({
   method: "GET",
   url,
   headers: {},
   signal,
   authorizationFor: async (each) => each === url.origin ? header : void 0,
-  isRegistry: (each) => each === origin && isRegistry
+  roleOf: (each) => each === origin ? role : "other"
 });
 async function readToken({ clock }, url, answer) {
   const now = clock.now();
@@ -1153,7 +1175,7 @@ function parseToken(body, now) {
 }
 var Authorizer = class {
   #session;
-  #reference;
+  #owner;
   #registryOrigin;
   #authorizations = /* @__PURE__ */ new Map();
   // by origin
@@ -1167,12 +1189,12 @@ var Authorizer = class {
   // the challenge's, once ours was refused
   #offer;
   // of the credential to a registry that had not asked for one
-  constructor(session, reference, registryOrigin) {
+  constructor(session, owner, registryOrigin) {
     const { token } = session.settings;
     this.#session = session;
-    this.#reference = reference;
+    this.#owner = owner;
     this.#registryOrigin = registryOrigin;
-    if (token !== void 0) {
+    if (token !== void 0 && owner.role === "registry") {
       this.#authorizations.set(registryOrigin, { header: `Basic ${token}`, expiresAt: NEVER });
       this.#fate = "sent";
     }
@@ -1227,7 +1249,7 @@ var Authorizer = class {
       headers: {},
       signal,
       authorizationFor: async () => void 0,
-      isRegistry: (each) => each === this.#registryOrigin
+      roleOf: (each) => this.#roleOf(each)
     });
     answer.body?.destroy();
     const offered = challengesOf(answer);
@@ -1242,7 +1264,7 @@ var Authorizer = class {
   ${await this.#triedWords()}`, { status });
   }
   async #triedWords() {
-    const { host, repository } = this.#reference;
+    const { host, repository } = this.#owner.reference;
     const isAccepted = this.#fate === "accepted";
     if (this.#refusedCredential) {
       const stored = `the stored credentials (${this.#refusedCredential.source})`;
@@ -1258,7 +1280,7 @@ var Authorizer = class {
   /** Looked up when a registry asks for it first; storage hosts and other origins never get it. */
   async #credentialFor(origin) {
     if (this.#refusedCredential || origin !== this.#registryOrigin) return void 0;
-    this.#lookup ??= findCredential(this.#session.settings, this.#reference);
+    this.#lookup ??= findCredential(this.#session.settings, this.#owner);
     return this.#lookup;
   }
   #goAnonymous(refused, reason) {
@@ -1302,11 +1324,11 @@ var Authorizer = class {
     return this.#tokenFor(origin, bearer, credential);
   }
   async #tokenFor(origin, { parameters }, credential) {
-    const isRegistry = origin === this.#registryOrigin;
-    const scope = this.#scopeFor(isRegistry, parameters.scope);
+    const role = this.#roleOf(origin);
+    const scope = this.#scopeFor(role, parameters.scope);
     if (credential) this.#fate = "sent";
     try {
-      const request = { origin, isRegistry, parameters: { ...parameters, scope }, credential };
+      const request = { origin, role, parameters: { ...parameters, scope }, credential };
       const token = await fetchToken(this.#session, request);
       if (credential) this.#fate = "accepted";
       return token;
@@ -1324,16 +1346,19 @@ var Authorizer = class {
     }
   }
   /** Exactly one scope. The target of a redirect has repositories of its own, and says which one it wants. */
-  #scopeFor(isRegistry, theirs) {
-    const ours = `repository:${this.#reference.repository}:pull`;
-    if (isRegistry) return this.#otherScope ?? ours;
+  #scopeFor(role, theirs) {
+    const ours = `repository:${this.#owner.reference.repository}:pull`;
+    if (role !== "other") return this.#otherScope ?? ours;
     return theirs || ours;
+  }
+  #roleOf(origin) {
+    return origin === this.#registryOrigin ? this.#owner.role : "other";
   }
   /** Where ours was refused: once the scope that the registry's challenge names. False: it names no other. */
   #takeOtherScope(origin, challenges) {
     if (origin !== this.#registryOrigin || this.#otherScope !== void 0) return false;
     const bearer = challenges.find(({ scheme }) => scheme === "bearer");
-    this.#otherScope = otherScope(bearer?.parameters.scope, this.#reference.repository);
+    this.#otherScope = otherScope(bearer?.parameters.scope, this.#owner.reference.repository);
     return this.#otherScope !== void 0;
   }
 };
@@ -1355,46 +1380,91 @@ function isAboutAuthorization({ status, authorization: sent }) {
   return status === 403 && sent !== void 0;
 }
 var ANY_TYPE = "*/*";
-var Registry = class {
-  reference;
+var Endpoint = class {
+  name;
+  // as people write it
   origin;
+  role;
   acceptsRanges = true;
   // false once it has answered a range with the whole
   latencyMs = NEVER;
   // of the quickest manifest so far: how far away it is
+  isPassedOver = false;
+  // a mirror that cannot give what it should
+  isToldOf = false;
+  // each has one warning
   #session;
+  #reference;
+  // as this place knows it
+  #namespace;
   #authorizer;
   #manifestTypes = MANIFEST_TYPES.join(", ");
-  // what the registry takes as Accept
+  // what it takes as Accept
   #firstContact;
-  constructor(session, reference) {
+  #hasServed = false;
+  #failures = 0;
+  constructor(session, reference, mirror) {
+    const { scheme, namespace } = session.settings;
+    const place = mirror ?? { scheme, host: reference.host, prefix: "" };
+    const repository = `${place.prefix}/${reference.repository}`.replace(/^\//, "");
+    this.name = `${place.host}/${place.prefix}`.replace(/\/$/, "");
+    this.origin = new URL(`${place.scheme}://${apiHost(place.host)}`).origin;
+    this.role = mirror ? "mirror" : "registry";
     this.#session = session;
-    this.reference = reference;
-    this.origin = new URL(`${session.settings.scheme}://${apiHost(reference.host)}`).origin;
-    this.#authorizer = new Authorizer(session, reference, this.origin);
+    this.#reference = { ...reference, host: place.host, repository };
+    this.#namespace = mirror ? reference.host : namespace;
+    const owner = { reference: this.#reference, scheme: place.scheme, role: this.role };
+    this.#authorizer = new Authorizer(session, owner, this.origin);
+  }
+  get hasServed() {
+    return this.#hasServed;
+  }
+  #urlOf(kind, name) {
+    const url = new URL(`${this.origin}/v2/${this.#reference.repository}/${kind}s/${name}`);
+    if (this.#namespace !== void 0) url.searchParams.set("ns", this.#namespace);
+    return url;
   }
   async manifest(tagOrDigest) {
-    const { manifestBytes } = LIMITS;
-    const document = await this.#document("manifest", tagOrDigest, manifestBytes);
+    const document = await this.document("manifest", tagOrDigest, LIMITS.manifestBytes);
     const { bytes, digest, where, type } = document;
     const mediaType = sniffMediaType(bytes, type);
     if (mediaType !== void 0) return { bytes, digest, mediaType };
     const what = `this is not a manifest but ${printable(type, 80)}`;
-    return fail("PROTOCOL", `${where}: ${what}: is ${this.reference.host} a registry?`);
+    return fail("PROTOCOL", `${where}: ${what}: is ${this.#reference.host} a registry?`);
   }
-  /** A config before its turn, where the platform stands nowhere else. */
-  async config({ digest, size }) {
-    const { bytes, where } = await this.#document("blob", digest, LIMITS.configBytes);
-    if (bytes.length === size) return bytes;
-    return fail("SIZE_MISMATCH", `${where}: ${bytes.length} bytes, not ${size}`);
+  /** A manifest or config as a whole, verified against the digest where one was asked for. */
+  async document(kind, name, maximumBytes) {
+    const { body, url, headers } = await this.request("GET", kind, name);
+    const where = redactUrl(url);
+    const what = `the ${kind} ${where}`;
+    const bytes = await readBody(body, maximumBytes, what);
+    const digest = isDigest(name) ? digestOf(bytes, name) : digestByName(bytes, headers["docker-content-digest"]);
+    if (isDigest(name) && digest !== name)
+      fail("DIGEST_MISMATCH", `${where}: the bytes have the digest ${digest}`);
+    return { bytes, digest, where, type: headers["content-type"] ?? "nothing named" };
   }
-  /** The pages of the referrers endpoint; undefined where the registry has no such endpoint. */
+  /** What HEAD tells of a manifest; undefined where something is left out. */
+  async head(tagOrDigest) {
+    const { headers, body } = await this.request("HEAD", "manifest", tagOrDigest);
+    body?.resume();
+    const digest = headers["docker-content-digest"];
+    const size = Number(headers["content-length"] ?? 0);
+    const type = headers["content-type"] ?? "";
+    const mediaType = MANIFEST_TYPES.find((each) => type.startsWith(each));
+    return mediaType && isDigest(digest) && size > 0 ? { mediaType, digest, size } : void 0;
+  }
+  /** The pages of the referrers endpoint. */
   async referrers(digest) {
     const pages = [];
     let url = this.#urlOf("referrer", digest);
     while (url) {
-      const page = await this.#page(digest, url);
-      if (!page) return pages.length === 0 ? void 0 : pages;
+      const page = await this.#page(digest, url).catch(
+        (error) => {
+          if (pages.length === 0 || !isWithoutEndpoint(error)) throw error;
+          return void 0;
+        }
+      );
+      if (!page) break;
       pages.push(page.bytes);
       if (pages.length > LIMITS.referrerPages)
         fail("TOO_LARGE", `${redactUrl(url)}: more than ${LIMITS.referrerPages} pages`);
@@ -1402,103 +1472,48 @@ var Registry = class {
     }
     return pages;
   }
-  /** One page, and where the next one is. A registry without the endpoint says 404, or with less sense 400 or 405. */
-  async #page(digest, url) {
-    try {
-      return await withRetries(this.#session, async () => {
-        const { body, headers } = await this.#request("GET", "referrer", digest, { url });
-        const what = `the list of referrers ${redactUrl(url)}`;
-        const { manifestBytes } = LIMITS;
-        const bytes = await readBody(body, manifestBytes, what);
-        return { bytes, ...dropEmpty({ next: nextPage(headers.link, url) }) };
-      });
-    } catch (error) {
-      const status = error instanceof ImgpullError ? error.status : void 0;
-      if ([400, 404, 405].includes(status ?? 0)) return void 0;
-      throw error;
-    }
-  }
-  /** What HEAD tells of a manifest; undefined where the registry leaves something out. */
-  head(tagOrDigest) {
+  /** One page, and where the next one is. */
+  #page(digest, url) {
     return withRetries(this.#session, async () => {
-      const { headers, body } = await this.#request("HEAD", "manifest", tagOrDigest);
-      body?.resume();
-      const digest = headers["docker-content-digest"];
-      const size = Number(headers["content-length"] ?? 0);
-      const type = headers["content-type"] ?? "";
-      const mediaType = MANIFEST_TYPES.find((each) => type.startsWith(each));
-      return mediaType && isDigest(digest) && size > 0 ? { mediaType, digest, size } : void 0;
-    });
-  }
-  /** One answer, with a body, to a request for a blob's bytes [from, to). The caller checks what comes. */
-  async blob(descriptor, from, to, signal) {
-    const { digest, size } = descriptor;
-    const isWhole = from === 0 && to === size;
-    const headers = isWhole ? {} : { Range: `bytes=${from}-${to - 1}` };
-    try {
-      return await this.#request("GET", "blob", digest, { headers, signal, isBlob: true });
-    } catch (refusal) {
-      const isMissing = refusal instanceof ImgpullError && refusal.code === "NOT_FOUND";
-      if (!isMissing) throw refusal;
-      return this.#foreignBlob(descriptor, headers, signal, refusal);
-    }
-  }
-  /** A foreign layer that the registry has not, from its `urls`: over https, and without any credential. */
-  async #foreignBlob({ urls = [] }, headers, signal, refusal) {
-    let failure = refusal;
-    const usable = urls.filter((url) => URL.canParse(url)).map((url) => new URL(url));
-    for (const url of usable) {
-      if (url.protocol !== "https:" || leadsInside(url, this.origin)) continue;
-      const answer = await this.#session.transport.send({
-        method: "GET",
-        url,
-        headers,
-        signal,
-        isBlob: true,
-        authorizationFor: async () => void 0,
-        isRegistry: () => false
-      });
-      if (answer.body) return answer;
-      failure = statusError(answer, this.#session.clock.now(), "the foreign layer's host");
-    }
-    throw failure;
-  }
-  /** A manifest or config as a whole, verified against the digest where one was asked for. */
-  #document(kind, name, maximumBytes) {
-    return withRetries(this.#session, async () => {
-      const { body, url, headers } = await this.#request("GET", kind, name);
-      const where = redactUrl(url);
-      const what = `the ${kind} ${where}`;
-      const bytes = await readBody(body, maximumBytes, what);
-      const digest = isDigest(name) ? digestOf(bytes, name) : digestByName(bytes, headers["docker-content-digest"]);
-      if (isDigest(name) && digest !== name)
-        fail("DIGEST_MISMATCH", `${where}: the bytes have the digest ${digest}`);
-      return { bytes, digest, where, type: headers["content-type"] ?? "nothing named" };
+      const { body, headers } = await this.request("GET", "referrer", digest, { url });
+      const what = `the list of referrers ${redactUrl(url)}`;
+      const bytes = await readBody(body, LIMITS.manifestBytes, what);
+      return { bytes, ...dropEmpty({ next: nextPage(headers.link, url) }) };
     });
   }
   /** One answer with a body, after at most one handshake, one renewal and one fallback. */
-  async #request(method, kind, name, more = {}) {
+  async request(method, kind, name, more = {}) {
     const { signal } = this.#session;
     const request = {
       method,
       url: this.#urlOf(kind, name),
       signal,
       authorizationFor: (origin) => this.#authorizer.headerFor(origin),
-      isRegistry: (origin) => origin === this.origin,
+      roleOf: (origin) => origin === this.origin ? this.role : "other",
       ...more,
       headers: { Accept: kind === "manifest" ? this.#manifestTypes : ANY_TYPE, ...more.headers }
     };
     for (let round = 0; ; round += 1) {
       const answer = await this.#sendInTurn(request, kind);
-      if (answer.body) return answer;
+      if (answer.body) {
+        this.#hasServed = true;
+        return answer;
+      }
       if (answer.status === 406 && request.headers.Accept !== ANY_TYPE) {
         this.#manifestTypes = ANY_TYPE;
-        return this.#request(method, kind, name, more);
+        return this.request(method, kind, name, more);
       }
       const isLast = round === 3;
       if (isLast || !await this.#authorizer.canGoOnAfter(answer, round))
         throw await this.#refusal(answer, kind, name);
     }
+  }
+  /** Whether a mirror that failed may be asked again: what passes by itself is forgiven a few times, once it has served. */
+  isForgiven(error) {
+    this.#failures += 1;
+    const isLie = error.code === "DIGEST_MISMATCH" || error.code === "SIZE_MISMATCH";
+    const most = Math.min(LIMITS.mirrorFailures, this.#session.settings.retries);
+    return this.#hasServed && !isLie && isRetriable(error) && this.#failures <= most;
   }
   /** The first request for a repository goes alone: the challenge that it meets serves all the others. */
   async #sendInTurn(request, kind) {
@@ -1515,21 +1530,15 @@ var Registry = class {
       this.latencyMs = Math.min(this.latencyMs, performance.now() - startedAt);
     return answer;
   }
-  #urlOf(kind, name) {
-    const { namespace } = this.#session.settings;
-    const url = new URL(`${this.origin}/v2/${this.reference.repository}/${kind}s/${name}`);
-    if (namespace !== void 0) url.searchParams.set("ns", namespace);
-    return url;
-  }
   /** A refusal in the user's terms. */
   async #refusal(answer, kind, name) {
-    const who = answer.url.origin === this.origin ? "the registry" : STORAGE_HOST;
+    const who = answer.url.origin === this.origin ? `the ${this.role}` : STORAGE_HOST;
     const error = statusError(answer, this.#session.clock.now(), who);
     const { code, status, message, retryAfterMs } = error;
     if (code === "NOT_FOUND") {
-      const missing = missingWords(answer, this.reference, kind, name);
+      const missing = missingWords(answer, this.#reference, kind, name);
       const isPage = answer.headers["content-type"]?.includes("html");
-      const doubt = isPage ? `: is ${this.reference.host} a registry?` : "";
+      const doubt = isPage ? `: is ${this.#reference.host} a registry?` : "";
       return new ImgpullError(code, `no such ${missing}
   ${message}${doubt}`, { status });
     }
@@ -1538,6 +1547,184 @@ var Registry = class {
     return isAccess && isForGood ? this.#authorizer.explain(error) : error;
   }
 };
+var Registry = class {
+  reference;
+  #session;
+  #mirrors;
+  #home;
+  #mirrorAnswers = /* @__PURE__ */ new Map();
+  // by the blob's digest
+  constructor(session, reference) {
+    const mirrors = session.settings.mirrors.get(canonicalHost(reference.host)) ?? [];
+    this.#session = session;
+    this.reference = reference;
+    this.#mirrors = mirrors.map((mirror) => new Endpoint(session, reference, mirror));
+    this.#home = new Endpoint(session, reference);
+  }
+  get origin() {
+    return this.#home.origin;
+  }
+  get latencyMs() {
+    return this.#first.latencyMs;
+  }
+  get acceptsRanges() {
+    return this.#first.acceptsRanges;
+  }
+  set acceptsRanges(value) {
+    this.#first.acceptsRanges = value;
+  }
+  /** The place that is asked first, as things stand. */
+  get #first() {
+    return this.#mirrors.find(({ isPassedOver }) => !isPassedOver) ?? this.#home;
+  }
+  manifest(tagOrDigest) {
+    const wanted = { kind: "manifest", name: tagOrDigest };
+    return withRetries(
+      this.#session,
+      () => this.#ask(wanted, (endpoint) => endpoint.manifest(tagOrDigest))
+    );
+  }
+  /** A config before its turn, where the platform stands nowhere else. */
+  config({ digest, size }) {
+    return withRetries(
+      this.#session,
+      () => this.#ask({ kind: "blob", name: digest }, async (endpoint) => {
+        const { bytes, where } = await endpoint.document("blob", digest, LIMITS.configBytes);
+        if (bytes.length === size) return bytes;
+        return fail("SIZE_MISMATCH", `${where}: ${bytes.length} bytes, not ${size}`);
+      })
+    );
+  }
+  /** What HEAD tells of a manifest; undefined where something is left out. */
+  head(tagOrDigest) {
+    const wanted = { kind: "manifest", name: tagOrDigest };
+    return withRetries(
+      this.#session,
+      () => this.#ask(wanted, (endpoint) => endpoint.head(tagOrDigest))
+    );
+  }
+  /** The pages of the referrers endpoint; undefined where there is no such endpoint. */
+  async referrers(digest) {
+    const wanted = { kind: "referrer", name: digest };
+    try {
+      return await this.#ask(wanted, (endpoint) => endpoint.referrers(digest));
+    } catch (error) {
+      if (isWithoutEndpoint(error)) return void 0;
+      throw error;
+    }
+  }
+  /** One answer, with a body, to a request for a blob's bytes [from, to). The caller checks what comes. */
+  async blob(descriptor, from, to, signal) {
+    const { digest, size } = descriptor;
+    const isRanged = from > 0 || to < size;
+    const headers = isRanged ? { Range: `bytes=${from}-${to - 1}` } : {};
+    const more = { headers, signal, isBlob: true };
+    try {
+      return await this.#ask({ kind: "blob", name: digest, isRanged }, async (endpoint) => {
+        const answer = await endpoint.request("GET", "blob", digest, more);
+        if (endpoint !== this.#home) this.#rememberAnswer(digest, endpoint);
+        return answer;
+      });
+    } catch (refusal) {
+      const isMissing = refusal instanceof ImgpullError && refusal.code === "NOT_FOUND";
+      if (!isMissing) throw refusal;
+      return this.#foreignBlob(descriptor, headers, signal, refusal);
+    }
+  }
+  /**
+   * Whether another place is asked for a blob after `error`: what its reader got was wrong, or broke off. A mirror that
+   * gave wrong bytes is not asked again; the registry itself has no other place beside it.
+   */
+  canAskElsewhere(digest, error) {
+    if (!isMirrorsFailure(error)) return false;
+    const answers = this.#mirrorAnswers.get(digest) ?? [];
+    if (error.code === "DIGEST_MISMATCH") {
+      for (const { mirror: mirror2 } of answers) this.#passOver(mirror2, error);
+      return this.#mirrorAnswers.delete(digest);
+    }
+    const failed = answers.findLast(({ hasFailed }) => !hasFailed);
+    if (!failed) return false;
+    failed.hasFailed = true;
+    const { mirror } = failed;
+    if (mirror.isPassedOver) return true;
+    if (mirror.isForgiven(error)) return false;
+    this.#passOver(mirror, error);
+    return true;
+  }
+  #rememberAnswer(digest, mirror) {
+    const answers = this.#mirrorAnswers.get(digest) ?? [];
+    answers.push({ mirror, hasFailed: false });
+    this.#mirrorAnswers.set(digest, answers);
+  }
+  /** From the first place that can give it. */
+  async #ask(wanted, attempt) {
+    for (const mirror of this.#mirrors) {
+      if (mirror.isPassedOver) continue;
+      try {
+        return await attempt(mirror);
+      } catch (error) {
+        if (!this.#canGoOnWithout(mirror, wanted, error)) throw error;
+      }
+    }
+    return attempt(this.#home);
+  }
+  /** What a mirror's failure means: the next place is asked, or its caller decides as for any registry. */
+  #canGoOnWithout(mirror, { kind, name, isRanged }, error) {
+    if (!isMirrorsFailure(error)) return false;
+    const isMissing = error.code === "NOT_FOUND" || kind === "referrer" && isWithoutEndpoint(error);
+    if (isMissing && mirror.hasServed) {
+      const isExpected = kind !== "referrer" && isDigest(name);
+      if (isExpected) this.#tellOf(mirror, error);
+      return true;
+    }
+    if (isRanged && mirror.acceptsRanges && isRangeRefusal(error)) return false;
+    if (mirror.isForgiven(error)) return false;
+    this.#passOver(mirror, error);
+    return true;
+  }
+  #passOver(mirror, error) {
+    mirror.isPassedOver = true;
+    this.#tellOf(mirror, error);
+  }
+  /** One warning for each mirror, whatever more it does. */
+  #tellOf(mirror, { message }) {
+    if (mirror.isToldOf) return;
+    mirror.isToldOf = true;
+    const [said] = message.split("\n");
+    const later = this.#mirrors.slice(this.#mirrors.indexOf(mirror) + 1);
+    const next = later.find(({ isPassedOver }) => !isPassedOver) ?? this.#home;
+    this.#session.warn(`the mirror ${mirror.name}: ${said}; asking ${next.name} instead`);
+  }
+  /** A foreign layer that the registry has not, from its `urls`: over https, and without any credential. */
+  async #foreignBlob({ urls = [] }, headers, signal, refusal) {
+    let failure = refusal;
+    const usable = urls.filter((url) => URL.canParse(url)).map((url) => new URL(url));
+    for (const url of usable) {
+      if (url.protocol !== "https:" || leadsInside(url, this.origin)) continue;
+      const answer = await this.#session.transport.send({
+        method: "GET",
+        url,
+        headers,
+        signal,
+        isBlob: true,
+        authorizationFor: async () => void 0,
+        roleOf: () => "other"
+      });
+      if (answer.body) return answer;
+      failure = statusError(answer, this.#session.clock.now(), "the foreign layer's host");
+    }
+    throw failure;
+  }
+};
+var OUR_OWN = ["ABORTED", "DISK", "CREDENTIALS"];
+var isMirrorsFailure = (error) => error instanceof ImgpullError && !OUR_OWN.includes(error.code);
+var isWithoutEndpoint = (error) => error instanceof ImgpullError && [400, 404, 405].includes(error.status ?? 0);
+function isRangeRefusal(error) {
+  if (!(error instanceof ImgpullError)) return false;
+  const { status = 0, retryAfterMs = 0 } = error;
+  if ([401, 407, 408, 425, 429].includes(status)) return false;
+  return status >= 400 && retryAfterMs === 0;
+}
 function nextPage(header, url) {
   const links = [header ?? []].flat().join(",");
   const [, target] = /<([^>]*)>[^<]*;\s*rel="?next"?/i.exec(links) ?? [];
@@ -2540,11 +2727,14 @@ var BlobState = class {
   markDone() {
     this.#isDone = true;
   }
-  /** Its bytes were wrong and are forgotten. Says whose they were, and whether it may be fetched once more. */
-  restart() {
+  /**
+   * Its bytes were wrong and are forgotten. Says whose they were, and whether it may be fetched once more; that it came
+   * from a mirror costs the registry no restart.
+   */
+  restart(isFromMirror) {
     this.#now = nothingOf(this.descriptor.digest);
     if (this.#sources.shift()) return { liar: "source", isLast: false };
-    this.#restartsLeft -= 1;
+    if (!isFromMirror) this.#restartsLeft -= 1;
     return { liar: "registry", isLast: this.#restartsLeft < 0 };
   }
   /** The tar at hand does not hold it after all. */
@@ -2720,12 +2910,6 @@ function judgeAnswer({ status, headers }, [at, to], sizeBytes) {
   if (length !== end - position && !isEncoded)
     return { code: "SIZE_MISMATCH", reason: `${length} bytes, not ${end - position}` };
   return { position, end };
-}
-function isRangeRefusal(error) {
-  if (!(error instanceof ImgpullError)) return false;
-  const { status = 0, retryAfterMs = 0 } = error;
-  if ([401, 407, 408, 425, 429].includes(status)) return false;
-  return status >= 400 && retryAfterMs === 0;
 }
 function openSource({ handle, offset }, { at, to }) {
   const stream = Readable.from(readPlace(handle, offset + at, offset + to));
@@ -2977,7 +3161,9 @@ var Transfer = class {
       await this.#receive(segment);
     } catch (error) {
       const isCrowded = error instanceof ImgpullError && error.code === "RATE_LIMITED";
-      if (!isCrowded || !this.#schedule.crowded(segment)) throw error;
+      if (isCrowded && this.#schedule.crowded(segment)) return;
+      const { registry, descriptor, source } = segment.blob;
+      if (source || !registry.canAskElsewhere(descriptor.digest, error)) throw error;
     }
   }
   /** One request for what a segment still lacks, and its bytes into the sink. */
@@ -3047,9 +3233,11 @@ var Transfer = class {
   /** Another source is asked, and the registry once more, with a warning; then it is an error. */
   #judgeWrongBytes(blob) {
     const { descriptor, registry } = blob;
-    const { liar, isLast } = blob.restart();
-    if (liar === "source") return;
     const words = `${descriptor.digest}: the bytes have another digest`;
+    const lie = new ImgpullError("DIGEST_MISMATCH", words);
+    const isFromMirror = !blob.source && registry.canAskElsewhere(descriptor.digest, lie);
+    const { liar, isLast } = blob.restart(isFromMirror);
+    if (liar === "source" || isFromMirror) return;
     if (isLast) {
       this.#journal?.record(blob);
       fail("DIGEST_MISMATCH", `${words}, twice, from ${registry.origin}`);
@@ -3708,6 +3896,7 @@ var OPTION_KINDS = {
   caCert: "a string",
   insecure: "true or false",
   namespace: "a string",
+  mirrors: "an object of lists of strings",
   concurrency: "a number",
   retries: "a number",
   timeoutMs: "a number",
@@ -3725,6 +3914,7 @@ var IS_OF_KIND = {
   "a list of strings": isListOfStrings,
   '"all" or a list of strings': (value) => value === "all" || isListOfStrings(value),
   "an object of strings": (value) => isRecord(value) && Object.values(value).every(isStringOrNothing),
+  "an object of lists of strings": (value) => isRecord(value) && Object.values(value).every(isListOfStrings),
   "an AbortSignal": (value) => value instanceof AbortSignal,
   "a function": (value) => typeof value === "function"
 };
@@ -3802,6 +3992,7 @@ function settingsOf(options, environment, certsDirectory = "/etc/docker/certs.d"
     concurrency: integerOption(options, "concurrency", 8, [1, 64]),
     retries: integerOption(options, "retries", 5, [0, 100]),
     wanted: wantedOf(options),
+    mirrors: parseMirrors(options.mirrors ?? {}, scheme),
     ...dropEmpty({ tlsCert, tlsKey, caCert, username, password, token, namespace })
   };
 }
@@ -4225,6 +4416,13 @@ var REGISTRY_OPTIONS = {
     help: "the registry that a mirror stands for (?ns=)",
     option: "namespace"
   },
+  mirror: {
+    value: "HOST=PLACE",
+    help: "ask PLACE first for images of HOST (repeatable)",
+    isRepeatable: true,
+    option: "mirrors",
+    convert: (typed) => parseLists("mirror", typed)
+  },
   scheme: { short: "s", value: "https|http", help: "default https", option: "scheme" },
   user: {
     short: "u",
@@ -4357,6 +4555,16 @@ function parsePairs(option, typed) {
     pairs[from] = to;
   }
   return pairs;
+}
+function parseLists(option, typed) {
+  const lists = {};
+  for (const text of typed) {
+    const [, host = "", place = ""] = /^([^=]+)=(.+)$/.exec(text) ?? [];
+    if (host === "")
+      usage(`--${option} is HOST=PLACE, not "${printable(text.replace(/^.*@/, "***@"))}"`);
+    lists[host] = [...lists[host] ?? [], place];
+  }
+  return lists;
 }
 function optionsOf({ values, lists, switches }) {
   const options = {};

@@ -91,6 +91,11 @@ const read = ({ folder }: Reader, name: string): Buffer => readFileSync(join(fol
 const ALPINE = { "alpine:3.22": "docker.io/library/alpine:3.22" };
 const EXPORTER = { "node-exporter": "quay.io/prometheus/node-exporter:v1.8.2" };
 const hasAlpine = (reader: Reader): void => checkTar(read(reader, "alpine.tar"), ALPINE);
+const hasCurl = (reader: Reader): void => {
+  checkTar(read(reader, "curl.tar"), { curl: "quay.io/curl/curl:8.10.1" });
+  const requests = reader.registries["mirror.corp.example"].manifestRequests();
+  assert.ok(requests.length > 0 && requests.every(({ query }) => query.get("ns") === "quay.io"));
+};
 const BUNDLE = "imgpull alpine:3.22 quay.io/prometheus/node-exporter:v1.8.2 bundle.tar";
 
 /** What has to be there before, and what is there when it has run. */
@@ -195,14 +200,9 @@ const RUN: Record<string, Case> = {
     gives: (reader) =>
       checkTar(read(reader, "app.tar"), { app: "registry.corp.example:5000/team/app:1.4" }),
   },
-  "imgpull mirror.corp.example/curl/curl:8.10.1 curl.tar --ns quay.io": {
-    gives: (reader) => {
-      checkTar(read(reader, "curl.tar"), { curl: "quay.io/curl/curl:8.10.1" });
-      const requests = reader.registries["mirror.corp.example"].manifestRequests();
-      assert.ok(
-        requests.length > 0 && requests.every(({ query }) => query.get("ns") === "quay.io"),
-      );
-    },
+  "imgpull mirror.corp.example/curl/curl:8.10.1 curl.tar --ns quay.io": { gives: hasCurl },
+  "imgpull quay.io/curl/curl:8.10.1 curl.tar --mirror quay.io=mirror.corp.example": {
+    gives: hasCurl,
   },
   "imgpull alpine:3.22 busybox:1.37 tools.tar > images.lock": {
     gives: (reader) => {

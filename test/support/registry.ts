@@ -825,7 +825,10 @@ export class Registry {
   }
 
   #challenge(record: RequestRecord): string {
-    const { realm = this.tokenUrl, service = "test-registry" } = this.#auth;
+    // Its own token service is where it is itself for the one who asks, by whatever name.
+    const own = `${new URL(this.url).protocol}//${record.headers.host}/token`;
+    const isOwn = (this.#auth.tokenServer ?? "same") === "same";
+    const { realm = isOwn ? own : this.tokenUrl, service = "test-registry" } = this.#auth;
     const {
       scope = record.repository ? `repository:${this.#fullName(record.repository)}:pull` : null,
     } = this.#auth;
