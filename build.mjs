@@ -108,7 +108,7 @@ function declareTypes() {
   const isDeclared = (name) =>
     new RegExp(`^(declare )?(class|function|const) ${name}\\b`, "m").test(declared);
   const exportLine = /^export \{ (.*) \};$/m;
-  const names = exportLine.exec(declared)[1].split(", ").filter(isDeclared);
+  const names = exportLine.exec(declared)[1].split(/, ?/).filter(isDeclared);
   return { types: declared.replace(exportLine, `export { ${names.join(", ")} };`), names };
 }
 

@@ -534,6 +534,7 @@ const DISK_WORDS: Readonly<Record<string, string>> = {
   ENOENT: "no such file or directory",
   ENOTDIR: "a part of the path is not a directory",
   EISDIR: "it is a directory",
+  EPIPE: "who reads it has gone before its end",
   EFBIG: "the file system does not take a file of that size",
   ENAMETOOLONG: "a name in the path is too long",
 };
@@ -6109,6 +6110,148 @@ function progressReporter(onProgress: (progress: Progress) => void) {
   };
 }
 
+// ------ Lists of images ------
+
+/** The images that a list names: one a line; or the `image:` values of a YAML or JSON document. */
+interface ImageList {
+  /** As they are written, each once. */
+  references: readonly string[];
+  format: "lines" | "yaml" | "json";
+  /** How many `image:` values could not be read: anchors, aliases, text over several lines. */
+  unread: number;
+}
+
+/** Text as editors and shells leave it: UTF-8, or UTF-16 with a byte order mark (PowerShell's `>`). */
+function decodeText(bytes: Uint8Array): string {
+  const mark = `${bytes[0]},${bytes[1]}`;
+  if (mark === "255,254") return new TextDecoder("utf-16le").decode(bytes);
+  if (mark === "254,255")
+    return new TextDecoder("utf-16le").decode(
+      Buffer.from(bytes.subarray(0, bytes.length & ~1)).swap16(),
+    );
+  return new TextDecoder().decode(bytes);
+}
+
+/**
+ * Reads a list of images: lines, with `#` before comments; or YAML or JSON as Kubernetes, Compose and `helm template`
+ * have it, of which each `image:` value is taken.
+ */
+function parseImageList(content: string | Uint8Array): ImageList {
+  const text = typeof content === "string" ? content : decodeText(content);
+  const json = /^\s*[[{]/.test(text) ? parseJson(text) : undefined;
+  const unique = (values: readonly string[]) => [...new Set(values)];
+  if (json !== undefined)
+    return { references: unique(imagesInJson(json)), format: "json", unread: 0 };
+
+  // In a list a colon has something right behind it; in a document there are a `key: value`, braces, or ---.
+  const isDocument = /^(---|\s*[[{])|^\s*(- +)*("[^"]*"|'[^']*'|[\w./-]+)[ \t]*:[ \t]+\S/m.test(
+    text,
+  );
+  if (isDocument) {
+    const scan = new YamlScan();
+    for (const line of text.split(/\r?\n/)) scan.read(line);
+    return { references: unique(scan.images), format: "yaml", unread: scan.unread };
+  }
+  const lines = text.split(/\r?\n/).map((line) => line.replace(/(^|\s)#.*$/, "").trim());
+  return { references: unique(lines.filter((line) => line !== "")), format: "lines", unread: 0 };
+}
+
+/** What the list of a pod's images says of one that was loaded by its ID: there is nothing to pull. */
+const isImageId = (value: string): boolean => /^sha256:[0-9a-f]{64}$/.test(value);
+
+function imagesInJson(document: unknown): string[] {
+  const images: string[] = [];
+  const values = [document]; // a stack of our own: a document may be deeper than the engine's
+  while (values.length > 0) {
+    const value = values.pop();
+    if (typeof value !== "object" || value === null) continue;
+    const { image } = value as { image?: unknown };
+    if (typeof image === "string" && image !== "" && !isImageId(image)) images.push(image);
+    values.push(...Object.values(value).reverse());
+  }
+  return images;
+}
+
+/**
+ * Takes `image:` values out of YAML, line by line. It is no YAML reader: it knows where text is that only looks like a
+ * key (block scalars, quotes over several lines, comments), and takes plain and quoted words.
+ */
+class YamlScan {
+  readonly images: string[] = [];
+  unread = 0;
+  /** The lines of a block scalar are deeper than this. */
+  #blockColumn: number | undefined;
+  /** The quote that ends a text which began on an earlier line. */
+  #openQuote: '"' | "'" | undefined;
+
+  read(line: string): void {
+    if (this.#openQuote) {
+      if (endsQuote(line, this.#openQuote)) this.#openQuote = undefined;
+      return;
+    }
+    const column = line.search(/\S/);
+    const isText = this.#blockColumn !== undefined && column > this.#blockColumn;
+    if (column < 0 || isText) return;
+    this.#blockColumn = undefined;
+
+    const { isImage, value, parentColumn } = parseYamlLine(line);
+    if (this.#beginsText(value, parentColumn)) {
+      if (isImage) this.unread += 1;
+    } else if (isImage) this.#take(value);
+    else if (/^[[{]/.test(value)) this.#readFlow(value);
+  }
+
+  /** Whether a value goes on in the lines below: a block scalar (`|`, `>`), or a quote that is not closed. */
+  #beginsText(value: string, parentColumn: number): boolean {
+    if (/^(?:[&!]\S+\s+)*[|>][-+\d]*(?:\s+#.*)?$/.test(value)) {
+      this.#blockColumn = parentColumn;
+      return true;
+    }
+    const quote = value[0];
+    if ((quote !== '"' && quote !== "'") || endsQuote(value.slice(1), quote)) return false;
+    this.#openQuote = quote;
+    return true;
+  }
+
+  /** `{ name: web, image: nginx }`: quoted text is passed over whole. */
+  #readFlow(text: string): void {
+    const entry = /[{,[]\s*(["']?)image\1\s*:\s*("[^"]*"|'[^']*'|[^\s,}\]"'][^,}\]]*)/;
+    const quoted = /"(?:[^"\\]|\\.)*"|'(?:[^']|'')*'/;
+    for (const [, , value] of text.matchAll(new RegExp(`${entry.source}|${quoted.source}`, "g")))
+      if (value !== undefined) this.#take(value);
+  }
+
+  #take(value: string): void {
+    const [, inDouble, inSingle] = /^(?:"([^"]*)"|'([^']*)')/.exec(value) ?? [];
+    const plain = value.replace(/(^|\s)#.*$/, "").replace(/\s*(,|\s[}\]]).*$/, "");
+    if (/^[&*!{[]/.test(value)) this.unread += 1;
+    else this.#add(inDouble ?? inSingle ?? plain.trim());
+  }
+
+  #add(word: string): void {
+    const isEmpty = ["", "~", "null"].includes(word);
+    if (!isEmpty && !isImageId(word)) this.images.push(word);
+  }
+}
+
+/** `- key: value`, or a value without a key; nested text is deeper than `parentColumn`. A comment has no value. */
+function parseYamlLine(line: string): { isImage: boolean; value: string; parentColumn: number } {
+  const [, dashes = "", rest = ""] = /^(\s*(?:-\s+)*)(.*)$/.exec(line) ?? [];
+  if (rest.startsWith("#")) return { isImage: false, value: "", parentColumn: 0 };
+  const [, key, value = ""] =
+    /^("[^"]*"|'[^']*'|[^\s"'{[#][^#]*?)\s*:(?:\s+(.*))?$/.exec(rest) ?? [];
+  if (key === undefined)
+    return { isImage: false, value: rest.trim(), parentColumn: dashes.lastIndexOf("-") };
+  const isImage = /^(["']?)image\1$/.test(key);
+  return { isImage, value: value.trim(), parentColumn: dashes.length };
+}
+
+/** Whether a text that began with a quote ends in this line; a backslash escapes in double quotes, a second ' in others. */
+function endsQuote(text: string, quote: '"' | "'"): boolean {
+  const escapes = quote === '"' ? /\\./g : /''/g;
+  return text.replace(escapes, "").includes(quote);
+}
+
 // ------ Which images, and under which names ------
 
 type NamedImage = Readonly<{ reference: Reference; name: string }>;
@@ -6749,7 +6892,12 @@ type OptionSpec = Readonly<{
   /** The library's name of it, and how what was typed becomes its value there, where that is not the text itself. */
   option?: keyof PullOptions;
   convert?: (typed: never) => unknown;
+  /** What it goes with, where that is not what the options around it go with. */
+  tasks?: readonly Task[];
 }>;
+
+/** What a command line is for. */
+type Task = "pull" | "manifest" | "list-tar" | "verify";
 
 const PULL_OPTIONS = {
   os: {
@@ -6757,21 +6905,29 @@ const PULL_OPTIONS = {
     value: "OS",
     help: "operating system wanted; default: this machine's",
     option: "osType",
+    tasks: ["pull", "manifest"],
   },
   arch: {
     short: "a",
     value: "ARCH",
     help: "processor wanted (amd64, arm64, arm ...)",
     option: "archType",
+    tasks: ["pull", "manifest"],
   },
-  variant: { value: "V", help: "processor variant wanted (v7, v8 ...)", option: "variant" },
+  variant: {
+    value: "V",
+    help: "processor variant wanted (v7, v8 ...)",
+    option: "variant",
+    tasks: ["pull", "manifest"],
+  },
   platform: {
     value: "OS/ARCH[/V]",
     help: "the three in one word; several with commas; or all",
     option: "platforms",
     convert: (typed: string) => (typed === "all" ? typed : typed.split(",")),
+    tasks: ["pull", "manifest"],
   },
-  from: { value: "FILE", help: "read more IMAGEs, one a line; - is stdin" },
+  from: { value: "FILE", help: "read more IMAGEs: lines, YAML, JSON; - is stdin" },
   name: { value: "NAME", help: "the name that the image gets in the tar", option: "name" },
   rename: {
     value: "FROM=TO",
@@ -6865,9 +7021,14 @@ const REGISTRY_OPTIONS = {
 } as const satisfies Record<string, OptionSpec>;
 
 const LOOK_OPTIONS = {
-  manifest: { short: "m", value: "list|image", help: "print the manifest" },
-  "list-tar": { short: "l", value: "TAR", help: "say what a tar holds, offline" },
-  verify: { value: "TAR", help: "hash a tar again, offline" },
+  manifest: { short: "m", value: "list|image", help: "print the manifest", tasks: ["manifest"] },
+  "list-tar": {
+    short: "l",
+    value: "TAR",
+    help: "say what a tar holds, offline",
+    tasks: ["list-tar"],
+  },
+  verify: { value: "TAR", help: "hash a tar again, offline", tasks: ["verify"] },
   parsed: { help: "print the parsed command line as JSON" },
   quiet: { short: "q", help: "no progress" },
   version: { short: "v", help: "print the version" },
@@ -6882,9 +7043,23 @@ type NamesWith<Property extends keyof OptionSpec> = {
     ? Name
     : never;
 }[OptionName];
-type NamedOption = OptionSpec & Readonly<{ name: OptionName }>;
-const OPTIONS = Object.entries<OptionSpec>(OPTION_TABLE).map(
-  ([name, spec]) => ({ name, ...spec }) as NamedOption,
+
+type NamedOption = OptionSpec & Readonly<{ name: OptionName; tasks: readonly Task[] }>;
+const OPTION_GROUPS: readonly Readonly<{
+  title: string;
+  options: Record<string, OptionSpec>;
+  tasks: readonly Task[];
+}>[] = [
+  { title: "What to pull", options: PULL_OPTIONS, tasks: ["pull"] },
+  { title: "Registry", options: REGISTRY_OPTIONS, tasks: ["pull", "manifest"] },
+  {
+    title: "Look, do not pull",
+    options: LOOK_OPTIONS,
+    tasks: ["pull", "manifest", "list-tar", "verify"],
+  },
+];
+const OPTIONS = OPTION_GROUPS.flatMap(({ options, tasks }) =>
+  Object.entries(options).map(([name, spec]) => ({ name, tasks, ...spec }) as NamedOption),
 );
 
 // ------ Help ------
@@ -6897,19 +7072,14 @@ const EXAMPLES = `Examples:  imgpull alpine:3.22 --platform linux/arm64 - | ssh 
 `;
 
 function formatHelp(): string {
-  const groups: [title: string, options: Record<string, OptionSpec>][] = [
-    ["What to pull", PULL_OPTIONS],
-    ["Registry", REGISTRY_OPTIONS],
-    ["Look, do not pull", LOOK_OPTIONS],
-  ];
   const formatLine = ([name, { short, value = "", help }]: [string, OptionSpec]) => {
     const form = `${short ? `-${short},` : "   "} --${name} ${value}`;
     return `  ${form.padEnd(28)}${help}\n`;
   };
-  const formatGroup = ([title, options]: (typeof groups)[number]) =>
+  const formatGroup = ({ title, options }: (typeof OPTION_GROUPS)[number]) =>
     `${title}:\n${Object.entries(options).map(formatLine).join("")}`;
 
-  return USAGE + groups.map(formatGroup).join("") + EXAMPLES;
+  return USAGE + OPTION_GROUPS.map(formatGroup).join("") + EXAMPLES;
 }
 
 // ------ Parsing ------
@@ -6920,11 +7090,26 @@ const usage = (reason: string): never => fail("BAD_OPTION", `${reason} (imgpull 
 type CommandLine = Readonly<{
   values: Partial<Record<NamesWith<"value">, string>>;
   lists: Partial<Record<NamesWith<"isRepeatable">, string[]>>;
-  switches: ReadonlySet<OptionName>;
+  switches: Set<OptionName>;
   positionals: readonly string[];
 }>;
 
+const DEST_IS_LAST = "DEST is the last word: imgpull IMAGE DEST";
+
+/** What other programs call it. */
+const HABITS: Readonly<Record<string, string>> = {
+  output: DEST_IS_LAST,
+  file: DEST_IS_LAST,
+  http: "say --scheme http",
+  "plain-http": "say --scheme http",
+  "tls-verify": "say --insecure to go without",
+  "all-platforms": "say --platform all",
+  authfile: "set REGISTRY_AUTH_FILE=FILE in the environment",
+};
+
 function refuseUnknown(rawName: string, name: string): never {
+  const habit = HABITS[name];
+  if (habit !== undefined) usage(`unknown option ${rawName}: ${habit}`);
   const nearest = nearestName(name, Object.keys(OPTION_TABLE));
   const suggestion = nearest === undefined ? "" : `: did you mean --${nearest}?`;
   return usage(`unknown option ${printable(rawName, 60)}${suggestion}`);
@@ -6968,25 +7153,29 @@ function parseCommandLine(argv: readonly string[]): CommandLine {
     tokens: true,
   });
 
-  const values: Record<string, string> = {};
-  const lists: Record<string, string[]> = {};
-  const switches = new Set<OptionName>();
+  const line: CommandLine = { values: {}, lists: {}, switches: new Set(), positionals };
   for (const token of tokens) {
     if (token.kind !== "option") continue;
     const spec = specs.get(token.name) ?? refuseUnknown(token.rawName, token.name);
-    const { name } = spec;
-    if (name in values || switches.has(name)) usage(`--${name} is given twice`);
-
-    if (!spec.value) {
-      if (token.value !== undefined) usage(`${token.rawName} takes no value`);
-      switches.add(name);
-    } else if (spec.isRepeatable) {
-      lists[name] = [...(lists[name] ?? []), typedValue(spec, token)];
-    } else {
-      values[name] = typedValue(spec, token);
-    }
+    addOption(line, spec, token);
   }
-  return { values, lists, switches, positionals };
+  return line;
+}
+
+function addOption(line: CommandLine, spec: NamedOption, token: OptionToken): void {
+  const values: Record<string, string> = line.values;
+  const lists: Record<string, string[]> = line.lists;
+  const { name } = spec;
+  if (name in values || line.switches.has(name)) usage(`--${name} is given twice`);
+
+  if (!spec.value) {
+    if (token.value !== undefined) usage(`${token.rawName} takes no value`);
+    line.switches.add(name);
+  } else if (spec.isRepeatable) {
+    lists[name] = [...(lists[name] ?? []), typedValue(spec, token)];
+  } else {
+    values[name] = typedValue(spec, token);
+  }
 }
 
 // ------ From the command line to the library's words ------
@@ -7039,22 +7228,40 @@ const inTypedWords = (sentence: string): string =>
     return spec ? `--${spec.name}` : quoted;
   });
 
-/** What the library cannot know of: who asks for stdin, and what stands beside what is only looked at. */
-function checkCombinations({ values, switches, positionals }: CommandLine): void {
-  const { from, verify, manifest, "list-tar": listed } = values;
+function taskOf({ manifest, verify, "list-tar": listed }: CommandLine["values"]): Task {
+  if (verify !== undefined) return "verify";
+  if (listed !== undefined) return "list-tar";
+  return manifest === undefined ? "pull" : "manifest";
+}
+
+/** An option without a meaning for what is asked for is refused: who gave it counts on it. */
+function checkTask(task: Task, { values, lists, switches }: CommandLine): void {
+  const typed = new Set([...Object.keys(values), ...Object.keys(lists), ...switches]);
+  const stranger = OPTIONS.find(({ name, tasks }) => typed.has(name) && !tasks.includes(task));
+  if (stranger) usage(`--${stranger.name} does not go with --${task}`);
+}
+
+/** What the library cannot know of: words of other programs, who asks for stdin, what is only looked at. */
+function checkCombinations(line: CommandLine): void {
+  const { values, switches, positionals } = line;
+  const { from, os: system } = values;
+  const task = taskOf(values);
+  if (positionals[0] === "pull")
+    usage('imgpull only pulls, and has no "pull" in front: imgpull IMAGE DEST');
+  if (system !== undefined && /\W/.test(system))
+    usage(`-o is --os, and ${printable(system)} is no operating system: ${DEST_IS_LAST}`);
+  checkTask(task, line);
   const isPasswordOnStdin = switches.has("password-stdin");
   if (values.password !== undefined && isPasswordOnStdin)
     usage("--password and --password-stdin exclude each other");
   if (isPasswordOnStdin && from === "-")
     usage("stdin is asked for twice: --password-stdin and --from -");
 
-  if (listed ?? verify) {
-    if (positionals.length > 0 || (listed && verify)) usage("--list-tar or --verify takes one tar");
-    return;
-  }
-  if (positionals.length > 0) return;
+  const isLooking = task === "verify" || task === "list-tar";
+  if (isLooking && positionals.length > 0) usage(`--${task} takes one tar, and no IMAGE or DEST`);
+  if (isLooking || positionals.length > 0) return;
   if (from === undefined) usage("IMAGE is missing");
-  if (manifest === undefined && !switches.has("dry-run")) usage("DEST is missing");
+  if (!switches.has("dry-run")) usage("DEST is missing");
 }
 
 /** Which of the positionals are IMAGEs, and which is DEST: as with cp, the last one. */
@@ -7101,12 +7308,24 @@ function isReference(text: string): boolean {
   }
 }
 
-/** `imgpull alpine:3 busybox:1` means two images, not a file called busybox:1. */
-function checkDestinationName(destination: string): void {
-  if (/[\\/]|\.(tar|oci|img|tgz|zip|gz)$/i.test(destination) || !/[:@]/.test(destination)) return;
-  if (!isReference(destination)) return;
+/** `imgpull alpine:3 quay.io/org/app:1` means two images, not a file of that name: unless there is such a folder. */
+async function checkDestinationName(destination: string): Promise<void> {
+  const isDrive = process.platform === "win32" && /^[A-Za-z]:/.test(destination);
+  if (isDrive || destination.includes("\\") || /\.(tar|oci|img|tgz|zip|gz)$/i.test(destination))
+    return;
+  const hasFolder = destination.includes("/");
+  const isHosted = /^[^/]*[.:]|^localhost\//.test(destination);
+  const isTagged = /[:@]/.test(destination);
+  if (!isReference(destination) || !(isTagged || (hasFolder && isHosted))) return;
+  const isFolderThere = () =>
+    fs.access(path.dirname(destination)).then(
+      () => true,
+      () => false,
+    );
+  if (hasFolder && (await isFolderThere())) return;
   usage(`DEST is missing: "${destination}" reads as an IMAGE; say ./${destination} to mean a file`);
 }
+
 /** @internal What a command has of its process: all that it reads and writes, but for files. Tests give their own. */
 type CommandIO = Readonly<{
   stdin: NodeJS.ReadableStream;
@@ -7225,23 +7444,28 @@ class Display {
 
 // ------ Running it ------
 
-const readStdin = async ({ stdin }: CommandIO): Promise<string> =>
-  Buffer.concat((await Readable.from(stdin).toArray()) as Buffer[]).toString("utf8");
+const readStdin = async ({ stdin }: CommandIO): Promise<Buffer> =>
+  Buffer.concat((await Readable.from(stdin).toArray()) as Buffer[]);
 
-/** The references in a list: one a line, with # before comments. */
-const parseImageList = (text: string): string[] =>
-  text
-    .split(/\r?\n/)
-    .map((line) => line.replace(/(^|\s)#.*$/, "").trim())
-    .filter((line) => line !== "");
-
-async function readImageList(io: CommandIO, from: string | undefined): Promise<string[]> {
+/** The images of --from. What is not plain in a document is told, as a bundle without it fails on the other side. */
+async function readImageList(
+  io: CommandIO,
+  from: string | undefined,
+  say: (text: string) => void,
+): Promise<readonly string[]> {
   if (from === undefined) return [];
-  if (from === "-") return parseImageList(await readStdin(io));
-  const text = await fs
-    .readFile(from, "utf8")
-    .catch((error: unknown) => usage(`cannot read --from ${from}: ${diskWords(error)}`));
-  return parseImageList(text);
+  const refuse = (error: unknown) => usage(`cannot read --from ${from}: ${diskWords(error)}`);
+  const content = from === "-" ? await readStdin(io) : await fs.readFile(from).catch(refuse);
+  const { references, format, unread } = parseImageList(content);
+  if (format === "lines") return references;
+
+  if (references.length === 0) usage(`--from ${from}: there is no image: value in it`);
+  const count = counted(references.length, "different image");
+  const others = unread === 0 ? "" : `, ${counted(unread, "more value")} could not be read`;
+  say(
+    `${from}: ${count} in image: values${others}; images named elsewhere are not seen (arguments, custom resources)`,
+  );
+  return references;
 }
 
 /** --parsed: what the command line says, in the library's words where it has them; no secret is shown. */
@@ -7327,11 +7551,12 @@ async function runCommand(
 ): Promise<void> {
   const { stdout, env: environment } = io;
   const line = parseCommandLine(argv);
-  if (line.switches.has("help")) {
+  const [firstWord, ...moreWords] = line.positionals;
+  if (line.switches.has("help") || firstWord === "help") {
     stdout.write(formatHelp());
     return;
   }
-  if (line.switches.has("version")) {
+  if (line.switches.has("version") || (firstWord === "version" && moreWords.length === 0)) {
     stdout.write(`imgpull version: ${IMGPULL_VERSION} build date: ${IMGPULL_BUILD_DATE}\n`);
     return;
   }
@@ -7342,16 +7567,17 @@ async function runCommand(
   if (verified !== undefined) return lookAtTar(io, verified, verifyTar, signal);
 
   const { destination, manifest } = command;
-  const references = [...command.images, ...(await readImageList(io, command.from))];
+  const { say } = new Display(io, true);
+  const references = [...command.images, ...(await readImageList(io, command.from, say))];
   if (references.length === 0) usage("no IMAGE is given");
-  if (destination !== undefined) checkDestinationName(destination);
+  if (destination !== undefined) await checkDestinationName(destination);
   if (stdout.isTTY && isStdout(destination))
     usage("the tar is not written to a terminal: redirect stdout");
   const options: PullOptions = { ...command.options, environment, signal };
-  if (command.isPasswordOnStdin) options.password = (await readStdin(io)).replace(/\r?\n$/, "");
+  if (command.isPasswordOnStdin)
+    options.password = String(await readStdin(io)).replace(/\r?\n$/, "");
   if (manifest === undefined) return pullForCommand(io, command, references, options);
-  const onWarning = new Display(io, true).say;
-  const puller = new Puller({ ...options, onWarning, url: references[0] ?? "" });
+  const puller = new Puller({ ...options, onWarning: say, url: references[0] ?? "" });
   return printManifest(io, puller, manifest);
 }
 
@@ -7393,8 +7619,7 @@ async function main(argv: readonly string[], io: CommandIO = process): Promise<n
     const signalCode = signals?.exitCode();
     if (signalCode !== undefined) return signalCode;
     if (!(error instanceof ImgpullError)) throw error;
-    if (errorCodeOf(error.cause) !== "EPIPE")
-      io.stderr.write(`imgpull: ${inTypedWords(error.message)}\n`);
+    io.stderr.write(`imgpull: ${inTypedWords(error.message)}\n`);
     return error.code === "BAD_REFERENCE" || error.code === "BAD_OPTION" ? 2 : 1;
   } finally {
     signals?.close();
@@ -7435,6 +7660,7 @@ export type {
   BlobProgress,
   Descriptor,
   ErrorCode,
+  ImageList,
   ManifestHolder,
   OutputStream,
   Platform,
@@ -7446,4 +7672,13 @@ export type {
   PullResult,
   Reference,
 };
-export { ImgpullError, internals, main, newPullerOpts, Puller, parseReference, pullImages };
+export {
+  ImgpullError,
+  internals,
+  main,
+  newPullerOpts,
+  Puller,
+  parseImageList,
+  parseReference,
+  pullImages,
+};

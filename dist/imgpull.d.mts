@@ -198,6 +198,19 @@ interface Reference {
 }
 /** Throws BAD_REFERENCE with the reason; nothing is asked of any registry for a reference that cannot be right. */
 declare function parseReference(text: string): Reference;
+/** The images that a list names: one a line; or the `image:` values of a YAML or JSON document. */
+interface ImageList {
+    /** As they are written, each once. */
+    references: readonly string[];
+    format: "lines" | "yaml" | "json";
+    /** How many `image:` values could not be read: anchors, aliases, text over several lines. */
+    unread: number;
+}
+/**
+ * Reads a list of images: lines, with `#` before comments; or YAML or JSON as Kubernetes, Compose and `helm template`
+ * have it, of which each `image:` value is taken.
+ */
+declare function parseImageList(content: string | Uint8Array): ImageList;
 /**
  * Pulls images into one tar, folder or stream: `dest` is a file's path, a folder's (one that exists, or a path that ends
  * in `/`: an OCI image layout, to which is added), or a Writable, which gets the tar in order and is not ended. Only
@@ -228,5 +241,5 @@ declare class Puller {
     /** Every blob of an image manifest as `dir/HEX`, verified; those that are there already are kept. */
     pullBlobs(holder: ManifestHolder, dir: string): Promise<void>;
 }
-export type { BlobProgress, Descriptor, ErrorCode, ManifestHolder, OutputStream, Platform, Progress, PulledImage, PullerOpts, PullOptions, PullReport, PullResult, Reference, };
-export { ImgpullError, newPullerOpts, Puller, parseReference, pullImages };
+export type { BlobProgress, Descriptor, ErrorCode, ImageList, ManifestHolder, OutputStream, Platform, Progress, PulledImage, PullerOpts, PullOptions, PullReport, PullResult, Reference, };
+export { ImgpullError, newPullerOpts, Puller, parseImageList, parseReference, pullImages,  };

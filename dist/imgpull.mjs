@@ -216,6 +216,7 @@ var DISK_WORDS = {
   ENOENT: "no such file or directory",
   ENOTDIR: "a part of the path is not a directory",
   EISDIR: "it is a directory",
+  EPIPE: "who reads it has gone before its end",
   EFBIG: "the file system does not take a file of that size",
   ENAMETOOLONG: "a name in the path is too long"
 };
@@ -4080,6 +4081,109 @@ function progressReporter(onProgress) {
     finish: (transfer) => report(transfer, "finish")
   };
 }
+function decodeText(bytes) {
+  const mark = `${bytes[0]},${bytes[1]}`;
+  if (mark === "255,254") return new TextDecoder("utf-16le").decode(bytes);
+  if (mark === "254,255")
+    return new TextDecoder("utf-16le").decode(
+      Buffer.from(bytes.subarray(0, bytes.length & ~1)).swap16()
+    );
+  return new TextDecoder().decode(bytes);
+}
+function parseImageList(content) {
+  const text = typeof content === "string" ? content : decodeText(content);
+  const json = /^\s*[[{]/.test(text) ? parseJson(text) : void 0;
+  const unique = (values) => [...new Set(values)];
+  if (json !== void 0)
+    return { references: unique(imagesInJson(json)), format: "json", unread: 0 };
+  const isDocument = /^(---|\s*[[{])|^\s*(- +)*("[^"]*"|'[^']*'|[\w./-]+)[ \t]*:[ \t]+\S/m.test(
+    text
+  );
+  if (isDocument) {
+    const scan = new YamlScan();
+    for (const line of text.split(/\r?\n/)) scan.read(line);
+    return { references: unique(scan.images), format: "yaml", unread: scan.unread };
+  }
+  const lines = text.split(/\r?\n/).map((line) => line.replace(/(^|\s)#.*$/, "").trim());
+  return { references: unique(lines.filter((line) => line !== "")), format: "lines", unread: 0 };
+}
+var isImageId = (value) => /^sha256:[0-9a-f]{64}$/.test(value);
+function imagesInJson(document) {
+  const images = [];
+  const values = [document];
+  while (values.length > 0) {
+    const value = values.pop();
+    if (typeof value !== "object" || value === null) continue;
+    const { image } = value;
+    if (typeof image === "string" && image !== "" && !isImageId(image)) images.push(image);
+    values.push(...Object.values(value).reverse());
+  }
+  return images;
+}
+var YamlScan = class {
+  images = [];
+  unread = 0;
+  /** The lines of a block scalar are deeper than this. */
+  #blockColumn;
+  /** The quote that ends a text which began on an earlier line. */
+  #openQuote;
+  read(line) {
+    if (this.#openQuote) {
+      if (endsQuote(line, this.#openQuote)) this.#openQuote = void 0;
+      return;
+    }
+    const column = line.search(/\S/);
+    const isText = this.#blockColumn !== void 0 && column > this.#blockColumn;
+    if (column < 0 || isText) return;
+    this.#blockColumn = void 0;
+    const { isImage, value, parentColumn } = parseYamlLine(line);
+    if (this.#beginsText(value, parentColumn)) {
+      if (isImage) this.unread += 1;
+    } else if (isImage) this.#take(value);
+    else if (/^[[{]/.test(value)) this.#readFlow(value);
+  }
+  /** Whether a value goes on in the lines below: a block scalar (`|`, `>`), or a quote that is not closed. */
+  #beginsText(value, parentColumn) {
+    if (/^(?:[&!]\S+\s+)*[|>][-+\d]*(?:\s+#.*)?$/.test(value)) {
+      this.#blockColumn = parentColumn;
+      return true;
+    }
+    const quote2 = value[0];
+    if (quote2 !== '"' && quote2 !== "'" || endsQuote(value.slice(1), quote2)) return false;
+    this.#openQuote = quote2;
+    return true;
+  }
+  /** `{ name: web, image: nginx }`: quoted text is passed over whole. */
+  #readFlow(text) {
+    const entry = /[{,[]\s*(["']?)image\1\s*:\s*("[^"]*"|'[^']*'|[^\s,}\]"'][^,}\]]*)/;
+    const quoted = /"(?:[^"\\]|\\.)*"|'(?:[^']|'')*'/;
+    for (const [, , value] of text.matchAll(new RegExp(`${entry.source}|${quoted.source}`, "g")))
+      if (value !== void 0) this.#take(value);
+  }
+  #take(value) {
+    const [, inDouble, inSingle] = /^(?:"([^"]*)"|'([^']*)')/.exec(value) ?? [];
+    const plain = value.replace(/(^|\s)#.*$/, "").replace(/\s*(,|\s[}\]]).*$/, "");
+    if (/^[&*!{[]/.test(value)) this.unread += 1;
+    else this.#add(inDouble ?? inSingle ?? plain.trim());
+  }
+  #add(word) {
+    const isEmpty = ["", "~", "null"].includes(word);
+    if (!isEmpty && !isImageId(word)) this.images.push(word);
+  }
+};
+function parseYamlLine(line) {
+  const [, dashes = "", rest = ""] = /^(\s*(?:-\s+)*)(.*)$/.exec(line) ?? [];
+  if (rest.startsWith("#")) return { isImage: false, value: "", parentColumn: 0 };
+  const [, key, value = ""] = /^("[^"]*"|'[^']*'|[^\s"'{[#][^#]*?)\s*:(?:\s+(.*))?$/.exec(rest) ?? [];
+  if (key === void 0)
+    return { isImage: false, value: rest.trim(), parentColumn: dashes.lastIndexOf("-") };
+  const isImage = /^(["']?)image\1$/.test(key);
+  return { isImage, value: value.trim(), parentColumn: dashes.length };
+}
+function endsQuote(text, quote2) {
+  const escapes = quote2 === '"' ? /\\./g : /''/g;
+  return text.replace(escapes, "").includes(quote2);
+}
 var FOR_ONE_HOST = ["username", "password", "token", "tlsCert", "tlsKey", "namespace"];
 var placeOf = ({ host, repository }) => `${host}/${repository}`;
 var beginsWith = (name, segments) => `${placeOf(name)}/`.startsWith(`${segments}/`);
@@ -4369,22 +4473,30 @@ var PULL_OPTIONS = {
     short: "o",
     value: "OS",
     help: "operating system wanted; default: this machine's",
-    option: "osType"
+    option: "osType",
+    tasks: ["pull", "manifest"]
   },
   arch: {
     short: "a",
     value: "ARCH",
     help: "processor wanted (amd64, arm64, arm ...)",
-    option: "archType"
+    option: "archType",
+    tasks: ["pull", "manifest"]
   },
-  variant: { value: "V", help: "processor variant wanted (v7, v8 ...)", option: "variant" },
+  variant: {
+    value: "V",
+    help: "processor variant wanted (v7, v8 ...)",
+    option: "variant",
+    tasks: ["pull", "manifest"]
+  },
   platform: {
     value: "OS/ARCH[/V]",
     help: "the three in one word; several with commas; or all",
     option: "platforms",
-    convert: (typed) => typed === "all" ? typed : typed.split(",")
+    convert: (typed) => typed === "all" ? typed : typed.split(","),
+    tasks: ["pull", "manifest"]
   },
-  from: { value: "FILE", help: "read more IMAGEs, one a line; - is stdin" },
+  from: { value: "FILE", help: "read more IMAGEs: lines, YAML, JSON; - is stdin" },
   name: { value: "NAME", help: "the name that the image gets in the tar", option: "name" },
   rename: {
     value: "FROM=TO",
@@ -4476,20 +4588,46 @@ var REGISTRY_OPTIONS = {
   }
 };
 var LOOK_OPTIONS = {
-  manifest: { short: "m", value: "list|image", help: "print the manifest" },
-  "list-tar": { short: "l", value: "TAR", help: "say what a tar holds, offline" },
-  verify: { value: "TAR", help: "hash a tar again, offline" },
+  manifest: { short: "m", value: "list|image", help: "print the manifest", tasks: ["manifest"] },
+  "list-tar": {
+    short: "l",
+    value: "TAR",
+    help: "say what a tar holds, offline",
+    tasks: ["list-tar"]
+  },
+  verify: { value: "TAR", help: "hash a tar again, offline", tasks: ["verify"] },
   parsed: { help: "print the parsed command line as JSON" },
   quiet: { short: "q", help: "no progress" },
   version: { short: "v", help: "print the version" },
   help: { short: "h", help: "print this help" }
 };
 var OPTION_TABLE = { ...PULL_OPTIONS, ...REGISTRY_OPTIONS, ...LOOK_OPTIONS };
-var OPTIONS = Object.entries(OPTION_TABLE).map(
-  ([name, spec]) => ({ name, ...spec })
+var OPTION_GROUPS = [
+  { title: "What to pull", options: PULL_OPTIONS, tasks: ["pull"] },
+  { title: "Registry", options: REGISTRY_OPTIONS, tasks: ["pull", "manifest"] },
+  {
+    title: "Look, do not pull",
+    options: LOOK_OPTIONS,
+    tasks: ["pull", "manifest", "list-tar", "verify"]
+  }
+];
+var OPTIONS = OPTION_GROUPS.flatMap(
+  ({ options, tasks }) => Object.entries(options).map(([name, spec]) => ({ name, tasks, ...spec }))
 );
 var usage = (reason) => fail("BAD_OPTION", `${reason} (imgpull --help)`);
+var DEST_IS_LAST = "DEST is the last word: imgpull IMAGE DEST";
+var HABITS = {
+  output: DEST_IS_LAST,
+  file: DEST_IS_LAST,
+  http: "say --scheme http",
+  "plain-http": "say --scheme http",
+  "tls-verify": "say --insecure to go without",
+  "all-platforms": "say --platform all",
+  authfile: "set REGISTRY_AUTH_FILE=FILE in the environment"
+};
 function refuseUnknown(rawName, name) {
+  const habit = HABITS[name];
+  if (habit !== void 0) usage(`unknown option ${rawName}: ${habit}`);
   const nearest = nearestName(name, Object.keys(OPTION_TABLE));
   const suggestion = nearest === void 0 ? "" : `: did you mean --${nearest}?`;
   return usage(`unknown option ${printable(rawName, 60)}${suggestion}`);
@@ -4522,24 +4660,27 @@ function parseCommandLine(argv) {
     allowPositionals: true,
     tokens: true
   });
-  const values = {};
-  const lists = {};
-  const switches = /* @__PURE__ */ new Set();
+  const line = { values: {}, lists: {}, switches: /* @__PURE__ */ new Set(), positionals };
   for (const token of tokens) {
     if (token.kind !== "option") continue;
     const spec = specs.get(token.name) ?? refuseUnknown(token.rawName, token.name);
-    const { name } = spec;
-    if (name in values || switches.has(name)) usage(`--${name} is given twice`);
-    if (!spec.value) {
-      if (token.value !== void 0) usage(`${token.rawName} takes no value`);
-      switches.add(name);
-    } else if (spec.isRepeatable) {
-      lists[name] = [...lists[name] ?? [], typedValue(spec, token)];
-    } else {
-      values[name] = typedValue(spec, token);
-    }
+    addOption(line, spec, token);
   }
-  return { values, lists, switches, positionals };
+  return line;
+}
+function addOption(line, spec, token) {
+  const values = line.values;
+  const lists = line.lists;
+  const { name } = spec;
+  if (name in values || line.switches.has(name)) usage(`--${name} is given twice`);
+  if (!spec.value) {
+    if (token.value !== void 0) usage(`${token.rawName} takes no value`);
+    line.switches.add(name);
+  } else if (spec.isRepeatable) {
+    lists[name] = [...lists[name] ?? [], typedValue(spec, token)];
+  } else {
+    values[name] = typedValue(spec, token);
+  }
 }
 function parseNumber(option, typed) {
   if (!/^\d+(\.\d+)?$/.test(typed)) usage(`--${option} is a number, not "${printable(typed)}"`);
@@ -4574,20 +4715,35 @@ function optionsOf({ values, lists, switches }) {
   }
   return options;
 }
-function checkCombinations({ values, switches, positionals }) {
-  const { from, verify, manifest, "list-tar": listed } = values;
+function taskOf({ manifest, verify, "list-tar": listed }) {
+  if (verify !== void 0) return "verify";
+  if (listed !== void 0) return "list-tar";
+  return manifest === void 0 ? "pull" : "manifest";
+}
+function checkTask(task, { values, lists, switches }) {
+  const typed = /* @__PURE__ */ new Set([...Object.keys(values), ...Object.keys(lists), ...switches]);
+  const stranger = OPTIONS.find(({ name, tasks }) => typed.has(name) && !tasks.includes(task));
+  if (stranger) usage(`--${stranger.name} does not go with --${task}`);
+}
+function checkCombinations(line) {
+  const { values, switches, positionals } = line;
+  const { from, os: system } = values;
+  const task = taskOf(values);
+  if (positionals[0] === "pull")
+    usage('imgpull only pulls, and has no "pull" in front: imgpull IMAGE DEST');
+  if (system !== void 0 && /\W/.test(system))
+    usage(`-o is --os, and ${printable(system)} is no operating system: ${DEST_IS_LAST}`);
+  checkTask(task, line);
   const isPasswordOnStdin = switches.has("password-stdin");
   if (values.password !== void 0 && isPasswordOnStdin)
     usage("--password and --password-stdin exclude each other");
   if (isPasswordOnStdin && from === "-")
     usage("stdin is asked for twice: --password-stdin and --from -");
-  if (listed ?? verify) {
-    if (positionals.length > 0 || listed && verify) usage("--list-tar or --verify takes one tar");
-    return;
-  }
-  if (positionals.length > 0) return;
+  const isLooking = task === "verify" || task === "list-tar";
+  if (isLooking && positionals.length > 0) usage(`--${task} takes one tar, and no IMAGE or DEST`);
+  if (isLooking || positionals.length > 0) return;
   if (from === void 0) usage("IMAGE is missing");
-  if (manifest === void 0 && !switches.has("dry-run")) usage("DEST is missing");
+  if (!switches.has("dry-run")) usage("DEST is missing");
 }
 function splitPositionals({ values: { manifest, from }, positionals }) {
   if (manifest !== void 0) return { images: positionals.slice(0, 1) };
@@ -4647,6 +4803,7 @@ export {
   ImgpullError,
   Puller,
   newPullerOpts,
+  parseImageList,
   parseReference,
   pullImages
 };

@@ -211,6 +211,38 @@ const MISUSED: [args: string, says: RegExp, options?: MainOptions][] = [
   ["-u me --password-stdin --from - a.tar", /stdin/],
   ["--from - a.tar", /bücher/, { stdin: "alpine\nbücher\n" }],
   ["--from - a.tar", /IMAGE/, { stdin: "# none\n\n" }],
+  // Words of other programs.
+  ["alpine -o x.tar", /-o is --os, and x\.tar is no operating system: DEST is the last word/],
+  ["alpine -o=./x", /-o is --os.*DEST is the last word/],
+  ["alpine --os C:\\x.tar", /--os.*DEST is the last word/],
+  ["alpine --output x.tar", /--output: DEST is the last word: imgpull IMAGE DEST/],
+  ["alpine --output=x.tar", /--output: DEST is the last word/],
+  ["alpine --http a.tar", /--http: say --scheme http/],
+  ["alpine --plain-http a.tar", /--plain-http: say --scheme http/],
+  ["alpine --all-platforms a.tar", /--platform all/],
+  ["alpine --authfile auth.json a.tar", /REGISTRY_AUTH_FILE=FILE/],
+  ["pull alpine", /no "pull" in front: imgpull IMAGE DEST/],
+  ["pull alpine a.tar -q", /no "pull" in front/],
+  ["pull", /no "pull" in front/],
+  // A DEST that was forgotten.
+  ["alpine:3 quay.io/org/app:1", /DEST is missing: "quay\.io\/org\/app:1" reads as an IMAGE/],
+  ["alpine:3 quay.io/org/app", /DEST is missing: "quay\.io\/org\/app" reads/],
+  ["alpine:3 localhost:5000/app", /DEST is missing: "localhost:5000\/app" reads/],
+  ["alpine:3 org/app:2", /DEST is missing: "org\/app:2" reads/],
+  [`alpine:3 org/app@${UNKNOWN_DIGEST}`, /DEST is missing/],
+  // What does not go with what is asked for.
+  ["--verify a.tar --platform linux/amd64", /--platform does not go with --verify/],
+  ["--verify a.tar --scheme http", /--scheme does not go with --verify/],
+  ["--verify a.tar --reuse b.tar", /--reuse does not go with --verify/],
+  ["--verify a.tar --list-tar b.tar", /--list-tar does not go with --verify/],
+  ["--verify a.tar -m list", /--manifest does not go with --verify/],
+  ["--verify a.tar b.tar", /--verify takes one tar/],
+  ["--list-tar a.tar --insecure", /--insecure does not go with --list-tar/],
+  ["--list-tar a.tar --password-stdin", /--password-stdin does not go with --list-tar/],
+  ["--list-tar a.tar --dry-run", /--dry-run does not go with --list-tar/],
+  ["alpine -m list --name x", /--name does not go with --manifest/],
+  ["alpine -m image --from list.txt", /--from does not go with --manifest/],
+  ["alpine -m image --referrers", /--referrers does not go with --manifest/],
 ];
 
 test("misuse: one line on stderr that names it, exit code 2", async () => {
@@ -247,7 +279,13 @@ test("--version and --help", async () => {
       /^imgpull version: \d+\.\d+\.\d+ build date: \d{4}-\d\d-\d\dT[\d:.]+Z$/,
     );
   }
+  assert.equal(
+    String((await runMain(["version"])).stdout),
+    String((await runMain(["--version"])).stdout),
+  );
   const { exitCode, stdout } = await runMain(["--help"]);
+  for (const words of [["help"], ["help", "pull"]])
+    assert.equal(String((await runMain(words)).stdout), String(stdout));
   const help = String(stdout);
   assert.equal(exitCode, 0);
   assert.equal(String((await runMain(["-h", "--version"])).stdout), help);

@@ -371,7 +371,7 @@ test("the module exports what the types declare, for import and for require()", 
     "list.mjs": `import * as module from "imgpull";\n${list}`,
     "list.cjs": `const it = require("imgpull");\n${list.replace("module", "it")}`,
   });
-  const values = "ImgpullError,Puller,newPullerOpts,parseReference,pullImages\n";
+  const values = "ImgpullError,Puller,newPullerOpts,parseImageList,parseReference,pullImages\n";
   for (const file of ["list.mjs", "list.cjs"])
     assert.equal(String((await run(node, [file], { cwd: folder })).stdout), values);
 });
@@ -400,6 +400,7 @@ const PUBLIC = [
   "BlobProgress",
   "Descriptor",
   "ErrorCode",
+  "ImageList",
   "ImgpullError",
   "ManifestHolder",
   "OutputStream",
@@ -413,6 +414,7 @@ const PUBLIC = [
   "PullerOpts",
   "Reference",
   "newPullerOpts",
+  "parseImageList",
   "parseReference",
   "pullImages",
 ];
