@@ -5443,8 +5443,8 @@ const isSignedBy = (keys: readonly SignerKey[], message: Buffer, signature: Buff
 
 // ------ Signatures ------
 
-/** What a signature is worth for the digests that would do, and the keys given. */
-type Verdict = "good" | "keyless" | "other key" | "other subject" | "unreadable";
+/** The digests that a key vouches for by a signature; or why it is none by these keys. */
+type Testimony = Readonly<{ subjects: readonly string[] }> | "keyless" | "other key" | "unreadable";
 
 const SIMPLE_SIGNING = "application/vnd.dev.cosign.simplesigning.v1+json";
 const BUNDLE = "application/vnd.dev.sigstore.bundle";
@@ -5454,26 +5454,22 @@ const IN_TOTO = "application/vnd.in-toto+json";
 const isSignature = ({ mediaType }: Descriptor): boolean =>
   mediaType === SIMPLE_SIGNING || mediaType.startsWith(BUNDLE);
 
-/** What the bytes of a layer that may be a signature are worth. A key is asked first, then what it has signed. */
-function judgeSignature(
+/** What a layer that may be a signature says. A key is asked first, and then what it has signed. */
+function readSignature(
   { mediaType, annotations = {} }: Descriptor,
   bytes: Buffer,
-  digests: readonly string[],
   keys: readonly SignerKey[],
-): Verdict {
+): Testimony {
   const isPayload = mediaType === SIMPLE_SIGNING;
-  return isPayload
-    ? judgePayload(annotations, bytes, digests, keys)
-    : judgeBundle(bytes, digests, keys);
+  return isPayload ? readPayload(annotations, bytes, keys) : readBundle(bytes, keys);
 }
 
 /** cosign's first form: the layer's bytes are the payload, and an annotation of the layer is the signature. */
-function judgePayload(
+function readPayload(
   annotations: Readonly<Record<string, string>>,
   payload: Buffer,
-  digests: readonly string[],
   keys: readonly SignerKey[],
-): Verdict {
+): Testimony {
   const signature = fromBase64(annotations["dev.cosignproject.cosign/signature"]);
   const isKeyless = "dev.sigstore.cosign/certificate" in annotations;
   if (!isSignedBy(keys, payload, signature)) return isKeyless ? "keyless" : "other key";
@@ -5481,15 +5477,11 @@ function judgePayload(
   const critical = recordIn(parseJson(payload), "critical");
   if (critical.type !== "cosign container image signature") return "unreadable";
   const subject = recordIn(critical, "image")["docker-manifest-digest"];
-  return digests.some((digest) => digest === subject) ? "good" : "other subject";
+  return { subjects: isDigest(subject) ? [subject] : [] };
 }
 
 /** cosign's second form: a Sigstore bundle, in it a DSSE envelope, in it an in-toto statement of any predicate. */
-function judgeBundle(
-  bytes: Buffer,
-  digests: readonly string[],
-  keys: readonly SignerKey[],
-): Verdict {
+function readBundle(bytes: Buffer, keys: readonly SignerKey[]): Testimony {
   const bundle = recordIn(parseSmallJson(bytes));
   const { payloadType, payload, signatures } = recordIn(bundle, "dsseEnvelope");
   // A bundle has exactly one signature, though an envelope may have more (sigstore-go refuses such a bundle too).
@@ -5504,7 +5496,7 @@ function judgeBundle(
   const isKeyless = (certificate ?? x509CertificateChain) !== undefined;
   if (!isSignedBy(keys, message, signature)) return isKeyless ? "keyless" : "other key";
 
-  return judgeStatement(statement, digests);
+  return readStatement(statement);
 }
 
 /** What a DSSE signature is over (its specification, "Pre-Authentication Encoding"). */
@@ -5513,15 +5505,24 @@ function encodePreAuthentication(payloadType: string, payload: Buffer): Buffer {
   return Buffer.concat([Buffer.from(head, "utf8"), payload]);
 }
 
-/** An in-toto statement that a key has vouched for: is one of the digests among its subjects? */
-function judgeStatement(bytes: Buffer, digests: readonly string[]): Verdict {
+/** The subjects of an in-toto statement that a key has vouched for. */
+function readStatement(bytes: Buffer): Testimony {
   const { _type: type, subject: subjects } = recordIn(parseJson(bytes));
   const isStatement = typeof type === "string" && type.startsWith("https://in-toto.io/Statement/");
   if (!isStatement || !Array.isArray(subjects)) return "unreadable";
 
-  const isNamed = digests.some((digest) =>
-    subjects.some((subject) => recordIn(subject, "digest")[algorithmOf(digest)] === hexOf(digest)),
+  const digests = subjects.flatMap((subject) =>
+    Object.entries(recordIn(subject, "digest")).map(([algorithm, hex]) => `${algorithm}:${hex}`),
   );
+  return { subjects: digests.filter(isDigest) };
+}
+
+/** What a signature is worth for the digests that would do. */
+type Verdict = "good" | "other subject" | Exclude<Testimony, object>;
+
+function judge(testimony: Testimony, digests: readonly string[]): Verdict {
+  if (typeof testimony === "string") return testimony;
+  const isNamed = testimony.subjects.some((subject) => digests.includes(subject));
   return isNamed ? "good" : "other subject";
 }
 
@@ -5807,7 +5808,7 @@ async function requireSignature(
   const { concurrency } = session.settings;
   const verdicts = await mapConcurrently(layers, concurrency, async (layer): Promise<Verdict> => {
     const bytes = layer.size > LIMITS.configBytes ? undefined : await read(layer);
-    return bytes ? judgeSignature(layer, bytes, digests, signers) : "unreadable";
+    return bytes ? judge(readSignature(layer, bytes, signers), digests) : "unreadable";
   });
   if (!verdicts.includes("good")) refuseUnsigned(where, verdicts);
 }
@@ -7637,7 +7638,7 @@ const internals = Object.freeze({
   formatReference,
   imageName,
   isExemptFromProxy,
-  judgeSignature,
+  judge,
   matchPlatform,
   openTar,
   parseChallenges,
@@ -7649,6 +7650,7 @@ const internals = Object.freeze({
   planTar,
   printable,
   proxyFor,
+  readSignature,
   readTar,
   pulledImage,
   runPull,

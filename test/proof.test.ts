@@ -45,7 +45,7 @@ import {
 } from "./support/pull.ts";
 import { type Registry, type RegistryOptions, startRegistry } from "./support/registry.ts";
 
-const { judgeSignature, LIMITS, parsePublicKey } = internals;
+const { judge, LIMITS, parsePublicKey, readSignature } = internals;
 const REPOSITORY = "team/app";
 const WITH_ENDPOINT = { referrersPage: 100 };
 const signer = makeSigner("P-256");
@@ -146,6 +146,13 @@ test("an RSA key may come in either of its PEM forms", () => {
 });
 
 // ====== Signatures ======
+
+const judgeSignature = (
+  layer: Parameters<typeof readSignature>[0],
+  bytes: Buffer,
+  digests: string[],
+  keys: ReturnType<typeof parsePublicKey>[],
+) => judge(readSignature(layer, bytes, keys), digests);
 
 /** A layer as it stands in a manifest. */
 const layerOf = (mediaType: string, bytes: Buffer, annotations: Record<string, string> = {}) => ({
