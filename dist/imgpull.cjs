@@ -767,7 +767,7 @@ var isReaderSlow = (incoming) => incoming.readableLength > 0;
 function limitSlowness(incoming, periodMs, doing) {
   const leastBytes = LIMITS.slowBytesPerSecond * periodMs / 1e3;
   let readBefore = incoming.socket.bytesRead;
-  const judge = () => {
+  const judge2 = () => {
     const { bytesRead } = incoming.socket;
     const cameBytes = bytesRead - readBefore;
     readBefore = bytesRead;
@@ -775,7 +775,7 @@ function limitSlowness(incoming, periodMs, doing) {
     const words = `only ${cameBytes} bytes came in ${periodMs / 1e3} s`;
     incoming.destroy(timeoutError(doing, words));
   };
-  const timer = setInterval(judge, periodMs);
+  const timer = setInterval(judge2, periodMs);
   incoming.once("close", () => clearInterval(timer));
 }
 async function followRedirects(request, sendOnce) {
@@ -3640,20 +3640,20 @@ var BUNDLE = "application/vnd.dev.sigstore.bundle";
 var BUNDLE_VERSIONS = [`${BUNDLE}.v0.3+json`, `${BUNDLE}+json;version=0.3`];
 var IN_TOTO = "application/vnd.in-toto+json";
 var isSignature = ({ mediaType }) => mediaType === SIMPLE_SIGNING || mediaType.startsWith(BUNDLE);
-function judgeSignature({ mediaType, annotations = {} }, bytes, digests, keys) {
+function readSignature({ mediaType, annotations = {} }, bytes, keys) {
   const isPayload = mediaType === SIMPLE_SIGNING;
-  return isPayload ? judgePayload(annotations, bytes, digests, keys) : judgeBundle(bytes, digests, keys);
+  return isPayload ? readPayload(annotations, bytes, keys) : readBundle(bytes, keys);
 }
-function judgePayload(annotations, payload, digests, keys) {
+function readPayload(annotations, payload, keys) {
   const signature = fromBase64(annotations["dev.cosignproject.cosign/signature"]);
   const isKeyless = "dev.sigstore.cosign/certificate" in annotations;
   if (!isSignedBy(keys, payload, signature)) return isKeyless ? "keyless" : "other key";
   const critical = recordIn(parseJson(payload), "critical");
   if (critical.type !== "cosign container image signature") return "unreadable";
   const subject = recordIn(critical, "image")["docker-manifest-digest"];
-  return digests.some((digest) => digest === subject) ? "good" : "other subject";
+  return { subjects: isDigest(subject) ? [subject] : [] };
 }
-function judgeBundle(bytes, digests, keys) {
+function readBundle(bytes, keys) {
   const bundle = recordIn(parseSmallJson(bytes));
   const { payloadType, payload, signatures } = recordIn(bundle, "dsseEnvelope");
   const isEnvelope = payloadType === IN_TOTO && Array.isArray(signatures) && signatures.length === 1;
@@ -3664,19 +3664,24 @@ function judgeBundle(bytes, digests, keys) {
   const { certificate, x509CertificateChain } = recordIn(bundle, "verificationMaterial");
   const isKeyless = (certificate ?? x509CertificateChain) !== void 0;
   if (!isSignedBy(keys, message, signature)) return isKeyless ? "keyless" : "other key";
-  return judgeStatement(statement, digests);
+  return readStatement(statement);
 }
 function encodePreAuthentication(payloadType, payload) {
   const head = `DSSEv1 ${Buffer.byteLength(payloadType)} ${payloadType} ${payload.length} `;
   return Buffer.concat([Buffer.from(head, "utf8"), payload]);
 }
-function judgeStatement(bytes, digests) {
+function readStatement(bytes) {
   const { _type: type, subject: subjects } = recordIn(parseJson(bytes));
   const isStatement = typeof type === "string" && type.startsWith("https://in-toto.io/Statement/");
   if (!isStatement || !Array.isArray(subjects)) return "unreadable";
-  const isNamed = digests.some(
-    (digest) => subjects.some((subject) => recordIn(subject, "digest")[algorithmOf(digest)] === hexOf(digest))
+  const digests = subjects.flatMap(
+    (subject) => Object.entries(recordIn(subject, "digest")).map(([algorithm, hex]) => `${algorithm}:${hex}`)
   );
+  return { subjects: digests.filter(isDigest) };
+}
+function judge(testimony, digests) {
+  if (typeof testimony === "string") return testimony;
+  const isNamed = testimony.subjects.some((subject) => digests.includes(subject));
   return isNamed ? "good" : "other subject";
 }
 function recordIn(value, ...keys) {
@@ -3877,7 +3882,7 @@ async function requireSignature(session, { reference, registry, asked, top }, re
   const { concurrency } = session.settings;
   const verdicts = await mapConcurrently(layers, concurrency, async (layer) => {
     const bytes = layer.size > LIMITS.configBytes ? void 0 : await read(layer);
-    return bytes ? judgeSignature(layer, bytes, digests, signers) : "unreadable";
+    return bytes ? judge(readSignature(layer, bytes, signers), digests) : "unreadable";
   });
   if (!verdicts.includes("good")) refuseUnsigned(where, verdicts);
 }
@@ -5263,7 +5268,7 @@ var internals = Object.freeze({
   formatReference,
   imageName,
   isExemptFromProxy,
-  judgeSignature,
+  judge,
   matchPlatform,
   openTar,
   parseChallenges,
@@ -5275,6 +5280,7 @@ var internals = Object.freeze({
   planTar,
   printable,
   proxyFor,
+  readSignature,
   readTar,
   pulledImage,
   runPull,

@@ -259,6 +259,23 @@ describe("interop: proof that travels", { skip }, () => {
     await cosignVerify(keys.pub, carried);
   });
 
+  test("an index with some of its images loads, and is signed as a whole", async () => {
+    const three = makeMultiPlatform([platform, FOREIGN, "linux/s390x"], { seed: "some of three" });
+    const some = ["--platform", `${platform},${FOREIGN}`];
+    const carried = await carry(startReferrersRegistry, ["bundle"], three, ...some);
+    const files = filesIn(carried.tar);
+    assert(files.has(blobName(childOf(three, 1).digest)));
+    assert(!files.has(blobName(childOf(three, 2).digest)));
+    await assertLoads(carried);
+    await cosignVerify(keys.pub, "--local-image", await unpack(carried.tar));
+
+    await containerd.ctr("images", "import", "--snapshotter", "native", carried.tar);
+    assert.equal(await manifestDigestInContainerd(containerd, carried.name), three.digest);
+    await containerd.ctr("images", "rm", "--sync", carried.name);
+    const refused = containerd.ctr("images", "import", "--all-platforms", carried.tar);
+    await assert.rejects(refused, /not found/, "what stderr says of ctr --all-platforms");
+  });
+
   test("a folder is what cosign wants as it is", async () => {
     const registry = await startReferrersRegistry();
     const name = `${registry.host}/team/app:1.0`;
