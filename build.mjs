@@ -51,6 +51,13 @@ const common = {
   },
 };
 
+/** An old Node reads the script to its end, and would then stumble over something that it has not. */
+const commandBanner = `#!/usr/bin/env node
+if (typeof process.getBuiltinModule !== "function") {
+  console.error(\`imgpull: Node 20.19 or later is needed; this is \${process.version}\`);
+  process.exit(1);
+}`;
+
 const commandEntry = `import { main } from "./imgpull.ts";
 main(process.argv.slice(2)).then((exitCode) => { process.exitCode = exitCode; });
 `;
@@ -66,7 +73,7 @@ async function buildDist() {
     ...common,
     stdin: { contents: commandEntry, resolveDir: ".", sourcefile: "command.ts", loader: "ts" },
     format: "cjs",
-    banner: { js: "#!/usr/bin/env node" },
+    banner: { js: commandBanner },
     outfile: "dist/imgpull.cjs",
   });
   chmodSync("dist/imgpull.cjs", 0o755);

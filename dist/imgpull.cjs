@@ -1,4 +1,8 @@
 #!/usr/bin/env node
+if (typeof process.getBuiltinModule !== "function") {
+  console.error(`imgpull: Node 20.19 or later is needed; this is ${process.version}`);
+  process.exit(1);
+}
 var __create = Object.create;
 var __defProp = Object.defineProperty;
 var __getOwnPropDesc = Object.getOwnPropertyDescriptor;

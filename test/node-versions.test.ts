@@ -2,10 +2,10 @@
 // Node's permission model.
 import assert from "node:assert/strict";
 import { cpSync, existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
-import { dirname, join } from "node:path";
+import { dirname, join, resolve } from "node:path";
 import { describe, type TestContext, test } from "node:test";
 import { SECRETS } from "./support/command.ts";
-import { NEWEST_NODE, NODE_VERSIONS, nodeExecutable } from "./support/nodes.ts";
+import { NEWEST_NODE, NODE_VERSIONS, nodeExecutable, TOO_OLD_NODES } from "./support/nodes.ts";
 import { installedPackage } from "./support/package.ts";
 import { filesOf } from "./support/pull.ts";
 import { IMAGES, makeReader, type Reader, readmeBlocks } from "./support/readme.ts";
@@ -82,6 +82,19 @@ for (const version of NODE_VERSIONS) {
       }
       await assertPulls(reader, "node_modules/.bin/imgpull alpine:3.22 alpine.tar");
     });
+  });
+}
+
+for (const version of TOO_OLD_NODES) {
+  test(`Node ${version}: one line says which is needed, as a script and by curl | node -`, async (t) => {
+    const reader = await readerWith(t, version);
+    if (!reader) return;
+    const words = `imgpull: Node 20.19 or later is needed; this is v${version}\n`;
+    const lines = [ON_STDIN, `node ${resolve("dist/imgpull.cjs")} --version`];
+    for (const line of lines) {
+      const { exitCode, stdout, stderr } = await reader.run(line);
+      assert.deepEqual([exitCode, String(stdout), stderr], [1, "", words], line);
+    }
   });
 }
 

@@ -7,6 +7,8 @@ import { promisify } from "node:util";
 
 /** The oldest one promised, and the last of each line that is maintained. */
 export const NODE_VERSIONS = ["20.19.0", "22.23.3", "24.21.0", "26.10.0"];
+/** The last of the lines before, which people still have. */
+export const TOO_OLD_NODES = ["16.20.2", "18.20.8"];
 /** The one whose permission model knows of the network. */
 export const NEWEST_NODE = NODE_VERSIONS.at(-1) as string;
 
