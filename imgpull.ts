@@ -34,14 +34,14 @@
 // ====== 1. Imports, media types, limits ======
 import type { Hash, KeyObject } from "node:crypto";
 import { once, setMaxListeners } from "node:events";
-import { appendFileSync } from "node:fs";
+import { appendFileSync, type BigIntStats, closeSync, createWriteStream, openSync } from "node:fs";
 import * as fs from "node:fs/promises";
 import type * as http from "node:http";
 import * as net from "node:net";
 import * as os from "node:os";
 import * as path from "node:path";
 import { unescape as percentDecode } from "node:querystring"; // decodeURIComponent that does not throw
-import { Readable, type Transform } from "node:stream";
+import { Readable, type Transform, type Writable } from "node:stream";
 import { finished, pipeline } from "node:stream/promises";
 import { setTimeout as delay } from "node:timers/promises";
 import type * as tls from "node:tls";
@@ -102,7 +102,10 @@ const LIMITS = Object.freeze({
   firstBackoffMs: 1000, // most lost connections are back at once
   backoffMs: 30_000, // and a registry that restarts is back within a minute or two
   retryAfterMs: 120_000, // longer waits are the user's to decide
-  lockBeatMs: 10_000, // a lock of another machine that is six beats old belongs to nobody
+  lockBeatMs: 10_000, // how often a lock is touched
+  lockStaleMs: 60_000, // a lock that nobody has touched for so long is nobody's: six beats, for disks can stall
+  lockBirthMs: 200, // how long a lock may be there without a word, where it cannot be linked whole
+  lockBytes: 4096, // anyone may have written it
 });
 
 /** Speed: measured, and free to change. No promise depends on them. */
@@ -116,6 +119,7 @@ const TUNING = Object.freeze({
   judgeMs: 100, // from there on the processor is the limit
   addressMs: 3000, // for each of a host's addresses but the last: one lost packet on a slow line is no reason to give up
   farLatencyMs: 20, // from here on a line is worth several connections before its speed is known
+  readerPollMs: 50, // DEST that is a pipe: how soon we see that somebody reads it
   streamUnitBytes: 4 * MIB, // DEST `-`: one request's share of a large blob
   streamWindowBytes: 32 * MIB, // DEST `-`: how far the line may be ahead of the reader
   headerReadBytes: 64 * 1024, // of a tar: small entries stand side by side
@@ -302,6 +306,8 @@ interface PullReport {
   reusedBytes: number;
   /** What an earlier run of the same pull had brought. */
   resumedBytes: number;
+  /** DEST was already what it had to become, and was left alone. */
+  isUnchanged: boolean;
   /** Layers that were left out since the tar of `since` holds them. */
   omitted: readonly Descriptor[];
 }
@@ -535,6 +541,8 @@ const DISK_WORDS: Readonly<Record<string, string>> = {
   ENOTDIR: "a part of the path is not a directory",
   EISDIR: "it is a directory",
   EPIPE: "who reads it has gone before its end",
+  ELOOP: "it is a loop of links",
+  NO_INODES: "the file system has no inodes left: it holds too many files",
   EFBIG: "the file system does not take a file of that size",
   ENAMETOOLONG: "a name in the path is too long",
 };
@@ -4257,6 +4265,13 @@ class BlobState {
     this.#isDone = true;
   }
 
+  /** All of it was there already, and is right. */
+  keep(): void {
+    this.#now.come = [[0, this.descriptor.size]];
+    this.#now.inPlace = this.#now.come;
+    this.#isDone = true;
+  }
+
   /**
    * Its bytes were wrong and are forgotten. Says whose they were, and whether it may be fetched once more; that it came
    * from a mirror costs the registry no restart.
@@ -4591,43 +4606,399 @@ class BatchWriter {
   }
 }
 
+// ------ Files of our own ------
+// The names beside DEST can be guessed, and planted where others can write: links are not followed, pipes and devices
+// not waited for, and only regular files of our own are gone on with. A file is taken by renaming it to a name that
+// nobody else has: of several that try one succeeds, and looks at what it has got.
+
+const { O_RDONLY, O_RDWR, O_WRONLY, O_CREAT, O_EXCL } = fs.constants;
+const { O_NOFOLLOW = 0, O_NONBLOCK = 0 } = fs.constants; // Windows has neither
+
+type OpenFile = Readonly<{ handle: fs.FileHandle; stats: BigIntStats }>;
+
+/** What lies at a path, links not followed; undefined where nothing does. */
+async function statAt(file: string): Promise<BigIntStats | undefined> {
+  try {
+    return await fs.lstat(file, { bigint: true });
+  } catch (error) {
+    if (errorCodeOf(error) === "ENOENT") return undefined;
+    throw error;
+  }
+}
+
+/** Device and number: what tells a file from every other, whatever its name. */
+const identityOf = ({ dev, ino }: BigIntStats): string => `${dev}:${ino}`;
+
+const isSameFile = (left: BigIntStats | undefined, right: BigIntStats): boolean =>
+  left !== undefined && identityOf(left) === identityOf(right);
+
+/** Opens a regular file. Undefined where there is none, or something else. */
+async function openRegular(file: string, flags = O_RDONLY): Promise<OpenFile | undefined> {
+  const before = await statAt(file);
+  if (!before?.isFile()) return undefined;
+  const handle = await fs.open(file, flags | O_NOFOLLOW | O_NONBLOCK);
+  const stats = await handle.stat({ bigint: true });
+  if (stats.isFile()) return { handle, stats };
+  await handle.close();
+  return undefined;
+}
+
+/** A file that was not there before. */
+const createFile = (file: string, mode = 0o666): Promise<fs.FileHandle> =>
+  fs.open(file, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW, mode);
+
+/** Whether a file is like `model`, which this run made: nobody else owns it, can write to it, or has another name for
+ *  it. What user we are on a file system is told by the files that we make there. */
+function isOwn(stats: BigIntStats, model: BigIntStats): boolean {
+  const isOpenToOthers = (stats.mode & 0o022n & ~model.mode) !== 0n;
+  return stats.isFile() && stats.uid === model.uid && stats.nlink <= 1n && !isOpenToOthers;
+}
+
+async function readOwn(file: string, model: BigIntStats): Promise<string | undefined> {
+  const opened = await openRegular(file).catch(ignore);
+  if (!opened) return undefined;
+  try {
+    return isOwn(opened.stats, model) ? await opened.handle.readFile("utf8") : undefined;
+  } finally {
+    await opened.handle.close();
+  }
+}
+
+const removeQuietly = (file: string): Promise<void> => fs.unlink(file).catch(ignore);
+
+/** Renames where the file is there. A folder of that name is no file, and nothing to take. */
+async function moveFile(from: string, to: string): Promise<boolean> {
+  if ((await statAt(from))?.isDirectory()) fail("DISK", `${from} is in the way: it is a directory`);
+  try {
+    await fs.rename(from, to);
+    return true;
+  } catch (error) {
+    const code = errorCodeOf(error);
+    if (code === "ENOENT") return false;
+    if (code !== "EPERM" && code !== "EACCES") throw error;
+    const words = `${from} cannot be moved aside: ${diskWords(error)} (is it another user's?)`;
+    return fail("DISK", words, { cause: error });
+  }
+}
+
+/** Puts back what was taken, unless another has the name by now. */
+async function putBack(aside: string, file: string): Promise<void> {
+  try {
+    await fs.link(aside, file);
+  } catch (error) {
+    if (errorCodeOf(error) !== "EEXIST") return fs.rename(aside, file); // no links on this file system
+  }
+  await removeQuietly(aside);
+}
+
+/** Takes a file to a name of one's own; one that is not the one that was meant is put back. */
+async function takeFile(
+  file: string,
+  aside: string,
+  isMeant: (stats: BigIntStats) => boolean | Promise<boolean>,
+): Promise<boolean> {
+  if (!(await moveFile(file, aside))) return false;
+  const stats = await statAt(aside);
+  if (stats && (await isMeant(stats))) return true;
+  await putBack(aside, file);
+  return false;
+}
+
+/** A name that only one run uses, by its id. */
+const isAsideName = (name: string): boolean => /\.[0-9a-f]{16}(\.(old|copy))?$/.test(name);
+
+/** Removes what runs that were killed between two steps have left under names of their own. */
+async function sweep(folder: string, isLitter: (name: string) => boolean): Promise<void> {
+  const names = await listOptional(folder);
+  for (const name of names.filter(isLitter)) await removeQuietly(path.join(folder, name));
+}
+
+// ------ Who is at work ------
+
+/** A run, as it signs its lock and its journal. A process number means something only within `space`, the boot of a
+ *  machine and a namespace of processes on it; empty where that is not known. `started` tells a process from a later
+ *  one of the same number. */
+type Owner = Readonly<{
+  id: string;
+  pid: number;
+  host: string;
+  space: string;
+  started: string;
+}>;
+
+/** When a process began, in the kernel's ticks; undefined for one that is none any more. */
+async function startOf(pid: number | "self"): Promise<string | undefined> {
+  const text = (await readOptional(`/proc/${pid}/stat`)) ?? "";
+  const [state, ...fields] = text.slice(text.lastIndexOf(")") + 2).split(" ");
+  return state === "Z" || state === "X" ? undefined : fields[18];
+}
+
+async function describeSelf(): Promise<Owner> {
+  const { pid } = process;
+  const id = load("node:crypto").randomBytes(8).toString("hex");
+  const self = { id, pid, host: os.hostname(), space: "", started: "" };
+  if (process.platform !== "linux")
+    return { ...self, space: `${process.platform} ${os.hostname()}` };
+
+  const link = (file: string) => fs.readlink(file).catch(ignore);
+  const boot = (await readOptional("/proc/sys/kernel/random/boot_id"))?.trim();
+  const namespace = await link("/proc/self/ns/pid");
+  const started = await startOf("self");
+  const isOurProc = (await link("/proc/self")) === String(pid); // not that of the namespace around ours
+  if (!boot || !namespace || !started || !isOurProc) return self;
+  return { ...self, space: `${boot} ${namespace}`, started };
+}
+
+function parseOwner(text: string): Owner | undefined {
+  const parsed = parseJson(text);
+  if (!isRecord(parsed)) return undefined;
+  const word = (key: string) => String(parsed[key] ?? "");
+  const id = /^[0-9a-f]{16}$/.test(word("id")) ? word("id") : ""; // it becomes part of names
+  const owner = { id, pid: Number(parsed.pid), host: word("host") };
+  return { ...owner, space: word("space"), started: word("started") };
+}
+
+type Fate = "alive" | "dead" | "unknown";
+
+/** Whether a run is still there. What is not certain is "unknown": a process of another machine, or of another
+ *  namespace of this one. */
+async function fateOf(owner: Owner, self: Owner): Promise<Fate> {
+  if (owner.space === "" || owner.space !== self.space) return "unknown";
+  try {
+    process.kill(owner.pid, 0);
+  } catch (error) {
+    if (errorCodeOf(error) === "ESRCH") return "dead";
+    if (errorCodeOf(error) !== "EPERM") return "unknown";
+  }
+  if (process.platform !== "linux") return "unknown";
+  return (await startOf(owner.pid)) === owner.started ? "alive" : "dead";
+}
+
+// ------ Lock ------
+// Two runs at one DEST would do the work twice: the second stops. That DEST stays right does not hang on the lock, for
+// a process can sleep through the loss of it: what a run writes to and what it gives DEST's name are files of its own.
+
+/** A lock as it was seen: one that says nothing was left half-written, and one that may not be read is another user's. */
+type SeenLock = Readonly<{ stats: BigIntStats; owner: Owner | "unreadable" | undefined }>;
+
+async function readLock(file: string): Promise<SeenLock | undefined> {
+  const stats = await statAt(file);
+  if (!stats?.isFile()) return stats && { stats, owner: undefined };
+  try {
+    const opened = await openRegular(file);
+    if (!opened) return undefined;
+    const bytes = await readAt(opened.handle, 0, LIMITS.lockBytes);
+    await opened.handle.close();
+    return { stats: opened.stats, owner: parseOwner(bytes.toString("utf8")) };
+  } catch (error) {
+    return errorCodeOf(error) === "ENOENT" ? undefined : { stats, owner: "unreadable" };
+  }
+}
+
+class Lock {
+  readonly owner: Owner;
+  /** A file that this run made beside DEST. */
+  readonly model: BigIntStats;
+  readonly #file: string;
+  readonly #aside: string;
+  #handle: fs.FileHandle;
+  #timer: NodeJS.Timeout | undefined;
+
+  private constructor(file: string, owner: Owner, handle: fs.FileHandle, model: BigIntStats) {
+    this.#file = file;
+    this.#aside = `${file}.${owner.id}`;
+    this.owner = owner;
+    this.model = model;
+    this.#handle = handle;
+  }
+
+  /** Written under a name of its own and then linked: a lock that is there says who has it. */
+  static async acquire(file: string, dest: string): Promise<Lock> {
+    const owner = await describeSelf();
+    const aside = `${file}.${owner.id}`;
+    const handle = await createFile(aside);
+    try {
+      await handle.write(JSON.stringify(owner), 0);
+      const lock = new Lock(file, owner, handle, await handle.stat({ bigint: true }));
+      await lock.#settle(dest);
+      lock.#timer = setInterval(() => lock.#beat(), LIMITS.lockBeatMs).unref();
+      return lock;
+    } catch (error) {
+      await handle.close();
+      throw error;
+    } finally {
+      await removeQuietly(aside);
+    }
+  }
+
+  /** Until the lock is ours, or is seen to be another's. A bound, since somebody may come first each time. */
+  async #settle(dest: string): Promise<void> {
+    for (let attempt = 0; attempt < 8; attempt += 1) {
+      if (await this.#isPlaced()) return;
+      let seen = await readLock(this.#file);
+      if (seen && !seen.owner) {
+        await delay(LIMITS.lockBirthMs); // where there are no links, it is written after it is there
+        seen = await readLock(this.#file);
+      }
+      if (!seen) continue;
+      const words = await this.#whoHasIt(seen);
+      if (words !== undefined) fail("DISK", `${dest} is being pulled by another imgpull${words}`);
+      await this.#takeOver(seen.stats);
+    }
+    fail("DISK", `${dest} is being pulled by another imgpull`);
+  }
+
+  async #isPlaced(): Promise<boolean> {
+    try {
+      await fs.link(this.#aside, this.#file);
+      return true;
+    } catch (error) {
+      if (errorCodeOf(error) === "EEXIST") return false;
+    }
+    // A file system without links, or the reason for which no file can be made here.
+    try {
+      const handle = await createFile(this.#file);
+      await this.#handle.close();
+      this.#handle = handle;
+    } catch (error) {
+      if (errorCodeOf(error) === "EEXIST") return false;
+      throw error;
+    }
+    try {
+      await this.#handle.write(JSON.stringify(this.owner), 0);
+      return true;
+    } catch (error) {
+      await removeQuietly(this.#file); // a lock that says nothing would hold the others up
+      throw error;
+    }
+  }
+
+  /** Who has a lock, in words; undefined where it is left behind. Whoever is not known to live or to be dead lives as
+   *  long as the lock is touched, by the clock of the file system, on which ours is a moment old. */
+  async #whoHasIt({ stats, owner }: SeenLock): Promise<string | undefined> {
+    if (!owner) return undefined;
+    const isKnown = owner !== "unreadable";
+    const fate = isKnown ? await fateOf(owner, this.owner) : "unknown";
+    const who = isKnown ? printable(`process ${owner.pid} on ${owner.host}`, 80) : "another user's";
+    if (fate === "alive") return ` (${who})`;
+    if (fate === "dead") return undefined;
+
+    const ageMs = Number(this.model.mtimeMs - stats.mtimeMs);
+    const isLapsed = ageMs >= LIMITS.lockStaleMs;
+    if (isLapsed || ageMs < -LIMITS.lockBeatMs) return undefined; // nobody touches it in the future
+    const seconds = (milliseconds: number) => Math.max(1, Math.ceil(milliseconds / 1000));
+    const remedy = `if that one is gone, its lock lapses in ${seconds(LIMITS.lockStaleMs - ageMs)} s`;
+    return ` (${who}, seen ${seconds(ageMs)} s ago)\n  ${remedy}`;
+  }
+
+  /** Takes a lock away that was left behind, as it was seen: another may have done so meanwhile, and have it now. */
+  async #takeOver(seen: BigIntStats): Promise<void> {
+    const aside = `${this.#aside}.old`;
+    const isSeen = (stats: BigIntStats) =>
+      isSameFile(stats, seen) && stats.mtimeNs === seen.mtimeNs;
+    if (await takeFile(this.#file, aside, isSeen)) await removeQuietly(aside);
+  }
+
+  /** A write rather than a date: the file system's own clock counts, and never another's file. */
+  #beat(): void {
+    this.#handle.write(JSON.stringify(this.owner), 0).catch(ignore);
+  }
+
+  async #isOwn(file: string): Promise<boolean> {
+    const owner = (await readLock(file))?.owner;
+    return owner !== undefined && owner !== "unreadable" && owner.id === this.owner.id;
+  }
+
+  /** Whether nobody has taken the lock over. One that looked at it may have it in hand for a moment. */
+  async isOurs(): Promise<boolean> {
+    for (let attempt = 0; attempt < 3; attempt += 1) {
+      if (await this.#isOwn(this.#file)) return true;
+      if (await statAt(this.#file)) return false;
+      await delay(20);
+    }
+    return false;
+  }
+
+  /** Lets go of it, and of nobody else's. Never an error: it would hide why a pull failed. */
+  async release(): Promise<void> {
+    clearInterval(this.#timer);
+    const isOwn = () => this.#isOwn(this.#aside);
+    const isTaken = await takeFile(this.#file, this.#aside, isOwn).catch(ignore);
+    await this.#handle.close().catch(ignore);
+    if (isTaken) await removeQuietly(this.#aside);
+  }
+}
+
 // ------ Journal ------
 
-/** What is in place, a line at a time, true after a kill -9: the plan's id, then `digest from-to,…;`. */
+/** What a journal says of an earlier run: whose it was, which file it wrote to, whether it closed that, what was in place. */
+type Notes = Readonly<{
+  planId: string;
+  owner: Owner | undefined;
+  partial: string;
+  isClosed: boolean;
+  inPlace: ReadonlyMap<string, Ranges>;
+}>;
+
+/** The last whole line of each blob counts. */
+function parseNotes(text: string): Notes {
+  const [planId = "", ...lines] = text.split("\n");
+  const inPlace = new Map<string, Ranges>();
+  let owner: Owner | undefined;
+  let partial = "";
+  for (const line of lines) {
+    const [, digest = "", rangeText = ""] = /^(\S+) ([\d,-]*);$/.exec(line) ?? [];
+    const [, identity, signature] = /^by (\S+) (\{.*\})$/.exec(line) ?? [];
+    if (identity !== undefined) {
+      partial = identity;
+      owner = parseOwner(signature ?? "");
+    }
+    let ranges: Ranges = [];
+    for (const range of rangeText.split(",")) {
+      const [from = 0, to = 0] = range.split("-").map(Number);
+      if (from < to) ranges = addRange(ranges, [from, to]);
+    }
+    inPlace.set(digest, ranges);
+  }
+  return { planId, owner, partial, isClosed: lines.includes("closed"), inPlace };
+}
+
+/** What is in place, a line at a time, true after a kill -9: the plan's id, who writes to which file, then
+ *  `digest from-to,…;`, and `closed` once nothing more will be written. */
 class Journal {
   readonly #file: string;
+  readonly #handle: fs.FileHandle;
   readonly #inPlace: ReadonlyMap<string, Ranges>;
 
-  private constructor(file: string, inPlace: ReadonlyMap<string, Ranges>) {
+  private constructor(file: string, handle: fs.FileHandle, inPlace: ReadonlyMap<string, Ranges>) {
     this.#file = file;
+    this.#handle = handle;
     this.#inPlace = inPlace;
   }
 
-  /** What is there under another plan's id is not of ours, and written over. */
-  static async open(file: string, planId: string): Promise<Journal> {
-    const [id, ...lines] = ((await readOptional(file)) ?? "").split("\n");
-    if (id === planId) return new Journal(file, Journal.#parse(lines));
-    await fs.writeFile(file, `${planId}\n`);
-    return new Journal(file, new Map());
+  static async read(file: string, model: BigIntStats): Promise<Notes> {
+    return parseNotes((await readOwn(file, model)) ?? "");
   }
 
-  static async belongsTo(file: string, planId: string): Promise<boolean> {
-    return (await readOptional(file))?.split("\n")[0] === planId;
-  }
-
-  /** The last whole line of each blob counts. */
-  static #parse(lines: readonly string[]): Map<string, Ranges> {
-    const inPlace = new Map<string, Ranges>();
-    for (const line of lines) {
-      const [, digest = "", text = ""] = /^(\S+) ([\d,-]*);$/.exec(line) ?? [];
-      let ranges: Ranges = [];
-      for (const range of text.split(",")) {
-        const [from = 0, to = 0] = range.split("-").map(Number);
-        if (from < to) ranges = addRange(ranges, [from, to]);
-      }
-      inPlace.set(digest, ranges);
+  /** A journal of this run's own, which goes on from what an earlier one says. */
+  static async begin(
+    file: string,
+    owner: Owner,
+    { planId, partial, inPlace }: Pick<Notes, "planId" | "partial" | "inPlace">,
+  ): Promise<Journal> {
+    const aside = `${file}.${owner.id}`;
+    const handle = await createFile(aside);
+    const journal = new Journal(file, handle, inPlace);
+    try {
+      await handle.write(`${planId}\nby ${partial || "-"} ${JSON.stringify(owner)}\n`);
+      for (const [digest, ranges] of inPlace) journal.#recordRanges(digest, ranges);
+      await fs.rename(aside, file);
+      return journal;
+    } catch (error) {
+      await handle.close();
+      await removeQuietly(aside);
+      throw error;
     }
-    return inPlace;
   }
 
   rangesOf(digest: string): Ranges {
@@ -4637,64 +5008,33 @@ class Journal {
   /** At once, for a line takes microseconds: one that queued behind the blobs' own writes would come too late. */
   record(blob: BlobState): void {
     blob.markRecorded();
-    const ranges = blob.inPlace.map((range) => range.join("-")).join(",");
+    this.#recordRanges(blob.descriptor.digest, blob.inPlace);
+  }
+
+  #recordRanges(digest: string, ranges: Ranges): void {
+    this.#append(`${digest} ${ranges.map((range) => range.join("-")).join(",")};\n`);
+  }
+
+  #append(text: string): void {
     try {
-      appendFileSync(this.#file, `${blob.descriptor.digest} ${ranges};\n`);
+      appendFileSync(this.#handle.fd, text);
     } catch {
       // losing a line costs bytes only
     }
   }
-}
 
-// ------ Lock ------
-
-async function isRunning(pid: number): Promise<boolean> {
-  try {
-    return process.kill(pid, 0);
-  } catch (error) {
-    return errorCodeOf(error) === "EPERM";
+  /** Nothing more is written to what it speaks of: the next run may go on in the very same file. */
+  async close(): Promise<void> {
+    this.#append("closed\n");
+    await this.#handle.close();
   }
-}
 
-/** Whether the one that wrote a lock still has it. Of a lock from before this boot the process number says nothing;
- *  one of another machine is its owner's as long as it is touched. */
-async function isLockHeld(owner: Record<string, unknown>, ageMs: number): Promise<boolean> {
-  if (owner.host !== os.hostname()) return ageMs < 6 * LIMITS.lockBeatMs;
-  if (ageMs >= os.uptime() * 1000) return false;
-  if (owner.pid === process.pid) return owner.since === performance.timeOrigin;
-  return isRunning(Number(owner.pid));
-}
-
-/** Two runs at one DEST would write over each other: the second stops. A lock says who has it, and is touched while
- *  held; one that was left alone, or whose process is gone from this machine, is taken over. */
-async function acquireLock(file: string, dest: string): Promise<() => Promise<void>> {
-  const busy = (who = ""): never =>
-    fail("DISK", `${dest} is being pulled by another imgpull${who}`);
-  const mine = JSON.stringify({
-    pid: process.pid,
-    host: os.hostname(),
-    since: performance.timeOrigin,
-    id: Math.random(),
-  });
-
-  const before = await readOptional(file);
-  const { mtimeMs } = await fs.stat(file).catch(() => ({ mtimeMs: 0 }));
-  const owner = (parseJson(before ?? "") ?? {}) as Record<string, unknown>;
-  if (await isLockHeld(owner, Date.now() - mtimeMs))
-    busy(owner.pid ? ` (process ${owner.pid} on ${owner.host})` : "");
-
-  if (before !== undefined) await fs.rm(file, { force: true });
-  await fs.writeFile(file, mine, { flag: "wx" }).catch((error: unknown) => {
-    if (errorCodeOf(error) === "EEXIST") busy();
-    throw error;
-  });
-  // Another that saw the same stale lock may have taken ours for it: the last one has it.
-  if (before !== undefined) await delay(20);
-  if ((await readOptional(file)) !== mine) busy();
-
-  const beat = () => void fs.utimes(file, new Date(), new Date()).catch(ignore);
-  const timer = setInterval(beat, LIMITS.lockBeatMs).unref();
-  return () => fs.rm(file, { force: true }).finally(() => clearInterval(timer));
+  /** There is nothing to go on from. Another's journal under that name is left alone. */
+  async remove(): Promise<void> {
+    const stats = await this.#handle.stat({ bigint: true });
+    await this.#handle.close();
+    if (isSameFile(await statAt(this.#file), stats)) await removeQuietly(this.#file);
+  }
 }
 
 // ------ The transfer ------
@@ -4751,6 +5091,7 @@ class Transfer {
   readonly #stopping = new AbortController();
   #fetchedBytes = 0;
   #reusedBytes: number;
+  #isUnchanged = false;
 
   constructor(options: TransferOptions) {
     const { session, blobs, sink, observe, journal, keptBytes = 0 } = options;
@@ -4775,6 +5116,22 @@ class Transfer {
   }
   get activeBlobs(): Set<BlobState> {
     return this.#schedule.activeBlobs;
+  }
+
+  /** Whether DEST was already what it had to become, and was left alone. */
+  get isUnchanged(): boolean {
+    return this.#isUnchanged;
+  }
+
+  /** DEST has a blob in its place, and it was verified there. */
+  keep(blob: BlobState): void {
+    blob.keep();
+    this.#reusedBytes += blob.descriptor.size;
+    this.#observe(this);
+  }
+
+  markUnchanged(): void {
+    this.#isUnchanged = true;
   }
 
   /** Ends all that is under way for an error, and throws that on. */
@@ -4938,6 +5295,7 @@ class Transfer {
 
 type Destination =
   | Readonly<{ kind: "stream"; output: NodeJS.WritableStream }>
+  | Readonly<{ kind: "device"; file: string }>
   | Readonly<{ kind: "layout"; folder: string }>
   | Readonly<{ kind: "tar"; file: string }>;
 
@@ -4945,36 +5303,54 @@ type PullJob = Readonly<{ session: Session; plan: Plan; tars: Tars; observe: Obs
 
 /** Where a link leads to a file that is not there yet: it is made there, and the link stays. */
 async function resolveLink(file: string): Promise<string> {
-  const link = await fs.readlink(file).catch(() => undefined);
-  return link === undefined ? file : path.resolve(await fs.realpath(path.dirname(file)), link);
+  const link = await fs.readlink(file).catch(ignore);
+  if (link === undefined) return file;
+  const target = path.resolve(await fs.realpath(path.dirname(file)), link);
+  return resolveLink(target);
+}
+
+/** The path of the file itself. A loop of links is an error: it leads to no file, and none of them may be replaced. */
+async function resolveFile(file: string): Promise<string> {
+  try {
+    return await fs.realpath(file);
+  } catch (error) {
+    if (errorCodeOf(error) !== "ENOENT") throw error;
+    return resolveLink(file);
+  }
 }
 
 /** DEST, before anything is asked: an existing directory or a path that ends in "/" is an OCI layout. */
 async function parseDestination(destination: string | NodeJS.WritableStream): Promise<Destination> {
   if (typeof destination !== "string") return { kind: "stream", output: destination };
   const doing = `cannot write ${destination}`;
-  const stats = await fs.stat(destination).catch(() => undefined);
+  const stats = await fs.stat(destination).catch(ignore);
   if (/[\\/]$/.test(destination) || stats?.isDirectory())
     return { kind: "layout", folder: destination };
+  if (stats?.isFIFO() || stats?.isCharacterDevice()) return { kind: "device", file: destination };
   if (stats?.isFile() === false)
     fail("DISK", `${doing}: it is there, and not a file (- is stdout)`);
 
   const folder = path.dirname(destination);
   const checking = fs.access(`${folder}/.`, fs.constants.W_OK);
   await onDisk(`${doing}: the directory ${folder}`, checking);
-  const file = fs.realpath(destination).catch(() => resolveLink(destination));
-  return { kind: "tar", file: await onDisk(doing, file) };
+  return { kind: "tar", file: await onDisk(doing, resolveFile(destination)) };
 }
 
 /** A plan's bytes into DEST. */
-function pullInto(destination: Destination, job: PullJob): Promise<Transfer> {
-  if (destination.kind === "stream") return pullToStream(job, destination.output);
-  if (destination.kind === "layout") return pullToLayout(job, destination.folder);
-  return pullToTar(job, destination.file);
+async function pullInto(destination: Destination, job: PullJob): Promise<Transfer> {
+  switch (destination.kind) {
+    case "stream":
+      return pullToStream(job, destination.output);
+    case "device":
+      return pullToDevice(job, destination.file);
+    case "layout":
+      return pullToLayout(job, destination.folder).catch(tellOfInodes(destination.folder));
+    case "tar": {
+      const { file } = destination;
+      return pullToTar(job, file).catch(tellOfInodes(path.dirname(file)));
+    }
+  }
 }
-
-const openForUpdate = (file: string, mode = 0o666) =>
-  fs.open(file, fs.constants.O_RDWR | fs.constants.O_CREAT, mode);
 
 /** Writes all, however often that takes. */
 async function writeAll(
@@ -4997,17 +5373,30 @@ async function syncQuietly(handle: fs.FileHandle): Promise<void> {
 }
 
 async function syncFolder(folder: string): Promise<void> {
-  const handle = await fs.open(folder, "r").catch(() => undefined); // Windows has no handle for a folder
+  const handle = await fs.open(folder, "r").catch(ignore); // Windows has no handle for a folder
   if (handle) await syncQuietly(handle).finally(() => handle.close());
 }
 
-async function checkFreeSpace(dest: string, folder: string, neededBytes: number): Promise<void> {
-  const { bavail, bsize } = await fs.statfs(folder).catch(() => ({ bavail: NEVER, bsize: 1 }));
-  const freeBytes = bavail * bsize;
+/** `place` is a path on the file system that is asked. One that reports no blocks at all has no bound (ramfs, FUSE). */
+async function checkFreeSpace(dest: string, place: string, neededBytes: number): Promise<void> {
+  const { blocks, bavail, bsize } = await fs
+    .statfs(place)
+    .catch(() => ({ blocks: 0, bavail: 0, bsize: 1 }));
+  const freeBytes = blocks === 0 ? NEVER : bavail * bsize;
   if (neededBytes <= freeBytes) return;
-  const words = `${formatBytes(neededBytes)} are needed and ${folder} has ${formatBytes(freeBytes)} free`;
+  const words = `${formatBytes(neededBytes)} are needed and ${place} has ${formatBytes(freeBytes)} free`;
   fail("DISK", `cannot write ${dest}: the disk is full, ${words}`);
 }
+
+/** A file system without inodes says that it is full, though it may have any room. */
+const tellOfInodes =
+  (folder: string) =>
+  async (error: unknown): Promise<never> => {
+    if (errorCodeOf(error) !== "ENOSPC") throw error;
+    const counts = await fs.statfs(folder).catch(ignore);
+    if (!counts || counts.files === 0 || counts.ffree > 0) throw error;
+    throw Object.assign(error as Error, { code: "NO_INODES" });
+  };
 
 /** Syncs in the background, so that the disk works while the line does and little is left for the end. One after the
  *  other: an error of the disk is told to one sync only, and may not be lost. */
@@ -5083,11 +5472,7 @@ async function resumeBlob(blob: BlobState, journal: Journal, open: OpenPlace): P
   blob.resume(ranges.filter(([, to]) => to <= size && to <= placeEnd));
 }
 
-/** The tars from which a pull to `dest` can copy: what another plan left (the tag has moved on), and DEST itself. */
-async function openAtHand(files: readonly string[]): Promise<OpenTar[]> {
-  const tars = await Promise.all(files.map((file) => openTar(file).catch(() => undefined)));
-  return tars.filter((tar) => tar !== undefined);
-}
+// ------ A tar ------
 
 /** All but the blobs, which come later. */
 async function writeFrame(handle: fs.FileHandle, plan: Plan): Promise<void> {
@@ -5097,101 +5482,395 @@ async function writeFrame(handle: fs.FileHandle, plan: Plan): Promise<void> {
   await handle.truncate(plan.sizeBytes);
 }
 
-/** The plan into `dest` by way of `dest`.partial. */
-async function pullToTar(job: PullJob, dest: string): Promise<Transfer> {
-  const { session, plan, tars, observe } = job;
-  const folder = path.dirname(dest);
-  const partial = `${dest}.partial`;
-  const journalFile = `${partial}.journal`;
-  const old = `${partial}.old`;
-  const unlock = await acquireLock(`${partial}.lock`, dest);
-  const opened: fs.FileHandle[] = [];
-  let leftovers: string[] = [];
+/** Whether a file has all of a plan but the blobs. */
+async function hasFrame(handle: fs.FileHandle, plan: Plan): Promise<boolean> {
+  const { size } = await handle.stat();
+  if (size !== plan.sizeBytes) return false;
+  const isThere = async (bytes: Buffer, at: number) =>
+    bytes.equals(await readAt(handle, at, bytes.length));
+  for (const { lead, bytes, offset } of plan.entries) {
+    const frame = bytes ? Buffer.concat([lead, bytes]) : lead;
+    if (!(await isThere(frame, offset - lead.length))) return false;
+  }
+  return isThere(plan.trailer, plan.sizeBytes - plan.trailer.length);
+}
+
+/** For a transfer that finds all in its place. */
+const NO_SINK: Sink = { isInOrder: false, write: () => Promise.resolve() };
+
+/** DEST that is to the byte what the plan gives is left alone: who watches it sees no change, and no second copy needs
+ *  room. Undefined where it has to be written. */
+async function keepUnchanged(job: PullJob, dest: string): Promise<Transfer | undefined> {
+  const { session, plan, observe } = job;
+  const opened = await openRegular(dest).catch(ignore);
+  if (!opened) return undefined;
+  const { handle } = opened;
   try {
-    const before = await fs.stat(partial).catch(() => undefined);
-    const isOurs =
-      before?.size === plan.sizeBytes && (await Journal.belongsTo(journalFile, plan.id));
-    const reservedBytes = isOurs ? before.blocks * BLOCK : 0;
-    await checkFreeSpace(dest, folder, plan.sizeBytes - reservedBytes);
-
-    // A partial of another plan is not at our offsets, but its blobs can be copied.
-    if (!isOurs) {
-      leftovers = [partial, journalFile];
-      await fs.rename(partial, old).catch(ignore);
-      await fs.rm(journalFile, { force: true });
+    if (!(await hasFrame(handle, plan))) return undefined;
+    const transfer = new Transfer({ session, blobs: blobsOf(plan, []), sink: NO_SINK, observe });
+    for (const blob of transfer.blobs) {
+      if (!(await isIntact({ handle, offset: blob.offset }, blob.descriptor, session.signal)))
+        return undefined;
+      transfer.keep(blob);
     }
-    const atHand = await openAtHand([old, dest]);
-    opened.push(...atHand.map((tar) => tar.handle));
-    const { mode = 0o666 } = (await fs.stat(dest).catch(() => undefined)) ?? {};
-    const handle = await openForUpdate(partial, (mode & 0o777) | 0o600); // what was private stays so
-    opened.push(handle);
-    await writeFrame(handle, plan);
-
-    const blobs = blobsOf(plan, [...tars, ...atHand]);
-    const open = async () => handle;
-    try {
-      const journal = await Journal.open(journalFile, plan.id);
-      const transfer = await fillPlaces({ session, blobs, observe, journal, open });
-      await syncQuietly(handle);
-      await fs.rename(partial, dest);
-      leftovers = [journalFile, old];
-      await syncFolder(folder);
-      return transfer;
-    } catch (error) {
-      const keptBytes = sumOf(blobs, ({ inPlace }) => lengthOf(inPlace));
-      leftovers = keptBytes > 0 ? [] : [partial, journalFile];
-      const words = `${partial} keeps ${formatBytes(keptBytes)}: the same command goes on from there`;
-      if (keptBytes > 0) session.warn(words);
-      throw error;
-    }
+    transfer.markUnchanged();
+    return transfer;
+  } catch (error) {
+    if (session.signal.aborted) fail("ABORTED", "stopped", { cause: error });
+    throw error;
   } finally {
-    for (const handle of opened) await handle.close();
-    await Promise.allSettled(leftovers.map((file) => fs.rm(file, { force: true })));
-    await unlock();
+    await handle.close();
   }
 }
 
-/** The files of blobs, each of its own: `FILE.partial` until it is verified. */
+/** Opens a file that was taken from an earlier run. One that is not our own is removed: its name, not what it leads to. */
+async function openTaken(file: string, model: BigIntStats): Promise<OpenFile | undefined> {
+  const opened = await openRegular(file, O_RDWR).catch(ignore);
+  if (opened && isOwn(opened.stats, model)) return opened;
+  await opened?.handle.close();
+  await fs.unlink(file);
+  return undefined;
+}
+
+/** A copy of a file in its place, shared block by block where the file system can. Undefined where there is no room. */
+async function replaceByCopy(file: string): Promise<fs.FileHandle | undefined> {
+  const copy = `${file}.copy`;
+  try {
+    await fs.copyFile(file, copy, fs.constants.COPYFILE_FICLONE | fs.constants.COPYFILE_EXCL);
+    await fs.rename(copy, file);
+    return (await openRegular(file, O_RDWR))?.handle;
+  } catch {
+    await removeQuietly(copy);
+    await fs.unlink(file);
+    return undefined;
+  }
+}
+
+type TarPlace = Readonly<{ dest: string; plan: Plan; lock: Lock }>;
+
+/** DEST.partial: where a tar's bytes come together until all are verified. The file under that name is this run's alone,
+ *  though another may come to think that it has the lock. */
+class PartialTar {
+  readonly file: string;
+  readonly #dest: string;
+  readonly #plan: Plan;
+  readonly #lock: Lock;
+  readonly #aside: string;
+  readonly #journalFile: string;
+  #isTaken = false;
+  #inPlace: Notes["inPlace"] = new Map();
+  #handle: fs.FileHandle | undefined;
+  #journal: Journal | undefined;
+
+  private constructor({ dest, plan, lock }: TarPlace) {
+    this.file = `${dest}.partial`;
+    this.#dest = dest;
+    this.#plan = plan;
+    this.#lock = lock;
+    this.#aside = `${this.file}.${lock.owner.id}`;
+    this.#journalFile = `${this.file}.journal`;
+  }
+
+  get handle(): fs.FileHandle {
+    return this.#handle as fs.FileHandle;
+  }
+  get journal(): Journal {
+    return this.#journal as Journal;
+  }
+
+  /** Goes on from what an earlier run left of the plan, or begins anew. */
+  static async open(place: TarPlace): Promise<PartialTar> {
+    const partial = new PartialTar(place);
+    try {
+      await partial.#claim();
+      await partial.#checkSpace();
+      await partial.#begin();
+      return partial;
+    } catch (error) {
+      await partial.close();
+      throw error;
+    }
+  }
+
+  /** Takes what is there to a name of this run's own. What another plan left becomes DEST.partial.old. */
+  async #claim(): Promise<void> {
+    const { owner, model } = this.#lock;
+    const before = await Journal.read(this.#journalFile, model);
+    const isDead = before.owner && (await fateOf(before.owner, owner)) === "dead";
+    const deadAside = `${this.file}.${before.owner?.id}`; // where it was killed between two steps
+    this.#isTaken =
+      (isDead && (await moveFile(deadAside, this.#aside))) ||
+      (await moveFile(this.file, this.#aside));
+    const found = this.#isTaken ? await openTaken(this.#aside, model) : undefined;
+    this.#isTaken = found !== undefined;
+    if (!found) return;
+
+    // Read only now: whoever had the file before wrote this before the file was to be seen under its name.
+    const notes = await Journal.read(this.#journalFile, model);
+    const isOfPlan = notes.planId === this.#plan.id;
+    if (isOfPlan && Number(found.stats.size) === this.#plan.sizeBytes)
+      return this.#goOnWith(found, notes);
+    await found.handle.close();
+    await fs.rename(this.#aside, `${this.file}.old`);
+    this.#isTaken = false;
+  }
+
+  /** Whoever may be alive and has a file open can write to it, whatever name it has: such a file is gone on with as a
+   *  copy. */
+  async #goOnWith({ handle, stats }: OpenFile, notes: Notes): Promise<void> {
+    const { owner } = notes;
+    const isAbandoned =
+      !owner ||
+      (notes.partial === identityOf(stats) &&
+        (notes.isClosed || (await fateOf(owner, this.#lock.owner)) === "dead"));
+    this.#handle = handle;
+    this.#inPlace = notes.inPlace;
+    if (isAbandoned) return;
+
+    await handle.close();
+    this.#handle = await replaceByCopy(this.#aside);
+    this.#isTaken = this.#handle !== undefined;
+    if (!this.#isTaken) this.#inPlace = new Map();
+  }
+
+  async #checkSpace(): Promise<void> {
+    const { blocks = 0 } = (await this.#handle?.stat()) ?? {};
+    const neededBytes = this.#plan.sizeBytes - blocks * BLOCK;
+    await checkFreeSpace(this.#dest, path.dirname(this.#dest), neededBytes);
+  }
+
+  /** Nothing is written before its name is public: where another has taken it meanwhile, that fails. */
+  async #begin(): Promise<void> {
+    const { mode: destMode = 0o666 } = (await fs.stat(this.#dest).catch(ignore)) ?? {};
+    const mode = (destMode & 0o777) | 0o600; // what was private stays so
+    this.#handle ??= await createFile(this.#aside, mode);
+    const { mode: actualMode } = await this.#handle.stat();
+    if ((actualMode & 0o777 & ~mode) !== 0) await fs.chmod(this.#aside, actualMode & mode);
+
+    this.#journal = await Journal.begin(this.#journalFile, this.#lock.owner, {
+      planId: this.#plan.id,
+      partial: identityOf(await this.#handle.stat({ bigint: true })),
+      inPlace: this.#inPlace,
+    });
+    await fs.rename(this.#aside, this.file);
+    await writeFrame(this.#handle, this.#plan);
+  }
+
+  /** Gives it DEST's name. It is looked at once more under a name that nobody else has: whoever took the lock over may
+   *  have put another file in its place. Returns whether that was one step. */
+  async become(): Promise<boolean> {
+    await syncQuietly(this.handle);
+    const ours = await this.handle.stat({ bigint: true });
+    const isWhole = (found: BigIntStats) =>
+      isSameFile(found, ours) && Number(found.size) === this.#plan.sizeBytes;
+    const isTaken = await takeFile(this.file, this.#aside, isWhole);
+    if (!isTaken || !(await this.#lock.isOurs())) {
+      if (isTaken) await putBack(this.#aside, this.file);
+      const words = `${this.file} was replaced or cut, or another imgpull took it over`;
+      fail("DISK", `cannot write ${this.#dest}: ${words}; run it again`);
+    }
+
+    const isOneStep = await this.#giveName().catch(async (error: unknown) => {
+      await putBack(this.#aside, this.file);
+      throw error;
+    });
+    await this.handle.close();
+    await this.journal.remove();
+    return isOneStep;
+  }
+
+  async #giveName(): Promise<boolean> {
+    const isWindows = process.platform === "win32";
+    try {
+      await fs.rename(this.#aside, this.#dest);
+      await syncFolder(path.dirname(this.#dest));
+      return true;
+    } catch (error) {
+      const code = errorCodeOf(error);
+      if (isWindows && ["EPERM", "EACCES", "EBUSY"].includes(code)) {
+        const words = "another program has it open";
+        fail("DISK", `cannot write ${this.#dest}: ${words}`, { cause: error });
+      }
+      if (code !== "EBUSY") throw error;
+    }
+    await this.#writeInPlace();
+    await fs.unlink(this.#aside);
+    return false;
+  }
+
+  /** For a DEST that is mounted by itself. Its first block is written last: what is half-written begins with zeros, and
+   *  is no tar. */
+  async #writeInPlace(): Promise<void> {
+    const { size, blocks } = await fs.stat(this.#dest);
+    await checkFreeSpace(this.#dest, this.#dest, this.#plan.sizeBytes - blocks * BLOCK);
+    const dest = await fs.open(this.#dest, O_WRONLY | O_NONBLOCK);
+    try {
+      await writeAll(dest, [Buffer.alloc(Math.min(BLOCK, size))], 0);
+      let at = BLOCK;
+      for await (const piece of readPlace(this.handle, at, this.#plan.sizeBytes)) {
+        await writeAll(dest, [piece], at);
+        at += piece.length;
+      }
+      await dest.truncate(this.#plan.sizeBytes);
+      await syncQuietly(dest);
+      await writeAll(dest, [await readAt(this.handle, 0, BLOCK)], 0);
+      await syncQuietly(dest);
+    } finally {
+      await dest.close();
+    }
+  }
+
+  /** After a failure. Returns whether `keptBytes` of it are still there, for the next run to go on from. */
+  async close(keptBytes = sumOf(this.#inPlace.values(), lengthOf)): Promise<boolean> {
+    const ours = await this.#handle?.stat({ bigint: true });
+    await this.#handle?.close();
+    if (!this.#journal) {
+      // Its name is not public yet.
+      if (this.#isTaken) await putBack(this.#aside, this.file);
+      else await removeQuietly(this.#aside);
+      return this.#isTaken;
+    }
+
+    const isThere = ours !== undefined && isSameFile(await statAt(this.file), ours);
+    if (isThere && keptBytes > 0) {
+      await this.#journal.close();
+      return true;
+    }
+    if (isThere) await removeQuietly(this.file);
+    await removeQuietly(this.#aside);
+    await this.#journal.remove();
+    return false;
+  }
+}
+
+/** The tars from which a pull to `dest` can copy: what another plan left (the tag has moved on), and DEST itself. */
+async function sourcesBeside(dest: string, { model }: Lock): Promise<OpenTar[]> {
+  const old = `${dest}.partial.old`;
+  const stats = await statAt(old);
+  return openAtHand(stats && isOwn(stats, model) ? [old, dest] : [dest]);
+}
+
+async function openAtHand(files: readonly string[]): Promise<OpenTar[]> {
+  const tars = await Promise.all(files.map((file) => openTar(file).catch(ignore)));
+  return tars.filter((tar) => tar !== undefined);
+}
+
+async function closeTars(tars: Tars): Promise<void> {
+  for (const { handle } of tars) await handle.close();
+}
+
+/** The plan into `dest` by way of `dest`.partial. */
+async function fillTar(job: PullJob, dest: string, lock: Lock): Promise<Transfer> {
+  const { session, plan, tars, observe } = job;
+  const partial = await PartialTar.open({ dest, plan, lock });
+  const sources = [...tars, ...(await sourcesBeside(dest, lock))];
+  const blobs = blobsOf(plan, sources);
+  try {
+    const { journal, handle } = partial;
+    const open = async () => handle;
+    const transfer = await fillPlaces({ session, blobs, observe, journal, open });
+    await closeTars(sources); // one of them may be DEST, and Windows renames onto no open file
+    if (!(await partial.become()))
+      session.warn(`${dest} is mounted by itself: it was written in place, which was not one step`);
+    return transfer;
+  } catch (error) {
+    const keptBytes = sumOf(blobs, ({ inPlace }) => lengthOf(inPlace));
+    const words = `${partial.file} keeps ${formatBytes(keptBytes)}: the same command goes on from there`;
+    if (await partial.close(keptBytes)) session.warn(words);
+    throw error;
+  } finally {
+    await closeTars(sources);
+  }
+}
+
+async function pullToTar(job: PullJob, dest: string): Promise<Transfer> {
+  const partial = `${dest}.partial`;
+  const lock = await Lock.acquire(`${partial}.lock`, dest);
+  try {
+    const unchanged = await keepUnchanged(job, dest);
+    const transfer = unchanged ?? (await fillTar(job, dest, lock));
+    const leftovers = unchanged ? [partial, `${partial}.journal`] : [];
+    for (const file of [...leftovers, `${partial}.old`]) await removeQuietly(file);
+    const stem = `${path.basename(partial)}.`;
+    await sweep(path.dirname(dest), (name) => name.startsWith(stem) && isAsideName(name));
+    return transfer;
+  } finally {
+    await lock.release();
+  }
+}
+
+// ------ A folder ------
+
+/** The files of blobs, each of its own. While one is written to, its name has its run's id (`FILE.ID.partial`), which
+ *  nobody takes from a run that may be alive; afterwards it is `FILE.partial`, and once verified FILE. */
 class BlobFiles {
   readonly #nameOf: (blob: BlobState) => string;
-  readonly #handles = new Map<BlobState, Promise<fs.FileHandle>>();
+  readonly #lock: Lock;
+  readonly #deadId: string | undefined;
+  readonly #files = new Map<BlobState, Promise<fs.FileHandle>>();
 
-  constructor(nameOf: (blob: BlobState) => string) {
+  /** `deadId`: of the run before, where that is certainly over. */
+  constructor(nameOf: (blob: BlobState) => string, lock: Lock, deadId: string | undefined) {
     this.#nameOf = nameOf;
+    this.#lock = lock;
+    this.#deadId = deadId;
+  }
+
+  #asideOf(blob: BlobState): string {
+    return `${this.#nameOf(blob)}.${this.#lock.owner.id}.partial`;
   }
 
   open = (blob: BlobState): Promise<fs.FileHandle> => {
-    const handle = this.#handles.get(blob) ?? openForUpdate(`${this.#nameOf(blob)}.partial`);
-    this.#handles.set(blob, handle);
-    return handle;
+    const file = this.#files.get(blob) ?? this.#open(blob);
+    this.#files.set(blob, file);
+    return file;
   };
 
+  async #open(blob: BlobState): Promise<fs.FileHandle> {
+    const name = this.#nameOf(blob);
+    const aside = this.#asideOf(blob);
+    const left = this.#deadId ? [`${name}.${this.#deadId}.partial`] : [];
+    for (const file of [...left, `${name}.partial`]) {
+      const isTaken = await moveFile(file, aside);
+      const found = isTaken ? await openTaken(aside, this.#lock.model) : undefined;
+      if (found) return found.handle;
+    }
+    return createFile(aside);
+  }
+
   seal = async (blob: BlobState): Promise<void> => {
+    const name = this.#nameOf(blob);
+    const aside = this.#asideOf(blob);
     const handle = await this.open(blob);
     await handle.truncate(blob.descriptor.size);
     await syncQuietly(handle);
-    this.#handles.delete(blob);
+    const ours = await handle.stat({ bigint: true });
+    this.#files.delete(blob);
     await handle.close();
-    await fs.rename(`${this.#nameOf(blob)}.partial`, this.#nameOf(blob));
+    if (!isSameFile(await statAt(aside), ours)) fail("DISK", `${aside} was replaced; run it again`);
+    await fs.rename(aside, name);
   };
 
   /** Whether its file is there already, and right. */
-  async has(blob: BlobState): Promise<boolean> {
-    const handle = await fs.open(this.#nameOf(blob), "r").catch(() => undefined);
-    if (!handle) return false;
+  async has(blob: BlobState, signal: AbortSignal): Promise<boolean> {
+    const opened = await openRegular(this.#nameOf(blob)).catch(ignore);
+    if (!opened) return false;
+    const { handle, stats } = opened;
     try {
-      const { size } = await handle.stat();
-      return (
-        size === blob.descriptor.size && (await isIntact({ handle, offset: 0 }, blob.descriptor))
-      );
+      const isWhole = Number(stats.size) === blob.descriptor.size;
+      return isWhole && (await isIntact({ handle, offset: 0 }, blob.descriptor, signal));
     } finally {
       await handle.close();
     }
   }
 
+  /** What is not whole is left for the next run. */
   async close(): Promise<void> {
-    for (const handle of await Promise.allSettled(this.#handles.values()))
-      if (handle.status === "fulfilled") await handle.value.close();
+    for (const [blob, file] of this.#files) {
+      const handle = await file.catch(ignore);
+      await handle?.close();
+      await fs.rename(this.#asideOf(blob), `${this.#nameOf(blob)}.partial`).catch(ignore);
+    }
   }
 }
 
@@ -5202,37 +5881,61 @@ type FolderJob = Readonly<{
   /** A blob's file, under the folder. */
   nameOf: (digest: string) => string;
   observe: Observer;
-  /** All blobs are there, and the lock is still held. */
-  seal?: () => Promise<void>;
+  /** All blobs are there, and the lock is still held. Returns whether anything had to be written. */
+  seal?: (lock: Lock) => Promise<boolean>;
 }>;
 
 /** Each blob as a file of its own under `folder`; those that are there already are verified and kept. */
 async function pullToFolder(job: FolderJob): Promise<Transfer> {
-  const { session, blobs, folder, nameOf, observe } = job;
-  const base = path.join(folder, ".imgpull.partial");
-  const journalFile = `${base}.journal`;
-  const unlock = await acquireLock(`${base}.lock`, folder);
-  const files = new BlobFiles(({ descriptor }) => path.join(folder, nameOf(descriptor.digest)));
+  const base = path.join(job.folder, ".imgpull.partial");
+  const lock = await Lock.acquire(`${base}.lock`, job.folder);
   try {
-    const missing: BlobState[] = [];
-    for (const blob of blobs) if (!(await files.has(blob))) missing.push(blob);
-    await checkFreeSpace(folder, folder, sizeOf(missing));
+    const transfer = await fillFolder(job, lock);
+    const isWritten = (await job.seal?.(lock)) ?? false;
+    if (transfer.blobs.length === 0 && !isWritten) transfer.markUnchanged();
 
-    const journal = await Journal.open(journalFile, "folder");
-    const { open, seal } = files;
-    const keptBytes = sizeOf(blobs) - sizeOf(missing);
-    const filling = { session, blobs: missing, keptBytes, observe, journal, open, seal };
-    const transfer = await fillPlaces(filling);
-    await job.seal?.();
-    await fs.rm(journalFile, { force: true });
+    await removeQuietly(`${base}.journal`);
+    const isBlobPartial = (name: string) =>
+      /^[0-9a-f]{64,128}(\.[0-9a-f]{16})?\.partial$/.test(name);
+    const folders = new Set(
+      job.blobs.map(({ descriptor }) => path.dirname(job.nameOf(descriptor.digest))),
+    );
+    for (const folder of folders) await sweep(path.join(job.folder, folder), isBlobPartial);
+    await sweep(job.folder, (name) => name.startsWith(".imgpull.partial.") && isAsideName(name));
     return transfer;
   } finally {
-    await files.close();
-    await unlock();
+    await lock.release();
   }
 }
 
-/** The index of a layout with our images in it, beside what it named before under other names. */
+async function fillFolder(job: FolderJob, lock: Lock): Promise<Transfer> {
+  const { session, blobs, folder, nameOf, observe } = job;
+  const { owner, model } = lock;
+  const journalFile = path.join(folder, ".imgpull.partial.journal");
+  const before = await Journal.read(journalFile, model);
+  const isDead = before.owner && (await fateOf(before.owner, owner)) === "dead";
+  const pathOf = ({ descriptor }: BlobState) => path.join(folder, nameOf(descriptor.digest));
+  const files = new BlobFiles(pathOf, lock, isDead ? before.owner?.id : undefined);
+
+  const missing: BlobState[] = [];
+  for (const blob of blobs) if (!(await files.has(blob, session.signal))) missing.push(blob);
+  await checkFreeSpace(folder, folder, sizeOf(missing));
+
+  const notes = { planId: "folder", partial: "", inPlace: before.inPlace };
+  const journal = await Journal.begin(journalFile, owner, notes);
+  try {
+    const { open, seal } = files;
+    const keptBytes = sizeOf(blobs) - sizeOf(missing);
+    const filling = { session, blobs: missing, keptBytes, observe, journal, open, seal };
+    return await fillPlaces(filling);
+  } finally {
+    await files.close();
+    await journal.close();
+  }
+}
+
+/** The index of a layout with our images in it, beside what it named before under other names. One that has ours
+ *  already, in this order, is given back as it is. */
 function mergeIndex(
   before: Record<string, unknown>,
   ours: { manifests: Descriptor[] },
@@ -5241,41 +5944,105 @@ function mergeIndex(
   const nameOf = ({ annotations, digest }: Descriptor) => annotations?.[NAME_KEYS[1]] ?? digest;
   const names = new Set(ours.manifests.map(nameOf));
   const listed = Array.isArray(before.manifests) ? (before.manifests as Descriptor[]) : [];
-  const others = listed.filter((entry) => !names.has(nameOf(entry)));
-  return { ...before, ...ours, manifests: [...others, ...ours.manifests] };
+  const isOther = (entry: Descriptor) => !names.has(nameOf(entry));
+  const merged = { ...before, ...ours, manifests: [...listed.filter(isOther), ...ours.manifests] };
+
+  const there = { ...before, manifests: listed.filter((entry) => !isOther(entry)) };
+  const wanted = { ...merged, manifests: ours.manifests };
+  return encodeJson(there).equals(encodeJson(wanted)) ? before : merged;
+}
+
+/** The bytes of a file of a layout; undefined where there is none. */
+async function readLayoutFile(file: string): Promise<Buffer | undefined> {
+  const opened = await openRegular(file);
+  if (!opened) {
+    if (await statAt(file)) fail("DISK", `${file} is in the way: it is not a regular file`);
+    return undefined;
+  }
+  return opened.handle.readFile().finally(() => opened.handle.close());
 }
 
 async function readLayoutIndex(folder: string): Promise<Record<string, unknown>> {
-  const index = parseJson((await readOptional(path.join(folder, "index.json"))) ?? "{}");
+  const index = parseJson((await readLayoutFile(path.join(folder, "index.json"))) ?? "{}");
   if (isRecord(index)) return index;
   return fail("DISK", `${folder} holds an index.json that is not a JSON object`);
+}
+
+/** Makes the folders of a layout. A link that leads out of it would have us write there. */
+async function makeLayoutFolders(folder: string, names: Iterable<string>): Promise<void> {
+  await fs.mkdir(folder, { recursive: true });
+  const root = await fs.realpath(folder);
+  const needed = new Set<string>();
+  for (const name of names)
+    for (let at = parentOf(name); at !== ""; at = parentOf(at)) needed.add(at);
+
+  for (const name of [...needed].sort()) {
+    const place = path.join(folder, name);
+    await fs.mkdir(place).catch((error: unknown) => {
+      if (errorCodeOf(error) !== "EEXIST") throw error;
+    });
+    const inside = path.relative(root, await fs.realpath(place));
+    if (inside.startsWith("..") || path.isAbsolute(inside))
+      fail("DISK", `${place} is a link that leads out of ${folder}`);
+  }
+}
+
+/** A document of a layout, in one step. One that is there with the same bytes is left alone. */
+async function writeLayoutFile(file: string, bytes: Buffer, { owner }: Lock): Promise<boolean> {
+  const before = await openRegular(file).catch(ignore);
+  const there = await before?.handle.readFile().finally(() => before.handle.close());
+  if (there?.equals(bytes)) return false;
+
+  const aside = `${file}.${owner.id}.partial`;
+  const handle = await createFile(aside);
+  try {
+    await writeAll(handle, [bytes], 0);
+    await syncQuietly(handle);
+    await fs.rename(aside, file);
+    return true;
+  } catch (error) {
+    await removeQuietly(aside);
+    throw error;
+  } finally {
+    await handle.close();
+  }
 }
 
 /** An OCI image layout: blobs first, then the index that names them, in one step and beside what it named before. */
 async function pullToLayout(job: PullJob, folder: string): Promise<Transfer> {
   const { session, plan, tars, observe } = job;
-  const files = new Map(plan.entries.map(({ name, bytes }) => [name, bytes]));
-  for (const name of files.keys())
-    await fs.mkdir(path.dirname(path.join(folder, name)), { recursive: true });
+  const files = new Map<string, Buffer>();
+  for (const { name, bytes } of plan.entries) if (bytes) files.set(name, bytes);
+  await makeLayoutFolders(
+    folder,
+    plan.entries.map(({ name }) => name),
+  );
   await readLayoutIndex(folder); // one that we cannot add to is told before anything is fetched
 
-  const seal = async () => {
+  const seal = async (lock: Lock): Promise<boolean> => {
     const before = await readLayoutIndex(folder); // under the lock: another run may have added to it
     const ours = parseJson(files.get("index.json") ?? "") as { manifests: Descriptor[] };
+    const merged = mergeIndex(before, ours);
     for (const name of ["manifest.json", "index.json"]) files.delete(name);
-    files.set("index.json", encodeJson(mergeIndex(before, ours))); // last of all
+
+    if (merged !== before) files.set("index.json", encodeJson(merged)); // last of all
+
+    let isWritten = false;
     for (const [name, bytes] of files) {
-      if (!bytes) continue;
-      const file = path.join(folder, name);
-      await fs.writeFile(`${file}.partial`, bytes, { flush: true } as object);
-      await fs.rename(`${file}.partial`, file);
+      const isIndex = name === "index.json";
+      if (isIndex && !(await lock.isOurs()))
+        fail("DISK", `another imgpull took ${folder} over; run it again`);
+      if (await writeLayoutFile(path.join(folder, name), bytes, lock)) isWritten = true;
     }
-    await syncFolder(folder);
+    if (isWritten) await syncFolder(folder);
+    return isWritten;
   };
 
   const blobs = blobsOf(plan, tars, true);
   return pullToFolder({ session, blobs, folder, nameOf: blobPath, observe, seal });
 }
+
+// ------ A stream ------
 
 /** What came before its turn, up to a bound: bytes are put in at any place of the tar and taken out in order. */
 class ReadAhead {
@@ -5359,6 +6126,40 @@ async function pullToStream(job: PullJob, output: NodeJS.WritableStream): Promis
     transfer.stop(signal.aborted ? connectionError(error, "the stream") : error);
   settled(await Promise.allSettled([transfer.run().catch(failed), sending.catch(failed)]));
   return transfer;
+}
+
+/** A pipe or a device, opened so that nothing hangs: a pipe without a reader is asked again and again, since the system
+ *  would wait for one where no Ctrl-C reaches. */
+async function openDevice(file: string, signal: AbortSignal): Promise<Writable> {
+  for (;;) {
+    signal.throwIfAborted();
+    try {
+      const isPipe = (await fs.stat(file)).isFIFO();
+      const descriptor = openSync(file, O_WRONLY | O_NONBLOCK);
+      if (isPipe) return new net.Socket({ fd: descriptor, readable: false, writable: true });
+      if (!load("node:tty").isatty(descriptor)) return createWriteStream("", { fd: descriptor });
+      closeSync(descriptor);
+      return fail("BAD_OPTION", `the tar is not written to a terminal (${file})`);
+    } catch (error) {
+      if (errorCodeOf(error) !== "ENXIO") throw error; // no reader yet
+    }
+    await delay(TUNING.readerPollMs, undefined, { signal });
+  }
+}
+
+/** Onto a pipe or a device, which whoever reads it sees the end of. */
+async function pullToDevice(job: PullJob, file: string): Promise<Transfer> {
+  const output = await openDevice(file, job.session.signal).catch((error: unknown) => {
+    if (job.session.signal.aborted) fail("ABORTED", "stopped", { cause: error });
+    throw error;
+  });
+  try {
+    const transfer = await pullToStream(job, output);
+    await finished(output.end());
+    return transfer;
+  } finally {
+    output.destroy();
+  }
 }
 
 // ====== 13. Proof ======
@@ -6522,6 +7323,7 @@ async function pullImages(
       fetchedBytes,
       reusedBytes,
       resumedBytes,
+      isUnchanged: pulled.transfer?.isUnchanged ?? false,
       omitted: pulled.plan.omitted,
     };
   });
@@ -7490,10 +8292,11 @@ async function printManifest(
 
 /** `1 image, 8.3 MB in app.tar: 8.3 MB fetched, 1.2 s`; what is 0 and not news is left out. */
 function formatSummary(report: PullReport, place: string, seconds: number): string {
-  const { images, sizeBytes, fetchedBytes, reusedBytes, resumedBytes } = report;
+  const { images, sizeBytes, fetchedBytes, reusedBytes, resumedBytes, isUnchanged } = report;
   const parts = [
+    ...(isUnchanged ? ["unchanged"] : []),
     `${formatBytes(fetchedBytes)} fetched`,
-    ...(reusedBytes > 0 ? [`${formatBytes(reusedBytes)} reused`] : []),
+    ...(reusedBytes > 0 && !isUnchanged ? [`${formatBytes(reusedBytes)} reused`] : []),
     ...(resumedBytes > 0 ? [`${formatBytes(resumedBytes)} resumed`] : []),
     `${seconds.toFixed(1)} s`,
   ];

@@ -55,6 +55,7 @@ test("several images: plain data of each, and the bytes that the command writes"
     fetchedBytes: report.fetchedBytes,
     reusedBytes: 0,
     resumedBytes: 0,
+    isUnchanged: false,
     omitted: [],
   };
   assert.deepEqual(report, expected);

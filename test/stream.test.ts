@@ -1,12 +1,12 @@
 // DEST is -: the same tar on stdout, in order, with bounded read-ahead; what is no file is not written to. SPEC §5.
 import assert from "node:assert/strict";
-import { spawnSync } from "node:child_process";
+import { spawn, spawnSync } from "node:child_process";
 import { existsSync, lstatSync, readdirSync, readFileSync, symlinkSync } from "node:fs";
 import { join } from "node:path";
 import { type TestContext, test } from "node:test";
 import { internals } from "../imgpull.ts";
 import { OPTIONS, succeed } from "./support/bundle.ts";
-import { runCommand, startCommand, temporaryFolder } from "./support/command.ts";
+import { COMMAND, runCommand, startCommand, temporaryFolder } from "./support/command.ts";
 import { makeMultiPlatform, readTar, type TestContent } from "./support/image.ts";
 import { runMain } from "./support/main.ts";
 import { childOf, filesOf, makeFar } from "./support/pull.ts";
@@ -170,27 +170,87 @@ test("a slow reader holds the line back: read-ahead and memory are bounded", {
 
 const isWindows = process.platform === "win32";
 
-test("a FIFO, a device and a link to one are refused as DEST, and stay what they are", {
+/** What comes out of a pipe, to its end. */
+function readPipe(file: string): Promise<Buffer> {
+  const reader = spawn("cat", [file], { stdio: ["ignore", "pipe", "inherit"] });
+  const chunks: Buffer[] = [];
+  reader.stdout.on("data", (chunk: Buffer) => chunks.push(chunk));
+  return new Promise((done) => reader.on("close", () => done(Buffer.concat(chunks))));
+}
+
+function makeFifo(folder: string): string {
+  const fifo = join(folder, "fifo");
+  assert.equal(spawnSync("mkfifo", [fifo]).status, 0);
+  return fifo;
+}
+
+test("a FIFO as DEST gets the tar in order and stays one, whoever comes first", {
+  skip: isWindows,
+}, async (t) => {
+  const { reference, folder, tar } = await serveStream(t, APP);
+  const fifo = makeFifo(folder);
+  for (const isReaderFirst of [true, false]) {
+    const early = isReaderFirst ? readPipe(fifo) : undefined;
+    const pulling = runCommand([...OPTIONS, reference, fifo]);
+    if (!isReaderFirst) await new Promise((wait) => setTimeout(wait, 400)); // it has nothing to wait on but time
+    const received = await (early ?? readPipe(fifo));
+    const { exitCode, stdout, stderr } = await pulling;
+    assert.equal(exitCode, 0, stderr);
+    assert.match(
+      String(stdout),
+      /@sha256:[0-9a-f]{64}\n$/,
+      "stdout is not the tar: the lock line is there",
+    );
+    assert.ok(received.equals(tar));
+  }
+  assert.ok(lstatSync(fifo).isFIFO());
+  assert.deepEqual(readdirSync(folder).sort(), ["app.tar", "fifo"]);
+});
+
+test("process substitution: imgpull IMAGE >(program)", { skip: isWindows }, async (t) => {
+  const { reference, folder, tar } = await serveStream(t, APP);
+  const words = [...COMMAND, ...OPTIONS, reference].map((word) => `'${word}'`).join(" ");
+  const script = `${words} >(cat > received) && wait $!`;
+  const result = await runCommand(["-c", script], { command: ["bash"], cwd: folder });
+  assert.equal(result.exitCode, 0, result.stderr);
+  assert.ok(readFileSync(join(folder, "received")).equals(tar));
+});
+
+test("a device as DEST, by a link or not, is written to and stays what it is", {
   skip: isWindows,
 }, async (t) => {
   const { reference, folder } = await serveStream(t, APP);
-  assert.equal(spawnSync("mkfifo", [join(folder, "fifo")]).status, 0);
-  symlinkSync("/dev/null", join(folder, "null"));
-  for (const name of ["fifo", "null"]) {
-    const before = lstatSync(join(folder, name));
-    const { exitCode, stdout, stderr } = await runCommand([
-      ...OPTIONS,
-      reference,
-      join(folder, name),
-    ]);
-    assert.deepEqual([exitCode, String(stdout)], [1, ""], stderr);
-    assert.match(stderr, /not a file/);
-    assert.deepEqual(
-      [lstatSync(join(folder, name)).ino, lstatSync("/dev/null").isCharacterDevice()],
-      [before.ino, true],
-    );
+  const link = join(folder, "null");
+  symlinkSync("/dev/null", link);
+  for (const dest of ["/dev/null", link]) {
+    const { exitCode, stderr } = await runCommand([...OPTIONS, reference, dest]);
+    assert.equal(exitCode, 0, stderr);
   }
-  assert.deepEqual(readdirSync(folder).sort(), ["app.tar", "fifo", "null"]);
+  assert.ok(lstatSync("/dev/null").isCharacterDevice() && lstatSync(link).isSymbolicLink());
+  assert.deepEqual(readdirSync(folder).sort(), ["app.tar", "null"]);
+});
+
+test("a FIFO that nobody reads is waited for until Ctrl-C", { skip: isWindows }, async (t) => {
+  const { reference, folder, registry } = await serveStream(t, APP);
+  const fifo = makeFifo(folder);
+  const { child, result } = startCommand([...OPTIONS, reference, fifo]);
+  await registry.arrived({ kind: "manifest" });
+  await new Promise((wait) => setTimeout(wait, 400));
+  child.kill("SIGINT");
+  const { exitCode } = await result;
+  assert.equal(exitCode, 130);
+});
+
+test("a reader of a FIFO that goes away ends the pull with an error", {
+  skip: isWindows,
+}, async (t) => {
+  const { reference, folder } = await serveStream(t, APP);
+  const fifo = makeFifo(folder);
+  const reader = spawn("head", ["-c", "1000", fifo], { stdio: "ignore" });
+  t.after(() => reader.kill());
+  const { exitCode } = await runCommand([...OPTIONS, reference, fifo]);
+  assert.equal(exitCode, 1);
+  assert.ok(lstatSync(fifo).isFIFO());
 });
 
 test("/dev/stdout as DEST is stdout: the tar, and no line after it", {
