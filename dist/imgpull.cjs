@@ -114,8 +114,14 @@ var LIMITS = Object.freeze({
   // and a registry that restarts is back within a minute or two
   retryAfterMs: 12e4,
   // longer waits are the user's to decide
-  lockBeatMs: 1e4
-  // a lock of another machine that is six beats old belongs to nobody
+  lockBeatMs: 1e4,
+  // how often a lock is touched
+  lockStaleMs: 6e4,
+  // a lock that nobody has touched for so long is nobody's: six beats, for disks can stall
+  lockBirthMs: 200,
+  // how long a lock may be there without a word, where it cannot be linked whole
+  lockBytes: 4096
+  // anyone may have written it
 });
 var TUNING = Object.freeze({
   batchBytes: MIB,
@@ -136,6 +142,8 @@ var TUNING = Object.freeze({
   // for each of a host's addresses but the last: one lost packet on a slow line is no reason to give up
   farLatencyMs: 20,
   // from here on a line is worth several connections before its speed is known
+  readerPollMs: 50,
+  // DEST that is a pipe: how soon we see that somebody reads it
   streamUnitBytes: 4 * MIB,
   // DEST `-`: one request's share of a large blob
   streamWindowBytes: 32 * MIB,
@@ -245,6 +253,8 @@ var DISK_WORDS = {
   ENOTDIR: "a part of the path is not a directory",
   EISDIR: "it is a directory",
   EPIPE: "who reads it has gone before its end",
+  ELOOP: "it is a loop of links",
+  NO_INODES: "the file system has no inodes left: it holds too many files",
   EFBIG: "the file system does not take a file of that size",
   ENAMETOOLONG: "a name in the path is too long"
 };
@@ -1134,8 +1144,8 @@ var INSIDE_BLOCKS = [
 ].join(" ").split(" ");
 function leadsInside({ hostname: hostname2 }, registryOrigin) {
   const address = withoutBrackets(hostname2);
-  const isOwn = hostname2 === new URL(registryOrigin).hostname;
-  if (isOwn || net.isIP(address) === 0) return false;
+  const isOwn2 = hostname2 === new URL(registryOrigin).hostname;
+  if (isOwn2 || net.isIP(address) === 0) return false;
   const blocks = new net.BlockList();
   for (const block of INSIDE_BLOCKS) {
     const [network = "", bits] = block.split("/");
@@ -2756,6 +2766,12 @@ var BlobState = class {
   markDone() {
     this.#isDone = true;
   }
+  /** All of it was there already, and is right. */
+  keep() {
+    this.#now.come = [[0, this.descriptor.size]];
+    this.#now.inPlace = this.#now.come;
+    this.#isDone = true;
+  }
   /**
    * Its bytes were wrong and are forgotten. Says whose they were, and whether it may be fetched once more; that it came
    * from a mirror costs the registry no restart.
@@ -3014,37 +3030,297 @@ var BatchWriter = class {
     this.#writing.catch(() => this.#stream.destroy());
   }
 };
+var { O_RDONLY, O_RDWR, O_WRONLY, O_CREAT, O_EXCL } = fs.constants;
+var { O_NOFOLLOW = 0, O_NONBLOCK = 0 } = fs.constants;
+async function statAt(file) {
+  try {
+    return await fs.lstat(file, { bigint: true });
+  } catch (error) {
+    if (errorCodeOf(error) === "ENOENT") return void 0;
+    throw error;
+  }
+}
+var identityOf = ({ dev, ino }) => `${dev}:${ino}`;
+var isSameFile = (left, right) => left !== void 0 && identityOf(left) === identityOf(right);
+async function openRegular(file, flags = O_RDONLY) {
+  const before = await statAt(file);
+  if (!before?.isFile()) return void 0;
+  const handle = await fs.open(file, flags | O_NOFOLLOW | O_NONBLOCK);
+  const stats = await handle.stat({ bigint: true });
+  if (stats.isFile()) return { handle, stats };
+  await handle.close();
+  return void 0;
+}
+var createFile = (file, mode = 438) => fs.open(file, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW, mode);
+function isOwn(stats, model) {
+  const isOpenToOthers = (stats.mode & 0o022n & ~model.mode) !== 0n;
+  return stats.isFile() && stats.uid === model.uid && stats.nlink <= 1n && !isOpenToOthers;
+}
+async function readOwn(file, model) {
+  const opened = await openRegular(file).catch(ignore);
+  if (!opened) return void 0;
+  try {
+    return isOwn(opened.stats, model) ? await opened.handle.readFile("utf8") : void 0;
+  } finally {
+    await opened.handle.close();
+  }
+}
+var removeQuietly = (file) => fs.unlink(file).catch(ignore);
+async function moveFile(from, to) {
+  if ((await statAt(from))?.isDirectory()) fail("DISK", `${from} is in the way: it is a directory`);
+  try {
+    await fs.rename(from, to);
+    return true;
+  } catch (error) {
+    const code = errorCodeOf(error);
+    if (code === "ENOENT") return false;
+    if (code !== "EPERM" && code !== "EACCES") throw error;
+    const words = `${from} cannot be moved aside: ${diskWords(error)} (is it another user's?)`;
+    return fail("DISK", words, { cause: error });
+  }
+}
+async function putBack(aside, file) {
+  try {
+    await fs.link(aside, file);
+  } catch (error) {
+    if (errorCodeOf(error) !== "EEXIST") return fs.rename(aside, file);
+  }
+  await removeQuietly(aside);
+}
+async function takeFile(file, aside, isMeant) {
+  if (!await moveFile(file, aside)) return false;
+  const stats = await statAt(aside);
+  if (stats && await isMeant(stats)) return true;
+  await putBack(aside, file);
+  return false;
+}
+var isAsideName = (name) => /\.[0-9a-f]{16}(\.(old|copy))?$/.test(name);
+async function sweep(folder, isLitter) {
+  const names = await listOptional(folder);
+  for (const name of names.filter(isLitter)) await removeQuietly(path.join(folder, name));
+}
+async function startOf(pid) {
+  const text = await readOptional(`/proc/${pid}/stat`) ?? "";
+  const [state, ...fields] = text.slice(text.lastIndexOf(")") + 2).split(" ");
+  return state === "Z" || state === "X" ? void 0 : fields[18];
+}
+async function describeSelf() {
+  const { pid } = process;
+  const id = load("node:crypto").randomBytes(8).toString("hex");
+  const self = { id, pid, host: os.hostname(), space: "", started: "" };
+  if (process.platform !== "linux")
+    return { ...self, space: `${process.platform} ${os.hostname()}` };
+  const link2 = (file) => fs.readlink(file).catch(ignore);
+  const boot = (await readOptional("/proc/sys/kernel/random/boot_id"))?.trim();
+  const namespace = await link2("/proc/self/ns/pid");
+  const started = await startOf("self");
+  const isOurProc = await link2("/proc/self") === String(pid);
+  if (!boot || !namespace || !started || !isOurProc) return self;
+  return { ...self, space: `${boot} ${namespace}`, started };
+}
+function parseOwner(text) {
+  const parsed = parseJson(text);
+  if (!isRecord(parsed)) return void 0;
+  const word = (key) => String(parsed[key] ?? "");
+  const id = /^[0-9a-f]{16}$/.test(word("id")) ? word("id") : "";
+  const owner = { id, pid: Number(parsed.pid), host: word("host") };
+  return { ...owner, space: word("space"), started: word("started") };
+}
+async function fateOf(owner, self) {
+  if (owner.space === "" || owner.space !== self.space) return "unknown";
+  try {
+    process.kill(owner.pid, 0);
+  } catch (error) {
+    if (errorCodeOf(error) === "ESRCH") return "dead";
+    if (errorCodeOf(error) !== "EPERM") return "unknown";
+  }
+  if (process.platform !== "linux") return "unknown";
+  return await startOf(owner.pid) === owner.started ? "alive" : "dead";
+}
+async function readLock(file) {
+  const stats = await statAt(file);
+  if (!stats?.isFile()) return stats && { stats, owner: void 0 };
+  try {
+    const opened = await openRegular(file);
+    if (!opened) return void 0;
+    const bytes = await readAt(opened.handle, 0, LIMITS.lockBytes);
+    await opened.handle.close();
+    return { stats: opened.stats, owner: parseOwner(bytes.toString("utf8")) };
+  } catch (error) {
+    return errorCodeOf(error) === "ENOENT" ? void 0 : { stats, owner: "unreadable" };
+  }
+}
+var Lock = class _Lock {
+  owner;
+  /** A file that this run made beside DEST. */
+  model;
+  #file;
+  #aside;
+  #handle;
+  #timer;
+  constructor(file, owner, handle, model) {
+    this.#file = file;
+    this.#aside = `${file}.${owner.id}`;
+    this.owner = owner;
+    this.model = model;
+    this.#handle = handle;
+  }
+  /** Written under a name of its own and then linked: a lock that is there says who has it. */
+  static async acquire(file, dest) {
+    const owner = await describeSelf();
+    const aside = `${file}.${owner.id}`;
+    const handle = await createFile(aside);
+    try {
+      await handle.write(JSON.stringify(owner), 0);
+      const lock = new _Lock(file, owner, handle, await handle.stat({ bigint: true }));
+      await lock.#settle(dest);
+      lock.#timer = setInterval(() => lock.#beat(), LIMITS.lockBeatMs).unref();
+      return lock;
+    } catch (error) {
+      await handle.close();
+      throw error;
+    } finally {
+      await removeQuietly(aside);
+    }
+  }
+  /** Until the lock is ours, or is seen to be another's. A bound, since somebody may come first each time. */
+  async #settle(dest) {
+    for (let attempt = 0; attempt < 8; attempt += 1) {
+      if (await this.#isPlaced()) return;
+      let seen = await readLock(this.#file);
+      if (seen && !seen.owner) {
+        await (0, import_promises2.setTimeout)(LIMITS.lockBirthMs);
+        seen = await readLock(this.#file);
+      }
+      if (!seen) continue;
+      const words = await this.#whoHasIt(seen);
+      if (words !== void 0) fail("DISK", `${dest} is being pulled by another imgpull${words}`);
+      await this.#takeOver(seen.stats);
+    }
+    fail("DISK", `${dest} is being pulled by another imgpull`);
+  }
+  async #isPlaced() {
+    try {
+      await fs.link(this.#aside, this.#file);
+      return true;
+    } catch (error) {
+      if (errorCodeOf(error) === "EEXIST") return false;
+    }
+    try {
+      const handle = await createFile(this.#file);
+      await this.#handle.close();
+      this.#handle = handle;
+    } catch (error) {
+      if (errorCodeOf(error) === "EEXIST") return false;
+      throw error;
+    }
+    try {
+      await this.#handle.write(JSON.stringify(this.owner), 0);
+      return true;
+    } catch (error) {
+      await removeQuietly(this.#file);
+      throw error;
+    }
+  }
+  /** Who has a lock, in words; undefined where it is left behind. Whoever is not known to live or to be dead lives as
+   *  long as the lock is touched, by the clock of the file system, on which ours is a moment old. */
+  async #whoHasIt({ stats, owner }) {
+    if (!owner) return void 0;
+    const isKnown = owner !== "unreadable";
+    const fate = isKnown ? await fateOf(owner, this.owner) : "unknown";
+    const who = isKnown ? printable(`process ${owner.pid} on ${owner.host}`, 80) : "another user's";
+    if (fate === "alive") return ` (${who})`;
+    if (fate === "dead") return void 0;
+    const ageMs = Number(this.model.mtimeMs - stats.mtimeMs);
+    const isLapsed = ageMs >= LIMITS.lockStaleMs;
+    if (isLapsed || ageMs < -LIMITS.lockBeatMs) return void 0;
+    const seconds = (milliseconds) => Math.max(1, Math.ceil(milliseconds / 1e3));
+    const remedy = `if that one is gone, its lock lapses in ${seconds(LIMITS.lockStaleMs - ageMs)} s`;
+    return ` (${who}, seen ${seconds(ageMs)} s ago)
+  ${remedy}`;
+  }
+  /** Takes a lock away that was left behind, as it was seen: another may have done so meanwhile, and have it now. */
+  async #takeOver(seen) {
+    const aside = `${this.#aside}.old`;
+    const isSeen = (stats) => isSameFile(stats, seen) && stats.mtimeNs === seen.mtimeNs;
+    if (await takeFile(this.#file, aside, isSeen)) await removeQuietly(aside);
+  }
+  /** A write rather than a date: the file system's own clock counts, and never another's file. */
+  #beat() {
+    this.#handle.write(JSON.stringify(this.owner), 0).catch(ignore);
+  }
+  async #isOwn(file) {
+    const owner = (await readLock(file))?.owner;
+    return owner !== void 0 && owner !== "unreadable" && owner.id === this.owner.id;
+  }
+  /** Whether nobody has taken the lock over. One that looked at it may have it in hand for a moment. */
+  async isOurs() {
+    for (let attempt = 0; attempt < 3; attempt += 1) {
+      if (await this.#isOwn(this.#file)) return true;
+      if (await statAt(this.#file)) return false;
+      await (0, import_promises2.setTimeout)(20);
+    }
+    return false;
+  }
+  /** Lets go of it, and of nobody else's. Never an error: it would hide why a pull failed. */
+  async release() {
+    clearInterval(this.#timer);
+    const isOwn2 = () => this.#isOwn(this.#aside);
+    const isTaken = await takeFile(this.#file, this.#aside, isOwn2).catch(ignore);
+    await this.#handle.close().catch(ignore);
+    if (isTaken) await removeQuietly(this.#aside);
+  }
+};
+function parseNotes(text) {
+  const [planId = "", ...lines] = text.split("\n");
+  const inPlace = /* @__PURE__ */ new Map();
+  let owner;
+  let partial = "";
+  for (const line of lines) {
+    const [, digest = "", rangeText = ""] = /^(\S+) ([\d,-]*);$/.exec(line) ?? [];
+    const [, identity, signature] = /^by (\S+) (\{.*\})$/.exec(line) ?? [];
+    if (identity !== void 0) {
+      partial = identity;
+      owner = parseOwner(signature ?? "");
+    }
+    let ranges = [];
+    for (const range of rangeText.split(",")) {
+      const [from = 0, to = 0] = range.split("-").map(Number);
+      if (from < to) ranges = addRange(ranges, [from, to]);
+    }
+    inPlace.set(digest, ranges);
+  }
+  return { planId, owner, partial, isClosed: lines.includes("closed"), inPlace };
+}
 var Journal = class _Journal {
   #file;
+  #handle;
   #inPlace;
-  constructor(file, inPlace) {
+  constructor(file, handle, inPlace) {
     this.#file = file;
+    this.#handle = handle;
     this.#inPlace = inPlace;
   }
-  /** What is there under another plan's id is not of ours, and written over. */
-  static async open(file, planId) {
-    const [id, ...lines] = (await readOptional(file) ?? "").split("\n");
-    if (id === planId) return new _Journal(file, _Journal.#parse(lines));
-    await fs.writeFile(file, `${planId}
+  static async read(file, model) {
+    return parseNotes(await readOwn(file, model) ?? "");
+  }
+  /** A journal of this run's own, which goes on from what an earlier one says. */
+  static async begin(file, owner, { planId, partial, inPlace }) {
+    const aside = `${file}.${owner.id}`;
+    const handle = await createFile(aside);
+    const journal = new _Journal(file, handle, inPlace);
+    try {
+      await handle.write(`${planId}
+by ${partial || "-"} ${JSON.stringify(owner)}
 `);
-    return new _Journal(file, /* @__PURE__ */ new Map());
-  }
-  static async belongsTo(file, planId) {
-    return (await readOptional(file))?.split("\n")[0] === planId;
-  }
-  /** The last whole line of each blob counts. */
-  static #parse(lines) {
-    const inPlace = /* @__PURE__ */ new Map();
-    for (const line of lines) {
-      const [, digest = "", text = ""] = /^(\S+) ([\d,-]*);$/.exec(line) ?? [];
-      let ranges = [];
-      for (const range of text.split(",")) {
-        const [from = 0, to = 0] = range.split("-").map(Number);
-        if (from < to) ranges = addRange(ranges, [from, to]);
-      }
-      inPlace.set(digest, ranges);
+      for (const [digest, ranges] of inPlace) journal.#recordRanges(digest, ranges);
+      await fs.rename(aside, file);
+      return journal;
+    } catch (error) {
+      await handle.close();
+      await removeQuietly(aside);
+      throw error;
     }
-    return inPlace;
   }
   rangesOf(digest) {
     return this.#inPlace.get(digest) ?? [];
@@ -3052,51 +3328,30 @@ var Journal = class _Journal {
   /** At once, for a line takes microseconds: one that queued behind the blobs' own writes would come too late. */
   record(blob) {
     blob.markRecorded();
-    const ranges = blob.inPlace.map((range) => range.join("-")).join(",");
-    try {
-      (0, import_node_fs.appendFileSync)(this.#file, `${blob.descriptor.digest} ${ranges};
+    this.#recordRanges(blob.descriptor.digest, blob.inPlace);
+  }
+  #recordRanges(digest, ranges) {
+    this.#append(`${digest} ${ranges.map((range) => range.join("-")).join(",")};
 `);
+  }
+  #append(text) {
+    try {
+      (0, import_node_fs.appendFileSync)(this.#handle.fd, text);
     } catch {
     }
   }
-};
-async function isRunning(pid) {
-  try {
-    return process.kill(pid, 0);
-  } catch (error) {
-    return errorCodeOf(error) === "EPERM";
+  /** Nothing more is written to what it speaks of: the next run may go on in the very same file. */
+  async close() {
+    this.#append("closed\n");
+    await this.#handle.close();
   }
-}
-async function isLockHeld(owner, ageMs) {
-  if (owner.host !== os.hostname()) return ageMs < 6 * LIMITS.lockBeatMs;
-  if (ageMs >= os.uptime() * 1e3) return false;
-  if (owner.pid === process.pid) return owner.since === performance.timeOrigin;
-  return isRunning(Number(owner.pid));
-}
-async function acquireLock(file, dest) {
-  const busy = (who = "") => fail("DISK", `${dest} is being pulled by another imgpull${who}`);
-  const mine = JSON.stringify({
-    pid: process.pid,
-    host: os.hostname(),
-    since: performance.timeOrigin,
-    id: Math.random()
-  });
-  const before = await readOptional(file);
-  const { mtimeMs } = await fs.stat(file).catch(() => ({ mtimeMs: 0 }));
-  const owner = parseJson(before ?? "") ?? {};
-  if (await isLockHeld(owner, Date.now() - mtimeMs))
-    busy(owner.pid ? ` (process ${owner.pid} on ${owner.host})` : "");
-  if (before !== void 0) await fs.rm(file, { force: true });
-  await fs.writeFile(file, mine, { flag: "wx" }).catch((error) => {
-    if (errorCodeOf(error) === "EEXIST") busy();
-    throw error;
-  });
-  if (before !== void 0) await (0, import_promises2.setTimeout)(20);
-  if (await readOptional(file) !== mine) busy();
-  const beat = () => void fs.utimes(file, /* @__PURE__ */ new Date(), /* @__PURE__ */ new Date()).catch(ignore);
-  const timer = setInterval(beat, LIMITS.lockBeatMs).unref();
-  return () => fs.rm(file, { force: true }).finally(() => clearInterval(timer));
-}
+  /** There is nothing to go on from. Another's journal under that name is left alone. */
+  async remove() {
+    const stats = await this.#handle.stat({ bigint: true });
+    await this.#handle.close();
+    if (isSameFile(await statAt(this.#file), stats)) await removeQuietly(this.#file);
+  }
+};
 function judgeLine() {
   const before = performance.eventLoopUtilization();
   return () => {
@@ -3118,6 +3373,7 @@ var Transfer = class {
   #stopping = new AbortController();
   #fetchedBytes = 0;
   #reusedBytes;
+  #isUnchanged = false;
   constructor(options) {
     const { session, blobs, sink, observe, journal, keptBytes = 0 } = options;
     this.signal = anySignal(session.signal, this.#stopping.signal);
@@ -3140,6 +3396,19 @@ var Transfer = class {
   }
   get activeBlobs() {
     return this.#schedule.activeBlobs;
+  }
+  /** Whether DEST was already what it had to become, and was left alone. */
+  get isUnchanged() {
+    return this.#isUnchanged;
+  }
+  /** DEST has a blob in its place, and it was verified there. */
+  keep(blob) {
+    blob.keep();
+    this.#reusedBytes += blob.descriptor.size;
+    this.#observe(this);
+  }
+  markUnchanged() {
+    this.#isUnchanged = true;
   }
   /** Ends all that is under way for an error, and throws that on. */
   stop = (error) => {
@@ -3275,29 +3544,47 @@ var Transfer = class {
   }
 };
 async function resolveLink(file) {
-  const link = await fs.readlink(file).catch(() => void 0);
-  return link === void 0 ? file : path.resolve(await fs.realpath(path.dirname(file)), link);
+  const link2 = await fs.readlink(file).catch(ignore);
+  if (link2 === void 0) return file;
+  const target = path.resolve(await fs.realpath(path.dirname(file)), link2);
+  return resolveLink(target);
+}
+async function resolveFile(file) {
+  try {
+    return await fs.realpath(file);
+  } catch (error) {
+    if (errorCodeOf(error) !== "ENOENT") throw error;
+    return resolveLink(file);
+  }
 }
 async function parseDestination(destination) {
   if (typeof destination !== "string") return { kind: "stream", output: destination };
   const doing = `cannot write ${destination}`;
-  const stats = await fs.stat(destination).catch(() => void 0);
+  const stats = await fs.stat(destination).catch(ignore);
   if (/[\\/]$/.test(destination) || stats?.isDirectory())
     return { kind: "layout", folder: destination };
+  if (stats?.isFIFO() || stats?.isCharacterDevice()) return { kind: "device", file: destination };
   if (stats?.isFile() === false)
     fail("DISK", `${doing}: it is there, and not a file (- is stdout)`);
   const folder = path.dirname(destination);
   const checking = fs.access(`${folder}/.`, fs.constants.W_OK);
   await onDisk(`${doing}: the directory ${folder}`, checking);
-  const file = fs.realpath(destination).catch(() => resolveLink(destination));
-  return { kind: "tar", file: await onDisk(doing, file) };
+  return { kind: "tar", file: await onDisk(doing, resolveFile(destination)) };
 }
-function pullInto(destination, job) {
-  if (destination.kind === "stream") return pullToStream(job, destination.output);
-  if (destination.kind === "layout") return pullToLayout(job, destination.folder);
-  return pullToTar(job, destination.file);
+async function pullInto(destination, job) {
+  switch (destination.kind) {
+    case "stream":
+      return pullToStream(job, destination.output);
+    case "device":
+      return pullToDevice(job, destination.file);
+    case "layout":
+      return pullToLayout(job, destination.folder).catch(tellOfInodes(destination.folder));
+    case "tar": {
+      const { file } = destination;
+      return pullToTar(job, file).catch(tellOfInodes(path.dirname(file)));
+    }
+  }
 }
-var openForUpdate = (file, mode = 438) => fs.open(file, fs.constants.O_RDWR | fs.constants.O_CREAT, mode);
 async function writeAll(handle, chunks, position) {
   const { bytesWritten } = await handle.writev(chunks, position);
   if (bytesWritten === sumOf(chunks, ({ length }) => length)) return;
@@ -3311,16 +3598,22 @@ async function syncQuietly(handle) {
   });
 }
 async function syncFolder(folder) {
-  const handle = await fs.open(folder, "r").catch(() => void 0);
+  const handle = await fs.open(folder, "r").catch(ignore);
   if (handle) await syncQuietly(handle).finally(() => handle.close());
 }
-async function checkFreeSpace(dest, folder, neededBytes) {
-  const { bavail, bsize } = await fs.statfs(folder).catch(() => ({ bavail: NEVER, bsize: 1 }));
-  const freeBytes = bavail * bsize;
+async function checkFreeSpace(dest, place, neededBytes) {
+  const { blocks, bavail, bsize } = await fs.statfs(place).catch(() => ({ blocks: 0, bavail: 0, bsize: 1 }));
+  const freeBytes = blocks === 0 ? NEVER : bavail * bsize;
   if (neededBytes <= freeBytes) return;
-  const words = `${formatBytes(neededBytes)} are needed and ${folder} has ${formatBytes(freeBytes)} free`;
+  const words = `${formatBytes(neededBytes)} are needed and ${place} has ${formatBytes(freeBytes)} free`;
   fail("DISK", `cannot write ${dest}: the disk is full, ${words}`);
 }
+var tellOfInodes = (folder) => async (error) => {
+  if (errorCodeOf(error) !== "ENOSPC") throw error;
+  const counts = await fs.statfs(folder).catch(ignore);
+  if (!counts || counts.files === 0 || counts.ffree > 0) throw error;
+  throw Object.assign(error, { code: "NO_INODES" });
+};
 var BackgroundSync = class {
   #unsyncedBytes = 0;
   #syncing = Promise.resolve();
@@ -3374,152 +3667,467 @@ async function resumeBlob(blob, journal, open2) {
   const placeEnd = fileBytes - blob.offset;
   blob.resume(ranges.filter(([, to]) => to <= size && to <= placeEnd));
 }
-async function openAtHand(files) {
-  const tars = await Promise.all(files.map((file) => openTar(file).catch(() => void 0)));
-  return tars.filter((tar) => tar !== void 0);
-}
 async function writeFrame(handle, plan) {
   for (const { lead, bytes, offset } of plan.entries)
     await writeAll(handle, bytes ? [lead, bytes] : [lead], offset - lead.length);
   await writeAll(handle, [plan.trailer], plan.sizeBytes - plan.trailer.length);
   await handle.truncate(plan.sizeBytes);
 }
-async function pullToTar(job, dest) {
-  const { session, plan, tars, observe } = job;
-  const folder = path.dirname(dest);
-  const partial = `${dest}.partial`;
-  const journalFile = `${partial}.journal`;
-  const old = `${partial}.old`;
-  const unlock = await acquireLock(`${partial}.lock`, dest);
-  const opened = [];
-  let leftovers = [];
+async function hasFrame(handle, plan) {
+  const { size } = await handle.stat();
+  if (size !== plan.sizeBytes) return false;
+  const isThere = async (bytes, at) => bytes.equals(await readAt(handle, at, bytes.length));
+  for (const { lead, bytes, offset } of plan.entries) {
+    const frame = bytes ? Buffer.concat([lead, bytes]) : lead;
+    if (!await isThere(frame, offset - lead.length)) return false;
+  }
+  return isThere(plan.trailer, plan.sizeBytes - plan.trailer.length);
+}
+var NO_SINK = { isInOrder: false, write: () => Promise.resolve() };
+async function keepUnchanged(job, dest) {
+  const { session, plan, observe } = job;
+  const opened = await openRegular(dest).catch(ignore);
+  if (!opened) return void 0;
+  const { handle } = opened;
   try {
-    const before = await fs.stat(partial).catch(() => void 0);
-    const isOurs = before?.size === plan.sizeBytes && await Journal.belongsTo(journalFile, plan.id);
-    const reservedBytes = isOurs ? before.blocks * BLOCK : 0;
-    await checkFreeSpace(dest, folder, plan.sizeBytes - reservedBytes);
-    if (!isOurs) {
-      leftovers = [partial, journalFile];
-      await fs.rename(partial, old).catch(ignore);
-      await fs.rm(journalFile, { force: true });
+    if (!await hasFrame(handle, plan)) return void 0;
+    const transfer = new Transfer({ session, blobs: blobsOf(plan, []), sink: NO_SINK, observe });
+    for (const blob of transfer.blobs) {
+      if (!await isIntact({ handle, offset: blob.offset }, blob.descriptor, session.signal))
+        return void 0;
+      transfer.keep(blob);
     }
-    const atHand = await openAtHand([old, dest]);
-    opened.push(...atHand.map((tar) => tar.handle));
-    const { mode = 438 } = await fs.stat(dest).catch(() => void 0) ?? {};
-    const handle = await openForUpdate(partial, mode & 511 | 384);
-    opened.push(handle);
-    await writeFrame(handle, plan);
-    const blobs = blobsOf(plan, [...tars, ...atHand]);
-    const open2 = async () => handle;
+    transfer.markUnchanged();
+    return transfer;
+  } catch (error) {
+    if (session.signal.aborted) fail("ABORTED", "stopped", { cause: error });
+    throw error;
+  } finally {
+    await handle.close();
+  }
+}
+async function openTaken(file, model) {
+  const opened = await openRegular(file, O_RDWR).catch(ignore);
+  if (opened && isOwn(opened.stats, model)) return opened;
+  await opened?.handle.close();
+  await fs.unlink(file);
+  return void 0;
+}
+async function replaceByCopy(file) {
+  const copy = `${file}.copy`;
+  try {
+    await fs.copyFile(file, copy, fs.constants.COPYFILE_FICLONE | fs.constants.COPYFILE_EXCL);
+    await fs.rename(copy, file);
+    return (await openRegular(file, O_RDWR))?.handle;
+  } catch {
+    await removeQuietly(copy);
+    await fs.unlink(file);
+    return void 0;
+  }
+}
+var PartialTar = class _PartialTar {
+  file;
+  #dest;
+  #plan;
+  #lock;
+  #aside;
+  #journalFile;
+  #isTaken = false;
+  #inPlace = /* @__PURE__ */ new Map();
+  #handle;
+  #journal;
+  constructor({ dest, plan, lock }) {
+    this.file = `${dest}.partial`;
+    this.#dest = dest;
+    this.#plan = plan;
+    this.#lock = lock;
+    this.#aside = `${this.file}.${lock.owner.id}`;
+    this.#journalFile = `${this.file}.journal`;
+  }
+  get handle() {
+    return this.#handle;
+  }
+  get journal() {
+    return this.#journal;
+  }
+  /** Goes on from what an earlier run left of the plan, or begins anew. */
+  static async open(place) {
+    const partial = new _PartialTar(place);
     try {
-      const journal = await Journal.open(journalFile, plan.id);
-      const transfer = await fillPlaces({ session, blobs, observe, journal, open: open2 });
-      await syncQuietly(handle);
-      await fs.rename(partial, dest);
-      leftovers = [journalFile, old];
-      await syncFolder(folder);
-      return transfer;
+      await partial.#claim();
+      await partial.#checkSpace();
+      await partial.#begin();
+      return partial;
     } catch (error) {
-      const keptBytes = sumOf(blobs, ({ inPlace }) => lengthOf(inPlace));
-      leftovers = keptBytes > 0 ? [] : [partial, journalFile];
-      const words = `${partial} keeps ${formatBytes(keptBytes)}: the same command goes on from there`;
-      if (keptBytes > 0) session.warn(words);
+      await partial.close();
       throw error;
     }
+  }
+  /** Takes what is there to a name of this run's own. What another plan left becomes DEST.partial.old. */
+  async #claim() {
+    const { owner, model } = this.#lock;
+    const before = await Journal.read(this.#journalFile, model);
+    const isDead = before.owner && await fateOf(before.owner, owner) === "dead";
+    const deadAside = `${this.file}.${before.owner?.id}`;
+    this.#isTaken = isDead && await moveFile(deadAside, this.#aside) || await moveFile(this.file, this.#aside);
+    const found = this.#isTaken ? await openTaken(this.#aside, model) : void 0;
+    this.#isTaken = found !== void 0;
+    if (!found) return;
+    const notes = await Journal.read(this.#journalFile, model);
+    const isOfPlan = notes.planId === this.#plan.id;
+    if (isOfPlan && Number(found.stats.size) === this.#plan.sizeBytes)
+      return this.#goOnWith(found, notes);
+    await found.handle.close();
+    await fs.rename(this.#aside, `${this.file}.old`);
+    this.#isTaken = false;
+  }
+  /** Whoever may be alive and has a file open can write to it, whatever name it has: such a file is gone on with as a
+   *  copy. */
+  async #goOnWith({ handle, stats }, notes) {
+    const { owner } = notes;
+    const isAbandoned = !owner || notes.partial === identityOf(stats) && (notes.isClosed || await fateOf(owner, this.#lock.owner) === "dead");
+    this.#handle = handle;
+    this.#inPlace = notes.inPlace;
+    if (isAbandoned) return;
+    await handle.close();
+    this.#handle = await replaceByCopy(this.#aside);
+    this.#isTaken = this.#handle !== void 0;
+    if (!this.#isTaken) this.#inPlace = /* @__PURE__ */ new Map();
+  }
+  async #checkSpace() {
+    const { blocks = 0 } = await this.#handle?.stat() ?? {};
+    const neededBytes = this.#plan.sizeBytes - blocks * BLOCK;
+    await checkFreeSpace(this.#dest, path.dirname(this.#dest), neededBytes);
+  }
+  /** Nothing is written before its name is public: where another has taken it meanwhile, that fails. */
+  async #begin() {
+    const { mode: destMode = 438 } = await fs.stat(this.#dest).catch(ignore) ?? {};
+    const mode = destMode & 511 | 384;
+    this.#handle ??= await createFile(this.#aside, mode);
+    const { mode: actualMode } = await this.#handle.stat();
+    if ((actualMode & 511 & ~mode) !== 0) await fs.chmod(this.#aside, actualMode & mode);
+    this.#journal = await Journal.begin(this.#journalFile, this.#lock.owner, {
+      planId: this.#plan.id,
+      partial: identityOf(await this.#handle.stat({ bigint: true })),
+      inPlace: this.#inPlace
+    });
+    await fs.rename(this.#aside, this.file);
+    await writeFrame(this.#handle, this.#plan);
+  }
+  /** Gives it DEST's name. It is looked at once more under a name that nobody else has: whoever took the lock over may
+   *  have put another file in its place. Returns whether that was one step. */
+  async become() {
+    await syncQuietly(this.handle);
+    const ours = await this.handle.stat({ bigint: true });
+    const isWhole = (found) => isSameFile(found, ours) && Number(found.size) === this.#plan.sizeBytes;
+    const isTaken = await takeFile(this.file, this.#aside, isWhole);
+    if (!isTaken || !await this.#lock.isOurs()) {
+      if (isTaken) await putBack(this.#aside, this.file);
+      const words = `${this.file} was replaced or cut, or another imgpull took it over`;
+      fail("DISK", `cannot write ${this.#dest}: ${words}; run it again`);
+    }
+    const isOneStep = await this.#giveName().catch(async (error) => {
+      await putBack(this.#aside, this.file);
+      throw error;
+    });
+    await this.handle.close();
+    await this.journal.remove();
+    return isOneStep;
+  }
+  async #giveName() {
+    const isWindows = process.platform === "win32";
+    try {
+      await fs.rename(this.#aside, this.#dest);
+      await syncFolder(path.dirname(this.#dest));
+      return true;
+    } catch (error) {
+      const code = errorCodeOf(error);
+      if (isWindows && ["EPERM", "EACCES", "EBUSY"].includes(code)) {
+        const words = "another program has it open";
+        fail("DISK", `cannot write ${this.#dest}: ${words}`, { cause: error });
+      }
+      if (code !== "EBUSY") throw error;
+    }
+    await this.#writeInPlace();
+    await fs.unlink(this.#aside);
+    return false;
+  }
+  /** For a DEST that is mounted by itself. Its first block is written last: what is half-written begins with zeros, and
+   *  is no tar. */
+  async #writeInPlace() {
+    const { size, blocks } = await fs.stat(this.#dest);
+    await checkFreeSpace(this.#dest, this.#dest, this.#plan.sizeBytes - blocks * BLOCK);
+    const dest = await fs.open(this.#dest, O_WRONLY | O_NONBLOCK);
+    try {
+      await writeAll(dest, [Buffer.alloc(Math.min(BLOCK, size))], 0);
+      let at = BLOCK;
+      for await (const piece of readPlace(this.handle, at, this.#plan.sizeBytes)) {
+        await writeAll(dest, [piece], at);
+        at += piece.length;
+      }
+      await dest.truncate(this.#plan.sizeBytes);
+      await syncQuietly(dest);
+      await writeAll(dest, [await readAt(this.handle, 0, BLOCK)], 0);
+      await syncQuietly(dest);
+    } finally {
+      await dest.close();
+    }
+  }
+  /** After a failure. Returns whether `keptBytes` of it are still there, for the next run to go on from. */
+  async close(keptBytes = sumOf(this.#inPlace.values(), lengthOf)) {
+    const ours = await this.#handle?.stat({ bigint: true });
+    await this.#handle?.close();
+    if (!this.#journal) {
+      if (this.#isTaken) await putBack(this.#aside, this.file);
+      else await removeQuietly(this.#aside);
+      return this.#isTaken;
+    }
+    const isThere = ours !== void 0 && isSameFile(await statAt(this.file), ours);
+    if (isThere && keptBytes > 0) {
+      await this.#journal.close();
+      return true;
+    }
+    if (isThere) await removeQuietly(this.file);
+    await removeQuietly(this.#aside);
+    await this.#journal.remove();
+    return false;
+  }
+};
+async function sourcesBeside(dest, { model }) {
+  const old = `${dest}.partial.old`;
+  const stats = await statAt(old);
+  return openAtHand(stats && isOwn(stats, model) ? [old, dest] : [dest]);
+}
+async function openAtHand(files) {
+  const tars = await Promise.all(files.map((file) => openTar(file).catch(ignore)));
+  return tars.filter((tar) => tar !== void 0);
+}
+async function closeTars(tars) {
+  for (const { handle } of tars) await handle.close();
+}
+async function fillTar(job, dest, lock) {
+  const { session, plan, tars, observe } = job;
+  const partial = await PartialTar.open({ dest, plan, lock });
+  const sources = [...tars, ...await sourcesBeside(dest, lock)];
+  const blobs = blobsOf(plan, sources);
+  try {
+    const { journal, handle } = partial;
+    const open2 = async () => handle;
+    const transfer = await fillPlaces({ session, blobs, observe, journal, open: open2 });
+    await closeTars(sources);
+    if (!await partial.become())
+      session.warn(`${dest} is mounted by itself: it was written in place, which was not one step`);
+    return transfer;
+  } catch (error) {
+    const keptBytes = sumOf(blobs, ({ inPlace }) => lengthOf(inPlace));
+    const words = `${partial.file} keeps ${formatBytes(keptBytes)}: the same command goes on from there`;
+    if (await partial.close(keptBytes)) session.warn(words);
+    throw error;
   } finally {
-    for (const handle of opened) await handle.close();
-    await Promise.allSettled(leftovers.map((file) => fs.rm(file, { force: true })));
-    await unlock();
+    await closeTars(sources);
+  }
+}
+async function pullToTar(job, dest) {
+  const partial = `${dest}.partial`;
+  const lock = await Lock.acquire(`${partial}.lock`, dest);
+  try {
+    const unchanged = await keepUnchanged(job, dest);
+    const transfer = unchanged ?? await fillTar(job, dest, lock);
+    const leftovers = unchanged ? [partial, `${partial}.journal`] : [];
+    for (const file of [...leftovers, `${partial}.old`]) await removeQuietly(file);
+    const stem = `${path.basename(partial)}.`;
+    await sweep(path.dirname(dest), (name) => name.startsWith(stem) && isAsideName(name));
+    return transfer;
+  } finally {
+    await lock.release();
   }
 }
 var BlobFiles = class {
   #nameOf;
-  #handles = /* @__PURE__ */ new Map();
-  constructor(nameOf) {
+  #lock;
+  #deadId;
+  #files = /* @__PURE__ */ new Map();
+  /** `deadId`: of the run before, where that is certainly over. */
+  constructor(nameOf, lock, deadId) {
     this.#nameOf = nameOf;
+    this.#lock = lock;
+    this.#deadId = deadId;
+  }
+  #asideOf(blob) {
+    return `${this.#nameOf(blob)}.${this.#lock.owner.id}.partial`;
   }
   open = (blob) => {
-    const handle = this.#handles.get(blob) ?? openForUpdate(`${this.#nameOf(blob)}.partial`);
-    this.#handles.set(blob, handle);
-    return handle;
+    const file = this.#files.get(blob) ?? this.#open(blob);
+    this.#files.set(blob, file);
+    return file;
   };
+  async #open(blob) {
+    const name = this.#nameOf(blob);
+    const aside = this.#asideOf(blob);
+    const left = this.#deadId ? [`${name}.${this.#deadId}.partial`] : [];
+    for (const file of [...left, `${name}.partial`]) {
+      const isTaken = await moveFile(file, aside);
+      const found = isTaken ? await openTaken(aside, this.#lock.model) : void 0;
+      if (found) return found.handle;
+    }
+    return createFile(aside);
+  }
   seal = async (blob) => {
+    const name = this.#nameOf(blob);
+    const aside = this.#asideOf(blob);
     const handle = await this.open(blob);
     await handle.truncate(blob.descriptor.size);
     await syncQuietly(handle);
-    this.#handles.delete(blob);
+    const ours = await handle.stat({ bigint: true });
+    this.#files.delete(blob);
     await handle.close();
-    await fs.rename(`${this.#nameOf(blob)}.partial`, this.#nameOf(blob));
+    if (!isSameFile(await statAt(aside), ours)) fail("DISK", `${aside} was replaced; run it again`);
+    await fs.rename(aside, name);
   };
   /** Whether its file is there already, and right. */
-  async has(blob) {
-    const handle = await fs.open(this.#nameOf(blob), "r").catch(() => void 0);
-    if (!handle) return false;
+  async has(blob, signal) {
+    const opened = await openRegular(this.#nameOf(blob)).catch(ignore);
+    if (!opened) return false;
+    const { handle, stats } = opened;
     try {
-      const { size } = await handle.stat();
-      return size === blob.descriptor.size && await isIntact({ handle, offset: 0 }, blob.descriptor);
+      const isWhole = Number(stats.size) === blob.descriptor.size;
+      return isWhole && await isIntact({ handle, offset: 0 }, blob.descriptor, signal);
     } finally {
       await handle.close();
     }
   }
+  /** What is not whole is left for the next run. */
   async close() {
-    for (const handle of await Promise.allSettled(this.#handles.values()))
-      if (handle.status === "fulfilled") await handle.value.close();
+    for (const [blob, file] of this.#files) {
+      const handle = await file.catch(ignore);
+      await handle?.close();
+      await fs.rename(this.#asideOf(blob), `${this.#nameOf(blob)}.partial`).catch(ignore);
+    }
   }
 };
 async function pullToFolder(job) {
-  const { session, blobs, folder, nameOf, observe } = job;
-  const base = path.join(folder, ".imgpull.partial");
-  const journalFile = `${base}.journal`;
-  const unlock = await acquireLock(`${base}.lock`, folder);
-  const files = new BlobFiles(({ descriptor }) => path.join(folder, nameOf(descriptor.digest)));
+  const base = path.join(job.folder, ".imgpull.partial");
+  const lock = await Lock.acquire(`${base}.lock`, job.folder);
   try {
-    const missing = [];
-    for (const blob of blobs) if (!await files.has(blob)) missing.push(blob);
-    await checkFreeSpace(folder, folder, sizeOf(missing));
-    const journal = await Journal.open(journalFile, "folder");
+    const transfer = await fillFolder(job, lock);
+    const isWritten = await job.seal?.(lock) ?? false;
+    if (transfer.blobs.length === 0 && !isWritten) transfer.markUnchanged();
+    await removeQuietly(`${base}.journal`);
+    const isBlobPartial = (name) => /^[0-9a-f]{64,128}(\.[0-9a-f]{16})?\.partial$/.test(name);
+    const folders = new Set(
+      job.blobs.map(({ descriptor }) => path.dirname(job.nameOf(descriptor.digest)))
+    );
+    for (const folder of folders) await sweep(path.join(job.folder, folder), isBlobPartial);
+    await sweep(job.folder, (name) => name.startsWith(".imgpull.partial.") && isAsideName(name));
+    return transfer;
+  } finally {
+    await lock.release();
+  }
+}
+async function fillFolder(job, lock) {
+  const { session, blobs, folder, nameOf, observe } = job;
+  const { owner, model } = lock;
+  const journalFile = path.join(folder, ".imgpull.partial.journal");
+  const before = await Journal.read(journalFile, model);
+  const isDead = before.owner && await fateOf(before.owner, owner) === "dead";
+  const pathOf = ({ descriptor }) => path.join(folder, nameOf(descriptor.digest));
+  const files = new BlobFiles(pathOf, lock, isDead ? before.owner?.id : void 0);
+  const missing = [];
+  for (const blob of blobs) if (!await files.has(blob, session.signal)) missing.push(blob);
+  await checkFreeSpace(folder, folder, sizeOf(missing));
+  const notes = { planId: "folder", partial: "", inPlace: before.inPlace };
+  const journal = await Journal.begin(journalFile, owner, notes);
+  try {
     const { open: open2, seal } = files;
     const keptBytes = sizeOf(blobs) - sizeOf(missing);
     const filling = { session, blobs: missing, keptBytes, observe, journal, open: open2, seal };
-    const transfer = await fillPlaces(filling);
-    await job.seal?.();
-    await fs.rm(journalFile, { force: true });
-    return transfer;
+    return await fillPlaces(filling);
   } finally {
     await files.close();
-    await unlock();
+    await journal.close();
   }
 }
 function mergeIndex(before, ours) {
   const nameOf = ({ annotations, digest }) => annotations?.[NAME_KEYS[1]] ?? digest;
   const names = new Set(ours.manifests.map(nameOf));
   const listed = Array.isArray(before.manifests) ? before.manifests : [];
-  const others = listed.filter((entry) => !names.has(nameOf(entry)));
-  return { ...before, ...ours, manifests: [...others, ...ours.manifests] };
+  const isOther = (entry) => !names.has(nameOf(entry));
+  const merged = { ...before, ...ours, manifests: [...listed.filter(isOther), ...ours.manifests] };
+  const there = { ...before, manifests: listed.filter((entry) => !isOther(entry)) };
+  const wanted = { ...merged, manifests: ours.manifests };
+  return encodeJson(there).equals(encodeJson(wanted)) ? before : merged;
+}
+async function readLayoutFile(file) {
+  const opened = await openRegular(file);
+  if (!opened) {
+    if (await statAt(file)) fail("DISK", `${file} is in the way: it is not a regular file`);
+    return void 0;
+  }
+  return opened.handle.readFile().finally(() => opened.handle.close());
 }
 async function readLayoutIndex(folder) {
-  const index = parseJson(await readOptional(path.join(folder, "index.json")) ?? "{}");
+  const index = parseJson(await readLayoutFile(path.join(folder, "index.json")) ?? "{}");
   if (isRecord(index)) return index;
   return fail("DISK", `${folder} holds an index.json that is not a JSON object`);
 }
+async function makeLayoutFolders(folder, names) {
+  await fs.mkdir(folder, { recursive: true });
+  const root = await fs.realpath(folder);
+  const needed = /* @__PURE__ */ new Set();
+  for (const name of names)
+    for (let at = parentOf(name); at !== ""; at = parentOf(at)) needed.add(at);
+  for (const name of [...needed].sort()) {
+    const place = path.join(folder, name);
+    await fs.mkdir(place).catch((error) => {
+      if (errorCodeOf(error) !== "EEXIST") throw error;
+    });
+    const inside = path.relative(root, await fs.realpath(place));
+    if (inside.startsWith("..") || path.isAbsolute(inside))
+      fail("DISK", `${place} is a link that leads out of ${folder}`);
+  }
+}
+async function writeLayoutFile(file, bytes, { owner }) {
+  const before = await openRegular(file).catch(ignore);
+  const there = await before?.handle.readFile().finally(() => before.handle.close());
+  if (there?.equals(bytes)) return false;
+  const aside = `${file}.${owner.id}.partial`;
+  const handle = await createFile(aside);
+  try {
+    await writeAll(handle, [bytes], 0);
+    await syncQuietly(handle);
+    await fs.rename(aside, file);
+    return true;
+  } catch (error) {
+    await removeQuietly(aside);
+    throw error;
+  } finally {
+    await handle.close();
+  }
+}
 async function pullToLayout(job, folder) {
   const { session, plan, tars, observe } = job;
-  const files = new Map(plan.entries.map(({ name, bytes }) => [name, bytes]));
-  for (const name of files.keys())
-    await fs.mkdir(path.dirname(path.join(folder, name)), { recursive: true });
+  const files = /* @__PURE__ */ new Map();
+  for (const { name, bytes } of plan.entries) if (bytes) files.set(name, bytes);
+  await makeLayoutFolders(
+    folder,
+    plan.entries.map(({ name }) => name)
+  );
   await readLayoutIndex(folder);
-  const seal = async () => {
+  const seal = async (lock) => {
     const before = await readLayoutIndex(folder);
     const ours = parseJson(files.get("index.json") ?? "");
+    const merged = mergeIndex(before, ours);
     for (const name of ["manifest.json", "index.json"]) files.delete(name);
-    files.set("index.json", encodeJson(mergeIndex(before, ours)));
+    if (merged !== before) files.set("index.json", encodeJson(merged));
+    let isWritten = false;
     for (const [name, bytes] of files) {
-      if (!bytes) continue;
-      const file = path.join(folder, name);
-      await fs.writeFile(`${file}.partial`, bytes, { flush: true });
-      await fs.rename(`${file}.partial`, file);
+      const isIndex2 = name === "index.json";
+      if (isIndex2 && !await lock.isOurs())
+        fail("DISK", `another imgpull took ${folder} over; run it again`);
+      if (await writeLayoutFile(path.join(folder, name), bytes, lock)) isWritten = true;
     }
-    await syncFolder(folder);
+    if (isWritten) await syncFolder(folder);
+    return isWritten;
   };
   const blobs = blobsOf(plan, tars, true);
   return pullToFolder({ session, blobs, folder, nameOf: blobPath, observe, seal });
@@ -3589,6 +4197,35 @@ async function pullToStream(job, output) {
   const failed = (error) => transfer.stop(signal.aborted ? connectionError(error, "the stream") : error);
   settled(await Promise.allSettled([transfer.run().catch(failed), sending.catch(failed)]));
   return transfer;
+}
+async function openDevice(file, signal) {
+  for (; ; ) {
+    signal.throwIfAborted();
+    try {
+      const isPipe = (await fs.stat(file)).isFIFO();
+      const descriptor = (0, import_node_fs.openSync)(file, O_WRONLY | O_NONBLOCK);
+      if (isPipe) return new net.Socket({ fd: descriptor, readable: false, writable: true });
+      if (!load("node:tty").isatty(descriptor)) return (0, import_node_fs.createWriteStream)("", { fd: descriptor });
+      (0, import_node_fs.closeSync)(descriptor);
+      return fail("BAD_OPTION", `the tar is not written to a terminal (${file})`);
+    } catch (error) {
+      if (errorCodeOf(error) !== "ENXIO") throw error;
+    }
+    await (0, import_promises2.setTimeout)(TUNING.readerPollMs, void 0, { signal });
+  }
+}
+async function pullToDevice(job, file) {
+  const output = await openDevice(file, job.session.signal).catch((error) => {
+    if (job.session.signal.aborted) fail("ABORTED", "stopped", { cause: error });
+    throw error;
+  });
+  try {
+    const transfer = await pullToStream(job, output);
+    await (0, import_promises.finished)(output.end());
+    return transfer;
+  } finally {
+    output.destroy();
+  }
 }
 var HASHES_OF_CURVE = /* @__PURE__ */ new Map([
   ["prime256v1", ["sha256"]],
@@ -4399,6 +5036,7 @@ async function pullImages(references, dest, options = {}) {
       fetchedBytes,
       reusedBytes,
       resumedBytes,
+      isUnchanged: pulled.transfer?.isUnchanged ?? false,
       omitted: pulled.plan.omitted
     };
   });
@@ -5148,10 +5786,11 @@ async function printManifest({ stdout, stderr }, puller, type) {
 `);
 }
 function formatSummary(report, place, seconds) {
-  const { images, sizeBytes, fetchedBytes, reusedBytes, resumedBytes } = report;
+  const { images, sizeBytes, fetchedBytes, reusedBytes, resumedBytes, isUnchanged } = report;
   const parts = [
+    ...isUnchanged ? ["unchanged"] : [],
     `${formatBytes(fetchedBytes)} fetched`,
-    ...reusedBytes > 0 ? [`${formatBytes(reusedBytes)} reused`] : [],
+    ...reusedBytes > 0 && !isUnchanged ? [`${formatBytes(reusedBytes)} reused`] : [],
     ...resumedBytes > 0 ? [`${formatBytes(resumedBytes)} resumed`] : [],
     `${seconds.toFixed(1)} s`
   ];

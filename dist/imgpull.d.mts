@@ -161,6 +161,8 @@ interface PullReport {
     reusedBytes: number;
     /** What an earlier run of the same pull had brought. */
     resumedBytes: number;
+    /** DEST was already what it had to become, and was left alone. */
+    isUnchanged: boolean;
     /** Layers that were left out since the tar of `since` holds them. */
     omitted: readonly Descriptor[];
 }
