@@ -34,14 +34,21 @@
 // ====== 1. Imports, media types, limits ======
 import type { Hash, KeyObject } from "node:crypto";
 import { once, setMaxListeners } from "node:events";
-import { appendFileSync, type BigIntStats, closeSync, createWriteStream, openSync } from "node:fs";
+import {
+  appendFileSync,
+  type BigIntStats,
+  closeSync,
+  createWriteStream,
+  open as openCallback,
+  openSync,
+} from "node:fs";
 import * as fs from "node:fs/promises";
 import type * as http from "node:http";
 import * as net from "node:net";
 import * as os from "node:os";
 import * as path from "node:path";
 import { unescape as percentDecode } from "node:querystring"; // decodeURIComponent that does not throw
-import { Readable, type Transform, type Writable } from "node:stream";
+import { addAbortSignal, Readable, type Transform, type Writable } from "node:stream";
 import { finished, pipeline } from "node:stream/promises";
 import { setTimeout as delay } from "node:timers/promises";
 import type * as tls from "node:tls";
@@ -79,6 +86,9 @@ const LIMITS = Object.freeze({
   tarMetadataBytes: 16 * MIB, // index.json and the like of a tar that someone else made
   tarExtensionBytes: MIB, // a pax header or the map of a sparse file; Go's reader has the same bound
   tarEntries: 200_000, // a thousand images in docker's old form have a hundred each
+  tarDocumentBytes: 64 * MIB, // indexes, manifests and configs of a tar that are held at once
+  jsonDepth: 100, // of a document in a tar; real ones have five
+  jsonValues: 1_000_000, // a few dozen bytes of memory each
   tarReferences: 300_000, // manifests and layers that the images of a tar name, all together
   unpackFactor: 1000, // deflate makes a thousandth at best: what is beyond has no end,
   unpackFloorBytes: 1024 * MIB, // nor has what is beyond this much besides
@@ -123,6 +133,8 @@ const TUNING = Object.freeze({
   streamUnitBytes: 4 * MIB, // DEST `-`: one request's share of a large blob
   streamWindowBytes: 32 * MIB, // DEST `-`: how far the line may be ahead of the reader
   headerReadBytes: 64 * 1024, // of a tar: small entries stand side by side
+  unpackBytes: 256 * 1024, // at once: fewer trips to Node's thread pool
+  unpackLanes: 4, // files of a tar at once: Node's thread pool has as many threads
 });
 
 // ====== 2. Public types ======
@@ -344,7 +356,7 @@ type TarProblem =
   | { kind: "missing"; entry: string }
   | { kind: "size"; entry: string; expectedBytes: number; actualBytes: number }
   /** A manifest, index or config that is not what it should be. */
-  | { kind: "document"; entry: string; reason: string }
+  | { kind: "document" | "malformed"; entry: string; reason: string }
   /** An index of which no manifest is here. */
   | { kind: "nothing-here"; entry: string }
   /** A config that has not one diff_id for each layer. */
@@ -353,6 +365,55 @@ type TarProblem =
   | { kind: "diff-id"; entry: string; diffId: string }
   | { kind: "unpacks-without-end"; entry: string }
   | { kind: "no-image" };
+
+/** A layer of an image in a tar. */
+interface TarLayer {
+  /** Or the file's name, where that has none. */
+  digest: string;
+  /** In bytes. */
+  size: number;
+  /** A tar made with `since` lacks what its base has. */
+  present: boolean;
+}
+
+/** An image, or other content, that a tar names. */
+interface TarImage {
+  /** Empty where it has none. */
+  name: string;
+  /** The manifest's; empty in docker's older archives, which have none. */
+  digest: string;
+  /** `os/architecture[/variant]`, or empty. */
+  platform: string;
+  /** What loaders take for an image: no chart, signature or other artifact. */
+  isImage: boolean;
+  /** Of the layers. */
+  sizeBytes: number;
+  layers: TarLayer[];
+}
+
+/** Whether a program loads a tar. */
+interface TarLoader {
+  program: "docker" | "podman" | "ctr" | "skopeo docker-archive" | "skopeo oci-archive";
+  takes: boolean;
+  /** The first version that does, where earlier ones do not. */
+  sinceVersion?: number;
+  /** One image at a time, which must be named. */
+  needsName?: boolean;
+}
+
+/** What a tar was found to be. */
+interface TarReport {
+  images: TarImage[];
+  /** Files whose names have digests: all of them were hashed. */
+  blobs: number;
+  unpackedLayers: number;
+  /** Layers that cannot be unpacked here, for each reason: how they are compressed, or `encrypted`. */
+  notUnpacked: { reason: string; layers: number }[];
+  /** Manifests of an index that are not here: platforms that were left out. */
+  absentManifests: number;
+  loaders: TarLoader[];
+  problems: TarProblem[];
+}
 
 /** What went wrong, for programs: the `code` of an `ImgpullError`. */
 type ErrorCode =
@@ -2894,6 +2955,11 @@ interface IndexManifest {
   readonly manifests: readonly Descriptor[];
 }
 
+/** docker's and OCI's types of layers, which are tars: plain or compressed, foreign, encrypted. */
+const LAYER_TYPE =
+  /^application\/vnd\.(docker\.image\.rootfs(\.foreign)?\.diff\.tar(\.gzip|\.zstd)?|oci\.image\.layer(\.nondistributable)?\.v1\.tar(\+gzip|\+zstd)?(\+encrypted)?)$/;
+const isTarLayer = ({ mediaType }: Descriptor): boolean => LAYER_TYPE.test(mediaType);
+
 /** Docker takes these for an image's config: registries once said so (distribution/distribution#1621). */
 const OLD_CONFIG_LABELS = ["", "text/html", "application/json", "application/octet-stream"];
 
@@ -4030,7 +4096,7 @@ function packingOf(bytes: Buffer): Packing | undefined {
 }
 
 /** A tar at hand. What its names claim of digests is believed only after hashing. */
-async function openTar(file: string, signal?: AbortSignal) {
+async function openTarFile(file: string) {
   const handle = await onDisk(`cannot read ${file}`, fs.open(file, "r"));
   const names = new TarNames();
   const blobs = new Map<string, TarEntry>();
@@ -4041,7 +4107,6 @@ async function openTar(file: string, signal?: AbortSignal) {
       fail("BAD_TAR", `${file}: it is not a tar, but compressed (${packing}): unpack it first`);
 
     for await (const entry of readTar(handle, file)) {
-      signal?.throwIfAborted();
       const problem = names.add(entry);
       if (problem) fail("BAD_TAR", `${file}: ${problemWords(problem)}`);
       const digest = digestInName(entry.name);
@@ -4053,28 +4118,25 @@ async function openTar(file: string, signal?: AbortSignal) {
     throw error;
   }
 }
-type OpenTar = Awaited<ReturnType<typeof openTar>>;
+type OpenTar = Awaited<ReturnType<typeof openTarFile>>;
 type Tars = readonly OpenTar[];
 
 /** Where bytes begin in a file at hand. */
 type Place = Readonly<{ handle: fs.FileHandle; offset: number }>;
 type Sized = Pick<Descriptor, "digest" | "size">;
 
-/** Whether bytes at hand, or what they unpack to, have a digest. */
+/** Whether bytes at hand have a digest. */
 async function isIntact(
   { handle, offset }: Place,
   { digest, size }: Sized,
   signal?: AbortSignal,
-  unpack?: Transform,
 ): Promise<boolean> {
   const hash = newHash(digest);
-  const pieces = Readable.from(readPlace(handle, offset, offset + size));
-  await pipeline([pieces, ...(unpack ? [unpack] : []), hash], dropEmpty({ signal })).catch(
-    (error: unknown) => {
-      if (!errorCodeOf(error).startsWith("Z")) throw error; // zlib's and zstd's words for what does not unpack
-    },
-  );
-  return (hash.read() as Buffer | null)?.toString("hex") === hexOf(digest);
+  for await (const piece of readPlace(handle, offset, offset + size)) {
+    signal?.throwIfAborted();
+    hash.update(piece);
+  }
+  return hash.digest("hex") === hexOf(digest);
 }
 
 /** The sentence for what is wrong with a tar. */
@@ -4103,6 +4165,8 @@ function problemWords(problem: TarProblem): string {
       return `${entry} has ${problem.actualBytes} bytes, not ${problem.expectedBytes}`;
     case "document":
       return `${entry} ${problem.reason}`;
+    case "malformed":
+      return `${entry}: ${problem.reason}`;
     case "nothing-here":
       return `${entry} names nothing that is here`;
     case "diff-ids":
@@ -5751,7 +5815,7 @@ async function sourcesBeside(dest: string, { model }: Lock): Promise<OpenTar[]> 
 }
 
 async function openAtHand(files: readonly string[]): Promise<OpenTar[]> {
-  const tars = await Promise.all(files.map((file) => openTar(file).catch(ignore)));
+  const tars = await Promise.all(files.map((file) => openTarFile(file).catch(ignore)));
   return tars.filter((tar) => tar !== undefined);
 }
 
@@ -7202,7 +7266,7 @@ async function withTars<T>(
 ): Promise<T> {
   const tars: OpenTar[] = [];
   try {
-    for (const file of files) tars.push(await openTar(file));
+    for (const file of files) tars.push(await openTarFile(file));
     return await run(tars);
   } finally {
     for (const { handle } of tars) await handle.close();
@@ -7444,237 +7508,1295 @@ class Puller {
 }
 
 // ====== 15. Looking at a tar ======
-// What a tar holds and whether it is whole, offline: ours, OCI archives, docker save's old and new, crane's, skopeo's.
+// What a tar holds and whether it is whole, offline: ours, OCI archives, docker save's old and new, crane's, skopeo's;
+// and OCI layout folders. One pass, in order: each file is hashed, and unpacked and hashed, as it goes by; references,
+// sizes, diff_ids and loaders are judged at the end, as values, of which the last part makes sentences.
 // Anyone may have made it: every type, reference, name and size in it is checked before it is used or printed.
-/** An image that a tar names, and the entries that it is made of: config first, then layers. */
-type HeldImage = Readonly<{
-  name: string;
-  digest: string;
-  platform: string;
-  isImage: boolean;
-  diffIds: unknown;
-  parts: readonly Readonly<{ entry: string; size: number; mediaType?: string }>[];
-}>;
-const isTexts = (list: unknown): list is string[] =>
-  Array.isArray(list) && list.every((it) => typeof it === "string");
-const [DAMAGED, MISSING] = ["is damaged", "is missing (a --since tar needs its base)"];
-const fileIn = ({ names }: OpenTar, name: string): TarEntry | undefined => names.file(name);
-/** The images by index.json, or else by manifest.json; what keeps an image from being read goes to `problems`. */
-async function imagesIn(tar: OpenTar, file: string, signal: AbortSignal, problems: Set<string>) {
-  const refuse = (reason: string): never => fail("BAD_TAR", `${file}: ${reason}`);
-  const read = async (name: string) => {
-    signal.throwIfAborted();
-    const entry = fileIn(tar, name);
-    if (problems.has(`${name} ${DAMAGED}`)) refuse(`${printable(name)} ${DAMAGED}`);
-    if (entry && entry.sizeBytes > LIMITS.tarMetadataBytes)
-      refuse(`${printable(name)} is too large`);
-    const bytes = entry && (await readAt(tar.handle, entry.offset, entry.sizeBytes));
-    return { bytes, json: bytes && (parseJson(bytes) ?? refuse(`${printable(name)} is not JSON`)) };
+
+// ------ Sources ------
+
+/** A tar: the path of a file, of a pipe or of an OCI layout folder, or a stream. It may be compressed. */
+type TarSource = string | Readable;
+
+/** A file in what is looked at. In a stream its content must be read before the next file is asked for. */
+type TarMember = Readonly<{ entry: TarEntry; content: () => AsyncIterable<Buffer> }>;
+
+/** In errors; a stream has no name but the command's. */
+const nameOfSource = (source: TarSource): string => (typeof source === "string" ? source : "-");
+
+interface OpenTarSource {
+  readonly where: string;
+  /** The content of several members may be read at once. */
+  readonly isSeekable: boolean;
+  /** Undefined where that is not known before the end. */
+  readonly sizeBytes: number | undefined;
+  /** A tar without the blocks that end it was cut off; known when all members were seen. */
+  readonly hasTrailer: () => boolean;
+  readonly members: () => AsyncGenerator<TarMember>;
+  readonly close: () => Promise<void>;
+}
+
+async function openTarSource(source: TarSource, signal?: AbortSignal): Promise<OpenTarSource> {
+  if (typeof source !== "string") return openStream(nameOfSource(source), source, signal);
+
+  const stats = await fs.stat(source);
+  if (stats.isDirectory()) return openFolder(source);
+  if (stats.isFIFO()) return openStream(source, await openPipe(source, signal), signal);
+  if (!stats.isFile() && !stats.isCharacterDevice())
+    return fail("BAD_TAR", `${source}: it is not a file`);
+
+  const handle = await fs.open(source, "r");
+  const isPacked = packingOf(await readAt(handle, 0, BLOCK)) !== undefined;
+  if (stats.isFile() && !isPacked) return openFile(source, handle, stats.size);
+  const chunks = handle.createReadStream({ highWaterMark: TUNING.batchBytes });
+  return { ...(await openStream(source, chunks, signal)), sizeBytes: stats.size };
+}
+
+/** Waits for a writer, and lets itself be stopped meanwhile and later: plain file operations on a pipe would not. */
+async function openPipe(file: string, signal?: AbortSignal): Promise<Readable> {
+  // Opening a pipe ends when it has a writer: to stop, we become that for a moment.
+  const letGo = async () => {
+    const flags = fs.constants.O_WRONLY | fs.constants.O_NONBLOCK;
+    const writer = await fs.open(file, flags).catch(ignore);
+    await writer?.close();
   };
-  let absent = 0; // docker save keeps an index and leaves platforms out
-  const readChild = async ({
-    digest,
-    size,
-    mediaType,
-  }: Descriptor): Promise<FetchedManifest | undefined> => {
-    const { bytes } = await read(blobPath(digest));
-    if (!bytes) absent += 1;
-    if (bytes && bytes.length !== size)
-      refuse(`${blobPath(digest)} has ${bytes.length} bytes, not ${size}`);
-    if (bytes && sniffMediaType(bytes, mediaType) !== mediaType)
-      refuse(`${blobPath(digest)} is of another type`);
-    return bytes && { mediaType, digest, bytes };
-  };
-  const describe = async (parts: HeldImage["parts"], isImage: boolean, stated?: Platform) => {
-    const { json } = isImage ? await read(parts[0]?.entry ?? "") : {};
-    const { rootfs, ...words } = isRecord(json) ? json : {};
-    const platform = formatPlatform(json === undefined ? stated : parsePlatform(words));
-    return { platform, isImage, parts, diffIds: isRecord(rootfs) ? rootfs.diff_ids : undefined };
-  };
-  const [indexed, listed]: [HeldImage[], HeldImage[]] = [[], []];
-  const { json: index = { manifests: [] } } = await read("index.json");
-  if (!isRecord(index) || !Array.isArray(index.manifests))
-    return refuse("index.json is not an index");
-  for (const value of index.manifests as Descriptor[]) {
-    const descriptor = parseDescriptor(value, `${file}: index.json`);
-    const names = NAME_KEYS.map((key) => value.annotations?.[key]).filter(
-      (each) => typeof each === "string",
-    );
-    const name = printable(names[0] ?? "");
-    const top =
-      (await readChild(descriptor)) ?? refuse(`${blobPath(descriptor.digest)} is missing`);
-    const { contents } = await collectAll(readChild, 1, file, top);
-    if (contents.length === 0) problems.add(`${blobPath(top.digest)} names nothing that is here`);
-    for (const { digest, manifest, platform } of contents) {
-      const parts = [manifest.config, ...manifest.layers].map((each) => ({
-        ...each,
-        entry: blobPath(each.digest),
-      }));
-      const isImage = CONFIG_TYPES.includes(manifest.config.mediaType);
-      indexed.push({
-        name,
-        digest,
-        ...(await describe(parts, isImage, platform ?? descriptor.platform)),
-      });
+  signal?.addEventListener("abort", letGo, { once: true });
+  try {
+    const descriptor = await openDescriptor(file);
+    return new net.Socket({ fd: descriptor, readable: true, writable: false });
+  } finally {
+    signal?.removeEventListener("abort", letGo);
+  }
+}
+
+const openDescriptor = (file: string): Promise<number> =>
+  new Promise((resolve, reject) => {
+    openCallback(file, "r", (error, descriptor) => (error ? reject(error) : resolve(descriptor)));
+  });
+
+function openFile(where: string, handle: fs.FileHandle, sizeBytes: number): OpenTarSource {
+  const decoder = new TarDecoder();
+  async function* members(): AsyncGenerator<TarMember> {
+    for await (const entry of readTar(handle, where, decoder)) {
+      const end = entry.offset + entry.sizeBytes;
+      yield { entry, content: () => fillHoles(readPlace(handle, entry.offset, end), entry.holes) };
     }
   }
-  const { json: layout } = await read("oci-layout");
-  const isOci = indexed.length > 0 && isRecord(layout) && layout.imageLayoutVersion === "1.0.0";
-  if (layout && !isOci)
-    problems.add("oci-layout is there, but not of version 1.0.0 and with an index.json");
-  for (const value of [(await read("manifest.json")).json ?? []].flat() as unknown[]) {
-    const { Config: config, RepoTags, Layers } = isRecord(value) ? value : {};
-    const [tags, layers] = [RepoTags ?? [], Layers ?? []];
-    const isRight = typeof config === "string" && isTexts(tags) && isTexts(layers);
-    if (!isRight) return refuse("manifest.json is not as docker save makes it");
-    const parts = [config, ...layers].map((entry) => ({
-      entry,
-      size: fileIn(tar, entry)?.sizeBytes ?? 0,
-    }));
-    listed.push({ name: printable(tags.join(" ")), digest: "", ...(await describe(parts, true)) });
-  }
-  const images = indexed.length > 0 ? indexed : listed;
-  if (images.length === 0)
-    refuse("it holds no image: neither index.json nor manifest.json names one");
-  return { images, named: [...indexed, ...listed], isDocker: listed.length > 0, isOci, absent };
+  return {
+    where,
+    isSeekable: true,
+    sizeBytes,
+    hasTrailer: () => decoder.hasTrailer,
+    members,
+    close: () => handle.close(),
+  };
 }
-/** A table for a person, a line of JSON for each image otherwise. */
-async function listTar(
-  { stdout }: CommandIO,
-  tar: OpenTar,
-  file: string,
-  signal: AbortSignal,
-): Promise<void> {
-  for (const { parts, name, digest, platform } of (await imagesIn(tar, file, signal, new Set()))
-    .images) {
-    const layers = parts.slice(1).map(({ entry, size }) => ({
-      digest: digestInName(entry) ?? printable(entry),
-      size,
-      present: fileIn(tar, entry) !== undefined,
-    }));
-    const sizeBytes = sumOf(layers, ({ size }) => size);
-    const rows = layers.map(
-      ({ digest: layer, size, present }) =>
-        `${(present ? formatBytes(size) : "absent").padStart(7)} ${layer}`,
-    );
-    const title = `${name || "(no name)"}  ${platform}  ${formatBytes(sizeBytes)}`;
-    const table = [title, ...(digest ? [`        ${digest}`] : []), ...rows].join("\n");
-    stdout.write(
-      `${stdout.isTTY ? table : JSON.stringify({ name, digest, platform, sizeBytes, layers })}\n`,
-    );
+
+/** Of a folder only what the image layout specification names is looked at. */
+async function openFolder(folder: string): Promise<OpenTarSource> {
+  const files = ["oci-layout", "index.json", "manifest.json"];
+  for (const algorithm of await listFolder(path.join(folder, "blobs")))
+    for (const name of await listFolder(path.join(folder, "blobs", algorithm)))
+      files.push(`blobs/${algorithm}/${name}`);
+
+  const entries: TarEntry[] = [];
+  for (const name of files) {
+    const stats = await fs.stat(path.join(folder, name)).catch(ignore);
+    if (stats?.isFile())
+      entries.push({ name, sizeBytes: stats.size, type: "0", linkName: "", offset: 0 });
+  }
+
+  async function* contentOf({ name, sizeBytes }: TarEntry): AsyncGenerator<Buffer> {
+    const handle = await fs.open(path.join(folder, name), "r");
+    try {
+      yield* readPlace(handle, 0, sizeBytes);
+    } finally {
+      await handle.close();
+    }
+  }
+  async function* members(): AsyncGenerator<TarMember> {
+    for (const entry of entries) yield { entry, content: () => contentOf(entry) };
+  }
+  return {
+    where: folder,
+    isSeekable: true,
+    sizeBytes: sumOf(entries, ({ sizeBytes }) => sizeBytes),
+    hasTrailer: () => true,
+    members,
+    close: async () => undefined,
+  };
+}
+
+const listFolder = async (folder: string): Promise<string[]> =>
+  (await fs.readdir(folder).catch(() => [])).sort();
+
+/** A tar that comes in order, compressed or not. */
+async function openStream(
+  where: string,
+  stream: Readable,
+  signal?: AbortSignal,
+): Promise<OpenTarSource> {
+  if (signal) addAbortSignal(signal, stream); // a wait for bytes ends, too
+  const decoder = new TarDecoder();
+  const packed = new ByteReader(stream);
+  const packing = packingOf(await packed.peek(BLOCK));
+  const unpacker = packing && unpackerFor(packing);
+  if (packing && !unpacker)
+    fail("BAD_TAR", `${where}: it is compressed (${packing}), which cannot be read here`);
+  const bytes = unpacker ? new ByteReader(unpackWhole(packed, unpacker)) : packed;
+
+  async function* members(): AsyncGenerator<TarMember> {
+    while (!decoder.isAtEnd) {
+      const { wantedBytes } = decoder;
+      const block = await bytes.read(wantedBytes);
+      if (block.length === 0) break;
+      if (block.length < wantedBytes) refuseTar(CUT_IN_HEADER);
+
+      const header = decoder.take(block);
+      if (!header) continue;
+      const offset = bytes.position;
+      const end = offset + header.sizeBytes;
+      const entry = { ...header, name: resolveName(header.name), offset };
+      yield { entry, content: () => fillHoles(bytes.piecesUntil(end), header.holes) };
+      await bytes.skipTo(end);
+      if (bytes.position < end) refuseTar(CUT_IN_ENTRY);
+      await bytes.skipTo(end + paddingOf(end));
+    }
+    await bytes.skipTo(NEVER); // a writer that is not read to its end would fail
+  }
+  return {
+    where,
+    isSeekable: false,
+    sizeBytes: undefined,
+    hasTrailer: () => decoder.hasTrailer,
+    members,
+    close: async () => {
+      stream.destroy();
+    },
+  };
+}
+
+/** Bytes that come in order, taken in the portions that are asked for. */
+class ByteReader {
+  /** How many were taken. */
+  position = 0;
+  readonly #chunks: AsyncIterator<Buffer>;
+  #ahead: Buffer = Buffer.alloc(0);
+
+  constructor(source: AsyncIterable<Buffer>) {
+    this.#chunks = source[Symbol.asyncIterator]();
+  }
+
+  /** Up to so many bytes, which stay to be taken; fewer only at the end. */
+  async peek(length: number): Promise<Buffer> {
+    const chunks = [this.#ahead];
+    let aheadBytes = this.#ahead.length;
+    while (aheadBytes < length) {
+      const { value, done } = await this.#chunks.next();
+      if (done) break;
+      chunks.push(value);
+      aheadBytes += value.length;
+    }
+    if (chunks.length > 1) this.#ahead = joined(chunks);
+    return this.#ahead.subarray(0, length);
+  }
+
+  async read(length: number): Promise<Buffer> {
+    const bytes = await this.peek(length);
+    this.#take(bytes.length);
+    return bytes;
+  }
+
+  /** What comes next, up to a position or the end. */
+  async *piecesUntil(end: number): AsyncGenerator<Buffer> {
+    while (this.position < end) {
+      const next = await this.peek(1);
+      if (next.length === 0) return;
+      const piece = this.#ahead.subarray(0, end - this.position);
+      this.#take(piece.length);
+      yield piece;
+    }
+  }
+
+  async skipTo(position: number): Promise<void> {
+    for await (const _piece of this.piecesUntil(position));
+  }
+
+  #take(length: number): void {
+    this.#ahead = this.#ahead.subarray(length);
+    this.position += length;
   }
 }
-/** Whether a layer unpacks to its diff_id; undefined where this Node cannot unpack it to its end. */
-async function unpacksTo(
-  digest: string,
-  entry: TarEntry,
-  handle: fs.FileHandle,
-  signal: AbortSignal,
-) {
-  const { offset, sizeBytes: size } = entry;
-  const magic = (await readAt(handle, offset, 4)).toString("hex");
-  const isZstd = /^(28b52ffd|5.2a4d18)/.test(magic);
+
+/** In most cases that is one, which is not copied. */
+function joined(chunks: readonly Buffer[]): Buffer {
+  const filled = chunks.filter(({ length }) => length > 0);
+  const [only = Buffer.alloc(0)] = filled;
+  return filled.length < 2 ? only : Buffer.concat(filled);
+}
+
+/** A file as it is once its holes are filled with zeros. */
+async function* fillHoles(
+  stored: AsyncIterable<Buffer>,
+  holes: SparseMap | undefined,
+): AsyncGenerator<Buffer> {
+  if (!holes) return yield* stored;
+
+  const bytes = new ByteReader(stored);
+  const zeros = Buffer.alloc(TUNING.headerReadBytes);
+  let position = 0;
+  for (const [from, to] of [...holes.pieces, [holes.realBytes, holes.realBytes] as const]) {
+    for (; position < from; position += zeros.length) yield zeros.subarray(0, from - position);
+    yield* bytes.piecesUntil(bytes.position + to - from);
+    position = to;
+  }
+}
+
+/** How long a file is, holes included. */
+const lengthOfEntry = ({ holes, sizeBytes }: TarEntry): number => holes?.realBytes ?? sizeBytes;
+
+// ------ Unpacking ------
+
+type Unpacker = Transform & { readonly bytesWritten: number };
+
+/** Undefined where this Node has none: zstd came with 22.15. */
+function unpackerFor(packing: Packing): Unpacker | undefined {
   const { createGunzip, createZstdDecompress } = load("node:zlib") as Partial<
     typeof import("node:zlib")
   >;
-  const unpacker = isZstd
-    ? createZstdDecompress?.()
-    : magic.startsWith("1f8b")
-      ? createGunzip?.()
-      : undefined;
-  const isRight = await isIntact({ handle, offset }, { digest, size }, signal, unpacker);
-  // Before Node 26 the first of several zstd frames is the last (nodejs/node#64741).
-  return !isRight && isZstd && (unpacker?.bytesWritten ?? 0) < size ? undefined : isRight;
+  const options = { chunkSize: TUNING.unpackBytes };
+  if (packing === "gzip") return createGunzip?.(options);
+  if (packing === "zstd") return createZstdDecompress?.(options);
+  return undefined;
 }
-/** Hashes every blob, looks for every reference, unpacks every layer. Throws BAD_TAR naming all that is wrong. */
-async function verifyTar(
-  { stdout }: CommandIO,
-  tar: OpenTar,
-  file: string,
-  signal: AbortSignal,
-): Promise<void> {
-  const { handle } = tar;
-  const { entries } = tar.names;
-  const problems = new Set<string>();
-  const blobs = [...entries.values()].filter(
-    (entry) => digestInName(entry.name) && fileIn(tar, entry.name) === entry,
-  );
-  for (const { name, offset, sizeBytes: size } of blobs) {
-    const digest = digestInName(name) as string;
-    if (!(await isIntact({ handle, offset }, { digest, size }, signal)))
-      problems.add(`${name} ${DAMAGED}`);
+
+/** zlib's and zstd's words for what does not unpack. */
+const isUnpackError = (error: unknown): boolean => errorCodeOf(error).startsWith("Z");
+
+const isEndless = (unpackedBytes: number, packedBytes: number): boolean =>
+  unpackedBytes > LIMITS.unpackFactor * packedBytes + LIMITS.unpackFloorBytes;
+
+/** What a compressed tar unpacks to. */
+async function* unpackWhole(packed: ByteReader, unpacker: Unpacker): AsyncGenerator<Buffer> {
+  const feeding = pipeline(packed.piecesUntil(NEVER), unpacker).catch(ignore); // the reader below meets its error
+  let unpackedBytes = 0;
+  try {
+    for await (const chunk of unpacker as AsyncIterable<Buffer>) {
+      unpackedBytes += chunk.length;
+      if (isEndless(unpackedBytes, packed.position))
+        refuseTar(`it unpacks to more than ${LIMITS.unpackFactor} times its size`);
+      yield chunk;
+    }
+  } catch (error) {
+    throw isUnpackError(error)
+      ? new ImgpullError("BAD_TAR", "its compression is damaged, or it was cut off", {
+          cause: error,
+        })
+      : error;
+  } finally {
+    unpacker.destroy();
+    await feeding;
   }
-  const end = [...entries.values()].reduce(
-    (at, { offset, sizeBytes }) => Math.max(at, offset + sizeBytes + BLOCK),
-    0,
-  );
-  if ((await handle.stat()).size < end) problems.add("its end is missing: it was cut off");
-  const found = await imagesIn(tar, file, signal, problems).catch((error: unknown) => {
-    if (!(error instanceof ImgpullError)) throw error;
-    problems.add(error.message.replaceAll(`${file}: `, ""));
-    return { images: [], named: [], isDocker: false, isOci: false, absent: 0 };
-  });
-  const unpacked = new Map<string, boolean | undefined>(); // each pair of a layer and a diff_id once
-  for (const { parts, diffIds: ids, isImage, platform } of found.named) {
-    const isRight = Array.isArray(ids) && ids.length === parts.length - 1 && ids.every(isDigest);
-    const isDue =
-      ids !== undefined || (isImage && parts.length > 1 && !platform.startsWith("unknown"));
-    if (isDue && !isRight) problems.add(`${parts[0]?.entry} has not one diff_id for each layer`);
-    for (const [at, { entry, size }] of parts.entries()) {
-      const held = fileIn(tar, entry);
-      const diffId = isRight && at > 0 ? String(ids[at - 1]) : undefined;
-      const key = `${held?.name} ${diffId}`;
-      if (!held) problems.add(`${entry} ${MISSING}`);
-      else if (held.sizeBytes !== size)
-        problems.add(`${entry} has ${held.sizeBytes} bytes, not ${size}`);
-      else if (diffId && !unpacked.has(key) && !problems.has(`${held.name} ${DAMAGED}`)) {
-        unpacked.set(key, await unpacksTo(diffId, held, handle, signal));
-        if (unpacked.get(key) === false)
-          problems.add(`${held.name} does not unpack to ${diffId}, its diff_id`);
-      }
+}
+
+/** What a layer came to when it was unpacked. */
+type Unpacked = Readonly<{
+  packing: Packing | undefined;
+  outcome: "whole" | "broken" | "endless" | "not-unpacked";
+  /** Of what it unpacks to, by each algorithm that was used. */
+  digests: readonly string[];
+  isTar: boolean;
+  /** More bytes follow after what was unpacked. */
+  hasRest: boolean;
+}>;
+
+/** Digests of the same bytes by several algorithms. */
+class Digests {
+  readonly #hashes: readonly (readonly [algorithm: string, hash: Hash])[];
+
+  constructor(algorithms: readonly string[]) {
+    this.#hashes = algorithms.map((algorithm) => [algorithm, newHash(`${algorithm}:`)]);
+  }
+
+  update(bytes: Buffer): void {
+    for (const [, hash] of this.#hashes) hash.update(bytes);
+  }
+
+  list(): string[] {
+    return this.#hashes.map(([algorithm, hash]) => `${algorithm}:${hash.digest("hex")}`);
+  }
+}
+
+/** Whether bytes that go by are a tar, as loaders read one. */
+class TarCheck {
+  readonly #decoder = new TarDecoder();
+  #block: Buffer = Buffer.alloc(0);
+  #skipBytes = 0;
+  #isBroken = false;
+
+  push(chunk: Buffer): void {
+    let at = 0;
+    while (at < chunk.length && !this.#isBroken && !this.#decoder.isAtEnd) {
+      if (this.#skipBytes > 0) {
+        const skippedBytes = Math.min(this.#skipBytes, chunk.length - at);
+        this.#skipBytes -= skippedBytes;
+        at += skippedBytes;
+      } else at += this.#gather(chunk, at);
     }
   }
-  const wrong = [...problems]
-    .map((words) => `${file}: ${printable(words, 1000)}`)
-    .join("\nimgpull: ");
-  if (wrong) fail("BAD_TAR", wrong);
-  const list = (words: readonly (string | false)[]) => words.filter(Boolean).join(", ");
-  const types = found.images.flatMap(({ parts }) => parts.map(({ mediaType = "" }) => mediaType));
-  const since = (version: number) =>
-    types.some((type) => type.includes("zstd")) ? ` from ${version} on` : "";
-  const whole = [...unpacked.values()].filter(Boolean).length;
-  const counts = [
-    counted(found.images.length, "image"),
-    `${counted(blobs.length, "blob")} hashed`,
-    `${counted(whole, "layer")} unpacked`,
-    whole < unpacked.size && `${unpacked.size - whole} (zstd) not`,
-    found.absent > 0 && `${found.absent} more of an index not here`,
-  ];
-  const [{ images, isDocker, isOci }, many] = [
-    found,
-    found.images.length > 1 ? "FILE:NAME" : "FILE",
-  ];
-  const isPodman = images.some(({ isImage }) => isImage) && (isDocker || images.length === 1);
-  const loaders = [
-    isDocker && `docker${since(23)}`,
-    isPodman && `podman${since(4)}`,
-    images.some(({ name, digest }) => name && (digest || isDocker)) && "ctr",
-    isDocker && `skopeo docker-archive:${many}`,
-    isOci && `skopeo oci-archive:${many}`,
-  ];
-  stdout.write(`${file}: ${list(counts)}: all is right\nloads in ${list(loaders)}\n`);
+
+  isTar(): boolean {
+    return !this.#isBroken && this.#skipBytes < BLOCK && this.#block.length === 0;
+  }
+
+  /** Says how many bytes it took. */
+  #gather(chunk: Buffer, at: number): number {
+    const missingBytes = this.#decoder.wantedBytes - this.#block.length;
+    const piece = chunk.subarray(at, at + missingBytes);
+    this.#block = this.#block.length === 0 ? piece : Buffer.concat([this.#block, piece]);
+    if (piece.length === missingBytes) this.#takeBlock();
+    return piece.length;
+  }
+
+  #takeBlock(): void {
+    const block = this.#block;
+    this.#block = Buffer.alloc(0);
+    try {
+      const header = this.#decoder.take(block);
+      if (header) this.#skipBytes = header.sizeBytes + paddingOf(header.sizeBytes);
+    } catch (error) {
+      if (!(error instanceof ImgpullError)) throw error;
+      this.#isBroken = true;
+    }
+  }
 }
-/** --list-tar and --verify. */
-async function lookAtTar(
-  io: CommandIO,
+
+/** A layer that is unpacked as it goes by. What follows after what is broken or without end is passed over. */
+class LayerUnpacking {
+  readonly #packing: Packing;
+  readonly #unpacker: Unpacker;
+  readonly #digests: Digests;
+  readonly #tar = new TarCheck();
+  readonly #reading: Promise<Unpacked["outcome"]>;
+  #packedBytes = 0;
+  #isOver = false;
+
+  constructor(packing: Packing, unpacker: Unpacker, algorithms: readonly string[]) {
+    this.#packing = packing;
+    this.#unpacker = unpacker;
+    this.#digests = new Digests(algorithms);
+    unpacker.on("error", ignore); // what reads it meets it
+    this.#reading = this.#read();
+  }
+
+  async write(piece: Buffer): Promise<void> {
+    this.#packedBytes += piece.length;
+    if (this.#isOver || this.#unpacker.write(piece)) return;
+    await Promise.race([once(this.#unpacker, "drain").catch(ignore), this.#reading]);
+  }
+
+  async end(): Promise<Unpacked> {
+    if (!this.#isOver) this.#unpacker.end();
+    const outcome = await this.#reading;
+    return {
+      packing: this.#packing,
+      outcome,
+      digests: this.#digests.list(),
+      isTar: this.#tar.isTar(),
+      hasRest: this.#unpacker.bytesWritten < this.#packedBytes,
+    };
+  }
+
+  async #read(): Promise<Unpacked["outcome"]> {
+    let unpackedBytes = 0;
+    try {
+      for await (const chunk of this.#unpacker as AsyncIterable<Buffer>) {
+        this.#digests.update(chunk);
+        this.#tar.push(chunk);
+        unpackedBytes += chunk.length;
+        if (isEndless(unpackedBytes, this.#packedBytes)) return "endless";
+      }
+      return "whole";
+    } catch (error) {
+      if (!isUnpackError(error)) throw error;
+      return "broken";
+    } finally {
+      this.#isOver = true;
+    }
+  }
+}
+
+// ------ The pass ------
+
+/** What was seen of one file. */
+type SeenFile = Readonly<{
+  entry: TarEntry;
+  /** False where the name has a digest, and it is not the content's. */
+  isIntact: boolean;
+  /** All of it, where it may be a document. */
+  bytes: Buffer | undefined;
+  /** Undefined where content was not asked for. */
+  unpacked: Unpacked | undefined;
+}>;
+
+/** All that was seen of a tar. */
+type TarContents = Readonly<{
+  where: string;
+  names: TarNames;
+  files: ReadonlyMap<string, SeenFile>;
+  problems: readonly TarProblem[];
+}>;
+
+type LookOptions = Readonly<{
+  signal?: AbortSignal | undefined;
+  /** Called with what was read so far, and how much there is where that is known. */
+  onBytes?: ((doneBytes: number, totalBytes: number | undefined) => void) | undefined;
+}>;
+
+/** Files whose content is read whatever it begins with. */
+const DOCUMENT_NAMES = ["index.json", "manifest.json", "oci-layout"];
+
+/** One look at a source: what it has read, and which documents it has kept. */
+class Look {
+  readonly #source: OpenTarSource;
+  readonly #options: LookOptions;
+  readonly #names = new TarNames();
+  readonly #files = new Map<string, SeenFile>();
+  readonly #problems: TarProblem[] = [];
+  #keptBytes = 0;
+  #doneBytes = 0;
+
+  constructor(source: OpenTarSource, options: LookOptions) {
+    this.#source = source;
+    this.#options = options;
+  }
+
+  /** Reads all, or only what may be a document. */
+  async run(withContent: boolean): Promise<TarContents> {
+    await this.#readMembers(withContent).catch((error: unknown) => {
+      if (!(error instanceof ImgpullError) || error.code !== "BAD_TAR") throw error;
+      const reason = error.message.replace(`${this.#source.where}: `, "");
+      this.#problems.push({ kind: "unreadable", reason });
+    });
+    const isWhole = this.#problems.length === 0 && this.#names.entries.size > 0;
+    if (isWhole && !this.#source.hasTrailer()) this.#problems.push({ kind: "cut-off" });
+    const { where } = this.#source;
+    return { where, names: this.#names, files: this.#files, problems: this.#problems };
+  }
+
+  async #readMembers(withContent: boolean): Promise<void> {
+    const lanes = this.#source.isSeekable ? TUNING.unpackLanes : 1;
+    const running = new Set<Promise<void>>();
+    try {
+      for await (const member of this.#source.members()) {
+        this.#checkStopped();
+        const { entry } = member;
+        const problem = this.#names.add(entry);
+        if (problem) this.#problems.push(problem);
+        if (problem?.kind === "too-many-entries") return;
+        if (problem || !"0S".includes(entry.type)) continue;
+
+        const reading = this.#readMember(member, withContent);
+        const run = reading.finally(() => running.delete(run));
+        run.catch(ignore); // it is awaited below
+        running.add(run);
+        if (running.size >= lanes) await Promise.race(running);
+      }
+    } finally {
+      settled(await Promise.allSettled(running));
+    }
+  }
+
+  async #readMember(member: TarMember, withContent: boolean): Promise<void> {
+    const { entry } = member;
+    const seen = withContent ? await this.#inspect(member) : await this.#readDocument(member);
+    this.#files.set(entry.name, seen);
+  }
+
+  /** A file of which only documents count. */
+  async #readDocument({ entry, content }: TarMember): Promise<SeenFile> {
+    const seen = { entry, isIntact: true, unpacked: undefined };
+    if (lengthOfEntry(entry) > LIMITS.tarMetadataBytes) return { ...seen, bytes: undefined };
+
+    const pieces: Buffer[] = [];
+    for await (const piece of content()) {
+      this.#checkStopped();
+      if (pieces.length === 0 && !mayBeDocument(entry, piece)) break;
+      pieces.push(piece);
+    }
+    return { ...seen, bytes: this.#keep(pieces) };
+  }
+
+  /** A file that is hashed, and unpacked. */
+  async #inspect({ entry, content }: TarMember): Promise<SeenFile> {
+    const inspection = new FileInspection(entry);
+    for await (const piece of content()) {
+      this.#checkStopped();
+      await inspection.add(piece);
+      this.#doneBytes += piece.length;
+      this.#options.onBytes?.(this.#doneBytes, this.#source.sizeBytes);
+      if (inspection.isEndless()) break;
+    }
+    const { documentPieces, ...seen } = await inspection.end();
+    return { ...seen, bytes: this.#keep(documentPieces) };
+  }
+
+  /** The bytes of a document, as long as all of them together are few enough to be kept. */
+  #keep(pieces: readonly Buffer[]): Buffer | undefined {
+    const sizeBytes = sumOf(pieces, ({ length }) => length);
+    if (pieces.length === 0 || this.#keptBytes + sizeBytes > LIMITS.tarDocumentBytes)
+      return undefined;
+    this.#keptBytes += sizeBytes;
+    return Buffer.concat(pieces);
+  }
+
+  #checkStopped(): void {
+    const { signal } = this.#options;
+    if (signal?.aborted) fail("ABORTED", "stopped", { cause: signal.reason });
+  }
+}
+
+/** One file as it goes by: it is hashed, unpacked where it is compressed, and kept where it may be a document. */
+class FileInspection {
+  readonly #entry: TarEntry;
+  readonly #claimed: string | undefined;
+  readonly #algorithms: readonly string[];
+  readonly #digests: Digests;
+  readonly #tar = new TarCheck();
+  readonly #documentPieces: Buffer[] = [];
+  #isDocument = false;
+  #packing: Packing | undefined;
+  #unpacking: LayerUnpacking | undefined;
+  #readBytes = 0;
+
+  constructor(entry: TarEntry) {
+    this.#entry = entry;
+    this.#claimed = digestInName(entry.name);
+    this.#algorithms = [...new Set([algorithmOf(this.#claimed ?? "sha256:"), "sha256"])];
+    this.#digests = new Digests(this.#algorithms);
+  }
+
+  async add(piece: Buffer): Promise<void> {
+    if (this.#readBytes === 0) this.#begin(piece);
+    this.#readBytes += piece.length;
+    this.#digests.update(piece);
+    if (this.#isDocument) this.#documentPieces.push(piece);
+    if (!this.#packing) this.#tar.push(piece);
+    await this.#unpacking?.write(piece);
+  }
+
+  /** A file with holes may be longer than all that there is. */
+  isEndless(): boolean {
+    return isEndless(this.#readBytes, this.#entry.sizeBytes);
+  }
+
+  async end() {
+    const digests = this.#digests.list();
+    const unpacked = (await this.#unpacking?.end()) ?? this.#asItIs(digests);
+    return {
+      entry: this.#entry,
+      isIntact: this.#claimed === undefined || digests.includes(this.#claimed),
+      unpacked,
+      documentPieces: this.#documentPieces,
+    };
+  }
+
+  #begin(firstPiece: Buffer): void {
+    this.#isDocument = mayBeDocument(this.#entry, firstPiece);
+    this.#packing = packingOf(firstPiece);
+    const unpacker = this.#packing && unpackerFor(this.#packing);
+    if (this.#packing && unpacker)
+      this.#unpacking = new LayerUnpacking(this.#packing, unpacker, this.#algorithms);
+  }
+
+  /** What was not unpacked: it is plain, or compressed in a way that is not known here. */
+  #asItIs(digests: readonly string[]): Unpacked {
+    const outcome = this.#packing ? "not-unpacked" : "whole";
+    return {
+      packing: this.#packing,
+      outcome: this.isEndless() ? "endless" : outcome,
+      digests,
+      isTar: this.#tar.isTar(),
+      hasRest: false,
+    };
+  }
+}
+
+/** By its name, or since it begins as JSON does. */
+function mayBeDocument(entry: TarEntry, firstPiece: Buffer): boolean {
+  if (lengthOfEntry(entry) > LIMITS.tarMetadataBytes) return false;
+  const beginning = firstPiece.toString("latin1", 0, 64).trimStart();
+  return (
+    DOCUMENT_NAMES.includes(entry.name) || beginning.startsWith("{") || beginning.startsWith("[")
+  );
+}
+
+// ------ Documents ------
+
+/** What an image's config says that counts here. */
+type ConfigWords = Readonly<{
+  isObject: boolean;
+  /** Empty where it names none. */
+  platform: string;
+  /** Undefined where it has no such list at all. */
+  diffIds: readonly unknown[] | undefined;
+}>;
+
+/** The manifests, indexes and configs of a tar: each is parsed once, and what is wrong with it is said once. */
+class TarDocuments {
+  readonly problems: TarProblem[] = [];
+  readonly #contents: TarContents;
+  readonly #manifests = new Map<string, ImageManifest | IndexManifest | undefined>();
+  readonly #configs = new Map<string, ConfigWords | undefined>();
+
+  constructor(contents: TarContents) {
+    this.#contents = contents;
+  }
+
+  /** The bytes under a digest, where they have it. */
+  bytes(digest: string): Buffer | undefined {
+    const seen = this.file(blobPath(digest));
+    return seen?.isIntact ? seen.bytes : undefined;
+  }
+
+  /** The file behind a name, links followed. */
+  file(name: string): SeenFile | undefined {
+    const entry = this.#contents.names.file(name);
+    return entry && this.#contents.files.get(entry.name);
+  }
+
+  /** The JSON of a file; undefined where it is not there, is damaged (which is said elsewhere) or is no JSON. */
+  json(name: string): unknown {
+    const seen = this.file(name);
+    if (!seen?.isIntact) return undefined;
+    if (lengthOfEntry(seen.entry) > LIMITS.tarMetadataBytes)
+      return this.#refuse(name, "is too large");
+    const isLeftOut = seen.bytes === undefined && seen.unpacked?.packing === undefined;
+    const parsed = seen.bytes && parseShallowJson(seen.bytes);
+    if (parsed !== undefined) return parsed;
+    return this.#refuse(name, isLeftOut ? NOT_KEPT : NOT_JSON);
+  }
+
+  /** A manifest or index; undefined where it is not there, or something is wrong with it. */
+  manifest({ digest, size, mediaType }: Descriptor): ImageManifest | IndexManifest | undefined {
+    const bytes = this.bytes(digest);
+    if (bytes && bytes.length !== size) {
+      const sizes = { expectedBytes: size, actualBytes: bytes.length };
+      this.problems.push({ kind: "size", entry: blobPath(digest), ...sizes });
+      return undefined;
+    }
+    const key = `${mediaType} ${digest}`;
+    if (!this.#manifests.has(key)) this.#manifests.set(key, this.#readManifest(digest, mediaType));
+    return this.#manifests.get(key);
+  }
+
+  /** Undefined where it is not there or no JSON. */
+  config(name: string): ConfigWords | undefined {
+    if (!this.#configs.has(name)) this.#configs.set(name, this.#readConfig(name));
+    return this.#configs.get(name);
+  }
+
+  #readManifest(digest: string, mediaType: string): ImageManifest | IndexManifest | undefined {
+    const name = blobPath(digest);
+    const json = this.json(name);
+    const bytes = this.bytes(digest);
+    if (json === undefined || !bytes) return undefined;
+    if (sniffMediaType(bytes, mediaType) !== mediaType)
+      return this.#refuse(name, "is of another type");
+    return this.attempt(name, () => parseManifest({ digest, mediaType, bytes }, name));
+  }
+
+  #readConfig(name: string): ConfigWords | undefined {
+    const json = this.json(name);
+    if (json === undefined) return undefined;
+    if (!isRecord(json)) return { isObject: false, platform: "", diffIds: undefined };
+    const { rootfs } = json;
+    const diffIds = isRecord(rootfs) ? rootfs.diff_ids : undefined;
+    const isList = Array.isArray(diffIds);
+    return {
+      isObject: true,
+      platform: formatPlatform(parsePlatform(json)),
+      diffIds: isList || diffIds === undefined ? diffIds : [diffIds],
+    };
+  }
+
+  /** Runs what refuses by an error, and keeps its reason. */
+  attempt<T>(entry: string, run: () => T): T | undefined {
+    try {
+      return run();
+    } catch (error) {
+      if (!(error instanceof ImgpullError)) throw error;
+      const reason = error.message.replace(`${entry}: `, "");
+      this.problems.push({ kind: "malformed", entry, reason });
+      return undefined;
+    }
+  }
+
+  #refuse(entry: string, reason: string): undefined {
+    this.problems.push({ kind: "document", entry, reason });
+  }
+}
+
+const NOT_KEPT = "is one document too many to be held at once";
+const NOT_JSON = "is not JSON, or nested too deep or too large to be read";
+
+/** JSON of few enough values, and not nested so deep that reading it costs more than its size. */
+function parseShallowJson(bytes: Buffer): unknown {
+  let depth = 0;
+  let values = 0;
+  let isInString = false;
+  for (let at = 0; at < bytes.length; at += 1) {
+    const byte = bytes[at];
+    if (isInString) {
+      if (byte === BACKSLASH) at += 1;
+      else if (byte === QUOTE) isInString = false;
+    } else if (byte === QUOTE) isInString = true;
+    else if (byte === OPEN_BRACE || byte === OPEN_BRACKET) depth += 1;
+    else if (byte === CLOSE_BRACE || byte === CLOSE_BRACKET) depth -= 1;
+    else if (byte === COMMA) values += 1;
+    if (depth > LIMITS.jsonDepth || values > LIMITS.jsonValues) return undefined;
+  }
+  return parseJson(bytes);
+}
+
+const QUOTE = 0x22;
+const COMMA = 0x2c;
+const OPEN_BRACKET = 0x5b;
+const BACKSLASH = 0x5c;
+const CLOSE_BRACKET = 0x5d;
+const OPEN_BRACE = 0x7b;
+const CLOSE_BRACE = 0x7d;
+
+// ------ Images ------
+
+/** A file that an image is made of. */
+type HeldPart = Readonly<{ entry: string; size: number; mediaType: string }>;
+
+/** An image or other content that a tar names: config first, then layers. */
+type HeldImage = Readonly<{
+  name: string;
+  /** Empty where only manifest.json names it. */
+  digest: string;
+  platform: string;
+  /** What loaders take for an image. */
+  isImage: boolean;
+  /** Its config should have a diff_id for each layer. */
+  hasDiffIds: boolean;
+  config: ConfigWords | undefined;
+  parts: readonly HeldPart[];
+}>;
+
+/** What an entry of index.json says beside its descriptor. */
+type IndexEntry = Readonly<{
+  descriptor: Descriptor;
+  name: string;
+  annotations: Readonly<Record<string, unknown>>;
+}>;
+
+/** What a tar names: by index.json, and by manifest.json. */
+type HeldImages = Readonly<{
+  entries: readonly IndexEntry[];
+  indexed: readonly HeldImage[];
+  listed: readonly HeldImage[];
+  /** RepoTags of manifest.json, as they stand there. */
+  tags: readonly string[];
+  /** Blobs that an index names as they are, such as a build's cache. */
+  blobs: readonly HeldPart[];
+  /** docker save keeps an index and leaves platforms out. */
+  absentManifests: number;
+  isLayout: boolean;
+  isDockerArchive: boolean;
+}>;
+
+class ImageFinder {
+  readonly problems: TarProblem[] = [];
+  readonly #documents: TarDocuments;
+  readonly #blobs = new Map<string, HeldPart>();
+  /** What each entry of index.json leads to, by its digest: equal entries are read once. */
+  readonly #found = new Map<string, readonly Omit<HeldImage, "name">[]>();
+  #absentManifests = 0;
+  #references = 0;
+
+  constructor(documents: TarDocuments) {
+    this.#documents = documents;
+  }
+
+  run(): HeldImages {
+    const entries = this.#readIndex();
+    const indexed = entries.flatMap(({ descriptor, name }) =>
+      this.#imagesOf(descriptor).map((image) => ({ name, ...image })),
+    );
+    const listed = this.#readDockerList();
+    const isLayout = this.#checkLayout(entries.length > 0, listed.length > 0);
+    const isEmpty = entries.length + listed.length === 0;
+    const isSaid = this.problems.length + this.#documents.problems.length > 0;
+    if (isEmpty && !isSaid) this.problems.push({ kind: "no-image" });
+
+    return {
+      entries,
+      indexed,
+      listed: listed.map(({ image }) => image),
+      tags: listed.flatMap(({ tags }) => tags),
+      blobs: [...this.#blobs.values()],
+      absentManifests: this.#absentManifests,
+      isLayout,
+      isDockerArchive: listed.length > 0,
+    };
+  }
+
+  #readIndex(): IndexEntry[] {
+    const json = this.#documents.json("index.json");
+    if (json === undefined) return [];
+    if (!isRecord(json) || !Array.isArray(json.manifests)) {
+      this.problems.push({ kind: "document", entry: "index.json", reason: "is not an index" });
+      return [];
+    }
+
+    const entries: IndexEntry[] = [];
+    for (const value of json.manifests as unknown[]) {
+      const descriptor = this.#documents.attempt("index.json", () =>
+        parseDescriptor(value, "index.json"),
+      );
+      if (!descriptor || !this.#count(1)) break; // one that is wrong is reason enough
+      const annotations = isRecord(value) && isRecord(value.annotations) ? value.annotations : {};
+      const names = NAME_KEYS.map((key) => annotations[key]);
+      const name = names.find((each) => typeof each === "string") ?? "";
+      entries.push({ descriptor, name: printable(name), annotations });
+    }
+    return entries;
+  }
+
+  /** The images that an entry of index.json leads to, attestations last. */
+  #imagesOf(descriptor: Descriptor): readonly Omit<HeldImage, "name">[] {
+    const { digest } = descriptor;
+    const known = this.#found.get(digest);
+    if (known) {
+      this.#count(sumOf(known, ({ parts }) => parts.length));
+      return known;
+    }
+
+    const images: Omit<HeldImage, "name">[] = [];
+    const seen = new Set<string>();
+    this.#found.set(digest, images);
+    if (!this.#documents.file(blobPath(digest)))
+      this.problems.push({ kind: "missing", entry: blobPath(digest) });
+    else this.#collect(descriptor, 0, seen, images);
+
+    images.sort((left, right) => Number(isUnknown(left)) - Number(isUnknown(right)));
+    const isEmpty = images.length === 0 && this.#documents.manifest(descriptor) !== undefined;
+    if (isEmpty) this.problems.push({ kind: "nothing-here", entry: blobPath(digest) });
+    return images;
+  }
+
+  #collect(
+    descriptor: Descriptor,
+    depth: number,
+    seen: Set<string>,
+    images: Omit<HeldImage, "name">[],
+  ): void {
+    const { digest, platform } = descriptor;
+    const entry = blobPath(digest);
+    if (seen.has(digest) || !this.#count(1)) return;
+    seen.add(digest);
+    if (depth > LIMITS.indexDepth) {
+      const reason = `indexes inside indexes, more than ${LIMITS.indexDepth} deep`;
+      this.problems.push({ kind: "malformed", entry, reason });
+      return;
+    }
+
+    const manifest = this.#documents.manifest(descriptor);
+    if (manifest?.kind === "image") {
+      const image = this.#describe(manifest, platform);
+      if (image) images.push({ digest, ...image });
+    }
+    if (manifest?.kind !== "index") return;
+
+    for (const child of manifest.manifests) {
+      const isThere = this.#documents.file(blobPath(child.digest)) !== undefined;
+      if (!isThere) this.#absentManifests += 1;
+      else if (isManifestType(child)) this.#collect(child, depth + 1, seen, images);
+      else this.#blobs.set(child.digest, partOf(child));
+    }
+  }
+
+  #describe(manifest: ImageManifest, stated?: Platform) {
+    const { config, layers } = manifest;
+    if (!this.#count(layers.length + 1)) return undefined;
+    const hasImageConfig = CONFIG_TYPES.includes(config.mediaType);
+    const words = hasImageConfig ? this.#documents.config(blobPath(config.digest)) : undefined;
+    const platform = words ? words.platform : formatPlatform(stated);
+    const isClaimed = hasImageConfig && layers.every(isTarLayer);
+    return {
+      platform,
+      config: words,
+      isImage: isClaimed && (!words || hasOneDiffIdEach(words, layers.length)),
+      hasDiffIds: needsDiffIds(words, platform, isClaimed, layers.length),
+      parts: [config, ...layers].map(partOf),
+    };
+  }
+
+  /** The images of manifest.json, the list of `docker load`. */
+  #readDockerList(): { image: HeldImage; tags: readonly string[] }[] {
+    const json = this.#documents.json("manifest.json") ?? [];
+    const images: { image: HeldImage; tags: readonly string[] }[] = [];
+    for (const value of Array.isArray(json) ? json : [json]) {
+      const entry = parseDockerEntry(value);
+      if (!entry) {
+        const reason = "is not as docker save makes it";
+        this.problems.push({ kind: "document", entry: "manifest.json", reason });
+        break;
+      }
+      if (!this.#count(entry.layers.length + 1)) break;
+
+      const parts = [entry.config, ...entry.layers].map((name) => {
+        const file = this.#documents.file(name);
+        return { entry: name, size: file ? lengthOfEntry(file.entry) : 0, mediaType: "" };
+      });
+      const config = this.#documents.config(entry.config);
+      const layerCount = entry.layers.length;
+      const platform = config?.platform ?? "";
+      const image = {
+        name: printable(entry.tags.join(" ")),
+        digest: "",
+        platform,
+        config,
+        isImage: config !== undefined && hasOneDiffIdEach(config, layerCount),
+        hasDiffIds: needsDiffIds(config, platform, true, layerCount),
+        parts,
+      };
+      images.push({ image, tags: entry.tags });
+    }
+    return images;
+  }
+
+  #checkLayout(hasIndex: boolean, hasList: boolean): boolean {
+    const layout = this.#documents.json("oci-layout");
+    const isRight = hasIndex && isRecord(layout) && layout.imageLayoutVersion === "1.0.0";
+    if (layout !== undefined && !isRight && (hasIndex || hasList)) {
+      const reason = "is there, but not of version 1.0.0 and with an index.json";
+      this.problems.push({ kind: "document", entry: "oci-layout", reason });
+    }
+    return isRight;
+  }
+
+  /** False where all images together name more than can be looked at. */
+  #count(references: number): boolean {
+    const isFirst = this.#references <= LIMITS.tarReferences;
+    this.#references += references;
+    if (this.#references <= LIMITS.tarReferences) return true;
+    if (isFirst) this.problems.push({ kind: "too-many-references" });
+    return false;
+  }
+}
+
+const isUnknown = ({ platform }: { platform: string }): boolean => platform.startsWith("unknown");
+
+/** What an index names is a manifest, unless its type says that it is something else. */
+const isManifestType = ({ mediaType }: Descriptor): boolean =>
+  mediaType === "" || MANIFEST_TYPES.includes(mediaType) || mediaType.startsWith(DOCKER_SCHEMA_1);
+
+const partOf = ({ digest, size, mediaType }: Descriptor): HeldPart => ({
+  entry: blobPath(digest),
+  size,
+  mediaType,
+});
+
+const hasOneDiffIdEach = ({ diffIds }: ConfigWords, layerCount: number): boolean =>
+  (diffIds ?? []).length === layerCount && (diffIds ?? []).every(isDigest);
+
+/** Not those of what only has an image's config type: an empty config, as oras makes it, says nothing at all. */
+function needsDiffIds(
+  config: ConfigWords | undefined,
+  platform: string,
+  isClaimed: boolean,
+  layerCount: number,
+): boolean {
+  if (!config) return false;
+  if (config.diffIds !== undefined) return true;
+  return isClaimed && layerCount > 0 && platform !== "" && !isUnknown({ platform });
+}
+
+function parseDockerEntry(
+  value: unknown,
+): { config: string; tags: readonly string[]; layers: readonly string[] } | undefined {
+  if (!isRecord(value)) return undefined;
+  const { Config: config, RepoTags, Layers } = value;
+  const tags = RepoTags ?? [];
+  const layers = Layers ?? [];
+  if (typeof config !== "string" || !isStringList(tags) || !isStringList(layers)) return undefined;
+  return { config, tags, layers };
+}
+
+const isStringList = (list: unknown): list is string[] =>
+  Array.isArray(list) && list.every((each) => typeof each === "string");
+
+// ------ Checking what images are made of ------
+
+/** Every file that an image names is there, has the size that it states, and unpacks to its diff_id. */
+class PartCheck {
+  readonly problems: TarProblem[] = [];
+  readonly notUnpacked = new Map<string, number>();
+  unpackedLayers = 0;
+  readonly #documents: TarDocuments;
+  /** Each pair of a file and a diff_id is compared once. */
+  readonly #compared = new Set<string>();
+  /** manifest.json does not say which layers are encrypted. */
+  readonly #encrypted: ReadonlySet<string>;
+
+  constructor(documents: TarDocuments, images: readonly HeldImage[]) {
+    this.#documents = documents;
+    const parts = images.flatMap((image) => image.parts);
+    const encrypted = parts.filter(({ mediaType }) => mediaType.endsWith("+encrypted"));
+    this.#encrypted = new Set(encrypted.map(({ entry }) => entry));
+  }
+
+  checkImage({ parts, config, hasDiffIds }: HeldImage): void {
+    const layerCount = parts.length - 1;
+    const hasRightIds = config !== undefined && hasOneDiffIdEach(config, layerCount);
+    if (hasDiffIds && !hasRightIds)
+      this.problems.push({ kind: "diff-ids", entry: parts[0]?.entry ?? "" });
+
+    for (const [at, part] of parts.entries()) {
+      const seen = this.checkPart(part);
+      const diffId = at > 0 && hasRightIds ? String(config.diffIds?.[at - 1]) : undefined;
+      if (seen && diffId) this.#compare(seen, part, diffId);
+    }
+  }
+
+  checkPart({ entry, size }: HeldPart): SeenFile | undefined {
+    const seen = this.#documents.file(entry);
+    if (!seen) {
+      this.problems.push({ kind: "missing", entry });
+      return undefined;
+    }
+    const actualBytes = lengthOfEntry(seen.entry);
+    if (actualBytes === size) return seen;
+    this.problems.push({ kind: "size", entry, expectedBytes: size, actualBytes });
+    return undefined;
+  }
+
+  #compare(seen: SeenFile, { entry }: HeldPart, diffId: string): void {
+    const name = seen.entry.name;
+    const key = `${name} ${diffId}`;
+    if (!seen.isIntact || !seen.unpacked || this.#compared.has(key)) return;
+    this.#compared.add(key);
+
+    const { outcome, packing, digests, hasRest } = seen.unpacked;
+    const isSame = digests.includes(diffId);
+    const isOtherAlgorithm = !digests.some((each) => algorithmOf(each) === algorithmOf(diffId));
+    // Before Node 26 the first of several zstd frames is the last (nodejs/node#64741).
+    const isPartial = packing === "zstd" && outcome === "whole" && hasRest;
+    if (outcome === "endless") return; // which is said of the file
+    if (this.#encrypted.has(entry)) this.#skip("encrypted");
+    else if (outcome === "whole" && isSame) this.unpackedLayers += 1;
+    else if (outcome === "not-unpacked" || isPartial) this.#skip(packing ?? "unknown");
+    else if (isOtherAlgorithm) this.#skip(algorithmOf(diffId));
+    else this.problems.push({ kind: "diff-id", entry: name, diffId });
+  }
+
+  #skip(reason: string): void {
+    this.notUnpacked.set(reason, (this.notUnpacked.get(reason) ?? 0) + 1);
+  }
+}
+
+// ------ Judging loaders ------
+
+/** What decides on which loaders take a tar. */
+type LoaderFacts = Readonly<{
+  images: readonly HeldImage[];
+  held: HeldImages;
+  /** Of a part of an image. */
+  seen: (part: HeldPart) => SeenFile | undefined;
+}>;
+
+function judgeLoaders({ images, held }: LoaderFacts): TarLoader[] {
+  const { isDockerArchive, isLayout } = held;
+  const types = images.flatMap(({ parts }) => parts.map(({ mediaType }) => mediaType));
+  const hasZstd = types.some((type) => type.includes("zstd"));
+  const since = (version: number) => (hasZstd ? { sinceVersion: version } : {});
+  const isForPodman =
+    images.some(({ isImage }) => isImage) && (isDockerArchive || images.length === 1);
+  const isForContainerd = images.some(({ name, digest }) => name && (digest || isDockerArchive));
+  const byName = { needsName: images.length > 1 };
+  return [
+    { program: "docker", takes: isDockerArchive, ...since(23) },
+    { program: "podman", takes: isForPodman, ...since(4) },
+    { program: "ctr", takes: isForContainerd },
+    { program: "skopeo docker-archive", takes: isDockerArchive, ...byName },
+    { program: "skopeo oci-archive", takes: isLayout, ...byName },
+  ];
+}
+
+// ------ Report ------
+
+/** Reads a source once, and lets it go. */
+async function lookThrough(
+  source: TarSource,
+  withContent: boolean,
+  options: LookOptions,
+): Promise<TarContents> {
+  const where = nameOfSource(source);
+  const look = async (): Promise<TarContents> => {
+    const opened = await openTarSource(source, options.signal);
+    try {
+      return await new Look(opened, options).run(withContent);
+    } finally {
+      await opened.close();
+    }
+  };
+  return onDisk(`cannot read ${where}`, look()).catch((error: unknown) => {
+    if (options.signal?.aborted) fail("ABORTED", "stopped", { cause: options.signal.reason });
+    throw error;
+  });
+}
+
+/** What a tar holds. Throws BAD_TAR where that cannot be read from it. */
+async function listTar(source: TarSource, options: LookOptions = {}): Promise<TarImage[]> {
+  const contents = await lookThrough(source, false, options);
+  refuseProblems(
+    contents.where,
+    contents.problems.filter(({ kind }) => kind !== "cut-off"),
+  );
+  const documents = new TarDocuments(contents);
+  const finder = new ImageFinder(documents);
+  const held = finder.run();
+  refuseProblems(contents.where, [...documents.problems, ...finder.problems]);
+  return imagesOf(held).map((image) => describeImage(image, documents));
+}
+
+/** Hashes every blob, looks for every reference, unpacks every layer. Throws BAD_TAR naming all that is wrong. */
+async function verifyTar(source: TarSource, options: LookOptions = {}): Promise<TarReport> {
+  const report = await inspectTar(source, options);
+  refuseProblems(nameOfSource(source), report.problems);
+  return report;
+}
+
+/** A whole report, whatever is wrong. */
+async function inspectTar(source: TarSource, options: LookOptions): Promise<TarReport> {
+  const contents = await lookThrough(source, true, options);
+  const files = [...contents.files.values()];
+  const problems = [...files.flatMap(problemsOfFile), ...contents.problems];
+  const blobCount = files.filter(({ entry }) => digestInName(entry.name)).length;
+  const isReadable = contents.problems.every(({ kind }) => kind === "cut-off");
+  if (!isReadable)
+    return {
+      images: [],
+      blobs: blobCount,
+      unpackedLayers: 0,
+      notUnpacked: [],
+      absentManifests: 0,
+      loaders: [],
+      problems,
+    };
+
+  const documents = new TarDocuments(contents);
+  const finder = new ImageFinder(documents);
+  const held = finder.run();
+  const images = imagesOf(held);
+  const named = [...held.indexed, ...held.listed];
+  const check = new PartCheck(documents, named);
+  for (const image of named) check.checkImage(image);
+  for (const blob of held.blobs) check.checkPart(blob);
+
+  problems.push(...documents.problems, ...finder.problems, ...check.problems);
+  const seen = ({ entry }: HeldPart) => documents.file(entry);
+  return {
+    images: images.map((image) => describeImage(image, documents)),
+    blobs: blobCount,
+    unpackedLayers: check.unpackedLayers,
+    notUnpacked: [...check.notUnpacked].map(([reason, layers]) => ({ reason, layers })),
+    absentManifests: held.absentManifests,
+    loaders: judgeLoaders({ images, held, seen }),
+    problems: uniqueProblems(problems),
+  };
+}
+
+function problemsOfFile({ entry, isIntact, unpacked }: SeenFile): TarProblem[] {
+  const isEndless = unpacked?.outcome === "endless";
+  if (isEndless) return [{ kind: "unpacks-without-end", entry: entry.name }];
+  return isIntact ? [] : [{ kind: "damaged", entry: entry.name }];
+}
+
+/** By index.json, or by manifest.json where that names none. */
+const imagesOf = ({ indexed, listed }: HeldImages): readonly HeldImage[] =>
+  indexed.length > 0 ? indexed : listed;
+
+function describeImage(image: HeldImage, documents: TarDocuments): TarImage {
+  const layers = image.parts.slice(1).map(({ entry, size }) => ({
+    digest: digestInName(entry) ?? printable(entry),
+    size,
+    present: documents.file(entry) !== undefined,
+  }));
+  const { name, digest, platform, isImage } = image;
+  const sizeBytes = sumOf(layers, ({ size }) => size);
+  return { name, digest, platform, isImage, sizeBytes, layers };
+}
+
+function uniqueProblems(problems: readonly TarProblem[]): TarProblem[] {
+  return [...new Map(problems.map((problem) => [JSON.stringify(problem), problem])).values()];
+}
+
+function refuseProblems(where: string, problems: readonly TarProblem[]): void {
+  const lines = uniqueProblems(problems).map(
+    (problem) => `${where}: ${printable(problemWords(problem), 1000)}`,
+  );
+  if (lines.length > 0) fail("BAD_TAR", lines.join("\nimgpull: "));
+}
+
+// ------ Words ------
+
+/** A table for a person. */
+function formatTarImage({ name, digest, platform, sizeBytes, layers }: TarImage): string {
+  const rows = layers.map(({ digest: layer, size, present }) => {
+    const amount = present ? formatBytes(size) : "absent";
+    return `${amount.padStart(7)} ${layer}`;
+  });
+  const title = `${name || "(no name)"}  ${platform}  ${formatBytes(sizeBytes)}`;
+  return [title, ...(digest ? [`        ${digest}`] : []), ...rows].join("\n");
+}
+
+/** What --verify says of a tar in which all is right. */
+function formatTarReport(report: TarReport): string {
+  const { images, blobs, unpackedLayers, notUnpacked, absentManifests, loaders } = report;
+  const counts = [
+    counted(images.length, "image"),
+    `${counted(blobs, "blob")} hashed`,
+    `${counted(unpackedLayers, "layer")} unpacked`,
+    ...notUnpacked.map(({ reason, layers }) => `${layers} (${reason}) not`),
+    ...(absentManifests > 0 ? [`${absentManifests} more of an index not here`] : []),
+  ];
+  const taking = loaders.filter(({ takes }) => takes);
+  return `${counts.join(", ")}: all is right\nloads in ${taking.map(formatLoader).join(", ")}`;
+}
+
+function formatLoader({ program, needsName, sinceVersion }: TarLoader): string {
+  const place = needsName ? "FILE:NAME" : "FILE";
+  const words = program.startsWith("skopeo") ? `${program}:${place}` : program;
+  return sinceVersion === undefined ? words : `${words} from ${sinceVersion} on`;
+}
+
+/** --list-tar: a table for a person, a line of JSON for each image otherwise. */
+async function showTarList(
+  { stdout, stdin }: CommandIO,
   file: string,
-  look: typeof verifyTar,
   signal: AbortSignal,
 ): Promise<void> {
-  const tar = await onDisk(`cannot read ${file}`, openTar(file, signal));
-  await onDisk(`cannot read ${file}`, look(io, tar, file, signal)).finally(() =>
-    tar.handle.close(),
-  );
+  const source = file === "-" ? (stdin as Readable) : file;
+  for (const { isImage: _isImage, ...image } of await listTar(source, { signal })) {
+    const line = stdout.isTTY ? formatTarImage({ isImage: true, ...image }) : JSON.stringify(image);
+    stdout.write(`${line}\n`);
+  }
+}
+
+/** --verify. */
+async function showTarReport(
+  { stdout, stdin }: CommandIO,
+  file: string,
+  signal: AbortSignal,
+): Promise<void> {
+  const source = file === "-" ? (stdin as Readable) : file;
+  const report = await verifyTar(source, { signal });
+  stdout.write(`${file}: ${formatTarReport(report)}\n`);
 }
 
 // ====== 16. Command line ======
@@ -8367,8 +9489,8 @@ async function runCommand(
   const command = planCommand(line);
   if (line.switches.has("parsed")) return showCommand(io, command);
   const { "list-tar": listed, verify: verified } = line.values;
-  if (listed !== undefined) return lookAtTar(io, listed, listTar, signal);
-  if (verified !== undefined) return lookAtTar(io, verified, verifyTar, signal);
+  if (listed !== undefined) return showTarList(io, listed, signal);
+  if (verified !== undefined) return showTarReport(io, verified, signal);
 
   const { destination, manifest } = command;
   const { say } = new Display(io, true);
@@ -8443,7 +9565,7 @@ const internals = Object.freeze({
   isExemptFromProxy,
   judge,
   matchPlatform,
-  openTar,
+  openTarFile,
   parseChallenges,
   parseCommandLine,
   parseManifest,

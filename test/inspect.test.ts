@@ -2,11 +2,12 @@
 import assert from "node:assert/strict";
 import { spawn, spawnSync } from "node:child_process";
 import { once } from "node:events";
-import { mkdirSync, readFileSync, truncateSync, writeFileSync } from "node:fs";
+import { mkdirSync, readFileSync, rmSync, truncateSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { after, before, test } from "node:test";
+import { setTimeout as delay } from "node:timers/promises";
 import * as zlib from "node:zlib";
-import { runCommand, type TestScope, temporaryFolder } from "./support/command.ts";
+import { runCommand, startCommand, type TestScope, temporaryFolder } from "./support/command.ts";
 import {
   digestOf,
   MEDIA,
@@ -830,9 +831,11 @@ test("what is not a tar, is not there, is a folder, is too large", async () => {
   for (const how of ["--list-tar", "--verify"]) {
     for (const [file, says] of [
       [gone, /no such file/],
-      [folder, /not a file/],
+      [folder, /no image/],
+      ["/dev/null", /no image/],
       [fileOf(Buffer.from("x".repeat(5000))), /not a tar/],
-      [fileOf(zlib.gzipSync(tarOf(ociArchive([packed])))), /not a tar/],
+      [fileOf(zlib.gzipSync(Buffer.alloc(5000, "x"))), /not a tar/],
+      [fileOf(Buffer.from("fd377a585a000004", "hex")), /compressed \(xz\)/],
       [fileOf(Buffer.alloc(0)), /no image/],
       [fileOf(Buffer.alloc(2048)), /no image/],
       [fileOf(Buffer.alloc(100)), /middle of a header/],
@@ -1078,3 +1081,236 @@ test("an attestation's layers are checked where its config has diff_ids, and lef
   const index = makeIndex([packed, makeAttestation(packed)]);
   await passes(fileOf(tarOf(ociArchive([index]))));
 });
+
+// ====== From a pipe, through compression, as a folder ======
+
+const HAS_ZSTD = hasZstd && "zstdCompressSync" in zlib;
+const zstd = (bytes: Buffer): Buffer =>
+  (zlib as unknown as { zstdCompressSync: (bytes: Buffer) => Buffer }).zstdCompressSync(bytes);
+
+/** The same image in every form: as pulled, packed, as a folder of its files. */
+async function formsOf(image: TestImage, tag: string) {
+  const tar = readFileSync(await pull(image, tag));
+  const folderForm = join(temporaryFolder(scope), "layout");
+  for (const [name, bytes] of filesOf(tar)) {
+    mkdirSync(join(folderForm, name, ".."), { recursive: true });
+    writeFileSync(join(folderForm, name), bytes);
+  }
+  const packed = [zlib.gzipSync(tar), ...(HAS_ZSTD ? [zstd(tar)] : [])];
+  return { tar, streams: [tar, ...packed], files: [...packed.map(fileOf), folderForm] };
+}
+
+test("through gzip and zstd, from stdin, as a folder, from a pipe with a name: the same word", async () => {
+  const image = makeImage({ seed: "forms", layers: [4096, 700_000] });
+  const { tar, streams, files } = await formsOf(image, "forms");
+  const expected = (await passes(fileOf(tar))).replace(/^.*?: /, "");
+  const rows = await list(fileOf(tar));
+  for (const file of files) {
+    assert.equal((await passes(file)).replace(/^.*?: /, ""), expected);
+    assert.deepEqual(await list(file), rows);
+  }
+  for (const stdin of streams) {
+    const verified = await runCommand(["--verify", "-"], { stdin });
+    assert.deepEqual(
+      [verified.exitCode, verified.stderr, String(verified.stdout)],
+      [0, "", `-: ${expected}`],
+    );
+    const listed = await runCommand(["--list-tar", "-"], { stdin });
+    assert.deepEqual(JSON.parse(String(listed.stdout)), rows[0]);
+  }
+  const pipe = join(temporaryFolder(scope), "pipe");
+  assert.equal(spawnSync("mkfifo", [pipe]).status, 0);
+  for (const stdin of streams) {
+    const writer = spawn("sh", ["-c", 'cat >"$0"', pipe], {
+      stdio: ["pipe", "inherit", "inherit"],
+    });
+    const closed = once(writer, "close");
+    writer.stdin.end(stdin);
+    assert.equal((await passes(pipe)).replace(/^.*?: /, ""), expected);
+    await closed;
+  }
+});
+
+test("damage in a pipe, in a folder and in compressed tars is found", async () => {
+  const image = makeImage({ seed: "forms-damage", layers: [4096, 90_000] });
+  const { tar, files } = await formsOf(image, "forms-damage");
+  const at = tar.indexOf(image.layers[1]?.bytes.subarray(0, 64) ?? "") + 40_000;
+  const name = blobName(image.layers[1]?.digest ?? "");
+  const damaged = flipped(tar, at);
+  const verified = await runCommand(["--verify", "-"], { stdin: damaged });
+  assert.deepEqual([verified.exitCode, verified.stderr], [1, `imgpull: -: ${name} is damaged\n`]);
+  await fails(fileOf(zlib.gzipSync(damaged)), `${name} is damaged`);
+  await fails(fileOf(flipped(zlib.gzipSync(tar), 50_000)), /damaged/);
+  await fails(fileOf(zlib.gzipSync(tar).subarray(0, -300)), /cut off/);
+  for (const cut of [300, 512 + 40, tar.length >> 1, tar.length - 1024]) {
+    const { exitCode, stderr } = await runCommand(["--verify", "-"], {
+      stdin: tar.subarray(0, cut),
+    });
+    assert.equal(exitCode, 1);
+    assert.match(stderr, /cut off|middle of/);
+  }
+  const layout = files.at(-1) as string;
+  writeFileSync(join(layout, name), flipped(readFileSync(join(layout, name)), 5));
+  await fails(layout, `${name} is damaged`);
+  rmSync(join(layout, name));
+  await fails(layout, `${name} is missing`);
+});
+
+test("a pipe that nobody writes into, or that goes quiet: Ctrl-C ends it at once", async (t) => {
+  const pipe = join(temporaryFolder(t), "pipe");
+  assert.equal(spawnSync("mkfifo", [pipe]).status, 0);
+  const waiting = startCommand(["--verify", pipe]);
+  await delay(300); // until it waits for a writer: nothing tells
+  waiting.child.kill("SIGINT");
+  assert.equal((await waiting.result).exitCode, 130);
+
+  const tar = readFileSync(await pull(packed, "quiet"));
+  for (const args of [
+    ["--verify", "-"],
+    ["-l", "-"],
+  ]) {
+    const quiet = startCommand(args, { stdin: "open" });
+    quiet.child.stdin?.write(tar.subarray(0, 5000));
+    await delay(300);
+    quiet.child.kill("SIGINT");
+    assert.equal((await quiet.result).exitCode, 130);
+  }
+});
+
+// ====== What cannot be unpacked, or without end ======
+
+test("encrypted, xz and bzip2 layers are counted, not called wrong", async () => {
+  const layerOf = (mediaType: string, bytes: Buffer): TestLayer => ({
+    ...makeLayer({ seed: mediaType, mediaType }),
+    bytes,
+    digest: digestOf(bytes),
+  });
+  const plainType = "application/vnd.oci.image.layer.v1.tar";
+  const cases: [reason: string, layer: TestLayer][] = [
+    ["encrypted", layerOf(`${MEDIA.ociGzip}+encrypted`, pseudoRandom("secret", 5000))],
+    ["encrypted", layerOf(`${plainType}+encrypted`, pseudoRandom("secret too", 5000))],
+    [
+      "xz",
+      layerOf(
+        `${plainType}`,
+        Buffer.concat([Buffer.from("fd377a585a0000", "hex"), pseudoRandom("xz", 999)]),
+      ),
+    ],
+    [
+      "bzip2",
+      layerOf(plainType, Buffer.concat([Buffer.from("BZh91AY&SY"), pseudoRandom("bzip2", 999)])),
+    ],
+  ];
+  for (const [reason, layer] of cases) {
+    const image = makeImage({ seed: reason, layers: [layer, 4096] });
+    assert.match(
+      await passes(fileOf(tarOf(ociArchive([image])))),
+      new RegExp(`1 layer unpacked, 1 \\(${reason}\\) not`),
+    );
+  }
+  // Without the word for it, bytes that do not unpack are wrong.
+  const mute = makeImage({ layers: [layerOf(MEDIA.ociGzip, pseudoRandom("secret", 5000))] });
+  await fails(fileOf(tarOf(ociArchive([mute]))), /does not unpack/);
+});
+
+test("what unpacks without end is refused by name, soon", async () => {
+  // deflate cannot make less than a thousandth; holes and zstd can.
+  const isGnuTar = /GNU tar/.test(String(spawnSync("tar", ["--version"]).stdout));
+  const cwd = temporaryFolder(scope);
+  const hole = join(cwd, "blobs/sha256", "0".repeat(64));
+  mkdirSync(join(hole, ".."), { recursive: true });
+  writeFileSync(hole, "x");
+  truncateSync(hole, 2 ** 41);
+  for (const format of isGnuTar ? ["gnu", "pax"] : []) {
+    const { stdout } = spawnSync("tar", ["-cSf", "-", `--format=${format}`, "blobs"], { cwd });
+    await fails(fileOf(stdout), "0".repeat(64), /unpacks to more than 1000 times its size/);
+  }
+  if (!HAS_ZSTD) return;
+  const layer = makeLayer({ seed: "bomb" });
+  layer.bytes = zstd(Buffer.alloc(1.5 * 2 ** 30));
+  layer.digest = digestOf(layer.bytes);
+  const bomb = fileOf(tarOf(ociArchive([makeImage({ layers: [layer] })])));
+  await fails(bomb, blobName(layer.digest), /unpacks to more than 1000 times its size/);
+});
+
+// ====== Bounds ======
+
+async function boundedBy(name: string, tar: Buffer, seconds: number): Promise<string> {
+  const file = fileOf(tar);
+  const startedAt = performance.now();
+  const { exitCode, signal, stdout, stderr } = await runCommand(["--verify", file], {});
+  assert.ok(exitCode === 0 || exitCode === 1, `${name}: ${signal} ${stderr.slice(0, 500)}`);
+  const tookMs = performance.now() - startedAt;
+  assert.ok(tookMs < seconds * 1000, `${name} took ${Math.round(tookMs)} ms`);
+  return String(stdout) + stderr;
+}
+
+test("tars that are made to cost much: read once, in bounded memory, or refused by name", async () => {
+  const ids = Array.from({ length: 40_000 }, (_, at) => digestOf(`id ${at}`));
+  const config = json({ os: "linux", architecture: "amd64", rootfs: { diff_ids: ids } });
+  const sharing = Array.from({ length: 1000 }, () => ({
+    Config: "c.json",
+    RepoTags: [],
+    Layers: Array(40_000).fill("l"),
+  }));
+  assert.match(
+    await boundedBy(
+      "a thousand images of one config",
+      tarOf([
+        ["c.json", config],
+        ["l", "layer"],
+        ["manifest.json", json(sharing.slice(0, 10))],
+      ]),
+      20,
+    ),
+    /more than 300000 manifests and layers/,
+  );
+  const [entry] = JSON.parse(
+    String(ociArchive([packed]).find(([name]) => name === "index.json")?.[1]),
+  ).manifests;
+  const manyTimes = ociArchive([packed]).map(
+    ([name, content]): Entry => [
+      name,
+      name === "index.json"
+        ? json({ schemaVersion: 2, manifests: Array(60_000).fill(entry) })
+        : content,
+    ],
+  );
+  assert.match(await boundedBy("60,000 equal entries", tarOf(manyTimes), 20), /60000 images/);
+
+  const keys = Array.from({ length: 20_000 }, (_, at) => paxRecordOf(`key.${at}`, "v"));
+  const header = writeTar([["PaxHeaders/x", Buffer.from(keys.join(""))]]);
+  const extension = withType(header.subarray(0, -1024), "x");
+  const tar = Buffer.concat([...Array(200).fill(extension), tarOf(ociArchive([packed]))]);
+  assert.match(await boundedBy("pax keys", tar, 20), /all is right/);
+
+  for (const deep of [
+    "[".repeat(8_000_000),
+    `${'{"a":'.repeat(2_000_000)}1${"}".repeat(2_000_000)}`,
+  ])
+    for (const name of ["index.json", "manifest.json"])
+      assert.match(
+        await boundedBy(`deep ${name}`, tarOf([[name, deep]]), 20),
+        new RegExp(`${name} is not JSON, or nested too deep`),
+      );
+  const wide = `[${"{},".repeat(5_000_000)}{}]`;
+  assert.match(
+    await boundedBy("wide", tarOf([["manifest.json", wide]]), 20),
+    /manifest\.json is not JSON, or nested too deep/,
+  );
+});
+
+function paxRecordOf(key: string, value: string): string {
+  const rest = ` ${key}=${value}\n`;
+  const length = rest.length + String(rest.length + 2).length;
+  return `${length}${rest}`;
+}
+
+function withType(tar: Buffer, type: string): Buffer {
+  const header = Buffer.from(tar);
+  header.write(type, 156);
+  header.write(" ".repeat(8), 148);
+  const sum = header.subarray(0, 512).reduce((total, byte) => total + byte, 0);
+  header.write(`${sum.toString(8).padStart(6, "0")}\0 `, 148);
+  return header;
+}

@@ -847,7 +847,7 @@ test("names as loaders resolve them; two files of one name, and names through ..
   const content = Buffer.from("content");
   const read = async (tar: Buffer) => {
     writeFileSync(file, tar);
-    const { handle, names } = await internals.openTar(file);
+    const { handle, names } = await internals.openTarFile(file);
     await handle.close();
     return [...names.entries.keys()];
   };
