@@ -68,6 +68,12 @@ var LIMITS = Object.freeze({
   // a pax header or the map of a sparse file; Go's reader has the same bound
   tarEntries: 2e5,
   // a thousand images in docker's old form have a hundred each
+  tarDocumentBytes: 64 * MIB,
+  // indexes, manifests and configs of a tar that are held at once
+  jsonDepth: 100,
+  // of a document in a tar; real ones have five
+  jsonValues: 1e6,
+  // a few dozen bytes of memory each
   tarReferences: 3e5,
   // manifests and layers that the images of a tar name, all together
   unpackFactor: 1e3,
@@ -148,8 +154,12 @@ var TUNING = Object.freeze({
   // DEST `-`: one request's share of a large blob
   streamWindowBytes: 32 * MIB,
   // DEST `-`: how far the line may be ahead of the reader
-  headerReadBytes: 64 * 1024
+  headerReadBytes: 64 * 1024,
   // of a tar: small entries stand side by side
+  unpackBytes: 256 * 1024,
+  // at once: fewer trips to Node's thread pool
+  unpackLanes: 4
+  // files of a tar at once: Node's thread pool has as many threads
 });
 var ImgpullError = class extends Error {
   name = "ImgpullError";
@@ -1800,6 +1810,8 @@ function sniffMediaType(bytes, contentType = "") {
   if (Array.isArray(json.manifests)) return OCI_INDEX;
   return isRecord(json.config) ? OCI_MANIFEST : void 0;
 }
+var LAYER_TYPE = /^application\/vnd\.(docker\.image\.rootfs(\.foreign)?\.diff\.tar(\.gzip|\.zstd)?|oci\.image\.layer(\.nondistributable)?\.v1\.tar(\+gzip|\+zstd)?(\+encrypted)?)$/;
+var isTarLayer = ({ mediaType }) => LAYER_TYPE.test(mediaType);
 var OLD_CONFIG_LABELS = ["", "text/html", "application/json", "application/octet-stream"];
 function parseManifest({ bytes, mediaType }, where) {
   const refuse = (code, reason) => fail(code, `${where}: ${reason}`);
@@ -2583,7 +2595,7 @@ function packingOf(bytes) {
   const hex = bytes.toString("hex", 0, 6);
   return PACKING_MAGIC.find(([, magic]) => magic.test(hex))?.[0];
 }
-async function openTar(file, signal) {
+async function openTarFile(file) {
   const handle = await onDisk(`cannot read ${file}`, fs.open(file, "r"));
   const names = new TarNames();
   const blobs = /* @__PURE__ */ new Map();
@@ -2593,7 +2605,6 @@ async function openTar(file, signal) {
     if (packing)
       fail("BAD_TAR", `${file}: it is not a tar, but compressed (${packing}): unpack it first`);
     for await (const entry of readTar(handle, file)) {
-      signal?.throwIfAborted();
       const problem = names.add(entry);
       if (problem) fail("BAD_TAR", `${file}: ${problemWords(problem)}`);
       const digest = digestInName(entry.name);
@@ -2605,15 +2616,13 @@ async function openTar(file, signal) {
     throw error;
   }
 }
-async function isIntact({ handle, offset }, { digest, size }, signal, unpack) {
+async function isIntact({ handle, offset }, { digest, size }, signal) {
   const hash = newHash(digest);
-  const pieces = import_node_stream.Readable.from(readPlace(handle, offset, offset + size));
-  await (0, import_promises.pipeline)([pieces, ...unpack ? [unpack] : [], hash], dropEmpty({ signal })).catch(
-    (error) => {
-      if (!errorCodeOf(error).startsWith("Z")) throw error;
-    }
-  );
-  return hash.read()?.toString("hex") === hexOf(digest);
+  for await (const piece of readPlace(handle, offset, offset + size)) {
+    signal?.throwIfAborted();
+    hash.update(piece);
+  }
+  return hash.digest("hex") === hexOf(digest);
 }
 function problemWords(problem) {
   const entry = "entry" in problem ? printable(problem.entry) : "";
@@ -2640,6 +2649,8 @@ function problemWords(problem) {
       return `${entry} has ${problem.actualBytes} bytes, not ${problem.expectedBytes}`;
     case "document":
       return `${entry} ${problem.reason}`;
+    case "malformed":
+      return `${entry}: ${problem.reason}`;
     case "nothing-here":
       return `${entry} names nothing that is here`;
     case "diff-ids":
@@ -3899,7 +3910,7 @@ async function sourcesBeside(dest, { model }) {
   return openAtHand(stats && isOwn(stats, model) ? [old, dest] : [dest]);
 }
 async function openAtHand(files) {
-  const tars = await Promise.all(files.map((file) => openTar(file).catch(ignore)));
+  const tars = await Promise.all(files.map((file) => openTarFile(file).catch(ignore)));
   return tars.filter((tar) => tar !== void 0);
 }
 async function closeTars(tars) {
@@ -4945,7 +4956,7 @@ async function digestsIn(since, destination) {
 async function withTars(files, run) {
   const tars = [];
   try {
-    for (const file of files) tars.push(await openTar(file));
+    for (const file of files) tars.push(await openTarFile(file));
     return await run(tars);
   } finally {
     for (const { handle } of tars) await handle.close();
@@ -5135,189 +5146,960 @@ var Puller = class {
     return { mediaType, digest, bytes, manifest: parseJson(bytes), imageUrl: this.#opts.url };
   }
 };
-var isTexts = (list) => Array.isArray(list) && list.every((it) => typeof it === "string");
-var [DAMAGED, MISSING] = ["is damaged", "is missing (a --since tar needs its base)"];
-var fileIn = ({ names }, name) => names.file(name);
-async function imagesIn(tar, file, signal, problems) {
-  const refuse = (reason) => fail("BAD_TAR", `${file}: ${reason}`);
-  const read = async (name) => {
-    signal.throwIfAborted();
-    const entry = fileIn(tar, name);
-    if (problems.has(`${name} ${DAMAGED}`)) refuse(`${printable(name)} ${DAMAGED}`);
-    if (entry && entry.sizeBytes > LIMITS.tarMetadataBytes)
-      refuse(`${printable(name)} is too large`);
-    const bytes = entry && await readAt(tar.handle, entry.offset, entry.sizeBytes);
-    return { bytes, json: bytes && (parseJson(bytes) ?? refuse(`${printable(name)} is not JSON`)) };
+var nameOfSource = (source) => typeof source === "string" ? source : "-";
+async function openTarSource(source, signal) {
+  if (typeof source !== "string") return openStream(nameOfSource(source), source, signal);
+  const stats = await fs.stat(source);
+  if (stats.isDirectory()) return openFolder(source);
+  if (stats.isFIFO()) return openStream(source, await openPipe(source, signal), signal);
+  if (!stats.isFile() && !stats.isCharacterDevice())
+    return fail("BAD_TAR", `${source}: it is not a file`);
+  const handle = await fs.open(source, "r");
+  const isPacked = packingOf(await readAt(handle, 0, BLOCK)) !== void 0;
+  if (stats.isFile() && !isPacked) return openFile(source, handle, stats.size);
+  const chunks = handle.createReadStream({ highWaterMark: TUNING.batchBytes });
+  return { ...await openStream(source, chunks, signal), sizeBytes: stats.size };
+}
+async function openPipe(file, signal) {
+  const letGo = async () => {
+    const flags = fs.constants.O_WRONLY | fs.constants.O_NONBLOCK;
+    const writer = await fs.open(file, flags).catch(ignore);
+    await writer?.close();
   };
-  let absent = 0;
-  const readChild = async ({
-    digest,
-    size,
-    mediaType
-  }) => {
-    const { bytes } = await read(blobPath(digest));
-    if (!bytes) absent += 1;
-    if (bytes && bytes.length !== size)
-      refuse(`${blobPath(digest)} has ${bytes.length} bytes, not ${size}`);
-    if (bytes && sniffMediaType(bytes, mediaType) !== mediaType)
-      refuse(`${blobPath(digest)} is of another type`);
-    return bytes && { mediaType, digest, bytes };
-  };
-  const describe = async (parts, isImage, stated) => {
-    const { json } = isImage ? await read(parts[0]?.entry ?? "") : {};
-    const { rootfs, ...words } = isRecord(json) ? json : {};
-    const platform = formatPlatform(json === void 0 ? stated : parsePlatform(words));
-    return { platform, isImage, parts, diffIds: isRecord(rootfs) ? rootfs.diff_ids : void 0 };
-  };
-  const [indexed, listed] = [[], []];
-  const { json: index = { manifests: [] } } = await read("index.json");
-  if (!isRecord(index) || !Array.isArray(index.manifests))
-    return refuse("index.json is not an index");
-  for (const value of index.manifests) {
-    const descriptor = parseDescriptor(value, `${file}: index.json`);
-    const names = NAME_KEYS.map((key) => value.annotations?.[key]).filter(
-      (each) => typeof each === "string"
-    );
-    const name = printable(names[0] ?? "");
-    const top = await readChild(descriptor) ?? refuse(`${blobPath(descriptor.digest)} is missing`);
-    const { contents } = await collectAll(readChild, 1, file, top);
-    if (contents.length === 0) problems.add(`${blobPath(top.digest)} names nothing that is here`);
-    for (const { digest, manifest, platform } of contents) {
-      const parts = [manifest.config, ...manifest.layers].map((each) => ({
-        ...each,
-        entry: blobPath(each.digest)
-      }));
-      const isImage = CONFIG_TYPES.includes(manifest.config.mediaType);
-      indexed.push({
-        name,
-        digest,
-        ...await describe(parts, isImage, platform ?? descriptor.platform)
-      });
+  signal?.addEventListener("abort", letGo, { once: true });
+  try {
+    const descriptor = await openDescriptor(file);
+    return new net.Socket({ fd: descriptor, readable: true, writable: false });
+  } finally {
+    signal?.removeEventListener("abort", letGo);
+  }
+}
+var openDescriptor = (file) => new Promise((resolve2, reject) => {
+  (0, import_node_fs.open)(file, "r", (error, descriptor) => error ? reject(error) : resolve2(descriptor));
+});
+function openFile(where, handle, sizeBytes) {
+  const decoder = new TarDecoder();
+  async function* members() {
+    for await (const entry of readTar(handle, where, decoder)) {
+      const end = entry.offset + entry.sizeBytes;
+      yield { entry, content: () => fillHoles(readPlace(handle, entry.offset, end), entry.holes) };
     }
   }
-  const { json: layout } = await read("oci-layout");
-  const isOci = indexed.length > 0 && isRecord(layout) && layout.imageLayoutVersion === "1.0.0";
-  if (layout && !isOci)
-    problems.add("oci-layout is there, but not of version 1.0.0 and with an index.json");
-  for (const value of [(await read("manifest.json")).json ?? []].flat()) {
-    const { Config: config, RepoTags, Layers } = isRecord(value) ? value : {};
-    const [tags, layers] = [RepoTags ?? [], Layers ?? []];
-    const isRight = typeof config === "string" && isTexts(tags) && isTexts(layers);
-    if (!isRight) return refuse("manifest.json is not as docker save makes it");
-    const parts = [config, ...layers].map((entry) => ({
-      entry,
-      size: fileIn(tar, entry)?.sizeBytes ?? 0
-    }));
-    listed.push({ name: printable(tags.join(" ")), digest: "", ...await describe(parts, true) });
-  }
-  const images = indexed.length > 0 ? indexed : listed;
-  if (images.length === 0)
-    refuse("it holds no image: neither index.json nor manifest.json names one");
-  return { images, named: [...indexed, ...listed], isDocker: listed.length > 0, isOci, absent };
+  return {
+    where,
+    isSeekable: true,
+    sizeBytes,
+    hasTrailer: () => decoder.hasTrailer,
+    members,
+    close: () => handle.close()
+  };
 }
-async function listTar({ stdout }, tar, file, signal) {
-  for (const { parts, name, digest, platform } of (await imagesIn(tar, file, signal, /* @__PURE__ */ new Set())).images) {
-    const layers = parts.slice(1).map(({ entry, size }) => ({
-      digest: digestInName(entry) ?? printable(entry),
-      size,
-      present: fileIn(tar, entry) !== void 0
-    }));
-    const sizeBytes = sumOf(layers, ({ size }) => size);
-    const rows = layers.map(
-      ({ digest: layer, size, present }) => `${(present ? formatBytes(size) : "absent").padStart(7)} ${layer}`
-    );
-    const title = `${name || "(no name)"}  ${platform}  ${formatBytes(sizeBytes)}`;
-    const table = [title, ...digest ? [`        ${digest}`] : [], ...rows].join("\n");
-    stdout.write(
-      `${stdout.isTTY ? table : JSON.stringify({ name, digest, platform, sizeBytes, layers })}
-`
-    );
+async function openFolder(folder) {
+  const files = ["oci-layout", "index.json", "manifest.json"];
+  for (const algorithm of await listFolder(path.join(folder, "blobs")))
+    for (const name of await listFolder(path.join(folder, "blobs", algorithm)))
+      files.push(`blobs/${algorithm}/${name}`);
+  const entries = [];
+  for (const name of files) {
+    const stats = await fs.stat(path.join(folder, name)).catch(ignore);
+    if (stats?.isFile())
+      entries.push({ name, sizeBytes: stats.size, type: "0", linkName: "", offset: 0 });
+  }
+  async function* contentOf({ name, sizeBytes }) {
+    const handle = await fs.open(path.join(folder, name), "r");
+    try {
+      yield* readPlace(handle, 0, sizeBytes);
+    } finally {
+      await handle.close();
+    }
+  }
+  async function* members() {
+    for (const entry of entries) yield { entry, content: () => contentOf(entry) };
+  }
+  return {
+    where: folder,
+    isSeekable: true,
+    sizeBytes: sumOf(entries, ({ sizeBytes }) => sizeBytes),
+    hasTrailer: () => true,
+    members,
+    close: async () => void 0
+  };
+}
+var listFolder = async (folder) => (await fs.readdir(folder).catch(() => [])).sort();
+async function openStream(where, stream, signal) {
+  if (signal) (0, import_node_stream.addAbortSignal)(signal, stream);
+  const decoder = new TarDecoder();
+  const packed = new ByteReader(stream);
+  const packing = packingOf(await packed.peek(BLOCK));
+  const unpacker = packing && unpackerFor(packing);
+  if (packing && !unpacker)
+    fail("BAD_TAR", `${where}: it is compressed (${packing}), which cannot be read here`);
+  const bytes = unpacker ? new ByteReader(unpackWhole(packed, unpacker)) : packed;
+  async function* members() {
+    while (!decoder.isAtEnd) {
+      const { wantedBytes } = decoder;
+      const block = await bytes.read(wantedBytes);
+      if (block.length === 0) break;
+      if (block.length < wantedBytes) refuseTar(CUT_IN_HEADER);
+      const header = decoder.take(block);
+      if (!header) continue;
+      const offset = bytes.position;
+      const end = offset + header.sizeBytes;
+      const entry = { ...header, name: resolveName(header.name), offset };
+      yield { entry, content: () => fillHoles(bytes.piecesUntil(end), header.holes) };
+      await bytes.skipTo(end);
+      if (bytes.position < end) refuseTar(CUT_IN_ENTRY);
+      await bytes.skipTo(end + paddingOf(end));
+    }
+    await bytes.skipTo(NEVER);
+  }
+  return {
+    where,
+    isSeekable: false,
+    sizeBytes: void 0,
+    hasTrailer: () => decoder.hasTrailer,
+    members,
+    close: async () => {
+      stream.destroy();
+    }
+  };
+}
+var ByteReader = class {
+  /** How many were taken. */
+  position = 0;
+  #chunks;
+  #ahead = Buffer.alloc(0);
+  constructor(source) {
+    this.#chunks = source[Symbol.asyncIterator]();
+  }
+  /** Up to so many bytes, which stay to be taken; fewer only at the end. */
+  async peek(length) {
+    const chunks = [this.#ahead];
+    let aheadBytes = this.#ahead.length;
+    while (aheadBytes < length) {
+      const { value, done } = await this.#chunks.next();
+      if (done) break;
+      chunks.push(value);
+      aheadBytes += value.length;
+    }
+    if (chunks.length > 1) this.#ahead = joined(chunks);
+    return this.#ahead.subarray(0, length);
+  }
+  async read(length) {
+    const bytes = await this.peek(length);
+    this.#take(bytes.length);
+    return bytes;
+  }
+  /** What comes next, up to a position or the end. */
+  async *piecesUntil(end) {
+    while (this.position < end) {
+      const next = await this.peek(1);
+      if (next.length === 0) return;
+      const piece = this.#ahead.subarray(0, end - this.position);
+      this.#take(piece.length);
+      yield piece;
+    }
+  }
+  async skipTo(position) {
+    for await (const _piece of this.piecesUntil(position)) ;
+  }
+  #take(length) {
+    this.#ahead = this.#ahead.subarray(length);
+    this.position += length;
+  }
+};
+function joined(chunks) {
+  const filled = chunks.filter(({ length }) => length > 0);
+  const [only = Buffer.alloc(0)] = filled;
+  return filled.length < 2 ? only : Buffer.concat(filled);
+}
+async function* fillHoles(stored, holes) {
+  if (!holes) return yield* stored;
+  const bytes = new ByteReader(stored);
+  const zeros = Buffer.alloc(TUNING.headerReadBytes);
+  let position = 0;
+  for (const [from, to] of [...holes.pieces, [holes.realBytes, holes.realBytes]]) {
+    for (; position < from; position += zeros.length) yield zeros.subarray(0, from - position);
+    yield* bytes.piecesUntil(bytes.position + to - from);
+    position = to;
   }
 }
-async function unpacksTo(digest, entry, handle, signal) {
-  const { offset, sizeBytes: size } = entry;
-  const magic = (await readAt(handle, offset, 4)).toString("hex");
-  const isZstd = /^(28b52ffd|5.2a4d18)/.test(magic);
+var lengthOfEntry = ({ holes, sizeBytes }) => holes?.realBytes ?? sizeBytes;
+function unpackerFor(packing) {
   const { createGunzip, createZstdDecompress } = load("node:zlib");
-  const unpacker = isZstd ? createZstdDecompress?.() : magic.startsWith("1f8b") ? createGunzip?.() : void 0;
-  const isRight = await isIntact({ handle, offset }, { digest, size }, signal, unpacker);
-  return !isRight && isZstd && (unpacker?.bytesWritten ?? 0) < size ? void 0 : isRight;
+  const options = { chunkSize: TUNING.unpackBytes };
+  if (packing === "gzip") return createGunzip?.(options);
+  if (packing === "zstd") return createZstdDecompress?.(options);
+  return void 0;
 }
-async function verifyTar({ stdout }, tar, file, signal) {
-  const { handle } = tar;
-  const { entries } = tar.names;
-  const problems = /* @__PURE__ */ new Set();
-  const blobs = [...entries.values()].filter(
-    (entry) => digestInName(entry.name) && fileIn(tar, entry.name) === entry
-  );
-  for (const { name, offset, sizeBytes: size } of blobs) {
-    const digest = digestInName(name);
-    if (!await isIntact({ handle, offset }, { digest, size }, signal))
-      problems.add(`${name} ${DAMAGED}`);
+var isUnpackError = (error) => errorCodeOf(error).startsWith("Z");
+var isEndless = (unpackedBytes, packedBytes) => unpackedBytes > LIMITS.unpackFactor * packedBytes + LIMITS.unpackFloorBytes;
+async function* unpackWhole(packed, unpacker) {
+  const feeding = (0, import_promises.pipeline)(packed.piecesUntil(NEVER), unpacker).catch(ignore);
+  let unpackedBytes = 0;
+  try {
+    for await (const chunk of unpacker) {
+      unpackedBytes += chunk.length;
+      if (isEndless(unpackedBytes, packed.position))
+        refuseTar(`it unpacks to more than ${LIMITS.unpackFactor} times its size`);
+      yield chunk;
+    }
+  } catch (error) {
+    throw isUnpackError(error) ? new ImgpullError("BAD_TAR", "its compression is damaged, or it was cut off", {
+      cause: error
+    }) : error;
+  } finally {
+    unpacker.destroy();
+    await feeding;
   }
-  const end = [...entries.values()].reduce(
-    (at, { offset, sizeBytes }) => Math.max(at, offset + sizeBytes + BLOCK),
-    0
-  );
-  if ((await handle.stat()).size < end) problems.add("its end is missing: it was cut off");
-  const found = await imagesIn(tar, file, signal, problems).catch((error) => {
-    if (!(error instanceof ImgpullError)) throw error;
-    problems.add(error.message.replaceAll(`${file}: `, ""));
-    return { images: [], named: [], isDocker: false, isOci: false, absent: 0 };
-  });
-  const unpacked = /* @__PURE__ */ new Map();
-  for (const { parts, diffIds: ids, isImage, platform } of found.named) {
-    const isRight = Array.isArray(ids) && ids.length === parts.length - 1 && ids.every(isDigest);
-    const isDue = ids !== void 0 || isImage && parts.length > 1 && !platform.startsWith("unknown");
-    if (isDue && !isRight) problems.add(`${parts[0]?.entry} has not one diff_id for each layer`);
-    for (const [at, { entry, size }] of parts.entries()) {
-      const held = fileIn(tar, entry);
-      const diffId = isRight && at > 0 ? String(ids[at - 1]) : void 0;
-      const key = `${held?.name} ${diffId}`;
-      if (!held) problems.add(`${entry} ${MISSING}`);
-      else if (held.sizeBytes !== size)
-        problems.add(`${entry} has ${held.sizeBytes} bytes, not ${size}`);
-      else if (diffId && !unpacked.has(key) && !problems.has(`${held.name} ${DAMAGED}`)) {
-        unpacked.set(key, await unpacksTo(diffId, held, handle, signal));
-        if (unpacked.get(key) === false)
-          problems.add(`${held.name} does not unpack to ${diffId}, its diff_id`);
-      }
+}
+var Digests = class {
+  #hashes;
+  constructor(algorithms) {
+    this.#hashes = algorithms.map((algorithm) => [algorithm, newHash(`${algorithm}:`)]);
+  }
+  update(bytes) {
+    for (const [, hash] of this.#hashes) hash.update(bytes);
+  }
+  list() {
+    return this.#hashes.map(([algorithm, hash]) => `${algorithm}:${hash.digest("hex")}`);
+  }
+};
+var TarCheck = class {
+  #decoder = new TarDecoder();
+  #block = Buffer.alloc(0);
+  #skipBytes = 0;
+  #isBroken = false;
+  push(chunk) {
+    let at = 0;
+    while (at < chunk.length && !this.#isBroken && !this.#decoder.isAtEnd) {
+      if (this.#skipBytes > 0) {
+        const skippedBytes = Math.min(this.#skipBytes, chunk.length - at);
+        this.#skipBytes -= skippedBytes;
+        at += skippedBytes;
+      } else at += this.#gather(chunk, at);
     }
   }
-  const wrong = [...problems].map((words) => `${file}: ${printable(words, 1e3)}`).join("\nimgpull: ");
-  if (wrong) fail("BAD_TAR", wrong);
-  const list = (words) => words.filter(Boolean).join(", ");
-  const types = found.images.flatMap(({ parts }) => parts.map(({ mediaType = "" }) => mediaType));
-  const since = (version) => types.some((type) => type.includes("zstd")) ? ` from ${version} on` : "";
-  const whole = [...unpacked.values()].filter(Boolean).length;
-  const counts = [
-    counted(found.images.length, "image"),
-    `${counted(blobs.length, "blob")} hashed`,
-    `${counted(whole, "layer")} unpacked`,
-    whole < unpacked.size && `${unpacked.size - whole} (zstd) not`,
-    found.absent > 0 && `${found.absent} more of an index not here`
-  ];
-  const [{ images, isDocker, isOci }, many] = [
-    found,
-    found.images.length > 1 ? "FILE:NAME" : "FILE"
-  ];
-  const isPodman = images.some(({ isImage }) => isImage) && (isDocker || images.length === 1);
-  const loaders = [
-    isDocker && `docker${since(23)}`,
-    isPodman && `podman${since(4)}`,
-    images.some(({ name, digest }) => name && (digest || isDocker)) && "ctr",
-    isDocker && `skopeo docker-archive:${many}`,
-    isOci && `skopeo oci-archive:${many}`
-  ];
-  stdout.write(`${file}: ${list(counts)}: all is right
-loads in ${list(loaders)}
-`);
+  isTar() {
+    return !this.#isBroken && this.#skipBytes < BLOCK && this.#block.length === 0;
+  }
+  /** Says how many bytes it took. */
+  #gather(chunk, at) {
+    const missingBytes = this.#decoder.wantedBytes - this.#block.length;
+    const piece = chunk.subarray(at, at + missingBytes);
+    this.#block = this.#block.length === 0 ? piece : Buffer.concat([this.#block, piece]);
+    if (piece.length === missingBytes) this.#takeBlock();
+    return piece.length;
+  }
+  #takeBlock() {
+    const block = this.#block;
+    this.#block = Buffer.alloc(0);
+    try {
+      const header = this.#decoder.take(block);
+      if (header) this.#skipBytes = header.sizeBytes + paddingOf(header.sizeBytes);
+    } catch (error) {
+      if (!(error instanceof ImgpullError)) throw error;
+      this.#isBroken = true;
+    }
+  }
+};
+var LayerUnpacking = class {
+  #packing;
+  #unpacker;
+  #digests;
+  #tar = new TarCheck();
+  #reading;
+  #packedBytes = 0;
+  #isOver = false;
+  constructor(packing, unpacker, algorithms) {
+    this.#packing = packing;
+    this.#unpacker = unpacker;
+    this.#digests = new Digests(algorithms);
+    unpacker.on("error", ignore);
+    this.#reading = this.#read();
+  }
+  async write(piece) {
+    this.#packedBytes += piece.length;
+    if (this.#isOver || this.#unpacker.write(piece)) return;
+    await Promise.race([(0, import_node_events.once)(this.#unpacker, "drain").catch(ignore), this.#reading]);
+  }
+  async end() {
+    if (!this.#isOver) this.#unpacker.end();
+    const outcome = await this.#reading;
+    return {
+      packing: this.#packing,
+      outcome,
+      digests: this.#digests.list(),
+      isTar: this.#tar.isTar(),
+      hasRest: this.#unpacker.bytesWritten < this.#packedBytes
+    };
+  }
+  async #read() {
+    let unpackedBytes = 0;
+    try {
+      for await (const chunk of this.#unpacker) {
+        this.#digests.update(chunk);
+        this.#tar.push(chunk);
+        unpackedBytes += chunk.length;
+        if (isEndless(unpackedBytes, this.#packedBytes)) return "endless";
+      }
+      return "whole";
+    } catch (error) {
+      if (!isUnpackError(error)) throw error;
+      return "broken";
+    } finally {
+      this.#isOver = true;
+    }
+  }
+};
+var DOCUMENT_NAMES = ["index.json", "manifest.json", "oci-layout"];
+var Look = class {
+  #source;
+  #options;
+  #names = new TarNames();
+  #files = /* @__PURE__ */ new Map();
+  #problems = [];
+  #keptBytes = 0;
+  #doneBytes = 0;
+  constructor(source, options) {
+    this.#source = source;
+    this.#options = options;
+  }
+  /** Reads all, or only what may be a document. */
+  async run(withContent) {
+    await this.#readMembers(withContent).catch((error) => {
+      if (!(error instanceof ImgpullError) || error.code !== "BAD_TAR") throw error;
+      const reason = error.message.replace(`${this.#source.where}: `, "");
+      this.#problems.push({ kind: "unreadable", reason });
+    });
+    const isWhole = this.#problems.length === 0 && this.#names.entries.size > 0;
+    if (isWhole && !this.#source.hasTrailer()) this.#problems.push({ kind: "cut-off" });
+    const { where } = this.#source;
+    return { where, names: this.#names, files: this.#files, problems: this.#problems };
+  }
+  async #readMembers(withContent) {
+    const lanes = this.#source.isSeekable ? TUNING.unpackLanes : 1;
+    const running = /* @__PURE__ */ new Set();
+    try {
+      for await (const member of this.#source.members()) {
+        this.#checkStopped();
+        const { entry } = member;
+        const problem = this.#names.add(entry);
+        if (problem) this.#problems.push(problem);
+        if (problem?.kind === "too-many-entries") return;
+        if (problem || !"0S".includes(entry.type)) continue;
+        const reading = this.#readMember(member, withContent);
+        const run = reading.finally(() => running.delete(run));
+        run.catch(ignore);
+        running.add(run);
+        if (running.size >= lanes) await Promise.race(running);
+      }
+    } finally {
+      settled(await Promise.allSettled(running));
+    }
+  }
+  async #readMember(member, withContent) {
+    const { entry } = member;
+    const seen = withContent ? await this.#inspect(member) : await this.#readDocument(member);
+    this.#files.set(entry.name, seen);
+  }
+  /** A file of which only documents count. */
+  async #readDocument({ entry, content }) {
+    const seen = { entry, isIntact: true, unpacked: void 0 };
+    if (lengthOfEntry(entry) > LIMITS.tarMetadataBytes) return { ...seen, bytes: void 0 };
+    const pieces = [];
+    for await (const piece of content()) {
+      this.#checkStopped();
+      if (pieces.length === 0 && !mayBeDocument(entry, piece)) break;
+      pieces.push(piece);
+    }
+    return { ...seen, bytes: this.#keep(pieces) };
+  }
+  /** A file that is hashed, and unpacked. */
+  async #inspect({ entry, content }) {
+    const inspection = new FileInspection(entry);
+    for await (const piece of content()) {
+      this.#checkStopped();
+      await inspection.add(piece);
+      this.#doneBytes += piece.length;
+      this.#options.onBytes?.(this.#doneBytes, this.#source.sizeBytes);
+      if (inspection.isEndless()) break;
+    }
+    const { documentPieces, ...seen } = await inspection.end();
+    return { ...seen, bytes: this.#keep(documentPieces) };
+  }
+  /** The bytes of a document, as long as all of them together are few enough to be kept. */
+  #keep(pieces) {
+    const sizeBytes = sumOf(pieces, ({ length }) => length);
+    if (pieces.length === 0 || this.#keptBytes + sizeBytes > LIMITS.tarDocumentBytes)
+      return void 0;
+    this.#keptBytes += sizeBytes;
+    return Buffer.concat(pieces);
+  }
+  #checkStopped() {
+    const { signal } = this.#options;
+    if (signal?.aborted) fail("ABORTED", "stopped", { cause: signal.reason });
+  }
+};
+var FileInspection = class {
+  #entry;
+  #claimed;
+  #algorithms;
+  #digests;
+  #tar = new TarCheck();
+  #documentPieces = [];
+  #isDocument = false;
+  #packing;
+  #unpacking;
+  #readBytes = 0;
+  constructor(entry) {
+    this.#entry = entry;
+    this.#claimed = digestInName(entry.name);
+    this.#algorithms = [.../* @__PURE__ */ new Set([algorithmOf(this.#claimed ?? "sha256:"), "sha256"])];
+    this.#digests = new Digests(this.#algorithms);
+  }
+  async add(piece) {
+    if (this.#readBytes === 0) this.#begin(piece);
+    this.#readBytes += piece.length;
+    this.#digests.update(piece);
+    if (this.#isDocument) this.#documentPieces.push(piece);
+    if (!this.#packing) this.#tar.push(piece);
+    await this.#unpacking?.write(piece);
+  }
+  /** A file with holes may be longer than all that there is. */
+  isEndless() {
+    return isEndless(this.#readBytes, this.#entry.sizeBytes);
+  }
+  async end() {
+    const digests = this.#digests.list();
+    const unpacked = await this.#unpacking?.end() ?? this.#asItIs(digests);
+    return {
+      entry: this.#entry,
+      isIntact: this.#claimed === void 0 || digests.includes(this.#claimed),
+      unpacked,
+      documentPieces: this.#documentPieces
+    };
+  }
+  #begin(firstPiece) {
+    this.#isDocument = mayBeDocument(this.#entry, firstPiece);
+    this.#packing = packingOf(firstPiece);
+    const unpacker = this.#packing && unpackerFor(this.#packing);
+    if (this.#packing && unpacker)
+      this.#unpacking = new LayerUnpacking(this.#packing, unpacker, this.#algorithms);
+  }
+  /** What was not unpacked: it is plain, or compressed in a way that is not known here. */
+  #asItIs(digests) {
+    const outcome = this.#packing ? "not-unpacked" : "whole";
+    return {
+      packing: this.#packing,
+      outcome: this.isEndless() ? "endless" : outcome,
+      digests,
+      isTar: this.#tar.isTar(),
+      hasRest: false
+    };
+  }
+};
+function mayBeDocument(entry, firstPiece) {
+  if (lengthOfEntry(entry) > LIMITS.tarMetadataBytes) return false;
+  const beginning = firstPiece.toString("latin1", 0, 64).trimStart();
+  return DOCUMENT_NAMES.includes(entry.name) || beginning.startsWith("{") || beginning.startsWith("[");
 }
-async function lookAtTar(io, file, look, signal) {
-  const tar = await onDisk(`cannot read ${file}`, openTar(file, signal));
-  await onDisk(`cannot read ${file}`, look(io, tar, file, signal)).finally(
-    () => tar.handle.close()
+var TarDocuments = class {
+  problems = [];
+  #contents;
+  #manifests = /* @__PURE__ */ new Map();
+  #configs = /* @__PURE__ */ new Map();
+  constructor(contents) {
+    this.#contents = contents;
+  }
+  /** The bytes under a digest, where they have it. */
+  bytes(digest) {
+    const seen = this.file(blobPath(digest));
+    return seen?.isIntact ? seen.bytes : void 0;
+  }
+  /** The file behind a name, links followed. */
+  file(name) {
+    const entry = this.#contents.names.file(name);
+    return entry && this.#contents.files.get(entry.name);
+  }
+  /** The JSON of a file; undefined where it is not there, is damaged (which is said elsewhere) or is no JSON. */
+  json(name) {
+    const seen = this.file(name);
+    if (!seen?.isIntact) return void 0;
+    if (lengthOfEntry(seen.entry) > LIMITS.tarMetadataBytes)
+      return this.#refuse(name, "is too large");
+    const isLeftOut = seen.bytes === void 0 && seen.unpacked?.packing === void 0;
+    const parsed = seen.bytes && parseShallowJson(seen.bytes);
+    if (parsed !== void 0) return parsed;
+    return this.#refuse(name, isLeftOut ? NOT_KEPT : NOT_JSON);
+  }
+  /** A manifest or index; undefined where it is not there, or something is wrong with it. */
+  manifest({ digest, size, mediaType }) {
+    const bytes = this.bytes(digest);
+    if (bytes && bytes.length !== size) {
+      const sizes = { expectedBytes: size, actualBytes: bytes.length };
+      this.problems.push({ kind: "size", entry: blobPath(digest), ...sizes });
+      return void 0;
+    }
+    const key = `${mediaType} ${digest}`;
+    if (!this.#manifests.has(key)) this.#manifests.set(key, this.#readManifest(digest, mediaType));
+    return this.#manifests.get(key);
+  }
+  /** Undefined where it is not there or no JSON. */
+  config(name) {
+    if (!this.#configs.has(name)) this.#configs.set(name, this.#readConfig(name));
+    return this.#configs.get(name);
+  }
+  #readManifest(digest, mediaType) {
+    const name = blobPath(digest);
+    const json = this.json(name);
+    const bytes = this.bytes(digest);
+    if (json === void 0 || !bytes) return void 0;
+    if (sniffMediaType(bytes, mediaType) !== mediaType)
+      return this.#refuse(name, "is of another type");
+    return this.attempt(name, () => parseManifest({ digest, mediaType, bytes }, name));
+  }
+  #readConfig(name) {
+    const json = this.json(name);
+    if (json === void 0) return void 0;
+    if (!isRecord(json)) return { isObject: false, platform: "", diffIds: void 0 };
+    const { rootfs } = json;
+    const diffIds = isRecord(rootfs) ? rootfs.diff_ids : void 0;
+    const isList = Array.isArray(diffIds);
+    return {
+      isObject: true,
+      platform: formatPlatform(parsePlatform(json)),
+      diffIds: isList || diffIds === void 0 ? diffIds : [diffIds]
+    };
+  }
+  /** Runs what refuses by an error, and keeps its reason. */
+  attempt(entry, run) {
+    try {
+      return run();
+    } catch (error) {
+      if (!(error instanceof ImgpullError)) throw error;
+      const reason = error.message.replace(`${entry}: `, "");
+      this.problems.push({ kind: "malformed", entry, reason });
+      return void 0;
+    }
+  }
+  #refuse(entry, reason) {
+    this.problems.push({ kind: "document", entry, reason });
+  }
+};
+var NOT_KEPT = "is one document too many to be held at once";
+var NOT_JSON = "is not JSON, or nested too deep or too large to be read";
+function parseShallowJson(bytes) {
+  let depth = 0;
+  let values = 0;
+  let isInString = false;
+  for (let at = 0; at < bytes.length; at += 1) {
+    const byte = bytes[at];
+    if (isInString) {
+      if (byte === BACKSLASH) at += 1;
+      else if (byte === QUOTE) isInString = false;
+    } else if (byte === QUOTE) isInString = true;
+    else if (byte === OPEN_BRACE || byte === OPEN_BRACKET) depth += 1;
+    else if (byte === CLOSE_BRACE || byte === CLOSE_BRACKET) depth -= 1;
+    else if (byte === COMMA) values += 1;
+    if (depth > LIMITS.jsonDepth || values > LIMITS.jsonValues) return void 0;
+  }
+  return parseJson(bytes);
+}
+var QUOTE = 34;
+var COMMA = 44;
+var OPEN_BRACKET = 91;
+var BACKSLASH = 92;
+var CLOSE_BRACKET = 93;
+var OPEN_BRACE = 123;
+var CLOSE_BRACE = 125;
+var ImageFinder = class {
+  problems = [];
+  #documents;
+  #blobs = /* @__PURE__ */ new Map();
+  /** What each entry of index.json leads to, by its digest: equal entries are read once. */
+  #found = /* @__PURE__ */ new Map();
+  #absentManifests = 0;
+  #references = 0;
+  constructor(documents) {
+    this.#documents = documents;
+  }
+  run() {
+    const entries = this.#readIndex();
+    const indexed = entries.flatMap(
+      ({ descriptor, name }) => this.#imagesOf(descriptor).map((image) => ({ name, ...image }))
+    );
+    const listed = this.#readDockerList();
+    const isLayout = this.#checkLayout(entries.length > 0, listed.length > 0);
+    const isEmpty = entries.length + listed.length === 0;
+    const isSaid = this.problems.length + this.#documents.problems.length > 0;
+    if (isEmpty && !isSaid) this.problems.push({ kind: "no-image" });
+    return {
+      entries,
+      indexed,
+      listed: listed.map(({ image }) => image),
+      tags: listed.flatMap(({ tags }) => tags),
+      blobs: [...this.#blobs.values()],
+      absentManifests: this.#absentManifests,
+      isLayout,
+      isDockerArchive: listed.length > 0
+    };
+  }
+  #readIndex() {
+    const json = this.#documents.json("index.json");
+    if (json === void 0) return [];
+    if (!isRecord(json) || !Array.isArray(json.manifests)) {
+      this.problems.push({ kind: "document", entry: "index.json", reason: "is not an index" });
+      return [];
+    }
+    const entries = [];
+    for (const value of json.manifests) {
+      const descriptor = this.#documents.attempt(
+        "index.json",
+        () => parseDescriptor(value, "index.json")
+      );
+      if (!descriptor || !this.#count(1)) break;
+      const annotations = isRecord(value) && isRecord(value.annotations) ? value.annotations : {};
+      const names = NAME_KEYS.map((key) => annotations[key]);
+      const name = names.find((each) => typeof each === "string") ?? "";
+      entries.push({ descriptor, name: printable(name), annotations });
+    }
+    return entries;
+  }
+  /** The images that an entry of index.json leads to, attestations last. */
+  #imagesOf(descriptor) {
+    const { digest } = descriptor;
+    const known = this.#found.get(digest);
+    if (known) {
+      this.#count(sumOf(known, ({ parts }) => parts.length));
+      return known;
+    }
+    const images = [];
+    const seen = /* @__PURE__ */ new Set();
+    this.#found.set(digest, images);
+    if (!this.#documents.file(blobPath(digest)))
+      this.problems.push({ kind: "missing", entry: blobPath(digest) });
+    else this.#collect(descriptor, 0, seen, images);
+    images.sort((left, right) => Number(isUnknown(left)) - Number(isUnknown(right)));
+    const isEmpty = images.length === 0 && this.#documents.manifest(descriptor) !== void 0;
+    if (isEmpty) this.problems.push({ kind: "nothing-here", entry: blobPath(digest) });
+    return images;
+  }
+  #collect(descriptor, depth, seen, images) {
+    const { digest, platform } = descriptor;
+    const entry = blobPath(digest);
+    if (seen.has(digest) || !this.#count(1)) return;
+    seen.add(digest);
+    if (depth > LIMITS.indexDepth) {
+      const reason = `indexes inside indexes, more than ${LIMITS.indexDepth} deep`;
+      this.problems.push({ kind: "malformed", entry, reason });
+      return;
+    }
+    const manifest = this.#documents.manifest(descriptor);
+    if (manifest?.kind === "image") {
+      const image = this.#describe(manifest, platform);
+      if (image) images.push({ digest, ...image });
+    }
+    if (manifest?.kind !== "index") return;
+    for (const child of manifest.manifests) {
+      const isThere = this.#documents.file(blobPath(child.digest)) !== void 0;
+      if (!isThere) this.#absentManifests += 1;
+      else if (isManifestType(child)) this.#collect(child, depth + 1, seen, images);
+      else this.#blobs.set(child.digest, partOf(child));
+    }
+  }
+  #describe(manifest, stated) {
+    const { config, layers } = manifest;
+    if (!this.#count(layers.length + 1)) return void 0;
+    const hasImageConfig = CONFIG_TYPES.includes(config.mediaType);
+    const words = hasImageConfig ? this.#documents.config(blobPath(config.digest)) : void 0;
+    const platform = words ? words.platform : formatPlatform(stated);
+    const isClaimed = hasImageConfig && layers.every(isTarLayer);
+    return {
+      platform,
+      config: words,
+      isImage: isClaimed && (!words || hasOneDiffIdEach(words, layers.length)),
+      hasDiffIds: needsDiffIds(words, platform, isClaimed, layers.length),
+      parts: [config, ...layers].map(partOf)
+    };
+  }
+  /** The images of manifest.json, the list of `docker load`. */
+  #readDockerList() {
+    const json = this.#documents.json("manifest.json") ?? [];
+    const images = [];
+    for (const value of Array.isArray(json) ? json : [json]) {
+      const entry = parseDockerEntry(value);
+      if (!entry) {
+        const reason = "is not as docker save makes it";
+        this.problems.push({ kind: "document", entry: "manifest.json", reason });
+        break;
+      }
+      if (!this.#count(entry.layers.length + 1)) break;
+      const parts = [entry.config, ...entry.layers].map((name) => {
+        const file = this.#documents.file(name);
+        return { entry: name, size: file ? lengthOfEntry(file.entry) : 0, mediaType: "" };
+      });
+      const config = this.#documents.config(entry.config);
+      const layerCount = entry.layers.length;
+      const platform = config?.platform ?? "";
+      const image = {
+        name: printable(entry.tags.join(" ")),
+        digest: "",
+        platform,
+        config,
+        isImage: config !== void 0 && hasOneDiffIdEach(config, layerCount),
+        hasDiffIds: needsDiffIds(config, platform, true, layerCount),
+        parts
+      };
+      images.push({ image, tags: entry.tags });
+    }
+    return images;
+  }
+  #checkLayout(hasIndex, hasList) {
+    const layout = this.#documents.json("oci-layout");
+    const isRight = hasIndex && isRecord(layout) && layout.imageLayoutVersion === "1.0.0";
+    if (layout !== void 0 && !isRight && (hasIndex || hasList)) {
+      const reason = "is there, but not of version 1.0.0 and with an index.json";
+      this.problems.push({ kind: "document", entry: "oci-layout", reason });
+    }
+    return isRight;
+  }
+  /** False where all images together name more than can be looked at. */
+  #count(references) {
+    const isFirst = this.#references <= LIMITS.tarReferences;
+    this.#references += references;
+    if (this.#references <= LIMITS.tarReferences) return true;
+    if (isFirst) this.problems.push({ kind: "too-many-references" });
+    return false;
+  }
+};
+var isUnknown = ({ platform }) => platform.startsWith("unknown");
+var isManifestType = ({ mediaType }) => mediaType === "" || MANIFEST_TYPES.includes(mediaType) || mediaType.startsWith(DOCKER_SCHEMA_1);
+var partOf = ({ digest, size, mediaType }) => ({
+  entry: blobPath(digest),
+  size,
+  mediaType
+});
+var hasOneDiffIdEach = ({ diffIds }, layerCount) => (diffIds ?? []).length === layerCount && (diffIds ?? []).every(isDigest);
+function needsDiffIds(config, platform, isClaimed, layerCount) {
+  if (!config) return false;
+  if (config.diffIds !== void 0) return true;
+  return isClaimed && layerCount > 0 && platform !== "" && !isUnknown({ platform });
+}
+function parseDockerEntry(value) {
+  if (!isRecord(value)) return void 0;
+  const { Config: config, RepoTags, Layers } = value;
+  const tags = RepoTags ?? [];
+  const layers = Layers ?? [];
+  if (typeof config !== "string" || !isStringList(tags) || !isStringList(layers)) return void 0;
+  return { config, tags, layers };
+}
+var isStringList = (list) => Array.isArray(list) && list.every((each) => typeof each === "string");
+var PartCheck = class {
+  problems = [];
+  notUnpacked = /* @__PURE__ */ new Map();
+  unpackedLayers = 0;
+  #documents;
+  /** Each pair of a file and a diff_id is compared once. */
+  #compared = /* @__PURE__ */ new Set();
+  /** manifest.json does not say which layers are encrypted. */
+  #encrypted;
+  constructor(documents, images) {
+    this.#documents = documents;
+    const parts = images.flatMap((image) => image.parts);
+    const encrypted = parts.filter(({ mediaType }) => mediaType.endsWith("+encrypted"));
+    this.#encrypted = new Set(encrypted.map(({ entry }) => entry));
+  }
+  checkImage({ parts, config, hasDiffIds }) {
+    const layerCount = parts.length - 1;
+    const hasRightIds = config !== void 0 && hasOneDiffIdEach(config, layerCount);
+    if (hasDiffIds && !hasRightIds)
+      this.problems.push({ kind: "diff-ids", entry: parts[0]?.entry ?? "" });
+    for (const [at, part] of parts.entries()) {
+      const seen = this.checkPart(part);
+      const diffId = at > 0 && hasRightIds ? String(config.diffIds?.[at - 1]) : void 0;
+      if (seen && diffId) this.#compare(seen, part, diffId);
+    }
+  }
+  checkPart({ entry, size }) {
+    const seen = this.#documents.file(entry);
+    if (!seen) {
+      this.problems.push({ kind: "missing", entry });
+      return void 0;
+    }
+    const actualBytes = lengthOfEntry(seen.entry);
+    if (actualBytes === size) return seen;
+    this.problems.push({ kind: "size", entry, expectedBytes: size, actualBytes });
+    return void 0;
+  }
+  #compare(seen, { entry }, diffId) {
+    const name = seen.entry.name;
+    const key = `${name} ${diffId}`;
+    if (!seen.isIntact || !seen.unpacked || this.#compared.has(key)) return;
+    this.#compared.add(key);
+    const { outcome, packing, digests, hasRest } = seen.unpacked;
+    const isSame = digests.includes(diffId);
+    const isOtherAlgorithm = !digests.some((each) => algorithmOf(each) === algorithmOf(diffId));
+    const isPartial = packing === "zstd" && outcome === "whole" && hasRest;
+    if (outcome === "endless") return;
+    if (this.#encrypted.has(entry)) this.#skip("encrypted");
+    else if (outcome === "whole" && isSame) this.unpackedLayers += 1;
+    else if (outcome === "not-unpacked" || isPartial) this.#skip(packing ?? "unknown");
+    else if (isOtherAlgorithm) this.#skip(algorithmOf(diffId));
+    else this.problems.push({ kind: "diff-id", entry: name, diffId });
+  }
+  #skip(reason) {
+    this.notUnpacked.set(reason, (this.notUnpacked.get(reason) ?? 0) + 1);
+  }
+};
+function judgeLoaders({ images, held }) {
+  const { isDockerArchive, isLayout } = held;
+  const types = images.flatMap(({ parts }) => parts.map(({ mediaType }) => mediaType));
+  const hasZstd = types.some((type) => type.includes("zstd"));
+  const since = (version) => hasZstd ? { sinceVersion: version } : {};
+  const isForPodman = images.some(({ isImage }) => isImage) && (isDockerArchive || images.length === 1);
+  const isForContainerd = images.some(({ name, digest }) => name && (digest || isDockerArchive));
+  const byName = { needsName: images.length > 1 };
+  return [
+    { program: "docker", takes: isDockerArchive, ...since(23) },
+    { program: "podman", takes: isForPodman, ...since(4) },
+    { program: "ctr", takes: isForContainerd },
+    { program: "skopeo docker-archive", takes: isDockerArchive, ...byName },
+    { program: "skopeo oci-archive", takes: isLayout, ...byName }
+  ];
+}
+async function lookThrough(source, withContent, options) {
+  const where = nameOfSource(source);
+  const look = async () => {
+    const opened = await openTarSource(source, options.signal);
+    try {
+      return await new Look(opened, options).run(withContent);
+    } finally {
+      await opened.close();
+    }
+  };
+  return onDisk(`cannot read ${where}`, look()).catch((error) => {
+    if (options.signal?.aborted) fail("ABORTED", "stopped", { cause: options.signal.reason });
+    throw error;
+  });
+}
+async function listTar(source, options = {}) {
+  const contents = await lookThrough(source, false, options);
+  refuseProblems(
+    contents.where,
+    contents.problems.filter(({ kind }) => kind !== "cut-off")
   );
+  const documents = new TarDocuments(contents);
+  const finder = new ImageFinder(documents);
+  const held = finder.run();
+  refuseProblems(contents.where, [...documents.problems, ...finder.problems]);
+  return imagesOf(held).map((image) => describeImage(image, documents));
+}
+async function verifyTar(source, options = {}) {
+  const report = await inspectTar(source, options);
+  refuseProblems(nameOfSource(source), report.problems);
+  return report;
+}
+async function inspectTar(source, options) {
+  const contents = await lookThrough(source, true, options);
+  const files = [...contents.files.values()];
+  const problems = [...files.flatMap(problemsOfFile), ...contents.problems];
+  const blobCount = files.filter(({ entry }) => digestInName(entry.name)).length;
+  const isReadable = contents.problems.every(({ kind }) => kind === "cut-off");
+  if (!isReadable)
+    return {
+      images: [],
+      blobs: blobCount,
+      unpackedLayers: 0,
+      notUnpacked: [],
+      absentManifests: 0,
+      loaders: [],
+      problems
+    };
+  const documents = new TarDocuments(contents);
+  const finder = new ImageFinder(documents);
+  const held = finder.run();
+  const images = imagesOf(held);
+  const named = [...held.indexed, ...held.listed];
+  const check = new PartCheck(documents, named);
+  for (const image of named) check.checkImage(image);
+  for (const blob of held.blobs) check.checkPart(blob);
+  problems.push(...documents.problems, ...finder.problems, ...check.problems);
+  const seen = ({ entry }) => documents.file(entry);
+  return {
+    images: images.map((image) => describeImage(image, documents)),
+    blobs: blobCount,
+    unpackedLayers: check.unpackedLayers,
+    notUnpacked: [...check.notUnpacked].map(([reason, layers]) => ({ reason, layers })),
+    absentManifests: held.absentManifests,
+    loaders: judgeLoaders({ images, held, seen }),
+    problems: uniqueProblems(problems)
+  };
+}
+function problemsOfFile({ entry, isIntact: isIntact2, unpacked }) {
+  const isEndless2 = unpacked?.outcome === "endless";
+  if (isEndless2) return [{ kind: "unpacks-without-end", entry: entry.name }];
+  return isIntact2 ? [] : [{ kind: "damaged", entry: entry.name }];
+}
+var imagesOf = ({ indexed, listed }) => indexed.length > 0 ? indexed : listed;
+function describeImage(image, documents) {
+  const layers = image.parts.slice(1).map(({ entry, size }) => ({
+    digest: digestInName(entry) ?? printable(entry),
+    size,
+    present: documents.file(entry) !== void 0
+  }));
+  const { name, digest, platform, isImage } = image;
+  const sizeBytes = sumOf(layers, ({ size }) => size);
+  return { name, digest, platform, isImage, sizeBytes, layers };
+}
+function uniqueProblems(problems) {
+  return [...new Map(problems.map((problem) => [JSON.stringify(problem), problem])).values()];
+}
+function refuseProblems(where, problems) {
+  const lines = uniqueProblems(problems).map(
+    (problem) => `${where}: ${printable(problemWords(problem), 1e3)}`
+  );
+  if (lines.length > 0) fail("BAD_TAR", lines.join("\nimgpull: "));
+}
+function formatTarImage({ name, digest, platform, sizeBytes, layers }) {
+  const rows = layers.map(({ digest: layer, size, present }) => {
+    const amount = present ? formatBytes(size) : "absent";
+    return `${amount.padStart(7)} ${layer}`;
+  });
+  const title = `${name || "(no name)"}  ${platform}  ${formatBytes(sizeBytes)}`;
+  return [title, ...digest ? [`        ${digest}`] : [], ...rows].join("\n");
+}
+function formatTarReport(report) {
+  const { images, blobs, unpackedLayers, notUnpacked, absentManifests, loaders } = report;
+  const counts = [
+    counted(images.length, "image"),
+    `${counted(blobs, "blob")} hashed`,
+    `${counted(unpackedLayers, "layer")} unpacked`,
+    ...notUnpacked.map(({ reason, layers }) => `${layers} (${reason}) not`),
+    ...absentManifests > 0 ? [`${absentManifests} more of an index not here`] : []
+  ];
+  const taking = loaders.filter(({ takes }) => takes);
+  return `${counts.join(", ")}: all is right
+loads in ${taking.map(formatLoader).join(", ")}`;
+}
+function formatLoader({ program, needsName, sinceVersion }) {
+  const place = needsName ? "FILE:NAME" : "FILE";
+  const words = program.startsWith("skopeo") ? `${program}:${place}` : program;
+  return sinceVersion === void 0 ? words : `${words} from ${sinceVersion} on`;
+}
+async function showTarList({ stdout, stdin }, file, signal) {
+  const source = file === "-" ? stdin : file;
+  for (const { isImage: _isImage, ...image } of await listTar(source, { signal })) {
+    const line = stdout.isTTY ? formatTarImage({ isImage: true, ...image }) : JSON.stringify(image);
+    stdout.write(`${line}
+`);
+  }
+}
+async function showTarReport({ stdout, stdin }, file, signal) {
+  const source = file === "-" ? stdin : file;
+  const report = await verifyTar(source, { signal });
+  stdout.write(`${file}: ${formatTarReport(report)}
+`);
 }
 var PULL_OPTIONS = {
   os: {
@@ -5845,8 +6627,8 @@ async function runCommand(argv, io, signal) {
   const command = planCommand(line);
   if (line.switches.has("parsed")) return showCommand(io, command);
   const { "list-tar": listed, verify: verified } = line.values;
-  if (listed !== void 0) return lookAtTar(io, listed, listTar, signal);
-  if (verified !== void 0) return lookAtTar(io, verified, verifyTar, signal);
+  if (listed !== void 0) return showTarList(io, listed, signal);
+  if (verified !== void 0) return showTarReport(io, verified, signal);
   const { destination, manifest } = command;
   const { say } = new Display(io, true);
   const references = [...command.images, ...await readImageList(io, command.from, say)];
@@ -5913,7 +6695,7 @@ var internals = Object.freeze({
   isExemptFromProxy,
   judge,
   matchPlatform,
-  openTar,
+  openTarFile,
   parseChallenges,
   parseCommandLine,
   parseManifest,

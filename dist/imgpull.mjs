@@ -1,12 +1,18 @@
 // imgpull.ts
 import { once, setMaxListeners } from "node:events";
-import { appendFileSync, closeSync, createWriteStream, openSync } from "node:fs";
+import {
+  appendFileSync,
+  closeSync,
+  createWriteStream,
+  open as openCallback,
+  openSync
+} from "node:fs";
 import * as fs from "node:fs/promises";
 import * as net from "node:net";
 import * as os from "node:os";
 import * as path from "node:path";
 import { unescape as percentDecode } from "node:querystring";
-import { Readable } from "node:stream";
+import { addAbortSignal, Readable } from "node:stream";
 import { finished, pipeline } from "node:stream/promises";
 import { setTimeout as delay } from "node:timers/promises";
 import { parseArgs } from "node:util";
@@ -40,6 +46,12 @@ var LIMITS = Object.freeze({
   // a pax header or the map of a sparse file; Go's reader has the same bound
   tarEntries: 2e5,
   // a thousand images in docker's old form have a hundred each
+  tarDocumentBytes: 64 * MIB,
+  // indexes, manifests and configs of a tar that are held at once
+  jsonDepth: 100,
+  // of a document in a tar; real ones have five
+  jsonValues: 1e6,
+  // a few dozen bytes of memory each
   tarReferences: 3e5,
   // manifests and layers that the images of a tar name, all together
   unpackFactor: 1e3,
@@ -120,8 +132,12 @@ var TUNING = Object.freeze({
   // DEST `-`: one request's share of a large blob
   streamWindowBytes: 32 * MIB,
   // DEST `-`: how far the line may be ahead of the reader
-  headerReadBytes: 64 * 1024
+  headerReadBytes: 64 * 1024,
   // of a tar: small entries stand side by side
+  unpackBytes: 256 * 1024,
+  // at once: fewer trips to Node's thread pool
+  unpackLanes: 4
+  // files of a tar at once: Node's thread pool has as many threads
 });
 var ImgpullError = class extends Error {
   name = "ImgpullError";
@@ -2555,7 +2571,7 @@ function packingOf(bytes) {
   const hex = bytes.toString("hex", 0, 6);
   return PACKING_MAGIC.find(([, magic]) => magic.test(hex))?.[0];
 }
-async function openTar(file, signal) {
+async function openTarFile(file) {
   const handle = await onDisk(`cannot read ${file}`, fs.open(file, "r"));
   const names = new TarNames();
   const blobs = /* @__PURE__ */ new Map();
@@ -2565,7 +2581,6 @@ async function openTar(file, signal) {
     if (packing)
       fail("BAD_TAR", `${file}: it is not a tar, but compressed (${packing}): unpack it first`);
     for await (const entry of readTar(handle, file)) {
-      signal?.throwIfAborted();
       const problem = names.add(entry);
       if (problem) fail("BAD_TAR", `${file}: ${problemWords(problem)}`);
       const digest = digestInName(entry.name);
@@ -2577,15 +2592,13 @@ async function openTar(file, signal) {
     throw error;
   }
 }
-async function isIntact({ handle, offset }, { digest, size }, signal, unpack) {
+async function isIntact({ handle, offset }, { digest, size }, signal) {
   const hash = newHash(digest);
-  const pieces = Readable.from(readPlace(handle, offset, offset + size));
-  await pipeline([pieces, ...unpack ? [unpack] : [], hash], dropEmpty({ signal })).catch(
-    (error) => {
-      if (!errorCodeOf(error).startsWith("Z")) throw error;
-    }
-  );
-  return hash.read()?.toString("hex") === hexOf(digest);
+  for await (const piece of readPlace(handle, offset, offset + size)) {
+    signal?.throwIfAborted();
+    hash.update(piece);
+  }
+  return hash.digest("hex") === hexOf(digest);
 }
 function problemWords(problem) {
   const entry = "entry" in problem ? printable(problem.entry) : "";
@@ -2612,6 +2625,8 @@ function problemWords(problem) {
       return `${entry} has ${problem.actualBytes} bytes, not ${problem.expectedBytes}`;
     case "document":
       return `${entry} ${problem.reason}`;
+    case "malformed":
+      return `${entry}: ${problem.reason}`;
     case "nothing-here":
       return `${entry} names nothing that is here`;
     case "diff-ids":
@@ -3871,7 +3886,7 @@ async function sourcesBeside(dest, { model }) {
   return openAtHand(stats && isOwn(stats, model) ? [old, dest] : [dest]);
 }
 async function openAtHand(files) {
-  const tars = await Promise.all(files.map((file) => openTar(file).catch(ignore)));
+  const tars = await Promise.all(files.map((file) => openTarFile(file).catch(ignore)));
   return tars.filter((tar) => tar !== void 0);
 }
 async function closeTars(tars) {
@@ -4917,7 +4932,7 @@ async function digestsIn(since, destination) {
 async function withTars(files, run) {
   const tars = [];
   try {
-    for (const file of files) tars.push(await openTar(file));
+    for (const file of files) tars.push(await openTarFile(file));
     return await run(tars);
   } finally {
     for (const { handle } of tars) await handle.close();
@@ -5426,7 +5441,7 @@ var internals = Object.freeze({
   isExemptFromProxy,
   judge,
   matchPlatform,
-  openTar,
+  openTarFile,
   parseChallenges,
   parseCommandLine,
   parseManifest,
