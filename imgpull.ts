@@ -3185,6 +3185,7 @@ async function resolveImage(
   const registry = registryOf(session, reference);
   const asked = await registry.manifest(versionOf(reference));
   const parsed = parseManifest(asked, where);
+  const source = { registry, where, asked };
   const found = await findImages();
 
   // What has no tag is named by the digest that DEST holds, so that the printed line gives the same name again.
@@ -3198,26 +3199,28 @@ async function resolveImage(
       const all = await collectAll(readChild, concurrency, where, asked);
       return { top: asked, platform: "all", ...all };
     }
-    if (choice !== "one") return findImagesFor(session, registry, asked, choice);
-    if (parsed.kind === "image") return findLoneImage(session, registry, asked, parsed);
+    if (choice !== "one") return findImagesFor(session, source, choice);
+    if (parsed.kind === "image") return findLoneImage(session, source, parsed);
     return findImageOfIndex(session, readChild, where, parsed);
   }
 }
+
+/** What a reference names, where that is, and what the reference is called in messages. */
+type NamedManifest = Readonly<{ registry: Registry; where: string; asked: FetchedManifest }>;
 
 type FoundImages = Pick<ResolvedImage, "top" | "manifests" | "contents" | "platform">;
 
 /** A reference that names one image, whose platform stands in its config. */
 async function findLoneImage(
   session: Session,
-  registry: Registry,
-  top: FetchedManifest,
+  { registry, where, asked: top }: NamedManifest,
   manifest: ImageManifest,
 ): Promise<FoundImages> {
   const isConfig = CONFIG_TYPES.includes(manifest.config.mediaType);
   const configBytes = isConfig ? await registry.config(manifest.config) : undefined;
   const config = configBytes && parseJson(configBytes);
   const platform = isRecord(config) && config.os ? parsePlatform(config) : undefined;
-  if (platform) checkPlatform(session, formatReference(registry.reference), platform);
+  if (platform) checkPlatform(session, where, platform);
 
   const content = { manifest, ...dropEmpty({ platform, configBytes }) };
   return { top, manifests: [top], contents: [content], platform: formatPlatform(platform) };
@@ -3356,18 +3359,17 @@ async function pathTo(
 /** The images for several platforms, under the index that names them, which is kept as it is. */
 async function findImagesFor(
   session: Session,
-  registry: Registry,
-  top: FetchedManifest,
+  source: NamedManifest,
   platforms: readonly Partial<Platform>[],
 ): Promise<FoundImages> {
-  const where = formatReference(registry.reference);
+  const { registry, where, asked: top } = source;
   const readChild = childrenOf(registry, where);
   const parsed = parseManifest(top, where);
   // One after the other, so that every platform that is missing is named.
   const found = await mapConcurrently(platforms, 1, (wanted) => {
     const wanting = { ...session, settings: { ...session.settings, wanted } };
     return parsed.kind === "image"
-      ? findLoneImage(wanting, registry, top, parsed)
+      ? findLoneImage(wanting, source, parsed)
       : findImageOfIndex(wanting, readChild, where, parsed);
   });
 
@@ -6267,8 +6269,7 @@ function parsePublicKey(pem: string, name: string): SignerKey {
 
   const other = NOT_PUBLIC_KEYS.find(([pattern]) => labels.some((label) => pattern.test(label)));
   if (other) return refuse(other[1]);
-  if (labels.length > 1)
-    return refuse("more than one key: give each with a --signed-by of its own");
+  if (labels.length > 1) return refuse("more than one key: give each by itself");
   // createPublicKey would take a private key or a certificate too, so the label is looked at first.
   if (!/^(RSA )?PUBLIC KEY$/.test(labels[0] ?? ""))
     return refuse("no PEM public key (-----BEGIN PUBLIC KEY-----)");
@@ -6444,6 +6445,8 @@ const COSIGN_TAGS: readonly Readonly<{ suffix: string; kind?: string }>[] = [
   { suffix: ".sbom" },
 ];
 
+type Collected = Awaited<ReturnType<typeof collectAll>>;
+
 /** The tag that stands for the referrers endpoint (distribution specification, "Referrers Tag Schema"). */
 const referrersTag = (digest: string): string =>
   `${algorithmOf(digest)}-${hexOf(digest).slice(0, 64)}`;
@@ -6460,10 +6463,11 @@ class ReferrerSearch {
   readonly #found = new Map<string, Companion>(); // by digest
   #manifestBytes = 0;
 
-  constructor(session: Session, registry: Registry, subjects: readonly string[]) {
+  /** `where` is what the image is called in messages. */
+  constructor(session: Session, registry: Registry, where: string, subjects: readonly string[]) {
     this.#session = session;
     this.#registry = registry;
-    this.#where = formatReference(registry.reference);
+    this.#where = where;
     this.#subjects = subjects;
   }
 
@@ -6534,13 +6538,26 @@ class ReferrerSearch {
       this.#session.warn(`${this.#where}: ${digest} is listed as a referrer, and ${fault}`);
       return undefined;
     }
-    if (!top) return undefined;
+    const collected = top && (await this.#collect(top));
+    if (!top || !collected) return undefined;
 
-    const readChild = childrenOf(this.#registry, this.#where);
-    const { manifests, contents } = await collectAll(readChild, 1, this.#where, top);
+    const { manifests, contents } = collected;
     const artifactType = artifactTypeOf(top);
     const registry = this.#registry;
     return { registry, top, manifests, contents, subject, ...dropEmpty({ artifactType, kind }) };
+  }
+
+  /** All below a referrer; nothing of one that is no manifest, or not whole. */
+  async #collect(top: FetchedManifest): Promise<Collected | undefined> {
+    const readChild = childrenOf(this.#registry, this.#where);
+    try {
+      return await collectAll(readChild, 1, this.#where, top);
+    } catch (error) {
+      const { code, message } = error as ImgpullError;
+      if (!["PROTOCOL", "UNSUPPORTED", "NOT_FOUND"].includes(code)) throw error;
+      this.#session.warn(`left out the referrer ${top.digest}: ${message}`);
+      return undefined;
+    }
   }
 }
 
@@ -6581,21 +6598,23 @@ async function addProof(
   image: ResolvedImage,
   signers: readonly SignerKey[],
 ): Promise<ResolvedImage> {
-  const { registry, asked, manifests } = image;
-  const subjects = new Set([asked, ...manifests].map(({ digest }) => digest));
-  const referrers = await new ReferrerSearch(session, registry, [...subjects]).run();
-  if (signers.length > 0) await requireSignature(session, image, referrers, signers);
+  const { reference, registry, asked, top, manifests } = image;
+  const where = formatReference(reference);
+  const subjects = [...new Set([asked, ...manifests].map(({ digest }) => digest))];
+  const referrers = await new ReferrerSearch(session, registry, where, subjects).run();
+  const digests = [...new Set([asked.digest, top.digest])];
+  if (signers.length > 0)
+    await requireSignature(session, { registry, where, digests }, referrers, signers);
 
-  const isOfIndex = isReferredTo(asked, referrers) && asked !== image.top;
-  const kind = cosignKind(isOfIndex ? asked : image.top, referrers);
+  const isOfIndex = isReferredTo(asked, referrers) && asked !== top;
+  const kind = cosignKind(isOfIndex ? asked : top, referrers);
   if (!isOfIndex) return { ...image, companions: referrers, ...dropEmpty({ kind }) };
 
   // The far side goes from the signature to the index, and from there to the image.
-  const where = formatReference(image.reference);
-  const path = await pathTo(image.top.digest, asked, childrenOf(registry, where), where);
-  const indexes = (path ?? []).map((top): Companion => {
-    const mark = dropEmpty({ kind: top === asked ? kind : undefined });
-    return { registry, top, manifests: [top], contents: [], ...mark };
+  const path = await pathTo(top.digest, asked, childrenOf(registry, where), where);
+  const indexes = (path ?? []).map((index): Companion => {
+    const mark = dropEmpty({ kind: index === asked ? kind : undefined });
+    return { registry, top: index, manifests: [index], contents: [], ...mark };
   });
   return { ...image, companions: [...indexes, ...referrers] };
 }
@@ -6653,15 +6672,16 @@ function cosignKind(signed: FetchedManifest, referrers: readonly Companion[]): s
   return `dev.cosignproject.cosign/${isIndexEntry ? "imageIndex" : "image"}`;
 }
 
-/** Before any layer: one of the signers has signed the image's manifest, or the index that the reference names. */
+/** What has to be signed: the digest that a reference names, or any after it that this one leads to. */
+type Unproven = Readonly<{ registry: Registry; where: string; digests: readonly string[] }>;
+
+/** One of the signers has signed one of the digests, by what refers to them. */
 async function requireSignature(
   session: Session,
-  { reference, registry, asked, top }: ResolvedImage,
+  { registry, where, digests }: Unproven,
   referrers: readonly Companion[],
   signers: readonly SignerKey[],
 ): Promise<void> {
-  const digests = [...new Set([top.digest, asked.digest])];
-  const where = formatReference({ ...reference, digest: asked.digest });
   const layers = referrers
     .filter(({ subject = "" }) => digests.includes(subject))
     .flatMap(({ contents }) => contents.flatMap(({ manifest }) => manifest.layers))
@@ -6675,7 +6695,20 @@ async function requireSignature(
     const bytes = layer.size > LIMITS.configBytes ? undefined : await read(layer);
     return bytes ? judge(readSignature(layer, bytes, signers), digests) : "unreadable";
   });
-  if (!verdicts.includes("good")) refuseUnsigned(where, verdicts);
+  const pinned = `${where.replace(/@.*/, "")}@${digests[0]}`;
+  if (!verdicts.includes("good")) refuseUnsigned(pinned, verdicts);
+}
+
+/** The same without an image that takes them along: its signatures are looked for now. */
+async function findSignature(
+  session: Session,
+  unproven: Unproven,
+  signers: readonly SignerKey[],
+): Promise<void> {
+  if (signers.length === 0) return;
+  const { registry, where, digests } = unproven;
+  const referrers = await new ReferrerSearch(session, registry, where, digests).run();
+  await requireSignature(session, unproven, referrers, signers);
 }
 
 const VERDICT_WORDS: readonly (readonly [verdict: Verdict, words: string])[] = [
@@ -6694,7 +6727,7 @@ function refuseUnsigned(where: string, verdicts: readonly Verdict[]): never {
   const words = found.length === 0 ? "no signature at all" : found.join("; ");
   return fail(
     "SIGNATURE",
-    `${where} is not signed by any key given (--signed-by)\n  found: ${words}`,
+    `${where} is not signed by any key given (\`signedBy\`)\n  found: ${words}`,
   );
 }
 
@@ -7217,12 +7250,14 @@ function warnOfLayers({ warn }: Session, images: readonly ResolvedImage[]): void
   }
 }
 
-function warnOfCompanions({ warn }: Session, { indexEntries = [] }: PlanExtras): void {
-  const { length } = indexEntries;
-  if (length === 0) return;
+/** Entries without a name are new to some loaders. */
+function warnOfCompanions({ warn }: Session, images: readonly ResolvedImage[]): void {
+  const companions = images.flatMap((image) => image.companions ?? []);
+  if (companions.length === 0) return;
+  const ofIndex = companions.every(isReferrer) ? "" : ", and ctr no --all-platforms";
   warn(
-    `${counted(length, "manifest")} of proof beside the images: podman load makes a digest of its own, ` +
-      "and skopeo wants the name (oci-archive:TAR:NAME)",
+    `${counted(companions.length, "manifest")} of proof beside the images: podman load makes a digest ` +
+      `of its own, skopeo wants the name (oci-archive:TAR:NAME)${ofIndex}`,
   );
 }
 
@@ -7317,10 +7352,9 @@ async function runPull(session: Session, request: PullRequest, observe: Observer
       const image = await resolveImage(session, reference, name, choice);
       return isProofWanted ? addProof(session, image, signers) : image;
     });
-    const extras = planExtras(images);
-    const plan = planTar(images, omit, extras);
+    const plan = planTar(images, omit, planExtras(images));
     warnOfLayers(session, images);
-    warnOfCompanions(session, extras);
+    if (destination?.kind !== "layout") warnOfCompanions(session, images);
     if (since !== undefined) warnOfOmitted(session, plan, since);
     const sizeBytes = destination?.kind === "layout" ? plan.blobBytes : plan.sizeBytes;
     if (request.isDryRun || !destination)
@@ -7340,6 +7374,9 @@ async function readSigner(key: string): Promise<SignerKey> {
     .catch((error) => fail("BAD_OPTION", `cannot read \`signedBy\` ${key}: ${diskWords(error)}`));
   return parsePublicKey(pem, key);
 }
+
+const readSigners = (keys: readonly string[] | undefined): Promise<SignerKey[]> =>
+  mapConcurrently(keys ?? [], 1, readSigner);
 
 function pulledImage({ reference, name, top, platform, contents }: ResolvedImage): PulledImage {
   const { digest } = top;
@@ -7368,7 +7405,7 @@ async function pullImages(
   const { dryRun: isDryRun = false, platforms, referrers = false, reuse = [], since } = options;
   if (dest === undefined && !isDryRun) fail("BAD_OPTION", "`dest` is missing");
   const images = await nameImages(references, options);
-  const signers = await mapConcurrently(options.signedBy ?? [], 1, readSigner);
+  const signers = await readSigners(options.signedBy);
 
   return withSession(options, async (session, onProgress) => {
     const { observe, finish } = progressReporter(onProgress);
@@ -7443,8 +7480,9 @@ class Puller {
   async pullManifest(type: "list" | "image"): Promise<ManifestHolder> {
     if (type === "image") {
       return withSession(this.#opts, async (session) => {
-        const { top } = await resolveImage(session, this.#reference, "", "one");
-        return this.#holder(top);
+        const image = await resolveImage(session, this.#reference, "", "one");
+        await this.#checkSigned(session, [image.asked.digest, image.top.digest]);
+        return this.#holder(image.top);
       });
     }
     if (type !== "list")
@@ -7462,6 +7500,7 @@ class Puller {
       const registry = registryOf(session, this.#reference);
       const fetched = await registry.manifest(versionOf(this.#reference));
       parseManifest(fetched, this.#opts.url);
+      await this.#checkSigned(session, [fetched.digest]);
       return this.#holder(fetched);
     });
   }
@@ -7472,9 +7511,15 @@ class Puller {
       const registry = registryOf(session, this.#reference);
       const wanted = versionOf(this.#reference);
       const head = await registry.head(wanted);
-      if (head && (!isDigest(wanted) || head.digest === wanted)) return head;
-      const { mediaType, digest, bytes } = await registry.manifest(wanted);
-      return { mediaType, digest, size: bytes.length };
+      const isRight = head && (!isDigest(wanted) || head.digest === wanted);
+      const { mediaType, digest, size } = isRight ? head : await describe();
+      await this.#checkSigned(session, [digest]);
+      return { mediaType, digest, size };
+
+      async function describe() {
+        const manifest = await registry.manifest(wanted);
+        return { ...manifest, size: manifest.bytes.length };
+      }
     });
   }
 
@@ -7491,6 +7536,7 @@ class Puller {
       withTars(this.#opts.reuse ?? [], async (tars) => {
         const { observe, finish } = progressReporter(onProgress);
         const registry = registryOf(session, this.#reference);
+        await this.#checkSigned(session, await this.#digestsAbove(session, fetched));
         const blobs = [...unique.values()].map(
           (descriptor) => new BlobState(descriptor, registry, 0, tars),
         );
@@ -7500,6 +7546,25 @@ class Puller {
         finish(await onDisk(doing, pullToFolder(job)));
       }),
     );
+  }
+
+  /** SIGNATURE where `signedBy` has keys, and none of them has signed one of these. */
+  async #checkSigned(session: Session, digests: readonly string[]): Promise<void> {
+    const signers = await readSigners(this.#opts.signedBy);
+    const registry = registryOf(session, this.#reference);
+    const where = formatReference(this.#reference);
+    await findSignature(session, { registry, where, digests: [...new Set(digests)] }, signers);
+  }
+
+  /** The digest of a manifest that a caller gives, after that of the index which the reference names, if it leads there. */
+  async #digestsAbove(session: Session, { digest, bytes }: FetchedManifest): Promise<string[]> {
+    const own = digestOf(bytes, digest);
+    if (!this.#opts.signedBy?.length) return [own];
+    const registry = registryOf(session, this.#reference);
+    const where = formatReference(this.#reference);
+    const asked = await registry.manifest(versionOf(this.#reference));
+    const path = await pathTo(own, asked, childrenOf(registry, where), where);
+    return path ? [asked.digest, own] : [own];
   }
 
   #holder({ mediaType, digest, bytes }: FetchedManifest): ManifestHolder {
@@ -8874,6 +8939,7 @@ const PULL_OPTIONS = {
     help: "only what this PEM key signed (repeatable)",
     isRepeatable: true,
     option: "signedBy",
+    tasks: ["pull", "manifest"],
   },
   "dry-run": { help: "say what would be pulled, write nothing", option: "dryRun" },
 } as const satisfies Record<string, OptionSpec>;

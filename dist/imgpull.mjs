@@ -1924,6 +1924,7 @@ async function resolveImage(session, reference, name, choice) {
   const registry = registryOf(session, reference);
   const asked = await registry.manifest(versionOf(reference));
   const parsed = parseManifest(asked, where);
+  const source = { registry, where, asked };
   const found = await findImages();
   const finalName = name.replace(/@.*$/, `@${found.top.digest}`);
   return { reference, registry, name: finalName, asked, ...found };
@@ -1934,17 +1935,17 @@ async function resolveImage(session, reference, name, choice) {
       const all = await collectAll(readChild, concurrency, where, asked);
       return { top: asked, platform: "all", ...all };
     }
-    if (choice !== "one") return findImagesFor(session, registry, asked, choice);
-    if (parsed.kind === "image") return findLoneImage(session, registry, asked, parsed);
+    if (choice !== "one") return findImagesFor(session, source, choice);
+    if (parsed.kind === "image") return findLoneImage(session, source, parsed);
     return findImageOfIndex(session, readChild, where, parsed);
   }
 }
-async function findLoneImage(session, registry, top, manifest) {
+async function findLoneImage(session, { registry, where, asked: top }, manifest) {
   const isConfig = CONFIG_TYPES.includes(manifest.config.mediaType);
   const configBytes = isConfig ? await registry.config(manifest.config) : void 0;
   const config = configBytes && parseJson(configBytes);
   const platform = isRecord(config) && config.os ? parsePlatform(config) : void 0;
-  if (platform) checkPlatform(session, formatReference(registry.reference), platform);
+  if (platform) checkPlatform(session, where, platform);
   const content = { manifest, ...dropEmpty({ platform, configBytes }) };
   return { top, manifests: [top], contents: [content], platform: formatPlatform(platform) };
 }
@@ -2035,13 +2036,13 @@ async function pathTo(digest, from, readChild, where, depth = 0) {
   }
   return void 0;
 }
-async function findImagesFor(session, registry, top, platforms) {
-  const where = formatReference(registry.reference);
+async function findImagesFor(session, source, platforms) {
+  const { registry, where, asked: top } = source;
   const readChild = childrenOf(registry, where);
   const parsed = parseManifest(top, where);
   const found = await mapConcurrently(platforms, 1, (wanted) => {
     const wanting = { ...session, settings: { ...session.settings, wanted } };
-    return parsed.kind === "image" ? findLoneImage(wanting, registry, top, parsed) : findImageOfIndex(wanting, readChild, where, parsed);
+    return parsed.kind === "image" ? findLoneImage(wanting, source, parsed) : findImageOfIndex(wanting, readChild, where, parsed);
   });
   const images = new Map(found.map((image) => [image.top.digest, image]));
   const entries = parsed.kind === "index" ? parsed.manifests.map(({ digest }) => digest) : [];
@@ -4235,8 +4236,7 @@ function parsePublicKey(pem, name) {
   );
   const other = NOT_PUBLIC_KEYS.find(([pattern]) => labels.some((label) => pattern.test(label)));
   if (other) return refuse(other[1]);
-  if (labels.length > 1)
-    return refuse("more than one key: give each with a --signed-by of its own");
+  if (labels.length > 1) return refuse("more than one key: give each by itself");
   if (!/^(RSA )?PUBLIC KEY$/.test(labels[0] ?? ""))
     return refuse("no PEM public key (-----BEGIN PUBLIC KEY-----)");
   const publicKey = decodePublicKey(pem);
@@ -4357,10 +4357,11 @@ var ReferrerSearch = class {
   #found = /* @__PURE__ */ new Map();
   // by digest
   #manifestBytes = 0;
-  constructor(session, registry, subjects) {
+  /** `where` is what the image is called in messages. */
+  constructor(session, registry, where, subjects) {
     this.#session = session;
     this.#registry = registry;
-    this.#where = formatReference(registry.reference);
+    this.#where = where;
     this.#subjects = subjects;
   }
   /** Sorted by digest: lists have no order, and the same bytes are promised. */
@@ -4420,12 +4421,24 @@ var ReferrerSearch = class {
       this.#session.warn(`${this.#where}: ${digest} is listed as a referrer, and ${fault}`);
       return void 0;
     }
-    if (!top) return void 0;
-    const readChild = childrenOf(this.#registry, this.#where);
-    const { manifests, contents } = await collectAll(readChild, 1, this.#where, top);
+    const collected = top && await this.#collect(top);
+    if (!top || !collected) return void 0;
+    const { manifests, contents } = collected;
     const artifactType = artifactTypeOf(top);
     const registry = this.#registry;
     return { registry, top, manifests, contents, subject, ...dropEmpty({ artifactType, kind }) };
+  }
+  /** All below a referrer; nothing of one that is no manifest, or not whole. */
+  async #collect(top) {
+    const readChild = childrenOf(this.#registry, this.#where);
+    try {
+      return await collectAll(readChild, 1, this.#where, top);
+    } catch (error) {
+      const { code, message } = error;
+      if (!["PROTOCOL", "UNSUPPORTED", "NOT_FOUND"].includes(code)) throw error;
+      this.#session.warn(`left out the referrer ${top.digest}: ${message}`);
+      return void 0;
+    }
   }
 };
 var byDigest = (left, right) => left.top.digest < right.top.digest ? -1 : 1;
@@ -4449,18 +4462,20 @@ function artifactTypeOf({ bytes }) {
   return typeof mediaType === "string" && !CONFIG_TYPES.includes(mediaType) ? mediaType : "";
 }
 async function addProof(session, image, signers) {
-  const { registry, asked, manifests } = image;
-  const subjects = new Set([asked, ...manifests].map(({ digest }) => digest));
-  const referrers = await new ReferrerSearch(session, registry, [...subjects]).run();
-  if (signers.length > 0) await requireSignature(session, image, referrers, signers);
-  const isOfIndex = isReferredTo(asked, referrers) && asked !== image.top;
-  const kind = cosignKind(isOfIndex ? asked : image.top, referrers);
+  const { reference, registry, asked, top, manifests } = image;
+  const where = formatReference(reference);
+  const subjects = [...new Set([asked, ...manifests].map(({ digest }) => digest))];
+  const referrers = await new ReferrerSearch(session, registry, where, subjects).run();
+  const digests = [.../* @__PURE__ */ new Set([asked.digest, top.digest])];
+  if (signers.length > 0)
+    await requireSignature(session, { registry, where, digests }, referrers, signers);
+  const isOfIndex = isReferredTo(asked, referrers) && asked !== top;
+  const kind = cosignKind(isOfIndex ? asked : top, referrers);
   if (!isOfIndex) return { ...image, companions: referrers, ...dropEmpty({ kind }) };
-  const where = formatReference(image.reference);
-  const path2 = await pathTo(image.top.digest, asked, childrenOf(registry, where), where);
-  const indexes = (path2 ?? []).map((top) => {
-    const mark = dropEmpty({ kind: top === asked ? kind : void 0 });
-    return { registry, top, manifests: [top], contents: [], ...mark };
+  const path2 = await pathTo(top.digest, asked, childrenOf(registry, where), where);
+  const indexes = (path2 ?? []).map((index) => {
+    const mark = dropEmpty({ kind: index === asked ? kind : void 0 });
+    return { registry, top: index, manifests: [index], contents: [], ...mark };
   });
   return { ...image, companions: [...indexes, ...referrers] };
 }
@@ -4500,9 +4515,7 @@ function cosignKind(signed, referrers) {
   if (own.length === 0) return void 0;
   return `dev.cosignproject.cosign/${isIndexEntry ? "imageIndex" : "image"}`;
 }
-async function requireSignature(session, { reference, registry, asked, top }, referrers, signers) {
-  const digests = [.../* @__PURE__ */ new Set([top.digest, asked.digest])];
-  const where = formatReference({ ...reference, digest: asked.digest });
+async function requireSignature(session, { registry, where, digests }, referrers, signers) {
   const layers = referrers.filter(({ subject = "" }) => digests.includes(subject)).flatMap(({ contents }) => contents.flatMap(({ manifest }) => manifest.layers)).filter(isSignature);
   const { signatures } = LIMITS;
   if (layers.length > signatures) fail("TOO_LARGE", `${where}: more than ${signatures} signatures`);
@@ -4512,7 +4525,14 @@ async function requireSignature(session, { reference, registry, asked, top }, re
     const bytes = layer.size > LIMITS.configBytes ? void 0 : await read(layer);
     return bytes ? judge(readSignature(layer, bytes, signers), digests) : "unreadable";
   });
-  if (!verdicts.includes("good")) refuseUnsigned(where, verdicts);
+  const pinned = `${where.replace(/@.*/, "")}@${digests[0]}`;
+  if (!verdicts.includes("good")) refuseUnsigned(pinned, verdicts);
+}
+async function findSignature(session, unproven, signers) {
+  if (signers.length === 0) return;
+  const { registry, where, digests } = unproven;
+  const referrers = await new ReferrerSearch(session, registry, where, digests).run();
+  await requireSignature(session, unproven, referrers, signers);
 }
 var VERDICT_WORDS = [
   ["other key", "made by another key, or of something that was changed since"],
@@ -4528,7 +4548,7 @@ function refuseUnsigned(where, verdicts) {
   const words = found.length === 0 ? "no signature at all" : found.join("; ");
   return fail(
     "SIGNATURE",
-    `${where} is not signed by any key given (--signed-by)
+    `${where} is not signed by any key given (\`signedBy\`)
   found: ${words}`
   );
 }
@@ -4896,11 +4916,12 @@ function warnOfLayers({ warn }, images) {
       warn(`${name} has foreign layers, which Docker on Linux does not take`);
   }
 }
-function warnOfCompanions({ warn }, { indexEntries = [] }) {
-  const { length } = indexEntries;
-  if (length === 0) return;
+function warnOfCompanions({ warn }, images) {
+  const companions = images.flatMap((image) => image.companions ?? []);
+  if (companions.length === 0) return;
+  const ofIndex = companions.every(isReferrer) ? "" : ", and ctr no --all-platforms";
   warn(
-    `${counted(length, "manifest")} of proof beside the images: podman load makes a digest of its own, and skopeo wants the name (oci-archive:TAR:NAME)`
+    `${counted(companions.length, "manifest")} of proof beside the images: podman load makes a digest of its own, skopeo wants the name (oci-archive:TAR:NAME)${ofIndex}`
   );
 }
 function warnOfOmitted({ warn }, { omitted }, since) {
@@ -4970,10 +4991,9 @@ async function runPull(session, request, observe) {
       const image = await resolveImage(session, reference, name, choice);
       return isProofWanted ? addProof(session, image, signers) : image;
     });
-    const extras = planExtras(images);
-    const plan = planTar(images, omit, extras);
+    const plan = planTar(images, omit, planExtras(images));
     warnOfLayers(session, images);
-    warnOfCompanions(session, extras);
+    if (destination?.kind !== "layout") warnOfCompanions(session, images);
     if (since !== void 0) warnOfOmitted(session, plan, since);
     const sizeBytes = destination?.kind === "layout" ? plan.blobBytes : plan.sizeBytes;
     if (request.isDryRun || !destination)
@@ -4988,6 +5008,7 @@ async function readSigner(key) {
   const pem = await fs.readFile(key, "utf8").catch((error) => fail("BAD_OPTION", `cannot read \`signedBy\` ${key}: ${diskWords(error)}`));
   return parsePublicKey(pem, key);
 }
+var readSigners = (keys) => mapConcurrently(keys ?? [], 1, readSigner);
 function pulledImage({ reference, name, top, platform, contents }) {
   const { digest } = top;
   return {
@@ -5005,7 +5026,7 @@ async function pullImages(references, dest, options = {}) {
   const { dryRun: isDryRun = false, platforms, referrers = false, reuse = [], since } = options;
   if (dest === void 0 && !isDryRun) fail("BAD_OPTION", "`dest` is missing");
   const images = await nameImages(references, options);
-  const signers = await mapConcurrently(options.signedBy ?? [], 1, readSigner);
+  const signers = await readSigners(options.signedBy);
   return withSession(options, async (session, onProgress) => {
     const { observe, finish } = progressReporter(onProgress);
     warnOfRenames(session, images, options);
@@ -5068,8 +5089,9 @@ var Puller = class {
   async pullManifest(type) {
     if (type === "image") {
       return withSession(this.#opts, async (session) => {
-        const { top } = await resolveImage(session, this.#reference, "", "one");
-        return this.#holder(top);
+        const image = await resolveImage(session, this.#reference, "", "one");
+        await this.#checkSigned(session, [image.asked.digest, image.top.digest]);
+        return this.#holder(image.top);
       });
     }
     if (type !== "list")
@@ -5085,6 +5107,7 @@ var Puller = class {
       const registry = registryOf(session, this.#reference);
       const fetched = await registry.manifest(versionOf(this.#reference));
       parseManifest(fetched, this.#opts.url);
+      await this.#checkSigned(session, [fetched.digest]);
       return this.#holder(fetched);
     });
   }
@@ -5094,9 +5117,14 @@ var Puller = class {
       const registry = registryOf(session, this.#reference);
       const wanted = versionOf(this.#reference);
       const head = await registry.head(wanted);
-      if (head && (!isDigest(wanted) || head.digest === wanted)) return head;
-      const { mediaType, digest, bytes } = await registry.manifest(wanted);
-      return { mediaType, digest, size: bytes.length };
+      const isRight = head && (!isDigest(wanted) || head.digest === wanted);
+      const { mediaType, digest, size } = isRight ? head : await describe();
+      await this.#checkSigned(session, [digest]);
+      return { mediaType, digest, size };
+      async function describe() {
+        const manifest = await registry.manifest(wanted);
+        return { ...manifest, size: manifest.bytes.length };
+      }
     });
   }
   /** Every blob of an image manifest as `dir/HEX`, verified; those that are there already are kept. */
@@ -5112,6 +5140,7 @@ var Puller = class {
       (session, onProgress) => withTars(this.#opts.reuse ?? [], async (tars) => {
         const { observe, finish } = progressReporter(onProgress);
         const registry = registryOf(session, this.#reference);
+        await this.#checkSigned(session, await this.#digestsAbove(session, fetched));
         const blobs = [...unique.values()].map(
           (descriptor) => new BlobState(descriptor, registry, 0, tars)
         );
@@ -5121,6 +5150,23 @@ var Puller = class {
         finish(await onDisk(doing, pullToFolder(job)));
       })
     );
+  }
+  /** SIGNATURE where `signedBy` has keys, and none of them has signed one of these. */
+  async #checkSigned(session, digests) {
+    const signers = await readSigners(this.#opts.signedBy);
+    const registry = registryOf(session, this.#reference);
+    const where = formatReference(this.#reference);
+    await findSignature(session, { registry, where, digests: [...new Set(digests)] }, signers);
+  }
+  /** The digest of a manifest that a caller gives, after that of the index which the reference names, if it leads there. */
+  async #digestsAbove(session, { digest, bytes }) {
+    const own = digestOf(bytes, digest);
+    if (!this.#opts.signedBy?.length) return [own];
+    const registry = registryOf(session, this.#reference);
+    const where = formatReference(this.#reference);
+    const asked = await registry.manifest(versionOf(this.#reference));
+    const path2 = await pathTo(own, asked, childrenOf(registry, where), where);
+    return path2 ? [asked.digest, own] : [own];
   }
   #holder({ mediaType, digest, bytes }) {
     return { mediaType, digest, bytes, manifest: parseJson(bytes), imageUrl: this.#opts.url };
@@ -5175,7 +5221,8 @@ var PULL_OPTIONS = {
     value: "KEY",
     help: "only what this PEM key signed (repeatable)",
     isRepeatable: true,
-    option: "signedBy"
+    option: "signedBy",
+    tasks: ["pull", "manifest"]
   },
   "dry-run": { help: "say what would be pulled, write nothing", option: "dryRun" }
 };

@@ -1,11 +1,11 @@
 // What refers to an image comes along, and --signed-by takes only what a key has signed (SPEC §11).
 import assert from "node:assert/strict";
 import { generateKeyPairSync } from "node:crypto";
-import { readdirSync, readFileSync } from "node:fs";
+import { readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { type TestContext, test } from "node:test";
-import { internals } from "../imgpull.ts";
-import { temporaryFolder } from "./support/command.ts";
+import { internals, Puller } from "../imgpull.ts";
+import { runCommand, temporaryFolder } from "./support/command.ts";
 import {
   digestOf,
   MEDIA,
@@ -729,4 +729,114 @@ test("a layer's media type alone makes a signature of nothing", () => {
     judgeSignature(layerOf(SIMPLE_SIGNING, bytes), bytes, [image.digest], [keyOf(signer)]),
     "other key",
   );
+});
+
+// ====== What is no pull of a tar ======
+
+const CALLS: [name: string, call: (puller: Puller) => Promise<unknown>][] = [
+  ["getManifest", (puller) => puller.getManifest()],
+  ["headManifest", (puller) => puller.headManifest()],
+  ["pullManifest of a list", (puller) => puller.pullManifest("list")],
+  ["pullManifest of an image", (puller) => puller.pullManifest("image")],
+];
+
+for (const [name, call] of CALLS) {
+  test(`${name} gives only what is signed`, async (t) => {
+    const index = makeMultiPlatform(["linux/amd64", "linux/arm64"]);
+    const platform = { osType: "linux", archType: "amd64" };
+    const proof = makeBundle(index, makeBundleBytes(index, signer));
+    const { reference } = await serveWith(t, [proof], WITH_ENDPOINT, index);
+    const options = { url: reference, scheme: "http", ...platform } as const;
+    await call(new Puller({ ...options, signedBy: [stranger.pem, signer.pem] }));
+    const error = await failure(call(new Puller({ ...options, signedBy: [stranger.pem] })));
+    assert.equal(error.code, "SIGNATURE");
+  });
+}
+
+test("pullBlobs takes the blobs of what is signed, by itself or by the index above it", async (t) => {
+  const index = makeMultiPlatform(["linux/amd64", "linux/arm64"]);
+  const proof = makeBundle(index, makeBundleBytes(index, signer));
+  const { reference, registry } = await serveWith(t, [proof], WITH_ENDPOINT, index);
+  const options = { url: reference, scheme: "http", osType: "linux", archType: "amd64" } as const;
+  const holder = await new Puller(options).pullManifest("image");
+  const folder = temporaryFolder(t);
+  await new Puller({ ...options, signedBy: [signer.pem] }).pullBlobs(holder, join(folder, "good"));
+
+  const forged = makeImage({ seed: "forged" });
+  registry.add(forged, REPOSITORY);
+  const claimed = { ...holder, bytes: forged.bytes };
+  for (const [given, key] of [
+    [holder, stranger],
+    [claimed, signer],
+  ] as const) {
+    const puller = new Puller({ ...options, signedBy: [key.pem] });
+    const error = await failure(puller.pullBlobs(given, join(folder, "bad")));
+    assert.equal(error.code, "SIGNATURE");
+  }
+  assert.deepEqual(readdirSync(folder), ["good"]);
+});
+
+test("the command prints no manifest that is not signed", async (t) => {
+  const { reference } = await serveWith(t, [bundle()]);
+  const folder = temporaryFolder(t);
+  const [good, bad] = [join(folder, "good.pub"), join(folder, "bad.pub")];
+  writeFileSync(good, signer.pem);
+  writeFileSync(bad, stranger.pem);
+  const show = (key: string) =>
+    runCommand([reference, "--manifest", "image", "--scheme", "http", "--signed-by", key]);
+  assert.equal(String((await show(good)).stdout), String(image.bytes));
+  const refused = await show(bad);
+  assert.equal(refused.exitCode, 1);
+  assert.equal(refused.stdout.length, 0);
+  assert.match(refused.stderr, /not signed by any key given \(--signed-by\)/);
+});
+
+test("the command names a key file that it cannot read or use, as usage", async (t) => {
+  const folder = temporaryFolder(t);
+  const privateKey = join(folder, "cosign.key");
+  writeFileSync(privateKey, pem("ENCRYPTED SIGSTORE PRIVATE KEY"));
+  for (const [key, words] of [
+    [join(folder, "none.pub"), /none\.pub: no such file/],
+    [privateKey, /cosign\.key is a private key/],
+  ] as const) {
+    const { exitCode, stderr } = await runCommand(["a:1", "a.tar", "--signed-by", key]);
+    assert.equal(exitCode, 2, stderr);
+    assert.match(stderr, words);
+  }
+});
+
+test("a referrer that cannot be read is left out, and said", async (t) => {
+  const subject = { mediaType: image.mediaType, digest: image.digest, size: image.bytes.length };
+  const broken = makeManifest(MEDIA.ociManifest, { schemaVersion: 2, subject, config: {} });
+  const cut = makeMultiPlatform(["linux/amd64"], {
+    seed: "cut",
+    editIndex: (index) => ({ ...index, subject }),
+  });
+  const served = await serveWith(t, [makeSbom(image), broken, cut]);
+  served.registry.remove(REPOSITORY, cut.children[0]?.digest as string);
+  const outcome = await pullProof(t, served);
+  const held = namelessIn(filesIn(outcome)).map(({ digest }) => digest);
+  assert.deepEqual(held, [makeSbom(image).digest]);
+  for (const { digest } of [broken, cut])
+    assert(outcome.warnings.some((line) => line.includes(`left out the referrer ${digest}`)));
+});
+
+test("two tags of one repository: each is named by its own", async (t) => {
+  const { registry, reference } = await serveWith(t, []);
+  const second = registry.add(other, REPOSITORY, "2.0");
+  const [first, last] = [reference, second].map((each) => internals.parseReference(each));
+  for (const options of [{ signers: [keyOf(signer)] }, { platforms: [{ os: "windows" }] }]) {
+    const images = [first, last].map((each) => ({
+      reference: each as NonNullable<typeof first>,
+      name: `example.com/${each?.tag}:1`,
+    }));
+    const destination = join(temporaryFolder(t), "app.tar");
+    const error = await failure(
+      internals.withSession({ scheme: "http", retries: 0 }, (session) =>
+        internals.runPull(session, { images, destination, ...options }, () => undefined),
+      ),
+    );
+    assert.match(error.message, /team\/app:1\.0/);
+    assert.match(error.message, /team\/app:2\.0/);
+  }
 });
