@@ -22,7 +22,7 @@ import {
 } from "node:fs";
 import { type AddressInfo, createServer, type Socket } from "node:net";
 import { arch, tmpdir } from "node:os";
-import { delimiter, join } from "node:path";
+import { delimiter, join, resolve } from "node:path";
 import { setTimeout as pause } from "node:timers/promises";
 import { promisify } from "node:util";
 import { type CommandOptions, runCommand } from "./command.ts";
@@ -41,7 +41,7 @@ const SEARCH_PATH = [process.env.PATH ?? "", "/usr/local/sbin", "/usr/sbin", "/s
 function isInstalled(program: string): boolean {
   return SEARCH_PATH.split(delimiter).some((folder) => {
     try {
-      accessSync(join(folder, program), constants.X_OK);
+      accessSync(resolve(folder, program), constants.X_OK);
       return true;
     } catch {
       return false;

@@ -12,8 +12,13 @@ export const TOO_OLD_NODES = ["16.20.2", "18.20.8"];
 /** The one whose permission model knows of the network. */
 export const NEWEST_NODE = NODE_VERSIONS.at(-1) as string;
 
-async function fetchNode(version: string, executable: string): Promise<void> {
-  const packed = `node-${process.platform === "win32" ? "win" : process.platform}-${process.arch}@${version}`;
+/** As npm's packages are named: linux-x64, win-x64 … */
+export const HOST_TARGET = `${process.platform === "win32" ? "win" : process.platform}-${process.arch}`;
+
+const executableOf = (target: string) => (target.startsWith("win-") ? "node.exe" : "node");
+
+async function fetchNode(version: string, target: string, executable: string): Promise<void> {
+  const packed = `node-${target}@${version}`;
   const folder = resolve("build/nodes");
   mkdirSync(folder, { recursive: true });
   const unpacked = mkdtempSync(join(folder, "unpacking-"));
@@ -29,7 +34,7 @@ async function fetchNode(version: string, executable: string): Promise<void> {
     const { stdout } = await promisify(execFile)("npm", ["pack", packed, ...flags], {
       timeout: 300_000,
     });
-    const inside = `package/bin/${process.platform === "win32" ? "node.exe" : "node"}`;
+    const inside = `package/bin/${executableOf(target)}`;
     await promisify(execFile)("tar", [
       "-xzf",
       join(unpacked, stdout.trim()),
@@ -51,25 +56,23 @@ const known = new Map<string, Promise<NodeExecutable>>();
  * The executable of a version; or, where it cannot be fetched, a reason to skip. With IMGPULL_INTEROP=required, as CI
  * sets it, that is an error.
  */
-export function nodeExecutable(version: string): Promise<NodeExecutable> {
-  const looking = known.get(version) ?? findNode(version);
-  known.set(version, looking);
+export function nodeExecutable(version: string, target = HOST_TARGET): Promise<NodeExecutable> {
+  const name = `${target} ${version}`;
+  const looking = known.get(name) ?? findNode(version, target);
+  known.set(name, looking);
   return looking;
 }
 
-async function findNode(version: string): Promise<NodeExecutable> {
-  if (process.versions.node === version) return { path: process.execPath };
-  const path = resolve(
-    "build/nodes",
-    version,
-    "bin",
-    process.platform === "win32" ? "node.exe" : "node",
-  );
+async function findNode(version: string, target: string): Promise<NodeExecutable> {
+  if (process.versions.node === version && target === HOST_TARGET)
+    return { path: process.execPath };
+  const place = target === HOST_TARGET ? version : `${target}-${version}`;
+  const path = resolve("build/nodes", place, "bin", executableOf(target));
   try {
-    if (!existsSync(path)) await fetchNode(version, path);
+    if (!existsSync(path)) await fetchNode(version, target, path);
     return { path };
   } catch (error) {
-    const missing = `missing here: Node ${version}`;
+    const missing = `missing here: Node ${version} for ${target}`;
     if (process.env.IMGPULL_INTEROP === "required")
       throw new Error(`${missing}: required`, { cause: error });
     console.error(`\n*** TESTS SKIPPED, ${missing} (npm pack) ***\n`);
