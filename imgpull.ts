@@ -58,6 +58,8 @@ import { parseArgs } from "node:util";
  *  its first use, so that `--version` needs none of them and a pull over http two. */
 const load = process.getBuiltinModule;
 
+const isWindows = process.platform === "win32";
+
 // build.mjs puts these in.
 declare const IMGPULL_VERSION: string;
 declare const IMGPULL_BUILD_DATE: string;
@@ -4692,8 +4694,9 @@ async function statAt(file: string): Promise<BigIntStats | undefined> {
   }
 }
 
-/** Device and number: what tells a file from every other, whatever its name. */
-const identityOf = ({ dev, ino }: BigIntStats): string => `${dev}:${ino}`;
+/** Device and number: what tells a file from every other, whatever its name. Under Wine an open file that was renamed has
+ *  no device; those that are compared lie in one folder. */
+const identityOf = ({ dev, ino }: BigIntStats): string => `${isWindows ? "" : dev}:${ino}`;
 
 const isSameFile = (left: BigIntStats | undefined, right: BigIntStats): boolean =>
   left !== undefined && identityOf(left) === identityOf(right);
@@ -4988,10 +4991,11 @@ class Lock {
   /** Lets go of it, and of nobody else's. Never an error: it would hide why a pull failed. */
   async release(): Promise<void> {
     clearInterval(this.#timer);
-    const isOwn = () => this.#isOwn(this.#aside);
-    const isTaken = await takeFile(this.#file, this.#aside, isOwn).catch(ignore);
+    const aside = `${this.#aside}.old`; // on Windows the name that it was made under goes with its handle only
+    const isOwn = () => this.#isOwn(aside);
+    const isTaken = await takeFile(this.#file, aside, isOwn).catch(ignore);
     await this.#handle.close().catch(ignore);
-    if (isTaken) await removeQuietly(this.#aside);
+    if (isTaken) await removeQuietly(aside);
   }
 }
 
@@ -5367,6 +5371,9 @@ type Destination =
 
 type PullJob = Readonly<{ session: Session; plan: Plan; tars: Tars; observe: Observer }>;
 
+/** Windows takes these for devices, whatever follows the first dot; Node makes files of them that few can remove. */
+const DEVICE_NAME = /^(con|prn|aux|nul|com\d|lpt\d)\s*($|[.:])/i;
+
 /** Where a link leads to a file that is not there yet: it is made there, and the link stays. */
 async function resolveLink(file: string): Promise<string> {
   const link = await fs.readlink(file).catch(ignore);
@@ -5385,10 +5392,21 @@ async function resolveFile(file: string): Promise<string> {
   }
 }
 
+/** \\?\C:\x is C:\x: Node says no to the root of a drive in that form, and puts it there itself where it is needed. */
+const withoutPrefix = (file: string): string =>
+  file.replace(/^\\\\\?\\UNC\\/i, "\\\\").replace(/^\\\\\?\\/, "");
+
 /** DEST, before anything is asked: an existing directory or a path that ends in "/" is an OCI layout. */
 async function parseDestination(destination: string | NodeJS.WritableStream): Promise<Destination> {
   if (typeof destination !== "string") return { kind: "stream", output: destination };
+  return parseFileDestination(isWindows ? withoutPrefix(destination) : destination);
+}
+
+async function parseFileDestination(destination: string): Promise<Destination> {
   const doing = `cannot write ${destination}`;
+  if (isWindows && DEVICE_NAME.test(path.basename(destination)))
+    fail("DISK", `${doing}: that name is a device of Windows (- is stdout)`);
+
   const stats = await fs.stat(destination).catch(ignore);
   if (/[\\/]$/.test(destination) || stats?.isDirectory())
     return { kind: "layout", folder: destination };
@@ -5612,6 +5630,22 @@ async function replaceByCopy(file: string): Promise<fs.FileHandle | undefined> {
   }
 }
 
+/** Windows replaces no file that is open or read-only; what is new is looked at by scanners, for a moment. */
+async function renameOver(from: string, dest: string): Promise<void> {
+  const waitsMs = isWindows ? [50, 100, 200, 400, 800] : [];
+  for (;;) {
+    try {
+      return await fs.rename(from, dest);
+    } catch (error) {
+      if (!isWindows || !["EPERM", "EACCES", "EBUSY"].includes(errorCodeOf(error))) throw error;
+      const waitMs = waitsMs.shift();
+      const words = "another program has it open, or it is read-only";
+      if (waitMs === undefined) fail("DISK", `cannot write ${dest}: ${words}`, { cause: error });
+      await delay(waitMs);
+    }
+  }
+}
+
 type TarPlace = Readonly<{ dest: string; plan: Plan; lock: Lock }>;
 
 /** DEST.partial: where a tar's bytes come together until all are verified. The file under that name is this run's alone,
@@ -5746,18 +5780,12 @@ class PartialTar {
   }
 
   async #giveName(): Promise<boolean> {
-    const isWindows = process.platform === "win32";
     try {
-      await fs.rename(this.#aside, this.#dest);
+      await renameOver(this.#aside, this.#dest);
       await syncFolder(path.dirname(this.#dest));
       return true;
     } catch (error) {
-      const code = errorCodeOf(error);
-      if (isWindows && ["EPERM", "EACCES", "EBUSY"].includes(code)) {
-        const words = "another program has it open";
-        fail("DISK", `cannot write ${this.#dest}: ${words}`, { cause: error });
-      }
-      if (code !== "EBUSY") throw error;
+      if (errorCodeOf(error) !== "EBUSY") throw error;
     }
     await this.#writeInPlace();
     await fs.unlink(this.#aside);

@@ -39,6 +39,7 @@ var import_promises = require("node:stream/promises");
 var import_promises2 = require("node:timers/promises");
 var import_node_util = require("node:util");
 var load = process.getBuiltinModule;
+var isWindows = process.platform === "win32";
 var DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json";
 var DOCKER_INDEX = "application/vnd.docker.distribution.manifest.list.v2+json";
 var DOCKER_SCHEMA_1 = "application/vnd.docker.distribution.manifest.v1";
@@ -3052,7 +3053,7 @@ async function statAt(file) {
     throw error;
   }
 }
-var identityOf = ({ dev, ino }) => `${dev}:${ino}`;
+var identityOf = ({ dev, ino }) => `${isWindows ? "" : dev}:${ino}`;
 var isSameFile = (left, right) => left !== void 0 && identityOf(left) === identityOf(right);
 async function openRegular(file, flags = O_RDONLY) {
   const before = await statAt(file);
@@ -3277,10 +3278,11 @@ var Lock = class _Lock {
   /** Lets go of it, and of nobody else's. Never an error: it would hide why a pull failed. */
   async release() {
     clearInterval(this.#timer);
-    const isOwn2 = () => this.#isOwn(this.#aside);
-    const isTaken = await takeFile(this.#file, this.#aside, isOwn2).catch(ignore);
+    const aside = `${this.#aside}.old`;
+    const isOwn2 = () => this.#isOwn(aside);
+    const isTaken = await takeFile(this.#file, aside, isOwn2).catch(ignore);
     await this.#handle.close().catch(ignore);
-    if (isTaken) await removeQuietly(this.#aside);
+    if (isTaken) await removeQuietly(aside);
   }
 };
 function parseNotes(text) {
@@ -3555,6 +3557,7 @@ var Transfer = class {
     this.#session.warn(`${words}; fetching the blob once more`);
   }
 };
+var DEVICE_NAME = /^(con|prn|aux|nul|com\d|lpt\d)\s*($|[.:])/i;
 async function resolveLink(file) {
   const link2 = await fs.readlink(file).catch(ignore);
   if (link2 === void 0) return file;
@@ -3569,9 +3572,15 @@ async function resolveFile(file) {
     return resolveLink(file);
   }
 }
+var withoutPrefix = (file) => file.replace(/^\\\\\?\\UNC\\/i, "\\\\").replace(/^\\\\\?\\/, "");
 async function parseDestination(destination) {
   if (typeof destination !== "string") return { kind: "stream", output: destination };
+  return parseFileDestination(isWindows ? withoutPrefix(destination) : destination);
+}
+async function parseFileDestination(destination) {
   const doing = `cannot write ${destination}`;
+  if (isWindows && DEVICE_NAME.test(path.basename(destination)))
+    fail("DISK", `${doing}: that name is a device of Windows (- is stdout)`);
   const stats = await fs.stat(destination).catch(ignore);
   if (/[\\/]$/.test(destination) || stats?.isDirectory())
     return { kind: "layout", folder: destination };
@@ -3737,6 +3746,20 @@ async function replaceByCopy(file) {
     return void 0;
   }
 }
+async function renameOver(from, dest) {
+  const waitsMs = isWindows ? [50, 100, 200, 400, 800] : [];
+  for (; ; ) {
+    try {
+      return await fs.rename(from, dest);
+    } catch (error) {
+      if (!isWindows || !["EPERM", "EACCES", "EBUSY"].includes(errorCodeOf(error))) throw error;
+      const waitMs = waitsMs.shift();
+      const words = "another program has it open, or it is read-only";
+      if (waitMs === void 0) fail("DISK", `cannot write ${dest}: ${words}`, { cause: error });
+      await (0, import_promises2.setTimeout)(waitMs);
+    }
+  }
+}
 var PartialTar = class _PartialTar {
   file;
   #dest;
@@ -3847,18 +3870,12 @@ var PartialTar = class _PartialTar {
     return isOneStep;
   }
   async #giveName() {
-    const isWindows = process.platform === "win32";
     try {
-      await fs.rename(this.#aside, this.#dest);
+      await renameOver(this.#aside, this.#dest);
       await syncFolder(path.dirname(this.#dest));
       return true;
     } catch (error) {
-      const code = errorCodeOf(error);
-      if (isWindows && ["EPERM", "EACCES", "EBUSY"].includes(code)) {
-        const words = "another program has it open";
-        fail("DISK", `cannot write ${this.#dest}: ${words}`, { cause: error });
-      }
-      if (code !== "EBUSY") throw error;
+      if (errorCodeOf(error) !== "EBUSY") throw error;
     }
     await this.#writeInPlace();
     await fs.unlink(this.#aside);
