@@ -4750,6 +4750,14 @@ async function moveFile(from: string, to: string): Promise<boolean> {
   }
 }
 
+/** Puts a file of ours in the place of whatever is there. */
+async function replaceFile(aside: string, file: string): Promise<void> {
+  await fs.rename(aside, file).catch((error: unknown) => {
+    const words = `${file} cannot be replaced: ${diskWords(error)}`;
+    return fail("DISK", words, { cause: error });
+  });
+}
+
 /** Puts back what was taken, unless another has the name by now. */
 async function putBack(aside: string, file: string): Promise<void> {
   try {
@@ -5062,7 +5070,7 @@ class Journal {
     try {
       await handle.write(`${planId}\nby ${partial || "-"} ${JSON.stringify(owner)}\n`);
       for (const [digest, ranges] of inPlace) journal.#recordRanges(digest, ranges);
-      await fs.rename(aside, file);
+      await replaceFile(aside, file);
       return journal;
     } catch (error) {
       await handle.close();
@@ -5752,7 +5760,7 @@ class PartialTar {
       partial: identityOf(await this.#handle.stat({ bigint: true })),
       inPlace: this.#inPlace,
     });
-    await fs.rename(this.#aside, this.file);
+    await replaceFile(this.#aside, this.file);
     await writeFrame(this.#handle, this.#plan);
   }
 
@@ -5942,7 +5950,7 @@ class BlobFiles {
     this.#files.delete(blob);
     await handle.close();
     if (!isSameFile(await statAt(aside), ours)) fail("DISK", `${aside} was replaced; run it again`);
-    await fs.rename(aside, name);
+    await replaceFile(aside, name);
   };
 
   /** Whether its file is there already, and right. */
@@ -6092,7 +6100,7 @@ async function writeLayoutFile(file: string, bytes: Buffer, { owner }: Lock): Pr
   try {
     await writeAll(handle, [bytes], 0);
     await syncQuietly(handle);
-    await fs.rename(aside, file);
+    await replaceFile(aside, file);
     return true;
   } catch (error) {
     await removeQuietly(aside);

@@ -3068,6 +3068,12 @@ async function moveFile(from, to) {
     return fail("DISK", words, { cause: error });
   }
 }
+async function replaceFile(aside, file) {
+  await fs.rename(aside, file).catch((error) => {
+    const words = `${file} cannot be replaced: ${diskWords(error)}`;
+    return fail("DISK", words, { cause: error });
+  });
+}
 async function putBack(aside, file) {
   try {
     await fs.link(aside, file);
@@ -3304,7 +3310,7 @@ var Journal = class _Journal {
 by ${partial || "-"} ${JSON.stringify(owner)}
 `);
       for (const [digest, ranges] of inPlace) journal.#recordRanges(digest, ranges);
-      await fs.rename(aside, file);
+      await replaceFile(aside, file);
       return journal;
     } catch (error) {
       await handle.close();
@@ -3822,7 +3828,7 @@ var PartialTar = class _PartialTar {
       partial: identityOf(await this.#handle.stat({ bigint: true })),
       inPlace: this.#inPlace
     });
-    await fs.rename(this.#aside, this.file);
+    await replaceFile(this.#aside, this.file);
     await writeFrame(this.#handle, this.#plan);
   }
   /** Gives it DEST's name. It is looked at once more under a name that nobody else has: whoever took the lock over may
@@ -3987,7 +3993,7 @@ var BlobFiles = class {
     this.#files.delete(blob);
     await handle.close();
     if (!isSameFile(await statAt(aside), ours)) fail("DISK", `${aside} was replaced; run it again`);
-    await fs.rename(aside, name);
+    await replaceFile(aside, name);
   };
   /** Whether its file is there already, and right. */
   async has(blob, signal) {
@@ -4100,7 +4106,7 @@ async function writeLayoutFile(file, bytes, { owner }) {
   try {
     await writeAll(handle, [bytes], 0);
     await syncQuietly(handle);
-    await fs.rename(aside, file);
+    await replaceFile(aside, file);
     return true;
   } catch (error) {
     await removeQuietly(aside);
