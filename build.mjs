@@ -58,7 +58,7 @@ if (typeof process.getBuiltinModule !== "function") {
   process.exit(1);
 }`;
 
-const commandEntry = `import { main } from "./imgpull.ts";
+const commandEntry = `import { main } from "./build/script/imgpull.js";
 main(process.argv.slice(2)).then((exitCode) => { process.exitCode = exitCode; });
 `;
 
@@ -68,10 +68,29 @@ function run(command, args, shell = false) {
   if (status !== 0) process.exit(status ?? (signal ? 1 : 0));
 }
 
+/** The module without types and comments: some of these esbuild would keep, and the source is the place to read them. */
+function emitScript() {
+  tsc("script", { removeComments: true, rewriteRelativeImportExtensions: true });
+}
+
+/** What TypeScript makes of the module alone goes to a folder of build/. */
+function tsc(folder, compilerOptions) {
+  const project = {
+    extends: "../tsconfig.json",
+    compilerOptions: { noEmit: false, rootDir: "..", outDir: folder, ...compilerOptions },
+    include: ["../imgpull.ts"],
+  };
+  mkdirSync("build", { recursive: true });
+  writeFileSync(`build/tsconfig.${folder}.json`, JSON.stringify(project));
+  const compiler = "node_modules/typescript/bin/tsc";
+  run(process.execPath, [compiler, "--project", `build/tsconfig.${folder}.json`]);
+}
+
 async function buildDist() {
+  emitScript();
   await esbuild.build({
     ...common,
-    stdin: { contents: commandEntry, resolveDir: ".", sourcefile: "command.ts", loader: "ts" },
+    stdin: { contents: commandEntry, resolveDir: ".", sourcefile: "command.js" },
     format: "cjs",
     banner: { js: commandBanner },
     outfile: "dist/imgpull.cjs",
@@ -81,10 +100,9 @@ async function buildDist() {
   await esbuild.build({
     ...common,
     stdin: {
-      contents: `export { ${names.join(", ")} } from "./imgpull.ts";`,
+      contents: `export { ${names.join(", ")} } from "./build/script/imgpull.js";`,
       resolveDir: ".",
-      sourcefile: "library.ts",
-      loader: "ts",
+      sourcefile: "library.js",
     },
     format: "esm",
     outfile: "dist/imgpull.mjs",
@@ -100,17 +118,7 @@ async function buildDist() {
 
 /** The module's declarations, and the names of its values: what is @internal is not declared, nor exported. */
 function declareTypes() {
-  run(process.execPath, [
-    "node_modules/typescript/bin/tsc",
-    "--noEmit",
-    "false",
-    "--declaration",
-    "--emitDeclarationOnly",
-    "--rootDir",
-    ".",
-    "--outDir",
-    "build/types",
-  ]);
+  tsc("types", { declaration: true, emitDeclarationOnly: true });
   const declared = readFileSync("build/types/imgpull.d.ts", "utf8");
   const isDeclared = (name) =>
     new RegExp(`^(declare )?(class|function|const) ${name}\\b`, "m").test(declared);

@@ -26,7 +26,7 @@ var __toESM = (mod, isNodeMode, target) => (target = mod != null ? __create(__ge
   mod
 ));
 
-// imgpull.ts
+// build/script/imgpull.js
 var import_node_events = require("node:events");
 var import_node_fs = require("node:fs");
 var fs = __toESM(require("node:fs/promises"));
@@ -54,113 +54,60 @@ var MIB = 1024 * 1024;
 var NEVER = Number.POSITIVE_INFINITY;
 var LIMITS = Object.freeze({
   manifestBytes: 4 * MIB,
-  // the distribution specification's own floor for registries
   configBytes: 16 * MIB,
-  // image configs are some KiB; a label may hold an SBOM
   tokenBytes: MIB,
-  // tokens are some KiB
   errorBodyBytes: MIB / 16,
-  // a sentence is shown of it
   credentialFileBytes: 4 * MIB,
-  // docker's config.json; this one may be a device or a mistake
   tarMetadataBytes: 16 * MIB,
-  // index.json and the like of a tar that someone else made
   tarExtensionBytes: MIB,
-  // a pax header or the map of a sparse file; Go's reader has the same bound
   tarEntries: 2e5,
-  // a thousand images in docker's old form have a hundred each
   tarDocumentBytes: 64 * MIB,
-  // indexes, manifests and configs of a tar that are held at once
   jsonDepth: 100,
-  // of a document in a tar; real ones have five
   jsonValues: 1e6,
-  // a few dozen bytes of memory each
   tarReferences: 3e5,
-  // manifests and layers that the images of a tar name, all together
   unpackFactor: 1e3,
-  // deflate makes a thousandth at best: what is beyond has no end,
   unpackFloorBytes: 1024 * MIB,
-  // nor has what is beyond this much besides
   mirrorFailures: 2,
-  // what passes by itself: of more, another place has it sooner
   indexDepth: 4,
-  // an index inside an index; real ones are one or two deep
   indexEntries: 1024,
-  // with `--platform all` each entry is a request
   signatures: 1e3,
-  // of one image: each is a request
   proofJsonDepth: 64,
-  // a Sigstore bundle is some ten deep
   proofJsonValues: 1e4,
-  // and has some hundred values, where it has log entries
   referrerPages: 100,
-  // lists of less than ten are not worth pages
   referrers: 1e3,
-  // of one image, and of its referrers: each is a request
   referrerDepth: 4,
-  // a signature of an attestation of an image is two deep
   referrerManifestBytes: 64 * MIB,
-  // all of them, which are in memory until DEST is written
   headerBytes: MIB,
-  // Google's registry has sent 21 KB; Node's own bound is 16 KiB
   redirects: 10,
-  // as browsers and Go have it
   redirectBodyBytes: 64 * 1024,
-  // read, so that the connection can be kept; of a longer one nothing more is taken
   headersWaitFactor: 4,
-  // times the time-out: a cache may have to fetch a layer before it answers
   documentWaitFactor: 4,
-  // times the time-out, for a manifest, config or token to be whole
   slowBytesPerSecond: 1024,
-  // a blob that comes more slowly, over twice the time-out, does not come at all
   tokenFloorMs: 6e4,
-  // the token specification's default, and more than a skewed clock takes away
   firstBackoffMs: 1e3,
-  // most lost connections are back at once
   backoffMs: 3e4,
-  // and a registry that restarts is back within a minute or two
   retryAfterMs: 12e4,
-  // longer waits are the user's to decide
   lockBeatMs: 1e4,
-  // how often a lock is touched
   lockStaleMs: 6e4,
-  // a lock that nobody has touched for so long is nobody's: six beats, for disks can stall
   lockBirthMs: 200,
-  // how long a lock may be there without a word, where it cannot be linked whole
   lockBytes: 4096
-  // anyone may have written it
 });
 var TUNING = Object.freeze({
   batchBytes: MIB,
-  // one write to disk: fewer trips to Node's thread pool than one for each chunk
   journalBytes: MIB,
-  // how much a kill -9 may cost each blob, beside what a connection has gathered
   syncBytes: 32 * MIB,
-  // the disk works while the line does, and little is left for the sync at the end
   splitBytes: MIB,
-  // neither half of a range that is cut in two is smaller,
   nearSplitBytes: 16 * MIB,
-  // nor on a near line, where a server has megabytes under way that a cut throws away
   busyLoop: 0.4,
-  // share of Node's event loop that is in use, over judgeMs:
   judgeMs: 100,
-  // from there on the processor is the limit
   addressMs: 3e3,
-  // for each of a host's addresses but the last: one lost packet on a slow line is no reason to give up
   farLatencyMs: 20,
-  // from here on a line is worth several connections before its speed is known
   readerPollMs: 50,
-  // DEST that is a pipe: how soon we see that somebody reads it
   streamUnitBytes: 4 * MIB,
-  // DEST `-`: one request's share of a large blob
   streamWindowBytes: 32 * MIB,
-  // DEST `-`: how far the line may be ahead of the reader
   headerReadBytes: 64 * 1024,
-  // of a tar: small entries stand side by side
   unpackBytes: 256 * 1024,
-  // at once: fewer trips to Node's thread pool
   unpackLanes: 4
-  // files of a tar at once: Node's thread pool has as many threads
 });
 var ImgpullError = class extends Error {
   name = "ImgpullError";
@@ -169,8 +116,10 @@ var ImgpullError = class extends Error {
     const { cause, status, retryAfterMs } = details;
     super(message, cause === void 0 ? void 0 : { cause });
     this.code = code;
-    if (status !== void 0) this.status = status;
-    if (retryAfterMs !== void 0) this.retryAfterMs = retryAfterMs;
+    if (status !== void 0)
+      this.status = status;
+    if (retryAfterMs !== void 0)
+      this.retryAfterMs = retryAfterMs;
   }
 };
 function fail(code, message, details) {
@@ -182,10 +131,7 @@ function nearestName(word, names) {
   const isLike = (name) => likeness(word, name) >= 0.4 * (word.length + 1);
   return names.filter(isLike).sort((left, right) => likeness(word, right) - likeness(word, left))[0];
 }
-var CONTROL_CHARACTERS = (
-  // biome-ignore lint/suspicious/noControlCharactersInRegex: control characters are what it is about
-  /[\u0000-\u001f\u007f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]+/g
-);
+var CONTROL_CHARACTERS = /[\u0000-\u001f\u007f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]+/g;
 function printable(text, maximum = 300) {
   const clean = text.replace(CONTROL_CHARACTERS, " ").trim();
   return clean.length > maximum ? `${clean.slice(0, maximum)}…` : clean;
@@ -198,7 +144,6 @@ function redactUrl(url) {
 }
 var CONNECTION_FAULTS = [
   {
-    // An https client that meets plain HTTP reads "HTTP/1.1" as a TLS record of an absurd version or length.
     pattern: /wrong version number|packet length too long|unknown protocol|record layer failure/i,
     code: "TLS",
     words: "the server answers plain HTTP on this port",
@@ -216,7 +161,6 @@ var CONNECTION_FAULTS = [
   },
   { pattern: /^(CERT_|INVALID_|ERR_TLS|ERR_SSL|EPROTO)/, code: "TLS" },
   {
-    // Node refuses it even where it is lenient, since proxies and servers have been tricked that way.
     pattern: /^HPE_(UNEXPECTED_CONTENT_LENGTH|INVALID_CONTENT_LENGTH)/,
     code: "PROTOCOL",
     words: "the answer tells its length twice, or in no number (Content-Length): refused"
@@ -242,9 +186,11 @@ var CONNECTION_FAULTS = [
 ];
 var OTHER_CONNECTION_FAULT = { pattern: /^/, code: "NETWORK" };
 function connectionError(error, doing) {
-  if (error instanceof ImgpullError) return error;
+  if (error instanceof ImgpullError)
+    return error;
   const cause = error;
-  if (cause.name === "AbortError") return new ImgpullError("ABORTED", "stopped", { cause });
+  if (cause.name === "AbortError")
+    return new ImgpullError("ABORTED", "stopped", { cause });
   const nodeCode = errorCodeOf(error);
   const nodeWords = printable(cause.message || cause.errors?.[0]?.message || nodeCode);
   const fault = CONNECTION_FAULTS.find(({ pattern }) => pattern.test(`${nodeCode} ${nodeWords}`)) ?? OTHER_CONNECTION_FAULT;
@@ -273,7 +219,8 @@ var diskWords = (error) => DISK_WORDS[errorCodeOf(error)] ?? printable(error.mes
 function onDisk(doing, work) {
   return work.catch((error) => {
     const isRefusal = error.syscall !== void 0 || errorCodeOf(error) === "ERR_ACCESS_DENIED";
-    if (!isRefusal) throw error;
+    if (!isRefusal)
+      throw error;
     return fail("DISK", `${doing}: ${diskWords(error)}`, { cause: error });
   });
 }
@@ -292,19 +239,19 @@ function parseJson(text) {
     return void 0;
   }
 }
-var dropEmpty = (values) => Object.fromEntries(
-  Object.entries(values).filter(([, value]) => value !== void 0 && value !== "")
-);
+var dropEmpty = (values) => Object.fromEntries(Object.entries(values).filter(([, value]) => value !== void 0 && value !== ""));
 var sumOf = (items, numberOf) => {
   let sum = 0;
-  for (const item of items) sum += numberOf(item);
+  for (const item of items)
+    sum += numberOf(item);
   return sum;
 };
 function formatBytes(bytes) {
   let value = bytes;
   let unit = "B";
   for (const larger of ["kB", "MB", "GB", "TB"]) {
-    if (value < 999.5) break;
+    if (value < 999.5)
+      break;
     value /= 1e3;
     unit = larger;
   }
@@ -329,10 +276,13 @@ function settled(results) {
   const values = [];
   const failures = [];
   for (const result of results) {
-    if (result.status === "fulfilled") values.push(result.value);
-    else failures.push(result.reason);
+    if (result.status === "fulfilled")
+      values.push(result.value);
+    else
+      failures.push(result.reason);
   }
-  if (failures.length > 0) throw asOneFailure(failures);
+  if (failures.length > 0)
+    throw asOneFailure(failures);
   return values;
 }
 function asOneFailure(failures) {
@@ -341,9 +291,11 @@ function asOneFailure(failures) {
     return failures.find((failure) => !(failure instanceof ImgpullError));
   const telling = errors.filter(({ code }) => code !== "ABORTED");
   const [first] = telling;
-  if (!first) return errors[0];
+  if (!first)
+    return errors[0];
   const messages = [...new Set(telling.map(({ message }) => message))];
-  if (messages.length === 1) return first;
+  if (messages.length === 1)
+    return first;
   return new ImgpullError(first.code, messages.join("\n"), { status: first.status, cause: first });
 }
 function anySignal(...signals) {
@@ -361,10 +313,13 @@ var TAG = /^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$/;
 var PARTS = /^(?:(?<host>localhost|[^/]*[.:][^/]*)\/)?(?<name>.*?)(?::(?<tag>[^:]*))?$/;
 function isHost(text) {
   const match = HOST.exec(text);
-  if (!match) return false;
+  if (!match)
+    return false;
   const { ipv6, port = "443" } = match.groups ?? {};
-  if (Number(port) < 1 || Number(port) > 65535) return false;
-  if (ipv6 !== void 0 && !net.isIPv6(ipv6)) return false;
+  if (Number(port) < 1 || Number(port) > 65535)
+    return false;
+  if (ipv6 !== void 0 && !net.isIPv6(ipv6))
+    return false;
   return URL.canParse(`http://${text}`);
 }
 function splitReference(text) {
@@ -380,20 +335,29 @@ function splitReference(text) {
   };
 }
 function faultOfReference(text) {
-  if (text === "") return "it is empty";
-  if (/^[a-z]+:\/\//i.test(text)) return "write it without the scheme (use --scheme for http)";
-  if (/[^\x21-\x7e]/.test(text)) return "it has a character that is not printable ASCII";
-  if (text.split("@").length > 2) return "it has more than one @";
+  if (text === "")
+    return "it is empty";
+  if (/^[a-z]+:\/\//i.test(text))
+    return "write it without the scheme (use --scheme for http)";
+  if (/[^\x21-\x7e]/.test(text))
+    return "it has a character that is not printable ASCII";
+  if (text.split("@").length > 2)
+    return "it has more than one @";
   const { host, repository, name, tag, digest } = splitReference(text);
   if (digest !== void 0 && !isDigest(digest)) {
     const form = "sha256: and 64, or sha512: and 128 lower-case hex digits";
     return `"${printable(digest)}" is not a digest: ${form}`;
   }
-  if (!isHost(host)) return `"${host}" is not a host, host:port or [IPv6 address]`;
-  if (name === "") return "the repository is missing";
-  if (name !== name.toLowerCase()) return "a repository is written in lower case";
-  if (!REPOSITORY.test(name)) return `"${name}" is not a repository name`;
-  if (tag !== void 0 && !TAG.test(tag)) return `"${tag}" is not a tag`;
+  if (!isHost(host))
+    return `"${host}" is not a host, host:port or [IPv6 address]`;
+  if (name === "")
+    return "the repository is missing";
+  if (name !== name.toLowerCase())
+    return "a repository is written in lower case";
+  if (!REPOSITORY.test(name))
+    return `"${name}" is not a repository name`;
+  if (tag !== void 0 && !TAG.test(tag))
+    return `"${tag}" is not a tag`;
   if (`${host}/${repository}`.length > 255)
     return "host and repository are longer than 255 characters";
   return void 0;
@@ -416,7 +380,8 @@ function formatReference({ host, repository, tag, digest }) {
 var apiHost = (host) => host === "docker.io" ? "registry-1.docker.io" : host;
 function imageName({ host, repository, tag, digest }, namespace) {
   const version = tag === void 0 ? `@${digest}` : `:${tag}`;
-  if (namespace !== void 0) return parseReference(`${namespace}/${repository}${version}`);
+  if (namespace !== void 0)
+    return parseReference(`${namespace}/${repository}${version}`);
   const [firstSegment = "", ...others] = repository.split("/");
   const isMirrored = others.length > 0 && firstSegment.includes(".") && isHost(firstSegment);
   return parseReference(`${isMirrored ? "" : `${host}/`}${repository}${version}`);
@@ -429,7 +394,8 @@ var canonicalHost = (host) => HUB_HOSTS.includes(host.toLowerCase()) ? "docker.i
 function parseMirrors(mirrors, scheme) {
   const parsed = /* @__PURE__ */ new Map();
   for (const [host, places] of Object.entries(mirrors)) {
-    if (!isHost(host)) fail("BAD_OPTION", `\`mirrors\`: "${printable(host)}" is not a host`);
+    if (!isHost(host))
+      fail("BAD_OPTION", `\`mirrors\`: "${printable(host)}" is not a host`);
     const key = canonicalHost(host);
     const added = places.map((place) => parseMirror(place, scheme));
     parsed.set(key, [...parsed.get(key) ?? [], ...added]);
@@ -440,7 +406,8 @@ function parseMirror(text, scheme) {
   const parts = /^(?:(https?):\/\/)?([^/]*)(?:\/(.*?))?\/?$/i.exec(text) ?? [];
   const [, written = scheme, host = "", prefix = ""] = parts;
   const isPlace = isHost(host) && (prefix === "" || REPOSITORY.test(prefix));
-  if (isPlace) return { scheme: written.toLowerCase() === "http" ? "http" : "https", host, prefix };
+  if (isPlace)
+    return { scheme: written.toLowerCase() === "http" ? "http" : "https", host, prefix };
   const shown = printable(text.replace(/^.*@/, "***@"));
   return fail("BAD_OPTION", `\`mirrors\`: "${shown}" is not HOST[:PORT][/PREFIX]`);
 }
@@ -475,8 +442,10 @@ var PemBundle = class {
   }
   add(...texts) {
     for (const text of texts) {
-      if (!text?.includes("-----BEGIN CERTIFICATE-----")) continue;
-      if (!this.#text.includes(text.trim())) this.#text += `${text}
+      if (!text?.includes("-----BEGIN CERTIFICATE-----"))
+        continue;
+      if (!this.#text.includes(text.trim()))
+        this.#text += `${text}
 `;
     }
   }
@@ -486,7 +455,8 @@ async function systemCertificates(environment) {
   const bundle = new PemBundle();
   for (const file of SSL_CERT_FILE ? [SSL_CERT_FILE] : CA_BUNDLES) {
     bundle.add(await readOptional(file));
-    if (!bundle.isEmpty) break;
+    if (!bundle.isEmpty)
+      break;
   }
   const defaultDirectories = bundle.isEmpty ? CA_DIRECTORIES : [];
   for (const directory of SSL_CERT_DIR?.split(path.delimiter) ?? defaultDirectories) {
@@ -494,8 +464,10 @@ async function systemCertificates(environment) {
     const texts = await Promise.all(names.map((name) => readOptional(path.join(directory, name))));
     bundle.add(...texts);
   }
-  if (bundle.isEmpty) bundle.add(...nodeCertificates());
-  if (NODE_EXTRA_CA_CERTS) bundle.add(await readOptional(NODE_EXTRA_CA_CERTS));
+  if (bundle.isEmpty)
+    bundle.add(...nodeCertificates());
+  if (NODE_EXTRA_CA_CERTS)
+    bundle.add(await readOptional(NODE_EXTRA_CA_CERTS));
   return bundle.text;
 }
 function nodeCertificates() {
@@ -506,19 +478,19 @@ function nodeCertificates() {
 }
 async function readPem(file, option) {
   const text = await fs.readFile(file, "utf8").catch((error) => fail("TLS", `cannot read ${option} ${file}: ${diskWords(error)}`));
-  if (!text.includes("-----BEGIN ")) fail("TLS", `${option} ${file} is not a PEM file`);
+  if (!text.includes("-----BEGIN "))
+    fail("TLS", `${option} ${file} is not a PEM file`);
   return text;
 }
 async function readCertsFolder(folder) {
   const names = (await listOptional(folder)).sort();
-  const read = (suffix) => Promise.all(
-    names.filter((name) => name.endsWith(suffix)).map((name) => readPem(path.join(folder, name), "certificate"))
-  );
+  const read = (suffix) => Promise.all(names.filter((name) => name.endsWith(suffix)).map((name) => readPem(path.join(folder, name), "certificate")));
   return { ca: await read(".crt"), cert: await read(".cert"), key: await read(".key") };
 }
 async function makeSecureContext({ caCert, tlsCert, tlsKey, environment }, registryFolder) {
   const ca = [await systemCertificates(environment)];
-  if (caCert !== void 0) ca.push(await readPem(caCert, "--cacert"));
+  if (caCert !== void 0)
+    ca.push(await readPem(caCert, "--cacert"));
   let cert = [];
   let key = [];
   if (registryFolder !== void 0) {
@@ -544,8 +516,10 @@ function isExemptFromProxy(url, noProxy) {
 function isInBlock(url, block) {
   const host = withoutBrackets(url.hostname);
   const [address = "", bits = ""] = block.split("/");
-  if (net.isIP(host) === 0 || net.isIP(address) === 0 || !/^\d+$/.test(bits)) return false;
-  if (Number(bits) > (net.isIPv6(address) ? 128 : 32)) return false;
+  if (net.isIP(host) === 0 || net.isIP(address) === 0 || !/^\d+$/.test(bits))
+    return false;
+  if (Number(bits) > (net.isIPv6(address) ? 128 : 32))
+    return false;
   const list = new net.BlockList();
   list.addSubnet(address, Number(bits), familyOf(address));
   return list.check(host, familyOf(host));
@@ -554,32 +528,36 @@ function isNamedBy(url, entry) {
   const withPort = /^(?:\[(?<bracketed>[^\]]*)\]|(?<bare>[^:]*))(?::(?<port>\d+))?$/.exec(entry);
   const { bracketed, bare = entry, port } = withPort?.groups ?? {};
   const urlPort = url.port || (url.protocol === "https:" ? "443" : "80");
-  if (port !== void 0 && port !== urlPort) return false;
+  if (port !== void 0 && port !== urlPort)
+    return false;
   const host = withoutBrackets(url.hostname);
   const name = (bracketed ?? bare).replace(/^\*?\./, "");
-  if (name === "") return false;
-  if (name === "*" || name === host) return true;
+  if (name === "")
+    return false;
+  if (name === "*" || name === host)
+    return true;
   return net.isIP(host) === 0 && host.endsWith(`.${name}`);
 }
 function proxyFor(url, environment) {
   const variable = (name2) => environment[name2] || environment[name2.toLowerCase()] || "";
   const forScheme = url.protocol === "https:" ? "HTTPS_PROXY" : "HTTP_PROXY";
   const name = [forScheme, "ALL_PROXY"].find(variable);
-  if (name === void 0 || isExemptFromProxy(url, variable("NO_PROXY"))) return void 0;
+  if (name === void 0 || isExemptFromProxy(url, variable("NO_PROXY")))
+    return void 0;
   const value = variable(name);
   const text = /^[a-z][a-z0-9+.-]*:\/\//i.test(value) ? value : `http://${value}`;
-  if (!URL.canParse(text)) fail("PROXY", `${name} is not a URL`);
+  if (!URL.canParse(text))
+    fail("PROXY", `${name} is not a URL`);
   const proxy = new URL(text);
-  if (proxy.protocol === "http:" || proxy.protocol === "https:") return proxy;
-  return fail(
-    "PROXY",
-    `${name}: a ${proxy.protocol}// proxy is not supported, only http:// and https:// ones are`
-  );
+  if (proxy.protocol === "http:" || proxy.protocol === "https:")
+    return proxy;
+  return fail("PROXY", `${name}: a ${proxy.protocol}// proxy is not supported, only http:// and https:// ones are`);
 }
 var PROXY_REMEDY = "\n  the proxy wants credentials: http://USER:PASSWORD@HOST:PORT";
 var proxyName = ({ protocol, host }) => `the proxy ${protocol}//${host}`;
 function proxyHeaders({ username, password }) {
-  if (username === "") return {};
+  if (username === "")
+    return {};
   const authorization = basicAuthorization((0, import_node_querystring.unescape)(username), (0, import_node_querystring.unescape)(password));
   return { "Proxy-Authorization": authorization };
 }
@@ -621,9 +599,7 @@ var AgentPool = class {
   #settings;
   #agents = /* @__PURE__ */ new Map();
   #closing = new AbortController();
-  // for tunnels that are being asked for: no agent knows them yet
   #commonContext;
-  // to parse the system's certificates takes long
   constructor(settings) {
     this.#settings = settings;
   }
@@ -635,7 +611,8 @@ var AgentPool = class {
   }
   close() {
     this.#closing.abort();
-    for (const agent of this.#agents.values()) agent.then((ready) => ready.destroy(), ignore);
+    for (const agent of this.#agents.values())
+      agent.then((ready) => ready.destroy(), ignore);
   }
   async #makeAgent(url, role, proxy) {
     const { timeoutMs, insecure } = this.#settings;
@@ -648,12 +625,12 @@ var AgentPool = class {
       secureContext: await this.#contextFor(url, role),
       rejectUnauthorized: insecure !== true
     });
-    if (!proxy) return agent;
+    if (!proxy)
+      return agent;
     const options = { ...proxyTls, agent: false, signal: this.#closing.signal };
     const createConnection = (target, done) => connectThrough({ proxy, options, timeoutMs }, target, done);
     return Object.assign(agent, { createConnection });
   }
-  /** Node takes the name to verify from the Host header, which is the target's, unless it is told. */
   async #tlsToProxy(proxy) {
     const servername = net.isIP(proxy.hostname) === 0 ? proxy.hostname : "";
     return { secureContext: await this.#contextFor(proxy, "other"), servername };
@@ -661,13 +638,11 @@ var AgentPool = class {
   async #contextFor(url, role) {
     const { tlsCert, tlsKey, ...common } = this.#settings;
     const folder = path.join(common.certsDirectory, url.host);
-    const hasFolder = role !== "other" && await fs.access(folder).then(
-      () => true,
-      () => false
-    );
+    const hasFolder = role !== "other" && await fs.access(folder).then(() => true, () => false);
     if (role === "registry" && tlsCert !== void 0)
       return makeSecureContext(this.#settings, folder);
-    if (hasFolder) return makeSecureContext(common, folder);
+    if (hasFolder)
+      return makeSecureContext(common, folder);
     this.#commonContext ??= makeSecureContext(common);
     return this.#commonContext;
   }
@@ -706,7 +681,8 @@ var Transport = class {
     try {
       [incoming] = await (0, import_node_events.once)(outgoing, "response", { signal });
     } catch (error) {
-      if (isStaleConnection(outgoing, error)) return this.#sendOnce(request, url, headers);
+      if (isStaleConnection(outgoing, error))
+        return this.#sendOnce(request, url, headers);
       throw connectionError(error, forwarder ? `${proxyName(forwarder)}, ${doing}` : doing);
     }
     if (forwarder && incoming.statusCode === 407) {
@@ -723,7 +699,8 @@ function isStaleConnection(outgoing, error) {
 function tidyHeaders(headers) {
   for (const [name, value] of Object.entries(headers)) {
     const trimmed = name.trimEnd();
-    if (trimmed === name) continue;
+    if (trimmed === name)
+      continue;
     headers[trimmed] ??= value;
     delete headers[name];
   }
@@ -742,8 +719,10 @@ function timeoutError(doing, words) {
 }
 function whenConnected(outgoing, proceed) {
   outgoing.once("socket", (socket) => {
-    if (outgoing.reusedSocket) proceed();
-    else socket.once("encrypted" in socket ? "secureConnect" : "connect", proceed);
+    if (outgoing.reusedSocket)
+      proceed();
+    else
+      socket.once("encrypted" in socket ? "secureConnect" : "connect", proceed);
   });
 }
 function limitConnecting(outgoing, limitMs, doing) {
@@ -770,18 +749,22 @@ var Patience = class {
     whenConnected(outgoing, () => {
       timer = setTimeout(giveUp, limitMs);
     });
-    for (const end of ["response", "close"]) outgoing.once(end, () => clearTimeout(timer));
+    for (const end of ["response", "close"])
+      outgoing.once(end, () => clearTimeout(timer));
   }
 };
 function limitBody(outgoing, limits) {
   const { timeoutMs, isBlob, doing } = limits;
   outgoing.once("response", (incoming) => {
     outgoing.on("timeout", () => {
-      if (isReaderSlow(incoming)) outgoing.setTimeout(timeoutMs);
-      else incoming.destroy(timeoutError(doing, `nothing came for ${timeoutMs / 1e3} s`));
+      if (isReaderSlow(incoming))
+        outgoing.setTimeout(timeoutMs);
+      else
+        incoming.destroy(timeoutError(doing, `nothing came for ${timeoutMs / 1e3} s`));
     });
     const isRefusal = (incoming.statusCode ?? 0) >= 300;
-    if (isBlob && !isRefusal) return limitSlowness(incoming, 2 * timeoutMs, doing);
+    if (isBlob && !isRefusal)
+      return limitSlowness(incoming, 2 * timeoutMs, doing);
     const limitMs = isRefusal ? timeoutMs : LIMITS.documentWaitFactor * timeoutMs;
     const late = timeoutError(doing, `the answer was not whole after ${limitMs / 1e3} s`);
     const timer = setTimeout(() => incoming.destroy(late), limitMs);
@@ -796,7 +779,8 @@ function limitSlowness(incoming, periodMs, doing) {
     const { bytesRead } = incoming.socket;
     const cameBytes = bytesRead - readBefore;
     readBefore = bytesRead;
-    if (cameBytes >= leastBytes || isReaderSlow(incoming)) return;
+    if (cameBytes >= leastBytes || isReaderSlow(incoming))
+      return;
     const words = `only ${cameBytes} bytes came in ${periodMs / 1e3} s`;
     incoming.destroy(timeoutError(doing, words));
   };
@@ -815,7 +799,8 @@ async function followRedirects(request, sendOnce) {
     });
     const { statusCode: status = 0, headers } = response;
     const answer = { status, headers, url, authorization, words: "" };
-    if (status >= 200 && status < 300) return { ...answer, body: response };
+    if (status >= 200 && status < 300)
+      return { ...answer, body: response };
     const isRedirect = [301, 302, 303, 307, 308].includes(status) && request.body === void 0;
     if (!isRedirect || headers.location === void 0)
       return { ...answer, words: await readWords(response) };
@@ -826,33 +811,35 @@ async function followRedirects(request, sendOnce) {
   }
 }
 function redirectTarget(from, location) {
-  if (!URL.canParse(location, from)) fail("PROTOCOL", `${redactUrl(from)} redirects to no URL`);
+  if (!URL.canParse(location, from))
+    fail("PROTOCOL", `${redactUrl(from)} redirects to no URL`);
   const target = new URL(location, from);
   const isFollowed = target.protocol === "https:" || target.protocol === "http:" && from.protocol === "http:";
-  if (isFollowed) return target;
-  return fail(
-    "PROTOCOL",
-    `${redactUrl(from)} redirects to ${redactUrl(target)}: not followed from https to ${target.protocol}`
-  );
+  if (isFollowed)
+    return target;
+  return fail("PROTOCOL", `${redactUrl(from)} redirects to ${redactUrl(target)}: not followed from https to ${target.protocol}`);
 }
 function dropBody(response) {
   let length = 0;
   response.on("error", ignore).on("data", (chunk) => {
     length += chunk.length;
-    if (length > LIMITS.redirectBodyBytes) response.destroy();
+    if (length > LIMITS.redirectBodyBytes)
+      response.destroy();
   });
 }
 function decodeBody(response, expectedBytes) {
   const { "content-encoding": encoding = "", "content-length": length } = response.headers;
   const isRaw = expectedBytes !== void 0 && Number(length) === expectedBytes;
-  if (!/^(x-)?gzip$/i.test(encoding) || isRaw) return response;
+  if (!/^(x-)?gzip$/i.test(encoding) || isRaw)
+    return response;
   const decoded = load("node:zlib").createGunzip();
   response.once("error", (error) => decoded.destroy(error));
   return response.pipe(decoded.once("close", () => response.destroy()));
 }
 async function readBody(response, maximumBytes, what) {
   const checkSize = (bytes) => {
-    if (bytes > maximumBytes) fail("TOO_LARGE", `${what} is larger than ${maximumBytes} bytes`);
+    if (bytes > maximumBytes)
+      fail("TOO_LARGE", `${what} is larger than ${maximumBytes} bytes`);
   };
   const chunks = [];
   let length = 0;
@@ -873,7 +860,8 @@ async function readWords(response) {
   try {
     return wordsOfError(await readBody(response, LIMITS.errorBodyBytes, "the error's body"));
   } catch (error) {
-    if (error.code === "ABORTED") throw error;
+    if (error.code === "ABORTED")
+      throw error;
     return "";
   }
 }
@@ -897,13 +885,11 @@ function wordsOfError(body) {
   return printable(words.slice(0, 2).join(": "));
 }
 function wordsOfXml(text) {
-  if (!/<Error[\s>]/.test(text)) return "";
+  if (!/<Error[\s>]/.test(text))
+    return "";
   const words = ["Code", "Message"].map((name) => {
     const [, content = ""] = new RegExp(`<${name}>([^<]*)</${name}>`).exec(text) ?? [];
-    return content.replace(
-      /&(lt|gt|quot|apos|amp);/g,
-      (_all, entity) => XML_ENTITIES[entity] ?? ""
-    );
+    return content.replace(/&(lt|gt|quot|apos|amp);/g, (_all, entity) => XML_ENTITIES[entity] ?? "");
   });
   return words.filter(Boolean).join(": ");
 }
@@ -911,29 +897,39 @@ var XML_ENTITIES = { lt: "<", gt: ">", quot: '"', apos: "'", amp: "&" };
 var sleep = (waitMs, signal) => (0, import_promises2.setTimeout)(waitMs, void 0, { signal });
 var systemClock = { now: Date.now, random: Math.random, sleep };
 function parseRetryAfter(value, now) {
-  if (value === void 0) return void 0;
-  if (/^\s*\d+\s*$/.test(value)) return Number(value) * 1e3;
+  if (value === void 0)
+    return void 0;
+  if (/^\s*\d+\s*$/.test(value))
+    return Number(value) * 1e3;
   const date = Date.parse(value);
   return Number.isNaN(date) ? void 0 : Math.max(0, date - now);
 }
 function isRetriable(error) {
-  if (!(error instanceof ImgpullError)) return false;
+  if (!(error instanceof ImgpullError))
+    return false;
   const { code, status = 0, retryAfterMs } = error;
   if (code === "NETWORK")
     return !["ENOTFOUND", "ERR_ACCESS_DENIED"].includes(errorCodeOf(error.cause));
-  if (code === "TIMEOUT" || code === "RATE_LIMITED") return true;
-  if (code === "DIGEST_MISMATCH" || code === "SIZE_MISMATCH") return true;
-  if (retryAfterMs !== void 0) return true;
-  if (status === 408 || status === 425) return true;
+  if (code === "TIMEOUT" || code === "RATE_LIMITED")
+    return true;
+  if (code === "DIGEST_MISMATCH" || code === "SIZE_MISMATCH")
+    return true;
+  if (retryAfterMs !== void 0)
+    return true;
+  if (status === 408 || status === 425)
+    return true;
   return status >= 500 && status !== 501 && status !== 505;
 }
 function retryDelayMs(error, failures, retries, random) {
-  if (!isRetriable(error)) return void 0;
+  if (!isRetriable(error))
+    return void 0;
   const { code, retryAfterMs = 0 } = error;
   const isMismatch = code === "DIGEST_MISMATCH" || code === "SIZE_MISMATCH";
   const most = isMismatch ? Math.min(1, retries) : retries;
-  if (failures > most) return void 0;
-  if (retryAfterMs > LIMITS.retryAfterMs) return void 0;
+  if (failures > most)
+    return void 0;
+  if (retryAfterMs > LIMITS.retryAfterMs)
+    return void 0;
   const ceilingMs = Math.min(LIMITS.backoffMs, LIMITS.firstBackoffMs * 2 ** (failures - 1));
   const backoffMs = Math.round(ceilingMs * (0.5 + random / 2));
   return Math.max(retryAfterMs, backoffMs);
@@ -944,10 +940,13 @@ async function withRetries({ clock, settings, signal, warn }, attempt, gotOn = (
     try {
       return await attempt();
     } catch (error) {
-      if (signal.aborted) fail("ABORTED", "stopped", { cause: error });
-      if (gotOn()) failures = 1;
+      if (signal.aborted)
+        fail("ABORTED", "stopped", { cause: error });
+      if (gotOn())
+        failures = 1;
       const waitMs = retryDelayMs(error, failures, retries, clock.random());
-      if (waitMs === void 0) throw error;
+      if (waitMs === void 0)
+        throw error;
       const [firstLine] = error.message.split("\n");
       const seconds = (waitMs / 1e3).toFixed(1);
       warn(`${firstLine}; trying again in ${seconds} s (${failures} of ${retries})`);
@@ -976,7 +975,8 @@ var homeOf = ({ HOME }) => HOME ?? os.homedir();
 var below = (directory, ...names) => directory ? path.join(directory, ...names) : void 0;
 var AUTH_JSON = "containers/auth.json";
 function runtimeDirectory({ XDG_RUNTIME_DIR }) {
-  if (XDG_RUNTIME_DIR !== void 0) return below(XDG_RUNTIME_DIR, "containers");
+  if (XDG_RUNTIME_DIR !== void 0)
+    return below(XDG_RUNTIME_DIR, "containers");
   const userId = process.getuid?.();
   return userId === void 0 ? void 0 : `/run/containers/${userId}`;
 }
@@ -994,25 +994,31 @@ var CREDENTIAL_PLACES = [
 ];
 async function findCredential(settings, owner) {
   const fromOptions = owner.role === "registry" ? credentialOfOptions(settings) : void 0;
-  if (fromOptions) return fromOptions;
+  if (fromOptions)
+    return fromOptions;
   const { environment } = settings;
   for (const place of CREDENTIAL_PLACES) {
     const path2 = place.file?.(environment);
     const text = path2 ? await readCredentialFile(path2, place.variable) : place.text?.(environment);
-    if (!text) continue;
+    if (!text)
+      continue;
     const source = path2 ?? place.variable ?? "";
     const json = parseJson(text);
-    if (!isRecord(json)) return fail("CREDENTIALS", `${source} is not a JSON object`);
+    if (!isRecord(json))
+      return fail("CREDENTIALS", `${source} is not a JSON object`);
     const file = place.isAuthsOnly ? { auths: json } : json;
     const credential = credentialIn({ ...file, source }, owner, environment);
-    if (credential) return credential;
+    if (credential)
+      return credential;
   }
   return void 0;
 }
 function credentialOfOptions({ token, username, password }) {
   const common = { kind: "basic", username: username ?? "", stored: false };
-  if (token !== void 0) return { ...common, secret: token, source: "--token" };
-  if (username === void 0) return void 0;
+  if (token !== void 0)
+    return { ...common, secret: token, source: "--token" };
+  if (username === void 0)
+    return void 0;
   return { ...common, secret: password ?? "", source: "--user and --password" };
 }
 async function readCredentialFile(file, variable) {
@@ -1022,7 +1028,8 @@ async function readCredentialFile(file, variable) {
     if ((await fs.stat(file)).size <= LIMITS.credentialFileBytes)
       return await fs.readFile(file, "utf8");
   } catch (cause) {
-    if (variable === void 0 && isMissing(cause)) return void 0;
+    if (variable === void 0 && isMissing(cause))
+      return void 0;
     fail("CREDENTIALS", `${what}: ${diskWords(cause)}`, { cause });
   }
   return fail("CREDENTIALS", `${what}: too large for a credential file`);
@@ -1036,7 +1043,8 @@ function credentialIn({ source, auths, credHelpers, credsStore }, { reference, s
   const program = helper ?? credsStore;
   const server = host === "docker.io" ? "https://index.docker.io/v1/" : host;
   const fromHelper = isName(program) && runCredentialHelper(program, server, environment);
-  if (fromHelper) return fromHelper;
+  if (fromHelper)
+    return fromHelper;
   const entries = entriesOfHost(auths, wanted, scheme, isFilled);
   const entry = longestPath(entries, wanted) ?? entries[0];
   return entry && decodeAuthEntry(entry.value, source);
@@ -1051,7 +1059,8 @@ function entriesOfHost(entries, { host }, scheme, isUsable) {
   const ofHost = [];
   for (const [written, value] of Object.entries(entries ?? {})) {
     const key = normalizeAuthKey(written, scheme);
-    if (key.host === host && isUsable(value)) ofHost.push({ ...key, value });
+    if (key.host === host && isUsable(value))
+      ofHost.push({ ...key, value });
   }
   return ofHost.sort((left, right) => left.path.length - right.path.length);
 }
@@ -1066,19 +1075,23 @@ function decodeAuthEntry(entry, source) {
   const [, username = text("username"), password = text("password")] = /^([^:]*):(.*)$/s.exec(decoded) ?? [];
   const common = { username, source, stored: true };
   const identity = text("identitytoken");
-  if (identity) return { ...common, kind: "identity", secret: identity };
+  if (identity)
+    return { ...common, kind: "identity", secret: identity };
   const bearer = text("registrytoken");
   if (!isHeaderWord(bearer || "-"))
     fail("CREDENTIALS", `${source}: its "registrytoken" fits no header`);
-  if (bearer) return { ...common, kind: "bearer", secret: bearer };
-  if (username === "" && password === "") return void 0;
+  if (bearer)
+    return { ...common, kind: "bearer", secret: bearer };
+  if (username === "" && password === "")
+    return void 0;
   return { ...common, kind: "basic", secret: password };
 }
 var isHeaderWord = (text) => /^[\x21-\x7e]+$/.test(text);
 function runCredentialHelper(name, server, environment) {
   const source = `docker-credential-${name}`;
   const refuse = (reason) => fail("CREDENTIALS", `the credential helper ${printable(source)} ${reason}`);
-  if (!/^[\w.+-]+$/.test(name)) refuse("has a name that is not one");
+  if (!/^[\w.+-]+$/.test(name))
+    refuse("has a name that is not one");
   const { status, stdout, stderr, error } = load("node:child_process").spawnSync(source, ["get"], {
     input: server,
     env: { ...environment },
@@ -1086,15 +1099,22 @@ function runCredentialHelper(name, server, environment) {
     maxBuffer: LIMITS.tokenBytes,
     encoding: "utf8"
   });
-  if (errorCodeOf(error) === "ENOENT") refuse("cannot be run: it is not on the PATH");
-  if (error) refuse(`cannot be run: ${errorCodeOf(error)}`);
+  if (errorCodeOf(error) === "ENOENT")
+    refuse("cannot be run: it is not on the PATH");
+  if (error)
+    refuse(`cannot be run: ${errorCodeOf(error)}`);
   const words = printable(stdout || stderr) || `exit code ${status}`;
-  if (status !== 0 && /credentials not found/i.test(words)) return void 0;
-  if (status !== 0) refuse(`failed: ${words}`);
-  if (stdout.trim() === "") return void 0;
+  if (status !== 0 && /credentials not found/i.test(words))
+    return void 0;
+  if (status !== 0)
+    refuse(`failed: ${words}`);
+  if (stdout.trim() === "")
+    return void 0;
   const answer = parseJson(stdout);
-  if (!isRecord(answer)) return refuse("answered what is not a JSON object");
-  if (Object.keys(answer).length === 0) return void 0;
+  if (!isRecord(answer))
+    return refuse("answered what is not a JSON object");
+  if (Object.keys(answer).length === 0)
+    return void 0;
   const { Username: username = "", Secret: secret } = answer;
   if (typeof username !== "string" || typeof secret !== "string")
     return refuse("answered without a Secret");
@@ -1122,14 +1142,17 @@ function statusError(answer, now, who) {
   });
 }
 function remedyFor({ status, words }, waitMs, now) {
-  if (status === 407) return PROXY_REMEDY;
-  if (status === 429) return `
+  if (status === 407)
+    return PROXY_REMEDY;
+  if (status === 429)
+    return `
   too many requests: ${whenToComeBack(waitMs, now)}`;
   const isHttpsPort = /HTTP request (was sent )?to (an )?HTTPS/i.test(words);
   return isHttpsPort ? "\n  this port is https: try without --scheme http" : "";
 }
 function whenToComeBack(waitMs, now) {
-  if (waitMs === void 0) return "try again later";
+  if (waitMs === void 0)
+    return "try again later";
   const date = new Date(now + Math.min(waitMs, 1e12));
   return `come back in ${Math.ceil(waitMs / 1e3)} s, at ${date.toISOString()}`;
 }
@@ -1144,7 +1167,8 @@ function parseRealm(realm, origin) {
   const url = new URL(realm, origin);
   const named = `${origin} names the token endpoint ${redactUrl(url)}`;
   const isPrivateEnough = ["https:", new URL(origin).protocol].includes(url.protocol);
-  if (!isPrivateEnough) fail("PROTOCOL", `${named}: not over ${url.protocol}`);
+  if (!isPrivateEnough)
+    fail("PROTOCOL", `${named}: not over ${url.protocol}`);
   if (leadsInside(url, origin))
     fail("PROTOCOL", `${named}: an address inside a network, where the registry is not`);
   return url;
@@ -1156,7 +1180,8 @@ var INSIDE_BLOCKS = [
 function leadsInside({ hostname: hostname2 }, registryOrigin) {
   const address = withoutBrackets(hostname2);
   const isOwn2 = hostname2 === new URL(registryOrigin).hostname;
-  if (isOwn2 || net.isIP(address) === 0) return false;
+  if (isOwn2 || net.isIP(address) === 0)
+    return false;
   const blocks = new net.BlockList();
   for (const block of INSIDE_BLOCKS) {
     const [network = "", bits] = block.split("/");
@@ -1166,7 +1191,8 @@ function leadsInside({ hostname: hostname2 }, registryOrigin) {
 }
 async function exchangeIdentityToken(session, url, request) {
   const { credential, parameters } = request;
-  if (credential?.kind !== "identity") return void 0;
+  if (credential?.kind !== "identity")
+    return void 0;
   const { service, scope } = parameters;
   const grant = {
     ...dropEmpty({ service, scope }),
@@ -1180,7 +1206,8 @@ async function exchangeIdentityToken(session, url, request) {
     headers: { "Content-Type": "application/x-www-form-urlencoded" },
     body: String(new URLSearchParams(grant))
   });
-  if (isNoOAuth2(answer.status)) return void 0;
+  if (isNoOAuth2(answer.status))
+    return void 0;
   return readToken(session, url, answer);
 }
 function isNoOAuth2(status) {
@@ -1208,7 +1235,8 @@ var tokenHttpRequest = ({ signal }, url, { origin, role }, header) => ({
 });
 async function readToken({ clock }, url, answer) {
   const now = clock.now();
-  if (!answer.body) throw statusError(answer, now, "the token service");
+  if (!answer.body)
+    throw statusError(answer, now, "the token service");
   const what = `the token of ${redactUrl(url)}`;
   return parseToken(await readBody(answer.body, LIMITS.tokenBytes, what), now);
 }
@@ -1216,7 +1244,8 @@ function parseToken(body, now) {
   const json = parseJson(body);
   const answer = isRecord(json) ? json : {};
   const token = answer.token || answer.access_token;
-  if (typeof token !== "string" || !isHeaderWord(token)) return void 0;
+  if (typeof token !== "string" || !isHeaderWord(token))
+    return void 0;
   const seconds = typeof answer.expires_in === "number" ? answer.expires_in : 0;
   return {
     header: `Bearer ${token}`,
@@ -1228,17 +1257,12 @@ var Authorizer = class {
   #owner;
   #registryOrigin;
   #authorizations = /* @__PURE__ */ new Map();
-  // by origin
   #renewals = /* @__PURE__ */ new Map();
-  // by origin, while they are under way
   #lookup;
   #fate = "unsent";
   #refusedCredential;
-  // once there is one, later requests are anonymous
   #otherScope;
-  // the challenge's, once ours was refused
   #offer;
-  // of the credential to a registry that had not asked for one
   constructor(session, owner, registryOrigin) {
     const { token } = session.settings;
     this.#session = session;
@@ -1249,22 +1273,21 @@ var Authorizer = class {
       this.#fate = "sent";
     }
   }
-  /** The header for an origin that is known to want one, anew where the last has expired. */
   async headerFor(origin) {
     const expiresAt = this.#authorizations.get(origin)?.expiresAt ?? 0;
     const isExpired = expiresAt <= this.#session.clock.now();
     const isWanted = hasUsable(this.#session.challenges.get(origin) ?? []);
-    if (isWanted && isExpired) await this.#renew(origin);
+    if (isWanted && isExpired)
+      await this.#renew(origin);
     return this.#authorizations.get(origin)?.header;
   }
-  /** Keeps the challenge that a registry's first answer brings, for all that is asked of it after that. */
   hearFirst(answer) {
     const { origin } = answer.url;
     const challenges = challengesOf(answer);
     const isNews = answer.status === 401 && !this.#session.challenges.has(origin);
-    if (isNews && hasUsable(challenges)) this.#session.challenges.set(origin, challenges);
+    if (isNews && hasUsable(challenges))
+      this.#session.challenges.set(origin, challenges);
   }
-  /** Whether `answer` was a refusal after which another attempt may go better. `round` counts those before it. */
   async canGoOnAfter(answer, round) {
     const { url, authorization: sent, status } = answer;
     const { origin } = url;
@@ -1273,25 +1296,26 @@ var Authorizer = class {
       this.#offer ??= this.#offerCredential(origin);
       return this.#offer;
     }
-    if (!isAboutAuthorization(answer)) return false;
+    if (!isAboutAuthorization(answer))
+      return false;
     const isRenewedMeanwhile = this.#authorizations.get(origin)?.header !== sent;
-    if (isRenewedMeanwhile) return true;
+    if (isRenewedMeanwhile)
+      return true;
     const isRenewal = round === 0 && sent !== void 0 && this.#session.challenges.has(origin);
-    if (challenges.length > 0 && !isRenewal) this.#session.challenges.set(origin, challenges);
+    if (challenges.length > 0 && !isRenewal)
+      this.#session.challenges.set(origin, challenges);
     const isFreshOneRefused = status === 403 || round > 0 && sent !== void 0 || sent?.startsWith("Basic ");
     if (isFreshOneRefused && !this.#takeOtherScope(origin, challenges)) {
       const credential = await this.#credentialFor(origin);
-      if (!credential?.stored) return false;
+      if (!credential?.stored)
+        return false;
       this.#goAnonymous(credential, `${redactUrl(url)}: ${status}`);
     }
     return this.#renew(origin);
   }
-  /**
-   * Some registries tell nobody that there is more to see (keppel#522), or forget the challenge (harbor#15252): where a
-   * credential is at hand, /v2/ is asked how to show it. False: nothing has changed.
-   */
   async #offerCredential(origin) {
-    if (!await this.#credentialFor(origin)) return false;
+    if (!await this.#credentialFor(origin))
+      return false;
     const { signal, transport, challenges } = this.#session;
     const answer = await transport.send({
       method: "GET",
@@ -1303,11 +1327,11 @@ var Authorizer = class {
     });
     answer.body?.destroy();
     const offered = challengesOf(answer);
-    if (answer.url.origin !== origin || !hasUsable(offered)) return false;
+    if (answer.url.origin !== origin || !hasUsable(offered))
+      return false;
     challenges.set(origin, offered);
     return this.#renew(origin);
   }
-  /** A refusal with the word of which credentials were tried, and from where. */
   async explain({ code, message, status }) {
     const explained = code === "FORBIDDEN" ? code : "UNAUTHORIZED";
     return new ImgpullError(explained, `${message}
@@ -1327,9 +1351,9 @@ var Authorizer = class {
       return `the credentials of ${credential.source} were not sent: the registry asks for none of their kind`;
     return isAccepted ? `the credentials of ${credential.source} are right, but may not pull ${host}/${repository}` : `refused: the credentials of ${credential.source}`;
   }
-  /** Looked up when a registry asks for it first; storage hosts and other origins never get it. */
   async #credentialFor(origin) {
-    if (this.#refusedCredential || origin !== this.#registryOrigin) return void 0;
+    if (this.#refusedCredential || origin !== this.#registryOrigin)
+      return void 0;
     this.#lookup ??= findCredential(this.#session.settings, this.#owner);
     return this.#lookup;
   }
@@ -1338,31 +1362,30 @@ var Authorizer = class {
     this.#otherScope = void 0;
     this.#authorizations.delete(this.#registryOrigin);
     const outcome = this.#fate === "accepted" ? "do not open it" : "were refused";
-    this.#session.warn(
-      `the credentials of ${refused.source} ${outcome} (${reason}); trying without any`
-    );
+    this.#session.warn(`the credentials of ${refused.source} ${outcome} (${reason}); trying without any`);
   }
-  /** Connections that are refused at the same time get one new token between them. False: we have nothing to show. */
   #renew(origin) {
     const underWay = this.#renewals.get(origin);
-    if (underWay) return underWay;
+    if (underWay)
+      return underWay;
     const renewal = this.#renewOnce(origin).finally(() => this.#renewals.delete(origin));
     this.#renewals.set(origin, renewal);
     return renewal;
   }
   async #renewOnce(origin) {
     const authorization = await this.#answerChallenge(origin);
-    if (authorization) this.#authorizations.set(origin, authorization);
+    if (authorization)
+      this.#authorizations.set(origin, authorization);
     return authorization !== void 0;
   }
-  /** A token, or the credential itself, as the origin wants it; undefined where we have nothing of the kind. */
   async #answerChallenge(origin) {
     const challenges = this.#session.challenges.get(origin) ?? [];
     const credential = await this.#credentialFor(origin);
     const bearer = challenges.find(({ scheme }) => scheme === "bearer");
     if (!bearer) {
       const takesBasic = challenges.some(({ scheme }) => scheme === "basic");
-      if (!takesBasic || credential?.kind !== "basic") return void 0;
+      if (!takesBasic || credential?.kind !== "basic")
+        return void 0;
       const { username, secret } = credential;
       this.#fate = "sent";
       return { header: basicAuthorization(username, secret), expiresAt: NEVER };
@@ -1376,15 +1399,18 @@ var Authorizer = class {
   async #tokenFor(origin, { parameters }, credential) {
     const role = this.#roleOf(origin);
     const scope = this.#scopeFor(role, parameters.scope);
-    if (credential) this.#fate = "sent";
+    if (credential)
+      this.#fate = "sent";
     try {
       const request = { origin, role, parameters: { ...parameters, scope }, credential };
       const token = await fetchToken(this.#session, request);
-      if (credential) this.#fate = "accepted";
+      if (credential)
+        this.#fate = "accepted";
       return token;
     } catch (error) {
       const { status = 0, message } = error;
-      if (![400, 401, 403, 404].includes(status)) throw error;
+      if (![400, 401, 403, 404].includes(status))
+        throw error;
       if (this.#takeOtherScope(origin, [{ scheme: "bearer", parameters }]))
         return this.#answerChallenge(origin);
       if (credential?.stored) {
@@ -1395,18 +1421,18 @@ var Authorizer = class {
       throw isAboutCredentials ? await this.explain(error) : error;
     }
   }
-  /** Exactly one scope. The target of a redirect has repositories of its own, and says which one it wants. */
   #scopeFor(role, theirs) {
     const ours = `repository:${this.#owner.reference.repository}:pull`;
-    if (role !== "other") return this.#otherScope ?? ours;
+    if (role !== "other")
+      return this.#otherScope ?? ours;
     return theirs || ours;
   }
   #roleOf(origin) {
     return origin === this.#registryOrigin ? this.#owner.role : "other";
   }
-  /** Where ours was refused: once the scope that the registry's challenge names. False: it names no other. */
   #takeOtherScope(origin, challenges) {
-    if (origin !== this.#registryOrigin || this.#otherScope !== void 0) return false;
+    if (origin !== this.#registryOrigin || this.#otherScope !== void 0)
+      return false;
     const bearer = challenges.find(({ scheme }) => scheme === "bearer");
     this.#otherScope = otherScope(bearer?.parameters.scope, this.#owner.reference.repository);
     return this.#otherScope !== void 0;
@@ -1415,41 +1441,39 @@ var Authorizer = class {
 function otherScope(scopes = "", repository) {
   for (const scope of scopes.split(" ").filter(Boolean)) {
     const [, name] = /^repository(?:\([^)]*\))?:(.+):[^:]*$/.exec(scope) ?? [];
-    if (name === void 0) return scope;
-    if (name !== repository) return `repository:${name}:pull`;
+    if (name === void 0)
+      return scope;
+    if (name !== repository)
+      return `repository:${name}:pull`;
   }
   return void 0;
 }
 function isSilentRefusal({ status, authorization: sent }, challenges) {
-  if (sent !== void 0) return false;
+  if (sent !== void 0)
+    return false;
   return status === 403 || status === 404 || status === 401 && !hasUsable(challenges);
 }
 function isAboutAuthorization({ status, authorization: sent }) {
-  if (status === 401) return true;
-  if (status === 400) return sent?.startsWith("Bearer ") === true;
+  if (status === 401)
+    return true;
+  if (status === 400)
+    return sent?.startsWith("Bearer ") === true;
   return status === 403 && sent !== void 0;
 }
 var ANY_TYPE = "*/*";
 var Endpoint = class {
   name;
-  // as people write it
   origin;
   role;
   acceptsRanges = true;
-  // false once it has answered a range with the whole
   latencyMs = NEVER;
-  // of the quickest manifest so far: how far away it is
   isPassedOver = false;
-  // a mirror that cannot give what it should
   isToldOf = false;
-  // each has one warning
   #session;
   #reference;
-  // as this place knows it
   #namespace;
   #authorizer;
   #manifestTypes = MANIFEST_TYPES.join(", ");
-  // what it takes as Accept
   #firstContact;
   #hasServed = false;
   #failures = 0;
@@ -1471,18 +1495,19 @@ var Endpoint = class {
   }
   #urlOf(kind, name) {
     const url = new URL(`${this.origin}/v2/${this.#reference.repository}/${kind}s/${name}`);
-    if (this.#namespace !== void 0) url.searchParams.set("ns", this.#namespace);
+    if (this.#namespace !== void 0)
+      url.searchParams.set("ns", this.#namespace);
     return url;
   }
   async manifest(tagOrDigest) {
     const document = await this.document("manifest", tagOrDigest, LIMITS.manifestBytes);
     const { bytes, digest, where, type } = document;
     const mediaType = sniffMediaType(bytes, type);
-    if (mediaType !== void 0) return { bytes, digest, mediaType };
+    if (mediaType !== void 0)
+      return { bytes, digest, mediaType };
     const what = `this is not a manifest but ${printable(type, 80)}`;
     return fail("PROTOCOL", `${where}: ${what}: is ${this.#reference.host} a registry?`);
   }
-  /** A manifest or config as a whole, verified against the digest where one was asked for. */
   async document(kind, name, maximumBytes) {
     const { body, url, headers } = await this.request("GET", kind, name);
     const where = redactUrl(url);
@@ -1493,7 +1518,6 @@ var Endpoint = class {
       fail("DIGEST_MISMATCH", `${where}: the bytes have the digest ${digest}`);
     return { bytes, digest, where, type: headers["content-type"] ?? "nothing named" };
   }
-  /** What HEAD tells of a manifest; undefined where something is left out. */
   async head(tagOrDigest) {
     const { headers, body } = await this.request("HEAD", "manifest", tagOrDigest);
     body?.resume();
@@ -1503,18 +1527,17 @@ var Endpoint = class {
     const mediaType = MANIFEST_TYPES.find((each) => type.startsWith(each));
     return mediaType && isDigest(digest) && size > 0 ? { mediaType, digest, size } : void 0;
   }
-  /** The pages of the referrers endpoint. */
   async referrers(digest) {
     const pages = [];
     let url = this.#urlOf("referrer", digest);
     while (url) {
-      const page = await this.#page(digest, url).catch(
-        (error) => {
-          if (pages.length === 0 || !isWithoutEndpoint(error)) throw error;
-          return void 0;
-        }
-      );
-      if (!page) break;
+      const page = await this.#page(digest, url).catch((error) => {
+        if (pages.length === 0 || !isWithoutEndpoint(error))
+          throw error;
+        return void 0;
+      });
+      if (!page)
+        break;
       pages.push(page.bytes);
       if (pages.length > LIMITS.referrerPages)
         fail("TOO_LARGE", `${redactUrl(url)}: more than ${LIMITS.referrerPages} pages`);
@@ -1522,7 +1545,6 @@ var Endpoint = class {
     }
     return pages;
   }
-  /** One page, and where the next one is. */
   #page(digest, url) {
     return withRetries(this.#session, async () => {
       const { body, headers } = await this.request("GET", "referrer", digest, { url });
@@ -1531,7 +1553,6 @@ var Endpoint = class {
       return { bytes, ...dropEmpty({ next: nextPage(headers.link, url) }) };
     });
   }
-  /** One answer with a body, after at most one handshake, one renewal and one fallback. */
   async request(method, kind, name, more = {}) {
     const { signal } = this.#session;
     const request = {
@@ -1558,17 +1579,16 @@ var Endpoint = class {
         throw await this.#refusal(answer, kind, name);
     }
   }
-  /** Whether a mirror that failed may be asked again: what passes by itself is forgiven a few times, once it has served. */
   isForgiven(error) {
     this.#failures += 1;
     const isLie = error.code === "DIGEST_MISMATCH" || error.code === "SIZE_MISMATCH";
     const most = Math.min(LIMITS.mirrorFailures, this.#session.settings.retries);
     return this.#hasServed && !isLie && isRetriable(error) && this.#failures <= most;
   }
-  /** The first request for a repository goes alone: the challenge that it meets serves all the others. */
   async #sendInTurn(request, kind) {
     const isFirst = this.#firstContact === void 0;
-    if (!isFirst) await this.#firstContact;
+    if (!isFirst)
+      await this.#firstContact;
     const startedAt = performance.now();
     const sending = this.#session.transport.send(request);
     if (isFirst) {
@@ -1580,7 +1600,6 @@ var Endpoint = class {
       this.latencyMs = Math.min(this.latencyMs, performance.now() - startedAt);
     return answer;
   }
-  /** A refusal in the user's terms. */
   async #refusal(answer, kind, name) {
     const who = answer.url.origin === this.origin ? `the ${this.role}` : STORAGE_HOST;
     const error = statusError(answer, this.#session.clock.now(), who);
@@ -1603,7 +1622,6 @@ var Registry = class {
   #mirrors;
   #home;
   #mirrorAnswers = /* @__PURE__ */ new Map();
-  // by the blob's digest
   constructor(session, reference) {
     const mirrors = session.settings.mirrors.get(canonicalHost(reference.host)) ?? [];
     this.#session = session;
@@ -1623,47 +1641,35 @@ var Registry = class {
   set acceptsRanges(value) {
     this.#first.acceptsRanges = value;
   }
-  /** The place that is asked first, as things stand. */
   get #first() {
     return this.#mirrors.find(({ isPassedOver }) => !isPassedOver) ?? this.#home;
   }
   manifest(tagOrDigest) {
     const wanted = { kind: "manifest", name: tagOrDigest };
-    return withRetries(
-      this.#session,
-      () => this.#ask(wanted, (endpoint) => endpoint.manifest(tagOrDigest))
-    );
+    return withRetries(this.#session, () => this.#ask(wanted, (endpoint) => endpoint.manifest(tagOrDigest)));
   }
-  /** A config before its turn, where the platform stands nowhere else. */
   config({ digest, size }) {
-    return withRetries(
-      this.#session,
-      () => this.#ask({ kind: "blob", name: digest }, async (endpoint) => {
-        const { bytes, where } = await endpoint.document("blob", digest, LIMITS.configBytes);
-        if (bytes.length === size) return bytes;
-        return fail("SIZE_MISMATCH", `${where}: ${bytes.length} bytes, not ${size}`);
-      })
-    );
+    return withRetries(this.#session, () => this.#ask({ kind: "blob", name: digest }, async (endpoint) => {
+      const { bytes, where } = await endpoint.document("blob", digest, LIMITS.configBytes);
+      if (bytes.length === size)
+        return bytes;
+      return fail("SIZE_MISMATCH", `${where}: ${bytes.length} bytes, not ${size}`);
+    }));
   }
-  /** What HEAD tells of a manifest; undefined where something is left out. */
   head(tagOrDigest) {
     const wanted = { kind: "manifest", name: tagOrDigest };
-    return withRetries(
-      this.#session,
-      () => this.#ask(wanted, (endpoint) => endpoint.head(tagOrDigest))
-    );
+    return withRetries(this.#session, () => this.#ask(wanted, (endpoint) => endpoint.head(tagOrDigest)));
   }
-  /** The pages of the referrers endpoint; undefined where there is no such endpoint. */
   async referrers(digest) {
     const wanted = { kind: "referrer", name: digest };
     try {
       return await this.#ask(wanted, (endpoint) => endpoint.referrers(digest));
     } catch (error) {
-      if (isWithoutEndpoint(error)) return void 0;
+      if (isWithoutEndpoint(error))
+        return void 0;
       throw error;
     }
   }
-  /** One answer, with a body, to a request for a blob's bytes [from, to). The caller checks what comes. */
   async blob(descriptor, from, to, signal) {
     const { digest, size } = descriptor;
     const isRanged = from > 0 || to < size;
@@ -1672,32 +1678,35 @@ var Registry = class {
     try {
       return await this.#ask({ kind: "blob", name: digest, isRanged }, async (endpoint) => {
         const answer = await endpoint.request("GET", "blob", digest, more);
-        if (endpoint !== this.#home) this.#rememberAnswer(digest, endpoint);
+        if (endpoint !== this.#home)
+          this.#rememberAnswer(digest, endpoint);
         return answer;
       });
     } catch (refusal) {
       const isMissing = refusal instanceof ImgpullError && refusal.code === "NOT_FOUND";
-      if (!isMissing) throw refusal;
+      if (!isMissing)
+        throw refusal;
       return this.#foreignBlob(descriptor, headers, signal, refusal);
     }
   }
-  /**
-   * Whether another place is asked for a blob after `error`: what its reader got was wrong, or broke off. A mirror that
-   * gave wrong bytes is not asked again; the registry itself has no other place beside it.
-   */
   canAskElsewhere(digest, error) {
-    if (!isMirrorsFailure(error)) return false;
+    if (!isMirrorsFailure(error))
+      return false;
     const answers = this.#mirrorAnswers.get(digest) ?? [];
     if (error.code === "DIGEST_MISMATCH") {
-      for (const { mirror: mirror2 } of answers) this.#passOver(mirror2, error);
+      for (const { mirror: mirror2 } of answers)
+        this.#passOver(mirror2, error);
       return this.#mirrorAnswers.delete(digest);
     }
     const failed = answers.findLast(({ hasFailed }) => !hasFailed);
-    if (!failed) return false;
+    if (!failed)
+      return false;
     failed.hasFailed = true;
     const { mirror } = failed;
-    if (mirror.isPassedOver) return true;
-    if (mirror.isForgiven(error)) return false;
+    if (mirror.isPassedOver)
+      return true;
+    if (mirror.isForgiven(error))
+      return false;
     this.#passOver(mirror, error);
     return true;
   }
@@ -1706,29 +1715,33 @@ var Registry = class {
     answers.push({ mirror, hasFailed: false });
     this.#mirrorAnswers.set(digest, answers);
   }
-  /** From the first place that can give it. */
   async #ask(wanted, attempt) {
     for (const mirror of this.#mirrors) {
-      if (mirror.isPassedOver) continue;
+      if (mirror.isPassedOver)
+        continue;
       try {
         return await attempt(mirror);
       } catch (error) {
-        if (!this.#canGoOnWithout(mirror, wanted, error)) throw error;
+        if (!this.#canGoOnWithout(mirror, wanted, error))
+          throw error;
       }
     }
     return attempt(this.#home);
   }
-  /** What a mirror's failure means: the next place is asked, or its caller decides as for any registry. */
   #canGoOnWithout(mirror, { kind, name, isRanged }, error) {
-    if (!isMirrorsFailure(error)) return false;
+    if (!isMirrorsFailure(error))
+      return false;
     const isMissing = error.code === "NOT_FOUND" || kind === "referrer" && isWithoutEndpoint(error);
     if (isMissing && mirror.hasServed) {
       const isExpected = kind !== "referrer" && isDigest(name);
-      if (isExpected) this.#tellOf(mirror, error);
+      if (isExpected)
+        this.#tellOf(mirror, error);
       return true;
     }
-    if (isRanged && mirror.acceptsRanges && isRangeRefusal(error)) return false;
-    if (mirror.isForgiven(error)) return false;
+    if (isRanged && mirror.acceptsRanges && isRangeRefusal(error))
+      return false;
+    if (mirror.isForgiven(error))
+      return false;
     this.#passOver(mirror, error);
     return true;
   }
@@ -1736,21 +1749,21 @@ var Registry = class {
     mirror.isPassedOver = true;
     this.#tellOf(mirror, error);
   }
-  /** One warning for each mirror, whatever more it does. */
   #tellOf(mirror, { message }) {
-    if (mirror.isToldOf) return;
+    if (mirror.isToldOf)
+      return;
     mirror.isToldOf = true;
     const [said] = message.split("\n");
     const later = this.#mirrors.slice(this.#mirrors.indexOf(mirror) + 1);
     const next = later.find(({ isPassedOver }) => !isPassedOver) ?? this.#home;
     this.#session.warn(`the mirror ${mirror.name}: ${said}; asking ${next.name} instead`);
   }
-  /** A foreign layer that the registry has not, from its `urls`: over https, and without any credential. */
   async #foreignBlob({ urls = [] }, headers, signal, refusal) {
     let failure = refusal;
     const usable = urls.filter((url) => URL.canParse(url)).map((url) => new URL(url));
     for (const url of usable) {
-      if (url.protocol !== "https:" || leadsInside(url, this.origin)) continue;
+      if (url.protocol !== "https:" || leadsInside(url, this.origin))
+        continue;
       const answer = await this.#session.transport.send({
         method: "GET",
         url,
@@ -1760,7 +1773,8 @@ var Registry = class {
         authorizationFor: async () => void 0,
         roleOf: () => "other"
       });
-      if (answer.body) return answer;
+      if (answer.body)
+        return answer;
       failure = statusError(answer, this.#session.clock.now(), "the foreign layer's host");
     }
     throw failure;
@@ -1770,25 +1784,30 @@ var OUR_OWN = ["ABORTED", "DISK", "CREDENTIALS"];
 var isMirrorsFailure = (error) => error instanceof ImgpullError && !OUR_OWN.includes(error.code);
 var isWithoutEndpoint = (error) => error instanceof ImgpullError && [400, 404, 405].includes(error.status ?? 0);
 function isRangeRefusal(error) {
-  if (!(error instanceof ImgpullError)) return false;
+  if (!(error instanceof ImgpullError))
+    return false;
   const { status = 0, retryAfterMs = 0 } = error;
-  if ([401, 407, 408, 425, 429].includes(status)) return false;
+  if ([401, 407, 408, 425, 429].includes(status))
+    return false;
   return status >= 400 && retryAfterMs === 0;
 }
 function nextPage(header, url) {
   const links = [header ?? []].flat().join(",");
   const [, target] = /<([^>]*)>[^<]*;\s*rel="?next"?/i.exec(links) ?? [];
-  if (target === void 0) return void 0;
+  if (target === void 0)
+    return void 0;
   const next = URL.canParse(target, url) ? new URL(target, url) : void 0;
   if (next?.origin !== url.origin)
     return fail("PROTOCOL", `${redactUrl(url)}: its next page is on another host`);
   const namespace = url.searchParams.get("ns");
-  if (namespace !== null) next.searchParams.set("ns", namespace);
+  if (namespace !== null)
+    next.searchParams.set("ns", namespace);
   return next;
 }
 function missingWords({ words }, { host, repository }, kind, name) {
   const place = `${host}/${repository}`;
-  if (/NAME_UNKNOWN|repository name not known/i.test(words)) return `repository: ${place}`;
+  if (/NAME_UNKNOWN|repository name not known/i.test(words))
+    return `repository: ${place}`;
   return isDigest(name) ? `${kind}: ${name}` : `tag: ${place}:${name}`;
 }
 function digestByName(bytes, header) {
@@ -1803,12 +1822,17 @@ function registryOf(session, reference) {
 }
 function sniffMediaType(bytes, contentType = "") {
   const json = parseJson(bytes);
-  if (!isRecord(json)) return void 0;
-  if (typeof json.mediaType === "string") return json.mediaType;
-  if (json.schemaVersion === 1) return DOCKER_SCHEMA_1;
+  if (!isRecord(json))
+    return void 0;
+  if (typeof json.mediaType === "string")
+    return json.mediaType;
+  if (json.schemaVersion === 1)
+    return DOCKER_SCHEMA_1;
   const named = MANIFEST_TYPES.find((type) => contentType.toLowerCase().startsWith(type));
-  if (named) return named;
-  if (Array.isArray(json.manifests)) return OCI_INDEX;
+  if (named)
+    return named;
+  if (Array.isArray(json.manifests))
+    return OCI_INDEX;
   return isRecord(json.config) ? OCI_MANIFEST : void 0;
 }
 var LAYER_TYPE = /^application\/vnd\.(docker\.image\.rootfs(\.foreign)?\.diff\.tar(\.gzip|\.zstd)?|oci\.image\.layer(\.nondistributable)?\.v1\.tar(\+gzip|\+zstd)?(\+encrypted)?)$/;
@@ -1817,18 +1841,13 @@ var OLD_CONFIG_LABELS = ["", "text/html", "application/json", "application/octet
 function parseManifest({ bytes, mediaType }, where) {
   const refuse = (code, reason) => fail(code, `${where}: ${reason}`);
   const json = parseJson(bytes);
-  if (!isRecord(json)) return refuse("PROTOCOL", "the manifest is not a JSON object");
+  if (!isRecord(json))
+    return refuse("PROTOCOL", "the manifest is not a JSON object");
   const isSchema1 = json.schemaVersion === 1 || mediaType.startsWith(DOCKER_SCHEMA_1);
   if (isSchema1)
-    refuse(
-      "UNSUPPORTED",
-      "a schema 1 manifest, which Docker itself has given up: push the image anew"
-    );
+    refuse("UNSUPPORTED", "a schema 1 manifest, which Docker itself has given up: push the image anew");
   if (isAmbiguous(json, mediaType))
-    refuse(
-      "PROTOCOL",
-      `${printable(mediaType, 80)}: no manifest, or with fields of something else`
-    );
+    refuse("PROTOCOL", `${printable(mediaType, 80)}: no manifest, or with fields of something else`);
   if (Array.isArray(json.manifests)) {
     if (json.manifests.length > LIMITS.indexEntries)
       refuse("TOO_LARGE", `more than ${LIMITS.indexEntries} entries`);
@@ -1839,7 +1858,8 @@ function parseManifest({ bytes, mediaType }, where) {
   if (config.size > LIMITS.configBytes)
     refuse("TOO_LARGE", `its config is larger than ${LIMITS.configBytes} bytes`);
   const isOldLabel = mediaType === DOCKER_MANIFEST && OLD_CONFIG_LABELS.includes(config.mediaType);
-  if (isOldLabel) config.mediaType = CONFIG_TYPES[0];
+  if (isOldLabel)
+    config.mediaType = CONFIG_TYPES[0];
   const layers = json.layers.map((layer) => parseDescriptor(layer, where));
   return { kind: "image", config, layers };
 }
@@ -1853,9 +1873,11 @@ function isAmbiguous(json, mediaType) {
 }
 function parseDescriptor(value, where) {
   const refuse = (reason) => fail("PROTOCOL", `${where}: ${reason}`);
-  if (!isRecord(value)) return refuse("a descriptor is not an object");
+  if (!isRecord(value))
+    return refuse("a descriptor is not an object");
   const { mediaType, digest, size, urls, platform, annotations } = value;
-  if (!isDigest(digest)) return refuse(`${quote(digest)} is not a digest that is safe to use`);
+  if (!isDigest(digest))
+    return refuse(`${quote(digest)} is not a digest that is safe to use`);
   const isSize = typeof size === "number" && Number.isSafeInteger(size) && size >= 0;
   if (!isSize)
     return refuse(`${digest} has the size ${quote(size)}, which is not a number of bytes`);
@@ -1871,11 +1893,7 @@ function parseDescriptor(value, where) {
     })
   };
 }
-var textsIn = (value) => Object.fromEntries(
-  Object.entries(value).filter(
-    (entry) => typeof entry[1] === "string"
-  )
-);
+var textsIn = (value) => Object.fromEntries(Object.entries(value).filter((entry) => typeof entry[1] === "string"));
 function quote(value) {
   const text = typeof value === "object" ? "an object" : JSON.stringify(value) ?? "none";
   return printable(text, 100);
@@ -1911,7 +1929,6 @@ function wantedPlatform(wanted, host = hostPlatform()) {
 }
 var VARIANT_LEVELS = {
   arm: { lowest: 5, unnamed: 7 },
-  // `unnamed` is what no variant means
   arm64: { lowest: 8, unnamed: 8 },
   amd64: { lowest: 1, unnamed: 1 }
 };
@@ -1919,26 +1936,26 @@ var NO_VARIANT = "";
 var ANY_VARIANT = "*";
 function acceptableVariants(architecture, variant) {
   const levels = VARIANT_LEVELS[architecture];
-  if (!levels) return variant === void 0 ? [NO_VARIANT, ANY_VARIANT] : [variant];
+  if (!levels)
+    return variant === void 0 ? [NO_VARIANT, ANY_VARIANT] : [variant];
   const exact = variant ?? NO_VARIANT;
   const [, digits] = /^v(\d{1,2})$/.exec(variant ?? `v${levels.unnamed}`) ?? [];
-  if (digits === void 0) return [exact];
+  if (digits === void 0)
+    return [exact];
   const acceptable = [exact];
   for (let level = Number(digits); level >= levels.lowest; level -= 1) {
     acceptable.push(`v${level}`);
-    if (level === levels.unnamed) acceptable.push(NO_VARIANT);
+    if (level === levels.unnamed)
+      acceptable.push(NO_VARIANT);
   }
   return acceptable;
 }
 function matchPlatform(candidates, { os: system, architecture, variant }) {
-  const fitting = candidates.filter(
-    ({ platform }) => platform?.os === system && platform.architecture === architecture
-  );
+  const fitting = candidates.filter(({ platform }) => platform?.os === system && platform.architecture === architecture);
   for (const acceptable of acceptableVariants(architecture, variant)) {
-    const match = fitting.find(
-      ({ platform }) => acceptable === ANY_VARIANT || (platform?.variant ?? NO_VARIANT) === acceptable
-    );
-    if (match) return match;
+    const match = fitting.find(({ platform }) => acceptable === ANY_VARIANT || (platform?.variant ?? NO_VARIANT) === acceptable);
+    if (match)
+      return match;
   }
   return void 0;
 }
@@ -1960,8 +1977,10 @@ async function resolveImage(session, reference, name, choice) {
       const all = await collectAll(readChild, concurrency, where, asked);
       return { top: asked, platform: "all", ...all };
     }
-    if (choice !== "one") return findImagesFor(session, source, choice);
-    if (parsed.kind === "image") return findLoneImage(session, source, parsed);
+    if (choice !== "one")
+      return findImagesFor(session, source, choice);
+    if (parsed.kind === "image")
+      return findLoneImage(session, source, parsed);
     return findImageOfIndex(session, readChild, where, parsed);
   }
 }
@@ -1970,7 +1989,8 @@ async function findLoneImage(session, { registry, where, asked: top }, manifest)
   const configBytes = isConfig ? await registry.config(manifest.config) : void 0;
   const config = configBytes && parseJson(configBytes);
   const platform = isRecord(config) && config.os ? parsePlatform(config) : void 0;
-  if (platform) checkPlatform(session, where, platform);
+  if (platform)
+    checkPlatform(session, where, platform);
   const content = { manifest, ...dropEmpty({ platform, configBytes }) };
   return { top, manifests: [top], contents: [content], platform: formatPlatform(platform) };
 }
@@ -1984,12 +2004,14 @@ function checkPlatform({ settings, warn }, where, platform) {
   ${what}`);
   const host = wantedPlatform(wanted);
   const isForHost = platform.architecture === host.architecture && ["linux", host.os].includes(platform.os);
-  if (!isForHost) warn(`${where}: ${what}, not for this machine`);
+  if (!isForHost)
+    warn(`${where}: ${what}, not for this machine`);
 }
 function childrenOf(registry, where) {
   return async ({ digest, size }) => {
     const child = await registry.manifest(digest);
-    if (child.bytes.length === size) return child;
+    if (child.bytes.length === size)
+      return child;
     const actual = `${child.bytes.length} bytes, not ${size}`;
     return fail("SIZE_MISMATCH", `${where}: ${digest} has ${actual}`);
   };
@@ -2021,10 +2043,9 @@ async function findPlatform(session, readChild, where, top) {
     const nested = entries.filter(isIndex);
     images.push(...entries.filter((entry) => !isIndex(entry)));
     const match = matchPlatform(images, host) ?? loneEntry(entries);
-    if (match) return match;
-    const mayHold = nested.filter(
-      (entry) => !entry.platform?.os || matchPlatform([entry], host) || matchPlatform([entry], onLinux)
-    );
+    if (match)
+      return match;
+    const mayHold = nested.filter((entry) => !entry.platform?.os || matchPlatform([entry], host) || matchPlatform([entry], onLinux));
     const children = await mapConcurrently(mayHold, settings.concurrency, readChild);
     const manifests = children.map((child) => parseManifest(child, where));
     level = manifests.filter((manifest) => manifest.kind === "index");
@@ -2037,11 +2058,8 @@ async function findPlatform(session, readChild, where, top) {
   const names = images.flatMap(({ platform }) => platform ? [formatPlatform(platform)] : []);
   const choices = printable([...new Set(names)].join(", ") || "none", 1e3);
   const wanted = formatPlatform(host);
-  return fail(
-    "NO_PLATFORM",
-    `${where} has no image for ${wanted}
-  it has: ${choices} (--platform)`
-  );
+  return fail("NO_PLATFORM", `${where} has no image for ${wanted}
+  it has: ${choices} (--platform)`);
 }
 var isIndex = ({ mediaType }) => INDEX_TYPES.includes(mediaType);
 function loneEntry(entries) {
@@ -2052,12 +2070,15 @@ function loneEntry(entries) {
 async function pathTo(digest, from, readChild, where, depth = 0) {
   checkDepth(depth, where);
   const manifest = parseManifest(from, where);
-  if (manifest.kind === "image") return void 0;
-  if (manifest.manifests.some((entry) => entry.digest === digest)) return [from];
+  if (manifest.kind === "image")
+    return void 0;
+  if (manifest.manifests.some((entry) => entry.digest === digest))
+    return [from];
   for (const entry of manifest.manifests.filter(isIndex)) {
     const child = await readChild(entry);
     const path2 = child && await pathTo(digest, child, readChild, where, depth + 1);
-    if (path2) return [from, ...path2];
+    if (path2)
+      return [from, ...path2];
   }
   return void 0;
 }
@@ -2078,20 +2099,20 @@ async function findImagesFor(session, source, platforms) {
   const ordered = placed.sort((left, right) => left.place - right.place);
   const kept = [top, ...ordered.flatMap((image) => [...image.indexes, image.top])];
   const manifests = new Map(kept.map((each) => [each.digest, each]));
-  if (parsed.kind === "index") warnOfPartialIndex(session, where, parsed, manifests);
+  if (parsed.kind === "index")
+    warnOfPartialIndex(session, where, parsed, manifests);
   const platform = ordered.map((image) => image.platform).join(",");
   const contents = ordered.flatMap((image) => image.contents);
   return { top, manifests: [...manifests.values()], contents, platform };
 }
 function warnOfPartialIndex({ warn }, where, { manifests: entries }, kept) {
   const missing = entries.filter(({ digest }) => !kept.has(digest));
-  if (missing.length === 0) return;
+  if (missing.length === 0)
+    return;
   const platforms = entries.filter((entry) => !isAttestation(entry));
   const taken = platforms.filter(({ digest }) => kept.has(digest));
   const without = missing.every(isAttestation) ? ", without their attestations" : "";
-  warn(
-    `${where}: ${taken.length} of ${counted(platforms.length, "platform")}${without}: ctr --all-platforms, skopeo --all and crane push of a folder want the whole index`
-  );
+  warn(`${where}: ${taken.length} of ${counted(platforms.length, "platform")}${without}: ctr --all-platforms, skopeo --all and crane push of a folder want the whole index`);
 }
 async function collectAll(readChild, limit, where, top) {
   const manifests = /* @__PURE__ */ new Map([[top.digest, top]]);
@@ -2110,7 +2131,8 @@ async function collectAll(readChild, limit, where, top) {
     const entries = manifest.manifests.filter((entry) => !manifests.has(entry.digest));
     const children = await mapConcurrently(entries, limit, readChild);
     for (const [at, child] of children.entries()) {
-      if (!child || manifests.has(child.digest)) continue;
+      if (!child || manifests.has(child.digest))
+        continue;
       manifests.set(child.digest, child);
       await collect(child, depth + 1, entries[at]?.platform);
     }
@@ -2126,7 +2148,8 @@ function checksumOf(header) {
   let sum = CHECKSUM_BYTES * 32;
   for (let at = 0; at < BLOCK; at += 1) {
     const isChecksum = at >= CHECKSUM_AT && at < CHECKSUM_AT + CHECKSUM_BYTES;
-    if (!isChecksum) sum += header[at] ?? 0;
+    if (!isChecksum)
+      sum += header[at] ?? 0;
   }
   return sum;
 }
@@ -2136,28 +2159,19 @@ function encodeUstarHeader(name, sizeBytes, type) {
     [100, name],
     [8, octal(420, 7)],
     [8, octal(0, 7)],
-    // user
     [8, octal(0, 7)],
-    // group
     [12, octal(sizeBytes, 11)],
     [12, octal(0, 11)],
-    // time of the last change
     [CHECKSUM_BYTES, ""],
     [1, type],
     [100, ""],
-    // what a link leads to
     [6, "ustar"],
     [2, "00"],
     [32, ""],
-    // the user's name
     [32, ""],
-    // the group's name
     [8, octal(0, 7)],
-    // device, major
     [8, octal(0, 7)],
-    // device, minor
     [155, ""]
-    // prefix of the name
   ];
   const header = Buffer.alloc(BLOCK);
   let offset = 0;
@@ -2179,7 +2193,8 @@ function encodeTarHeader(name, sizeBytes) {
   const isLarge = sizeBytes > LARGEST_USTAR_SIZE;
   const shortName = name.slice(0, LONGEST_USTAR_NAME);
   const header = encodeUstarHeader(shortName, isLarge ? 0 : sizeBytes, "0");
-  if (!isLong && !isLarge) return header;
+  if (!isLong && !isLarge)
+    return header;
   const records = [
     isLong ? encodePaxRecord("path", name) : "",
     isLarge ? encodePaxRecord("size", String(sizeBytes)) : ""
@@ -2200,15 +2215,14 @@ function indexEntry({ name, top, kind }) {
   return { mediaType: top.mediaType, digest: top.digest, size: top.bytes.length, annotations };
 }
 function dockerImageOf({ contents }) {
-  const images = contents.filter(
-    ({ manifest }) => CONFIG_TYPES.includes(manifest.config.mediaType)
-  );
+  const images = contents.filter(({ manifest }) => CONFIG_TYPES.includes(manifest.config.mediaType));
   const usual = images.find(({ platform }) => formatPlatform(platform) === "linux/amd64");
   return usual ?? images[0];
 }
 function dockerEntry(image) {
   const chosen = dockerImageOf(image);
-  if (!chosen) return void 0;
+  if (!chosen)
+    return void 0;
   const { config, layers } = chosen.manifest;
   return {
     Config: blobPath(config.digest),
@@ -2229,19 +2243,24 @@ var PlannedFiles = class {
     const plannedBytes = planned?.sizeBytes ?? size;
     if (plannedBytes !== size)
       fail("SIZE_MISMATCH", `${digest} is said to have ${size} bytes here, ${plannedBytes} there`);
-    if (planned) return;
-    if (bytes) this.addBytes(name, bytes);
-    else this.files.set(name, { sizeBytes: size, blob });
+    if (planned)
+      return;
+    if (bytes)
+      this.addBytes(name, bytes);
+    else
+      this.files.set(name, { sizeBytes: size, blob });
   }
   addImage({ registry, manifests, contents }, omit) {
-    for (const { digest, bytes } of manifests) this.addBytes(blobPath(digest), bytes);
+    for (const { digest, bytes } of manifests)
+      this.addBytes(blobPath(digest), bytes);
     for (const { manifest, configBytes } of contents) {
       this.addBlob({ descriptor: manifest.config, registry }, configBytes);
       for (const descriptor of manifest.layers) {
         const isPlanned = this.files.has(blobPath(descriptor.digest));
         if (omit.has(descriptor.digest) && !isPlanned)
           this.omitted.set(descriptor.digest, descriptor);
-        else this.addBlob({ descriptor, registry });
+        else
+          this.addBlob({ descriptor, registry });
       }
     }
   }
@@ -2253,9 +2272,12 @@ function planTar(images, omit = /* @__PURE__ */ new Set(), extras = {}) {
   planned.addBytes("oci-layout", encodeJson({ imageLayoutVersion: "1.0.0" }));
   planned.addBytes("index.json", encodeJson({ schemaVersion: 2, mediaType: OCI_INDEX, manifests }));
   planned.addBytes("manifest.json", encodeJson(listed));
-  for (const image of images) planned.addImage(image, omit);
-  for (const { digest, bytes } of extras.documents ?? []) planned.addBytes(blobPath(digest), bytes);
-  for (const blob of extras.blobs ?? []) planned.addBlob(blob);
+  for (const image of images)
+    planned.addImage(image, omit);
+  for (const { digest, bytes } of extras.documents ?? [])
+    planned.addBytes(blobPath(digest), bytes);
+  for (const blob of extras.blobs ?? [])
+    planned.addBlob(blob);
   return { ...layOut(planned.files), omitted: [...planned.omitted.values()] };
 }
 function layOut(files) {
@@ -2269,7 +2291,8 @@ function layOut(files) {
     offset += lead.length;
     entries.push({ name, lead, offset, ...content });
     identity.update(lead).update(content.bytes ?? "");
-    if (content.blob) blobBytes += content.sizeBytes;
+    if (content.blob)
+      blobBytes += content.sizeBytes;
     offset += content.sizeBytes;
   }
   const trailer = Buffer.alloc(paddingOf(offset) + 2 * BLOCK);
@@ -2287,25 +2310,31 @@ var DIGIT_0 = 48;
 var DIGIT_7 = 55;
 function readTarNumber(header, offset, widthBytes) {
   const isBinary = ((header[offset] ?? 0) & 128) !== 0;
-  if (isBinary) return readBinaryNumber(header.subarray(offset, offset + widthBytes));
+  if (isBinary)
+    return readBinaryNumber(header.subarray(offset, offset + widthBytes));
   const isBlank = (at2) => header[at2] === SPACE || header[at2] === 0;
   let at = offset;
   let end = offset + widthBytes;
-  while (at < end && isBlank(at)) at += 1;
-  while (at < end && isBlank(end - 1)) end -= 1;
+  while (at < end && isBlank(at))
+    at += 1;
+  while (at < end && isBlank(end - 1))
+    end -= 1;
   let value = 0;
   for (; at < end && header[at] !== 0; at += 1) {
     const digit = header[at] ?? 0;
-    if (digit < DIGIT_0 || digit > DIGIT_7) refuseTar("a number in a header is not octal");
+    if (digit < DIGIT_0 || digit > DIGIT_7)
+      refuseTar("a number in a header is not octal");
     value = value * 8 + digit - DIGIT_0;
   }
   return value;
 }
 function readBinaryNumber(field) {
   const isNegative = ((field[0] ?? 0) & 64) !== 0;
-  if (isNegative) refuseTar("a number in a header is negative");
+  if (isNegative)
+    refuseTar("a number in a header is negative");
   let value = (field[0] ?? 0) & 63;
-  for (const byte of field.subarray(1)) value = value * 256 + byte;
+  for (const byte of field.subarray(1))
+    value = value * 256 + byte;
   return value;
 }
 var PAX_KEYS = [
@@ -2324,13 +2353,15 @@ var PAX_KEYS = [
 function paxRecordAt(body, at) {
   const refuse = () => refuseTar("a pax record is malformed");
   const space = body.indexOf(SPACE, at);
-  if (space < 0 || space > at + 10) return refuse();
+  if (space < 0 || space > at + 10)
+    return refuse();
   const digits = body.toString("latin1", at, space);
   const end = at + Number(digits);
   const equals = body.indexOf("=", space);
   const hasKey = equals > space + 1 && equals < end;
   const isWhole = /^\d+$/.test(digits) && end <= body.length && body[end - 1] === LINE_END;
-  if (!hasKey || !isWhole) return refuse();
+  if (!hasKey || !isWhole)
+    return refuse();
   const key = body.toString("utf8", space + 1, equals);
   return { key, value: body.subarray(equals + 1, end - 1), end };
 }
@@ -2340,13 +2371,17 @@ function parsePaxRecords(body) {
   for (let at = 0; at < body.length; ) {
     const { key, value, end } = paxRecordAt(body, at);
     at = end;
-    if (!PAX_KEYS.includes(key)) continue;
-    if (value.includes(0)) refuseTar("a pax record is malformed");
+    if (!PAX_KEYS.includes(key))
+      continue;
+    if (value.includes(0))
+      refuseTar("a pax record is malformed");
     if (key === "GNU.sparse.offset" || key === "GNU.sparse.numbytes")
       sparsePieces.push(value.toString("utf8"));
-    else records.set(key, value.toString("utf8"));
+    else
+      records.set(key, value.toString("utf8"));
   }
-  if (sparsePieces.length > 0) records.set("GNU.sparse.map", sparsePieces.join(","));
+  if (sparsePieces.length > 0)
+    records.set("GNU.sparse.map", sparsePieces.join(","));
   return records;
 }
 function sparseMapOf(numbers, realBytes) {
@@ -2355,24 +2390,22 @@ function sparseMapOf(numbers, realBytes) {
   for (let at = 0; at + 1 < numbers.length; at += 2) {
     const [from = 0, length = 0] = numbers.slice(at, at + 2);
     const isInOrder = Number.isSafeInteger(from + length) && from >= before;
-    if (!isInOrder || from + length > realBytes) refuseTar("the map of a sparse file is wrong");
-    if (length > 0) pieces.push([from, from + length]);
+    if (!isInOrder || from + length > realBytes)
+      refuseTar("the map of a sparse file is wrong");
+    if (length > 0)
+      pieces.push([from, from + length]);
     before = from + length;
   }
-  if (numbers.length % 2 > 0) refuseTar("the map of a sparse file is wrong");
+  if (numbers.length % 2 > 0)
+    refuseTar("the map of a sparse file is wrong");
   return { realBytes, pieces };
 }
 var TarDecoder = class {
-  /** How many bytes the next call takes. */
   wantedBytes = BLOCK;
-  /** Both of the blocks that end a tar were seen. */
   isAtEnd = false;
-  /** The first of them was. */
   hasTrailer = false;
   #records = /* @__PURE__ */ new Map();
-  /** GNU's long names, which count more than pax ones. */
   #longNames = /* @__PURE__ */ new Map();
-  /** What is expected instead of a header. */
   #continuation;
   take(bytes) {
     const continuation = this.#continuation;
@@ -2390,28 +2423,37 @@ var TarDecoder = class {
       this.hasTrailer = true;
       return void 0;
     }
-    if (this.hasTrailer) refuseTar("it goes on after the block of zeros that ends it");
+    if (this.hasTrailer)
+      refuseTar("it goes on after the block of zeros that ends it");
     if (statedChecksum(block) !== checksumOf(block))
       refuseTar("it is not a tar, or is damaged (a header's checksum)");
     const numberFields = [100, 108, 116, ...isUstar(block) ? [329, 337] : []];
-    for (const offset of numberFields) readTarNumber(block, offset, 8);
+    for (const offset of numberFields)
+      readTarNumber(block, offset, 8);
     readTarNumber(block, 136, 12);
     const sizeBytes = readTarNumber(block, 124, 12);
     const type = String.fromCharCode(block[156] || DIGIT_0);
-    if ("xgLK".includes(type)) return this.#takeExtension(type, sizeBytes);
+    if ("xgLK".includes(type))
+      return this.#takeExtension(type, sizeBytes);
     return this.#takeEntry(block, type, sizeBytes);
   }
   #takeExtension(type, sizeBytes) {
-    if (sizeBytes > LIMITS.tarExtensionBytes) refuseTar("an extended header is too large");
+    if (sizeBytes > LIMITS.tarExtensionBytes)
+      refuseTar("an extended header is too large");
     const use = (body) => {
       const content = body.subarray(0, sizeBytes);
       const records = "xg".includes(type) ? parsePaxRecords(content) : /* @__PURE__ */ new Map();
-      if (type === "x") this.#records = records;
-      if (type === "g") this.#forgetExtensions();
-      if (type === "L") this.#longNames.set("path", untilNul(content));
-      if (type === "K") this.#longNames.set("linkpath", untilNul(content));
+      if (type === "x")
+        this.#records = records;
+      if (type === "g")
+        this.#forgetExtensions();
+      if (type === "L")
+        this.#longNames.set("path", untilNul(content));
+      if (type === "K")
+        this.#longNames.set("linkpath", untilNul(content));
     };
-    if (sizeBytes === 0) return use(Buffer.alloc(0));
+    if (sizeBytes === 0)
+      return use(Buffer.alloc(0));
     return this.#expect(sizeBytes + paddingOf(sizeBytes), use);
   }
   #forgetExtensions() {
@@ -2433,15 +2475,17 @@ var TarDecoder = class {
       type: isFolder ? "5" : type,
       linkName
     };
-    if (type === "S") return this.#takeOldSparse(block, header);
-    if (records.get("GNU.sparse.major") === "1") return this.#takeNewSparse(records, header);
+    if (type === "S")
+      return this.#takeOldSparse(block, header);
+    if (records.get("GNU.sparse.major") === "1")
+      return this.#takeNewSparse(records, header);
     const map = records.get("GNU.sparse.map");
-    if (map === void 0) return header;
+    if (map === void 0)
+      return header;
     const realBytes = Number(records.get("GNU.sparse.size") ?? -1);
     const numbers = map === "" ? [] : map.split(",").map(Number);
     return { ...header, holes: sparseMapOf(numbers, realBytes) };
   }
-  /** GNU's own: four pieces in the header, and blocks of 21 more as long as each says that another follows. */
   #takeOldSparse(block, header) {
     const numbers = [];
     const realBytes = readTarNumber(block, 483, 12);
@@ -2450,14 +2494,14 @@ var TarDecoder = class {
       for (let at = offset; at < end && from[at] !== 0; at += 24)
         numbers.push(readTarNumber(from, at, 12), readTarNumber(from, at + 12, 12));
       const isContinued = (from[end] ?? 0) !== 0;
-      if (!isContinued) return { ...header, holes: sparseMapOf(numbers, realBytes) };
+      if (!isContinued)
+        return { ...header, holes: sparseMapOf(numbers, realBytes) };
       if (numbers.length * 12 > LIMITS.tarExtensionBytes)
         refuseTar("the map of a sparse file is too large");
       return this.#expect(BLOCK, (more) => takePieces(more, 0, 21));
     };
     return takePieces(block, 386, 4);
   }
-  /** The newest form: the map stands before the content, as lines of decimal digits that fill whole blocks. */
   #takeNewSparse(records, header) {
     const realBytes = Number(records.get("GNU.sparse.realsize") ?? -1);
     let text = "";
@@ -2467,12 +2511,14 @@ var TarDecoder = class {
         refuseTar("the map of a sparse file is too large");
       const [count = "", ...lines] = text.split("\n");
       const isWhole = lines.length > 2 * Number(count);
-      if (!isWhole) return this.#expect(BLOCK, takeLines);
+      if (!isWhole)
+        return this.#expect(BLOCK, takeLines);
       const numbers = lines.slice(0, 2 * Number(count));
       if (![count, ...numbers].every((line) => /^\d+$/.test(line)))
         refuseTar("the map of a sparse file is wrong");
       const sizeBytes = header.sizeBytes - text.length;
-      if (sizeBytes < 0) refuseTar("the map of a sparse file is wrong");
+      if (sizeBytes < 0)
+        refuseTar("the map of a sparse file is wrong");
       return { ...header, sizeBytes, holes: sparseMapOf(numbers.map(Number), realBytes) };
     };
     return this.#expect(BLOCK, takeLines);
@@ -2503,7 +2549,8 @@ async function readAt(handle, position, length) {
   let filled = 0;
   while (filled < length) {
     const { bytesRead } = await handle.read(buffer, filled, length - filled, position + filled);
-    if (bytesRead === 0) break;
+    if (bytesRead === 0)
+      break;
     filled += bytesRead;
   }
   return buffer.subarray(0, filled);
@@ -2512,7 +2559,8 @@ async function* readPlace(handle, from, to) {
   for (let at = from; at < to; at += TUNING.batchBytes) {
     const length = Math.min(TUNING.batchBytes, to - at);
     const piece = await readAt(handle, at, length);
-    if (piece.length < length) fail("DISK", "a file became shorter while it was read");
+    if (piece.length < length)
+      fail("DISK", "a file became shorter while it was read");
     yield piece;
   }
 }
@@ -2533,11 +2581,14 @@ async function* readTar(handle, where, decoder = new TarDecoder()) {
     for (let position = 0; position < size && !decoder.isAtEnd; ) {
       const wantedBytes = decoder.wantedBytes;
       const bytes = await read(position, wantedBytes);
-      if (bytes.length < wantedBytes) refuseTar(CUT_IN_HEADER);
+      if (bytes.length < wantedBytes)
+        refuseTar(CUT_IN_HEADER);
       position += wantedBytes;
       const header = decoder.take(bytes);
-      if (!header) continue;
-      if (position + header.sizeBytes > size) refuseTar(CUT_IN_ENTRY);
+      if (!header)
+        continue;
+      if (position + header.sizeBytes > size)
+        refuseTar(CUT_IN_ENTRY);
       yield { ...header, name: resolveName(header.name), offset: position };
       position += header.sizeBytes + paddingOf(header.sizeBytes);
     }
@@ -2550,18 +2601,20 @@ var resolveName = (name) => name.split("/").filter((part) => part !== "" && part
 var TarNames = class {
   entries = /* @__PURE__ */ new Map();
   #folders = /* @__PURE__ */ new Set();
-  /** Adds an entry, or says what is wrong with its name. */
   add(entry) {
     const { name, type } = entry;
     const isFolder = type === "5";
-    if (name.split("/").includes("..")) return { kind: "step-up", entry: name };
+    if (name.split("/").includes(".."))
+      return { kind: "step-up", entry: name };
     if (!isFolder && (this.entries.has(name) || this.#folders.has(name)))
       return { kind: "name-twice", entry: name };
     if (isFolder && (this.entries.get(name)?.type ?? "5") !== "5")
       return { kind: "name-twice", entry: name };
-    if (this.entries.size >= LIMITS.tarEntries) return { kind: "too-many-entries" };
+    if (this.entries.size >= LIMITS.tarEntries)
+      return { kind: "too-many-entries" };
     for (let folder = parentOf(name); folder !== ""; folder = parentOf(folder)) {
-      if (this.#folders.has(folder)) break;
+      if (this.#folders.has(folder))
+        break;
       if (this.entries.has(folder) && this.entries.get(folder)?.type !== "5")
         return { kind: "below-no-folder", entry: name };
       this.#folders.add(folder);
@@ -2569,10 +2622,10 @@ var TarNames = class {
     this.entries.set(name, entry);
     return void 0;
   }
-  /** The file behind a name: docker save makes a link of a layer that occurs twice. */
   file(name) {
     const { type = "", linkName = "" } = this.entries.get(name) ?? {};
-    if (type === "2" && linkName.startsWith("/")) return void 0;
+    if (type === "2" && linkName.startsWith("/"))
+      return void 0;
     const isLink = type === "1" || type === "2";
     const folder = type === "2" ? path.posix.dirname(name) : "";
     const target = isLink ? resolveName(path.posix.join(folder, linkName)) : name;
@@ -2602,15 +2655,18 @@ async function openTarFile(file) {
   const names = new TarNames();
   const blobs = /* @__PURE__ */ new Map();
   try {
-    if (!(await handle.stat()).isFile()) fail("BAD_TAR", `${file}: it is not a file`);
+    if (!(await handle.stat()).isFile())
+      fail("BAD_TAR", `${file}: it is not a file`);
     const packing = packingOf(await readAt(handle, 0, BLOCK));
     if (packing)
       fail("BAD_TAR", `${file}: it is not a tar, but compressed (${packing}): unpack it first`);
     for await (const entry of readTar(handle, file)) {
       const problem = names.add(entry);
-      if (problem) fail("BAD_TAR", `${file}: ${problemWords(problem)}`);
+      if (problem)
+        fail("BAD_TAR", `${file}: ${problemWords(problem)}`);
       const digest = digestInName(entry.name);
-      if (digest !== void 0 && entry.type === "0" && !entry.holes) blobs.set(digest, entry);
+      if (digest !== void 0 && entry.type === "0" && !entry.holes)
+        blobs.set(digest, entry);
     }
     return { handle, names, blobs };
   } catch (error) {
@@ -2676,16 +2732,20 @@ function missingRanges(ranges, [from, to]) {
   const missing = [];
   let at = from;
   for (const [start, end] of ranges) {
-    if (start >= to) break;
-    if (start > at) missing.push([at, start]);
+    if (start >= to)
+      break;
+    if (start > at)
+      missing.push([at, start]);
     at = Math.max(at, end);
   }
-  if (at < to) missing.push([at, to]);
+  if (at < to)
+    missing.push([at, to]);
   return missing;
 }
 function cutRange([from, to], unitBytes) {
   const pieces = [];
-  for (let at = from; at < to; at += unitBytes) pieces.push([at, Math.min(to, at + unitBytes)]);
+  for (let at = from; at < to; at += unitBytes)
+    pieces.push([at, Math.min(to, at + unitBytes)]);
   return pieces;
 }
 var nothingOf = (digest) => ({
@@ -2698,12 +2758,9 @@ var nothingOf = (digest) => ({
 var BlobState = class {
   descriptor;
   registry;
-  /** Where its place begins: in the tar, or 0 in a file of its own. */
   offset;
-  /** Tars at hand that claim to hold it: the first is read in the registry's stead, and dropped if it lied. */
   #sources;
   #restartsLeft = 1;
-  // fetches from the start, after the registry's bytes turned out wrong
   #isDone = false;
   #now;
   constructor(descriptor, registry, offset = 0, tars = []) {
@@ -2719,7 +2776,6 @@ var BlobState = class {
   get source() {
     return this.#sources[0];
   }
-  /** Bytes that have come, whether they are in place yet or not. */
   get doneBytes() {
     return lengthOf(this.#now.come);
   }
@@ -2735,19 +2791,17 @@ var BlobState = class {
   get unrecordedBytes() {
     return this.#now.unrecordedBytes;
   }
-  /** What of a range, or of all, has not come yet. */
   missing(range = [0, this.descriptor.size]) {
     return missingRanges(this.#now.come, range);
   }
-  /** What an earlier run put in place is gone on with. Where the disk lost it, that is not the registry's fault. */
   resume(ranges) {
     this.#now.come = ranges;
     this.#now.inPlace = ranges;
-    if (ranges.length === 0) return;
+    if (ranges.length === 0)
+      return;
     this.#sources.length = 0;
     this.#restartsLeft += 1;
   }
-  /** Bytes came: gives back those that had not come before, each piece with its position. */
   accept(position, bytes) {
     const isNew = this.missing([position, position + bytes.length]);
     return isNew.map(([from, to]) => {
@@ -2757,10 +2811,10 @@ var BlobState = class {
       return [from, piece];
     });
   }
-  /** Takes bytes into the hash where their turn has come: others are read back later. */
   hashInOrder(position, bytes) {
     const known = this.#now.hashedTo - position;
-    if (known < 0 || known >= bytes.length) return;
+    if (known < 0 || known >= bytes.length)
+      return;
     this.#now.hash.update(bytes.subarray(known));
     this.#now.hashedTo = position + bytes.length;
   }
@@ -2771,7 +2825,6 @@ var BlobState = class {
   markRecorded() {
     this.#now.unrecordedBytes = 0;
   }
-  /** Whether all of it was hashed, and came to its digest. The hash can be asked once. */
   verify() {
     const { hash, hashedTo } = this.#now;
     return hashedTo === this.descriptor.size && hash.digest("hex") === hexOf(this.descriptor.digest);
@@ -2779,31 +2832,25 @@ var BlobState = class {
   markDone() {
     this.#isDone = true;
   }
-  /** All of it was there already, and is right. */
   keep() {
     this.#now.come = [[0, this.descriptor.size]];
     this.#now.inPlace = this.#now.come;
     this.#isDone = true;
   }
-  /**
-   * Its bytes were wrong and are forgotten. Says whose they were, and whether it may be fetched once more; that it came
-   * from a mirror costs the registry no restart.
-   */
   restart(isFromMirror) {
     this.#now = nothingOf(this.descriptor.digest);
-    if (this.#sources.shift()) return { liar: "source", isLast: false };
-    if (!isFromMirror) this.#restartsLeft -= 1;
+    if (this.#sources.shift())
+      return { liar: "source", isLast: false };
+    if (!isFromMirror)
+      this.#restartsLeft -= 1;
     return { liar: "registry", isLast: this.#restartsLeft < 0 };
   }
-  /** The tar at hand does not hold it after all. */
   dropSource() {
     this.#sources.shift();
   }
 };
 var sizeOf = (blobs) => sumOf(blobs, ({ descriptor }) => descriptor.size);
-var blobsOf = ({ entries }, tars, isOwnFile = false) => entries.flatMap(
-  ({ blob, offset }) => blob ? [new BlobState(blob.descriptor, blob.registry, isOwnFile ? 0 : offset, tars)] : []
-);
+var blobsOf = ({ entries }, tars, isOwnFile = false) => entries.flatMap(({ blob, offset }) => blob ? [new BlobState(blob.descriptor, blob.registry, isOwnFile ? 0 : offset, tars)] : []);
 var Segment = class {
   blob;
   isTakeover;
@@ -2839,24 +2886,19 @@ var Schedule = class {
   #isLineSlow;
   #connections;
   #pending = [];
-  // what nobody fetches yet
   #active = /* @__PURE__ */ new Set();
-  /** `isInOrder`: bytes are wanted in their order, as on a stream. `isLineSlow`: more connections would help. */
   constructor(connections, isInOrder, isLineSlow) {
     this.#connections = connections;
     this.#isInOrder = isInOrder;
     this.#isLineSlow = isLineSlow;
   }
-  /** The blobs that are under way. */
   get activeBlobs() {
     return new Set([...this.#active].map(({ blob }) => blob));
   }
-  /** Whether one more connection may stay: there is work, or there may be some again, and the server takes it. */
   get wantsConnection() {
     const isWork = this.#pending.length + this.#active.size > 0;
     return isWork && this.#active.size < this.#connections;
   }
-  /** Queues what a blob lacks; nothing but its check, where that is nothing. */
   add(blob) {
     const missing = blob.missing();
     const isCut = this.#isInOrder && canSplit(blob) && isFar(blob);
@@ -2864,25 +2906,24 @@ var Schedule = class {
     for (const range of pieces.length > 0 ? pieces : [[0, 0]])
       this.#pending.push(new Segment(blob, range));
   }
-  /** A far line is worth several connections before its speed is known: closed ranges from the start waste nothing. */
   spread() {
-    if (this.#isInOrder) return;
+    if (this.#isInOrder)
+      return;
     const longest = () => longestRange(this.#pending.filter(({ blob }) => isFar(blob)));
     for (let next = longest(); next && this.#pending.length < this.#connections; next = longest())
       this.#pending.push(cutInHalf(next));
     this.#pending.sort(longestFirst);
   }
-  /** What a connection without work fetches: what is queued, or half of what another has left. */
   next() {
     const segment = this.#pending.shift() ?? this.#takeOver();
-    if (segment) this.#active.add(segment);
+    if (segment)
+      this.#active.add(segment);
     return segment;
   }
   #takeOver() {
     const longest = this.#isInOrder ? void 0 : longestRange(this.#active);
     return longest && this.#isLineSlow() ? cutInHalf(longest) : void 0;
   }
-  /** Whether nothing else of its blob is queued or under way. */
   isLast(segment) {
     const isOther = (other) => other !== segment && other.blob === segment.blob;
     return ![...this.#pending, ...this.#active].some(isOther);
@@ -2890,32 +2931,31 @@ var Schedule = class {
   end(segment) {
     this.#active.delete(segment);
   }
-  /** Leaves a range to the connection that fetches what lies before it, if there is one. */
   giveBack(segment) {
     const isBefore = (other) => other.blob === segment.blob && other.to <= segment.at && !other.isComplete;
     const neighbour = [...this.#active].filter(isBefore).sort((a, b) => b.to - a.to)[0];
-    if (!neighbour) return false;
+    if (!neighbour)
+      return false;
     neighbour.to = segment.to;
     segment.to = segment.at;
     return true;
   }
-  /** The registry gives only whole blobs: one connection for each. */
   stopRanges(segment) {
     segment.blob.registry.acceptsRanges = false;
-    if (this.giveBack(segment)) return "left to another";
+    if (this.giveBack(segment))
+      return "left to another";
     this.#absorbQueued(segment);
     return "has to fetch the whole";
   }
-  /** Takes along what nobody has begun. */
   #absorbQueued(segment) {
     const isAbsorbed = ({ blob, at }) => blob === segment.blob && at >= segment.to;
     const absorbed = this.#pending.filter(isAbsorbed);
     this.#pending = this.#pending.filter((queued) => !absorbed.includes(queued));
     segment.to = Math.max(segment.to, ...absorbed.map(({ to }) => to));
   }
-  /** The registry takes no more connections than there are. False where the range cannot be left to another. */
   crowded(segment) {
-    if (!segment.isTakeover || !this.giveBack(segment)) return false;
+    if (!segment.isTakeover || !this.giveBack(segment))
+      return false;
     this.#connections = Math.max(1, this.#active.size - 1);
     return true;
   }
@@ -2923,11 +2963,12 @@ var Schedule = class {
 var Change = class {
   #waiting = /* @__PURE__ */ new Set();
   announce() {
-    for (const wake of this.#waiting) wake();
+    for (const wake of this.#waiting)
+      wake();
   }
-  /** Until the next change, `signal` or the end of `atMostMs`, whichever comes first. */
   next(signal, atMostMs) {
-    if (signal.aborted) return Promise.resolve();
+    if (signal.aborted)
+      return Promise.resolve();
     return new Promise((resolve2) => {
       const wake = () => {
         clearTimeout(timer);
@@ -2942,7 +2983,8 @@ var Change = class {
   }
   async until(isReady, signal) {
     while (!isReady()) {
-      if (signal.aborted) fail("ABORTED", "stopped");
+      if (signal.aborted)
+        fail("ABORTED", "stopped");
       await this.next(signal);
     }
   }
@@ -2977,22 +3019,26 @@ async function openSegment(schedule, segment, signal) {
   const { blob, at, to } = segment;
   const { descriptor, registry, source } = blob;
   const { size } = descriptor;
-  if (source) return openSource(source, segment);
+  if (source)
+    return openSource(source, segment);
   const whole = [0, size];
   const isRanged = registry.acceptsRanges && to - at < size;
   const range = isRanged ? [at, to] : whole;
   const asking = registry.blob(descriptor, ...range, signal);
   const answer = await asking.catch((error) => {
-    if (!isRanged || !isRangeRefusal(error)) throw error;
+    if (!isRanged || !isRangeRefusal(error))
+      throw error;
     schedule.stopRanges(segment);
   });
-  if (!answer?.body) return void 0;
+  if (!answer?.body)
+    return void 0;
   const { body, status } = answer;
   const doing = `GET ${redactUrl(answer.url)}`;
   const judged = judgeAnswer(answer, range, size);
   if ("code" in judged) {
     body.destroy();
-    if (!isRanged || status !== 206) fail(judged.code, `${doing}: ${judged.reason}`, { status });
+    if (!isRanged || status !== 206)
+      fail(judged.code, `${doing}: ${judged.reason}`, { status });
     schedule.stopRanges(segment);
     return void 0;
   }
@@ -3007,7 +3053,6 @@ var BatchWriter = class {
   #stream;
   #write;
   #position = 0;
-  // of the batch in the blob
   #batch = [];
   #batchBytes = 0;
   #underWay = 0;
@@ -3018,15 +3063,18 @@ var BatchWriter = class {
   }
   add(position, chunk) {
     const follows = position === this.#position + this.#batchBytes;
-    if (!follows && this.#batchBytes > 0) this.#flush();
-    if (!follows) this.#position = position;
+    if (!follows && this.#batchBytes > 0)
+      this.#flush();
+    if (!follows)
+      this.#position = position;
     this.#batch.push(chunk);
     this.#batchBytes += chunk.length;
-    if (this.#batchBytes >= TUNING.batchBytes) this.#flush();
+    if (this.#batchBytes >= TUNING.batchBytes)
+      this.#flush();
   }
-  /** Writes what is left, and throws what the disk said of any of it. */
   async end() {
-    if (this.#batchBytes > 0) this.#flush();
+    if (this.#batchBytes > 0)
+      this.#flush();
     await this.#writing;
   }
   #flush() {
@@ -3038,7 +3086,8 @@ var BatchWriter = class {
     this.#batch = [];
     this.#batchBytes = 0;
     this.#underWay += 1;
-    if (this.#underWay > 1) this.#stream.pause();
+    if (this.#underWay > 1)
+      this.#stream.pause();
     this.#writing = Promise.all([this.#writing, written]);
     this.#writing.catch(() => this.#stream.destroy());
   }
@@ -3049,7 +3098,8 @@ async function statAt(file) {
   try {
     return await fs.lstat(file, { bigint: true });
   } catch (error) {
-    if (errorCodeOf(error) === "ENOENT") return void 0;
+    if (errorCodeOf(error) === "ENOENT")
+      return void 0;
     throw error;
   }
 }
@@ -3057,21 +3107,24 @@ var identityOf = ({ dev, ino }) => `${isWindows ? "" : dev}:${ino}`;
 var isSameFile = (left, right) => left !== void 0 && identityOf(left) === identityOf(right);
 async function openRegular(file, flags = O_RDONLY) {
   const before = await statAt(file);
-  if (!before?.isFile()) return void 0;
+  if (!before?.isFile())
+    return void 0;
   const handle = await fs.open(file, flags | O_NOFOLLOW | O_NONBLOCK);
   const stats = await handle.stat({ bigint: true });
-  if (stats.isFile()) return { handle, stats };
+  if (stats.isFile())
+    return { handle, stats };
   await handle.close();
   return void 0;
 }
 var createFile = (file, mode = 438) => fs.open(file, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW, mode);
 function isOwn(stats, model) {
-  const isOpenToOthers = (stats.mode & 0o022n & ~model.mode) !== 0n;
+  const isOpenToOthers = (stats.mode & 18n & ~model.mode) !== 0n;
   return stats.isFile() && stats.uid === model.uid && stats.nlink <= 1n && !isOpenToOthers;
 }
 async function readOwn(file, model) {
   const opened = await openRegular(file).catch(ignore);
-  if (!opened) return void 0;
+  if (!opened)
+    return void 0;
   try {
     return isOwn(opened.stats, model) ? await opened.handle.readFile("utf8") : void 0;
   } finally {
@@ -3080,14 +3133,17 @@ async function readOwn(file, model) {
 }
 var removeQuietly = (file) => fs.unlink(file).catch(ignore);
 async function moveFile(from, to) {
-  if ((await statAt(from))?.isDirectory()) fail("DISK", `${from} is in the way: it is a directory`);
+  if ((await statAt(from))?.isDirectory())
+    fail("DISK", `${from} is in the way: it is a directory`);
   try {
     await fs.rename(from, to);
     return true;
   } catch (error) {
     const code = errorCodeOf(error);
-    if (code === "ENOENT") return false;
-    if (code !== "EPERM" && code !== "EACCES") throw error;
+    if (code === "ENOENT")
+      return false;
+    if (code !== "EPERM" && code !== "EACCES")
+      throw error;
     const words = `${from} cannot be moved aside: ${diskWords(error)} (is it another user's?)`;
     return fail("DISK", words, { cause: error });
   }
@@ -3102,21 +3158,25 @@ async function putBack(aside, file) {
   try {
     await fs.link(aside, file);
   } catch (error) {
-    if (errorCodeOf(error) !== "EEXIST") return fs.rename(aside, file);
+    if (errorCodeOf(error) !== "EEXIST")
+      return fs.rename(aside, file);
   }
   await removeQuietly(aside);
 }
 async function takeFile(file, aside, isMeant) {
-  if (!await moveFile(file, aside)) return false;
+  if (!await moveFile(file, aside))
+    return false;
   const stats = await statAt(aside);
-  if (stats && await isMeant(stats)) return true;
+  if (stats && await isMeant(stats))
+    return true;
   await putBack(aside, file);
   return false;
 }
 var isAsideName = (name) => /\.[0-9a-f]{16}(\.(old|copy))?$/.test(name);
 async function sweep(folder, isLitter) {
   const names = await listOptional(folder);
-  for (const name of names.filter(isLitter)) await removeQuietly(path.join(folder, name));
+  for (const name of names.filter(isLitter))
+    await removeQuietly(path.join(folder, name));
 }
 async function startOf(pid) {
   const text = await readOptional(`/proc/${pid}/stat`) ?? "";
@@ -3134,34 +3194,42 @@ async function describeSelf() {
   const namespace = await link2("/proc/self/ns/pid");
   const started = await startOf("self");
   const isOurProc = await link2("/proc/self") === String(pid);
-  if (!boot || !namespace || !started || !isOurProc) return self;
+  if (!boot || !namespace || !started || !isOurProc)
+    return self;
   return { ...self, space: `${boot} ${namespace}`, started };
 }
 function parseOwner(text) {
   const parsed = parseJson(text);
-  if (!isRecord(parsed)) return void 0;
+  if (!isRecord(parsed))
+    return void 0;
   const word = (key) => String(parsed[key] ?? "");
   const id = /^[0-9a-f]{16}$/.test(word("id")) ? word("id") : "";
   const owner = { id, pid: Number(parsed.pid), host: word("host") };
   return { ...owner, space: word("space"), started: word("started") };
 }
 async function fateOf(owner, self) {
-  if (owner.space === "" || owner.space !== self.space) return "unknown";
+  if (owner.space === "" || owner.space !== self.space)
+    return "unknown";
   try {
     process.kill(owner.pid, 0);
   } catch (error) {
-    if (errorCodeOf(error) === "ESRCH") return "dead";
-    if (errorCodeOf(error) !== "EPERM") return "unknown";
+    if (errorCodeOf(error) === "ESRCH")
+      return "dead";
+    if (errorCodeOf(error) !== "EPERM")
+      return "unknown";
   }
-  if (process.platform !== "linux") return "unknown";
+  if (process.platform !== "linux")
+    return "unknown";
   return await startOf(owner.pid) === owner.started ? "alive" : "dead";
 }
 async function readLock(file) {
   const stats = await statAt(file);
-  if (!stats?.isFile()) return stats && { stats, owner: void 0 };
+  if (!stats?.isFile())
+    return stats && { stats, owner: void 0 };
   try {
     const opened = await openRegular(file);
-    if (!opened) return void 0;
+    if (!opened)
+      return void 0;
     const bytes = await readAt(opened.handle, 0, LIMITS.lockBytes);
     await opened.handle.close();
     return { stats: opened.stats, owner: parseOwner(bytes.toString("utf8")) };
@@ -3171,7 +3239,6 @@ async function readLock(file) {
 }
 var Lock = class _Lock {
   owner;
-  /** A file that this run made beside DEST. */
   model;
   #file;
   #aside;
@@ -3184,7 +3251,6 @@ var Lock = class _Lock {
     this.model = model;
     this.#handle = handle;
   }
-  /** Written under a name of its own and then linked: a lock that is there says who has it. */
   static async acquire(file, dest) {
     const owner = await describeSelf();
     const aside = `${file}.${owner.id}`;
@@ -3202,18 +3268,20 @@ var Lock = class _Lock {
       await removeQuietly(aside);
     }
   }
-  /** Until the lock is ours, or is seen to be another's. A bound, since somebody may come first each time. */
   async #settle(dest) {
     for (let attempt = 0; attempt < 8; attempt += 1) {
-      if (await this.#isPlaced()) return;
+      if (await this.#isPlaced())
+        return;
       let seen = await readLock(this.#file);
       if (seen && !seen.owner) {
         await (0, import_promises2.setTimeout)(LIMITS.lockBirthMs);
         seen = await readLock(this.#file);
       }
-      if (!seen) continue;
+      if (!seen)
+        continue;
       const words = await this.#whoHasIt(seen);
-      if (words !== void 0) fail("DISK", `${dest} is being pulled by another imgpull${words}`);
+      if (words !== void 0)
+        fail("DISK", `${dest} is being pulled by another imgpull${words}`);
       await this.#takeOver(seen.stats);
     }
     fail("DISK", `${dest} is being pulled by another imgpull`);
@@ -3223,14 +3291,16 @@ var Lock = class _Lock {
       await fs.link(this.#aside, this.#file);
       return true;
     } catch (error) {
-      if (errorCodeOf(error) === "EEXIST") return false;
+      if (errorCodeOf(error) === "EEXIST")
+        return false;
     }
     try {
       const handle = await createFile(this.#file);
       await this.#handle.close();
       this.#handle = handle;
     } catch (error) {
-      if (errorCodeOf(error) === "EEXIST") return false;
+      if (errorCodeOf(error) === "EEXIST")
+        return false;
       throw error;
     }
     try {
@@ -3241,30 +3311,31 @@ var Lock = class _Lock {
       throw error;
     }
   }
-  /** Who has a lock, in words; undefined where it is left behind. Whoever is not known to live or to be dead lives as
-   *  long as the lock is touched, by the clock of the file system, on which ours is a moment old. */
   async #whoHasIt({ stats, owner }) {
-    if (!owner) return void 0;
+    if (!owner)
+      return void 0;
     const isKnown = owner !== "unreadable";
     const fate = isKnown ? await fateOf(owner, this.owner) : "unknown";
     const who = isKnown ? printable(`process ${owner.pid} on ${owner.host}`, 80) : "another user's";
-    if (fate === "alive") return ` (${who})`;
-    if (fate === "dead") return void 0;
+    if (fate === "alive")
+      return ` (${who})`;
+    if (fate === "dead")
+      return void 0;
     const ageMs = Number(this.model.mtimeMs - stats.mtimeMs);
     const isLapsed = ageMs >= LIMITS.lockStaleMs;
-    if (isLapsed || ageMs < -LIMITS.lockBeatMs) return void 0;
+    if (isLapsed || ageMs < -LIMITS.lockBeatMs)
+      return void 0;
     const seconds = (milliseconds) => Math.max(1, Math.ceil(milliseconds / 1e3));
     const remedy = `if that one is gone, its lock lapses in ${seconds(LIMITS.lockStaleMs - ageMs)} s`;
     return ` (${who}, seen ${seconds(ageMs)} s ago)
   ${remedy}`;
   }
-  /** Takes a lock away that was left behind, as it was seen: another may have done so meanwhile, and have it now. */
   async #takeOver(seen) {
     const aside = `${this.#aside}.old`;
     const isSeen = (stats) => isSameFile(stats, seen) && stats.mtimeNs === seen.mtimeNs;
-    if (await takeFile(this.#file, aside, isSeen)) await removeQuietly(aside);
+    if (await takeFile(this.#file, aside, isSeen))
+      await removeQuietly(aside);
   }
-  /** A write rather than a date: the file system's own clock counts, and never another's file. */
   #beat() {
     this.#handle.write(JSON.stringify(this.owner), 0).catch(ignore);
   }
@@ -3272,23 +3343,24 @@ var Lock = class _Lock {
     const owner = (await readLock(file))?.owner;
     return owner !== void 0 && owner !== "unreadable" && owner.id === this.owner.id;
   }
-  /** Whether nobody has taken the lock over. One that looked at it may have it in hand for a moment. */
   async isOurs() {
     for (let attempt = 0; attempt < 3; attempt += 1) {
-      if (await this.#isOwn(this.#file)) return true;
-      if (await statAt(this.#file)) return false;
+      if (await this.#isOwn(this.#file))
+        return true;
+      if (await statAt(this.#file))
+        return false;
       await (0, import_promises2.setTimeout)(20);
     }
     return false;
   }
-  /** Lets go of it, and of nobody else's. Never an error: it would hide why a pull failed. */
   async release() {
     clearInterval(this.#timer);
     const aside = `${this.#aside}.old`;
     const isOwn2 = () => this.#isOwn(aside);
     const isTaken = await takeFile(this.#file, aside, isOwn2).catch(ignore);
     await this.#handle.close().catch(ignore);
-    if (isTaken) await removeQuietly(aside);
+    if (isTaken)
+      await removeQuietly(aside);
   }
 };
 function parseNotes(text) {
@@ -3306,7 +3378,8 @@ function parseNotes(text) {
     let ranges = [];
     for (const range of rangeText.split(",")) {
       const [from = 0, to = 0] = range.split("-").map(Number);
-      if (from < to) ranges = addRange(ranges, [from, to]);
+      if (from < to)
+        ranges = addRange(ranges, [from, to]);
     }
     inPlace.set(digest, ranges);
   }
@@ -3324,7 +3397,6 @@ var Journal = class _Journal {
   static async read(file, model) {
     return parseNotes(await readOwn(file, model) ?? "");
   }
-  /** A journal of this run's own, which goes on from what an earlier one says. */
   static async begin(file, owner, { planId, partial, inPlace }) {
     const aside = `${file}.${owner.id}`;
     const handle = await createFile(aside);
@@ -3333,7 +3405,8 @@ var Journal = class _Journal {
       await handle.write(`${planId}
 by ${partial || "-"} ${JSON.stringify(owner)}
 `);
-      for (const [digest, ranges] of inPlace) journal.#recordRanges(digest, ranges);
+      for (const [digest, ranges] of inPlace)
+        journal.#recordRanges(digest, ranges);
       await replaceFile(aside, file);
       return journal;
     } catch (error) {
@@ -3345,7 +3418,6 @@ by ${partial || "-"} ${JSON.stringify(owner)}
   rangesOf(digest) {
     return this.#inPlace.get(digest) ?? [];
   }
-  /** At once, for a line takes microseconds: one that queued behind the blobs' own writes would come too late. */
   record(blob) {
     blob.markRecorded();
     this.#recordRanges(blob.descriptor.digest, blob.inPlace);
@@ -3360,16 +3432,15 @@ by ${partial || "-"} ${JSON.stringify(owner)}
     } catch {
     }
   }
-  /** Nothing more is written to what it speaks of: the next run may go on in the very same file. */
   async close() {
     this.#append("closed\n");
     await this.#handle.close();
   }
-  /** There is nothing to go on from. Another's journal under that name is left alone. */
   async remove() {
     const stats = await this.#handle.stat({ bigint: true });
     await this.#handle.close();
-    if (isSameFile(await statAt(this.#file), stats)) await removeQuietly(this.#file);
+    if (isSameFile(await statAt(this.#file), stats))
+      await removeQuietly(this.#file);
   }
 };
 function judgeLine() {
@@ -3407,7 +3478,6 @@ var Transfer = class {
     this.#journal = journal;
     this.#schedule = new Schedule(session.settings.concurrency, sink.isInOrder, judgeLine());
   }
-  /** What came over the line, and from tars at hand. */
   get fetchedBytes() {
     return this.#fetchedBytes;
   }
@@ -3417,11 +3487,9 @@ var Transfer = class {
   get activeBlobs() {
     return this.#schedule.activeBlobs;
   }
-  /** Whether DEST was already what it had to become, and was left alone. */
   get isUnchanged() {
     return this.#isUnchanged;
   }
-  /** DEST has a blob in its place, and it was verified there. */
   keep(blob) {
     blob.keep();
     this.#reusedBytes += blob.descriptor.size;
@@ -3430,20 +3498,20 @@ var Transfer = class {
   markUnchanged() {
     this.#isUnchanged = true;
   }
-  /** Ends all that is under way for an error, and throws that on. */
   stop = (error) => {
     this.#stopping.abort();
     throw error;
   };
-  /** To the end of all blobs, or to the first error with every connection closed. */
   async run() {
     this.#observe(this);
-    for (const blob of this.blobs) this.#schedule.add(blob);
+    for (const blob of this.blobs)
+      this.#schedule.add(blob);
     this.#schedule.spread();
     const { concurrency } = this.#session.settings;
     const connect = () => this.#runConnection().catch(this.stop);
     settled(await Promise.allSettled(Array.from({ length: concurrency }, connect)));
-    if (this.signal.aborted) fail("ABORTED", "stopped");
+    if (this.signal.aborted)
+      fail("ABORTED", "stopped");
     await this.#sink.end?.();
   }
   async #runConnection() {
@@ -3454,12 +3522,12 @@ var Transfer = class {
         continue;
       }
       await this.#fetch(segment);
-      if (this.#schedule.isLast(segment)) await this.#finishBlob(segment.blob);
+      if (this.#schedule.isLast(segment))
+        await this.#finishBlob(segment.blob);
       this.#schedule.end(segment);
       this.#change.announce();
     }
   }
-  /** Fetches a range to its end, however many answers that takes. */
   #fetch(segment) {
     let before = segment.at;
     const gotOn = () => {
@@ -3469,26 +3537,28 @@ var Transfer = class {
       return isEnough;
     };
     const attempt = async () => {
-      while (!segment.isComplete) await this.#receiveOrGiveBack(segment);
+      while (!segment.isComplete)
+        await this.#receiveOrGiveBack(segment);
     };
     return withRetries(this.#session, attempt, gotOn);
   }
-  /** A registry that takes no more connections gets fewer: the range goes back to where it was taken from. */
   async #receiveOrGiveBack(segment) {
     try {
       await this.#receive(segment);
     } catch (error) {
       const isCrowded = error instanceof ImgpullError && error.code === "RATE_LIMITED";
-      if (isCrowded && this.#schedule.crowded(segment)) return;
+      if (isCrowded && this.#schedule.crowded(segment))
+        return;
       const { registry, descriptor, source } = segment.blob;
-      if (source || !registry.canAskElsewhere(descriptor.digest, error)) throw error;
+      if (source || !registry.canAskElsewhere(descriptor.digest, error))
+        throw error;
     }
   }
-  /** One request for what a segment still lacks, and its bytes into the sink. */
   async #receive(segment) {
     const { blob } = segment;
     const opened = await openSegment(this.#schedule, segment, this.signal);
-    if (!opened) return;
+    if (!opened)
+      return;
     const { stream, doing, end } = opened;
     let { position } = opened;
     const writer = new BatchWriter(stream, (at, chunks) => this.#write(blob, at, chunks));
@@ -3497,17 +3567,22 @@ var Transfer = class {
       const wanted = chunk.subarray(skipped, skipped + segment.remainingBytes);
       position += chunk.length;
       const pieces = this.#accept(segment, wanted);
-      if (position > end || segment.isComplete && position < end) stream.destroy();
-      for (const piece of pieces) writer.add(...piece);
+      if (position > end || segment.isComplete && position < end)
+        stream.destroy();
+      for (const piece of pieces)
+        writer.add(...piece);
     });
     const cause = await (0, import_promises.finished)(stream, { signal: this.signal }).then(ignore, (error) => error);
     stream.destroy();
     await writer.end();
     if (position > end)
       fail("SIZE_MISMATCH", `${doing}: more than the ${end} bytes that belong there`);
-    if (segment.isComplete) return;
-    if (this.signal.aborted) fail("ABORTED", "stopped");
-    if (cause instanceof ImgpullError || cause && blob.source) throw cause;
+    if (segment.isComplete)
+      return;
+    if (this.signal.aborted)
+      fail("ABORTED", "stopped");
+    if (cause instanceof ImgpullError || cause && blob.source)
+      throw cause;
     if (position < end) {
       const reason = `the connection ended after ${position} of ${end} bytes`;
       fail("NETWORK", `${doing}: ${reason}`, { cause });
@@ -3518,8 +3593,10 @@ var Transfer = class {
     const pieces = blob.accept(segment.at, bytes);
     segment.at += bytes.length;
     const newBytes = sumOf(pieces, ([, piece]) => piece.length);
-    if (blob.source) this.#reusedBytes += newBytes;
-    else this.#fetchedBytes += newBytes;
+    if (blob.source)
+      this.#reusedBytes += newBytes;
+    else
+      this.#fetchedBytes += newBytes;
     return pieces;
   }
   async #write(blob, position, chunks) {
@@ -3527,9 +3604,9 @@ var Transfer = class {
     const sizeBytes = sumOf(chunks, ({ length }) => length);
     await this.#sink.write(blob, position, chunks);
     blob.markWritten(position, sizeBytes);
-    if (blob.unrecordedBytes >= TUNING.journalBytes) this.#journal?.record(blob);
+    if (blob.unrecordedBytes >= TUNING.journalBytes)
+      this.#journal?.record(blob);
   }
-  /** All bytes of a blob were written: are they the right ones? */
   async #finishBlob(blob) {
     if (await this.#isVerified(blob)) {
       blob.markDone();
@@ -3540,22 +3617,24 @@ var Transfer = class {
     this.#schedule.add(blob);
   }
   async #isVerified(blob) {
-    if (!this.#sink.readBack) return true;
+    if (!this.#sink.readBack)
+      return true;
     for await (const piece of this.#sink.readBack(blob, blob.hashedTo))
       blob.hashInOrder(blob.hashedTo, piece);
-    if (!blob.verify()) return false;
+    if (!blob.verify())
+      return false;
     await this.#sink.seal?.(blob);
     this.#journal?.record(blob);
     return true;
   }
-  /** Another source is asked, and the registry once more, with a warning; then it is an error. */
   #judgeWrongBytes(blob) {
     const { descriptor, registry } = blob;
     const words = `${descriptor.digest}: the bytes have another digest`;
     const lie = new ImgpullError("DIGEST_MISMATCH", words);
     const isFromMirror = !blob.source && registry.canAskElsewhere(descriptor.digest, lie);
     const { liar, isLast } = blob.restart(isFromMirror);
-    if (liar === "source" || isFromMirror) return;
+    if (liar === "source" || isFromMirror)
+      return;
     if (isLast) {
       this.#journal?.record(blob);
       fail("DIGEST_MISMATCH", `${words}, twice, from ${registry.origin}`);
@@ -3566,7 +3645,8 @@ var Transfer = class {
 var DEVICE_NAME = /^(con|prn|aux|nul|com\d|lpt\d)\s*($|[.:])/i;
 async function resolveLink(file) {
   const link2 = await fs.readlink(file).catch(ignore);
-  if (link2 === void 0) return file;
+  if (link2 === void 0)
+    return file;
   const target = path.resolve(await fs.realpath(path.dirname(file)), link2);
   return resolveLink(target);
 }
@@ -3574,13 +3654,15 @@ async function resolveFile(file) {
   try {
     return await fs.realpath(file);
   } catch (error) {
-    if (errorCodeOf(error) !== "ENOENT") throw error;
+    if (errorCodeOf(error) !== "ENOENT")
+      throw error;
     return resolveLink(file);
   }
 }
 var withoutPrefix = (file) => file.replace(/^\\\\\?\\UNC\\/i, "\\\\").replace(/^\\\\\?\\/, "");
 async function parseDestination(destination) {
-  if (typeof destination !== "string") return { kind: "stream", output: destination };
+  if (typeof destination !== "string")
+    return { kind: "stream", output: destination };
   return parseFileDestination(isWindows ? withoutPrefix(destination) : destination);
 }
 async function parseFileDestination(destination) {
@@ -3590,7 +3672,8 @@ async function parseFileDestination(destination) {
   const stats = await fs.stat(destination).catch(ignore);
   if (/[\\/]$/.test(destination) || stats?.isDirectory())
     return { kind: "layout", folder: destination };
-  if (stats?.isFIFO() || stats?.isCharacterDevice()) return { kind: "device", file: destination };
+  if (stats?.isFIFO() || stats?.isCharacterDevice())
+    return { kind: "device", file: destination };
   if (stats?.isFile() === false)
     fail("DISK", `${doing}: it is there, and not a file (- is stdout)`);
   const folder = path.dirname(destination);
@@ -3614,7 +3697,8 @@ async function pullInto(destination, job) {
 }
 async function writeAll(handle, chunks, position) {
   const { bytesWritten } = await handle.writev(chunks, position);
-  if (bytesWritten === sumOf(chunks, ({ length }) => length)) return;
+  if (bytesWritten === sumOf(chunks, ({ length }) => length))
+    return;
   const rest = Buffer.concat(chunks).subarray(bytesWritten);
   await writeAll(handle, [rest], position + bytesWritten);
 }
@@ -3626,19 +3710,23 @@ async function syncQuietly(handle) {
 }
 async function syncFolder(folder) {
   const handle = await fs.open(folder, "r").catch(ignore);
-  if (handle) await syncQuietly(handle).finally(() => handle.close());
+  if (handle)
+    await syncQuietly(handle).finally(() => handle.close());
 }
 async function checkFreeSpace(dest, place, neededBytes) {
   const { blocks, bavail, bsize } = await fs.statfs(place).catch(() => ({ blocks: 0, bavail: 0, bsize: 1 }));
   const freeBytes = blocks === 0 ? NEVER : bavail * bsize;
-  if (neededBytes <= freeBytes) return;
+  if (neededBytes <= freeBytes)
+    return;
   const words = `${formatBytes(neededBytes)} are needed and ${place} has ${formatBytes(freeBytes)} free`;
   fail("DISK", `cannot write ${dest}: the disk is full, ${words}`);
 }
 var tellOfInodes = (folder) => async (error) => {
-  if (errorCodeOf(error) !== "ENOSPC") throw error;
+  if (errorCodeOf(error) !== "ENOSPC")
+    throw error;
   const counts = await fs.statfs(folder).catch(ignore);
-  if (!counts || counts.files === 0 || counts.ffree > 0) throw error;
+  if (!counts || counts.files === 0 || counts.ffree > 0)
+    throw error;
   throw Object.assign(error, { code: "NO_INODES" });
 };
 var BackgroundSync = class {
@@ -3646,7 +3734,8 @@ var BackgroundSync = class {
   #syncing = Promise.resolve();
   async written(handle, sizeBytes) {
     this.#unsyncedBytes += sizeBytes;
-    if (this.#unsyncedBytes < TUNING.syncBytes) return;
+    if (this.#unsyncedBytes < TUNING.syncBytes)
+      return;
     this.#unsyncedBytes = 0;
     const before = this.#syncing;
     this.#syncing = before.then(() => syncQuietly(handle));
@@ -3677,19 +3766,23 @@ function fileSink(open2, seal) {
 }
 async function fillPlaces(filling) {
   const { blobs, journal, open: open2, seal, ...rest } = filling;
-  for (const blob of blobs) await resumeBlob(blob, journal, open2);
+  for (const blob of blobs)
+    await resumeBlob(blob, journal, open2);
   const transfer = new Transfer({ ...rest, blobs, journal, sink: fileSink(open2, seal) });
   try {
     await transfer.run();
     return transfer;
   } finally {
-    for (const blob of blobs) if (blob.unrecordedBytes > 0) journal.record(blob);
+    for (const blob of blobs)
+      if (blob.unrecordedBytes > 0)
+        journal.record(blob);
   }
 }
 async function resumeBlob(blob, journal, open2) {
   const { digest, size } = blob.descriptor;
   const ranges = journal.rangesOf(digest);
-  if (ranges.length === 0) return;
+  if (ranges.length === 0)
+    return;
   const { size: fileBytes } = await (await open2(blob)).stat();
   const placeEnd = fileBytes - blob.offset;
   blob.resume(ranges.filter(([, to]) => to <= size && to <= placeEnd));
@@ -3702,11 +3795,13 @@ async function writeFrame(handle, plan) {
 }
 async function hasFrame(handle, plan) {
   const { size } = await handle.stat();
-  if (size !== plan.sizeBytes) return false;
+  if (size !== plan.sizeBytes)
+    return false;
   const isThere = async (bytes, at) => bytes.equals(await readAt(handle, at, bytes.length));
   for (const { lead, bytes, offset } of plan.entries) {
     const frame = bytes ? Buffer.concat([lead, bytes]) : lead;
-    if (!await isThere(frame, offset - lead.length)) return false;
+    if (!await isThere(frame, offset - lead.length))
+      return false;
   }
   return isThere(plan.trailer, plan.sizeBytes - plan.trailer.length);
 }
@@ -3714,10 +3809,12 @@ var NO_SINK = { isInOrder: false, write: () => Promise.resolve() };
 async function keepUnchanged(job, dest) {
   const { session, plan, observe } = job;
   const opened = await openRegular(dest).catch(ignore);
-  if (!opened) return void 0;
+  if (!opened)
+    return void 0;
   const { handle } = opened;
   try {
-    if (!await hasFrame(handle, plan)) return void 0;
+    if (!await hasFrame(handle, plan))
+      return void 0;
     const transfer = new Transfer({ session, blobs: blobsOf(plan, []), sink: NO_SINK, observe });
     for (const blob of transfer.blobs) {
       if (!await isIntact({ handle, offset: blob.offset }, blob.descriptor, session.signal))
@@ -3727,7 +3824,8 @@ async function keepUnchanged(job, dest) {
     transfer.markUnchanged();
     return transfer;
   } catch (error) {
-    if (session.signal.aborted) fail("ABORTED", "stopped", { cause: error });
+    if (session.signal.aborted)
+      fail("ABORTED", "stopped", { cause: error });
     throw error;
   } finally {
     await handle.close();
@@ -3735,7 +3833,8 @@ async function keepUnchanged(job, dest) {
 }
 async function openTaken(file, model) {
   const opened = await openRegular(file, O_RDWR).catch(ignore);
-  if (opened && isOwn(opened.stats, model)) return opened;
+  if (opened && isOwn(opened.stats, model))
+    return opened;
   await opened?.handle.close();
   await fs.unlink(file);
   return void 0;
@@ -3758,10 +3857,12 @@ async function renameOver(from, dest) {
     try {
       return await fs.rename(from, dest);
     } catch (error) {
-      if (!isWindows || !["EPERM", "EACCES", "EBUSY"].includes(errorCodeOf(error))) throw error;
+      if (!isWindows || !["EPERM", "EACCES", "EBUSY"].includes(errorCodeOf(error)))
+        throw error;
       const waitMs = waitsMs.shift();
       const words = "another program has it open, or it is read-only";
-      if (waitMs === void 0) fail("DISK", `cannot write ${dest}: ${words}`, { cause: error });
+      if (waitMs === void 0)
+        fail("DISK", `cannot write ${dest}: ${words}`, { cause: error });
       await (0, import_promises2.setTimeout)(waitMs);
     }
   }
@@ -3791,7 +3892,6 @@ var PartialTar = class _PartialTar {
   get journal() {
     return this.#journal;
   }
-  /** Goes on from what an earlier run left of the plan, or begins anew. */
   static async open(place) {
     const partial = new _PartialTar(place);
     try {
@@ -3804,7 +3904,6 @@ var PartialTar = class _PartialTar {
       throw error;
     }
   }
-  /** Takes what is there to a name of this run's own. What another plan left becomes DEST.partial.old. */
   async #claim() {
     const { owner, model } = this.#lock;
     const before = await Journal.read(this.#journalFile, model);
@@ -3813,7 +3912,8 @@ var PartialTar = class _PartialTar {
     this.#isTaken = isDead && await moveFile(deadAside, this.#aside) || await moveFile(this.file, this.#aside);
     const found = this.#isTaken ? await openTaken(this.#aside, model) : void 0;
     this.#isTaken = found !== void 0;
-    if (!found) return;
+    if (!found)
+      return;
     const notes = await Journal.read(this.#journalFile, model);
     const isOfPlan = notes.planId === this.#plan.id;
     if (isOfPlan && Number(found.stats.size) === this.#plan.sizeBytes)
@@ -3822,31 +3922,31 @@ var PartialTar = class _PartialTar {
     await fs.rename(this.#aside, `${this.file}.old`);
     this.#isTaken = false;
   }
-  /** Whoever may be alive and has a file open can write to it, whatever name it has: such a file is gone on with as a
-   *  copy. */
   async #goOnWith({ handle, stats }, notes) {
     const { owner } = notes;
     const isAbandoned = !owner || notes.partial === identityOf(stats) && (notes.isClosed || await fateOf(owner, this.#lock.owner) === "dead");
     this.#handle = handle;
     this.#inPlace = notes.inPlace;
-    if (isAbandoned) return;
+    if (isAbandoned)
+      return;
     await handle.close();
     this.#handle = await replaceByCopy(this.#aside);
     this.#isTaken = this.#handle !== void 0;
-    if (!this.#isTaken) this.#inPlace = /* @__PURE__ */ new Map();
+    if (!this.#isTaken)
+      this.#inPlace = /* @__PURE__ */ new Map();
   }
   async #checkSpace() {
     const { blocks = 0 } = await this.#handle?.stat() ?? {};
     const neededBytes = this.#plan.sizeBytes - blocks * BLOCK;
     await checkFreeSpace(this.#dest, path.dirname(this.#dest), neededBytes);
   }
-  /** Nothing is written before its name is public: where another has taken it meanwhile, that fails. */
   async #begin() {
     const { mode: destMode = 438 } = await fs.stat(this.#dest).catch(ignore) ?? {};
     const mode = destMode & 511 | 384;
     this.#handle ??= await createFile(this.#aside, mode);
     const { mode: actualMode } = await this.#handle.stat();
-    if ((actualMode & 511 & ~mode) !== 0) await fs.chmod(this.#aside, actualMode & mode);
+    if ((actualMode & 511 & ~mode) !== 0)
+      await fs.chmod(this.#aside, actualMode & mode);
     this.#journal = await Journal.begin(this.#journalFile, this.#lock.owner, {
       planId: this.#plan.id,
       partial: identityOf(await this.#handle.stat({ bigint: true })),
@@ -3855,15 +3955,14 @@ var PartialTar = class _PartialTar {
     await replaceFile(this.#aside, this.file);
     await writeFrame(this.#handle, this.#plan);
   }
-  /** Gives it DEST's name. It is looked at once more under a name that nobody else has: whoever took the lock over may
-   *  have put another file in its place. Returns whether that was one step. */
   async become() {
     await syncQuietly(this.handle);
     const ours = await this.handle.stat({ bigint: true });
     const isWhole = (found) => isSameFile(found, ours) && Number(found.size) === this.#plan.sizeBytes;
     const isTaken = await takeFile(this.file, this.#aside, isWhole);
     if (!isTaken || !await this.#lock.isOurs()) {
-      if (isTaken) await putBack(this.#aside, this.file);
+      if (isTaken)
+        await putBack(this.#aside, this.file);
       const words = `${this.file} was replaced or cut, or another imgpull took it over`;
       fail("DISK", `cannot write ${this.#dest}: ${words}; run it again`);
     }
@@ -3881,14 +3980,13 @@ var PartialTar = class _PartialTar {
       await syncFolder(path.dirname(this.#dest));
       return true;
     } catch (error) {
-      if (errorCodeOf(error) !== "EBUSY") throw error;
+      if (errorCodeOf(error) !== "EBUSY")
+        throw error;
     }
     await this.#writeInPlace();
     await fs.unlink(this.#aside);
     return false;
   }
-  /** For a DEST that is mounted by itself. Its first block is written last: what is half-written begins with zeros, and
-   *  is no tar. */
   async #writeInPlace() {
     const { size, blocks } = await fs.stat(this.#dest);
     await checkFreeSpace(this.#dest, this.#dest, this.#plan.sizeBytes - blocks * BLOCK);
@@ -3908,13 +4006,14 @@ var PartialTar = class _PartialTar {
       await dest.close();
     }
   }
-  /** After a failure. Returns whether `keptBytes` of it are still there, for the next run to go on from. */
   async close(keptBytes = sumOf(this.#inPlace.values(), lengthOf)) {
     const ours = await this.#handle?.stat({ bigint: true });
     await this.#handle?.close();
     if (!this.#journal) {
-      if (this.#isTaken) await putBack(this.#aside, this.file);
-      else await removeQuietly(this.#aside);
+      if (this.#isTaken)
+        await putBack(this.#aside, this.file);
+      else
+        await removeQuietly(this.#aside);
       return this.#isTaken;
     }
     const isThere = ours !== void 0 && isSameFile(await statAt(this.file), ours);
@@ -3922,7 +4021,8 @@ var PartialTar = class _PartialTar {
       await this.#journal.close();
       return true;
     }
-    if (isThere) await removeQuietly(this.file);
+    if (isThere)
+      await removeQuietly(this.file);
     await removeQuietly(this.#aside);
     await this.#journal.remove();
     return false;
@@ -3938,7 +4038,8 @@ async function openAtHand(files) {
   return tars.filter((tar) => tar !== void 0);
 }
 async function closeTars(tars) {
-  for (const { handle } of tars) await handle.close();
+  for (const { handle } of tars)
+    await handle.close();
 }
 async function fillTar(job, dest, lock) {
   const { session, plan, tars, observe } = job;
@@ -3956,7 +4057,8 @@ async function fillTar(job, dest, lock) {
   } catch (error) {
     const keptBytes = sumOf(blobs, ({ inPlace }) => lengthOf(inPlace));
     const words = `${partial.file} keeps ${formatBytes(keptBytes)}: the same command goes on from there`;
-    if (await partial.close(keptBytes)) session.warn(words);
+    if (await partial.close(keptBytes))
+      session.warn(words);
     throw error;
   } finally {
     await closeTars(sources);
@@ -3969,7 +4071,8 @@ async function pullToTar(job, dest) {
     const unchanged = await keepUnchanged(job, dest);
     const transfer = unchanged ?? await fillTar(job, dest, lock);
     const leftovers = unchanged ? [partial, `${partial}.journal`] : [];
-    for (const file of [...leftovers, `${partial}.old`]) await removeQuietly(file);
+    for (const file of [...leftovers, `${partial}.old`])
+      await removeQuietly(file);
     const stem = `${path.basename(partial)}.`;
     await sweep(path.dirname(dest), (name) => name.startsWith(stem) && isAsideName(name));
     return transfer;
@@ -3982,7 +4085,6 @@ var BlobFiles = class {
   #lock;
   #deadId;
   #files = /* @__PURE__ */ new Map();
-  /** `deadId`: of the run before, where that is certainly over. */
   constructor(nameOf, lock, deadId) {
     this.#nameOf = nameOf;
     this.#lock = lock;
@@ -4003,7 +4105,8 @@ var BlobFiles = class {
     for (const file of [...left, `${name}.partial`]) {
       const isTaken = await moveFile(file, aside);
       const found = isTaken ? await openTaken(aside, this.#lock.model) : void 0;
-      if (found) return found.handle;
+      if (found)
+        return found.handle;
     }
     return createFile(aside);
   }
@@ -4016,13 +4119,14 @@ var BlobFiles = class {
     const ours = await handle.stat({ bigint: true });
     this.#files.delete(blob);
     await handle.close();
-    if (!isSameFile(await statAt(aside), ours)) fail("DISK", `${aside} was replaced; run it again`);
+    if (!isSameFile(await statAt(aside), ours))
+      fail("DISK", `${aside} was replaced; run it again`);
     await replaceFile(aside, name);
   };
-  /** Whether its file is there already, and right. */
   async has(blob, signal) {
     const opened = await openRegular(this.#nameOf(blob)).catch(ignore);
-    if (!opened) return false;
+    if (!opened)
+      return false;
     const { handle, stats } = opened;
     try {
       const isWhole = Number(stats.size) === blob.descriptor.size;
@@ -4031,7 +4135,6 @@ var BlobFiles = class {
       await handle.close();
     }
   }
-  /** What is not whole is left for the next run. */
   async close() {
     for (const [blob, file] of this.#files) {
       const handle = await file.catch(ignore);
@@ -4046,13 +4149,13 @@ async function pullToFolder(job) {
   try {
     const transfer = await fillFolder(job, lock);
     const isWritten = await job.seal?.(lock) ?? false;
-    if (transfer.blobs.length === 0 && !isWritten) transfer.markUnchanged();
+    if (transfer.blobs.length === 0 && !isWritten)
+      transfer.markUnchanged();
     await removeQuietly(`${base}.journal`);
     const isBlobPartial = (name) => /^[0-9a-f]{64,128}(\.[0-9a-f]{16})?\.partial$/.test(name);
-    const folders = new Set(
-      job.blobs.map(({ descriptor }) => path.dirname(job.nameOf(descriptor.digest)))
-    );
-    for (const folder of folders) await sweep(path.join(job.folder, folder), isBlobPartial);
+    const folders = new Set(job.blobs.map(({ descriptor }) => path.dirname(job.nameOf(descriptor.digest))));
+    for (const folder of folders)
+      await sweep(path.join(job.folder, folder), isBlobPartial);
     await sweep(job.folder, (name) => name.startsWith(".imgpull.partial.") && isAsideName(name));
     return transfer;
   } finally {
@@ -4068,7 +4171,9 @@ async function fillFolder(job, lock) {
   const pathOf = ({ descriptor }) => path.join(folder, nameOf(descriptor.digest));
   const files = new BlobFiles(pathOf, lock, isDead ? before.owner?.id : void 0);
   const missing = [];
-  for (const blob of blobs) if (!await files.has(blob, session.signal)) missing.push(blob);
+  for (const blob of blobs)
+    if (!await files.has(blob, session.signal))
+      missing.push(blob);
   await checkFreeSpace(folder, folder, sizeOf(missing));
   const notes = { planId: "folder", partial: "", inPlace: before.inPlace };
   const journal = await Journal.begin(journalFile, owner, notes);
@@ -4095,14 +4200,16 @@ function mergeIndex(before, ours) {
 async function readLayoutFile(file) {
   const opened = await openRegular(file);
   if (!opened) {
-    if (await statAt(file)) fail("DISK", `${file} is in the way: it is not a regular file`);
+    if (await statAt(file))
+      fail("DISK", `${file} is in the way: it is not a regular file`);
     return void 0;
   }
   return opened.handle.readFile().finally(() => opened.handle.close());
 }
 async function readLayoutIndex(folder) {
   const index = parseJson(await readLayoutFile(path.join(folder, "index.json")) ?? "{}");
-  if (isRecord(index)) return index;
+  if (isRecord(index))
+    return index;
   return fail("DISK", `${folder} holds an index.json that is not a JSON object`);
 }
 async function makeLayoutFolders(folder, names) {
@@ -4110,11 +4217,13 @@ async function makeLayoutFolders(folder, names) {
   const root = await fs.realpath(folder);
   const needed = /* @__PURE__ */ new Set();
   for (const name of names)
-    for (let at = parentOf(name); at !== ""; at = parentOf(at)) needed.add(at);
+    for (let at = parentOf(name); at !== ""; at = parentOf(at))
+      needed.add(at);
   for (const name of [...needed].sort()) {
     const place = path.join(folder, name);
     await fs.mkdir(place).catch((error) => {
-      if (errorCodeOf(error) !== "EEXIST") throw error;
+      if (errorCodeOf(error) !== "EEXIST")
+        throw error;
     });
     const inside = path.relative(root, await fs.realpath(place));
     if (inside.startsWith("..") || path.isAbsolute(inside))
@@ -4124,7 +4233,8 @@ async function makeLayoutFolders(folder, names) {
 async function writeLayoutFile(file, bytes, { owner }) {
   const before = await openRegular(file).catch(ignore);
   const there = await before?.handle.readFile().finally(() => before.handle.close());
-  if (there?.equals(bytes)) return false;
+  if (there?.equals(bytes))
+    return false;
   const aside = `${file}.${owner.id}.partial`;
   const handle = await createFile(aside);
   try {
@@ -4142,26 +4252,29 @@ async function writeLayoutFile(file, bytes, { owner }) {
 async function pullToLayout(job, folder) {
   const { session, plan, tars, observe } = job;
   const files = /* @__PURE__ */ new Map();
-  for (const { name, bytes } of plan.entries) if (bytes) files.set(name, bytes);
-  await makeLayoutFolders(
-    folder,
-    plan.entries.map(({ name }) => name)
-  );
+  for (const { name, bytes } of plan.entries)
+    if (bytes)
+      files.set(name, bytes);
+  await makeLayoutFolders(folder, plan.entries.map(({ name }) => name));
   await readLayoutIndex(folder);
   const seal = async (lock) => {
     const before = await readLayoutIndex(folder);
     const ours = parseJson(files.get("index.json") ?? "");
     const merged = mergeIndex(before, ours);
-    for (const name of ["manifest.json", "index.json"]) files.delete(name);
-    if (merged !== before) files.set("index.json", encodeJson(merged));
+    for (const name of ["manifest.json", "index.json"])
+      files.delete(name);
+    if (merged !== before)
+      files.set("index.json", encodeJson(merged));
     let isWritten = false;
     for (const [name, bytes] of files) {
       const isIndex2 = name === "index.json";
       if (isIndex2 && !await lock.isOurs())
         fail("DISK", `another imgpull took ${folder} over; run it again`);
-      if (await writeLayoutFile(path.join(folder, name), bytes, lock)) isWritten = true;
+      if (await writeLayoutFile(path.join(folder, name), bytes, lock))
+        isWritten = true;
     }
-    if (isWritten) await syncFolder(folder);
+    if (isWritten)
+      await syncFolder(folder);
     return isWritten;
   };
   const blobs = blobsOf(plan, tars, true);
@@ -4169,17 +4282,14 @@ async function pullToLayout(job, folder) {
 }
 var ReadAhead = class {
   #early = /* @__PURE__ */ new Map();
-  // by place in the tar
   #change = new Change();
   #cursor = 0;
-  /** Waits while the place is too far ahead of the reader. */
   async put(place, bytes, signal) {
     const isNear = () => place < this.#cursor + TUNING.streamWindowBytes;
     await this.#change.until(isNear, signal);
     this.#early.set(place, bytes);
     this.#change.announce();
   }
-  /** Waits for what comes at a place; whatever was before it is behind the reader. */
   async take(place, signal) {
     this.moveTo(place);
     await this.#change.until(() => this.#early.has(place), signal);
@@ -4194,15 +4304,18 @@ var ReadAhead = class {
 };
 async function dropLyingSources(blobs) {
   for (const blob of blobs)
-    while (blob.source && !await isIntact(blob.source, blob.descriptor)) blob.dropSource();
+    while (blob.source && !await isIntact(blob.source, blob.descriptor))
+      blob.dropSource();
 }
 async function* tarInOrder(plan, { blobs, signal }, readAhead) {
   const byOffset = new Map(blobs.map((blob) => [blob.offset, blob]));
   for (const { lead, bytes, offset, sizeBytes } of plan.entries) {
     yield lead;
-    if (bytes) yield bytes;
+    if (bytes)
+      yield bytes;
     const blob = bytes ? void 0 : byOffset.get(offset);
-    if (!blob) continue;
+    if (!blob)
+      continue;
     for (let place = offset; place < offset + sizeBytes; ) {
       const batch = await readAhead.take(place, signal);
       blob.hashInOrder(place - offset, batch);
@@ -4239,19 +4352,23 @@ async function openDevice(file, signal) {
     try {
       const isPipe = (await fs.stat(file)).isFIFO();
       const descriptor = (0, import_node_fs.openSync)(file, O_WRONLY | O_NONBLOCK);
-      if (isPipe) return new net.Socket({ fd: descriptor, readable: false, writable: true });
-      if (!load("node:tty").isatty(descriptor)) return (0, import_node_fs.createWriteStream)("", { fd: descriptor });
+      if (isPipe)
+        return new net.Socket({ fd: descriptor, readable: false, writable: true });
+      if (!load("node:tty").isatty(descriptor))
+        return (0, import_node_fs.createWriteStream)("", { fd: descriptor });
       (0, import_node_fs.closeSync)(descriptor);
       return fail("BAD_OPTION", `the tar is not written to a terminal (${file})`);
     } catch (error) {
-      if (errorCodeOf(error) !== "ENXIO") throw error;
+      if (errorCodeOf(error) !== "ENXIO")
+        throw error;
     }
     await (0, import_promises2.setTimeout)(TUNING.readerPollMs, void 0, { signal });
   }
 }
 async function pullToDevice(job, file) {
   const output = await openDevice(file, job.session.signal).catch((error) => {
-    if (job.session.signal.aborted) fail("ABORTED", "stopped", { cause: error });
+    if (job.session.signal.aborted)
+      fail("ABORTED", "stopped", { cause: error });
     throw error;
   });
   try {
@@ -4277,17 +4394,17 @@ var NOT_PUBLIC_KEYS = [
 ];
 function parsePublicKey(pem, name) {
   const refuse = (reason) => fail("BAD_OPTION", `the key ${printable(name)} is ${reason}`);
-  const labels = Array.from(
-    pem.matchAll(/-----BEGIN ([A-Z0-9 ]+)-----/g),
-    ([, label = ""]) => label
-  );
+  const labels = Array.from(pem.matchAll(/-----BEGIN ([A-Z0-9 ]+)-----/g), ([, label = ""]) => label);
   const other = NOT_PUBLIC_KEYS.find(([pattern]) => labels.some((label) => pattern.test(label)));
-  if (other) return refuse(other[1]);
-  if (labels.length > 1) return refuse("more than one key: give each by itself");
+  if (other)
+    return refuse(other[1]);
+  if (labels.length > 1)
+    return refuse("more than one key: give each by itself");
   if (!/^(RSA )?PUBLIC KEY$/.test(labels[0] ?? ""))
     return refuse("no PEM public key (-----BEGIN PUBLIC KEY-----)");
   const publicKey = decodePublicKey(pem);
-  if (!publicKey) return refuse("damaged: its PEM does not hold a public key");
+  if (!publicKey)
+    return refuse("damaged: its PEM does not hold a public key");
   return { publicKey, hashes: hashesOf(publicKey, refuse) };
 }
 function decodePublicKey(pem) {
@@ -4298,18 +4415,19 @@ function decodePublicKey(pem) {
   }
 }
 function hashesOf({ asymmetricKeyType: type, asymmetricKeyDetails: details = {} }, refuse) {
-  if (type === "ed25519") return [null];
+  if (type === "ed25519")
+    return [null];
   if (type === "rsa" && (details.modulusLength ?? 0) < 2048)
     return refuse("an RSA key of less than 2048 bits, which anyone may have broken");
-  if (type === "rsa") return ["sha256"];
+  if (type === "rsa")
+    return ["sha256"];
   const hashes = type === "ec" ? HASHES_OF_CURVE.get(details.namedCurve ?? "") : void 0;
-  if (hashes) return hashes;
+  if (hashes)
+    return hashes;
   const kind = printable(details.namedCurve ?? String(type), 40);
   return refuse(`a key of the kind ${kind}: cosign's are ECDSA P-256, P-384, P-521, RSA, Ed25519`);
 }
-var isSignedBy = (keys, message, signature) => keys.some(
-  ({ publicKey, hashes }) => hashes.some((hash) => load("node:crypto").verify(hash, message, publicKey, signature))
-);
+var isSignedBy = (keys, message, signature) => keys.some(({ publicKey, hashes }) => hashes.some((hash) => load("node:crypto").verify(hash, message, publicKey, signature)));
 var SIMPLE_SIGNING = "application/vnd.dev.cosign.simplesigning.v1+json";
 var BUNDLE = "application/vnd.dev.sigstore.bundle";
 var BUNDLE_VERSIONS = [`${BUNDLE}.v0.3+json`, `${BUNDLE}+json;version=0.3`];
@@ -4322,9 +4440,11 @@ function readSignature({ mediaType, annotations = {} }, bytes, keys) {
 function readPayload(annotations, payload, keys) {
   const signature = fromBase64(annotations["dev.cosignproject.cosign/signature"]);
   const isKeyless = "dev.sigstore.cosign/certificate" in annotations;
-  if (!isSignedBy(keys, payload, signature)) return isKeyless ? "keyless" : "other key";
+  if (!isSignedBy(keys, payload, signature))
+    return isKeyless ? "keyless" : "other key";
   const critical = recordIn(parseJson(payload), "critical");
-  if (critical.type !== "cosign container image signature") return "unreadable";
+  if (critical.type !== "cosign container image signature")
+    return "unreadable";
   const subject = recordIn(critical, "image")["docker-manifest-digest"];
   return { subjects: isDigest(subject) ? [subject] : [] };
 }
@@ -4332,13 +4452,15 @@ function readBundle(bytes, keys) {
   const bundle = recordIn(parseSmallJson(bytes));
   const { payloadType, payload, signatures } = recordIn(bundle, "dsseEnvelope");
   const isEnvelope = payloadType === IN_TOTO && Array.isArray(signatures) && signatures.length === 1;
-  if (!BUNDLE_VERSIONS.includes(String(bundle.mediaType)) || !isEnvelope) return "unreadable";
+  if (!BUNDLE_VERSIONS.includes(String(bundle.mediaType)) || !isEnvelope)
+    return "unreadable";
   const statement = fromBase64(payload);
   const message = encodePreAuthentication(IN_TOTO, statement);
   const signature = fromBase64(recordIn(signatures[0]).sig);
   const { certificate, x509CertificateChain } = recordIn(bundle, "verificationMaterial");
   const isKeyless = (certificate ?? x509CertificateChain) !== void 0;
-  if (!isSignedBy(keys, message, signature)) return isKeyless ? "keyless" : "other key";
+  if (!isSignedBy(keys, message, signature))
+    return isKeyless ? "keyless" : "other key";
   return readStatement(statement);
 }
 function encodePreAuthentication(payloadType, payload) {
@@ -4348,14 +4470,14 @@ function encodePreAuthentication(payloadType, payload) {
 function readStatement(bytes) {
   const { _type: type, subject: subjects } = recordIn(parseJson(bytes));
   const isStatement = typeof type === "string" && type.startsWith("https://in-toto.io/Statement/");
-  if (!isStatement || !Array.isArray(subjects)) return "unreadable";
-  const digests = subjects.flatMap(
-    (subject) => Object.entries(recordIn(subject, "digest")).map(([algorithm, hex]) => `${algorithm}:${hex}`)
-  );
+  if (!isStatement || !Array.isArray(subjects))
+    return "unreadable";
+  const digests = subjects.flatMap((subject) => Object.entries(recordIn(subject, "digest")).map(([algorithm, hex]) => `${algorithm}:${hex}`));
   return { subjects: digests.filter(isDigest) };
 }
 function judge(testimony, digests) {
-  if (typeof testimony === "string") return testimony;
+  if (typeof testimony === "string")
+    return testimony;
   const isNamed = testimony.subjects.some((subject) => digests.includes(subject));
   return isNamed ? "good" : "other subject";
 }
@@ -4373,11 +4495,16 @@ function parseSmallJson(bytes) {
   let values = 0;
   for (let at = 0; at < bytes.length; at += 1) {
     const character = String.fromCharCode(bytes[at]);
-    if (character === '"') at = endOfText(bytes, at);
-    if ("{[,".includes(character)) values += 1;
-    if ("{[".includes(character)) depth += 1;
-    if ("}]".includes(character)) depth -= 1;
-    if (depth > LIMITS.proofJsonDepth || values > LIMITS.proofJsonValues) return void 0;
+    if (character === '"')
+      at = endOfText(bytes, at);
+    if ("{[,".includes(character))
+      values += 1;
+    if ("{[".includes(character))
+      depth += 1;
+    if ("}]".includes(character))
+      depth -= 1;
+    if (depth > LIMITS.proofJsonDepth || values > LIMITS.proofJsonValues)
+      return void 0;
   }
   return parseJson(bytes);
 }
@@ -4385,8 +4512,10 @@ function endOfText(bytes, start) {
   const isBackslash = (at) => bytes[at] === 92;
   for (let end = bytes.indexOf('"', start + 1); end >= 0; end = bytes.indexOf('"', end + 1)) {
     let escapes = 0;
-    while (isBackslash(end - 1 - escapes)) escapes += 1;
-    if (escapes % 2 === 0) return end;
+    while (isBackslash(end - 1 - escapes))
+      escapes += 1;
+    if (escapes % 2 === 0)
+      return end;
   }
   return bytes.length;
 }
@@ -4402,16 +4531,13 @@ var ReferrerSearch = class {
   #where;
   #subjects;
   #found = /* @__PURE__ */ new Map();
-  // by digest
   #manifestBytes = 0;
-  /** `where` is what the image is called in messages. */
   constructor(session, registry, where, subjects) {
     this.#session = session;
     this.#registry = registry;
     this.#where = where;
     this.#subjects = subjects;
   }
-  /** Sorted by digest: lists have no order, and the same bytes are promised. */
   async run() {
     const { concurrency } = this.#session.settings;
     let level = this.#subjects;
@@ -4424,23 +4550,24 @@ var ReferrerSearch = class {
     }
     return [...this.#found.values()].sort(byDigest);
   }
-  /** False for what is known already, as a referrer or as one of the subjects. */
   #add(referrer) {
     const { digest } = referrer.top;
-    if (this.#found.has(digest) || this.#subjects.includes(digest)) return false;
+    if (this.#found.has(digest) || this.#subjects.includes(digest))
+      return false;
     this.#found.set(digest, referrer);
     this.#checkCount(this.#found.size);
     this.#manifestBytes += sumOf(referrer.manifests, ({ bytes }) => bytes.length);
     const { referrerManifestBytes } = LIMITS;
-    if (this.#manifestBytes <= referrerManifestBytes) return true;
+    if (this.#manifestBytes <= referrerManifestBytes)
+      return true;
     const most = formatBytes(referrerManifestBytes);
     return fail("TOO_LARGE", `${this.#where}: the manifests of its referrers are above ${most}`);
   }
   #checkCount(count) {
     const { referrers } = LIMITS;
-    if (count > referrers) fail("TOO_LARGE", `${this.#where}: more than ${referrers} referrers`);
+    if (count > referrers)
+      fail("TOO_LARGE", `${this.#where}: more than ${referrers} referrers`);
   }
-  /** What the endpoint lists, or else the tag that stands for it; and cosign's tags, which are in no list. */
   async #placesOf(subject) {
     const lists = await this.#registry.referrers(subject) ?? await this.#taggedList(subject);
     const entries = lists.flatMap((bytes) => listIn(parseJson(bytes), "manifests"));
@@ -4455,7 +4582,6 @@ var ReferrerSearch = class {
     });
     return [...tagged, ...listed];
   }
-  /** No such tag, or one that is no index: nothing refers to it. */
   async #taggedList(subject) {
     const list = await orMissing(this.#registry.manifest(referrersTag(subject)));
     return list ? [list.bytes] : [];
@@ -4469,20 +4595,21 @@ var ReferrerSearch = class {
       return void 0;
     }
     const collected = top && await this.#collect(top);
-    if (!top || !collected) return void 0;
+    if (!top || !collected)
+      return void 0;
     const { manifests, contents } = collected;
     const artifactType = artifactTypeOf(top);
     const registry = this.#registry;
     return { registry, top, manifests, contents, subject, ...dropEmpty({ artifactType, kind }) };
   }
-  /** All below a referrer; nothing of one that is no manifest, or not whole. */
   async #collect(top) {
     const readChild = childrenOf(this.#registry, this.#where);
     try {
       return await collectAll(readChild, 1, this.#where, top);
     } catch (error) {
       const { code, message } = error;
-      if (!["PROTOCOL", "UNSUPPORTED", "NOT_FOUND"].includes(code)) throw error;
+      if (!["PROTOCOL", "UNSUPPORTED", "NOT_FOUND"].includes(code))
+        throw error;
       this.#session.warn(`left out the referrer ${top.digest}: ${message}`);
       return void 0;
     }
@@ -4493,7 +4620,8 @@ async function orMissing(asked) {
   try {
     return await asked;
   } catch (error) {
-    if (error instanceof ImgpullError && error.code === "NOT_FOUND") return void 0;
+    if (error instanceof ImgpullError && error.code === "NOT_FOUND")
+      return void 0;
     throw error;
   }
 }
@@ -4504,7 +4632,8 @@ function listIn(value, key) {
 var subjectOf = ({ bytes }) => recordIn(parseJson(bytes), "subject").digest;
 function artifactTypeOf({ bytes }) {
   const { artifactType, config } = recordIn(parseJson(bytes));
-  if (typeof artifactType === "string" && artifactType !== "") return artifactType;
+  if (typeof artifactType === "string" && artifactType !== "")
+    return artifactType;
   const { mediaType } = recordIn(config);
   return typeof mediaType === "string" && !CONFIG_TYPES.includes(mediaType) ? mediaType : "";
 }
@@ -4518,7 +4647,8 @@ async function addProof(session, image, signers) {
     await requireSignature(session, { registry, where, digests }, referrers, signers);
   const isOfIndex = isReferredTo(asked, referrers) && asked !== top;
   const kind = cosignKind(isOfIndex ? asked : top, referrers);
-  if (!isOfIndex) return { ...image, companions: referrers, ...dropEmpty({ kind }) };
+  if (!isOfIndex)
+    return { ...image, companions: referrers, ...dropEmpty({ kind }) };
   const path2 = await pathTo(top.digest, asked, childrenOf(registry, where), where);
   const indexes = (path2 ?? []).map((index) => {
     const mark = dropEmpty({ kind: index === asked ? kind : void 0 });
@@ -4530,15 +4660,11 @@ function planExtras(images) {
   const named = new Set(images.map(({ top }) => top.digest));
   const all = images.flatMap(({ companions: companions2 = [] }) => companions2);
   const unique = new Map(all.map((companion) => [companion.top.digest, companion]));
-  const companions = [...unique.values()].filter(({ top }) => !named.has(top.digest)).sort(
-    (left, right) => Number(isReferrer(left)) - Number(isReferrer(right)) || byDigest(left, right)
-  );
+  const companions = [...unique.values()].filter(({ top }) => !named.has(top.digest)).sort((left, right) => Number(isReferrer(left)) - Number(isReferrer(right)) || byDigest(left, right));
   return {
     indexEntries: companions.map(companionEntry),
     documents: companions.flatMap(({ manifests }) => manifests),
-    blobs: companions.flatMap(
-      ({ registry, contents }) => contents.flatMap(({ manifest }) => [manifest.config, ...manifest.layers]).map((descriptor) => ({ descriptor, registry }))
-    )
+    blobs: companions.flatMap(({ registry, contents }) => contents.flatMap(({ manifest }) => [manifest.config, ...manifest.layers]).map((descriptor) => ({ descriptor, registry })))
   };
 }
 var isReferrer = ({ subject }) => subject !== void 0;
@@ -4559,13 +4685,15 @@ function cosignKind(signed, referrers) {
   const own = referrers.filter(({ subject }) => subject === signed.digest);
   const hasTag = own.some(({ kind }) => kind === COSIGN_TAGS[0]?.kind);
   const isIndexEntry = hasTag && INDEX_TYPES.includes(signed.mediaType);
-  if (own.length === 0) return void 0;
+  if (own.length === 0)
+    return void 0;
   return `dev.cosignproject.cosign/${isIndexEntry ? "imageIndex" : "image"}`;
 }
 async function requireSignature(session, { registry, where, digests }, referrers, signers) {
   const layers = referrers.filter(({ subject = "" }) => digests.includes(subject)).flatMap(({ contents }) => contents.flatMap(({ manifest }) => manifest.layers)).filter(isSignature);
   const { signatures } = LIMITS;
-  if (layers.length > signatures) fail("TOO_LARGE", `${where}: more than ${signatures} signatures`);
+  if (layers.length > signatures)
+    fail("TOO_LARGE", `${where}: more than ${signatures} signatures`);
   const read = (layer) => orMissing(registry.config(layer));
   const { concurrency } = session.settings;
   const verdicts = await mapConcurrently(layers, concurrency, async (layer) => {
@@ -4573,10 +4701,12 @@ async function requireSignature(session, { registry, where, digests }, referrers
     return bytes ? judge(readSignature(layer, bytes, signers), digests) : "unreadable";
   });
   const pinned = `${where.replace(/@.*/, "")}@${digests[0]}`;
-  if (!verdicts.includes("good")) refuseUnsigned(pinned, verdicts);
+  if (!verdicts.includes("good"))
+    refuseUnsigned(pinned, verdicts);
 }
 async function findSignature(session, unproven, signers) {
-  if (signers.length === 0) return;
+  if (signers.length === 0)
+    return;
   const { registry, where, digests } = unproven;
   const referrers = await new ReferrerSearch(session, registry, where, digests).run();
   await requireSignature(session, unproven, referrers, signers);
@@ -4593,11 +4723,8 @@ function refuseUnsigned(where, verdicts) {
     return count === 0 ? [] : [`${counted(count, "signature")} ${words2}`];
   });
   const words = found.length === 0 ? "no signature at all" : found.join("; ");
-  return fail(
-    "SIGNATURE",
-    `${where} is not signed by any key given (\`signedBy\`)
-  found: ${words}`
-  );
+  return fail("SIGNATURE", `${where} is not signed by any key given (\`signedBy\`)
+  found: ${words}`);
 }
 var OPTION_KINDS = {
   url: "a string",
@@ -4644,7 +4771,8 @@ var IS_OF_KIND = {
   "a function": (value) => typeof value === "function"
 };
 function checkKinds(options) {
-  if (!isRecord(options)) fail("BAD_OPTION", "the options are not an object");
+  if (!isRecord(options))
+    fail("BAD_OPTION", "the options are not an object");
   for (const [name, value] of Object.entries(options)) {
     if (!Object.hasOwn(OPTION_KINDS, name)) {
       const nearest = nearestName(name, Object.keys(OPTION_KINDS));
@@ -4661,7 +4789,8 @@ function checkOptions(options) {
   const { scheme, tlsCert, tlsKey, username, password, token, namespace, platforms } = options;
   const { name, renames = {} } = options;
   const check = (isRight, reason) => {
-    if (!isRight) fail("BAD_OPTION", reason);
+    if (!isRight)
+      fail("BAD_OPTION", reason);
   };
   const isScheme = scheme === void 0 || scheme === "https" || scheme === "http";
   check(isScheme, `\`scheme\` is https or http, not "${printable(String(scheme))}"`);
@@ -4678,10 +4807,7 @@ function checkOptions(options) {
   const isEither = platforms === void 0 || isOnePlatform === void 0;
   check(isEither, "`platforms` excludes `osType`, `archType` and `variant`");
   for (const platform of platforms === "all" ? [] : platforms ?? [])
-    check(
-      /^[^/]+\/[^/]+(\/[^/]+)?$/.test(platform),
-      `\`platforms\` are OS/ARCH or OS/ARCH/VARIANT, or all, not "${printable(platform)}"`
-    );
+    check(/^[^/]+\/[^/]+(\/[^/]+)?$/.test(platform), `\`platforms\` are OS/ARCH or OS/ARCH/VARIANT, or all, not "${printable(platform)}"`);
   check(platforms?.length !== 0, "`platforms` is an empty list");
   const hasRenames = Object.keys(renames).length > 0;
   check(name === void 0 || !hasRenames, "`name` and `renames` exclude each other");
@@ -4692,12 +4818,15 @@ function integerOption(options, name, otherwise, [minimum, maximum]) {
   const isRight = Number.isSafeInteger(value) && value >= minimum && value <= maximum;
   const unit = name === "timeoutMs" ? " (milliseconds)" : "";
   const bounds = `a whole number from ${minimum} to ${maximum}${unit}`;
-  if (!isRight) fail("BAD_OPTION", `\`${name}\` is ${bounds}, not ${value}`);
+  if (!isRight)
+    fail("BAD_OPTION", `\`${name}\` is ${bounds}, not ${value}`);
   return value;
 }
 function wantedOf({ platforms, osType, archType, variant }) {
-  if (platforms === void 0) return dropEmpty({ os: osType, architecture: archType, variant });
-  if (platforms === "all" || platforms.length > 1) return {};
+  if (platforms === void 0)
+    return dropEmpty({ os: osType, architecture: archType, variant });
+  if (platforms === "all" || platforms.length > 1)
+    return {};
   return splitPlatform(platforms[0] ?? "");
 }
 function splitPlatform(text) {
@@ -4728,19 +4857,23 @@ var Callbacks = class {
     this.#stopping = stopping;
   }
   guard(callback) {
-    if (!callback) return ignore;
+    if (!callback)
+      return ignore;
     return (argument) => {
-      if (this.#failure) return;
+      if (this.#failure)
+        return;
       try {
         const result = callback(argument);
-        if (result instanceof Promise) result.catch(this.#fail);
+        if (result instanceof Promise)
+          result.catch(this.#fail);
       } catch (error) {
         this.#fail(error);
       }
     };
   }
   throwFailure() {
-    if (this.#failure) throw this.#failure.reason;
+    if (this.#failure)
+      throw this.#failure.reason;
   }
   #fail = (reason) => {
     this.#failure ??= { reason };
@@ -4757,10 +4890,12 @@ async function withSession(options, run, replaced = {}) {
   const onProgress = callbacks.guard(options.onProgress);
   const stop = () => stopping.abort();
   options.signal?.addEventListener("abort", stop);
-  if (options.signal?.aborted) stop();
+  if (options.signal?.aborted)
+    stop();
   const transport = new Transport(settings);
   try {
-    if (signal.aborted) fail("ABORTED", "stopped");
+    if (signal.aborted)
+      fail("ABORTED", "stopped");
     const state = { clock: systemClock, challenges: /* @__PURE__ */ new Map(), registries: /* @__PURE__ */ new Map() };
     const session = { settings, transport, signal, warn, ...state, ...replaced };
     const result = await run(session, onProgress);
@@ -4768,7 +4903,8 @@ async function withSession(options, run, replaced = {}) {
     return result;
   } catch (error) {
     callbacks.throwFailure();
-    if (!options.signal?.aborted) throw error;
+    if (!options.signal?.aborted)
+      throw error;
     throw new ImgpullError("ABORTED", "stopped", { cause: options.signal.reason });
   } finally {
     options.signal?.removeEventListener("abort", stop);
@@ -4807,11 +4943,10 @@ function progressReporter(onProgress) {
 }
 function decodeText(bytes) {
   const mark = `${bytes[0]},${bytes[1]}`;
-  if (mark === "255,254") return new TextDecoder("utf-16le").decode(bytes);
+  if (mark === "255,254")
+    return new TextDecoder("utf-16le").decode(bytes);
   if (mark === "254,255")
-    return new TextDecoder("utf-16le").decode(
-      Buffer.from(bytes.subarray(0, bytes.length & ~1)).swap16()
-    );
+    return new TextDecoder("utf-16le").decode(Buffer.from(bytes.subarray(0, bytes.length & ~1)).swap16());
   return new TextDecoder().decode(bytes);
 }
 function parseImageList(content) {
@@ -4820,12 +4955,11 @@ function parseImageList(content) {
   const unique = (values) => [...new Set(values)];
   if (json !== void 0)
     return { references: unique(imagesInJson(json)), format: "json", unread: 0 };
-  const isDocument = /^(---|\s*[[{])|^\s*(- +)*("[^"]*"|'[^']*'|[\w./-]+)[ \t]*:[ \t]+\S/m.test(
-    text
-  );
+  const isDocument = /^(---|\s*[[{])|^\s*(- +)*("[^"]*"|'[^']*'|[\w./-]+)[ \t]*:[ \t]+\S/m.test(text);
   if (isDocument) {
     const scan = new YamlScan();
-    for (const line of text.split(/\r?\n/)) scan.read(line);
+    for (const line of text.split(/\r?\n/))
+      scan.read(line);
     return { references: unique(scan.images), format: "yaml", unread: scan.unread };
   }
   const lines = text.split(/\r?\n/).map((line) => line.replace(/(^|\s)#.*$/, "").trim());
@@ -4837,9 +4971,11 @@ function imagesInJson(document) {
   const values = [document];
   while (values.length > 0) {
     const value = values.pop();
-    if (typeof value !== "object" || value === null) continue;
+    if (typeof value !== "object" || value === null)
+      continue;
     const { image } = value;
-    if (typeof image === "string" && image !== "" && !isImageId(image)) images.push(image);
+    if (typeof image === "string" && image !== "" && !isImageId(image))
+      images.push(image);
     values.push(...Object.values(value).reverse());
   }
   return images;
@@ -4847,57 +4983,64 @@ function imagesInJson(document) {
 var YamlScan = class {
   images = [];
   unread = 0;
-  /** The lines of a block scalar are deeper than this. */
   #blockColumn;
-  /** The quote that ends a text which began on an earlier line. */
   #openQuote;
   read(line) {
     if (this.#openQuote) {
-      if (endsQuote(line, this.#openQuote)) this.#openQuote = void 0;
+      if (endsQuote(line, this.#openQuote))
+        this.#openQuote = void 0;
       return;
     }
     const column = line.search(/\S/);
     const isText = this.#blockColumn !== void 0 && column > this.#blockColumn;
-    if (column < 0 || isText) return;
+    if (column < 0 || isText)
+      return;
     this.#blockColumn = void 0;
     const { isImage, value, parentColumn } = parseYamlLine(line);
     if (this.#beginsText(value, parentColumn)) {
-      if (isImage) this.unread += 1;
-    } else if (isImage) this.#take(value);
-    else if (/^[[{]/.test(value)) this.#readFlow(value);
+      if (isImage)
+        this.unread += 1;
+    } else if (isImage)
+      this.#take(value);
+    else if (/^[[{]/.test(value))
+      this.#readFlow(value);
   }
-  /** Whether a value goes on in the lines below: a block scalar (`|`, `>`), or a quote that is not closed. */
   #beginsText(value, parentColumn) {
     if (/^(?:[&!]\S+\s+)*[|>][-+\d]*(?:\s+#.*)?$/.test(value)) {
       this.#blockColumn = parentColumn;
       return true;
     }
     const quote2 = value[0];
-    if (quote2 !== '"' && quote2 !== "'" || endsQuote(value.slice(1), quote2)) return false;
+    if (quote2 !== '"' && quote2 !== "'" || endsQuote(value.slice(1), quote2))
+      return false;
     this.#openQuote = quote2;
     return true;
   }
-  /** `{ name: web, image: nginx }`: quoted text is passed over whole. */
   #readFlow(text) {
     const entry = /[{,[]\s*(["']?)image\1\s*:\s*("[^"]*"|'[^']*'|[^\s,}\]"'][^,}\]]*)/;
     const quoted = /"(?:[^"\\]|\\.)*"|'(?:[^']|'')*'/;
     for (const [, , value] of text.matchAll(new RegExp(`${entry.source}|${quoted.source}`, "g")))
-      if (value !== void 0) this.#take(value);
+      if (value !== void 0)
+        this.#take(value);
   }
   #take(value) {
     const [, inDouble, inSingle] = /^(?:"([^"]*)"|'([^']*)')/.exec(value) ?? [];
     const plain = value.replace(/(^|\s)#.*$/, "").replace(/\s*(,|\s[}\]]).*$/, "");
-    if (/^[&*!{[]/.test(value)) this.unread += 1;
-    else this.#add(inDouble ?? inSingle ?? plain.trim());
+    if (/^[&*!{[]/.test(value))
+      this.unread += 1;
+    else
+      this.#add(inDouble ?? inSingle ?? plain.trim());
   }
   #add(word) {
     const isEmpty = ["", "~", "null"].includes(word);
-    if (!isEmpty && !isImageId(word)) this.images.push(word);
+    if (!isEmpty && !isImageId(word))
+      this.images.push(word);
   }
 };
 function parseYamlLine(line) {
   const [, dashes = "", rest = ""] = /^(\s*(?:-\s+)*)(.*)$/.exec(line) ?? [];
-  if (rest.startsWith("#")) return { isImage: false, value: "", parentColumn: 0 };
+  if (rest.startsWith("#"))
+    return { isImage: false, value: "", parentColumn: 0 };
   const [, key, value = ""] = /^("[^"]*"|'[^']*'|[^\s"'{[#][^#]*?)\s*:(?:\s+(.*))?$/.exec(rest) ?? [];
   if (key === void 0)
     return { isImage: false, value: rest.trim(), parentColumn: dashes.lastIndexOf("-") };
@@ -4914,7 +5057,8 @@ var beginsWith = (name, segments) => `${placeOf(name)}/`.startsWith(`${segments}
 function renameImage(name, renames) {
   const place = placeOf(name);
   const [from] = Object.keys(renames).filter((key) => beginsWith(name, key)).sort((left, right) => right.length - left.length);
-  if (from === void 0) return name;
+  if (from === void 0)
+    return name;
   const version = formatReference(name).slice(place.length);
   const renamed = `${renames[from]}${place.slice(from.length)}${version}`;
   try {
@@ -4926,15 +5070,13 @@ function renameImage(name, renames) {
 }
 async function nameImages(texts, options) {
   const { name: chosenName, namespace, renames = {} } = options;
-  if (texts.length === 0) fail("BAD_REFERENCE", "no image reference is given");
+  if (texts.length === 0)
+    fail("BAD_REFERENCE", "no image reference is given");
   const references = await mapConcurrently(texts, 1, async (text) => parseReference(text));
   const hosts = [...new Set(references.map(({ host }) => host))];
   const bound = FOR_ONE_HOST.find((option) => options[option] !== void 0);
   if (hosts.length > 1 && bound)
-    fail(
-      "BAD_OPTION",
-      `\`${bound}\` belongs to one registry, and the images are on ${hosts.join(", ")}`
-    );
+    fail("BAD_OPTION", `\`${bound}\` belongs to one registry, and the images are on ${hosts.join(", ")}`);
   const unique = new Map(references.map((reference) => [formatReference(reference), reference]));
   if (chosenName !== void 0 && unique.size > 1)
     fail("BAD_OPTION", `\`name\` goes with one image, not with ${unique.size}`);
@@ -4942,7 +5084,8 @@ async function nameImages(texts, options) {
   return [...unique.values()].map((reference) => {
     const own = renameImage(imageName(reference, namespace), renames);
     const name = formatReference(chosenName === void 0 ? own : parseReference(chosenName));
-    if (names.has(name)) fail("BAD_OPTION", `two images would have the name ${name} in the tar`);
+    if (names.has(name))
+      fail("BAD_OPTION", `two images would have the name ${name} in the tar`);
     names.add(name);
     return { reference, name };
   });
@@ -4951,7 +5094,8 @@ function warnOfRenames({ warn }, images, { renames = {}, namespace }) {
   const names = images.map(({ reference }) => imageName(reference, namespace));
   for (const from of Object.keys(renames)) {
     const isUsed = names.some((name) => beginsWith(name, from));
-    if (!isUsed) warn(`\`renames\`: no name begins with ${printable(from)}`);
+    if (!isUsed)
+      warn(`\`renames\`: no name begins with ${printable(from)}`);
   }
 }
 function warnOfLayers({ warn }, images) {
@@ -4965,11 +5109,10 @@ function warnOfLayers({ warn }, images) {
 }
 function warnOfCompanions({ warn }, images) {
   const companions = images.flatMap((image) => image.companions ?? []);
-  if (companions.length === 0) return;
+  if (companions.length === 0)
+    return;
   const ofIndex = companions.every(isReferrer) ? "" : ", and ctr no --all-platforms";
-  warn(
-    `${counted(companions.length, "manifest")} of proof beside the images: podman load makes a digest of its own, skopeo wants the name (oci-archive:TAR:NAME)${ofIndex}`
-  );
+  warn(`${counted(companions.length, "manifest")} of proof beside the images: podman load makes a digest of its own, skopeo wants the name (oci-archive:TAR:NAME)${ofIndex}`);
 }
 function warnOfOmitted({ warn }, { omitted }, since) {
   if (omitted.length === 0) {
@@ -4977,22 +5120,19 @@ function warnOfOmitted({ warn }, { omitted }, since) {
     return;
   }
   const size = formatBytes(sumOf(omitted, (layer) => layer.size));
-  warn(
-    `left out ${counted(omitted.length, "layer")} (${size}) that ${since} holds: load that first. docker's containerd store and ctr --no-unpack take this tar without it, in silence`
-  );
+  warn(`left out ${counted(omitted.length, "layer")} (${size}) that ${since} holds: load that first. docker's containerd store and ctr --no-unpack take this tar without it, in silence`);
 }
 async function digestsIn(since, destination) {
-  if (since === void 0) return /* @__PURE__ */ new Set();
+  if (since === void 0)
+    return /* @__PURE__ */ new Set();
   return withTars([since], async ([base]) => {
-    if (!base) return /* @__PURE__ */ new Set();
+    if (!base)
+      return /* @__PURE__ */ new Set();
     if (destination?.kind === "tar") {
       const target = await fs.stat(destination.file).catch(() => void 0);
       const { ino, dev } = await base.handle.stat();
       if (target?.ino === ino && target.dev === dev)
-        fail(
-          "BAD_OPTION",
-          `\`since\` ${since} is DEST: the delta would take the place of its own base`
-        );
+        fail("BAD_OPTION", `\`since\` ${since} is DEST: the delta would take the place of its own base`);
     }
     return new Set(base.blobs.keys());
   });
@@ -5000,10 +5140,12 @@ async function digestsIn(since, destination) {
 async function withTars(files, run) {
   const tars = [];
   try {
-    for (const file of files) tars.push(await openTarFile(file));
+    for (const file of files)
+      tars.push(await openTarFile(file));
     return await run(tars);
   } finally {
-    for (const { handle } of tars) await handle.close();
+    for (const { handle } of tars)
+      await handle.close();
   }
 }
 async function estimate({ entries }, destination, tars) {
@@ -5012,17 +5154,20 @@ async function estimate({ entries }, destination, tars) {
     if (destination?.kind === "layout") {
       const file = path.join(destination.folder, blobPath(digest));
       const stats = await fs.stat(file).catch(() => void 0);
-      if (stats?.size === size) return true;
+      if (stats?.size === size)
+        return true;
     }
     return [...tars, ...atHand].some(({ blobs }) => blobs.get(digest)?.sizeBytes === size);
   };
   const counts = { fetchedBytes: 0, reusedBytes: 0, resumedBytes: 0 };
   for (const { blob } of entries) {
-    if (!blob) continue;
+    if (!blob)
+      continue;
     const counter = await isThere(blob.descriptor) ? "reusedBytes" : "fetchedBytes";
     counts[counter] += blob.descriptor.size;
   }
-  for (const { handle } of atHand) await handle.close();
+  for (const { handle } of atHand)
+    await handle.close();
   return counts;
 }
 async function runPull(session, request, observe) {
@@ -5040,8 +5185,10 @@ async function runPull(session, request, observe) {
     });
     const plan = planTar(images, omit, planExtras(images));
     warnOfLayers(session, images);
-    if (destination?.kind !== "layout") warnOfCompanions(session, images);
-    if (since !== void 0) warnOfOmitted(session, plan, since);
+    if (destination?.kind !== "layout")
+      warnOfCompanions(session, images);
+    if (since !== void 0)
+      warnOfOmitted(session, plan, since);
     const sizeBytes = destination?.kind === "layout" ? plan.blobBytes : plan.sizeBytes;
     if (request.isDryRun || !destination)
       return { images, plan, sizeBytes, counts: await estimate(plan, destination, tars) };
@@ -5051,7 +5198,8 @@ async function runPull(session, request, observe) {
   });
 }
 async function readSigner(key) {
-  if (key.includes("-----BEGIN")) return parsePublicKey(key, "in `signedBy`");
+  if (key.includes("-----BEGIN"))
+    return parsePublicKey(key, "in `signedBy`");
   const pem = await fs.readFile(key, "utf8").catch((error) => fail("BAD_OPTION", `cannot read \`signedBy\` ${key}: ${diskWords(error)}`));
   return parsePublicKey(pem, key);
 }
@@ -5069,9 +5217,11 @@ function pulledImage({ reference, name, top, platform, contents }) {
 }
 async function pullImages(references, dest, options = {}) {
   checkOptions(options);
-  if (!isListOfStrings(references)) fail("BAD_OPTION", "`references` has to be a list of strings");
+  if (!isListOfStrings(references))
+    fail("BAD_OPTION", "`references` has to be a list of strings");
   const { dryRun: isDryRun = false, platforms, referrers = false, reuse = [], since } = options;
-  if (dest === void 0 && !isDryRun) fail("BAD_OPTION", "`dest` is missing");
+  if (dest === void 0 && !isDryRun)
+    fail("BAD_OPTION", "`dest` is missing");
   const images = await nameImages(references, options);
   const signers = await readSigners(options.signedBy);
   return withSession(options, async (session, onProgress) => {
@@ -5083,7 +5233,8 @@ async function pullImages(references, dest, options = {}) {
     const destination = dest;
     const what = { images, destination, isAll, platforms: several, isDryRun };
     const pulled = await runPull(session, { ...what, reuse, since, referrers, signers }, observe);
-    if (pulled.transfer) finish(pulled.transfer);
+    if (pulled.transfer)
+      finish(pulled.transfer);
     const { fetchedBytes, reusedBytes, resumedBytes } = pulled.counts;
     return {
       images: pulled.images.map(pulledImage),
@@ -5102,14 +5253,14 @@ var Puller = class {
   constructor(urlOrOpts) {
     const opts = typeof urlOrOpts === "string" ? { url: urlOrOpts } : urlOrOpts;
     settingsOf(opts);
-    if (opts.url === void 0) fail("BAD_OPTION", "`url` is missing: the image's reference");
+    if (opts.url === void 0)
+      fail("BAD_OPTION", "`url` is missing: the image's reference");
     this.#reference = parseReference(opts.url);
     this.#opts = { ...opts };
   }
   getUrl() {
     return this.#opts.url;
   }
-  /** The options, with the defaults in place of what was left out. */
   getOpts() {
     const { timeoutMs, retries, insecure } = settingsOf(this.#opts);
     const isByPlatforms = this.#opts.platforms !== void 0;
@@ -5118,17 +5269,11 @@ var Puller = class {
     const defaults = { scheme: "https", insecure, retries, timeoutMs, ...platform };
     return { ...defaults, ...dropEmpty(this.#opts), url: this.#opts.url };
   }
-  /** Leaves a verified tar at `dest`, or adds to the OCI layout there where that is a directory or ends in "/". */
   async pullTar(dest) {
-    const { images, sizeBytes, fetchedBytes } = await pullImages(
-      [this.#opts.url],
-      dest,
-      this.#opts
-    );
+    const { images, sizeBytes, fetchedBytes } = await pullImages([this.#opts.url], dest, this.#opts);
     const { name, digest, platform, layers } = images[0];
     return { name, digest, platform, layers, sizeBytes, fetchedBytes };
   }
-  /** The index ("list") or the platform's manifest ("image"). NOT_FOUND where the registry has no index for it. */
   async pullManifest(type) {
     if (type === "image") {
       return withSession(this.#opts, async (session) => {
@@ -5140,11 +5285,11 @@ var Puller = class {
     if (type !== "list")
       fail("BAD_OPTION", `a manifest is "list" or "image", not "${printable(String(type))}"`);
     const holder = await this.getManifest();
-    if (isRecord(holder.manifest) && "manifests" in holder.manifest) return holder;
+    if (isRecord(holder.manifest) && "manifests" in holder.manifest)
+      return holder;
     const where = formatReference(this.#reference);
     return fail("NOT_FOUND", `${where} is one image, without a list: ask for its "image"`);
   }
-  /** Whatever the registry has under the reference: an index or an image manifest. */
   getManifest() {
     return withSession(this.#opts, async (session) => {
       const registry = registryOf(session, this.#reference);
@@ -5154,7 +5299,6 @@ var Puller = class {
       return this.#holder(fetched);
     });
   }
-  /** The manifest's descriptor by a HEAD request; by its bytes where the registry leaves something out. */
   headManifest() {
     return withSession(this.#opts, async (session) => {
       const registry = registryOf(session, this.#reference);
@@ -5170,7 +5314,6 @@ var Puller = class {
       }
     });
   }
-  /** Every blob of an image manifest as `dir/HEX`, verified; those that are there already are kept. */
   async pullBlobs(holder, dir) {
     const fetched = { ...holder, bytes: Buffer.from(holder.bytes) };
     const manifest = parseManifest(fetched, holder.imageUrl);
@@ -5178,33 +5321,27 @@ var Puller = class {
       return fail("NOT_AN_IMAGE", `${holder.imageUrl}: a list of manifests has no blobs`);
     const descriptors = [manifest.config, ...manifest.layers];
     const unique = new Map(descriptors.map((descriptor) => [descriptor.digest, descriptor]));
-    await withSession(
-      this.#opts,
-      (session, onProgress) => withTars(this.#opts.reuse ?? [], async (tars) => {
-        const { observe, finish } = progressReporter(onProgress);
-        const registry = registryOf(session, this.#reference);
-        await this.#checkSigned(session, await this.#digestsAbove(session, fetched));
-        const blobs = [...unique.values()].map(
-          (descriptor) => new BlobState(descriptor, registry, 0, tars)
-        );
-        const doing = `cannot write ${dir}`;
-        await onDisk(doing, fs.mkdir(dir, { recursive: true }));
-        const job = { session, blobs, folder: dir, nameOf: hexOf, observe };
-        finish(await onDisk(doing, pullToFolder(job)));
-      })
-    );
+    await withSession(this.#opts, (session, onProgress) => withTars(this.#opts.reuse ?? [], async (tars) => {
+      const { observe, finish } = progressReporter(onProgress);
+      const registry = registryOf(session, this.#reference);
+      await this.#checkSigned(session, await this.#digestsAbove(session, fetched));
+      const blobs = [...unique.values()].map((descriptor) => new BlobState(descriptor, registry, 0, tars));
+      const doing = `cannot write ${dir}`;
+      await onDisk(doing, fs.mkdir(dir, { recursive: true }));
+      const job = { session, blobs, folder: dir, nameOf: hexOf, observe };
+      finish(await onDisk(doing, pullToFolder(job)));
+    }));
   }
-  /** SIGNATURE where `signedBy` has keys, and none of them has signed one of these. */
   async #checkSigned(session, digests) {
     const signers = await readSigners(this.#opts.signedBy);
     const registry = registryOf(session, this.#reference);
     const where = formatReference(this.#reference);
     await findSignature(session, { registry, where, digests: [...new Set(digests)] }, signers);
   }
-  /** The digest of a manifest that a caller gives, after that of the index which the reference names, if it leads there. */
   async #digestsAbove(session, { digest, bytes }) {
     const own = digestOf(bytes, digest);
-    if (!this.#opts.signedBy?.length) return [own];
+    if (!this.#opts.signedBy?.length)
+      return [own];
     const registry = registryOf(session, this.#reference);
     const where = formatReference(this.#reference);
     const asked = await registry.manifest(versionOf(this.#reference));
@@ -5217,15 +5354,19 @@ var Puller = class {
 };
 var nameOfSource = (source) => typeof source === "string" ? source : "-";
 async function openTarSource(source, signal) {
-  if (typeof source !== "string") return openStream(nameOfSource(source), source, signal);
+  if (typeof source !== "string")
+    return openStream(nameOfSource(source), source, signal);
   const stats = await fs.stat(source);
-  if (stats.isDirectory()) return openFolder(source);
-  if (stats.isFIFO()) return openStream(source, await openPipe(source, signal), signal);
+  if (stats.isDirectory())
+    return openFolder(source);
+  if (stats.isFIFO())
+    return openStream(source, await openPipe(source, signal), signal);
   if (!stats.isFile() && !stats.isCharacterDevice())
     return fail("BAD_TAR", `${source}: it is not a file`);
   const handle = await fs.open(source, "r");
   const isPacked = packingOf(await readAt(handle, 0, BLOCK)) !== void 0;
-  if (stats.isFile() && !isPacked) return openFile(source, handle, stats.size);
+  if (stats.isFile() && !isPacked)
+    return openFile(source, handle, stats.size);
   const chunks = handle.createReadStream({ highWaterMark: TUNING.batchBytes });
   return { ...await openStream(source, chunks, signal), sizeBytes: stats.size };
 }
@@ -5283,7 +5424,8 @@ async function openFolder(folder) {
     }
   }
   async function* members() {
-    for (const entry of entries) yield { entry, content: () => contentOf(entry) };
+    for (const entry of entries)
+      yield { entry, content: () => contentOf(entry) };
   }
   return {
     where: folder,
@@ -5296,7 +5438,8 @@ async function openFolder(folder) {
 }
 var listFolder = async (folder) => (await fs.readdir(folder).catch(() => [])).sort();
 async function openStream(where, stream, signal) {
-  if (signal) (0, import_node_stream.addAbortSignal)(signal, stream);
+  if (signal)
+    (0, import_node_stream.addAbortSignal)(signal, stream);
   const decoder = new TarDecoder();
   const packed = new ByteReader(stream);
   const packing = packingOf(await packed.peek(BLOCK));
@@ -5308,16 +5451,20 @@ async function openStream(where, stream, signal) {
     while (!decoder.isAtEnd) {
       const { wantedBytes } = decoder;
       const block = await bytes.read(wantedBytes);
-      if (block.length === 0) break;
-      if (block.length < wantedBytes) refuseTar(CUT_IN_HEADER);
+      if (block.length === 0)
+        break;
+      if (block.length < wantedBytes)
+        refuseTar(CUT_IN_HEADER);
       const header = decoder.take(block);
-      if (!header) continue;
+      if (!header)
+        continue;
       const offset = bytes.position;
       const end = offset + header.sizeBytes;
       const entry = { ...header, name: resolveName(header.name), offset };
       yield { entry, content: () => fillHoles(bytes.piecesUntil(end), header.holes) };
       await bytes.skipTo(end);
-      if (bytes.position < end) refuseTar(CUT_IN_ENTRY);
+      if (bytes.position < end)
+        refuseTar(CUT_IN_ENTRY);
       await bytes.skipTo(end + paddingOf(end));
     }
     await bytes.skipTo(NEVER);
@@ -5334,24 +5481,24 @@ async function openStream(where, stream, signal) {
   };
 }
 var ByteReader = class {
-  /** How many were taken. */
   position = 0;
   #chunks;
   #ahead = Buffer.alloc(0);
   constructor(source) {
     this.#chunks = source[Symbol.asyncIterator]();
   }
-  /** Up to so many bytes, which stay to be taken; fewer only at the end. */
   async peek(length) {
     const chunks = [this.#ahead];
     let aheadBytes = this.#ahead.length;
     while (aheadBytes < length) {
       const { value, done } = await this.#chunks.next();
-      if (done) break;
+      if (done)
+        break;
       chunks.push(value);
       aheadBytes += value.length;
     }
-    if (chunks.length > 1) this.#ahead = joined(chunks);
+    if (chunks.length > 1)
+      this.#ahead = joined(chunks);
     return this.#ahead.subarray(0, length);
   }
   async read(length) {
@@ -5359,18 +5506,19 @@ var ByteReader = class {
     this.#take(bytes.length);
     return bytes;
   }
-  /** What comes next, up to a position or the end. */
   async *piecesUntil(end) {
     while (this.position < end) {
       const next = await this.peek(1);
-      if (next.length === 0) return;
+      if (next.length === 0)
+        return;
       const piece = this.#ahead.subarray(0, end - this.position);
       this.#take(piece.length);
       yield piece;
     }
   }
   async skipTo(position) {
-    for await (const _piece of this.piecesUntil(position)) ;
+    for await (const _piece of this.piecesUntil(position))
+      ;
   }
   #take(length) {
     this.#ahead = this.#ahead.subarray(length);
@@ -5383,12 +5531,14 @@ function joined(chunks) {
   return filled.length < 2 ? only : Buffer.concat(filled);
 }
 async function* fillHoles(stored, holes) {
-  if (!holes) return yield* stored;
+  if (!holes)
+    return yield* stored;
   const bytes = new ByteReader(stored);
   const zeros = Buffer.alloc(TUNING.headerReadBytes);
   let position = 0;
   for (const [from, to] of [...holes.pieces, [holes.realBytes, holes.realBytes]]) {
-    for (; position < from; position += zeros.length) yield zeros.subarray(0, from - position);
+    for (; position < from; position += zeros.length)
+      yield zeros.subarray(0, from - position);
     yield* bytes.piecesUntil(bytes.position + to - from);
     position = to;
   }
@@ -5397,8 +5547,10 @@ var lengthOfEntry = ({ holes, sizeBytes }) => holes?.realBytes ?? sizeBytes;
 function unpackerFor(packing) {
   const { createGunzip, createZstdDecompress } = load("node:zlib");
   const options = { chunkSize: TUNING.unpackBytes };
-  if (packing === "gzip") return createGunzip?.(options);
-  if (packing === "zstd") return createZstdDecompress?.(options);
+  if (packing === "gzip")
+    return createGunzip?.(options);
+  if (packing === "zstd")
+    return createZstdDecompress?.(options);
   return void 0;
 }
 var isUnpackError = (error) => errorCodeOf(error).startsWith("Z");
@@ -5428,7 +5580,8 @@ var Digests = class {
     this.#hashes = algorithms.map((algorithm) => [algorithm, newHash(`${algorithm}:`)]);
   }
   update(bytes) {
-    for (const [, hash] of this.#hashes) hash.update(bytes);
+    for (const [, hash] of this.#hashes)
+      hash.update(bytes);
   }
   list() {
     return this.#hashes.map(([algorithm, hash]) => `${algorithm}:${hash.digest("hex")}`);
@@ -5446,18 +5599,19 @@ var TarCheck = class {
         const skippedBytes = Math.min(this.#skipBytes, chunk.length - at);
         this.#skipBytes -= skippedBytes;
         at += skippedBytes;
-      } else at += this.#gather(chunk, at);
+      } else
+        at += this.#gather(chunk, at);
     }
   }
   isTar() {
     return !this.#isBroken && this.#skipBytes < BLOCK && this.#block.length === 0;
   }
-  /** Says how many bytes it took. */
   #gather(chunk, at) {
     const missingBytes = this.#decoder.wantedBytes - this.#block.length;
     const piece = chunk.subarray(at, at + missingBytes);
     this.#block = this.#block.length === 0 ? piece : Buffer.concat([this.#block, piece]);
-    if (piece.length === missingBytes) this.#takeBlock();
+    if (piece.length === missingBytes)
+      this.#takeBlock();
     return piece.length;
   }
   #takeBlock() {
@@ -5465,9 +5619,11 @@ var TarCheck = class {
     this.#block = Buffer.alloc(0);
     try {
       const header = this.#decoder.take(block);
-      if (header) this.#skipBytes = header.sizeBytes + paddingOf(header.sizeBytes);
+      if (header)
+        this.#skipBytes = header.sizeBytes + paddingOf(header.sizeBytes);
     } catch (error) {
-      if (!(error instanceof ImgpullError)) throw error;
+      if (!(error instanceof ImgpullError))
+        throw error;
       this.#isBroken = true;
     }
   }
@@ -5489,11 +5645,13 @@ var LayerUnpacking = class {
   }
   async write(piece) {
     this.#packedBytes += piece.length;
-    if (this.#isOver || this.#unpacker.write(piece)) return;
+    if (this.#isOver || this.#unpacker.write(piece))
+      return;
     await Promise.race([(0, import_node_events.once)(this.#unpacker, "drain").catch(ignore), this.#reading]);
   }
   async end() {
-    if (!this.#isOver) this.#unpacker.end();
+    if (!this.#isOver)
+      this.#unpacker.end();
     const outcome = await this.#reading;
     return {
       packing: this.#packing,
@@ -5510,11 +5668,13 @@ var LayerUnpacking = class {
         this.#digests.update(chunk);
         this.#tar.push(chunk);
         unpackedBytes += chunk.length;
-        if (isEndless(unpackedBytes, this.#packedBytes)) return "endless";
+        if (isEndless(unpackedBytes, this.#packedBytes))
+          return "endless";
       }
       return "whole";
     } catch (error) {
-      if (!isUnpackError(error)) throw error;
+      if (!isUnpackError(error))
+        throw error;
       return "broken";
     } finally {
       this.#isOver = true;
@@ -5534,15 +5694,16 @@ var Look = class {
     this.#source = source;
     this.#options = options;
   }
-  /** Reads all, or only what may be a document. */
   async run(withContent) {
     await this.#readMembers(withContent).catch((error) => {
-      if (!(error instanceof ImgpullError) || error.code !== "BAD_TAR") throw error;
+      if (!(error instanceof ImgpullError) || error.code !== "BAD_TAR")
+        throw error;
       const reason = error.message.replace(`${this.#source.where}: `, "");
       this.#problems.push({ kind: "unreadable", reason });
     });
     const isWhole = this.#problems.length === 0 && this.#names.entries.size > 0;
-    if (isWhole && !this.#source.hasTrailer()) this.#problems.push({ kind: "cut-off" });
+    if (isWhole && !this.#source.hasTrailer())
+      this.#problems.push({ kind: "cut-off" });
     const { where } = this.#source;
     return { where, names: this.#names, files: this.#files, problems: this.#problems };
   }
@@ -5554,14 +5715,18 @@ var Look = class {
         this.#checkStopped();
         const { entry } = member;
         const problem = this.#names.add(entry);
-        if (problem) this.#problems.push(problem);
-        if (problem?.kind === "too-many-entries") return;
-        if (problem || !"0S".includes(entry.type)) continue;
+        if (problem)
+          this.#problems.push(problem);
+        if (problem?.kind === "too-many-entries")
+          return;
+        if (problem || !"0S".includes(entry.type))
+          continue;
         const reading = this.#readMember(member, withContent);
         const run = reading.finally(() => running.delete(run));
         run.catch(ignore);
         running.add(run);
-        if (running.size >= lanes) await Promise.race(running);
+        if (running.size >= lanes)
+          await Promise.race(running);
       }
     } finally {
       settled(await Promise.allSettled(running));
@@ -5572,19 +5737,19 @@ var Look = class {
     const seen = withContent ? await this.#inspect(member) : await this.#readDocument(member);
     this.#files.set(entry.name, seen);
   }
-  /** A file of which only documents count. */
   async #readDocument({ entry, content }) {
     const seen = { entry, isIntact: true, unpacked: void 0 };
-    if (lengthOfEntry(entry) > LIMITS.tarMetadataBytes) return { ...seen, bytes: void 0 };
+    if (lengthOfEntry(entry) > LIMITS.tarMetadataBytes)
+      return { ...seen, bytes: void 0 };
     const pieces = [];
     for await (const piece of content()) {
       this.#checkStopped();
-      if (pieces.length === 0 && !mayBeDocument(entry, piece)) break;
+      if (pieces.length === 0 && !mayBeDocument(entry, piece))
+        break;
       pieces.push(piece);
     }
     return { ...seen, bytes: this.#keep(pieces) };
   }
-  /** A file that is hashed, and unpacked. */
   async #inspect({ entry, content }) {
     const inspection = new FileInspection(entry);
     for await (const piece of content()) {
@@ -5592,12 +5757,12 @@ var Look = class {
       await inspection.add(piece);
       this.#doneBytes += piece.length;
       this.#options.onBytes?.(this.#doneBytes, this.#source.sizeBytes);
-      if (inspection.isEndless()) break;
+      if (inspection.isEndless())
+        break;
     }
     const { documentPieces, ...seen } = await inspection.end();
     return { ...seen, bytes: this.#keep(documentPieces) };
   }
-  /** The bytes of a document, as long as all of them together are few enough to be kept. */
   #keep(pieces) {
     const sizeBytes = sumOf(pieces, ({ length }) => length);
     if (pieces.length === 0 || this.#keptBytes + sizeBytes > LIMITS.tarDocumentBytes)
@@ -5607,7 +5772,8 @@ var Look = class {
   }
   #checkStopped() {
     const { signal } = this.#options;
-    if (signal?.aborted) fail("ABORTED", "stopped", { cause: signal.reason });
+    if (signal?.aborted)
+      fail("ABORTED", "stopped", { cause: signal.reason });
   }
 };
 var FileInspection = class {
@@ -5628,14 +5794,16 @@ var FileInspection = class {
     this.#digests = new Digests(this.#algorithms);
   }
   async add(piece) {
-    if (this.#readBytes === 0) this.#begin(piece);
+    if (this.#readBytes === 0)
+      this.#begin(piece);
     this.#readBytes += piece.length;
     this.#digests.update(piece);
-    if (this.#isDocument) this.#documentPieces.push(piece);
-    if (!this.#packing) this.#tar.push(piece);
+    if (this.#isDocument)
+      this.#documentPieces.push(piece);
+    if (!this.#packing)
+      this.#tar.push(piece);
     await this.#unpacking?.write(piece);
   }
-  /** A file with holes may be longer than all that there is. */
   isEndless() {
     return isEndless(this.#readBytes, this.#entry.sizeBytes);
   }
@@ -5656,7 +5824,6 @@ var FileInspection = class {
     if (this.#packing && unpacker)
       this.#unpacking = new LayerUnpacking(this.#packing, unpacker, this.#algorithms);
   }
-  /** What was not unpacked: it is plain, or compressed in a way that is not known here. */
   #asItIs(digests) {
     const outcome = this.#packing ? "not-unpacked" : "whole";
     return {
@@ -5669,7 +5836,8 @@ var FileInspection = class {
   }
 };
 function mayBeDocument(entry, firstPiece) {
-  if (lengthOfEntry(entry) > LIMITS.tarMetadataBytes) return false;
+  if (lengthOfEntry(entry) > LIMITS.tarMetadataBytes)
+    return false;
   const beginning = firstPiece.toString("latin1", 0, 64).trimStart();
   return DOCUMENT_NAMES.includes(entry.name) || beginning.startsWith("{") || beginning.startsWith("[");
 }
@@ -5681,28 +5849,26 @@ var TarDocuments = class {
   constructor(contents) {
     this.#contents = contents;
   }
-  /** The bytes under a digest, where they have it. */
   bytes(digest) {
     const seen = this.file(blobPath(digest));
     return seen?.isIntact ? seen.bytes : void 0;
   }
-  /** The file behind a name, links followed. */
   file(name) {
     const entry = this.#contents.names.file(name);
     return entry && this.#contents.files.get(entry.name);
   }
-  /** The JSON of a file; undefined where it is not there, is damaged (which is said elsewhere) or is no JSON. */
   json(name) {
     const seen = this.file(name);
-    if (!seen?.isIntact) return void 0;
+    if (!seen?.isIntact)
+      return void 0;
     if (lengthOfEntry(seen.entry) > LIMITS.tarMetadataBytes)
       return this.#refuse(name, "is too large");
     const isLeftOut = seen.bytes === void 0 && seen.unpacked?.packing === void 0;
     const parsed = seen.bytes && parseShallowJson(seen.bytes);
-    if (parsed !== void 0) return parsed;
+    if (parsed !== void 0)
+      return parsed;
     return this.#refuse(name, isLeftOut ? NOT_KEPT : NOT_JSON);
   }
-  /** A manifest or index; undefined where it is not there, or something is wrong with it. */
   manifest({ digest, size, mediaType }) {
     const bytes = this.bytes(digest);
     if (bytes && bytes.length !== size) {
@@ -5711,27 +5877,31 @@ var TarDocuments = class {
       return void 0;
     }
     const key = `${mediaType} ${digest}`;
-    if (!this.#manifests.has(key)) this.#manifests.set(key, this.#readManifest(digest, mediaType));
+    if (!this.#manifests.has(key))
+      this.#manifests.set(key, this.#readManifest(digest, mediaType));
     return this.#manifests.get(key);
   }
-  /** Undefined where it is not there or no JSON. */
   config(name) {
-    if (!this.#configs.has(name)) this.#configs.set(name, this.#readConfig(name));
+    if (!this.#configs.has(name))
+      this.#configs.set(name, this.#readConfig(name));
     return this.#configs.get(name);
   }
   #readManifest(digest, mediaType) {
     const name = blobPath(digest);
     const json = this.json(name);
     const bytes = this.bytes(digest);
-    if (json === void 0 || !bytes) return void 0;
+    if (json === void 0 || !bytes)
+      return void 0;
     if (sniffMediaType(bytes, mediaType) !== mediaType)
       return this.#refuse(name, "is of another type");
     return this.attempt(name, () => parseManifest({ digest, mediaType, bytes }, name));
   }
   #readConfig(name) {
     const json = this.json(name);
-    if (json === void 0) return void 0;
-    if (!isRecord(json)) return { isObject: false, platform: "", diffIds: void 0 };
+    if (json === void 0)
+      return void 0;
+    if (!isRecord(json))
+      return { isObject: false, platform: "", diffIds: void 0 };
     const { rootfs } = json;
     const diffIds = isRecord(rootfs) ? rootfs.diff_ids : void 0;
     const isList = Array.isArray(diffIds);
@@ -5741,12 +5911,12 @@ var TarDocuments = class {
       diffIds: isList || diffIds === void 0 ? diffIds : [diffIds]
     };
   }
-  /** Runs what refuses by an error, and keeps its reason. */
   attempt(entry, run) {
     try {
       return run();
     } catch (error) {
-      if (!(error instanceof ImgpullError)) throw error;
+      if (!(error instanceof ImgpullError))
+        throw error;
       const reason = error.message.replace(`${entry}: `, "");
       this.problems.push({ kind: "malformed", entry, reason });
       return void 0;
@@ -5765,13 +5935,20 @@ function parseShallowJson(bytes) {
   for (let at = 0; at < bytes.length; at += 1) {
     const byte = bytes[at];
     if (isInString) {
-      if (byte === BACKSLASH) at += 1;
-      else if (byte === QUOTE) isInString = false;
-    } else if (byte === QUOTE) isInString = true;
-    else if (byte === OPEN_BRACE || byte === OPEN_BRACKET) depth += 1;
-    else if (byte === CLOSE_BRACE || byte === CLOSE_BRACKET) depth -= 1;
-    else if (byte === COMMA) values += 1;
-    if (depth > LIMITS.jsonDepth || values > LIMITS.jsonValues) return void 0;
+      if (byte === BACKSLASH)
+        at += 1;
+      else if (byte === QUOTE)
+        isInString = false;
+    } else if (byte === QUOTE)
+      isInString = true;
+    else if (byte === OPEN_BRACE || byte === OPEN_BRACKET)
+      depth += 1;
+    else if (byte === CLOSE_BRACE || byte === CLOSE_BRACKET)
+      depth -= 1;
+    else if (byte === COMMA)
+      values += 1;
+    if (depth > LIMITS.jsonDepth || values > LIMITS.jsonValues)
+      return void 0;
   }
   return parseJson(bytes);
 }
@@ -5786,7 +5963,6 @@ var ImageFinder = class {
   problems = [];
   #documents;
   #blobs = /* @__PURE__ */ new Map();
-  /** What each entry of index.json leads to, by its digest: equal entries are read once. */
   #found = /* @__PURE__ */ new Map();
   #absentManifests = 0;
   #references = 0;
@@ -5795,14 +5971,13 @@ var ImageFinder = class {
   }
   run() {
     const entries = this.#readIndex();
-    const indexed = entries.flatMap(
-      ({ descriptor, name }) => this.#imagesOf(descriptor).map((image) => ({ name, ...image }))
-    );
+    const indexed = entries.flatMap(({ descriptor, name }) => this.#imagesOf(descriptor).map((image) => ({ name, ...image })));
     const listed = this.#readDockerList();
     const isLayout = this.#checkLayout(entries.length > 0, listed.length > 0);
     const isEmpty = entries.length + listed.length === 0;
     const isSaid = this.problems.length + this.#documents.problems.length > 0;
-    if (isEmpty && !isSaid) this.problems.push({ kind: "no-image" });
+    if (isEmpty && !isSaid)
+      this.problems.push({ kind: "no-image" });
     return {
       entries,
       indexed,
@@ -5816,18 +5991,17 @@ var ImageFinder = class {
   }
   #readIndex() {
     const json = this.#documents.json("index.json");
-    if (json === void 0) return [];
+    if (json === void 0)
+      return [];
     if (!isRecord(json) || !Array.isArray(json.manifests)) {
       this.problems.push({ kind: "document", entry: "index.json", reason: "is not an index" });
       return [];
     }
     const entries = [];
     for (const value of json.manifests) {
-      const descriptor = this.#documents.attempt(
-        "index.json",
-        () => parseDescriptor(value, "index.json")
-      );
-      if (!descriptor || !this.#count(1)) break;
+      const descriptor = this.#documents.attempt("index.json", () => parseDescriptor(value, "index.json"));
+      if (!descriptor || !this.#count(1))
+        break;
       const annotations = isRecord(value) && isRecord(value.annotations) ? value.annotations : {};
       const names = NAME_KEYS.map((key) => annotations[key]);
       const name = names.find((each) => typeof each === "string") ?? "";
@@ -5835,7 +6009,6 @@ var ImageFinder = class {
     }
     return entries;
   }
-  /** The images that an entry of index.json leads to, attestations last. */
   #imagesOf(descriptor) {
     const { digest } = descriptor;
     const known = this.#found.get(digest);
@@ -5848,16 +6021,19 @@ var ImageFinder = class {
     this.#found.set(digest, images);
     if (!this.#documents.file(blobPath(digest)))
       this.problems.push({ kind: "missing", entry: blobPath(digest) });
-    else this.#collect(descriptor, 0, seen, images);
+    else
+      this.#collect(descriptor, 0, seen, images);
     images.sort((left, right) => Number(isUnknown(left)) - Number(isUnknown(right)));
     const isEmpty = images.length === 0 && this.#documents.manifest(descriptor) !== void 0;
-    if (isEmpty) this.problems.push({ kind: "nothing-here", entry: blobPath(digest) });
+    if (isEmpty)
+      this.problems.push({ kind: "nothing-here", entry: blobPath(digest) });
     return images;
   }
   #collect(descriptor, depth, seen, images) {
     const { digest, platform } = descriptor;
     const entry = blobPath(digest);
-    if (seen.has(digest) || !this.#count(1)) return;
+    if (seen.has(digest) || !this.#count(1))
+      return;
     seen.add(digest);
     if (depth > LIMITS.indexDepth) {
       const reason = `indexes inside indexes, more than ${LIMITS.indexDepth} deep`;
@@ -5867,19 +6043,25 @@ var ImageFinder = class {
     const manifest = this.#documents.manifest(descriptor);
     if (manifest?.kind === "image") {
       const image = this.#describe(manifest, platform);
-      if (image) images.push({ digest, ...image });
+      if (image)
+        images.push({ digest, ...image });
     }
-    if (manifest?.kind !== "index") return;
+    if (manifest?.kind !== "index")
+      return;
     for (const child of manifest.manifests) {
       const isThere = this.#documents.file(blobPath(child.digest)) !== void 0;
-      if (!isThere) this.#absentManifests += 1;
-      else if (isManifestType(child)) this.#collect(child, depth + 1, seen, images);
-      else this.#blobs.set(child.digest, partOf(child));
+      if (!isThere)
+        this.#absentManifests += 1;
+      else if (isManifestType(child))
+        this.#collect(child, depth + 1, seen, images);
+      else
+        this.#blobs.set(child.digest, partOf(child));
     }
   }
   #describe(manifest, stated) {
     const { config, layers } = manifest;
-    if (!this.#count(layers.length + 1)) return void 0;
+    if (!this.#count(layers.length + 1))
+      return void 0;
     const hasImageConfig = CONFIG_TYPES.includes(config.mediaType);
     const words = hasImageConfig ? this.#documents.config(blobPath(config.digest)) : void 0;
     const platform = words ? words.platform : formatPlatform(stated);
@@ -5892,7 +6074,6 @@ var ImageFinder = class {
       parts: [config, ...layers].map(partOf)
     };
   }
-  /** The images of manifest.json, the list of `docker load`. */
   #readDockerList() {
     const json = this.#documents.json("manifest.json") ?? [];
     const images = [];
@@ -5903,7 +6084,8 @@ var ImageFinder = class {
         this.problems.push({ kind: "document", entry: "manifest.json", reason });
         break;
       }
-      if (!this.#count(entry.layers.length + 1)) break;
+      if (!this.#count(entry.layers.length + 1))
+        break;
       const parts = [entry.config, ...entry.layers].map((name) => {
         const file = this.#documents.file(name);
         return { entry: name, size: file ? lengthOfEntry(file.entry) : 0, mediaType: "" };
@@ -5933,12 +6115,13 @@ var ImageFinder = class {
     }
     return isRight;
   }
-  /** False where all images together name more than can be looked at. */
   #count(references) {
     const isFirst = this.#references <= LIMITS.tarReferences;
     this.#references += references;
-    if (this.#references <= LIMITS.tarReferences) return true;
-    if (isFirst) this.problems.push({ kind: "too-many-references" });
+    if (this.#references <= LIMITS.tarReferences)
+      return true;
+    if (isFirst)
+      this.problems.push({ kind: "too-many-references" });
     return false;
   }
 };
@@ -5951,16 +6134,20 @@ var partOf = ({ digest, size, mediaType }) => ({
 });
 var hasOneDiffIdEach = ({ diffIds }, layerCount) => (diffIds ?? []).length === layerCount && (diffIds ?? []).every(isDigest);
 function needsDiffIds(config, platform, isClaimed, layerCount) {
-  if (!config) return false;
-  if (config.diffIds !== void 0) return true;
+  if (!config)
+    return false;
+  if (config.diffIds !== void 0)
+    return true;
   return isClaimed && layerCount > 0 && platform !== "" && !isUnknown({ platform });
 }
 function parseDockerEntry(value) {
-  if (!isRecord(value)) return void 0;
+  if (!isRecord(value))
+    return void 0;
   const { Config: config, RepoTags, Layers } = value;
   const tags = RepoTags ?? [];
   const layers = Layers ?? [];
-  if (typeof config !== "string" || !isStringList(tags) || !isStringList(layers)) return void 0;
+  if (typeof config !== "string" || !isStringList(tags) || !isStringList(layers))
+    return void 0;
   return { config, tags, layers };
 }
 var isStringList = (list) => Array.isArray(list) && list.every((each) => typeof each === "string");
@@ -5969,9 +6156,7 @@ var PartCheck = class {
   notUnpacked = /* @__PURE__ */ new Map();
   unpackedLayers = 0;
   #documents;
-  /** Each pair of a file and a diff_id is compared once. */
   #compared = /* @__PURE__ */ new Set();
-  /** manifest.json does not say which layers are encrypted. */
   #encrypted;
   constructor(documents, images) {
     this.#documents = documents;
@@ -5987,7 +6172,8 @@ var PartCheck = class {
     for (const [at, part] of parts.entries()) {
       const seen = this.checkPart(part);
       const diffId = at > 0 && hasRightIds ? String(config.diffIds?.[at - 1]) : void 0;
-      if (seen && diffId) this.#compare(seen, part, diffId);
+      if (seen && diffId)
+        this.#compare(seen, part, diffId);
     }
   }
   checkPart({ entry, size }) {
@@ -5997,25 +6183,33 @@ var PartCheck = class {
       return void 0;
     }
     const actualBytes = lengthOfEntry(seen.entry);
-    if (actualBytes === size) return seen;
+    if (actualBytes === size)
+      return seen;
     this.problems.push({ kind: "size", entry, expectedBytes: size, actualBytes });
     return void 0;
   }
   #compare(seen, { entry }, diffId) {
     const name = seen.entry.name;
     const key = `${name} ${diffId}`;
-    if (!seen.isIntact || !seen.unpacked || this.#compared.has(key)) return;
+    if (!seen.isIntact || !seen.unpacked || this.#compared.has(key))
+      return;
     this.#compared.add(key);
     const { outcome, packing, digests, hasRest } = seen.unpacked;
     const isSame = digests.includes(diffId);
     const isOtherAlgorithm = !digests.some((each) => algorithmOf(each) === algorithmOf(diffId));
     const isPartial = packing === "zstd" && outcome === "whole" && hasRest;
-    if (outcome === "endless") return;
-    if (this.#encrypted.has(entry)) this.#skip("encrypted");
-    else if (outcome === "whole" && isSame) this.unpackedLayers += 1;
-    else if (outcome === "not-unpacked" || isPartial) this.#skip(packing ?? "unknown");
-    else if (isOtherAlgorithm) this.#skip(algorithmOf(diffId));
-    else this.problems.push({ kind: "diff-id", entry: name, diffId });
+    if (outcome === "endless")
+      return;
+    if (this.#encrypted.has(entry))
+      this.#skip("encrypted");
+    else if (outcome === "whole" && isSame)
+      this.unpackedLayers += 1;
+    else if (outcome === "not-unpacked" || isPartial)
+      this.#skip(packing ?? "unknown");
+    else if (isOtherAlgorithm)
+      this.#skip(algorithmOf(diffId));
+    else
+      this.problems.push({ kind: "diff-id", entry: name, diffId });
   }
   #skip(reason) {
     this.notUnpacked.set(reason, (this.notUnpacked.get(reason) ?? 0) + 1);
@@ -6048,16 +6242,14 @@ async function lookThrough(source, withContent, options) {
     }
   };
   return onDisk(`cannot read ${where}`, look()).catch((error) => {
-    if (options.signal?.aborted) fail("ABORTED", "stopped", { cause: options.signal.reason });
+    if (options.signal?.aborted)
+      fail("ABORTED", "stopped", { cause: options.signal.reason });
     throw error;
   });
 }
 async function listTar(source, options = {}) {
   const contents = await lookThrough(source, false, options);
-  refuseProblems(
-    contents.where,
-    contents.problems.filter(({ kind }) => kind !== "cut-off")
-  );
+  refuseProblems(contents.where, contents.problems.filter(({ kind }) => kind !== "cut-off"));
   const documents = new TarDocuments(contents);
   const finder = new ImageFinder(documents);
   const held = finder.run();
@@ -6091,8 +6283,10 @@ async function inspectTar(source, options) {
   const images = imagesOf(held);
   const named = [...held.indexed, ...held.listed];
   const check = new PartCheck(documents, named);
-  for (const image of named) check.checkImage(image);
-  for (const blob of held.blobs) check.checkPart(blob);
+  for (const image of named)
+    check.checkImage(image);
+  for (const blob of held.blobs)
+    check.checkPart(blob);
   problems.push(...documents.problems, ...finder.problems, ...check.problems);
   const seen = ({ entry }) => documents.file(entry);
   return {
@@ -6107,7 +6301,8 @@ async function inspectTar(source, options) {
 }
 function problemsOfFile({ entry, isIntact: isIntact2, unpacked }) {
   const isEndless2 = unpacked?.outcome === "endless";
-  if (isEndless2) return [{ kind: "unpacks-without-end", entry: entry.name }];
+  if (isEndless2)
+    return [{ kind: "unpacks-without-end", entry: entry.name }];
   return isIntact2 ? [] : [{ kind: "damaged", entry: entry.name }];
 }
 var imagesOf = ({ indexed, listed }) => indexed.length > 0 ? indexed : listed;
@@ -6125,10 +6320,9 @@ function uniqueProblems(problems) {
   return [...new Map(problems.map((problem) => [JSON.stringify(problem), problem])).values()];
 }
 function refuseProblems(where, problems) {
-  const lines = uniqueProblems(problems).map(
-    (problem) => `${where}: ${printable(problemWords(problem), 1e3)}`
-  );
-  if (lines.length > 0) fail("BAD_TAR", lines.join("\nimgpull: "));
+  const lines = uniqueProblems(problems).map((problem) => `${where}: ${printable(problemWords(problem), 1e3)}`);
+  if (lines.length > 0)
+    fail("BAD_TAR", lines.join("\nimgpull: "));
 }
 function formatTarImage({ name, digest, platform, sizeBytes, layers }) {
   const rows = layers.map(({ digest: layer, size, present }) => {
@@ -6314,9 +6508,7 @@ var OPTION_GROUPS = [
     tasks: ["pull", "manifest", "list-tar", "verify"]
   }
 ];
-var OPTIONS = OPTION_GROUPS.flatMap(
-  ({ options, tasks }) => Object.entries(options).map(([name, spec]) => ({ name, tasks, ...spec }))
-);
+var OPTIONS = OPTION_GROUPS.flatMap(({ options, tasks }) => Object.entries(options).map(([name, spec]) => ({ name, tasks, ...spec })));
 var USAGE = `imgpull [options] IMAGE [IMAGE...] [DEST]    pull images into one verified tar
 DEST: a file; - for stdout; a directory or NAME/ for an OCI layout
 `;
@@ -6346,7 +6538,8 @@ var HABITS = {
 };
 function refuseUnknown(rawName, name) {
   const habit = HABITS[name];
-  if (habit !== void 0) usage(`unknown option ${rawName}: ${habit}`);
+  if (habit !== void 0)
+    usage(`unknown option ${rawName}: ${habit}`);
   const nearest = nearestName(name, Object.keys(OPTION_TABLE));
   const suggestion = nearest === void 0 ? "" : `: did you mean --${nearest}?`;
   return usage(`unknown option ${printable(rawName, 60)}${suggestion}`);
@@ -6355,23 +6548,20 @@ function typedValue(spec, { rawName, value: text, inlineValue }) {
   const isShort = !rawName.startsWith("--");
   const value = isShort && inlineValue ? text?.replace(/^=/, "") : text;
   const isNextOption = !inlineValue && value?.startsWith("-") && value !== "-";
-  if (!value || isNextOption) return usage(`${rawName} needs a value (${spec.value})`);
+  if (!value || isNextOption)
+    return usage(`${rawName} needs a value (${spec.value})`);
   const choices = spec.value?.split("|") ?? [];
   if (choices.length > 1 && !choices.includes(value))
     usage(`--${spec.name} is ${choices.join(" or ")}, not "${printable(value)}"`);
   return value;
 }
 function parseCommandLine(argv) {
-  const spellings = OPTIONS.flatMap(
-    (option) => [option.name, option.alias ?? []].flat().map((spelling) => [spelling, option])
-  );
+  const spellings = OPTIONS.flatMap((option) => [option.name, option.alias ?? []].flat().map((spelling) => [spelling, option]));
   const specs = new Map(spellings);
-  const options = Object.fromEntries(
-    spellings.map(([spelling, { short, value }]) => [
-      spelling,
-      { type: value ? "string" : "boolean", ...dropEmpty({ short }) }
-    ])
-  );
+  const options = Object.fromEntries(spellings.map(([spelling, { short, value }]) => [
+    spelling,
+    { type: value ? "string" : "boolean", ...dropEmpty({ short }) }
+  ]));
   const { tokens, positionals } = (0, import_node_util.parseArgs)({
     args: [...argv],
     options,
@@ -6381,7 +6571,8 @@ function parseCommandLine(argv) {
   });
   const line = { values: {}, lists: {}, switches: /* @__PURE__ */ new Set(), positionals };
   for (const token of tokens) {
-    if (token.kind !== "option") continue;
+    if (token.kind !== "option")
+      continue;
     const spec = specs.get(token.name) ?? refuseUnknown(token.rawName, token.name);
     addOption(line, spec, token);
   }
@@ -6391,9 +6582,11 @@ function addOption(line, spec, token) {
   const values = line.values;
   const lists = line.lists;
   const { name } = spec;
-  if (name in values || line.switches.has(name)) usage(`--${name} is given twice`);
+  if (name in values || line.switches.has(name))
+    usage(`--${name} is given twice`);
   if (!spec.value) {
-    if (token.value !== void 0) usage(`${token.rawName} takes no value`);
+    if (token.value !== void 0)
+      usage(`${token.rawName} takes no value`);
     line.switches.add(name);
   } else if (spec.isRepeatable) {
     lists[name] = [...lists[name] ?? [], typedValue(spec, token)];
@@ -6402,7 +6595,8 @@ function addOption(line, spec, token) {
   }
 }
 function parseNumber(option, typed) {
-  if (!/^\d+(\.\d+)?$/.test(typed)) usage(`--${option} is a number, not "${printable(typed)}"`);
+  if (!/^\d+(\.\d+)?$/.test(typed))
+    usage(`--${option} is a number, not "${printable(typed)}"`);
   return Number(typed);
 }
 function parsePairs(option, typed) {
@@ -6411,7 +6605,8 @@ function parsePairs(option, typed) {
     const [from = "", to = "", ...more] = text.split("=");
     if (from === "" || to === "" || more.length > 0)
       usage(`--${option} is FROM=TO, not "${printable(text)}"`);
-    if (from in pairs) usage(`--${option} ${printable(from)} is given twice`);
+    if (from in pairs)
+      usage(`--${option} ${printable(from)} is given twice`);
     pairs[from] = to;
   }
   return pairs;
@@ -6430,7 +6625,8 @@ function optionsOf({ values, lists, switches }) {
   const options = {};
   for (const { name, option, convert = (typed) => typed } of OPTIONS) {
     const typed = { ...values, ...lists }[name] ?? switches.has(name);
-    if (option !== void 0 && typed !== false) options[option] = convert(typed);
+    if (option !== void 0 && typed !== false)
+      options[option] = convert(typed);
   }
   return options;
 }
@@ -6439,14 +6635,17 @@ var inTypedWords = (sentence) => sentence.replace(/`(\w+)`/g, (quoted, option) =
   return spec ? `--${spec.name}` : quoted;
 });
 function taskOf({ manifest, verify, "list-tar": listed }) {
-  if (verify !== void 0) return "verify";
-  if (listed !== void 0) return "list-tar";
+  if (verify !== void 0)
+    return "verify";
+  if (listed !== void 0)
+    return "list-tar";
   return manifest === void 0 ? "pull" : "manifest";
 }
 function checkTask(task, { values, lists, switches }) {
   const typed = /* @__PURE__ */ new Set([...Object.keys(values), ...Object.keys(lists), ...switches]);
   const stranger = OPTIONS.find(({ name, tasks }) => typed.has(name) && !tasks.includes(task));
-  if (stranger) usage(`--${stranger.name} does not go with --${task}`);
+  if (stranger)
+    usage(`--${stranger.name} does not go with --${task}`);
 }
 function checkCombinations(line) {
   const { values, switches, positionals } = line;
@@ -6463,15 +6662,21 @@ function checkCombinations(line) {
   if (isPasswordOnStdin && from === "-")
     usage("stdin is asked for twice: --password-stdin and --from -");
   const isLooking = task === "verify" || task === "list-tar";
-  if (isLooking && positionals.length > 0) usage(`--${task} takes one tar, and no IMAGE or DEST`);
-  if (isLooking || positionals.length > 0) return;
-  if (from === void 0) usage("IMAGE is missing");
-  if (!switches.has("dry-run")) usage("DEST is missing");
+  if (isLooking && positionals.length > 0)
+    usage(`--${task} takes one tar, and no IMAGE or DEST`);
+  if (isLooking || positionals.length > 0)
+    return;
+  if (from === void 0)
+    usage("IMAGE is missing");
+  if (!switches.has("dry-run"))
+    usage("DEST is missing");
 }
 function splitPositionals({ values: { manifest, from }, positionals }) {
-  if (manifest !== void 0) return { images: positionals.slice(0, 1) };
+  if (manifest !== void 0)
+    return { images: positionals.slice(0, 1) };
   const isDestinationThere = positionals.length > (from === void 0 ? 1 : 0);
-  if (!isDestinationThere) return { images: positionals };
+  if (!isDestinationThere)
+    return { images: positionals };
   return { images: positionals.slice(0, -1), destination: positionals.at(-1) };
 }
 function planCommand(line) {
@@ -6480,7 +6685,8 @@ function planCommand(line) {
   const { images, destination } = splitPositionals(line);
   const options = optionsOf(line);
   const isPasswordOnStdin = switches.has("password-stdin");
-  if (destination === "") usage("DEST is empty");
+  if (destination === "")
+    usage("DEST is empty");
   if (values.name !== void 0 && (images.length !== 1 || values.from !== void 0))
     usage("--name goes with one IMAGE");
   const passwordToCome = isPasswordOnStdin ? { password: "" } : {};
@@ -6510,19 +6716,19 @@ async function checkDestinationName(destination) {
   const hasFolder = destination.includes("/");
   const isHosted = /^[^/]*[.:]|^localhost\//.test(destination);
   const isTagged = /[:@]/.test(destination);
-  if (!isReference(destination) || !(isTagged || hasFolder && isHosted)) return;
-  const isFolderThere = () => fs.access(path.dirname(destination)).then(
-    () => true,
-    () => false
-  );
-  if (hasFolder && await isFolderThere()) return;
+  if (!isReference(destination) || !(isTagged || hasFolder && isHosted))
+    return;
+  const isFolderThere = () => fs.access(path.dirname(destination)).then(() => true, () => false);
+  if (hasFolder && await isFolderThere())
+    return;
   usage(`DEST is missing: "${destination}" reads as an IMAGE; say ./${destination} to mean a file`);
 }
 var formatBlobSizes = ({ doneBytes, sizeBytes }) => [doneBytes, sizeBytes].map((bytes) => formatBytes(bytes).padStart(7)).join(" of ");
 function formatBar(blob, width) {
   const label = `${hexOf(blob.digest).slice(0, 12)} ${formatBlobSizes(blob)} `;
   const room = Math.min(30, width - label.length - 2);
-  if (room < 5) return label.slice(0, width);
+  if (room < 5)
+    return label.slice(0, width);
   const filled = Math.round(room * blob.doneBytes / Math.max(1, blob.sizeBytes));
   return `${label}[${"#".repeat(filled)}${" ".repeat(room - filled)}]`;
 }
@@ -6530,11 +6736,13 @@ var Rate = class {
   #samples = [];
   add(bytes) {
     this.#samples.push({ atMs: performance.now(), bytes });
-    if (this.#samples.length > 50) this.#samples.shift();
+    if (this.#samples.length > 50)
+      this.#samples.shift();
   }
   get bytesPerSecond() {
     const [first, last] = [this.#samples[0], this.#samples.at(-1)];
-    if (!first || !last) return 0;
+    if (!first || !last)
+      return 0;
     return (last.bytes - first.bytes) * 1e3 / Math.max(1, last.atMs - first.atMs);
   }
 };
@@ -6558,17 +6766,19 @@ var Display = class {
     this.#isLive = stderr.isTTY === true && !isQuiet && env.TERM !== "dumb";
     this.#isDimmed = !env.NO_COLOR;
     const redraw = () => this.#draw();
-    if (!isQuiet) this.#timer = setInterval(redraw, this.#isLive ? 100 : 1e4).unref();
+    if (!isQuiet)
+      this.#timer = setInterval(redraw, this.#isLive ? 100 : 1e4).unref();
   }
   show = (progress) => {
-    if (progress.phase === "resolve") return;
-    if (!this.#latest) this.#rate.add(progress.fetchedBytes);
+    if (progress.phase === "resolve")
+      return;
+    if (!this.#latest)
+      this.#rate.add(progress.fetchedBytes);
     this.#latest = progress;
     const { finished: finished2 } = progress;
     if (finished2 && !this.#isQuiet && !this.#isLive)
       this.say(`${finished2.digest.slice(0, 19)} ${formatBytes(finished2.sizeBytes)} done`);
   };
-  /** A line of talk; the progress comes back below it. */
   say = (text) => {
     this.#clear();
     this.#stderr.write(`imgpull: ${inTypedWords(text)}
@@ -6581,7 +6791,8 @@ var Display = class {
   }
   #draw() {
     const progress = this.#latest;
-    if (!progress) return;
+    if (!progress)
+      return;
     this.#rate.add(progress.fetchedBytes);
     const total = formatTotal(progress, this.#rate.bytesPerSecond);
     if (!this.#isLive) {
@@ -6601,31 +6812,33 @@ var Display = class {
   #dim(text) {
     return this.#isDimmed ? `\x1B[2m${text}\x1B[22m` : text;
   }
-  /** Up, to the line's start, and erase all below. */
   #clear() {
-    if (this.#drawnLines > 0) this.#stderr.write(`\x1B[${this.#drawnLines}A\r\x1B[J`);
+    if (this.#drawnLines > 0)
+      this.#stderr.write(`\x1B[${this.#drawnLines}A\r\x1B[J`);
     this.#drawnLines = 0;
   }
 };
 var readStdin = async ({ stdin }) => Buffer.concat(await import_node_stream.Readable.from(stdin).toArray());
 async function readImageList(io, from, say) {
-  if (from === void 0) return [];
+  if (from === void 0)
+    return [];
   const refuse = (error) => usage(`cannot read --from ${from}: ${diskWords(error)}`);
   const content = from === "-" ? await readStdin(io) : await fs.readFile(from).catch(refuse);
   const { references, format, unread } = parseImageList(content);
-  if (format === "lines") return references;
-  if (references.length === 0) usage(`--from ${from}: there is no image: value in it`);
+  if (format === "lines")
+    return references;
+  if (references.length === 0)
+    usage(`--from ${from}: there is no image: value in it`);
   const count = counted(references.length, "different image");
   const others = unread === 0 ? "" : `, ${counted(unread, "more value")} could not be read`;
-  say(
-    `${from}: ${count} in image: values${others}; images named elsewhere are not seen (arguments, custom resources)`
-  );
+  say(`${from}: ${count} in image: values${others}; images named elsewhere are not seen (arguments, custom resources)`);
   return references;
 }
 function showCommand({ stdout }, { options, ...rest }) {
   const shown = { ...rest, ...options };
   for (const { option, isSecret } of OPTIONS) {
-    if (isSecret && option && option in shown) shown[option] = "***";
+    if (isSecret && option && option in shown)
+      shown[option] = "***";
   }
   stdout.write(`${JSON.stringify(shown, null, 2)}
 `);
@@ -6673,10 +6886,13 @@ async function pullForCommand(io, command, references, options) {
     if (options.dryRun || !isStream)
       stdout.write(report.images.map(({ pinned }) => `${pinned}
 `).join(""));
-    if (command.isQuiet) return;
+    if (command.isQuiet)
+      return;
     const seconds = (performance.now() - startedAtMs) / 1e3;
-    if (options.dryRun) display.say(formatForecast(report, destination));
-    else display.say(formatSummary(report, place, seconds));
+    if (options.dryRun)
+      display.say(formatForecast(report, destination));
+    else
+      display.say(formatSummary(report, place, seconds));
   } finally {
     display.stop();
   }
@@ -6695,21 +6911,27 @@ async function runCommand(argv, io, signal) {
     return;
   }
   const command = planCommand(line);
-  if (line.switches.has("parsed")) return showCommand(io, command);
+  if (line.switches.has("parsed"))
+    return showCommand(io, command);
   const { "list-tar": listed, verify: verified } = line.values;
-  if (listed !== void 0) return showTarList(io, listed, signal);
-  if (verified !== void 0) return showTarReport(io, verified, signal);
+  if (listed !== void 0)
+    return showTarList(io, listed, signal);
+  if (verified !== void 0)
+    return showTarReport(io, verified, signal);
   const { destination, manifest } = command;
   const { say } = new Display(io, true);
   const references = [...command.images, ...await readImageList(io, command.from, say)];
-  if (references.length === 0) usage("no IMAGE is given");
-  if (destination !== void 0) await checkDestinationName(destination);
+  if (references.length === 0)
+    usage("no IMAGE is given");
+  if (destination !== void 0)
+    await checkDestinationName(destination);
   if (stdout.isTTY && isStdout(destination))
     usage("the tar is not written to a terminal: redirect stdout");
   const options = { ...command.options, environment, signal };
   if (command.isPasswordOnStdin)
     options.password = String(await readStdin(io)).replace(/\r?\n$/, "");
-  if (manifest === void 0) return pullForCommand(io, command, references, options);
+  if (manifest === void 0)
+    return pullForCommand(io, command, references, options);
   const puller = new Puller({ ...options, onWarning: say, url: references[0] ?? "" });
   return printManifest(io, puller, manifest);
 }
@@ -6726,9 +6948,11 @@ function listenForSignals(stop) {
   };
 }
 function watchOutput({ stdout, stderr }) {
-  for (const stream of [stdout, stderr]) stream.on("error", ignore);
+  for (const stream of [stdout, stderr])
+    stream.on("error", ignore);
   stdout.once("error", (error) => {
-    if (errorCodeOf(error) === "EPIPE") return;
+    if (errorCodeOf(error) === "EPIPE")
+      return;
     stderr.write(`imgpull: cannot write stdout: ${diskWords(error)}
 `);
     process.once("exit", () => {
@@ -6739,14 +6963,17 @@ function watchOutput({ stdout, stderr }) {
 async function main(argv, io = process) {
   const stop = new AbortController();
   const signals = io === process ? listenForSignals(stop) : void 0;
-  if (io === process) watchOutput(io);
+  if (io === process)
+    watchOutput(io);
   try {
     await runCommand(argv, io, stop.signal);
     return 0;
   } catch (error) {
     const signalCode = signals?.exitCode();
-    if (signalCode !== void 0) return signalCode;
-    if (!(error instanceof ImgpullError)) throw error;
+    if (signalCode !== void 0)
+      return signalCode;
+    if (!(error instanceof ImgpullError))
+      throw error;
     io.stderr.write(`imgpull: ${inTypedWords(error.message)}
 `);
     return error.code === "BAD_REFERENCE" || error.code === "BAD_OPTION" ? 2 : 1;
@@ -6783,7 +7010,7 @@ var internals = Object.freeze({
   withSession
 });
 
-// command.ts
+// command.js
 main(process.argv.slice(2)).then((exitCode) => {
   process.exitCode = exitCode;
 });
