@@ -11,7 +11,7 @@
  *   GET and HEAD /v2/REPOSITORY/manifests/…, GET /v2/REPOSITORY/blobs/…, and what these redirect to (sections 6, 9)
  *   with --referrers or --signed-by also GET /v2/REPOSITORY/referrers/… (sections 9, 13)
  *   GET or POST to the token endpoint that the registry names (section 8)
- *   CONNECT to a proxy that the environment names (section 6)
+ *   CONNECT to a proxy that the environment names, and where it only closes, once the beginning of SOCKS and of TLS (section 6)
  *   GET of the `urls` of a foreign layer that the registry does not have, without any credential (section 9)
  *
  * Every file that is read:
@@ -105,6 +105,7 @@ const LIMITS = Object.freeze({
   referrerDepth: 4, // a signature of an attestation of an image is two deep
   referrerManifestBytes: 64 * MIB, // all of them, which are in memory until DEST is written
   headerBytes: MIB, // Google's registry has sent 21 KB; Node's own bound is 16 KiB
+  diagnosisMs: 2000, // a proxy that closed without a word is asked once whether it speaks SOCKS or TLS
   redirects: 10, // as browsers and Go have it
   redirectBodyBytes: 64 * 1024, // read, so that the connection can be kept; of a longer one nothing more is taken
   headersWaitFactor: 4, // times the time-out: a cache may have to fetch a layer before it answers
@@ -520,15 +521,38 @@ function redactUrl(url: URL | string): string {
 interface ConnectionFault {
   readonly pattern: RegExp;
   readonly code: ErrorCode;
-  readonly words?: string;
+  readonly words?: string | ((error: ConnectionCause) => string);
   readonly remedy?: string;
 }
+
+/** What Node's errors may have besides. */
+interface ConnectionCause extends NodeJS.ErrnoException {
+  readonly errors?: readonly Error[];
+  readonly host?: string;
+  readonly cert?: { readonly subjectaltname?: string };
+}
+
+/** Which names and addresses a certificate is for: `DNS:a.example, IP Address:10.0.0.1` in Node's words. */
+function certificateNames({ host = "", cert }: ConnectionCause): string {
+  const names = (cert?.subjectaltname ?? "")
+    .split(", ")
+    .map((name) => name.replace(/^(DNS|IP Address):/, ""))
+    .filter(Boolean);
+  const listed = names.slice(0, 8).join(", ") + (names.length > 8 ? " …" : "");
+  return printable(`its certificate is not for ${host} but for ${listed || "no name at all"}`);
+}
+
+const CLIENT_CERTIFICATE_REMEDY =
+  "it may want a client certificate, one that it knows: --cert FILE --key FILE";
+
+/** An https client that meets plain HTTP reads "HTTP/1.1" as a TLS record of an absurd version or length. */
+const PLAIN_HTTP =
+  /wrong version number|packet length too long|unknown protocol|record layer failure/i;
 
 /** The first that fits counts. */
 const CONNECTION_FAULTS: readonly ConnectionFault[] = [
   {
-    // An https client that meets plain HTTP reads "HTTP/1.1" as a TLS record of an absurd version or length.
-    pattern: /wrong version number|packet length too long|unknown protocol|record layer failure/i,
+    pattern: PLAIN_HTTP,
     code: "TLS",
     words: "the server answers plain HTTP on this port",
     remedy: "try --scheme http",
@@ -540,9 +564,17 @@ const CONNECTION_FAULTS: readonly ConnectionFault[] = [
       "its certificate authority is not known here: --cacert FILE gives it, --insecure goes without",
   },
   {
-    pattern: /certificate required|bad certificate|handshake failure/i,
+    pattern: /^ERR_TLS_CERT_ALTNAME_INVALID/,
     code: "TLS",
-    remedy: "it may want a client certificate: --cert FILE --key FILE",
+    words: certificateNames,
+    remedy: "use a name that it is for; --insecure goes without the check",
+  },
+  {
+    // The alerts with which a server refuses a certificate of ours, or the lack of one.
+    pattern:
+      /certificate required|bad certificate|handshake failure|alert (unknown ca|certificate (unknown|expired|revoked)|access denied|unsupported certificate)/i,
+    code: "TLS",
+    remedy: CLIENT_CERTIFICATE_REMEDY,
   },
   { pattern: /^(CERT_|INVALID_|ERR_TLS|ERR_SSL|EPROTO)/, code: "TLS" },
   {
@@ -567,6 +599,12 @@ const CONNECTION_FAULTS: readonly ConnectionFault[] = [
     words: "what answers there does not speak HTTP/1.1",
   },
   { pattern: /^ENOTFOUND/, code: "NETWORK", words: "no such host" },
+  {
+    pattern: /^EAI_AGAIN/,
+    code: "NETWORK",
+    words: "no name server answers",
+    remedy: "is this machine connected, and its name server the right one?",
+  },
   { pattern: /^ECONNRESET/, code: "NETWORK", words: "connection lost" },
   { pattern: /^ECONNREFUSED/, code: "NETWORK", words: "connection refused" },
 ];
@@ -576,7 +614,7 @@ const OTHER_CONNECTION_FAULT: ConnectionFault = { pattern: /^/, code: "NETWORK" 
 function connectionError(error: unknown, doing: string): ImgpullError {
   if (error instanceof ImgpullError) return error;
 
-  const cause = error as NodeJS.ErrnoException & { errors?: Error[] };
+  const cause = error as ConnectionCause;
   if (cause.name === "AbortError") return new ImgpullError("ABORTED", "stopped", { cause });
 
   const nodeCode = errorCodeOf(error);
@@ -587,8 +625,9 @@ function connectionError(error: unknown, doing: string): ImgpullError {
     OTHER_CONNECTION_FAULT;
 
   const { code, words = nodeWords, remedy } = fault;
+  const said = typeof words === "string" ? words : words(cause);
   const advice = remedy === undefined ? "" : `\n  ${remedy}`;
-  return new ImgpullError(code, `${doing}: ${words}${advice}`, { cause });
+  return new ImgpullError(code, `${doing}: ${said}${advice}`, { cause });
 }
 
 // ------ Files ------
@@ -968,6 +1007,15 @@ const clientFor = ({ protocol }: URL) => load(protocol === "https:" ? "node:http
 const basicAuthorization = (username: string, secret: string): string =>
   `Basic ${Buffer.from(`${username}:${secret}`, "utf8").toString("base64")}`;
 
+/** Retry-After is seconds or a date (RFC 9110 §10.2.3); undefined where it is neither. */
+function parseRetryAfter(value: string | undefined, now: number): number | undefined {
+  if (value === undefined) return undefined;
+  if (/^\s*\d+\s*$/.test(value)) return Number(value) * 1000;
+
+  const date = Date.parse(value);
+  return Number.isNaN(date) ? undefined : Math.max(0, date - now);
+}
+
 // ------ Certificates ------
 
 /** Where the distributions keep their certificates, in the order in which Go's crypto/x509 looks (root_linux.go). */
@@ -989,46 +1037,43 @@ const readOptional = (file: string): Promise<string | undefined> =>
 
 const listOptional = (folder: string): Promise<string[]> => fs.readdir(folder).catch(() => []);
 
-/** Certificates as one PEM text: what is none, and what is there already, is not added. */
-class PemBundle {
-  #text = "";
+/** The certificates of a PEM text, one by one: in a whole text OpenSSL stops at the first that it cannot read. */
+const certificatesOf = (text = ""): string[] =>
+  text
+    .split(/(?=-----BEGIN )/)
+    .filter((block) => /^-----BEGIN (X509 |TRUSTED )?CERTIFICATE-----/.test(block));
 
-  get text(): string {
-    return this.#text;
-  }
-
-  get isEmpty(): boolean {
-    return this.#text === "";
-  }
-
-  add(...texts: readonly (string | undefined)[]): void {
-    for (const text of texts) {
-      if (!text?.includes("-----BEGIN CERTIFICATE-----")) continue;
-      if (!this.#text.includes(text.trim())) this.#text += `${text}\n`;
-    }
+function isReadable(certificate: string): boolean {
+  const { X509Certificate } = load("node:crypto");
+  try {
+    return new X509Certificate(certificate).serialNumber !== "";
+  } catch {
+    return false;
   }
 }
 
 /** The system's certificate store, as Go reads it; Node's own roots only where the system has none. */
-async function systemCertificates(environment: Environment): Promise<string> {
+async function systemCertificates(environment: Environment): Promise<string[]> {
   const { SSL_CERT_FILE, SSL_CERT_DIR, NODE_EXTRA_CA_CERTS } = environment;
-  const bundle = new PemBundle();
+  const found = new Set<string>();
+  const add = (...texts: readonly (string | undefined)[]) => {
+    for (const each of texts.flatMap(certificatesOf)) found.add(each);
+  };
 
   for (const file of SSL_CERT_FILE ? [SSL_CERT_FILE] : CA_BUNDLES) {
-    bundle.add(await readOptional(file));
-    if (!bundle.isEmpty) break;
+    add(await readOptional(file));
+    if (found.size > 0) break;
   }
 
-  const defaultDirectories = bundle.isEmpty ? CA_DIRECTORIES : [];
+  const defaultDirectories = found.size > 0 ? [] : CA_DIRECTORIES;
   for (const directory of SSL_CERT_DIR?.split(path.delimiter) ?? defaultDirectories) {
     const names = await listOptional(directory);
-    const texts = await Promise.all(names.map((name) => readOptional(path.join(directory, name))));
-    bundle.add(...texts);
+    add(...(await Promise.all(names.map((name) => readOptional(path.join(directory, name))))));
   }
 
-  if (bundle.isEmpty) bundle.add(...nodeCertificates());
-  if (NODE_EXTRA_CA_CERTS) bundle.add(await readOptional(NODE_EXTRA_CA_CERTS));
-  return bundle.text;
+  if (found.size === 0) add(...nodeCertificates());
+  if (NODE_EXTRA_CA_CERTS) add(await readOptional(NODE_EXTRA_CA_CERTS));
+  return [...found];
 }
 
 /** macOS and Windows keep theirs in no file; Node reads them since 22.15. Elsewhere, or before that, Node's own roots. */
@@ -1039,49 +1084,90 @@ function nodeCertificates(): readonly string[] {
   return system.length > 0 ? system : rootCertificates;
 }
 
-/** What a user has named must be there and be PEM. */
-async function readPem(file: string, option: string): Promise<string> {
+/** What a user has named must be there and be PEM. `what` is the option or the kind of file. */
+async function readPem(what: string, file: string): Promise<string> {
   const text = await fs
     .readFile(file, "utf8")
-    .catch((error: unknown) => fail("TLS", `cannot read ${option} ${file}: ${diskWords(error)}`));
-  if (!text.includes("-----BEGIN ")) fail("TLS", `${option} ${file} is not a PEM file`);
+    .catch((error: unknown) => fail("TLS", `cannot read ${what} ${file}: ${diskWords(error)}`));
+  if (!text.includes("-----BEGIN ")) fail("TLS", `${what} ${file} is not a PEM file`);
   return text;
 }
 
-/** What /etc/docker/certs.d has for a host, as docker's documentation has it: authorities, certificates, keys. */
-async function readCertsFolder(folder: string) {
-  const names = (await listOptional(folder)).sort();
-  const read = (suffix: string) =>
-    Promise.all(
-      names
-        .filter((name) => name.endsWith(suffix))
-        .map((name) => readPem(path.join(folder, name), "certificate")),
+/** At least one certificate of those that a user has named must be readable. */
+async function readAuthorities(what: string, file: string): Promise<string[]> {
+  const certificates = certificatesOf(await readPem(what, file)).filter(isReadable);
+  if (certificates.length === 0) fail("TLS", `${what} ${file} has no certificate that can be read`);
+  return certificates;
+}
+
+async function readKey(what: string, file: string): Promise<string> {
+  const text = await readPem(what, file);
+  const isEncrypted = /-----BEGIN ENCRYPTED|^Proc-Type: 4,ENCRYPTED/m.test(text);
+  if (isEncrypted)
+    fail(
+      "TLS",
+      `${what} ${file} has a passphrase\n  give it without one: openssl pkey -in FILE -out NEW`,
     );
-  return { ca: await read(".crt"), cert: await read(".cert"), key: await read(".key") };
+  return text;
+}
+
+interface OwnCertificates {
+  readonly ca: readonly string[];
+  readonly cert: readonly string[];
+  readonly key: readonly string[];
+}
+
+/** What folders of /etc/docker/certs.d have for a host, as docker's documentation has it. */
+async function readCertsFolders(folders: readonly string[]): Promise<OwnCertificates> {
+  const files: string[] = [];
+  for (const folder of folders)
+    files.push(...(await listOptional(folder)).sort().map((name) => path.join(folder, name)));
+
+  const readAll = <T>(suffix: string, read: (what: string, file: string) => Promise<T>) =>
+    files.filter((file) => file.endsWith(suffix)).map((file) => read("certificate", file));
+
+  // An authority that cannot be read hides no other.
+  const authorities = await Promise.allSettled(readAll(".crt", readAuthorities));
+  const readable = authorities.filter(({ status }) => status === "fulfilled");
+  return {
+    ca: settled(readable.length > 0 ? readable : authorities).flat(),
+    cert: await Promise.all(readAll(".cert", readPem)),
+    key: await Promise.all(readAll(".key", readKey)),
+  };
 }
 
 /** Whom a peer must be known to, and for the registry what we show it. */
 async function makeSecureContext(
   { caCert, tlsCert, tlsKey, environment }: Settings,
-  registryFolder?: string,
+  registryFolders?: readonly string[],
 ): Promise<tls.SecureContext> {
-  const ca = [await systemCertificates(environment)];
-  if (caCert !== undefined) ca.push(await readPem(caCert, "--cacert"));
+  const ca = await systemCertificates(environment);
+  if (caCert !== undefined) ca.push(...(await readAuthorities("--cacert", caCert)));
 
   let cert: string[] = [];
   let key: string[] = [];
-  if (registryFolder !== undefined) {
-    const own = await readCertsFolder(registryFolder);
+  if (registryFolders !== undefined) {
+    const own = await readCertsFolders(registryFolders);
     ca.push(...own.ca);
-    cert = tlsCert === undefined ? own.cert : [await readPem(tlsCert, "--cert")];
-    key = tlsKey === undefined ? own.key : [await readPem(tlsKey, "--key")];
+    cert = tlsCert === undefined ? [...own.cert] : [await readPem("--cert", tlsCert)];
+    key = tlsKey === undefined ? [...own.key] : [await readKey("--key", tlsKey)];
   }
 
   try {
-    return load("node:tls").createSecureContext({ ca, cert, key });
+    return load("node:tls").createSecureContext({
+      ca,
+      cert,
+      key,
+      // As in Go: an intermediate or the server's own certificate is trust enough, and a server that does not know
+      // RFC 5746 (secure renegotiation) is spoken to, since nothing here renegotiates.
+      allowPartialTrustChain: true,
+      secureOptions: load("node:crypto").constants.SSL_OP_LEGACY_SERVER_CONNECT,
+    });
   } catch (cause) {
     const words = printable((cause as Error).message);
-    return fail("TLS", `cannot use the certificates given: ${words}`, { cause });
+    const isStranger = /key values mismatch/i.test(words);
+    const said = isStranger ? "the key does not belong to the certificate" : words;
+    return fail("TLS", `cannot use the certificates given: ${said}`, { cause });
   }
 }
 
@@ -1159,15 +1245,128 @@ function proxyHeaders({ username, password }: URL): Record<string, string> {
 
 /** What a proxy refuses is told in its name: the registry never saw it. */
 function proxyRefusal(proxy: URL, what: string, response: http.IncomingMessage): ImgpullError {
-  const { statusCode: status, statusMessage = "" } = response;
+  const { statusCode: status = 0, statusMessage = "", headers } = response;
+  const retryAfterMs = parseRetryAfter(headers["retry-after"], Date.now());
+  const isPassing = status === 429 || status >= 500;
   const said = `${proxyName(proxy)} refused ${what}: ${status} ${printable(statusMessage)}`;
-  return new ImgpullError("PROXY", status === 407 ? `${said}${PROXY_REMEDY}` : said, { status });
+  const remedy = status === 401 || status === 407 ? PROXY_REMEDY : ""; // 401 is tinyproxy's for a wrong password
+  const details: ErrorDetails = { status, retryAfterMs: isPassing ? retryAfterMs : undefined };
+  return new ImgpullError("PROXY", `${said}${remedy}`, details);
+}
+
+/** Whether an answer to a forwarded request is the proxy's own: it could not reach the registry, or would not. */
+function isFromProxy({ statusCode: status = 0, headers }: http.IncomingMessage): boolean {
+  if (status === 407) return true;
+  if (status < 400 || headers["docker-distribution-api-version"] !== undefined) return false;
+
+  // What only gateways say; and squid, tinyproxy and the like by the headers of their own answers.
+  if (status === 502 || status === 504) return true;
+  if (headers["x-squid-error"] !== undefined || headers["proxy-status"] !== undefined) return true;
+  return /^(squid|tinyproxy|privoxy|polipo|mitmproxy)\b/i.test(String(headers.server));
+}
+
+const speaks = (language: string, scheme: string, { host }: URL): string =>
+  `it speaks ${language} on this port\n  write it as ${scheme}://${host}`;
+const SOCKS_WORDS =
+  "it speaks SOCKS on this port, which is not supported: an http:// or https:// proxy is needed";
+
+/** What a proxy speaks if it is not what its URL says, by the first bytes that came or OpenSSL's words. */
+function mistakenProxy(error: unknown, proxy: URL): string | undefined {
+  const { rawPacket, message = "" } = error as { rawPacket?: Buffer; message?: string };
+  if (proxy.protocol === "https:")
+    return PLAIN_HTTP.test(message) ? speaks("plain HTTP", "http", proxy) : undefined;
+
+  const [firstByte, secondByte = 0] = rawPacket ?? [];
+  const isTlsRecord = (firstByte === 0x15 || firstByte === 0x16) && secondByte === 3;
+  if (isTlsRecord) return speaks("TLS", "https", proxy);
+
+  const isSocks = firstByte === 5 || (firstByte === 0 && secondByte >= 0x5a);
+  return isSocks ? SOCKS_WORDS : undefined;
+}
+
+/** Whether a server answers a SOCKS greeting (RFC 1928 §3). Most close what is no SOCKS without a word. */
+function answersSocks(address: net.TcpNetConnectOpts): Promise<boolean> {
+  const socket = net.connect(address);
+  socket.setTimeout(LIMITS.diagnosisMs, () => socket.destroy());
+  socket.write(Buffer.from([5, 1, 0]));
+  return new Promise((resolve) => {
+    socket.on("error", ignore);
+    socket.once("close", () => resolve(false));
+    socket.once("data", (chunk) => {
+      resolve(chunk[0] === 5);
+      socket.destroy();
+    });
+  });
+}
+
+/** Whether a server takes part in a TLS handshake, whoever it is. */
+function answersTls(address: net.TcpNetConnectOpts): Promise<boolean> {
+  const socket = load("node:tls").connect({ ...address, rejectUnauthorized: false });
+  socket.setTimeout(LIMITS.diagnosisMs, () => socket.destroy());
+  return new Promise((resolve) => {
+    socket.on("error", ignore);
+    socket.once("close", () => resolve(false));
+    socket.once("secureConnect", () => {
+      resolve(true);
+      socket.destroy();
+    });
+  });
+}
+
+/** A proxy, and whether it has ever answered us: until then it may be something else than its URL says. */
+class ProxyServer {
+  readonly url: URL;
+  #hasAnswered = false;
+  #diagnosis: Promise<string | undefined> | undefined;
+
+  constructor(url: URL) {
+    this.url = url;
+  }
+
+  markAnswered(): void {
+    this.#hasAnswered = true;
+  }
+
+  /** A failure between us and the proxy, told in its name; one that cannot pass is a PROXY error. */
+  async explain(error: unknown, doing?: string): Promise<ImgpullError> {
+    const where = doing === undefined ? proxyName(this.url) : `${proxyName(this.url)}, ${doing}`;
+    const isClosed = errorCodeOf(error) === "ECONNRESET" && !this.#hasAnswered;
+    const isInDoubt = isClosed && this.url.protocol === "http:";
+    const mistake =
+      mistakenProxy(error, this.url) ?? (isInDoubt ? await this.#diagnose() : undefined);
+    if (mistake === undefined) return connectionError(error, where);
+    return new ImgpullError("PROXY", `${where}: ${mistake}`, { cause: error });
+  }
+
+  /** Nothing came in time. A plain proxy waits for a whole line where it is sent the beginning of TLS. */
+  silence(isHandshake: boolean, limitMs: number): ImgpullError {
+    const seconds = limitMs / 1000;
+    const isDoubtful = isHandshake && this.url.protocol === "https:" && !this.#hasAnswered;
+    if (!isDoubtful) return timeoutError(proxyName(this.url), `it is silent for ${seconds} s`);
+    return new ImgpullError(
+      "PROXY",
+      `${proxyName(this.url)}: no TLS in ${seconds} s\n  if it speaks plain HTTP, write it as http://${this.url.host}`,
+    );
+  }
+
+  /** Asked once, where a server closed without an answer: what it speaks. */
+  #diagnose(): Promise<string | undefined> {
+    const { hostname, port } = this.url;
+    const address = { host: withoutBrackets(hostname), port: Number(port || 80) };
+    this.#diagnosis ??= Promise.all([answersSocks(address), answersTls(address)]).then(
+      ([isSocks, isTls]) => {
+        if (isSocks) return SOCKS_WORDS;
+        return isTls ? speaks("TLS", "https", this.url) : undefined;
+      },
+    );
+    return this.#diagnosis;
+  }
 }
 
 type OnConnection = (error: Error | null, socket?: net.Socket) => void;
 
 interface Tunnel {
-  readonly proxy: URL;
+  readonly proxy: ProxyServer;
   readonly options: http.RequestOptions;
   readonly timeoutMs: number;
 }
@@ -1180,32 +1379,30 @@ function connectThrough(
 ): void {
   const host = net.isIPv6(String(target.host)) ? `[${target.host}]` : target.host;
   const authority = `${host}:${target.port}`;
-  const connect = clientFor(proxy).request(proxy.origin, {
+  const connect = clientFor(proxy.url).request(proxy.url.origin, {
     ...options,
     ...SOCKET_OPTIONS,
     method: "CONNECT",
     path: authority,
-    headers: { Host: authority, ...proxyHeaders(proxy) },
+    headers: { Host: authority, ...proxyHeaders(proxy.url) },
   });
 
-  // The whole answer has to be there in time, however often a byte of it comes.
-  const silence = `${proxyName(proxy)} is silent: no answer to CONNECT in ${timeoutMs / 1000} s`;
-  const endInTime = () => connect.destroy(new ImgpullError("TIMEOUT", silence));
-  const timer = setTimeout(endInTime, timeoutMs);
-
-  connect.once("connect", (response, socket) => {
-    clearTimeout(timer);
+  limitConnecting(connect, timeoutMs, (isHandshake) => proxy.silence(isHandshake, timeoutMs));
+  limitAnswer(connect, timeoutMs, () => proxy.silence(false, timeoutMs));
+  connect.once("error", async (error) => done(await proxy.explain(error)));
+  connect.once("connect", async (response, socket, head) => {
+    proxy.markAnswered();
     const { statusCode: status = 0 } = response;
     if (status >= 200 && status < 300) {
       done(null, load("node:tls").connect({ ...target, socket }));
       return;
     }
+
     socket.destroy();
-    done(proxyRefusal(proxy, `CONNECT ${authority}`, response));
-  });
-  connect.once("error", (error) => {
-    clearTimeout(timer);
-    done(connectionError(error, proxyName(proxy)));
+    const isTlsPort = /HTTP request.* (to|on) (an? )?HTTPS/i.test(String(head)); // Go's words, and nginx's
+    const mistake = `${proxyName(proxy.url)}: ${speaks("TLS", "https", proxy.url)}`;
+    if (isTlsPort) done(new ImgpullError("PROXY", mistake));
+    else done(proxyRefusal(proxy.url, `CONNECT ${authority}`, response));
   });
   connect.end();
 }
@@ -1223,8 +1420,8 @@ class AgentPool {
     this.#settings = settings;
   }
 
-  agentFor(url: URL, role: Role, proxy: URL | undefined): Promise<http.Agent> {
-    const key = `${url.origin} ${role} ${proxy?.href}`;
+  agentFor(url: URL, role: Role, proxy?: ProxyServer): Promise<http.Agent> {
+    const key = `${url.origin} ${role} ${proxy?.url.href}`;
     const agent = this.#agents.get(key) ?? this.#makeAgent(url, role, proxy);
     this.#agents.set(key, agent);
     return agent;
@@ -1235,12 +1432,12 @@ class AgentPool {
     for (const agent of this.#agents.values()) agent.then((ready) => ready.destroy(), ignore);
   }
 
-  async #makeAgent(url: URL, role: Role, proxy: URL | undefined): Promise<http.Agent> {
+  async #makeAgent(url: URL, role: Role, proxy?: ProxyServer): Promise<http.Agent> {
     const { timeoutMs, insecure } = this.#settings;
     const keepAlive = { keepAlive: true, scheduling: "lifo" as const };
-    const proxyTls = proxy?.protocol === "https:" ? await this.#tlsToProxy(proxy) : undefined;
+    const proxyTls = proxy?.url.protocol === "https:" ? await this.#tlsToProxy(proxy.url) : {};
     if (url.protocol === "http:")
-      return new (clientFor(proxyTls && proxy ? proxy : url).Agent)({ ...keepAlive, ...proxyTls });
+      return new (clientFor(proxy?.url ?? url).Agent)({ ...keepAlive, ...proxyTls });
 
     const agent = new (load("node:https").Agent)({
       ...keepAlive,
@@ -1255,27 +1452,37 @@ class AgentPool {
     return Object.assign(agent, { createConnection });
   }
 
-  /** Node takes the name to verify from the Host header, which is the target's, unless it is told. */
+  /** Node takes the name to verify from the Host header, which is the target's, unless it is told. For an address it
+   *  needs the address itself, since it would look for `[::1]` in the certificate. */
   async #tlsToProxy(proxy: URL) {
-    const servername = net.isIP(proxy.hostname) === 0 ? proxy.hostname : "";
-    return { secureContext: await this.#contextFor(proxy, "other"), servername };
+    const host = withoutBrackets(proxy.hostname);
+    const { checkServerIdentity } = load("node:tls");
+    const checkAddress = (_host: string, cert: tls.PeerCertificate) =>
+      checkServerIdentity(host, cert);
+    return {
+      secureContext: await this.#contextFor(proxy, "other"),
+      servername: net.isIP(host) === 0 ? host : "",
+      checkServerIdentity: checkAddress,
+    };
   }
 
   async #contextFor(url: URL, role: Role): Promise<tls.SecureContext> {
     const { tlsCert, tlsKey, ...common } = this.#settings;
-    const folder = path.join(common.certsDirectory, url.host);
-    const hasFolder =
-      role !== "other" &&
-      (await fs.access(folder).then(
-        () => true,
-        () => false,
-      ));
+    const folders = role === "other" ? [] : await this.#certsFoldersOf(url);
     if (role === "registry" && tlsCert !== undefined)
-      return makeSecureContext(this.#settings, folder);
-    if (hasFolder) return makeSecureContext(common, folder);
+      return makeSecureContext(this.#settings, folders);
+    if (folders.length > 0) return makeSecureContext(common, folders);
 
     this.#commonContext ??= makeSecureContext(common);
     return this.#commonContext;
+  }
+
+  /** `HOST:443` and `HOST` are one registry, however its folder is named. */
+  async #certsFoldersOf({ host, port }: URL): Promise<string[]> {
+    const names = port === "" ? [host, `${host}:443`] : [host];
+    const folders = names.map((name) => path.join(this.#settings.certsDirectory, name));
+    const lists = await Promise.all(folders.map(listOptional));
+    return folders.filter((_folder, index) => lists[index]?.length);
   }
 }
 
@@ -1286,6 +1493,7 @@ class Transport {
   readonly #settings: Settings;
   readonly #agents: AgentPool;
   readonly #patience: Patience;
+  readonly #proxies = new Map<string, ProxyServer>();
 
   constructor(settings: Settings) {
     this.#settings = settings;
@@ -1306,21 +1514,28 @@ class Transport {
     url: URL,
     headers: Record<string, string>,
   ): Promise<http.IncomingMessage> {
-    const { timeoutMs, environment } = this.#settings;
+    const { timeoutMs } = this.#settings;
     const { method, signal, body, isBlob = false } = request;
-    const proxy = proxyFor(url, environment);
+    const proxy = this.#proxyFor(url);
     const agent = await this.#agents.agentFor(url, request.roleOf(url.origin), proxy);
     const forwarder = url.protocol === "http:" ? proxy : undefined;
 
     const options = { ...SOCKET_OPTIONS, method, headers, signal, agent, timeout: timeoutMs };
     const outgoing = forwarder
-      ? forwardRequest(forwarder, url, options)
+      ? forwardRequest(forwarder.url, url, options)
       : clientFor(url).request(url, options);
     outgoing.maxHeadersCount = 0; // no bound but the bytes'
 
     const doing = `${method} ${redactUrl(url)}`;
+    const connectMs = proxy && !forwarder ? 3 * timeoutMs : timeoutMs; // the tunnel's two steps, and TLS in it
     surviveLateErrors(outgoing);
-    limitConnecting(outgoing, proxy ? 2 * timeoutMs : timeoutMs, doing);
+    limitConnecting(
+      outgoing,
+      connectMs,
+      (isHandshake) =>
+        forwarder?.silence(isHandshake, connectMs) ??
+        timeoutError(doing, `nothing came for ${connectMs / 1000} s`),
+    );
     this.#patience.limitHeaders(outgoing, request.url, doing);
     limitBody(outgoing, { timeoutMs, isBlob, doing });
     outgoing.end(body);
@@ -1331,15 +1546,35 @@ class Transport {
       [incoming] = (await once(outgoing, "response", { signal })) as [http.IncomingMessage];
     } catch (error) {
       if (isStaleConnection(outgoing, error)) return this.#sendOnce(request, url, headers);
-      throw connectionError(error, forwarder ? `${proxyName(forwarder)}, ${doing}` : doing);
+      if (forwarder && !(error instanceof ImgpullError))
+        throw await forwarder.explain(error, doing);
+      // In TLS 1.3 a server refuses our certificate after the handshake, and many only close.
+      const isShown =
+        this.#settings.tlsCert !== undefined && request.roleOf(url.origin) === "registry";
+      if (isShown && !outgoing.reusedSocket && errorCodeOf(error) === "ECONNRESET")
+        fail("NETWORK", `${doing}: connection lost\n  ${CLIENT_CERTIFICATE_REMEDY}`, {
+          cause: error,
+        });
+      throw connectionError(error, doing);
     }
 
-    if (forwarder && incoming.statusCode === 407) {
+    forwarder?.markAnswered();
+    if (forwarder && isFromProxy(incoming)) {
       outgoing.destroy();
-      throw proxyRefusal(forwarder, doing, incoming);
+      throw proxyRefusal(forwarder.url, doing, incoming);
     }
     tidyHeaders(incoming.headers);
     return incoming;
+  }
+
+  /** The proxy that the environment names for a URL, the same one each time. */
+  #proxyFor(url: URL): ProxyServer | undefined {
+    const proxyUrl = proxyFor(url, this.#settings.environment);
+    if (!proxyUrl) return undefined;
+
+    const proxy = this.#proxies.get(proxyUrl.href) ?? new ProxyServer(proxyUrl);
+    this.#proxies.set(proxyUrl.href, proxy);
+    return proxy;
   }
 }
 
@@ -1393,11 +1628,29 @@ function whenConnected(outgoing: http.ClientRequest, proceed: () => void): void 
   });
 }
 
-function limitConnecting(outgoing: http.ClientRequest, limitMs: number, doing: string): void {
-  const words = `nothing came for ${limitMs / 1000} s`;
-  const timer = setTimeout(() => outgoing.destroy(timeoutError(doing, words)), limitMs);
+/** `lateError` is told whether the other side has taken the connection, and only TLS is missing. */
+function limitConnecting(
+  outgoing: http.ClientRequest,
+  limitMs: number,
+  lateError: (isHandshake: boolean) => ImgpullError,
+): void {
+  const isHandshake = () => outgoing.socket?.connecting === false;
+  const timer = setTimeout(() => outgoing.destroy(lateError(isHandshake())), limitMs);
   whenConnected(outgoing, () => clearTimeout(timer));
   outgoing.once("close", () => clearTimeout(timer));
+}
+
+/** From when the connection is there until the answer's headers are. */
+function limitAnswer(
+  outgoing: http.ClientRequest,
+  limitMs: number,
+  lateError: () => ImgpullError,
+): void {
+  let timer: NodeJS.Timeout | undefined;
+  whenConnected(outgoing, () => {
+    timer = setTimeout(() => outgoing.destroy(lateError()), limitMs);
+  });
+  for (const end of ["response", "connect", "close"]) outgoing.once(end, () => clearTimeout(timer));
 }
 
 /** How long headers are waited for. A cache may fetch a whole layer before it answers: whoever was silent too long is
@@ -1414,17 +1667,12 @@ class Patience {
     const key = `${asked.origin}${asked.pathname}`;
     const factor = this.#factors.get(key) ?? 1;
     const limitMs = factor * this.#timeoutMs;
-    let timer: NodeJS.Timeout | undefined;
 
-    const giveUp = () => {
+    limitAnswer(outgoing, limitMs, () => {
       // Set, not doubled: many requests for the same blob may have begun to wait together.
       this.#factors.set(key, Math.min(2 * factor, LIMITS.headersWaitFactor));
-      outgoing.destroy(timeoutError(doing, `nothing came for ${limitMs / 1000} s`));
-    };
-    whenConnected(outgoing, () => {
-      timer = setTimeout(giveUp, limitMs);
+      return timeoutError(doing, `nothing came for ${limitMs / 1000} s`);
     });
-    for (const end of ["response", "close"]) outgoing.once(end, () => clearTimeout(timer));
   }
 }
 
@@ -1624,15 +1872,6 @@ const sleep = (waitMs: number, signal: AbortSignal): Promise<unknown> =>
   delay(waitMs, undefined, { signal });
 const systemClock = { now: Date.now, random: Math.random, sleep };
 
-/** Retry-After is seconds or a date (RFC 9110 §10.2.3); undefined where it is neither. */
-function parseRetryAfter(value: string | undefined, now: number): number | undefined {
-  if (value === undefined) return undefined;
-  if (/^\s*\d+\s*$/.test(value)) return Number(value) * 1000;
-
-  const date = Date.parse(value);
-  return Number.isNaN(date) ? undefined : Math.max(0, date - now);
-}
-
 /** Whether the same request may go better soon. The one place that decides it. */
 function isRetriable(error: unknown): error is ImgpullError {
   if (!(error instanceof ImgpullError)) return false;
@@ -1652,7 +1891,7 @@ function isRetriable(error: unknown): error is ImgpullError {
   if (retryAfterMs !== undefined) return true;
 
   // Too slow, too early, or the server's own trouble, but for what it will never do.
-  if (status === 408 || status === 425) return true;
+  if (status === 408 || status === 425 || status === 429) return true;
   return status >= 500 && status !== 501 && status !== 505;
 }
 

@@ -50,6 +50,7 @@ var LIMITS = Object.freeze({
   referrerDepth: 4,
   referrerManifestBytes: 64 * MIB,
   headerBytes: MIB,
+  diagnosisMs: 2e3,
   redirects: 10,
   redirectBodyBytes: 64 * 1024,
   headersWaitFactor: 4,
@@ -114,9 +115,16 @@ function redactUrl(url) {
   const query = namespace === null ? "" : `?ns=${namespace}`;
   return printable(`${protocol}//${host}${pathname}${query}`);
 }
+function certificateNames({ host = "", cert }) {
+  const names = (cert?.subjectaltname ?? "").split(", ").map((name) => name.replace(/^(DNS|IP Address):/, "")).filter(Boolean);
+  const listed = names.slice(0, 8).join(", ") + (names.length > 8 ? " …" : "");
+  return printable(`its certificate is not for ${host} but for ${listed || "no name at all"}`);
+}
+var CLIENT_CERTIFICATE_REMEDY = "it may want a client certificate, one that it knows: --cert FILE --key FILE";
+var PLAIN_HTTP = /wrong version number|packet length too long|unknown protocol|record layer failure/i;
 var CONNECTION_FAULTS = [
   {
-    pattern: /wrong version number|packet length too long|unknown protocol|record layer failure/i,
+    pattern: PLAIN_HTTP,
     code: "TLS",
     words: "the server answers plain HTTP on this port",
     remedy: "try --scheme http"
@@ -127,9 +135,15 @@ var CONNECTION_FAULTS = [
     remedy: "its certificate authority is not known here: --cacert FILE gives it, --insecure goes without"
   },
   {
-    pattern: /certificate required|bad certificate|handshake failure/i,
+    pattern: /^ERR_TLS_CERT_ALTNAME_INVALID/,
     code: "TLS",
-    remedy: "it may want a client certificate: --cert FILE --key FILE"
+    words: certificateNames,
+    remedy: "use a name that it is for; --insecure goes without the check"
+  },
+  {
+    pattern: /certificate required|bad certificate|handshake failure|alert (unknown ca|certificate (unknown|expired|revoked)|access denied|unsupported certificate)/i,
+    code: "TLS",
+    remedy: CLIENT_CERTIFICATE_REMEDY
   },
   { pattern: /^(CERT_|INVALID_|ERR_TLS|ERR_SSL|EPROTO)/, code: "TLS" },
   {
@@ -153,6 +167,12 @@ var CONNECTION_FAULTS = [
     words: "what answers there does not speak HTTP/1.1"
   },
   { pattern: /^ENOTFOUND/, code: "NETWORK", words: "no such host" },
+  {
+    pattern: /^EAI_AGAIN/,
+    code: "NETWORK",
+    words: "no name server answers",
+    remedy: "is this machine connected, and its name server the right one?"
+  },
   { pattern: /^ECONNRESET/, code: "NETWORK", words: "connection lost" },
   { pattern: /^ECONNREFUSED/, code: "NETWORK", words: "connection refused" }
 ];
@@ -167,9 +187,10 @@ function connectionError(error, doing) {
   const nodeWords = printable(cause.message || cause.errors?.[0]?.message || nodeCode);
   const fault = CONNECTION_FAULTS.find(({ pattern }) => pattern.test(`${nodeCode} ${nodeWords}`)) ?? OTHER_CONNECTION_FAULT;
   const { code, words = nodeWords, remedy } = fault;
+  const said = typeof words === "string" ? words : words(cause);
   const advice = remedy === void 0 ? "" : `
   ${remedy}`;
-  return new ImgpullError(code, `${doing}: ${words}${advice}`, { cause });
+  return new ImgpullError(code, `${doing}: ${said}${advice}`, { cause });
 }
 var DISK_WORDS = {
   ENOSPC: "the disk is full",
@@ -390,6 +411,14 @@ var SOCKET_OPTIONS = {
 };
 var clientFor = ({ protocol }) => load(protocol === "https:" ? "node:https" : "node:http");
 var basicAuthorization = (username, secret) => `Basic ${Buffer.from(`${username}:${secret}`, "utf8").toString("base64")}`;
+function parseRetryAfter(value, now) {
+  if (value === void 0)
+    return void 0;
+  if (/^\s*\d+\s*$/.test(value))
+    return Number(value) * 1e3;
+  const date = Date.parse(value);
+  return Number.isNaN(date) ? void 0 : Math.max(0, date - now);
+}
 var CA_BUNDLES = [
   "/etc/ssl/certs/ca-certificates.crt",
   "/etc/pki/tls/certs/ca-bundle.crt",
@@ -404,43 +433,37 @@ var CA_BUNDLES = [
 var CA_DIRECTORIES = ["/etc/ssl/certs", "/etc/pki/tls/certs", "/system/etc/security/cacerts"];
 var readOptional = (file) => fs.readFile(file, "utf8").catch(ignore);
 var listOptional = (folder) => fs.readdir(folder).catch(() => []);
-var PemBundle = class {
-  #text = "";
-  get text() {
-    return this.#text;
+var certificatesOf = (text = "") => text.split(/(?=-----BEGIN )/).filter((block) => /^-----BEGIN (X509 |TRUSTED )?CERTIFICATE-----/.test(block));
+function isReadable(certificate) {
+  const { X509Certificate } = load("node:crypto");
+  try {
+    return new X509Certificate(certificate).serialNumber !== "";
+  } catch {
+    return false;
   }
-  get isEmpty() {
-    return this.#text === "";
-  }
-  add(...texts) {
-    for (const text of texts) {
-      if (!text?.includes("-----BEGIN CERTIFICATE-----"))
-        continue;
-      if (!this.#text.includes(text.trim()))
-        this.#text += `${text}
-`;
-    }
-  }
-};
+}
 async function systemCertificates(environment) {
   const { SSL_CERT_FILE, SSL_CERT_DIR, NODE_EXTRA_CA_CERTS } = environment;
-  const bundle = new PemBundle();
+  const found = /* @__PURE__ */ new Set();
+  const add = (...texts) => {
+    for (const each of texts.flatMap(certificatesOf))
+      found.add(each);
+  };
   for (const file of SSL_CERT_FILE ? [SSL_CERT_FILE] : CA_BUNDLES) {
-    bundle.add(await readOptional(file));
-    if (!bundle.isEmpty)
+    add(await readOptional(file));
+    if (found.size > 0)
       break;
   }
-  const defaultDirectories = bundle.isEmpty ? CA_DIRECTORIES : [];
+  const defaultDirectories = found.size > 0 ? [] : CA_DIRECTORIES;
   for (const directory of SSL_CERT_DIR?.split(path.delimiter) ?? defaultDirectories) {
     const names = await listOptional(directory);
-    const texts = await Promise.all(names.map((name) => readOptional(path.join(directory, name))));
-    bundle.add(...texts);
+    add(...await Promise.all(names.map((name) => readOptional(path.join(directory, name)))));
   }
-  if (bundle.isEmpty)
-    bundle.add(...nodeCertificates());
+  if (found.size === 0)
+    add(...nodeCertificates());
   if (NODE_EXTRA_CA_CERTS)
-    bundle.add(await readOptional(NODE_EXTRA_CA_CERTS));
-  return bundle.text;
+    add(await readOptional(NODE_EXTRA_CA_CERTS));
+  return [...found];
 }
 function nodeCertificates() {
   const { getCACertificates, rootCertificates = [] } = load("node:tls");
@@ -448,34 +471,64 @@ function nodeCertificates() {
   const system = isKeptByTheSystem ? getCACertificates?.("system") ?? [] : [];
   return system.length > 0 ? system : rootCertificates;
 }
-async function readPem(file, option) {
-  const text = await fs.readFile(file, "utf8").catch((error) => fail("TLS", `cannot read ${option} ${file}: ${diskWords(error)}`));
+async function readPem(what, file) {
+  const text = await fs.readFile(file, "utf8").catch((error) => fail("TLS", `cannot read ${what} ${file}: ${diskWords(error)}`));
   if (!text.includes("-----BEGIN "))
-    fail("TLS", `${option} ${file} is not a PEM file`);
+    fail("TLS", `${what} ${file} is not a PEM file`);
   return text;
 }
-async function readCertsFolder(folder) {
-  const names = (await listOptional(folder)).sort();
-  const read = (suffix) => Promise.all(names.filter((name) => name.endsWith(suffix)).map((name) => readPem(path.join(folder, name), "certificate")));
-  return { ca: await read(".crt"), cert: await read(".cert"), key: await read(".key") };
+async function readAuthorities(what, file) {
+  const certificates = certificatesOf(await readPem(what, file)).filter(isReadable);
+  if (certificates.length === 0)
+    fail("TLS", `${what} ${file} has no certificate that can be read`);
+  return certificates;
 }
-async function makeSecureContext({ caCert, tlsCert, tlsKey, environment }, registryFolder) {
-  const ca = [await systemCertificates(environment)];
+async function readKey(what, file) {
+  const text = await readPem(what, file);
+  const isEncrypted = /-----BEGIN ENCRYPTED|^Proc-Type: 4,ENCRYPTED/m.test(text);
+  if (isEncrypted)
+    fail("TLS", `${what} ${file} has a passphrase
+  give it without one: openssl pkey -in FILE -out NEW`);
+  return text;
+}
+async function readCertsFolders(folders) {
+  const files = [];
+  for (const folder of folders)
+    files.push(...(await listOptional(folder)).sort().map((name) => path.join(folder, name)));
+  const readAll = (suffix, read) => files.filter((file) => file.endsWith(suffix)).map((file) => read("certificate", file));
+  const authorities = await Promise.allSettled(readAll(".crt", readAuthorities));
+  const readable = authorities.filter(({ status }) => status === "fulfilled");
+  return {
+    ca: settled(readable.length > 0 ? readable : authorities).flat(),
+    cert: await Promise.all(readAll(".cert", readPem)),
+    key: await Promise.all(readAll(".key", readKey))
+  };
+}
+async function makeSecureContext({ caCert, tlsCert, tlsKey, environment }, registryFolders) {
+  const ca = await systemCertificates(environment);
   if (caCert !== void 0)
-    ca.push(await readPem(caCert, "--cacert"));
+    ca.push(...await readAuthorities("--cacert", caCert));
   let cert = [];
   let key = [];
-  if (registryFolder !== void 0) {
-    const own = await readCertsFolder(registryFolder);
+  if (registryFolders !== void 0) {
+    const own = await readCertsFolders(registryFolders);
     ca.push(...own.ca);
-    cert = tlsCert === void 0 ? own.cert : [await readPem(tlsCert, "--cert")];
-    key = tlsKey === void 0 ? own.key : [await readPem(tlsKey, "--key")];
+    cert = tlsCert === void 0 ? [...own.cert] : [await readPem("--cert", tlsCert)];
+    key = tlsKey === void 0 ? [...own.key] : [await readKey("--key", tlsKey)];
   }
   try {
-    return load("node:tls").createSecureContext({ ca, cert, key });
+    return load("node:tls").createSecureContext({
+      ca,
+      cert,
+      key,
+      allowPartialTrustChain: true,
+      secureOptions: load("node:crypto").constants.SSL_OP_LEGACY_SERVER_CONNECT
+    });
   } catch (cause) {
     const words = printable(cause.message);
-    return fail("TLS", `cannot use the certificates given: ${words}`, { cause });
+    const isStranger = /key values mismatch/i.test(words);
+    const said = isStranger ? "the key does not belong to the certificate" : words;
+    return fail("TLS", `cannot use the certificates given: ${said}`, { cause });
   }
 }
 var LOOPBACK = "localhost,127.0.0.0/8,::1/128";
@@ -534,38 +587,131 @@ function proxyHeaders({ username, password }) {
   return { "Proxy-Authorization": authorization };
 }
 function proxyRefusal(proxy, what, response) {
-  const { statusCode: status, statusMessage = "" } = response;
+  const { statusCode: status = 0, statusMessage = "", headers } = response;
+  const retryAfterMs = parseRetryAfter(headers["retry-after"], Date.now());
+  const isPassing = status === 429 || status >= 500;
   const said = `${proxyName(proxy)} refused ${what}: ${status} ${printable(statusMessage)}`;
-  return new ImgpullError("PROXY", status === 407 ? `${said}${PROXY_REMEDY}` : said, { status });
+  const remedy = status === 401 || status === 407 ? PROXY_REMEDY : "";
+  const details = { status, retryAfterMs: isPassing ? retryAfterMs : void 0 };
+  return new ImgpullError("PROXY", `${said}${remedy}`, details);
 }
+function isFromProxy({ statusCode: status = 0, headers }) {
+  if (status === 407)
+    return true;
+  if (status < 400 || headers["docker-distribution-api-version"] !== void 0)
+    return false;
+  if (status === 502 || status === 504)
+    return true;
+  if (headers["x-squid-error"] !== void 0 || headers["proxy-status"] !== void 0)
+    return true;
+  return /^(squid|tinyproxy|privoxy|polipo|mitmproxy)\b/i.test(String(headers.server));
+}
+var speaks = (language, scheme, { host }) => `it speaks ${language} on this port
+  write it as ${scheme}://${host}`;
+var SOCKS_WORDS = "it speaks SOCKS on this port, which is not supported: an http:// or https:// proxy is needed";
+function mistakenProxy(error, proxy) {
+  const { rawPacket, message = "" } = error;
+  if (proxy.protocol === "https:")
+    return PLAIN_HTTP.test(message) ? speaks("plain HTTP", "http", proxy) : void 0;
+  const [firstByte, secondByte = 0] = rawPacket ?? [];
+  const isTlsRecord = (firstByte === 21 || firstByte === 22) && secondByte === 3;
+  if (isTlsRecord)
+    return speaks("TLS", "https", proxy);
+  const isSocks = firstByte === 5 || firstByte === 0 && secondByte >= 90;
+  return isSocks ? SOCKS_WORDS : void 0;
+}
+function answersSocks(address) {
+  const socket = net.connect(address);
+  socket.setTimeout(LIMITS.diagnosisMs, () => socket.destroy());
+  socket.write(Buffer.from([5, 1, 0]));
+  return new Promise((resolve2) => {
+    socket.on("error", ignore);
+    socket.once("close", () => resolve2(false));
+    socket.once("data", (chunk) => {
+      resolve2(chunk[0] === 5);
+      socket.destroy();
+    });
+  });
+}
+function answersTls(address) {
+  const socket = load("node:tls").connect({ ...address, rejectUnauthorized: false });
+  socket.setTimeout(LIMITS.diagnosisMs, () => socket.destroy());
+  return new Promise((resolve2) => {
+    socket.on("error", ignore);
+    socket.once("close", () => resolve2(false));
+    socket.once("secureConnect", () => {
+      resolve2(true);
+      socket.destroy();
+    });
+  });
+}
+var ProxyServer = class {
+  url;
+  #hasAnswered = false;
+  #diagnosis;
+  constructor(url) {
+    this.url = url;
+  }
+  markAnswered() {
+    this.#hasAnswered = true;
+  }
+  async explain(error, doing) {
+    const where = doing === void 0 ? proxyName(this.url) : `${proxyName(this.url)}, ${doing}`;
+    const isClosed = errorCodeOf(error) === "ECONNRESET" && !this.#hasAnswered;
+    const isInDoubt = isClosed && this.url.protocol === "http:";
+    const mistake = mistakenProxy(error, this.url) ?? (isInDoubt ? await this.#diagnose() : void 0);
+    if (mistake === void 0)
+      return connectionError(error, where);
+    return new ImgpullError("PROXY", `${where}: ${mistake}`, { cause: error });
+  }
+  silence(isHandshake, limitMs) {
+    const seconds = limitMs / 1e3;
+    const isDoubtful = isHandshake && this.url.protocol === "https:" && !this.#hasAnswered;
+    if (!isDoubtful)
+      return timeoutError(proxyName(this.url), `it is silent for ${seconds} s`);
+    return new ImgpullError("PROXY", `${proxyName(this.url)}: no TLS in ${seconds} s
+  if it speaks plain HTTP, write it as http://${this.url.host}`);
+  }
+  #diagnose() {
+    const { hostname: hostname2, port } = this.url;
+    const address = { host: withoutBrackets(hostname2), port: Number(port || 80) };
+    this.#diagnosis ??= Promise.all([answersSocks(address), answersTls(address)]).then(([isSocks, isTls]) => {
+      if (isSocks)
+        return SOCKS_WORDS;
+      return isTls ? speaks("TLS", "https", this.url) : void 0;
+    });
+    return this.#diagnosis;
+  }
+};
 function connectThrough({ proxy, options, timeoutMs }, target, done) {
   const host = net.isIPv6(String(target.host)) ? `[${target.host}]` : target.host;
   const authority = `${host}:${target.port}`;
-  const connect = clientFor(proxy).request(proxy.origin, {
+  const connect2 = clientFor(proxy.url).request(proxy.url.origin, {
     ...options,
     ...SOCKET_OPTIONS,
     method: "CONNECT",
     path: authority,
-    headers: { Host: authority, ...proxyHeaders(proxy) }
+    headers: { Host: authority, ...proxyHeaders(proxy.url) }
   });
-  const silence = `${proxyName(proxy)} is silent: no answer to CONNECT in ${timeoutMs / 1e3} s`;
-  const endInTime = () => connect.destroy(new ImgpullError("TIMEOUT", silence));
-  const timer = setTimeout(endInTime, timeoutMs);
-  connect.once("connect", (response, socket) => {
-    clearTimeout(timer);
+  limitConnecting(connect2, timeoutMs, (isHandshake) => proxy.silence(isHandshake, timeoutMs));
+  limitAnswer(connect2, timeoutMs, () => proxy.silence(false, timeoutMs));
+  connect2.once("error", async (error) => done(await proxy.explain(error)));
+  connect2.once("connect", async (response, socket, head) => {
+    proxy.markAnswered();
     const { statusCode: status = 0 } = response;
     if (status >= 200 && status < 300) {
       done(null, load("node:tls").connect({ ...target, socket }));
       return;
     }
     socket.destroy();
-    done(proxyRefusal(proxy, `CONNECT ${authority}`, response));
+    const isTlsPort = /HTTP request.* (to|on) (an? )?HTTPS/i.test(String(head));
+    const mistake = `${proxyName(proxy.url)}: ${speaks("TLS", "https", proxy.url)}`;
+    if (isTlsPort)
+      done(new ImgpullError("PROXY", mistake));
+    else
+      done(proxyRefusal(proxy.url, `CONNECT ${authority}`, response));
   });
-  connect.once("error", (error) => {
-    clearTimeout(timer);
-    done(connectionError(error, proxyName(proxy)));
-  });
-  connect.end();
+  connect2.end();
 }
 var AgentPool = class {
   #settings;
@@ -576,7 +722,7 @@ var AgentPool = class {
     this.#settings = settings;
   }
   agentFor(url, role, proxy) {
-    const key = `${url.origin} ${role} ${proxy?.href}`;
+    const key = `${url.origin} ${role} ${proxy?.url.href}`;
     const agent = this.#agents.get(key) ?? this.#makeAgent(url, role, proxy);
     this.#agents.set(key, agent);
     return agent;
@@ -589,9 +735,9 @@ var AgentPool = class {
   async #makeAgent(url, role, proxy) {
     const { timeoutMs, insecure } = this.#settings;
     const keepAlive = { keepAlive: true, scheduling: "lifo" };
-    const proxyTls = proxy?.protocol === "https:" ? await this.#tlsToProxy(proxy) : void 0;
+    const proxyTls = proxy?.url.protocol === "https:" ? await this.#tlsToProxy(proxy.url) : {};
     if (url.protocol === "http:")
-      return new (clientFor(proxyTls && proxy ? proxy : url)).Agent({ ...keepAlive, ...proxyTls });
+      return new (clientFor(proxy?.url ?? url)).Agent({ ...keepAlive, ...proxyTls });
     const agent = new (load("node:https")).Agent({
       ...keepAlive,
       secureContext: await this.#contextFor(url, role),
@@ -604,25 +750,37 @@ var AgentPool = class {
     return Object.assign(agent, { createConnection });
   }
   async #tlsToProxy(proxy) {
-    const servername = net.isIP(proxy.hostname) === 0 ? proxy.hostname : "";
-    return { secureContext: await this.#contextFor(proxy, "other"), servername };
+    const host = withoutBrackets(proxy.hostname);
+    const { checkServerIdentity } = load("node:tls");
+    const checkAddress = (_host, cert) => checkServerIdentity(host, cert);
+    return {
+      secureContext: await this.#contextFor(proxy, "other"),
+      servername: net.isIP(host) === 0 ? host : "",
+      checkServerIdentity: checkAddress
+    };
   }
   async #contextFor(url, role) {
     const { tlsCert, tlsKey, ...common } = this.#settings;
-    const folder = path.join(common.certsDirectory, url.host);
-    const hasFolder = role !== "other" && await fs.access(folder).then(() => true, () => false);
+    const folders = role === "other" ? [] : await this.#certsFoldersOf(url);
     if (role === "registry" && tlsCert !== void 0)
-      return makeSecureContext(this.#settings, folder);
-    if (hasFolder)
-      return makeSecureContext(common, folder);
+      return makeSecureContext(this.#settings, folders);
+    if (folders.length > 0)
+      return makeSecureContext(common, folders);
     this.#commonContext ??= makeSecureContext(common);
     return this.#commonContext;
+  }
+  async #certsFoldersOf({ host, port }) {
+    const names = port === "" ? [host, `${host}:443`] : [host];
+    const folders = names.map((name) => path.join(this.#settings.certsDirectory, name));
+    const lists = await Promise.all(folders.map(listOptional));
+    return folders.filter((_folder, index) => lists[index]?.length);
   }
 };
 var Transport = class {
   #settings;
   #agents;
   #patience;
+  #proxies = /* @__PURE__ */ new Map();
   constructor(settings) {
     this.#settings = settings;
     this.#agents = new AgentPool(settings);
@@ -635,17 +793,18 @@ var Transport = class {
     this.#agents.close();
   }
   async #sendOnce(request, url, headers) {
-    const { timeoutMs, environment } = this.#settings;
+    const { timeoutMs } = this.#settings;
     const { method, signal, body, isBlob = false } = request;
-    const proxy = proxyFor(url, environment);
+    const proxy = this.#proxyFor(url);
     const agent = await this.#agents.agentFor(url, request.roleOf(url.origin), proxy);
     const forwarder = url.protocol === "http:" ? proxy : void 0;
     const options = { ...SOCKET_OPTIONS, method, headers, signal, agent, timeout: timeoutMs };
-    const outgoing = forwarder ? forwardRequest(forwarder, url, options) : clientFor(url).request(url, options);
+    const outgoing = forwarder ? forwardRequest(forwarder.url, url, options) : clientFor(url).request(url, options);
     outgoing.maxHeadersCount = 0;
     const doing = `${method} ${redactUrl(url)}`;
+    const connectMs = proxy && !forwarder ? 3 * timeoutMs : timeoutMs;
     surviveLateErrors(outgoing);
-    limitConnecting(outgoing, proxy ? 2 * timeoutMs : timeoutMs, doing);
+    limitConnecting(outgoing, connectMs, (isHandshake) => forwarder?.silence(isHandshake, connectMs) ?? timeoutError(doing, `nothing came for ${connectMs / 1e3} s`));
     this.#patience.limitHeaders(outgoing, request.url, doing);
     limitBody(outgoing, { timeoutMs, isBlob, doing });
     outgoing.end(body);
@@ -655,14 +814,31 @@ var Transport = class {
     } catch (error) {
       if (isStaleConnection(outgoing, error))
         return this.#sendOnce(request, url, headers);
-      throw connectionError(error, forwarder ? `${proxyName(forwarder)}, ${doing}` : doing);
+      if (forwarder && !(error instanceof ImgpullError))
+        throw await forwarder.explain(error, doing);
+      const isShown = this.#settings.tlsCert !== void 0 && request.roleOf(url.origin) === "registry";
+      if (isShown && !outgoing.reusedSocket && errorCodeOf(error) === "ECONNRESET")
+        fail("NETWORK", `${doing}: connection lost
+  ${CLIENT_CERTIFICATE_REMEDY}`, {
+          cause: error
+        });
+      throw connectionError(error, doing);
     }
-    if (forwarder && incoming.statusCode === 407) {
+    forwarder?.markAnswered();
+    if (forwarder && isFromProxy(incoming)) {
       outgoing.destroy();
-      throw proxyRefusal(forwarder, doing, incoming);
+      throw proxyRefusal(forwarder.url, doing, incoming);
     }
     tidyHeaders(incoming.headers);
     return incoming;
+  }
+  #proxyFor(url) {
+    const proxyUrl = proxyFor(url, this.#settings.environment);
+    if (!proxyUrl)
+      return void 0;
+    const proxy = this.#proxies.get(proxyUrl.href) ?? new ProxyServer(proxyUrl);
+    this.#proxies.set(proxyUrl.href, proxy);
+    return proxy;
   }
 };
 function isStaleConnection(outgoing, error) {
@@ -697,11 +873,19 @@ function whenConnected(outgoing, proceed) {
       socket.once("encrypted" in socket ? "secureConnect" : "connect", proceed);
   });
 }
-function limitConnecting(outgoing, limitMs, doing) {
-  const words = `nothing came for ${limitMs / 1e3} s`;
-  const timer = setTimeout(() => outgoing.destroy(timeoutError(doing, words)), limitMs);
+function limitConnecting(outgoing, limitMs, lateError) {
+  const isHandshake = () => outgoing.socket?.connecting === false;
+  const timer = setTimeout(() => outgoing.destroy(lateError(isHandshake())), limitMs);
   whenConnected(outgoing, () => clearTimeout(timer));
   outgoing.once("close", () => clearTimeout(timer));
+}
+function limitAnswer(outgoing, limitMs, lateError) {
+  let timer;
+  whenConnected(outgoing, () => {
+    timer = setTimeout(() => outgoing.destroy(lateError()), limitMs);
+  });
+  for (const end of ["response", "connect", "close"])
+    outgoing.once(end, () => clearTimeout(timer));
 }
 var Patience = class {
   #timeoutMs;
@@ -713,16 +897,10 @@ var Patience = class {
     const key = `${asked.origin}${asked.pathname}`;
     const factor = this.#factors.get(key) ?? 1;
     const limitMs = factor * this.#timeoutMs;
-    let timer;
-    const giveUp = () => {
+    limitAnswer(outgoing, limitMs, () => {
       this.#factors.set(key, Math.min(2 * factor, LIMITS.headersWaitFactor));
-      outgoing.destroy(timeoutError(doing, `nothing came for ${limitMs / 1e3} s`));
-    };
-    whenConnected(outgoing, () => {
-      timer = setTimeout(giveUp, limitMs);
+      return timeoutError(doing, `nothing came for ${limitMs / 1e3} s`);
     });
-    for (const end of ["response", "close"])
-      outgoing.once(end, () => clearTimeout(timer));
   }
 };
 function limitBody(outgoing, limits) {
@@ -868,14 +1046,6 @@ function wordsOfXml(text) {
 var XML_ENTITIES = { lt: "<", gt: ">", quot: '"', apos: "'", amp: "&" };
 var sleep = (waitMs, signal) => delay(waitMs, void 0, { signal });
 var systemClock = { now: Date.now, random: Math.random, sleep };
-function parseRetryAfter(value, now) {
-  if (value === void 0)
-    return void 0;
-  if (/^\s*\d+\s*$/.test(value))
-    return Number(value) * 1e3;
-  const date = Date.parse(value);
-  return Number.isNaN(date) ? void 0 : Math.max(0, date - now);
-}
 function isRetriable(error) {
   if (!(error instanceof ImgpullError))
     return false;
@@ -888,7 +1058,7 @@ function isRetriable(error) {
     return true;
   if (retryAfterMs !== void 0)
     return true;
-  if (status === 408 || status === 425)
+  if (status === 408 || status === 425 || status === 429)
     return true;
   return status >= 500 && status !== 501 && status !== 505;
 }
@@ -3478,8 +3648,8 @@ var Transfer = class {
       this.#schedule.add(blob);
     this.#schedule.spread();
     const { concurrency } = this.#session.settings;
-    const connect = () => this.#runConnection().catch(this.stop);
-    settled(await Promise.allSettled(Array.from({ length: concurrency }, connect)));
+    const connect2 = () => this.#runConnection().catch(this.stop);
+    settled(await Promise.allSettled(Array.from({ length: concurrency }, connect2)));
     if (this.signal.aborted)
       fail("ABORTED", "stopped");
     await this.#sink.end?.();

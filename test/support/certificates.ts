@@ -17,6 +17,8 @@ export interface IssueOptions {
 }
 
 export interface Authority extends Identity {
+  /** An intermediate authority that this one has signed. */
+  issueAuthority(commonName: string): Authority;
   issueServer(options?: IssueOptions): Identity;
   issueClient(options?: Omit<IssueOptions, "dns" | "ip">): Identity;
 }
@@ -64,8 +66,14 @@ function extension(id: string, content: Buffer, critical = false): Buffer {
   return critical ? sequence(oid(id), TRUE, octets(content)) : sequence(oid(id), octets(content));
 }
 
+/** Of IPv6 only ::1 is needed. */
+function addressBytes(address: string): Buffer {
+  if (address === "::1") return Buffer.from([...Array(15).fill(0), 1]);
+  return Buffer.from(address.split(".").map(Number));
+}
+
 function alternativeNames(dns: string[], ip: string[]): Buffer {
-  const addresses = ip.map((address) => der(0x87, Buffer.from(address.split(".").map(Number))));
+  const addresses = ip.map((address) => der(0x87, addressBytes(address)));
   return sequence(...dns.map((name) => der(0x82, Buffer.from(name))), ...addresses);
 }
 
@@ -123,11 +131,18 @@ const pem = (key: KeyObject) => key.export({ type: "pkcs8", format: "pem" }).toS
 /** A certificate authority of its own; those that it issues hold from 2020 to 2099 unless told otherwise. */
 export function makeAuthority(commonName = "imgpull test CA"): Authority {
   const pair = generateKeyPairSync("ec", { namedCurve: "P-256" });
-  const issuer: Issuer = { name: commonName, ...pair };
-  const cert = issue(issuer, commonName, pair.publicKey, {}, [
+  const self: Issuer = { name: commonName, ...pair };
+  return authorityOf(self, issueAuthority(self, self));
+}
+
+function issueAuthority(by: Issuer, { name, publicKey }: Issuer): string {
+  return issue(by, name, publicKey, {}, [
     extension("2.5.29.19", sequence(TRUE), true),
     extension("2.5.29.15", bits(Buffer.from([0b00000110]), 1), true),
   ]);
+}
+
+function authorityOf(issuer: Issuer, cert: string): Authority {
   const issueLeaf = (
     name: string,
     options: IssueOptions,
@@ -147,18 +162,23 @@ export function makeAuthority(commonName = "imgpull test CA"): Authority {
   };
   return {
     cert,
-    key: pem(pair.privateKey),
+    key: pem(issuer.privateKey),
     issueServer: (options = {}) => {
       const {
         commonName: name = "imgpull test server",
         dns = ["localhost"],
         ip = ["127.0.0.1"],
       } = options;
-      return issueLeaf(name, options, "1.3.6.1.5.5.7.3.1", [
-        extension("2.5.29.17", alternativeNames(dns, ip)),
-      ]);
+      const hasNames = dns.length + ip.length > 0;
+      const names = hasNames ? [extension("2.5.29.17", alternativeNames(dns, ip))] : [];
+      return issueLeaf(name, options, "1.3.6.1.5.5.7.3.1", names);
     },
     issueClient: (options = {}) =>
       issueLeaf(options.commonName ?? "imgpull test client", options, "1.3.6.1.5.5.7.3.2", []),
+    issueAuthority: (commonName) => {
+      const pair = generateKeyPairSync("ec", { namedCurve: "P-256" });
+      const intermediate: Issuer = { name: commonName, ...pair };
+      return authorityOf(intermediate, issueAuthority(issuer, intermediate));
+    },
   };
 }
