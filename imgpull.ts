@@ -97,6 +97,9 @@ const LIMITS = Object.freeze({
   mirrorFailures: 2, // what passes by itself: of more, another place has it sooner
   indexDepth: 4, // an index inside an index; real ones are one or two deep
   indexEntries: 1024, // with `--platform all` each entry is a request
+  manifests: 2048, // of one reference, all its indexes together
+  layers: 100_000, // of one reference: real images have a hundred
+  documentBytes: 80 * MIB, // manifests and configs of one pull: a thousand images have 50
   signatures: 1000, // of one image: each is a request
   proofJsonDepth: 64, // a Sigstore bundle is some ten deep
   proofJsonValues: 10_000, // and has some hundred values, where it has log entries
@@ -162,6 +165,8 @@ interface Descriptor {
   /** In an index: what the manifest is for. */
   platform?: Platform;
   annotations?: Record<string, string>;
+  /** @internal The content itself, where the descriptor brings it along and it has the digest. */
+  data?: Buffer;
 }
 
 /** Where a tar can be written to: Node's Writables are such (a socket, a child's stdin, process.stdout). */
@@ -1927,6 +1932,7 @@ interface Session {
   readonly signal: AbortSignal;
   readonly challenges: Map<string, readonly Challenge[]>;
   readonly registries: Map<string, Registry>;
+  readonly budget: Budget;
   readonly warn: (message: string) => void;
 }
 
@@ -2905,12 +2911,34 @@ class Endpoint {
 
 // ------ A repository, wherever it is had from ------
 
+/** The documents of one pull: they are in memory until DEST is written, whatever registries send. */
+class Budget {
+  #bytes = 0;
+
+  add(document: Buffer, reference: Reference): void {
+    this.#bytes += document.length;
+    this.check(reference);
+  }
+
+  /** Once it is used up nothing more is asked for. */
+  check(reference: Reference): void {
+    const { documentBytes } = LIMITS;
+    if (this.#bytes <= documentBytes) return;
+    const most = formatBytes(documentBytes);
+    fail(
+      "TOO_LARGE",
+      `${formatReference(reference)}: manifests and configs are above ${most} in all`,
+    );
+  }
+}
+
 /** One repository: its mirrors in their order, then its registry. What one place cannot give, the next one is asked. */
 class Registry {
   readonly reference: Reference;
   readonly #session: Session;
   readonly #mirrors: readonly Endpoint[];
   readonly #home: Endpoint;
+  readonly #manifests = new Map<string, Promise<FetchedManifest>>(); // by digest: each is read once
   readonly #mirrorAnswers = new Map<string, { mirror: Endpoint; hasFailed: boolean }[]>(); // by the blob's digest
 
   constructor(session: Session, reference: Reference) {
@@ -2939,21 +2967,44 @@ class Registry {
   }
 
   manifest(tagOrDigest: string): Promise<FetchedManifest> {
+    if (!isDigest(tagOrDigest)) return this.#fetchManifest(tagOrDigest);
+
+    const known = this.#manifests.get(tagOrDigest);
+    if (known) return known;
+    const fetching = this.#fetchManifest(tagOrDigest);
+    this.#manifests.set(tagOrDigest, fetching);
+    fetching.catch(() => this.#manifests.delete(tagOrDigest));
+    return fetching;
+  }
+
+  #fetchManifest(tagOrDigest: string): Promise<FetchedManifest> {
     const wanted = { kind: "manifest", name: tagOrDigest } as const;
-    return withRetries(this.#session, () =>
+    return this.#withinBudget(() =>
       this.#ask(wanted, (endpoint) => endpoint.manifest(tagOrDigest)),
     );
   }
 
   /** A config before its turn, where the platform stands nowhere else. */
-  config({ digest, size }: Descriptor): Promise<Buffer> {
-    return withRetries(this.#session, () =>
+  async config({ digest, size, data }: Descriptor): Promise<Buffer> {
+    if (data) return data;
+    const { bytes } = await this.#withinBudget(() =>
       this.#ask({ kind: "blob", name: digest }, async (endpoint) => {
-        const { bytes, where } = await endpoint.document("blob", digest, LIMITS.configBytes);
-        if (bytes.length === size) return bytes;
-        return fail("SIZE_MISMATCH", `${where}: ${bytes.length} bytes, not ${size}`);
+        const document = await endpoint.document("blob", digest, LIMITS.configBytes);
+        const actual = document.bytes.length;
+        if (actual === size) return document;
+        return fail("SIZE_MISMATCH", `${document.where}: ${actual} bytes, not ${size}`);
       }),
     );
+    return bytes;
+  }
+
+  /** A document of those that one pull may hold in memory. */
+  async #withinBudget<T extends { bytes: Buffer }>(attempt: () => Promise<T>): Promise<T> {
+    const { budget } = this.#session;
+    budget.check(this.reference);
+    const document = await withRetries(this.#session, attempt);
+    budget.add(document.bytes, this.reference);
+    return document;
   }
 
   /** What HEAD tells of a manifest; undefined where something is left out. */
@@ -3236,7 +3287,7 @@ function parseManifest(
     refuse("TOO_LARGE", `its config is larger than ${LIMITS.configBytes} bytes`);
   const isOldLabel = mediaType === DOCKER_MANIFEST && OLD_CONFIG_LABELS.includes(config.mediaType);
   if (isOldLabel) config.mediaType = CONFIG_TYPES[0] as string;
-  const layers = (json.layers as unknown[]).map((layer) => parseDescriptor(layer, where));
+  const layers = ((json.layers ?? []) as unknown[]).map((layer) => parseDescriptor(layer, where));
   return { kind: "image", config, layers };
 }
 
@@ -3244,7 +3295,7 @@ function parseManifest(
 function isAmbiguous(json: Record<string, unknown>, mediaType: string): boolean {
   const isIndex = Array.isArray(json.manifests);
   const hasLayers = Array.isArray(json.layers);
-  const isImage = isRecord(json.config) && hasLayers;
+  const isImage = isRecord(json.config) && (hasLayers || (json.layers ?? null) === null);
   const isKnownType = MANIFEST_TYPES.includes(mediaType);
   const isOtherType = isKnownType && INDEX_TYPES.includes(mediaType) !== isIndex;
   return isIndex === isImage || (isIndex && hasLayers) || isOtherType;
@@ -3255,7 +3306,7 @@ function parseDescriptor(value: unknown, where: string): Descriptor {
   const refuse = (reason: string): never => fail("PROTOCOL", `${where}: ${reason}`);
   if (!isRecord(value)) return refuse("a descriptor is not an object");
 
-  const { mediaType, digest, size, urls, platform, annotations } = value;
+  const { mediaType, digest, size, urls, platform, annotations, data } = value;
   if (!isDigest(digest)) return refuse(`${quote(digest)} is not a digest that is safe to use`);
   const isSize = typeof size === "number" && Number.isSafeInteger(size) && size >= 0;
   if (!isSize)
@@ -3271,8 +3322,19 @@ function parseDescriptor(value: unknown, where: string): Descriptor {
       urls: isUrlList ? (urls as string[]) : undefined,
       platform: isRecord(platform) ? parsePlatform(platform) : undefined,
       annotations: isRecord(annotations) ? textsIn(annotations) : undefined,
+      data: inlineContent(data, { digest, size }),
     }),
   };
+}
+
+/** A descriptor's `data`: some registries do not have the blob beside it (containerd#8076). */
+function inlineContent(
+  data: unknown,
+  { digest, size }: Pick<Descriptor, "digest" | "size">,
+): Buffer | undefined {
+  if (typeof data !== "string") return undefined;
+  const bytes = Buffer.from(data, "base64");
+  return bytes.length === size && digestOf(bytes, digest) === digest ? bytes : undefined;
 }
 
 const textsIn = (value: Record<string, unknown>): Record<string, string> =>
@@ -3407,6 +3469,8 @@ type ResolvedImage = Readonly<{
   top: FetchedManifest;
   manifests: readonly FetchedManifest[];
   contents: readonly ImageContent[];
+  /** What an index names beside manifests. */
+  blobs?: readonly Descriptor[];
   platform: string;
 }>;
 
@@ -3449,7 +3513,7 @@ async function resolveImage(
 /** What a reference names, where that is, and what the reference is called in messages. */
 type NamedManifest = Readonly<{ registry: Registry; where: string; asked: FetchedManifest }>;
 
-type FoundImages = Pick<ResolvedImage, "top" | "manifests" | "contents" | "platform">;
+type FoundImages = Pick<ResolvedImage, "top" | "manifests" | "contents" | "blobs" | "platform">;
 
 /** A reference that names one image, whose platform stands in its config. */
 async function findLoneImage(
@@ -3460,6 +3524,8 @@ async function findLoneImage(
   const isConfig = CONFIG_TYPES.includes(manifest.config.mediaType);
   const configBytes = isConfig ? await registry.config(manifest.config) : undefined;
   const config = configBytes && parseJson(configBytes);
+  if (configBytes && !isRecord(config))
+    fail("PROTOCOL", `${formatReference(registry.reference)}: its config is not a JSON object`);
   const platform = isRecord(config) && config.os ? parsePlatform(config) : undefined;
   if (platform) checkPlatform(session, where, platform);
 
@@ -3487,12 +3553,25 @@ type ChildReader<T = FetchedManifest | undefined> = (descriptor: Descriptor) => 
 
 /** From the registry; the size is the index's word, and checked. */
 function childrenOf(registry: Registry, where: string): ChildReader<FetchedManifest> {
-  return async ({ digest, size }) => {
+  const asked = new Set<string>();
+  return async (descriptor) => {
+    const { digest, size, data, mediaType } = descriptor;
+    asked.add(digest);
+    if (asked.size > LIMITS.manifests)
+      fail("TOO_LARGE", `${where}: its indexes name more than ${LIMITS.manifests} manifests`);
+    if (data)
+      return { digest, bytes: data, mediaType: sniffMediaType(data, mediaType) ?? mediaType };
+
     const child = await registry.manifest(digest);
     if (child.bytes.length === size) return child;
     const actual = `${child.bytes.length} bytes, not ${size}`;
     return fail("SIZE_MISMATCH", `${where}: ${digest} has ${actual}`);
   };
+}
+
+function checkLayers(contents: readonly ImageContent[], where: string): void {
+  if (sumOf(contents, ({ manifest }) => manifest.layers.length) > LIMITS.layers)
+    fail("TOO_LARGE", `${where}: more than ${LIMITS.layers} layers`);
 }
 
 function checkDepth(depth: number, where: string): void {
@@ -3537,7 +3616,7 @@ async function findPlatform(
   for (let depth = 1; level.length > 0; depth += 1) {
     checkDepth(depth, where);
     const listed = level.flatMap(({ manifests }) => manifests);
-    const entries = listed.filter((entry) => !isAttestation(entry));
+    const entries = listed.filter((entry) => !isAttestation(entry) && !isBlob(entry));
     const nested = entries.filter(isIndex);
     images.push(...entries.filter((entry) => !isIndex(entry)));
 
@@ -3558,22 +3637,25 @@ async function findPlatform(
     warn(`${where} has nothing for ${host.os}: taking linux`);
     return second;
   }
-  const names = images.flatMap(({ platform }) => (platform ? [formatPlatform(platform)] : []));
-  const choices = printable([...new Set(names)].join(", ") || "none", 1000);
-  const wanted = formatPlatform(host);
-  return fail(
-    "NO_PLATFORM",
-    `${where} has no image for ${wanted}\n  it has: ${choices} (--platform)`,
-  );
+  const names = images.map(({ platform }) => formatPlatform(platform)).filter(Boolean);
+  const choices =
+    names.length > 0
+      ? `it has: ${printable([...new Set(names)].join(", "), 1000)} (--platform)`
+      : "it has none for any platform, but cache or artifacts: --platform all takes them";
+  return fail("NO_PLATFORM", `${where} has no image for ${formatPlatform(host)}\n  ${choices}`);
 }
 
 const isIndex = ({ mediaType }: Descriptor): boolean => INDEX_TYPES.includes(mediaType);
 
-/** An image that is the only entry, and of which no platform is said, is for all of them. */
+/** Not a manifest: BuildKit lists layers and a config of its own in the index of its cache (containers/image#2210). */
+const isBlob = ({ mediaType }: Descriptor): boolean =>
+  mediaType !== "" && !MANIFEST_TYPES.includes(mediaType) && !mediaType.startsWith(DOCKER_SCHEMA_1);
+
+/** An image that is the only entry, and of which no platform is said, or an empty one, is for all of them. */
 function loneEntry(entries: readonly Descriptor[]): Descriptor | undefined {
   const [entry] = entries;
-  const isLone = entries.length === 1 && entry && !isIndex(entry) && !entry.platform;
-  return isLone ? entry : undefined;
+  if (entries.length !== 1 || !entry || isIndex(entry)) return undefined;
+  return formatPlatform(entry.platform) === "" ? entry : undefined;
 }
 
 /** The indexes that lead from one to a manifest, outermost first; undefined where none does. */
@@ -3662,10 +3744,11 @@ async function collectAll(
 ) {
   const manifests = new Map([[top.digest, top]]);
   const contents: (ImageContent & { digest: string })[] = [];
+  const blobs: Descriptor[] = [];
 
   await collect(top, 0);
   contents.sort((left, right) => Number(isAttestation(left)) - Number(isAttestation(right)));
-  return { manifests: [...manifests.values()], contents };
+  return { manifests: [...manifests.values()], contents, blobs };
 
   async function collect(
     fetched: FetchedManifest,
@@ -3677,10 +3760,14 @@ async function collectAll(
     const manifest = parseManifest(fetched, where);
     if (manifest.kind === "image") {
       contents.push({ digest, manifest, ...dropEmpty({ platform }) });
+      checkLayers(contents, where);
       return;
     }
 
-    const entries = manifest.manifests.filter((entry) => !manifests.has(entry.digest));
+    blobs.push(...manifest.manifests.filter(isBlob));
+    const entries = manifest.manifests.filter(
+      (entry) => !isBlob(entry) && !manifests.has(entry.digest),
+    );
     const children = await mapConcurrently(entries, limit, readChild);
     for (const [at, child] of children.entries()) {
       if (!child || manifests.has(child.digest)) continue;
@@ -3837,7 +3924,7 @@ class PlannedFiles {
     this.files.set(name, { sizeBytes: bytes.length, bytes });
   }
 
-  addBlob(blob: RemoteBlob, bytes?: Buffer): void {
+  addBlob(blob: RemoteBlob, bytes = blob.descriptor.data): void {
     const { digest, size } = blob.descriptor;
     const name = blobPath(digest);
     const planned = this.files.get(name);
@@ -3850,8 +3937,10 @@ class PlannedFiles {
     else this.files.set(name, { sizeBytes: size, blob });
   }
 
-  addImage({ registry, manifests, contents }: ResolvedImage, omit: ReadonlySet<string>): void {
+  addImage(image: ResolvedImage, omit: ReadonlySet<string>): void {
+    const { registry, manifests, contents, blobs = [] } = image;
     for (const { digest, bytes } of manifests) this.addBytes(blobPath(digest), bytes);
+    for (const descriptor of blobs) this.addBlob({ descriptor, registry });
 
     for (const { manifest, configBytes } of contents) {
       this.addBlob({ descriptor: manifest.config, registry }, configBytes);
@@ -7235,7 +7324,8 @@ async function withSession<T>(
   const transport = new Transport(settings);
   try {
     if (signal.aborted) fail("ABORTED", "stopped");
-    const state = { clock: systemClock, challenges: new Map(), registries: new Map() };
+    const owned = { challenges: new Map(), registries: new Map(), budget: new Budget() };
+    const state = { clock: systemClock, ...owned };
     const session = { settings, transport, signal, warn, ...state, ...replaced };
     const result = await run(session, onProgress);
     callbacks.throwFailure();
@@ -7812,11 +7902,12 @@ class Puller {
         const { observe, finish } = progressReporter(onProgress);
         const registry = registryOf(session, this.#reference);
         await this.#checkSigned(session, await this.#digestsAbove(session, fetched));
-        const blobs = [...unique.values()].map(
-          (descriptor) => new BlobState(descriptor, registry, 0, tars),
-        );
+        const remote = [...unique.values()].filter(({ data }) => data === undefined);
+        const blobs = remote.map((descriptor) => new BlobState(descriptor, registry, 0, tars));
         const doing = `cannot write ${dir}`;
         await onDisk(doing, fs.mkdir(dir, { recursive: true }));
+        for (const { digest, data } of unique.values())
+          if (data) await onDisk(doing, fs.writeFile(path.join(dir, hexOf(digest)), data));
         const job = { session, blobs, folder: dir, nameOf: hexOf, observe };
         finish(await onDisk(doing, pullToFolder(job)));
       }),

@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { readdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
-import { test } from "node:test";
+import { describe, test } from "node:test";
 import {
   type ErrorCode,
   ImgpullError,
@@ -310,6 +310,27 @@ test("one image for another platform: an error if that was asked for, a warning 
   assert.equal((await pull(t, arm, opted("linux/arm/v5"))).error?.code, "NO_PLATFORM");
 });
 
+test("an entry with an empty platform matches if it is the only one, as if it had none", async (t) => {
+  // project-zot/zui#475.
+  const image = makeImage({ platform: "linux/amd64" });
+  const other = makeImage({ platform: "linux/arm64", seed: "other" });
+  for (const platform of [
+    {},
+    { os: "", architecture: "" },
+    { os: "", architecture: "", variant: "" },
+  ]) {
+    const fields = { platform };
+    const alone = makeIndex([{ content: image, fields }, makeAttestation(image)]);
+    const pulled = await pull(t, alone, opted("linux/amd64"));
+    assert.equal(pulled.result?.digest, image.digest);
+    const two = makeIndex([
+      { content: image, fields },
+      { content: other, fields },
+    ]);
+    assertRefused(await pull(t, two, opted("linux/amd64")), "NO_PLATFORM", /--platform all/);
+  }
+});
+
 // ====== Indexes in indexes ======
 
 function nest(content: TestContent, times: number): TestContent {
@@ -522,8 +543,9 @@ const NONSENSE: [name: string, mediaType: string, content: unknown][] = [
   ["null", MEDIA.ociManifest, null],
   ["an array", MEDIA.ociIndex, [entry]],
   ["no config", MEDIA.ociManifest, { schemaVersion: 2, layers: [] }],
-  ["no layers", MEDIA.ociManifest, { schemaVersion: 2, config: good.manifest.config }],
   ["layers that are no array", MEDIA.ociManifest, { ...good.manifest, layers: {} }],
+  ["layers that are false", MEDIA.ociManifest, { ...good.manifest, layers: false }],
+  ["layers that are a text", MEDIA.ociManifest, { ...good.manifest, layers: "" }],
   ["a layer that is null", MEDIA.ociManifest, { ...good.manifest, layers: [null] }],
   ["an entry that is a number", MEDIA.ociIndex, { schemaVersion: 2, manifests: [7] }],
   ["an image and an index in one", MEDIA.ociManifest, { ...good.manifest, manifests: [entry] }],
@@ -636,6 +658,179 @@ test("a manifest or config whose bytes are wrong once is asked for once more", a
     assert.equal(rule.hits, 1);
     leftIn(folder, false);
   }
+});
+
+// ====== Manifests that are not as one expects ======
+
+test("no layers are told by an empty list, by null, or not at all", async (t) => {
+  for (const layers of [[], null, undefined]) {
+    for (const format of ["oci", "docker"] as const) {
+      const image = makeImage({
+        format,
+        layers: [],
+        editManifest: (manifest) => ({ ...manifest, layers }),
+      });
+      const { result, files } = await pull(t, image, opted("linux/amd64"));
+      assert.deepEqual([result?.digest, result?.layers], [image.digest, 0]);
+      assert.deepEqual(jsonOf(files, "manifest.json")[0].Layers, []);
+    }
+  }
+});
+
+test("an image whose config is not a JSON object is refused before any layer", async (t) => {
+  for (const config of ["{", "", "null", "[]", '"config"', "42", "\0\0"]) {
+    const image = makeImage({ editConfig: () => Buffer.from(config) });
+    const { error, registry } = await pull(t, image, opted("linux/amd64"));
+    assert.equal(error?.code, "PROTOCOL", config);
+    assert.match(error?.message ?? "", /config is not a JSON object/);
+    assert.equal(registry.seen({ kind: "layer" }).length, 0);
+  }
+});
+
+/** What BuildKit's registry cache looks like: an index of layers and a config of its own. */
+function makeCache(): TestContent {
+  const [first, second] = makeImage({ seed: "cache", layers: [5000, 6000] }).layers;
+  const config = Buffer.from('{"layers":[{"blob":"sha256:0","parent":-1}],"records":[]}');
+  const entries = [
+    ...[first, second].map((each) => ({ mediaType: MEDIA.ociGzip, ...each })),
+    {
+      mediaType: "application/vnd.buildkit.cacheconfig.v0",
+      bytes: config,
+      digest: digestOf(config),
+    },
+  ].map(({ mediaType, digest = "", bytes = Buffer.alloc(0) }) => ({ mediaType, digest, bytes }));
+  const cache = makeManifest(MEDIA.ociIndex, {
+    schemaVersion: 2,
+    mediaType: MEDIA.ociIndex,
+    manifests: entries.map(({ mediaType, digest, bytes }) => ({
+      mediaType,
+      digest,
+      size: bytes.length,
+    })),
+  });
+  for (const { digest, bytes } of entries) cache.blobs.set(digest, bytes);
+  return cache;
+}
+
+test("BuildKit's cache: all takes its layers as blobs; for a platform there is nothing, which is said", async (t) => {
+  // containers/image#2210.
+  const cache = makeCache();
+  const { result, files, registry } = await pullAll(t, cache);
+  assert.equal(result?.digest, cache.digest);
+  for (const [digest, bytes] of cache.blobs)
+    assert.ok(files.get(blobName(digest))?.equals(bytes), digest);
+  assert.deepEqual(jsonOf(files, "manifest.json"), []);
+  assert.equal(registry.manifestRequests().length, 1);
+
+  const pulled = await pull(t, cache, opted("linux/amd64"));
+  assertRefused(pulled, "NO_PLATFORM", /cache or artifacts: --platform all/);
+  assert.equal(pulled.registry.requests.length, 1);
+});
+
+test("an image beside blobs in one index", async (t) => {
+  const image = makeImage({ platform: "linux/amd64" });
+  const [blob = ["", Buffer.alloc(0)]] = makeCache().blobs;
+  const mixed = makeIndex([image], {
+    editIndex: (json) => ({
+      ...json,
+      manifests: [
+        { mediaType: MEDIA.ociGzip, digest: blob[0], size: blob[1].length },
+        ...json.manifests,
+      ],
+    }),
+  });
+  mixed.blobs.set(...blob);
+  assert.equal((await pull(t, mixed, opted("linux/amd64"))).result?.digest, image.digest);
+  const { files } = await pullAll(t, mixed);
+  for (const digest of [blob[0], image.digest, image.config.digest])
+    assert.ok(files.has(blobName(digest)));
+});
+
+describe("content inside a descriptor", () => {
+  const inline = (bytes: Buffer) => ({ data: bytes.toString("base64") });
+  const plain = makeImage({ seed: "inline" });
+  const withData = (descriptor: { digest: string }) => ({
+    ...descriptor,
+    ...inline(plain.blobs.get(descriptor.digest) ?? Buffer.alloc(0)),
+  });
+  const image = makeImage({
+    seed: "inline",
+    editManifest: (manifest) => ({
+      ...manifest,
+      config: withData(manifest.config),
+      layers: manifest.layers.map(withData),
+    }),
+  });
+
+  // containerd/containerd#8076: the blob is not there, or empty.
+  for (const [name, blob] of [
+    ["missing", undefined],
+    ["empty", Buffer.alloc(0)],
+  ] as const) {
+    test(`is taken from there: the blob is ${name}`, async (t) => {
+      const registry = await serve(t, image);
+      for (const digest of image.blobs.keys()) {
+        registry.remove("team/app", digest);
+        if (blob) registry.putBlob("team/app", digest, blob);
+      }
+      const { result, files } = await pullFrom(t, registry, opted("linux/amd64"));
+      assert.equal(result?.fetchedBytes, 0);
+      for (const [digest, bytes] of image.blobs)
+        assert.ok(files.get(blobName(digest))?.equals(bytes));
+      assert.equal(registry.requests.length, 1);
+    });
+  }
+
+  test("of an index: its manifest is not asked for", async (t) => {
+    const index = makeIndex([{ content: good, fields: inline(good.bytes) }]);
+    const registry = await serve(t, index);
+    registry.remove("team/app", good.digest);
+    const { result } = await pullFrom(t, registry, opted("linux/amd64"));
+    assert.equal(result?.digest, good.digest);
+  });
+
+  test("that has not the digest is left alone", async (t) => {
+    for (const data of ["", "e30=", inline(good.bytes).data, 12, null, "%%%"]) {
+      const lying = makeImage({
+        editManifest: (manifest) => ({
+          ...manifest,
+          config: { ...manifest.config, data },
+          layers: manifest.layers.map((each) => ({ ...each, data })),
+        }),
+      });
+      const { result, files } = await pull(t, lying, opted("linux/amd64"));
+      assert.equal(result?.digest, lying.digest);
+      for (const [digest, bytes] of lying.blobs)
+        assert.ok(files.get(blobName(digest))?.equals(bytes));
+    }
+  });
+
+  test("is among the blobs of a folder", async (t) => {
+    const registry = await serve(t, image);
+    for (const digest of image.blobs.keys()) registry.remove("team/app", digest);
+    const puller = new Puller(optsFor(registry, opted("linux/amd64")));
+    const folder = temporaryFolder(t);
+    await puller.pullBlobs(await puller.getManifest(), folder);
+    const names = [...image.blobs.keys()].map((digest) => digest.slice("sha256:".length));
+    assert.deepEqual(readdirSync(folder).sort(), names.sort());
+  });
+});
+
+test("each manifest is asked for once, however often it is named", async (t) => {
+  const shared = makeImage({ platform: "linux/amd64" });
+  const inner = makeIndex([shared]);
+  const index = makeIndex([
+    { content: inner, platform: null },
+    { content: inner, platform: null },
+    shared,
+  ]);
+  const all = await pullAll(t, index);
+  assert.equal(all.result?.digest, index.digest);
+  assert.equal(all.registry.manifestRequests().length, 3);
+  const several = await pull(t, index, { platforms: ["linux/amd64", "linux/amd64"] });
+  assert.equal(several.error, undefined);
+  const digests = several.registry.manifestRequests().map(({ reference }) => reference);
+  assert.equal(new Set(digests).size, digests.length);
 });
 
 // ====== The library's methods for manifests ======
