@@ -3445,6 +3445,20 @@ interface ImageContent {
   readonly configBytes?: Buffer;
 }
 
+/**
+ * Whether it is what a runtime unpacks and runs, as far as is known: charts, modules, signatures and a build's cache are
+ * content like any other, but no images.
+ */
+function isImage({ manifest, configBytes }: ImageContent): boolean {
+  const { config, layers } = manifest;
+  if (!CONFIG_TYPES.includes(config.mediaType) || !layers.every(isTarLayer)) return false;
+  if (!configBytes) return true;
+
+  const json = parseJson(configBytes);
+  const rootfs = isRecord(json) && isRecord(json.rootfs) ? json.rootfs : {};
+  return Array.isArray(rootfs.diff_ids) && rootfs.diff_ids.length === layers.length;
+}
+
 /** What travels with an image and is none: what refers to `subject`, or the index that such proof is of. */
 type Companion = Readonly<{
   registry: Registry;
@@ -3616,7 +3630,7 @@ async function findPlatform(
   for (let depth = 1; level.length > 0; depth += 1) {
     checkDepth(depth, where);
     const listed = level.flatMap(({ manifests }) => manifests);
-    const entries = listed.filter((entry) => !isAttestation(entry) && !isBlob(entry));
+    const entries = listed.filter((entry) => !isAttestation(entry) && isManifestType(entry));
     const nested = entries.filter(isIndex);
     images.push(...entries.filter((entry) => !isIndex(entry)));
 
@@ -3647,9 +3661,12 @@ async function findPlatform(
 
 const isIndex = ({ mediaType }: Descriptor): boolean => INDEX_TYPES.includes(mediaType);
 
-/** Not a manifest: BuildKit lists layers and a config of its own in the index of its cache (containers/image#2210). */
-const isBlob = ({ mediaType }: Descriptor): boolean =>
-  mediaType !== "" && !MANIFEST_TYPES.includes(mediaType) && !mediaType.startsWith(DOCKER_SCHEMA_1);
+/**
+ * What an index names is a manifest, unless its type says that it is something else: BuildKit lists layers and a config
+ * of its own in the index of its cache (containers/image#2210).
+ */
+const isManifestType = ({ mediaType }: Descriptor): boolean =>
+  mediaType === "" || MANIFEST_TYPES.includes(mediaType) || mediaType.startsWith(DOCKER_SCHEMA_1);
 
 /** An image that is the only entry, and of which no platform is said, or an empty one, is for all of them. */
 function loneEntry(entries: readonly Descriptor[]): Descriptor | undefined {
@@ -3764,9 +3781,9 @@ async function collectAll(
       return;
     }
 
-    blobs.push(...manifest.manifests.filter(isBlob));
+    blobs.push(...manifest.manifests.filter((entry) => !isManifestType(entry)));
     const entries = manifest.manifests.filter(
-      (entry) => !isBlob(entry) && !manifests.has(entry.digest),
+      (entry) => isManifestType(entry) && !manifests.has(entry.digest),
     );
     const children = await mapConcurrently(entries, limit, readChild);
     for (const [at, child] of children.entries()) {
@@ -3895,9 +3912,7 @@ function indexEntry({ name, top, kind }: ResolvedImage): unknown {
 
 /** The one image of a reference that manifest.json lists: classic docker keeps the last of several under one name. */
 function dockerImageOf({ contents }: ResolvedImage): ImageContent | undefined {
-  const images = contents.filter(({ manifest }) =>
-    CONFIG_TYPES.includes(manifest.config.mediaType),
-  );
+  const images = contents.filter(isImage);
   const usual = images.find(({ platform }) => formatPlatform(platform) === "linux/amd64");
   return usual ?? images[0];
 }
@@ -8746,6 +8761,7 @@ class ImageFinder {
   /** What each entry of index.json leads to, by its digest: equal entries are read once. */
   readonly #found = new Map<string, readonly Omit<HeldImage, "name">[]>();
   #absentManifests = 0;
+  #namedBlobs = 0;
   #references = 0;
 
   constructor(documents: TarDocuments) {
@@ -8808,13 +8824,15 @@ class ImageFinder {
 
     const images: Omit<HeldImage, "name">[] = [];
     const seen = new Set<string>();
+    const blobsBefore = this.#namedBlobs;
     this.#found.set(digest, images);
     if (!this.#documents.file(blobPath(digest)))
       this.problems.push({ kind: "missing", entry: blobPath(digest) });
     else this.#collect(descriptor, 0, seen, images);
 
     images.sort((left, right) => Number(isUnknown(left)) - Number(isUnknown(right)));
-    const isEmpty = images.length === 0 && this.#documents.manifest(descriptor) !== undefined;
+    const isRead = this.#documents.manifest(descriptor) !== undefined;
+    const isEmpty = isRead && images.length === 0 && this.#namedBlobs === blobsBefore;
     if (isEmpty) this.problems.push({ kind: "nothing-here", entry: blobPath(digest) });
     return images;
   }
@@ -8846,8 +8864,13 @@ class ImageFinder {
       const isThere = this.#documents.file(blobPath(child.digest)) !== undefined;
       if (!isThere) this.#absentManifests += 1;
       else if (isManifestType(child)) this.#collect(child, depth + 1, seen, images);
-      else this.#blobs.set(child.digest, partOf(child));
+      else this.#addBlob(child);
     }
+  }
+
+  #addBlob(child: Descriptor): void {
+    this.#namedBlobs += 1;
+    this.#blobs.set(child.digest, partOf(child));
   }
 
   #describe(manifest: ImageManifest, stated?: Platform) {
@@ -8921,10 +8944,6 @@ class ImageFinder {
 }
 
 const isUnknown = ({ platform }: { platform: string }): boolean => platform.startsWith("unknown");
-
-/** What an index names is a manifest, unless its type says that it is something else. */
-const isManifestType = ({ mediaType }: Descriptor): boolean =>
-  mediaType === "" || MANIFEST_TYPES.includes(mediaType) || mediaType.startsWith(DOCKER_SCHEMA_1);
 
 const partOf = ({ digest, size, mediaType }: Descriptor): HeldPart => ({
   entry: blobPath(digest),

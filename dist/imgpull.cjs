@@ -70,6 +70,9 @@ var LIMITS = Object.freeze({
   mirrorFailures: 2,
   indexDepth: 4,
   indexEntries: 1024,
+  manifests: 2048,
+  layers: 1e5,
+  documentBytes: 80 * MIB,
   signatures: 1e3,
   proofJsonDepth: 64,
   proofJsonValues: 1e4,
@@ -1786,11 +1789,26 @@ var Endpoint = class {
     return isAccess && isForGood ? this.#authorizer.explain(error) : error;
   }
 };
+var Budget = class {
+  #bytes = 0;
+  add(document, reference) {
+    this.#bytes += document.length;
+    this.check(reference);
+  }
+  check(reference) {
+    const { documentBytes } = LIMITS;
+    if (this.#bytes <= documentBytes)
+      return;
+    const most = formatBytes(documentBytes);
+    fail("TOO_LARGE", `${formatReference(reference)}: manifests and configs are above ${most} in all`);
+  }
+};
 var Registry = class {
   reference;
   #session;
   #mirrors;
   #home;
+  #manifests = /* @__PURE__ */ new Map();
   #mirrorAnswers = /* @__PURE__ */ new Map();
   constructor(session, reference) {
     const mirrors = session.settings.mirrors.get(canonicalHost(reference.host)) ?? [];
@@ -1815,16 +1833,38 @@ var Registry = class {
     return this.#mirrors.find(({ isPassedOver }) => !isPassedOver) ?? this.#home;
   }
   manifest(tagOrDigest) {
-    const wanted = { kind: "manifest", name: tagOrDigest };
-    return withRetries(this.#session, () => this.#ask(wanted, (endpoint) => endpoint.manifest(tagOrDigest)));
+    if (!isDigest(tagOrDigest))
+      return this.#fetchManifest(tagOrDigest);
+    const known = this.#manifests.get(tagOrDigest);
+    if (known)
+      return known;
+    const fetching = this.#fetchManifest(tagOrDigest);
+    this.#manifests.set(tagOrDigest, fetching);
+    fetching.catch(() => this.#manifests.delete(tagOrDigest));
+    return fetching;
   }
-  config({ digest, size }) {
-    return withRetries(this.#session, () => this.#ask({ kind: "blob", name: digest }, async (endpoint) => {
-      const { bytes, where } = await endpoint.document("blob", digest, LIMITS.configBytes);
-      if (bytes.length === size)
-        return bytes;
-      return fail("SIZE_MISMATCH", `${where}: ${bytes.length} bytes, not ${size}`);
+  #fetchManifest(tagOrDigest) {
+    const wanted = { kind: "manifest", name: tagOrDigest };
+    return this.#withinBudget(() => this.#ask(wanted, (endpoint) => endpoint.manifest(tagOrDigest)));
+  }
+  async config({ digest, size, data }) {
+    if (data)
+      return data;
+    const { bytes } = await this.#withinBudget(() => this.#ask({ kind: "blob", name: digest }, async (endpoint) => {
+      const document = await endpoint.document("blob", digest, LIMITS.configBytes);
+      const actual = document.bytes.length;
+      if (actual === size)
+        return document;
+      return fail("SIZE_MISMATCH", `${document.where}: ${actual} bytes, not ${size}`);
     }));
+    return bytes;
+  }
+  async #withinBudget(attempt) {
+    const { budget } = this.#session;
+    budget.check(this.reference);
+    const document = await withRetries(this.#session, attempt);
+    budget.add(document.bytes, this.reference);
+    return document;
   }
   head(tagOrDigest) {
     const wanted = { kind: "manifest", name: tagOrDigest };
@@ -2030,22 +2070,22 @@ function parseManifest({ bytes, mediaType }, where) {
   const isOldLabel = mediaType === DOCKER_MANIFEST && OLD_CONFIG_LABELS.includes(config.mediaType);
   if (isOldLabel)
     config.mediaType = CONFIG_TYPES[0];
-  const layers = json.layers.map((layer) => parseDescriptor(layer, where));
+  const layers = (json.layers ?? []).map((layer) => parseDescriptor(layer, where));
   return { kind: "image", config, layers };
 }
 function isAmbiguous(json, mediaType) {
   const isIndex2 = Array.isArray(json.manifests);
   const hasLayers = Array.isArray(json.layers);
-  const isImage = isRecord(json.config) && hasLayers;
+  const isImage2 = isRecord(json.config) && (hasLayers || (json.layers ?? null) === null);
   const isKnownType = MANIFEST_TYPES.includes(mediaType);
   const isOtherType = isKnownType && INDEX_TYPES.includes(mediaType) !== isIndex2;
-  return isIndex2 === isImage || isIndex2 && hasLayers || isOtherType;
+  return isIndex2 === isImage2 || isIndex2 && hasLayers || isOtherType;
 }
 function parseDescriptor(value, where) {
   const refuse = (reason) => fail("PROTOCOL", `${where}: ${reason}`);
   if (!isRecord(value))
     return refuse("a descriptor is not an object");
-  const { mediaType, digest, size, urls, platform, annotations } = value;
+  const { mediaType, digest, size, urls, platform, annotations, data } = value;
   if (!isDigest(digest))
     return refuse(`${quote(digest)} is not a digest that is safe to use`);
   const isSize = typeof size === "number" && Number.isSafeInteger(size) && size >= 0;
@@ -2059,9 +2099,16 @@ function parseDescriptor(value, where) {
     ...dropEmpty({
       urls: isUrlList ? urls : void 0,
       platform: isRecord(platform) ? parsePlatform(platform) : void 0,
-      annotations: isRecord(annotations) ? textsIn(annotations) : void 0
+      annotations: isRecord(annotations) ? textsIn(annotations) : void 0,
+      data: inlineContent(data, { digest, size })
     })
   };
+}
+function inlineContent(data, { digest, size }) {
+  if (typeof data !== "string")
+    return void 0;
+  const bytes = Buffer.from(data, "base64");
+  return bytes.length === size && digestOf(bytes, digest) === digest ? bytes : void 0;
 }
 var textsIn = (value) => Object.fromEntries(Object.entries(value).filter((entry) => typeof entry[1] === "string"));
 function quote(value) {
@@ -2130,6 +2177,16 @@ function matchPlatform(candidates, { os: system, architecture, variant }) {
   return void 0;
 }
 var isAttestation = ({ platform }) => platform?.os === "unknown" || platform?.architecture === "unknown";
+function isImage({ manifest, configBytes }) {
+  const { config, layers } = manifest;
+  if (!CONFIG_TYPES.includes(config.mediaType) || !layers.every(isTarLayer))
+    return false;
+  if (!configBytes)
+    return true;
+  const json = parseJson(configBytes);
+  const rootfs = isRecord(json) && isRecord(json.rootfs) ? json.rootfs : {};
+  return Array.isArray(rootfs.diff_ids) && rootfs.diff_ids.length === layers.length;
+}
 var versionOf = ({ tag, digest }) => digest ?? tag;
 async function resolveImage(session, reference, name, choice) {
   const where = formatReference(reference);
@@ -2158,6 +2215,8 @@ async function findLoneImage(session, { registry, where, asked: top }, manifest)
   const isConfig = CONFIG_TYPES.includes(manifest.config.mediaType);
   const configBytes = isConfig ? await registry.config(manifest.config) : void 0;
   const config = configBytes && parseJson(configBytes);
+  if (configBytes && !isRecord(config))
+    fail("PROTOCOL", `${formatReference(registry.reference)}: its config is not a JSON object`);
   const platform = isRecord(config) && config.os ? parsePlatform(config) : void 0;
   if (platform)
     checkPlatform(session, where, platform);
@@ -2178,13 +2237,24 @@ function checkPlatform({ settings, warn }, where, platform) {
     warn(`${where}: ${what}, not for this machine`);
 }
 function childrenOf(registry, where) {
-  return async ({ digest, size }) => {
+  const asked = /* @__PURE__ */ new Set();
+  return async (descriptor) => {
+    const { digest, size, data, mediaType } = descriptor;
+    asked.add(digest);
+    if (asked.size > LIMITS.manifests)
+      fail("TOO_LARGE", `${where}: its indexes name more than ${LIMITS.manifests} manifests`);
+    if (data)
+      return { digest, bytes: data, mediaType: sniffMediaType(data, mediaType) ?? mediaType };
     const child = await registry.manifest(digest);
     if (child.bytes.length === size)
       return child;
     const actual = `${child.bytes.length} bytes, not ${size}`;
     return fail("SIZE_MISMATCH", `${where}: ${digest} has ${actual}`);
   };
+}
+function checkLayers(contents, where) {
+  if (sumOf(contents, ({ manifest }) => manifest.layers.length) > LIMITS.layers)
+    fail("TOO_LARGE", `${where}: more than ${LIMITS.layers} layers`);
 }
 function checkDepth(depth, where) {
   if (depth > LIMITS.indexDepth)
@@ -2209,7 +2279,7 @@ async function findPlatform(session, readChild, where, top) {
   for (let depth = 1; level.length > 0; depth += 1) {
     checkDepth(depth, where);
     const listed = level.flatMap(({ manifests: manifests2 }) => manifests2);
-    const entries = listed.filter((entry) => !isAttestation(entry));
+    const entries = listed.filter((entry) => !isAttestation(entry) && isManifestType(entry));
     const nested = entries.filter(isIndex);
     images.push(...entries.filter((entry) => !isIndex(entry)));
     const match = matchPlatform(images, host) ?? loneEntry(entries);
@@ -2225,17 +2295,18 @@ async function findPlatform(session, readChild, where, top) {
     warn(`${where} has nothing for ${host.os}: taking linux`);
     return second;
   }
-  const names = images.flatMap(({ platform }) => platform ? [formatPlatform(platform)] : []);
-  const choices = printable([...new Set(names)].join(", ") || "none", 1e3);
-  const wanted = formatPlatform(host);
-  return fail("NO_PLATFORM", `${where} has no image for ${wanted}
-  it has: ${choices} (--platform)`);
+  const names = images.map(({ platform }) => formatPlatform(platform)).filter(Boolean);
+  const choices = names.length > 0 ? `it has: ${printable([...new Set(names)].join(", "), 1e3)} (--platform)` : "it has none for any platform, but cache or artifacts: --platform all takes them";
+  return fail("NO_PLATFORM", `${where} has no image for ${formatPlatform(host)}
+  ${choices}`);
 }
 var isIndex = ({ mediaType }) => INDEX_TYPES.includes(mediaType);
+var isManifestType = ({ mediaType }) => mediaType === "" || MANIFEST_TYPES.includes(mediaType) || mediaType.startsWith(DOCKER_SCHEMA_1);
 function loneEntry(entries) {
   const [entry] = entries;
-  const isLone = entries.length === 1 && entry && !isIndex(entry) && !entry.platform;
-  return isLone ? entry : void 0;
+  if (entries.length !== 1 || !entry || isIndex(entry))
+    return void 0;
+  return formatPlatform(entry.platform) === "" ? entry : void 0;
 }
 async function pathTo(digest, from, readChild, where, depth = 0) {
   checkDepth(depth, where);
@@ -2287,18 +2358,21 @@ function warnOfPartialIndex({ warn }, where, { manifests: entries }, kept) {
 async function collectAll(readChild, limit, where, top) {
   const manifests = /* @__PURE__ */ new Map([[top.digest, top]]);
   const contents = [];
+  const blobs = [];
   await collect(top, 0);
   contents.sort((left, right) => Number(isAttestation(left)) - Number(isAttestation(right)));
-  return { manifests: [...manifests.values()], contents };
+  return { manifests: [...manifests.values()], contents, blobs };
   async function collect(fetched, depth, platform) {
     checkDepth(depth, where);
     const { digest } = fetched;
     const manifest = parseManifest(fetched, where);
     if (manifest.kind === "image") {
       contents.push({ digest, manifest, ...dropEmpty({ platform }) });
+      checkLayers(contents, where);
       return;
     }
-    const entries = manifest.manifests.filter((entry) => !manifests.has(entry.digest));
+    blobs.push(...manifest.manifests.filter((entry) => !isManifestType(entry)));
+    const entries = manifest.manifests.filter((entry) => isManifestType(entry) && !manifests.has(entry.digest));
     const children = await mapConcurrently(entries, limit, readChild);
     for (const [at, child] of children.entries()) {
       if (!child || manifests.has(child.digest))
@@ -2385,7 +2459,7 @@ function indexEntry({ name, top, kind }) {
   return { mediaType: top.mediaType, digest: top.digest, size: top.bytes.length, annotations };
 }
 function dockerImageOf({ contents }) {
-  const images = contents.filter(({ manifest }) => CONFIG_TYPES.includes(manifest.config.mediaType));
+  const images = contents.filter(isImage);
   const usual = images.find(({ platform }) => formatPlatform(platform) === "linux/amd64");
   return usual ?? images[0];
 }
@@ -2406,7 +2480,7 @@ var PlannedFiles = class {
   addBytes(name, bytes) {
     this.files.set(name, { sizeBytes: bytes.length, bytes });
   }
-  addBlob(blob, bytes) {
+  addBlob(blob, bytes = blob.descriptor.data) {
     const { digest, size } = blob.descriptor;
     const name = blobPath(digest);
     const planned = this.files.get(name);
@@ -2420,9 +2494,12 @@ var PlannedFiles = class {
     else
       this.files.set(name, { sizeBytes: size, blob });
   }
-  addImage({ registry, manifests, contents }, omit) {
+  addImage(image, omit) {
+    const { registry, manifests, contents, blobs = [] } = image;
     for (const { digest, bytes } of manifests)
       this.addBytes(blobPath(digest), bytes);
+    for (const descriptor of blobs)
+      this.addBlob({ descriptor, registry });
     for (const { manifest, configBytes } of contents) {
       this.addBlob({ descriptor: manifest.config, registry }, configBytes);
       for (const descriptor of manifest.layers) {
@@ -5066,7 +5143,8 @@ async function withSession(options, run, replaced = {}) {
   try {
     if (signal.aborted)
       fail("ABORTED", "stopped");
-    const state = { clock: systemClock, challenges: /* @__PURE__ */ new Map(), registries: /* @__PURE__ */ new Map() };
+    const owned = { challenges: /* @__PURE__ */ new Map(), registries: /* @__PURE__ */ new Map(), budget: new Budget() };
+    const state = { clock: systemClock, ...owned };
     const session = { settings, transport, signal, warn, ...state, ...replaced };
     const result = await run(session, onProgress);
     callbacks.throwFailure();
@@ -5166,11 +5244,11 @@ var YamlScan = class {
     if (column < 0 || isText)
       return;
     this.#blockColumn = void 0;
-    const { isImage, value, parentColumn } = parseYamlLine(line);
+    const { isImage: isImage2, value, parentColumn } = parseYamlLine(line);
     if (this.#beginsText(value, parentColumn)) {
-      if (isImage)
+      if (isImage2)
         this.unread += 1;
-    } else if (isImage)
+    } else if (isImage2)
       this.#take(value);
     else if (/^[[{]/.test(value))
       this.#readFlow(value);
@@ -5214,8 +5292,8 @@ function parseYamlLine(line) {
   const [, key, value = ""] = /^("[^"]*"|'[^']*'|[^\s"'{[#][^#]*?)\s*:(?:\s+(.*))?$/.exec(rest) ?? [];
   if (key === void 0)
     return { isImage: false, value: rest.trim(), parentColumn: dashes.lastIndexOf("-") };
-  const isImage = /^(["']?)image\1$/.test(key);
-  return { isImage, value: value.trim(), parentColumn: dashes.length };
+  const isImage2 = /^(["']?)image\1$/.test(key);
+  return { isImage: isImage2, value: value.trim(), parentColumn: dashes.length };
 }
 function endsQuote(text, quote2) {
   const escapes = quote2 === '"' ? /\\./g : /''/g;
@@ -5495,9 +5573,13 @@ var Puller = class {
       const { observe, finish } = progressReporter(onProgress);
       const registry = registryOf(session, this.#reference);
       await this.#checkSigned(session, await this.#digestsAbove(session, fetched));
-      const blobs = [...unique.values()].map((descriptor) => new BlobState(descriptor, registry, 0, tars));
+      const remote = [...unique.values()].filter(({ data }) => data === void 0);
+      const blobs = remote.map((descriptor) => new BlobState(descriptor, registry, 0, tars));
       const doing = `cannot write ${dir}`;
       await onDisk(doing, fs.mkdir(dir, { recursive: true }));
+      for (const { digest, data } of unique.values())
+        if (data)
+          await onDisk(doing, fs.writeFile(path.join(dir, hexOf(digest)), data));
       const job = { session, blobs, folder: dir, nameOf: hexOf, observe };
       finish(await onDisk(doing, pullToFolder(job)));
     }));
@@ -6135,6 +6217,7 @@ var ImageFinder = class {
   #blobs = /* @__PURE__ */ new Map();
   #found = /* @__PURE__ */ new Map();
   #absentManifests = 0;
+  #namedBlobs = 0;
   #references = 0;
   constructor(documents) {
     this.#documents = documents;
@@ -6188,13 +6271,15 @@ var ImageFinder = class {
     }
     const images = [];
     const seen = /* @__PURE__ */ new Set();
+    const blobsBefore = this.#namedBlobs;
     this.#found.set(digest, images);
     if (!this.#documents.file(blobPath(digest)))
       this.problems.push({ kind: "missing", entry: blobPath(digest) });
     else
       this.#collect(descriptor, 0, seen, images);
     images.sort((left, right) => Number(isUnknown(left)) - Number(isUnknown(right)));
-    const isEmpty = images.length === 0 && this.#documents.manifest(descriptor) !== void 0;
+    const isRead = this.#documents.manifest(descriptor) !== void 0;
+    const isEmpty = isRead && images.length === 0 && this.#namedBlobs === blobsBefore;
     if (isEmpty)
       this.problems.push({ kind: "nothing-here", entry: blobPath(digest) });
     return images;
@@ -6225,8 +6310,12 @@ var ImageFinder = class {
       else if (isManifestType(child))
         this.#collect(child, depth + 1, seen, images);
       else
-        this.#blobs.set(child.digest, partOf(child));
+        this.#addBlob(child);
     }
+  }
+  #addBlob(child) {
+    this.#namedBlobs += 1;
+    this.#blobs.set(child.digest, partOf(child));
   }
   #describe(manifest, stated) {
     const { config, layers } = manifest;
@@ -6296,7 +6385,6 @@ var ImageFinder = class {
   }
 };
 var isUnknown = ({ platform }) => platform.startsWith("unknown");
-var isManifestType = ({ mediaType }) => mediaType === "" || MANIFEST_TYPES.includes(mediaType) || mediaType.startsWith(DOCKER_SCHEMA_1);
 var partOf = ({ digest, size, mediaType }) => ({
   entry: blobPath(digest),
   size,
@@ -6390,7 +6478,7 @@ function judgeLoaders({ images, held }) {
   const types = images.flatMap(({ parts }) => parts.map(({ mediaType }) => mediaType));
   const hasZstd = types.some((type) => type.includes("zstd"));
   const since = (version) => hasZstd ? { sinceVersion: version } : {};
-  const isForPodman = images.some(({ isImage }) => isImage) && (isDockerArchive || images.length === 1);
+  const isForPodman = images.some(({ isImage: isImage2 }) => isImage2) && (isDockerArchive || images.length === 1);
   const isForContainerd = images.some(({ name, digest }) => name && (digest || isDockerArchive));
   const byName = { needsName: images.length > 1 };
   return [
@@ -6482,9 +6570,9 @@ function describeImage(image, documents) {
     size,
     present: documents.file(entry) !== void 0
   }));
-  const { name, digest, platform, isImage } = image;
+  const { name, digest, platform, isImage: isImage2 } = image;
   const sizeBytes = sumOf(layers, ({ size }) => size);
-  return { name, digest, platform, isImage, sizeBytes, layers };
+  return { name, digest, platform, isImage: isImage2, sizeBytes, layers };
 }
 function uniqueProblems(problems) {
   return [...new Map(problems.map((problem) => [JSON.stringify(problem), problem])).values()];

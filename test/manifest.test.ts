@@ -11,7 +11,7 @@ import {
   type PullerOpts,
   type PullResult,
 } from "../imgpull.ts";
-import { type TestScope, temporaryFolder } from "./support/command.ts";
+import { runCommand, type TestScope, temporaryFolder } from "./support/command.ts";
 import {
   digestOf,
   MEDIA,
@@ -721,10 +721,41 @@ test("BuildKit's cache: all takes its layers as blobs; for a platform there is n
     assert.ok(files.get(blobName(digest))?.equals(bytes), digest);
   assert.deepEqual(jsonOf(files, "manifest.json"), []);
   assert.equal(registry.manifestRequests().length, 1);
+  const tar = join(temporaryFolder(t), "cache.tar");
+  const reference = `${registry.host}/team/app:1.0`;
+  for (const args of [
+    [reference, tar, "--scheme", "http", "--platform", "all"],
+    ["--verify", tar],
+  ]) {
+    const { exitCode, stderr } = await runCommand(args);
+    assert.equal(exitCode, 0, stderr);
+  }
 
   const pulled = await pull(t, cache, opted("linux/amd64"));
   assertRefused(pulled, "NO_PLATFORM", /cache or artifacts: --platform all/);
   assert.equal(pulled.registry.requests.length, 1);
+});
+
+test("what has not one diff_id for each layer, or layers that are no tars, is content and no image", async (t) => {
+  const image = makeImage();
+  const artifacts = [
+    makeImage({
+      editConfig: (config) => ({ ...config, rootfs: { type: "layers", diff_ids: [] } }),
+    }),
+    makeImage({ editConfig: (config) => ({ ...config, rootfs: undefined }) }),
+    makeImage({
+      editManifest: (manifest) => ({
+        ...manifest,
+        layers: manifest.layers.map((each) => ({ ...each, mediaType: "application/vnd.x.model" })),
+      }),
+    }),
+  ];
+  for (const content of [image, ...artifacts]) {
+    const { result, files } = await pull(t, content, opted("linux/amd64"));
+    assert.equal(result?.digest, content.digest);
+    assert.equal(jsonOf(files, "manifest.json").length, content === image ? 1 : 0);
+    for (const digest of content.blobs.keys()) assert.ok(files.has(blobName(digest)));
+  }
 });
 
 test("an image beside blobs in one index", async (t) => {
