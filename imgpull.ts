@@ -38,11 +38,12 @@ import {
   appendFileSync,
   type BigIntStats,
   closeSync,
+  constants,
   createWriteStream,
+  promises as fs, // loaded at its first use
   open as openCallback,
   openSync,
 } from "node:fs";
-import * as fs from "node:fs/promises";
 import type * as http from "node:http";
 import * as net from "node:net";
 import * as os from "node:os";
@@ -5022,8 +5023,8 @@ class BatchWriter {
 // not waited for, and only regular files of our own are gone on with. A file is taken by renaming it to a name that
 // nobody else has: of several that try one succeeds, and looks at what it has got.
 
-const { O_RDONLY, O_RDWR, O_WRONLY, O_CREAT, O_EXCL } = fs.constants;
-const { O_NOFOLLOW = 0, O_NONBLOCK = 0 } = fs.constants; // Windows has neither
+const { O_RDONLY, O_RDWR, O_WRONLY, O_CREAT, O_EXCL } = constants;
+const { O_NOFOLLOW = 0, O_NONBLOCK = 0 } = constants; // Windows has neither
 
 type OpenFile = Readonly<{ handle: fs.FileHandle; stats: BigIntStats }>;
 
@@ -5766,7 +5767,7 @@ async function parseFileDestination(destination: string): Promise<Destination> {
     fail("DISK", `${doing}: it is there, and not a file (- is stdout)`);
 
   const folder = path.dirname(destination);
-  const checking = fs.access(`${folder}/.`, fs.constants.W_OK);
+  const checking = fs.access(`${folder}/.`, constants.W_OK);
   await onDisk(`${doing}: the directory ${folder}`, checking);
   return { kind: "tar", file: await onDisk(doing, resolveFile(destination)) };
 }
@@ -5971,7 +5972,7 @@ async function openTaken(file: string, model: BigIntStats): Promise<OpenFile | u
 async function replaceByCopy(file: string): Promise<fs.FileHandle | undefined> {
   const copy = `${file}.copy`;
   try {
-    await fs.copyFile(file, copy, fs.constants.COPYFILE_FICLONE | fs.constants.COPYFILE_EXCL);
+    await fs.copyFile(file, copy, constants.COPYFILE_FICLONE | constants.COPYFILE_EXCL);
     await fs.rename(copy, file);
     return (await openRegular(file, O_RDWR))?.handle;
   } catch {
@@ -8002,7 +8003,7 @@ async function openTarSource(source: TarSource, signal?: AbortSignal): Promise<O
 async function openPipe(file: string, signal?: AbortSignal): Promise<Readable> {
   // Opening a pipe ends when it has a writer: to stop, we become that for a moment.
   const letGo = async () => {
-    const flags = fs.constants.O_WRONLY | fs.constants.O_NONBLOCK;
+    const flags = constants.O_WRONLY | constants.O_NONBLOCK;
     const writer = await fs.open(file, flags).catch(ignore);
     await writer?.close();
   };
