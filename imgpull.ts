@@ -346,6 +346,22 @@ interface ManifestHolder {
   imageUrl: string;
 }
 
+/**
+ * A tar to look at: the path of a file, of a pipe or of an OCI layout folder; or its bytes (Node's Readables are such).
+ * It may be compressed.
+ */
+type TarSource = string | AsyncIterable<Uint8Array>;
+
+/** How a tar is looked at. */
+interface LookOptions {
+  /** Stops it; what is thrown then has the code `ABORTED` and the signal's reason as its cause. */
+  signal?: AbortSignal | undefined;
+  /** Called as bytes are read, of the tar as it lies there; how many there are is not known of every stream. */
+  onProgress?:
+    | ((progress: { doneBytes: number; totalBytes: number | undefined }) => void)
+    | undefined;
+}
+
 /** One thing that is wrong with a tar. `entry` is the name of a file in it. */
 type TarProblem =
   /** No tar, or not one from some place on: nothing after it was looked at. */
@@ -455,6 +471,7 @@ type ErrorCode =
 interface ErrorDetails {
   status?: number | undefined;
   retryAfterMs?: number | undefined;
+  report?: TarReport | undefined;
   cause?: unknown;
 }
 
@@ -464,6 +481,8 @@ class ImgpullError extends Error {
   readonly code: ErrorCode;
   /** The HTTP status, where there was one. */
   declare readonly status?: number;
+  /** What is wrong with a tar, as values, and what is right with it: of `verifyTar()`, with the code `BAD_TAR`. */
+  declare readonly report?: TarReport;
   /** @internal How long the server asks us to stay away. */
   declare readonly retryAfterMs?: number;
 
@@ -472,11 +491,12 @@ class ImgpullError extends Error {
     message: string,
     details: { status?: number | undefined; cause?: unknown } = {},
   ) {
-    const { cause, status, retryAfterMs }: ErrorDetails = details;
+    const { cause, status, retryAfterMs, report }: ErrorDetails = details;
     super(message, cause === undefined ? undefined : { cause });
     this.code = code;
     if (status !== undefined) this.status = status;
     if (retryAfterMs !== undefined) this.retryAfterMs = retryAfterMs;
+    if (report !== undefined) this.report = report;
   }
 }
 
@@ -7182,15 +7202,15 @@ const IS_OF_KIND: Readonly<Record<OptionKind, (value: unknown) => boolean>> = {
 };
 
 /** Without types nothing else says so. A value is not shown: it may be a secret in the wrong place. */
-function checkKinds(options: PullOptions): void {
+function checkKinds(options: object, kinds: Readonly<Record<string, OptionKind>>): void {
   if (!isRecord(options)) fail("BAD_OPTION", "the options are not an object");
   for (const [name, value] of Object.entries(options)) {
-    if (!Object.hasOwn(OPTION_KINDS, name)) {
-      const nearest = nearestName(name, Object.keys(OPTION_KINDS));
+    if (!Object.hasOwn(kinds, name)) {
+      const nearest = nearestName(name, Object.keys(kinds));
       const suggestion = nearest === undefined ? "" : `: did you mean \`${nearest}\`?`;
       fail("BAD_OPTION", `unknown option \`${printable(name, 60)}\`${suggestion}`);
     }
-    const kind = OPTION_KINDS[name as keyof PullerOpts];
+    const kind = kinds[name] as OptionKind;
     if (value !== undefined && !IS_OF_KIND[kind](value))
       fail("BAD_OPTION", `\`${name}\` has to be ${kind}`);
   }
@@ -7198,7 +7218,7 @@ function checkKinds(options: PullOptions): void {
 
 /** Options that contradict each other, lack each other, or cannot be right by themselves. */
 function checkOptions(options: PullOptions): void {
-  checkKinds(options);
+  checkKinds(options, OPTION_KINDS);
   const { scheme, tlsCert, tlsKey, username, password, token, namespace, platforms } = options;
   const { name, renames = {} } = options;
   const check = (isRight: boolean, reason: string): void => {
@@ -7356,16 +7376,25 @@ async function withSession<T>(
   }
 }
 
+const NO_PROGRESS: Progress = Object.freeze({
+  phase: "resolve",
+  doneBytes: 0,
+  totalBytes: 0,
+  fetchedBytes: 0,
+  blobsDone: 0,
+  blobsTotal: 0,
+  moving: [],
+});
+
 /** Turns what happens into Progress; bytes that are fetched again do not make it fall. */
 function progressReporter(onProgress: (progress: Progress) => void) {
-  const nothingYet = { doneBytes: 0, totalBytes: 0, fetchedBytes: 0, blobsDone: 0, blobsTotal: 0 };
   const progressOf = ({ descriptor: { digest, size }, doneBytes }: BlobState): BlobProgress => ({
     digest,
     sizeBytes: size,
     doneBytes,
   });
   let highestBytes = 0;
-  onProgress({ phase: "resolve", ...nothingYet, moving: [] });
+  onProgress(NO_PROGRESS);
 
   const report = (transfer: Transfer, phase: Progress["phase"], finished?: BlobState): void => {
     const { blobs, totalBytes, fetchedBytes, activeBlobs } = transfer;
@@ -7962,9 +7991,6 @@ class Puller {
 
 // ------ Sources ------
 
-/** A tar: the path of a file, of a pipe or of an OCI layout folder, or a stream. It may be compressed. */
-type TarSource = string | Readable;
-
 /** A file in what is looked at. In a stream its content must be read before the next file is asked for. */
 type TarMember = Readonly<{ entry: TarEntry; content: () => AsyncIterable<Buffer> }>;
 
@@ -7984,7 +8010,8 @@ interface OpenTarSource {
 }
 
 async function openTarSource(source: TarSource, signal?: AbortSignal): Promise<OpenTarSource> {
-  if (typeof source !== "string") return openStream(nameOfSource(source), source, signal);
+  if (typeof source !== "string")
+    return openStream(nameOfSource(source), readableOf(source), signal);
 
   const stats = await fs.stat(source);
   if (stats.isDirectory()) return openFolder(source);
@@ -7998,6 +8025,9 @@ async function openTarSource(source: TarSource, signal?: AbortSignal): Promise<O
   const chunks = handle.createReadStream({ highWaterMark: TUNING.batchBytes });
   return { ...(await openStream(source, chunks, signal)), sizeBytes: stats.size };
 }
+
+const readableOf = (source: AsyncIterable<Uint8Array>): Readable =>
+  source instanceof Readable ? source : Readable.from(source, { objectMode: false });
 
 /** Waits for a writer, and lets itself be stopped meanwhile and later: plain file operations on a pipe would not. */
 async function openPipe(file: string, signal?: AbortSignal): Promise<Readable> {
@@ -8022,8 +8052,9 @@ const openDescriptor = (file: string): Promise<number> =>
   });
 
 function openFile(where: string, handle: fs.FileHandle, sizeBytes: number): OpenTarSource {
-  const decoder = new TarDecoder();
+  let decoder = new TarDecoder();
   async function* members(): AsyncGenerator<TarMember> {
+    decoder = new TarDecoder();
     for await (const entry of readTar(handle, where, decoder)) {
       const end = entry.offset + entry.sizeBytes;
       yield { entry, content: () => fillHoles(readPlace(handle, entry.offset, end), entry.holes) };
@@ -8394,12 +8425,6 @@ type TarContents = Readonly<{
   problems: readonly TarProblem[];
 }>;
 
-type LookOptions = Readonly<{
-  signal?: AbortSignal | undefined;
-  /** Called with what was read so far, and how much there is where that is known. */
-  onBytes?: ((doneBytes: number, totalBytes: number | undefined) => void) | undefined;
-}>;
-
 /** Files whose content is read whatever it begins with. */
 const DOCUMENT_NAMES = ["index.json", "manifest.json", "oci-layout"];
 
@@ -8481,7 +8506,10 @@ class Look {
       this.#checkStopped();
       await inspection.add(piece);
       this.#doneBytes += piece.length;
-      this.#options.onBytes?.(this.#doneBytes, this.#source.sizeBytes);
+      this.#options.onProgress?.({
+        doneBytes: this.#doneBytes,
+        totalBytes: this.#source.sizeBytes,
+      });
       if (inspection.isEndless()) break;
     }
     const { documentPieces, ...seen } = await inspection.end();
@@ -9101,8 +9129,20 @@ async function lookThrough(
   });
 }
 
-/** What a tar holds. Throws BAD_TAR where that cannot be read from it. */
+const LOOK_OPTION_KINDS = {
+  signal: "an AbortSignal",
+  onProgress: "a function",
+} as const satisfies Record<keyof LookOptions, OptionKind>;
+
+function checkLook(source: TarSource, options: LookOptions): void {
+  checkKinds(options, LOOK_OPTION_KINDS);
+  const isSource = typeof source === "string" || Symbol.asyncIterator in Object(source);
+  if (!isSource) fail("BAD_OPTION", "a tar is the path of a file or folder, or a stream of bytes");
+}
+
+/** What a tar holds, without a look at its bytes. Throws BAD_TAR where that cannot be read from it. */
 async function listTar(source: TarSource, options: LookOptions = {}): Promise<TarImage[]> {
+  checkLook(source, options);
   const contents = await lookThrough(source, false, options);
   refuseProblems(
     contents.where,
@@ -9115,10 +9155,14 @@ async function listTar(source: TarSource, options: LookOptions = {}): Promise<Ta
   return imagesOf(held).map((image) => describeImage(image, documents));
 }
 
-/** Hashes every blob, looks for every reference, unpacks every layer. Throws BAD_TAR naming all that is wrong. */
+/**
+ * Hashes every blob, looks for every reference, unpacks every layer. Throws BAD_TAR with all that is wrong: in words, and
+ * as values in the error's `report`.
+ */
 async function verifyTar(source: TarSource, options: LookOptions = {}): Promise<TarReport> {
+  checkLook(source, options);
   const report = await inspectTar(source, options);
-  refuseProblems(nameOfSource(source), report.problems);
+  refuseProblems(nameOfSource(source), report.problems, report);
   return report;
 }
 
@@ -9187,67 +9231,80 @@ function uniqueProblems(problems: readonly TarProblem[]): TarProblem[] {
   return [...new Map(problems.map((problem) => [JSON.stringify(problem), problem])).values()];
 }
 
-function refuseProblems(where: string, problems: readonly TarProblem[]): void {
+function refuseProblems(where: string, problems: readonly TarProblem[], report?: TarReport): void {
   const lines = uniqueProblems(problems).map(
     (problem) => `${where}: ${printable(problemWords(problem), 1000)}`,
   );
-  if (lines.length > 0) fail("BAD_TAR", lines.join("\nimgpull: "));
+  if (lines.length > 0) fail("BAD_TAR", lines.join("\n"), { report });
 }
 
-// ------ Words ------
+// ------ Reading it for other purposes ------
 
-/** A table for a person. */
-function formatTarImage({ name, digest, platform, sizeBytes, layers }: TarImage): string {
-  const rows = layers.map(({ digest: layer, size, present }) => {
-    const amount = present ? formatBytes(size) : "absent";
-    return `${amount.padStart(7)} ${layer}`;
-  });
-  const title = `${name || "(no name)"}  ${platform}  ${formatBytes(sizeBytes)}`;
-  return [title, ...(digest ? [`        ${digest}`] : []), ...rows].join("\n");
+/** A file in a tar. */
+interface TarFile {
+  name: string;
+  sizeBytes: number;
+  /** The one that its name has: `sha256:…`. It is believed only when the content has it. */
+  digest?: string;
+  /** The bytes. Of a stream, only until the next file is asked for. */
+  content(): AsyncIterable<Uint8Array>;
 }
 
-/** What --verify says of a tar in which all is right. */
-function formatTarReport(report: TarReport): string {
-  const { images, blobs, unpackedLayers, notUnpacked, absentManifests, loaders } = report;
-  const counts = [
-    counted(images.length, "image"),
-    `${counted(blobs, "blob")} hashed`,
-    `${counted(unpackedLayers, "layer")} unpacked`,
-    ...notUnpacked.map(({ reason, layers }) => `${layers} (${reason}) not`),
-    ...(absentManifests > 0 ? [`${absentManifests} more of an index not here`] : []),
-  ];
-  const taking = loaders.filter(({ takes }) => takes);
-  return `${counts.join(", ")}: all is right\nloads in ${taking.map(formatLoader).join(", ")}`;
-}
+/** A tar, or an OCI layout folder, as its files. */
+class TarReader {
+  readonly #opened: OpenTarSource;
+  #isBegun = false;
 
-function formatLoader({ program, needsName, sinceVersion }: TarLoader): string {
-  const place = needsName ? "FILE:NAME" : "FILE";
-  const words = program.startsWith("skopeo") ? `${program}:${place}` : program;
-  return sinceVersion === undefined ? words : `${words} from ${sinceVersion} on`;
-}
+  /** @internal */
+  constructor(opened: OpenTarSource) {
+    this.#opened = opened;
+  }
 
-/** --list-tar: a table for a person, a line of JSON for each image otherwise. */
-async function showTarList(
-  { stdout, stdin }: CommandIO,
-  file: string,
-  signal: AbortSignal,
-): Promise<void> {
-  const source = file === "-" ? (stdin as Readable) : file;
-  for (const { isImage: _isImage, ...image } of await listTar(source, { signal })) {
-    const line = stdout.isTTY ? formatTarImage({ isImage: true, ...image }) : JSON.stringify(image);
-    stdout.write(`${line}\n`);
+  /** All files in order. A stream, or a compressed tar, can be gone through once. */
+  async *files(): AsyncGenerator<TarFile> {
+    const { isSeekable, where } = this.#opened;
+    if (this.#isBegun && !isSeekable)
+      fail("UNSUPPORTED", `${where}: a stream, or a compressed tar, can be gone through once`);
+    this.#isBegun = true;
+    for await (const { entry, content } of this.#opened.members()) {
+      if (!"0S".includes(entry.type)) continue;
+      const digest = digestInName(entry.name);
+      yield {
+        name: entry.name,
+        sizeBytes: lengthOfEntry(entry),
+        ...(digest !== undefined && { digest }),
+        content,
+      };
+    }
+  }
+
+  /** The bytes of a blob, which end in DIGEST_MISMATCH where they are wrong. Looks through `files()` for it. */
+  async *blob(digest: string): AsyncGenerator<Uint8Array> {
+    for await (const file of this.files()) {
+      if (file.digest !== digest) continue;
+      const hash = newHash(digest);
+      for await (const piece of file.content()) {
+        hash.update(piece);
+        yield piece;
+      }
+      if (hash.digest("hex") !== hexOf(digest))
+        fail("DIGEST_MISMATCH", `${this.#opened.where}: ${file.name} has another digest`);
+      return;
+    }
+    fail("NOT_FOUND", `${this.#opened.where} does not hold ${printable(digest)}`);
+  }
+
+  /** Lets go of the file or the stream. */
+  close(): Promise<void> {
+    return this.#opened.close();
   }
 }
 
-/** --verify. */
-async function showTarReport(
-  { stdout, stdin }: CommandIO,
-  file: string,
-  signal: AbortSignal,
-): Promise<void> {
-  const source = file === "-" ? (stdin as Readable) : file;
-  const report = await verifyTar(source, { signal });
-  stdout.write(`${file}: ${formatTarReport(report)}\n`);
+/** Opens a tar or an OCI layout folder, to read what is in it. To be closed. */
+async function openTar(source: TarSource, options: LookOptions = {}): Promise<TarReader> {
+  checkLook(source, options);
+  const where = nameOfSource(source);
+  return new TarReader(await onDisk(`cannot read ${where}`, openTarSource(source, options.signal)));
 }
 
 // ====== 16. Command line ======
@@ -9888,6 +9945,74 @@ function formatForecast(report: PullReport, place: string | undefined): string {
 const isStdout = (destination: string | undefined): boolean =>
   destination === "-" || destination === "/dev/stdout";
 
+/** What --verify says of a tar in which all is right. */
+function formatTarReport(report: TarReport): string {
+  const { images, blobs, unpackedLayers, notUnpacked, absentManifests, loaders } = report;
+  const counts = [
+    counted(images.length, "image"),
+    `${counted(blobs, "blob")} hashed`,
+    `${counted(unpackedLayers, "layer")} unpacked`,
+    ...notUnpacked.map(({ reason, layers }) => `${layers} (${reason}) not`),
+    ...(absentManifests > 0 ? [`${absentManifests} more of an index not here`] : []),
+  ];
+  const taking = loaders.filter(({ takes }) => takes);
+  return `${counts.join(", ")}: all is right\nloads in ${taking.map(formatLoader).join(", ")}`;
+}
+
+function formatLoader({ program, needsName, sinceVersion }: TarLoader): string {
+  const place = needsName ? "FILE:NAME" : "FILE";
+  const words = program.startsWith("skopeo") ? `${program}:${place}` : program;
+  return sinceVersion === undefined ? words : `${words} from ${sinceVersion} on`;
+}
+
+/** A table for a person. */
+function formatTarImage({ name, digest, platform, sizeBytes, layers }: TarImage): string {
+  const rows = layers.map(({ digest: layer, size, present }) => {
+    const amount = present ? formatBytes(size) : "absent";
+    return `${amount.padStart(7)} ${layer}`;
+  });
+  const title = `${name || "(no name)"}  ${platform}  ${formatBytes(sizeBytes)}`;
+  return [title, ...(digest ? [`        ${digest}`] : []), ...rows].join("\n");
+}
+
+/** --list-tar and --verify of `-` read stdin. */
+const tarSource = (io: CommandIO, file: string): TarSource =>
+  file === "-" ? (io.stdin as Readable) : file;
+
+/** --list-tar: a table for a person, a line of JSON for each image otherwise. */
+async function showTarList(io: CommandIO, file: string, signal: AbortSignal): Promise<void> {
+  const { stdout } = io;
+  for (const image of await listTar(tarSource(io, file), { signal })) {
+    const { name, digest, platform, sizeBytes, layers } = image;
+    const plain = { name, digest, platform, sizeBytes, layers };
+    stdout.write(`${stdout.isTTY ? formatTarImage(image) : JSON.stringify(plain)}\n`);
+  }
+}
+
+/** --verify, with progress on a terminal. */
+async function showTarReport(
+  io: CommandIO,
+  file: string,
+  { signal, isQuiet }: Readonly<{ signal: AbortSignal; isQuiet: boolean }>,
+): Promise<void> {
+  const display = new Display(io, isQuiet || !io.stderr.isTTY);
+  const onProgress: LookOptions["onProgress"] = ({ doneBytes, totalBytes = doneBytes }) =>
+    display.show({
+      ...NO_PROGRESS,
+      phase: "fetch",
+      doneBytes,
+      totalBytes,
+      fetchedBytes: doneBytes,
+    });
+  try {
+    const report = await verifyTar(tarSource(io, file), { signal, onProgress });
+    display.stop();
+    io.stdout.write(`${file}: ${formatTarReport(report)}\n`);
+  } finally {
+    display.stop();
+  }
+}
+
 /** The pull itself: stdout gets the tar, or one line for each image, pinned to the digest that DEST now holds. */
 async function pullForCommand(
   io: CommandIO,
@@ -9942,7 +10067,10 @@ async function runCommand(
   if (line.switches.has("parsed")) return showCommand(io, command);
   const { "list-tar": listed, verify: verified } = line.values;
   if (listed !== undefined) return showTarList(io, listed, signal);
-  if (verified !== undefined) return showTarReport(io, verified, signal);
+  if (verified !== undefined) {
+    const { isQuiet } = command;
+    return showTarReport(io, verified, { signal, isQuiet });
+  }
 
   const { destination, manifest } = command;
   const { say } = new Display(io, true);
@@ -9997,7 +10125,8 @@ async function main(argv: readonly string[], io: CommandIO = process): Promise<n
     const signalCode = signals?.exitCode();
     if (signalCode !== undefined) return signalCode;
     if (!(error instanceof ImgpullError)) throw error;
-    io.stderr.write(`imgpull: ${inTypedWords(error.message)}\n`);
+    const lines = inTypedWords(error.message).replace(/\n(?! )/g, "\nimgpull: "); // remedies are indented
+    io.stderr.write(`imgpull: ${lines}\n`);
     return error.code === "BAD_REFERENCE" || error.code === "BAD_OPTION" ? 2 : 1;
   } finally {
     signals?.close();
@@ -10040,6 +10169,7 @@ export type {
   Descriptor,
   ErrorCode,
   ImageList,
+  LookOptions,
   ManifestHolder,
   OutputStream,
   Platform,
@@ -10050,14 +10180,25 @@ export type {
   PullReport,
   PullResult,
   Reference,
+  TarFile,
+  TarImage,
+  TarLayer,
+  TarLoader,
+  TarProblem,
+  TarReader,
+  TarReport,
+  TarSource,
 };
 export {
   ImgpullError,
   internals,
+  listTar,
   main,
   newPullerOpts,
+  openTar,
   Puller,
   parseImageList,
   parseReference,
   pullImages,
+  verifyTar,
 };

@@ -29,7 +29,6 @@ var __toESM = (mod, isNodeMode, target) => (target = mod != null ? __create(__ge
 // build/script/imgpull.js
 var import_node_events = require("node:events");
 var import_node_fs = require("node:fs");
-var fs = __toESM(require("node:fs/promises"));
 var net = __toESM(require("node:net"));
 var os = __toESM(require("node:os"));
 var path = __toESM(require("node:path"));
@@ -117,13 +116,15 @@ var ImgpullError = class extends Error {
   name = "ImgpullError";
   code;
   constructor(code, message, details = {}) {
-    const { cause, status, retryAfterMs } = details;
+    const { cause, status, retryAfterMs, report } = details;
     super(message, cause === void 0 ? void 0 : { cause });
     this.code = code;
     if (status !== void 0)
       this.status = status;
     if (retryAfterMs !== void 0)
       this.retryAfterMs = retryAfterMs;
+    if (report !== void 0)
+      this.report = report;
   }
 };
 function fail(code, message, details) {
@@ -462,8 +463,8 @@ var CA_BUNDLES = [
   "/etc/openssl/certs/ca-certificates.crt"
 ];
 var CA_DIRECTORIES = ["/etc/ssl/certs", "/etc/pki/tls/certs", "/system/etc/security/cacerts"];
-var readOptional = (file) => fs.readFile(file, "utf8").catch(ignore);
-var listOptional = (folder) => fs.readdir(folder).catch(() => []);
+var readOptional = (file) => import_node_fs.promises.readFile(file, "utf8").catch(ignore);
+var listOptional = (folder) => import_node_fs.promises.readdir(folder).catch(() => []);
 var certificatesOf = (text = "") => text.split(/(?=-----BEGIN )/).filter((block) => /^-----BEGIN (X509 |TRUSTED )?CERTIFICATE-----/.test(block));
 function isReadable(certificate) {
   const { X509Certificate } = load("node:crypto");
@@ -503,7 +504,7 @@ function nodeCertificates() {
   return system.length > 0 ? system : rootCertificates;
 }
 async function readPem(what, file) {
-  const text = await fs.readFile(file, "utf8").catch((error) => fail("TLS", `cannot read ${what} ${file}: ${diskWords(error)}`));
+  const text = await import_node_fs.promises.readFile(file, "utf8").catch((error) => fail("TLS", `cannot read ${what} ${file}: ${diskWords(error)}`));
   if (!text.includes("-----BEGIN "))
     fail("TLS", `${what} ${file} is not a PEM file`);
   return text;
@@ -1198,8 +1199,8 @@ async function readCredentialFile(file, variable) {
   const what = variable === void 0 ? `the credential file ${file}` : `${variable} names ${file}`;
   const isMissing = (cause) => ["ENOENT", "ENOTDIR", "ERR_ACCESS_DENIED"].includes(errorCodeOf(cause));
   try {
-    if ((await fs.stat(file)).size <= LIMITS.credentialFileBytes)
-      return await fs.readFile(file, "utf8");
+    if ((await import_node_fs.promises.stat(file)).size <= LIMITS.credentialFileBytes)
+      return await import_node_fs.promises.readFile(file, "utf8");
   } catch (cause) {
     if (variable === void 0 && isMissing(cause))
       return void 0;
@@ -2898,7 +2899,7 @@ function packingOf(bytes) {
   return PACKING_MAGIC.find(([, magic]) => magic.test(hex))?.[0];
 }
 async function openTarFile(file) {
-  const handle = await onDisk(`cannot read ${file}`, fs.open(file, "r"));
+  const handle = await onDisk(`cannot read ${file}`, import_node_fs.promises.open(file, "r"));
   const names = new TarNames();
   const blobs = /* @__PURE__ */ new Map();
   try {
@@ -3339,11 +3340,11 @@ var BatchWriter = class {
     this.#writing.catch(() => this.#stream.destroy());
   }
 };
-var { O_RDONLY, O_RDWR, O_WRONLY, O_CREAT, O_EXCL } = fs.constants;
-var { O_NOFOLLOW = 0, O_NONBLOCK = 0 } = fs.constants;
+var { O_RDONLY, O_RDWR, O_WRONLY, O_CREAT, O_EXCL } = import_node_fs.constants;
+var { O_NOFOLLOW = 0, O_NONBLOCK = 0 } = import_node_fs.constants;
 async function statAt(file) {
   try {
-    return await fs.lstat(file, { bigint: true });
+    return await import_node_fs.promises.lstat(file, { bigint: true });
   } catch (error) {
     if (errorCodeOf(error) === "ENOENT")
       return void 0;
@@ -3356,14 +3357,14 @@ async function openRegular(file, flags = O_RDONLY) {
   const before = await statAt(file);
   if (!before?.isFile())
     return void 0;
-  const handle = await fs.open(file, flags | O_NOFOLLOW | O_NONBLOCK);
+  const handle = await import_node_fs.promises.open(file, flags | O_NOFOLLOW | O_NONBLOCK);
   const stats = await handle.stat({ bigint: true });
   if (stats.isFile())
     return { handle, stats };
   await handle.close();
   return void 0;
 }
-var createFile = (file, mode = 438) => fs.open(file, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW, mode);
+var createFile = (file, mode = 438) => import_node_fs.promises.open(file, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW, mode);
 function isOwn(stats, model) {
   const isOpenToOthers = (stats.mode & 18n & ~model.mode) !== 0n;
   return stats.isFile() && stats.uid === model.uid && stats.nlink <= 1n && !isOpenToOthers;
@@ -3378,12 +3379,12 @@ async function readOwn(file, model) {
     await opened.handle.close();
   }
 }
-var removeQuietly = (file) => fs.unlink(file).catch(ignore);
+var removeQuietly = (file) => import_node_fs.promises.unlink(file).catch(ignore);
 async function moveFile(from, to) {
   if ((await statAt(from))?.isDirectory())
     fail("DISK", `${from} is in the way: it is a directory`);
   try {
-    await fs.rename(from, to);
+    await import_node_fs.promises.rename(from, to);
     return true;
   } catch (error) {
     const code = errorCodeOf(error);
@@ -3396,17 +3397,17 @@ async function moveFile(from, to) {
   }
 }
 async function replaceFile(aside, file) {
-  await fs.rename(aside, file).catch((error) => {
+  await import_node_fs.promises.rename(aside, file).catch((error) => {
     const words = `${file} cannot be replaced: ${diskWords(error)}`;
     return fail("DISK", words, { cause: error });
   });
 }
 async function putBack(aside, file) {
   try {
-    await fs.link(aside, file);
+    await import_node_fs.promises.link(aside, file);
   } catch (error) {
     if (errorCodeOf(error) !== "EEXIST")
-      return fs.rename(aside, file);
+      return import_node_fs.promises.rename(aside, file);
   }
   await removeQuietly(aside);
 }
@@ -3436,11 +3437,11 @@ async function describeSelf() {
   const self = { id, pid, host: os.hostname(), space: "", started: "" };
   if (process.platform !== "linux")
     return { ...self, space: `${process.platform} ${os.hostname()}` };
-  const link2 = (file) => fs.readlink(file).catch(ignore);
+  const link = (file) => import_node_fs.promises.readlink(file).catch(ignore);
   const boot = (await readOptional("/proc/sys/kernel/random/boot_id"))?.trim();
-  const namespace = await link2("/proc/self/ns/pid");
+  const namespace = await link("/proc/self/ns/pid");
   const started = await startOf("self");
-  const isOurProc = await link2("/proc/self") === String(pid);
+  const isOurProc = await link("/proc/self") === String(pid);
   if (!boot || !namespace || !started || !isOurProc)
     return self;
   return { ...self, space: `${boot} ${namespace}`, started };
@@ -3535,7 +3536,7 @@ var Lock = class _Lock {
   }
   async #isPlaced() {
     try {
-      await fs.link(this.#aside, this.#file);
+      await import_node_fs.promises.link(this.#aside, this.#file);
       return true;
     } catch (error) {
       if (errorCodeOf(error) === "EEXIST")
@@ -3891,15 +3892,15 @@ var Transfer = class {
 };
 var DEVICE_NAME = /^(con|prn|aux|nul|com\d|lpt\d)\s*($|[.:])/i;
 async function resolveLink(file) {
-  const link2 = await fs.readlink(file).catch(ignore);
-  if (link2 === void 0)
+  const link = await import_node_fs.promises.readlink(file).catch(ignore);
+  if (link === void 0)
     return file;
-  const target = path.resolve(await fs.realpath(path.dirname(file)), link2);
+  const target = path.resolve(await import_node_fs.promises.realpath(path.dirname(file)), link);
   return resolveLink(target);
 }
 async function resolveFile(file) {
   try {
-    return await fs.realpath(file);
+    return await import_node_fs.promises.realpath(file);
   } catch (error) {
     if (errorCodeOf(error) !== "ENOENT")
       throw error;
@@ -3916,7 +3917,7 @@ async function parseFileDestination(destination) {
   const doing = `cannot write ${destination}`;
   if (isWindows && DEVICE_NAME.test(path.basename(destination)))
     fail("DISK", `${doing}: that name is a device of Windows (- is stdout)`);
-  const stats = await fs.stat(destination).catch(ignore);
+  const stats = await import_node_fs.promises.stat(destination).catch(ignore);
   if (/[\\/]$/.test(destination) || stats?.isDirectory())
     return { kind: "layout", folder: destination };
   if (stats?.isFIFO() || stats?.isCharacterDevice())
@@ -3924,7 +3925,7 @@ async function parseFileDestination(destination) {
   if (stats?.isFile() === false)
     fail("DISK", `${doing}: it is there, and not a file (- is stdout)`);
   const folder = path.dirname(destination);
-  const checking = fs.access(`${folder}/.`, fs.constants.W_OK);
+  const checking = import_node_fs.promises.access(`${folder}/.`, import_node_fs.constants.W_OK);
   await onDisk(`${doing}: the directory ${folder}`, checking);
   return { kind: "tar", file: await onDisk(doing, resolveFile(destination)) };
 }
@@ -3956,12 +3957,12 @@ async function syncQuietly(handle) {
   });
 }
 async function syncFolder(folder) {
-  const handle = await fs.open(folder, "r").catch(ignore);
+  const handle = await import_node_fs.promises.open(folder, "r").catch(ignore);
   if (handle)
     await syncQuietly(handle).finally(() => handle.close());
 }
 async function checkFreeSpace(dest, place, neededBytes) {
-  const { blocks, bavail, bsize } = await fs.statfs(place).catch(() => ({ blocks: 0, bavail: 0, bsize: 1 }));
+  const { blocks, bavail, bsize } = await import_node_fs.promises.statfs(place).catch(() => ({ blocks: 0, bavail: 0, bsize: 1 }));
   const freeBytes = blocks === 0 ? NEVER : bavail * bsize;
   if (neededBytes <= freeBytes)
     return;
@@ -3971,7 +3972,7 @@ async function checkFreeSpace(dest, place, neededBytes) {
 var tellOfInodes = (folder) => async (error) => {
   if (errorCodeOf(error) !== "ENOSPC")
     throw error;
-  const counts = await fs.statfs(folder).catch(ignore);
+  const counts = await import_node_fs.promises.statfs(folder).catch(ignore);
   if (!counts || counts.files === 0 || counts.ffree > 0)
     throw error;
   throw Object.assign(error, { code: "NO_INODES" });
@@ -3993,29 +3994,29 @@ var BackgroundSync = class {
     return this.#syncing;
   }
 };
-function fileSink(open2, seal) {
+function fileSink(open, seal) {
   const sync = new BackgroundSync();
   return {
     isInOrder: false,
     write: async (blob, position, chunks) => {
-      const handle = await open2(blob);
+      const handle = await open(blob);
       await writeAll(handle, chunks, blob.offset + position);
       const sizeBytes = sumOf(chunks, ({ length }) => length);
       await sync.written(handle, sizeBytes);
     },
     readBack: async function* (blob, from) {
       const { offset, descriptor } = blob;
-      yield* readPlace(await open2(blob), offset + from, offset + descriptor.size);
+      yield* readPlace(await open(blob), offset + from, offset + descriptor.size);
     },
     seal: async (blob) => seal?.(blob),
     end: () => sync.end()
   };
 }
 async function fillPlaces(filling) {
-  const { blobs, journal, open: open2, seal, ...rest } = filling;
+  const { blobs, journal, open, seal, ...rest } = filling;
   for (const blob of blobs)
-    await resumeBlob(blob, journal, open2);
-  const transfer = new Transfer({ ...rest, blobs, journal, sink: fileSink(open2, seal) });
+    await resumeBlob(blob, journal, open);
+  const transfer = new Transfer({ ...rest, blobs, journal, sink: fileSink(open, seal) });
   try {
     await transfer.run();
     return transfer;
@@ -4025,12 +4026,12 @@ async function fillPlaces(filling) {
         journal.record(blob);
   }
 }
-async function resumeBlob(blob, journal, open2) {
+async function resumeBlob(blob, journal, open) {
   const { digest, size } = blob.descriptor;
   const ranges = journal.rangesOf(digest);
   if (ranges.length === 0)
     return;
-  const { size: fileBytes } = await (await open2(blob)).stat();
+  const { size: fileBytes } = await (await open(blob)).stat();
   const placeEnd = fileBytes - blob.offset;
   blob.resume(ranges.filter(([, to]) => to <= size && to <= placeEnd));
 }
@@ -4083,18 +4084,18 @@ async function openTaken(file, model) {
   if (opened && isOwn(opened.stats, model))
     return opened;
   await opened?.handle.close();
-  await fs.unlink(file);
+  await import_node_fs.promises.unlink(file);
   return void 0;
 }
 async function replaceByCopy(file) {
   const copy = `${file}.copy`;
   try {
-    await fs.copyFile(file, copy, fs.constants.COPYFILE_FICLONE | fs.constants.COPYFILE_EXCL);
-    await fs.rename(copy, file);
+    await import_node_fs.promises.copyFile(file, copy, import_node_fs.constants.COPYFILE_FICLONE | import_node_fs.constants.COPYFILE_EXCL);
+    await import_node_fs.promises.rename(copy, file);
     return (await openRegular(file, O_RDWR))?.handle;
   } catch {
     await removeQuietly(copy);
-    await fs.unlink(file);
+    await import_node_fs.promises.unlink(file);
     return void 0;
   }
 }
@@ -4102,7 +4103,7 @@ async function renameOver(from, dest) {
   const waitsMs = isWindows ? [50, 100, 200, 400, 800] : [];
   for (; ; ) {
     try {
-      return await fs.rename(from, dest);
+      return await import_node_fs.promises.rename(from, dest);
     } catch (error) {
       if (!isWindows || !["EPERM", "EACCES", "EBUSY"].includes(errorCodeOf(error)))
         throw error;
@@ -4166,7 +4167,7 @@ var PartialTar = class _PartialTar {
     if (isOfPlan && Number(found.stats.size) === this.#plan.sizeBytes)
       return this.#goOnWith(found, notes);
     await found.handle.close();
-    await fs.rename(this.#aside, `${this.file}.old`);
+    await import_node_fs.promises.rename(this.#aside, `${this.file}.old`);
     this.#isTaken = false;
   }
   async #goOnWith({ handle, stats }, notes) {
@@ -4188,12 +4189,12 @@ var PartialTar = class _PartialTar {
     await checkFreeSpace(this.#dest, path.dirname(this.#dest), neededBytes);
   }
   async #begin() {
-    const { mode: destMode = 438 } = await fs.stat(this.#dest).catch(ignore) ?? {};
+    const { mode: destMode = 438 } = await import_node_fs.promises.stat(this.#dest).catch(ignore) ?? {};
     const mode = destMode & 511 | 384;
     this.#handle ??= await createFile(this.#aside, mode);
     const { mode: actualMode } = await this.#handle.stat();
     if ((actualMode & 511 & ~mode) !== 0)
-      await fs.chmod(this.#aside, actualMode & mode);
+      await import_node_fs.promises.chmod(this.#aside, actualMode & mode);
     this.#journal = await Journal.begin(this.#journalFile, this.#lock.owner, {
       planId: this.#plan.id,
       partial: identityOf(await this.#handle.stat({ bigint: true })),
@@ -4231,13 +4232,13 @@ var PartialTar = class _PartialTar {
         throw error;
     }
     await this.#writeInPlace();
-    await fs.unlink(this.#aside);
+    await import_node_fs.promises.unlink(this.#aside);
     return false;
   }
   async #writeInPlace() {
-    const { size, blocks } = await fs.stat(this.#dest);
+    const { size, blocks } = await import_node_fs.promises.stat(this.#dest);
     await checkFreeSpace(this.#dest, this.#dest, this.#plan.sizeBytes - blocks * BLOCK);
-    const dest = await fs.open(this.#dest, O_WRONLY | O_NONBLOCK);
+    const dest = await import_node_fs.promises.open(this.#dest, O_WRONLY | O_NONBLOCK);
     try {
       await writeAll(dest, [Buffer.alloc(Math.min(BLOCK, size))], 0);
       let at = BLOCK;
@@ -4295,8 +4296,8 @@ async function fillTar(job, dest, lock) {
   const blobs = blobsOf(plan, sources);
   try {
     const { journal, handle } = partial;
-    const open2 = async () => handle;
-    const transfer = await fillPlaces({ session, blobs, observe, journal, open: open2 });
+    const open = async () => handle;
+    const transfer = await fillPlaces({ session, blobs, observe, journal, open });
     await closeTars(sources);
     if (!await partial.become())
       session.warn(`${dest} is mounted by itself: it was written in place, which was not one step`);
@@ -4386,7 +4387,7 @@ var BlobFiles = class {
     for (const [blob, file] of this.#files) {
       const handle = await file.catch(ignore);
       await handle?.close();
-      await fs.rename(this.#asideOf(blob), `${this.#nameOf(blob)}.partial`).catch(ignore);
+      await import_node_fs.promises.rename(this.#asideOf(blob), `${this.#nameOf(blob)}.partial`).catch(ignore);
     }
   }
 };
@@ -4425,9 +4426,9 @@ async function fillFolder(job, lock) {
   const notes = { planId: "folder", partial: "", inPlace: before.inPlace };
   const journal = await Journal.begin(journalFile, owner, notes);
   try {
-    const { open: open2, seal } = files;
+    const { open, seal } = files;
     const keptBytes = sizeOf(blobs) - sizeOf(missing);
-    const filling = { session, blobs: missing, keptBytes, observe, journal, open: open2, seal };
+    const filling = { session, blobs: missing, keptBytes, observe, journal, open, seal };
     return await fillPlaces(filling);
   } finally {
     await files.close();
@@ -4460,19 +4461,19 @@ async function readLayoutIndex(folder) {
   return fail("DISK", `${folder} holds an index.json that is not a JSON object`);
 }
 async function makeLayoutFolders(folder, names) {
-  await fs.mkdir(folder, { recursive: true });
-  const root = await fs.realpath(folder);
+  await import_node_fs.promises.mkdir(folder, { recursive: true });
+  const root = await import_node_fs.promises.realpath(folder);
   const needed = /* @__PURE__ */ new Set();
   for (const name of names)
     for (let at = parentOf(name); at !== ""; at = parentOf(at))
       needed.add(at);
   for (const name of [...needed].sort()) {
     const place = path.join(folder, name);
-    await fs.mkdir(place).catch((error) => {
+    await import_node_fs.promises.mkdir(place).catch((error) => {
       if (errorCodeOf(error) !== "EEXIST")
         throw error;
     });
-    const inside = path.relative(root, await fs.realpath(place));
+    const inside = path.relative(root, await import_node_fs.promises.realpath(place));
     if (inside.startsWith("..") || path.isAbsolute(inside))
       fail("DISK", `${place} is a link that leads out of ${folder}`);
   }
@@ -4597,7 +4598,7 @@ async function openDevice(file, signal) {
   for (; ; ) {
     signal.throwIfAborted();
     try {
-      const isPipe = (await fs.stat(file)).isFIFO();
+      const isPipe = (await import_node_fs.promises.stat(file)).isFIFO();
       const descriptor = (0, import_node_fs.openSync)(file, O_WRONLY | O_NONBLOCK);
       if (isPipe)
         return new net.Socket({ fd: descriptor, readable: false, writable: true });
@@ -5017,22 +5018,22 @@ var IS_OF_KIND = {
   "an AbortSignal": (value) => value instanceof AbortSignal,
   "a function": (value) => typeof value === "function"
 };
-function checkKinds(options) {
+function checkKinds(options, kinds) {
   if (!isRecord(options))
     fail("BAD_OPTION", "the options are not an object");
   for (const [name, value] of Object.entries(options)) {
-    if (!Object.hasOwn(OPTION_KINDS, name)) {
-      const nearest = nearestName(name, Object.keys(OPTION_KINDS));
+    if (!Object.hasOwn(kinds, name)) {
+      const nearest = nearestName(name, Object.keys(kinds));
       const suggestion = nearest === void 0 ? "" : `: did you mean \`${nearest}\`?`;
       fail("BAD_OPTION", `unknown option \`${printable(name, 60)}\`${suggestion}`);
     }
-    const kind = OPTION_KINDS[name];
+    const kind = kinds[name];
     if (value !== void 0 && !IS_OF_KIND[kind](value))
       fail("BAD_OPTION", `\`${name}\` has to be ${kind}`);
   }
 }
 function checkOptions(options) {
-  checkKinds(options);
+  checkKinds(options, OPTION_KINDS);
   const { scheme, tlsCert, tlsKey, username, password, token, namespace, platforms } = options;
   const { name, renames = {} } = options;
   const check = (isRight, reason) => {
@@ -5159,15 +5160,23 @@ async function withSession(options, run, replaced = {}) {
     transport.close();
   }
 }
+var NO_PROGRESS = Object.freeze({
+  phase: "resolve",
+  doneBytes: 0,
+  totalBytes: 0,
+  fetchedBytes: 0,
+  blobsDone: 0,
+  blobsTotal: 0,
+  moving: []
+});
 function progressReporter(onProgress) {
-  const nothingYet = { doneBytes: 0, totalBytes: 0, fetchedBytes: 0, blobsDone: 0, blobsTotal: 0 };
   const progressOf = ({ descriptor: { digest, size }, doneBytes }) => ({
     digest,
     sizeBytes: size,
     doneBytes
   });
   let highestBytes = 0;
-  onProgress({ phase: "resolve", ...nothingYet, moving: [] });
+  onProgress(NO_PROGRESS);
   const report = (transfer, phase, finished2) => {
     const { blobs, totalBytes, fetchedBytes, activeBlobs } = transfer;
     const bytesInPlace = sumOf(blobs, ({ doneBytes }) => doneBytes);
@@ -5377,7 +5386,7 @@ async function digestsIn(since, destination) {
     if (!base)
       return /* @__PURE__ */ new Set();
     if (destination?.kind === "tar") {
-      const target = await fs.stat(destination.file).catch(() => void 0);
+      const target = await import_node_fs.promises.stat(destination.file).catch(() => void 0);
       const { ino, dev } = await base.handle.stat();
       if (target?.ino === ino && target.dev === dev)
         fail("BAD_OPTION", `\`since\` ${since} is DEST: the delta would take the place of its own base`);
@@ -5401,7 +5410,7 @@ async function estimate({ entries }, destination, tars) {
   const isThere = async ({ digest, size }) => {
     if (destination?.kind === "layout") {
       const file = path.join(destination.folder, blobPath(digest));
-      const stats = await fs.stat(file).catch(() => void 0);
+      const stats = await import_node_fs.promises.stat(file).catch(() => void 0);
       if (stats?.size === size)
         return true;
     }
@@ -5448,7 +5457,7 @@ async function runPull(session, request, observe) {
 async function readSigner(key) {
   if (key.includes("-----BEGIN"))
     return parsePublicKey(key, "in `signedBy`");
-  const pem = await fs.readFile(key, "utf8").catch((error) => fail("BAD_OPTION", `cannot read \`signedBy\` ${key}: ${diskWords(error)}`));
+  const pem = await import_node_fs.promises.readFile(key, "utf8").catch((error) => fail("BAD_OPTION", `cannot read \`signedBy\` ${key}: ${diskWords(error)}`));
   return parsePublicKey(pem, key);
 }
 var readSigners = (keys) => mapConcurrently(keys ?? [], 1, readSigner);
@@ -5576,10 +5585,10 @@ var Puller = class {
       const remote = [...unique.values()].filter(({ data }) => data === void 0);
       const blobs = remote.map((descriptor) => new BlobState(descriptor, registry, 0, tars));
       const doing = `cannot write ${dir}`;
-      await onDisk(doing, fs.mkdir(dir, { recursive: true }));
+      await onDisk(doing, import_node_fs.promises.mkdir(dir, { recursive: true }));
       for (const { digest, data } of unique.values())
         if (data)
-          await onDisk(doing, fs.writeFile(path.join(dir, hexOf(digest)), data));
+          await onDisk(doing, import_node_fs.promises.writeFile(path.join(dir, hexOf(digest)), data));
       const job = { session, blobs, folder: dir, nameOf: hexOf, observe };
       finish(await onDisk(doing, pullToFolder(job)));
     }));
@@ -5607,25 +5616,26 @@ var Puller = class {
 var nameOfSource = (source) => typeof source === "string" ? source : "-";
 async function openTarSource(source, signal) {
   if (typeof source !== "string")
-    return openStream(nameOfSource(source), source, signal);
-  const stats = await fs.stat(source);
+    return openStream(nameOfSource(source), readableOf(source), signal);
+  const stats = await import_node_fs.promises.stat(source);
   if (stats.isDirectory())
     return openFolder(source);
   if (stats.isFIFO())
     return openStream(source, await openPipe(source, signal), signal);
   if (!stats.isFile() && !stats.isCharacterDevice())
     return fail("BAD_TAR", `${source}: it is not a file`);
-  const handle = await fs.open(source, "r");
+  const handle = await import_node_fs.promises.open(source, "r");
   const isPacked = packingOf(await readAt(handle, 0, BLOCK)) !== void 0;
   if (stats.isFile() && !isPacked)
     return openFile(source, handle, stats.size);
   const chunks = handle.createReadStream({ highWaterMark: TUNING.batchBytes });
   return { ...await openStream(source, chunks, signal), sizeBytes: stats.size };
 }
+var readableOf = (source) => source instanceof import_node_stream.Readable ? source : import_node_stream.Readable.from(source, { objectMode: false });
 async function openPipe(file, signal) {
   const letGo = async () => {
-    const flags = fs.constants.O_WRONLY | fs.constants.O_NONBLOCK;
-    const writer = await fs.open(file, flags).catch(ignore);
+    const flags = import_node_fs.constants.O_WRONLY | import_node_fs.constants.O_NONBLOCK;
+    const writer = await import_node_fs.promises.open(file, flags).catch(ignore);
     await writer?.close();
   };
   signal?.addEventListener("abort", letGo, { once: true });
@@ -5640,8 +5650,9 @@ var openDescriptor = (file) => new Promise((resolve2, reject) => {
   (0, import_node_fs.open)(file, "r", (error, descriptor) => error ? reject(error) : resolve2(descriptor));
 });
 function openFile(where, handle, sizeBytes) {
-  const decoder = new TarDecoder();
+  let decoder = new TarDecoder();
   async function* members() {
+    decoder = new TarDecoder();
     for await (const entry of readTar(handle, where, decoder)) {
       const end = entry.offset + entry.sizeBytes;
       yield { entry, content: () => fillHoles(readPlace(handle, entry.offset, end), entry.holes) };
@@ -5663,12 +5674,12 @@ async function openFolder(folder) {
       files.push(`blobs/${algorithm}/${name}`);
   const entries = [];
   for (const name of files) {
-    const stats = await fs.stat(path.join(folder, name)).catch(ignore);
+    const stats = await import_node_fs.promises.stat(path.join(folder, name)).catch(ignore);
     if (stats?.isFile())
       entries.push({ name, sizeBytes: stats.size, type: "0", linkName: "", offset: 0 });
   }
   async function* contentOf({ name, sizeBytes }) {
-    const handle = await fs.open(path.join(folder, name), "r");
+    const handle = await import_node_fs.promises.open(path.join(folder, name), "r");
     try {
       yield* readPlace(handle, 0, sizeBytes);
     } finally {
@@ -5688,7 +5699,7 @@ async function openFolder(folder) {
     close: async () => void 0
   };
 }
-var listFolder = async (folder) => (await fs.readdir(folder).catch(() => [])).sort();
+var listFolder = async (folder) => (await import_node_fs.promises.readdir(folder).catch(() => [])).sort();
 async function openStream(where, stream, signal) {
   if (signal)
     (0, import_node_stream.addAbortSignal)(signal, stream);
@@ -6008,7 +6019,10 @@ var Look = class {
       this.#checkStopped();
       await inspection.add(piece);
       this.#doneBytes += piece.length;
-      this.#options.onBytes?.(this.#doneBytes, this.#source.sizeBytes);
+      this.#options.onProgress?.({
+        doneBytes: this.#doneBytes,
+        totalBytes: this.#source.sizeBytes
+      });
       if (inspection.isEndless())
         break;
     }
@@ -6505,7 +6519,18 @@ async function lookThrough(source, withContent, options) {
     throw error;
   });
 }
+var LOOK_OPTION_KINDS = {
+  signal: "an AbortSignal",
+  onProgress: "a function"
+};
+function checkLook(source, options) {
+  checkKinds(options, LOOK_OPTION_KINDS);
+  const isSource = typeof source === "string" || Symbol.asyncIterator in Object(source);
+  if (!isSource)
+    fail("BAD_OPTION", "a tar is the path of a file or folder, or a stream of bytes");
+}
 async function listTar(source, options = {}) {
+  checkLook(source, options);
   const contents = await lookThrough(source, false, options);
   refuseProblems(contents.where, contents.problems.filter(({ kind }) => kind !== "cut-off"));
   const documents = new TarDocuments(contents);
@@ -6515,8 +6540,9 @@ async function listTar(source, options = {}) {
   return imagesOf(held).map((image) => describeImage(image, documents));
 }
 async function verifyTar(source, options = {}) {
+  checkLook(source, options);
   const report = await inspectTar(source, options);
-  refuseProblems(nameOfSource(source), report.problems);
+  refuseProblems(nameOfSource(source), report.problems, report);
   return report;
 }
 async function inspectTar(source, options) {
@@ -6577,50 +6603,10 @@ function describeImage(image, documents) {
 function uniqueProblems(problems) {
   return [...new Map(problems.map((problem) => [JSON.stringify(problem), problem])).values()];
 }
-function refuseProblems(where, problems) {
+function refuseProblems(where, problems, report) {
   const lines = uniqueProblems(problems).map((problem) => `${where}: ${printable(problemWords(problem), 1e3)}`);
   if (lines.length > 0)
-    fail("BAD_TAR", lines.join("\nimgpull: "));
-}
-function formatTarImage({ name, digest, platform, sizeBytes, layers }) {
-  const rows = layers.map(({ digest: layer, size, present }) => {
-    const amount = present ? formatBytes(size) : "absent";
-    return `${amount.padStart(7)} ${layer}`;
-  });
-  const title = `${name || "(no name)"}  ${platform}  ${formatBytes(sizeBytes)}`;
-  return [title, ...digest ? [`        ${digest}`] : [], ...rows].join("\n");
-}
-function formatTarReport(report) {
-  const { images, blobs, unpackedLayers, notUnpacked, absentManifests, loaders } = report;
-  const counts = [
-    counted(images.length, "image"),
-    `${counted(blobs, "blob")} hashed`,
-    `${counted(unpackedLayers, "layer")} unpacked`,
-    ...notUnpacked.map(({ reason, layers }) => `${layers} (${reason}) not`),
-    ...absentManifests > 0 ? [`${absentManifests} more of an index not here`] : []
-  ];
-  const taking = loaders.filter(({ takes }) => takes);
-  return `${counts.join(", ")}: all is right
-loads in ${taking.map(formatLoader).join(", ")}`;
-}
-function formatLoader({ program, needsName, sinceVersion }) {
-  const place = needsName ? "FILE:NAME" : "FILE";
-  const words = program.startsWith("skopeo") ? `${program}:${place}` : program;
-  return sinceVersion === void 0 ? words : `${words} from ${sinceVersion} on`;
-}
-async function showTarList({ stdout, stdin }, file, signal) {
-  const source = file === "-" ? stdin : file;
-  for (const { isImage: _isImage, ...image } of await listTar(source, { signal })) {
-    const line = stdout.isTTY ? formatTarImage({ isImage: true, ...image }) : JSON.stringify(image);
-    stdout.write(`${line}
-`);
-  }
-}
-async function showTarReport({ stdout, stdin }, file, signal) {
-  const source = file === "-" ? stdin : file;
-  const report = await verifyTar(source, { signal });
-  stdout.write(`${file}: ${formatTarReport(report)}
-`);
+    fail("BAD_TAR", lines.join("\n"), { report });
 }
 var PULL_OPTIONS = {
   os: {
@@ -6976,7 +6962,7 @@ async function checkDestinationName(destination) {
   const isTagged = /[:@]/.test(destination);
   if (!isReference(destination) || !(isTagged || hasFolder && isHosted))
     return;
-  const isFolderThere = () => fs.access(path.dirname(destination)).then(() => true, () => false);
+  const isFolderThere = () => import_node_fs.promises.access(path.dirname(destination)).then(() => true, () => false);
   if (hasFolder && await isFolderThere())
     return;
   usage(`DEST is missing: "${destination}" reads as an IMAGE; say ./${destination} to mean a file`);
@@ -7081,7 +7067,7 @@ async function readImageList(io, from, say) {
   if (from === void 0)
     return [];
   const refuse = (error) => usage(`cannot read --from ${from}: ${diskWords(error)}`);
-  const content = from === "-" ? await readStdin(io) : await fs.readFile(from).catch(refuse);
+  const content = from === "-" ? await readStdin(io) : await import_node_fs.promises.readFile(from).catch(refuse);
   const { references, format, unread } = parseImageList(content);
   if (format === "lines")
     return references;
@@ -7126,6 +7112,60 @@ function formatForecast(report, place) {
   return `dry run: ${counted(images.length, "image")}, ${size}: ${formatBytes(fetchedBytes)} to fetch${reused}`;
 }
 var isStdout = (destination) => destination === "-" || destination === "/dev/stdout";
+function formatTarReport(report) {
+  const { images, blobs, unpackedLayers, notUnpacked, absentManifests, loaders } = report;
+  const counts = [
+    counted(images.length, "image"),
+    `${counted(blobs, "blob")} hashed`,
+    `${counted(unpackedLayers, "layer")} unpacked`,
+    ...notUnpacked.map(({ reason, layers }) => `${layers} (${reason}) not`),
+    ...absentManifests > 0 ? [`${absentManifests} more of an index not here`] : []
+  ];
+  const taking = loaders.filter(({ takes }) => takes);
+  return `${counts.join(", ")}: all is right
+loads in ${taking.map(formatLoader).join(", ")}`;
+}
+function formatLoader({ program, needsName, sinceVersion }) {
+  const place = needsName ? "FILE:NAME" : "FILE";
+  const words = program.startsWith("skopeo") ? `${program}:${place}` : program;
+  return sinceVersion === void 0 ? words : `${words} from ${sinceVersion} on`;
+}
+function formatTarImage({ name, digest, platform, sizeBytes, layers }) {
+  const rows = layers.map(({ digest: layer, size, present }) => {
+    const amount = present ? formatBytes(size) : "absent";
+    return `${amount.padStart(7)} ${layer}`;
+  });
+  const title = `${name || "(no name)"}  ${platform}  ${formatBytes(sizeBytes)}`;
+  return [title, ...digest ? [`        ${digest}`] : [], ...rows].join("\n");
+}
+var tarSource = (io, file) => file === "-" ? io.stdin : file;
+async function showTarList(io, file, signal) {
+  const { stdout } = io;
+  for (const image of await listTar(tarSource(io, file), { signal })) {
+    const { name, digest, platform, sizeBytes, layers } = image;
+    const plain = { name, digest, platform, sizeBytes, layers };
+    stdout.write(`${stdout.isTTY ? formatTarImage(image) : JSON.stringify(plain)}
+`);
+  }
+}
+async function showTarReport(io, file, { signal, isQuiet }) {
+  const display = new Display(io, isQuiet || !io.stderr.isTTY);
+  const onProgress = ({ doneBytes, totalBytes = doneBytes }) => display.show({
+    ...NO_PROGRESS,
+    phase: "fetch",
+    doneBytes,
+    totalBytes,
+    fetchedBytes: doneBytes
+  });
+  try {
+    const report = await verifyTar(tarSource(io, file), { signal, onProgress });
+    display.stop();
+    io.stdout.write(`${file}: ${formatTarReport(report)}
+`);
+  } finally {
+    display.stop();
+  }
+}
 async function pullForCommand(io, command, references, options) {
   const { stdout } = io;
   const isLone = command.from === void 0 && command.destination === void 0;
@@ -7174,8 +7214,10 @@ async function runCommand(argv, io, signal) {
   const { "list-tar": listed, verify: verified } = line.values;
   if (listed !== void 0)
     return showTarList(io, listed, signal);
-  if (verified !== void 0)
-    return showTarReport(io, verified, signal);
+  if (verified !== void 0) {
+    const { isQuiet } = command;
+    return showTarReport(io, verified, { signal, isQuiet });
+  }
   const { destination, manifest } = command;
   const { say } = new Display(io, true);
   const references = [...command.images, ...await readImageList(io, command.from, say)];
@@ -7232,7 +7274,8 @@ async function main(argv, io = process) {
       return signalCode;
     if (!(error instanceof ImgpullError))
       throw error;
-    io.stderr.write(`imgpull: ${inTypedWords(error.message)}
+    const lines = inTypedWords(error.message).replace(/\n(?! )/g, "\nimgpull: ");
+    io.stderr.write(`imgpull: ${lines}
 `);
     return error.code === "BAD_REFERENCE" || error.code === "BAD_OPTION" ? 2 : 1;
   } finally {

@@ -178,6 +178,139 @@ interface ManifestHolder {
     /** The reference that was asked for. */
     imageUrl: string;
 }
+/**
+ * A tar to look at: the path of a file, of a pipe or of an OCI layout folder; or its bytes (Node's Readables are such).
+ * It may be compressed.
+ */
+type TarSource = string | AsyncIterable<Uint8Array>;
+/** How a tar is looked at. */
+interface LookOptions {
+    /** Stops it; what is thrown then has the code `ABORTED` and the signal's reason as its cause. */
+    signal?: AbortSignal | undefined;
+    /** Called as bytes are read, of the tar as it lies there; how many there are is not known of every stream. */
+    onProgress?: ((progress: {
+        doneBytes: number;
+        totalBytes: number | undefined;
+    }) => void) | undefined;
+}
+/** One thing that is wrong with a tar. `entry` is the name of a file in it. */
+type TarProblem = 
+/** No tar, or not one from some place on: nothing after it was looked at. */
+{
+    kind: "unreadable";
+    reason: string;
+}
+/** The blocks that end a tar are not there. */
+ | {
+    kind: "cut-off";
+} | {
+    kind: "too-many-entries";
+} | {
+    kind: "too-many-references";
+}
+/** Programs differ in which of two files they take, */
+ | {
+    kind: "name-twice";
+    entry: string;
+}
+/** in what `..` in a name leads to, */
+ | {
+    kind: "step-up";
+    entry: string;
+}
+/** and in what lies below a link or a file. */
+ | {
+    kind: "below-no-folder";
+    entry: string;
+}
+/** The bytes have another digest than the name says. */
+ | {
+    kind: "damaged";
+    entry: string;
+} | {
+    kind: "missing";
+    entry: string;
+} | {
+    kind: "size";
+    entry: string;
+    expectedBytes: number;
+    actualBytes: number;
+}
+/** A manifest, index or config that is not what it should be. */
+ | {
+    kind: "document" | "malformed";
+    entry: string;
+    reason: string;
+}
+/** An index of which no manifest is here. */
+ | {
+    kind: "nothing-here";
+    entry: string;
+}
+/** A config that has not one diff_id for each layer. */
+ | {
+    kind: "diff-ids";
+    entry: string;
+}
+/** A layer that does not unpack to the diff_id that the config has for it. */
+ | {
+    kind: "diff-id";
+    entry: string;
+    diffId: string;
+} | {
+    kind: "unpacks-without-end";
+    entry: string;
+} | {
+    kind: "no-image";
+};
+/** A layer of an image in a tar. */
+interface TarLayer {
+    /** Or the file's name, where that has none. */
+    digest: string;
+    /** In bytes. */
+    size: number;
+    /** A tar made with `since` lacks what its base has. */
+    present: boolean;
+}
+/** An image, or other content, that a tar names. */
+interface TarImage {
+    /** Empty where it has none. */
+    name: string;
+    /** The manifest's; empty in docker's older archives, which have none. */
+    digest: string;
+    /** `os/architecture[/variant]`, or empty. */
+    platform: string;
+    /** What loaders take for an image: no chart, signature or other artifact. */
+    isImage: boolean;
+    /** Of the layers. */
+    sizeBytes: number;
+    layers: TarLayer[];
+}
+/** Whether a program loads a tar. */
+interface TarLoader {
+    program: "docker" | "podman" | "ctr" | "skopeo docker-archive" | "skopeo oci-archive";
+    takes: boolean;
+    /** The first version that does, where earlier ones do not. */
+    sinceVersion?: number;
+    /** One image at a time, which must be named. */
+    needsName?: boolean;
+}
+/** What a tar was found to be. */
+interface TarReport {
+    images: TarImage[];
+    /** Files whose names have digests: all of them were hashed. */
+    blobs: number;
+    unpackedLayers: number;
+    /** Layers that cannot be unpacked here, for each reason: how they are compressed, or `encrypted`. */
+    notUnpacked: {
+        reason: string;
+        layers: number;
+    }[];
+    /** Manifests of an index that are not here: platforms that were left out. */
+    absentManifests: number;
+    loaders: TarLoader[];
+    problems: TarProblem[];
+}
 /** What went wrong, for programs: the `code` of an `ImgpullError`. */
 type ErrorCode = "BAD_REFERENCE" | "BAD_OPTION" | "NOT_FOUND" | "UNAUTHORIZED" | "FORBIDDEN" | "RATE_LIMITED" | "NO_PLATFORM" | "NOT_AN_IMAGE" | "UNSUPPORTED" | "TOO_LARGE" | "DIGEST_MISMATCH" | "SIZE_MISMATCH" | "SIGNATURE" | "PROTOCOL" | "NETWORK" | "TIMEOUT" | "TLS" | "CREDENTIALS" | "PROXY" | "DISK" | "BAD_TAR" | "ABORTED";
 /** The only error thrown on purpose; anything else is a bug. */
@@ -186,6 +319,8 @@ declare class ImgpullError extends Error {
     readonly code: ErrorCode;
     /** The HTTP status, where there was one. */
     readonly status?: number;
+    /** What is wrong with a tar, as values, and what is right with it: of `verifyTar()`, with the code `BAD_TAR`. */
+    readonly report?: TarReport;
     constructor(code: ErrorCode, message: string, details?: {
         status?: number | undefined;
         cause?: unknown;
@@ -243,5 +378,33 @@ declare class Puller {
     /** Every blob of an image manifest as `dir/HEX`, verified; those that are there already are kept. */
     pullBlobs(holder: ManifestHolder, dir: string): Promise<void>;
 }
-export type { BlobProgress, Descriptor, ErrorCode, ImageList, ManifestHolder, OutputStream, Platform, Progress, PulledImage, PullerOpts, PullOptions, PullReport, PullResult, Reference, };
-export { ImgpullError, newPullerOpts, Puller, parseImageList, parseReference, pullImages,  };
+/** What a tar holds, without a look at its bytes. Throws BAD_TAR where that cannot be read from it. */
+declare function listTar(source: TarSource, options?: LookOptions): Promise<TarImage[]>;
+/**
+ * Hashes every blob, looks for every reference, unpacks every layer. Throws BAD_TAR with all that is wrong: in words, and
+ * as values in the error's `report`.
+ */
+declare function verifyTar(source: TarSource, options?: LookOptions): Promise<TarReport>;
+/** A file in a tar. */
+interface TarFile {
+    name: string;
+    sizeBytes: number;
+    /** The one that its name has: `sha256:…`. It is believed only when the content has it. */
+    digest?: string;
+    /** The bytes. Of a stream, only until the next file is asked for. */
+    content(): AsyncIterable<Uint8Array>;
+}
+/** A tar, or an OCI layout folder, as its files. */
+declare class TarReader {
+    #private;
+    /** All files in order. A stream, or a compressed tar, can be gone through once. */
+    files(): AsyncGenerator<TarFile>;
+    /** The bytes of a blob, which end in DIGEST_MISMATCH where they are wrong. Looks through `files()` for it. */
+    blob(digest: string): AsyncGenerator<Uint8Array>;
+    /** Lets go of the file or the stream. */
+    close(): Promise<void>;
+}
+/** Opens a tar or an OCI layout folder, to read what is in it. To be closed. */
+declare function openTar(source: TarSource, options?: LookOptions): Promise<TarReader>;
+export type { BlobProgress, Descriptor, ErrorCode, ImageList, LookOptions, ManifestHolder, OutputStream, Platform, Progress, PulledImage, PullerOpts, PullOptions, PullReport, PullResult, Reference, TarFile, TarImage, TarLayer, TarLoader, TarProblem, TarReader, TarReport, TarSource, };
+export { ImgpullError, listTar, newPullerOpts, openTar, Puller, parseImageList, parseReference, pullImages, verifyTar,  };

@@ -1,7 +1,6 @@
 // build/script/imgpull.js
 import { once, setMaxListeners } from "node:events";
-import { appendFileSync, closeSync, createWriteStream, open as openCallback, openSync } from "node:fs";
-import * as fs from "node:fs/promises";
+import { appendFileSync, closeSync, constants, createWriteStream, promises as fs, open as openCallback, openSync } from "node:fs";
 import * as net from "node:net";
 import * as os from "node:os";
 import * as path from "node:path";
@@ -89,13 +88,15 @@ var ImgpullError = class extends Error {
   name = "ImgpullError";
   code;
   constructor(code, message, details = {}) {
-    const { cause, status, retryAfterMs } = details;
+    const { cause, status, retryAfterMs, report } = details;
     super(message, cause === void 0 ? void 0 : { cause });
     this.code = code;
     if (status !== void 0)
       this.status = status;
     if (retryAfterMs !== void 0)
       this.retryAfterMs = retryAfterMs;
+    if (report !== void 0)
+      this.report = report;
   }
 };
 function fail(code, message, details) {
@@ -3311,8 +3312,8 @@ var BatchWriter = class {
     this.#writing.catch(() => this.#stream.destroy());
   }
 };
-var { O_RDONLY, O_RDWR, O_WRONLY, O_CREAT, O_EXCL } = fs.constants;
-var { O_NOFOLLOW = 0, O_NONBLOCK = 0 } = fs.constants;
+var { O_RDONLY, O_RDWR, O_WRONLY, O_CREAT, O_EXCL } = constants;
+var { O_NOFOLLOW = 0, O_NONBLOCK = 0 } = constants;
 async function statAt(file) {
   try {
     return await fs.lstat(file, { bigint: true });
@@ -3408,11 +3409,11 @@ async function describeSelf() {
   const self = { id, pid, host: os.hostname(), space: "", started: "" };
   if (process.platform !== "linux")
     return { ...self, space: `${process.platform} ${os.hostname()}` };
-  const link2 = (file) => fs.readlink(file).catch(ignore);
+  const link = (file) => fs.readlink(file).catch(ignore);
   const boot = (await readOptional("/proc/sys/kernel/random/boot_id"))?.trim();
-  const namespace = await link2("/proc/self/ns/pid");
+  const namespace = await link("/proc/self/ns/pid");
   const started = await startOf("self");
-  const isOurProc = await link2("/proc/self") === String(pid);
+  const isOurProc = await link("/proc/self") === String(pid);
   if (!boot || !namespace || !started || !isOurProc)
     return self;
   return { ...self, space: `${boot} ${namespace}`, started };
@@ -3863,10 +3864,10 @@ var Transfer = class {
 };
 var DEVICE_NAME = /^(con|prn|aux|nul|com\d|lpt\d)\s*($|[.:])/i;
 async function resolveLink(file) {
-  const link2 = await fs.readlink(file).catch(ignore);
-  if (link2 === void 0)
+  const link = await fs.readlink(file).catch(ignore);
+  if (link === void 0)
     return file;
-  const target = path.resolve(await fs.realpath(path.dirname(file)), link2);
+  const target = path.resolve(await fs.realpath(path.dirname(file)), link);
   return resolveLink(target);
 }
 async function resolveFile(file) {
@@ -3896,7 +3897,7 @@ async function parseFileDestination(destination) {
   if (stats?.isFile() === false)
     fail("DISK", `${doing}: it is there, and not a file (- is stdout)`);
   const folder = path.dirname(destination);
-  const checking = fs.access(`${folder}/.`, fs.constants.W_OK);
+  const checking = fs.access(`${folder}/.`, constants.W_OK);
   await onDisk(`${doing}: the directory ${folder}`, checking);
   return { kind: "tar", file: await onDisk(doing, resolveFile(destination)) };
 }
@@ -3965,29 +3966,29 @@ var BackgroundSync = class {
     return this.#syncing;
   }
 };
-function fileSink(open2, seal) {
+function fileSink(open, seal) {
   const sync = new BackgroundSync();
   return {
     isInOrder: false,
     write: async (blob, position, chunks) => {
-      const handle = await open2(blob);
+      const handle = await open(blob);
       await writeAll(handle, chunks, blob.offset + position);
       const sizeBytes = sumOf(chunks, ({ length }) => length);
       await sync.written(handle, sizeBytes);
     },
     readBack: async function* (blob, from) {
       const { offset, descriptor } = blob;
-      yield* readPlace(await open2(blob), offset + from, offset + descriptor.size);
+      yield* readPlace(await open(blob), offset + from, offset + descriptor.size);
     },
     seal: async (blob) => seal?.(blob),
     end: () => sync.end()
   };
 }
 async function fillPlaces(filling) {
-  const { blobs, journal, open: open2, seal, ...rest } = filling;
+  const { blobs, journal, open, seal, ...rest } = filling;
   for (const blob of blobs)
-    await resumeBlob(blob, journal, open2);
-  const transfer = new Transfer({ ...rest, blobs, journal, sink: fileSink(open2, seal) });
+    await resumeBlob(blob, journal, open);
+  const transfer = new Transfer({ ...rest, blobs, journal, sink: fileSink(open, seal) });
   try {
     await transfer.run();
     return transfer;
@@ -3997,12 +3998,12 @@ async function fillPlaces(filling) {
         journal.record(blob);
   }
 }
-async function resumeBlob(blob, journal, open2) {
+async function resumeBlob(blob, journal, open) {
   const { digest, size } = blob.descriptor;
   const ranges = journal.rangesOf(digest);
   if (ranges.length === 0)
     return;
-  const { size: fileBytes } = await (await open2(blob)).stat();
+  const { size: fileBytes } = await (await open(blob)).stat();
   const placeEnd = fileBytes - blob.offset;
   blob.resume(ranges.filter(([, to]) => to <= size && to <= placeEnd));
 }
@@ -4061,7 +4062,7 @@ async function openTaken(file, model) {
 async function replaceByCopy(file) {
   const copy = `${file}.copy`;
   try {
-    await fs.copyFile(file, copy, fs.constants.COPYFILE_FICLONE | fs.constants.COPYFILE_EXCL);
+    await fs.copyFile(file, copy, constants.COPYFILE_FICLONE | constants.COPYFILE_EXCL);
     await fs.rename(copy, file);
     return (await openRegular(file, O_RDWR))?.handle;
   } catch {
@@ -4267,8 +4268,8 @@ async function fillTar(job, dest, lock) {
   const blobs = blobsOf(plan, sources);
   try {
     const { journal, handle } = partial;
-    const open2 = async () => handle;
-    const transfer = await fillPlaces({ session, blobs, observe, journal, open: open2 });
+    const open = async () => handle;
+    const transfer = await fillPlaces({ session, blobs, observe, journal, open });
     await closeTars(sources);
     if (!await partial.become())
       session.warn(`${dest} is mounted by itself: it was written in place, which was not one step`);
@@ -4397,9 +4398,9 @@ async function fillFolder(job, lock) {
   const notes = { planId: "folder", partial: "", inPlace: before.inPlace };
   const journal = await Journal.begin(journalFile, owner, notes);
   try {
-    const { open: open2, seal } = files;
+    const { open, seal } = files;
     const keptBytes = sizeOf(blobs) - sizeOf(missing);
-    const filling = { session, blobs: missing, keptBytes, observe, journal, open: open2, seal };
+    const filling = { session, blobs: missing, keptBytes, observe, journal, open, seal };
     return await fillPlaces(filling);
   } finally {
     await files.close();
@@ -4989,22 +4990,22 @@ var IS_OF_KIND = {
   "an AbortSignal": (value) => value instanceof AbortSignal,
   "a function": (value) => typeof value === "function"
 };
-function checkKinds(options) {
+function checkKinds(options, kinds) {
   if (!isRecord(options))
     fail("BAD_OPTION", "the options are not an object");
   for (const [name, value] of Object.entries(options)) {
-    if (!Object.hasOwn(OPTION_KINDS, name)) {
-      const nearest = nearestName(name, Object.keys(OPTION_KINDS));
+    if (!Object.hasOwn(kinds, name)) {
+      const nearest = nearestName(name, Object.keys(kinds));
       const suggestion = nearest === void 0 ? "" : `: did you mean \`${nearest}\`?`;
       fail("BAD_OPTION", `unknown option \`${printable(name, 60)}\`${suggestion}`);
     }
-    const kind = OPTION_KINDS[name];
+    const kind = kinds[name];
     if (value !== void 0 && !IS_OF_KIND[kind](value))
       fail("BAD_OPTION", `\`${name}\` has to be ${kind}`);
   }
 }
 function checkOptions(options) {
-  checkKinds(options);
+  checkKinds(options, OPTION_KINDS);
   const { scheme, tlsCert, tlsKey, username, password, token, namespace, platforms } = options;
   const { name, renames = {} } = options;
   const check = (isRight, reason) => {
@@ -5131,15 +5132,23 @@ async function withSession(options, run, replaced = {}) {
     transport.close();
   }
 }
+var NO_PROGRESS = Object.freeze({
+  phase: "resolve",
+  doneBytes: 0,
+  totalBytes: 0,
+  fetchedBytes: 0,
+  blobsDone: 0,
+  blobsTotal: 0,
+  moving: []
+});
 function progressReporter(onProgress) {
-  const nothingYet = { doneBytes: 0, totalBytes: 0, fetchedBytes: 0, blobsDone: 0, blobsTotal: 0 };
   const progressOf = ({ descriptor: { digest, size }, doneBytes }) => ({
     digest,
     sizeBytes: size,
     doneBytes
   });
   let highestBytes = 0;
-  onProgress({ phase: "resolve", ...nothingYet, moving: [] });
+  onProgress(NO_PROGRESS);
   const report = (transfer, phase, finished2) => {
     const { blobs, totalBytes, fetchedBytes, activeBlobs } = transfer;
     const bytesInPlace = sumOf(blobs, ({ doneBytes }) => doneBytes);
@@ -5580,6 +5589,1048 @@ var Puller = class {
     return { mediaType, digest, bytes, manifest: parseJson(bytes), imageUrl: this.#opts.url };
   }
 };
+var nameOfSource = (source) => typeof source === "string" ? source : "-";
+async function openTarSource(source, signal) {
+  if (typeof source !== "string")
+    return openStream(nameOfSource(source), readableOf(source), signal);
+  const stats = await fs.stat(source);
+  if (stats.isDirectory())
+    return openFolder(source);
+  if (stats.isFIFO())
+    return openStream(source, await openPipe(source, signal), signal);
+  if (!stats.isFile() && !stats.isCharacterDevice())
+    return fail("BAD_TAR", `${source}: it is not a file`);
+  const handle = await fs.open(source, "r");
+  const isPacked = packingOf(await readAt(handle, 0, BLOCK)) !== void 0;
+  if (stats.isFile() && !isPacked)
+    return openFile(source, handle, stats.size);
+  const chunks = handle.createReadStream({ highWaterMark: TUNING.batchBytes });
+  return { ...await openStream(source, chunks, signal), sizeBytes: stats.size };
+}
+var readableOf = (source) => source instanceof Readable ? source : Readable.from(source, { objectMode: false });
+async function openPipe(file, signal) {
+  const letGo = async () => {
+    const flags = constants.O_WRONLY | constants.O_NONBLOCK;
+    const writer = await fs.open(file, flags).catch(ignore);
+    await writer?.close();
+  };
+  signal?.addEventListener("abort", letGo, { once: true });
+  try {
+    const descriptor = await openDescriptor(file);
+    return new net.Socket({ fd: descriptor, readable: true, writable: false });
+  } finally {
+    signal?.removeEventListener("abort", letGo);
+  }
+}
+var openDescriptor = (file) => new Promise((resolve2, reject) => {
+  openCallback(file, "r", (error, descriptor) => error ? reject(error) : resolve2(descriptor));
+});
+function openFile(where, handle, sizeBytes) {
+  let decoder = new TarDecoder();
+  async function* members() {
+    decoder = new TarDecoder();
+    for await (const entry of readTar(handle, where, decoder)) {
+      const end = entry.offset + entry.sizeBytes;
+      yield { entry, content: () => fillHoles(readPlace(handle, entry.offset, end), entry.holes) };
+    }
+  }
+  return {
+    where,
+    isSeekable: true,
+    sizeBytes,
+    hasTrailer: () => decoder.hasTrailer,
+    members,
+    close: () => handle.close()
+  };
+}
+async function openFolder(folder) {
+  const files = ["oci-layout", "index.json", "manifest.json"];
+  for (const algorithm of await listFolder(path.join(folder, "blobs")))
+    for (const name of await listFolder(path.join(folder, "blobs", algorithm)))
+      files.push(`blobs/${algorithm}/${name}`);
+  const entries = [];
+  for (const name of files) {
+    const stats = await fs.stat(path.join(folder, name)).catch(ignore);
+    if (stats?.isFile())
+      entries.push({ name, sizeBytes: stats.size, type: "0", linkName: "", offset: 0 });
+  }
+  async function* contentOf({ name, sizeBytes }) {
+    const handle = await fs.open(path.join(folder, name), "r");
+    try {
+      yield* readPlace(handle, 0, sizeBytes);
+    } finally {
+      await handle.close();
+    }
+  }
+  async function* members() {
+    for (const entry of entries)
+      yield { entry, content: () => contentOf(entry) };
+  }
+  return {
+    where: folder,
+    isSeekable: true,
+    sizeBytes: sumOf(entries, ({ sizeBytes }) => sizeBytes),
+    hasTrailer: () => true,
+    members,
+    close: async () => void 0
+  };
+}
+var listFolder = async (folder) => (await fs.readdir(folder).catch(() => [])).sort();
+async function openStream(where, stream, signal) {
+  if (signal)
+    addAbortSignal(signal, stream);
+  const decoder = new TarDecoder();
+  const packed = new ByteReader(stream);
+  const packing = packingOf(await packed.peek(BLOCK));
+  const unpacker = packing && unpackerFor(packing);
+  if (packing && !unpacker)
+    fail("BAD_TAR", `${where}: it is compressed (${packing}), which cannot be read here`);
+  const bytes = unpacker ? new ByteReader(unpackWhole(packed, unpacker)) : packed;
+  async function* members() {
+    while (!decoder.isAtEnd) {
+      const { wantedBytes } = decoder;
+      const block = await bytes.read(wantedBytes);
+      if (block.length === 0)
+        break;
+      if (block.length < wantedBytes)
+        refuseTar(CUT_IN_HEADER);
+      const header = decoder.take(block);
+      if (!header)
+        continue;
+      const offset = bytes.position;
+      const end = offset + header.sizeBytes;
+      const entry = { ...header, name: resolveName(header.name), offset };
+      yield { entry, content: () => fillHoles(bytes.piecesUntil(end), header.holes) };
+      await bytes.skipTo(end);
+      if (bytes.position < end)
+        refuseTar(CUT_IN_ENTRY);
+      await bytes.skipTo(end + paddingOf(end));
+    }
+    await bytes.skipTo(NEVER);
+  }
+  return {
+    where,
+    isSeekable: false,
+    sizeBytes: void 0,
+    hasTrailer: () => decoder.hasTrailer,
+    members,
+    close: async () => {
+      stream.destroy();
+    }
+  };
+}
+var ByteReader = class {
+  position = 0;
+  #chunks;
+  #ahead = Buffer.alloc(0);
+  constructor(source) {
+    this.#chunks = source[Symbol.asyncIterator]();
+  }
+  async peek(length) {
+    const chunks = [this.#ahead];
+    let aheadBytes = this.#ahead.length;
+    while (aheadBytes < length) {
+      const { value, done } = await this.#chunks.next();
+      if (done)
+        break;
+      chunks.push(value);
+      aheadBytes += value.length;
+    }
+    if (chunks.length > 1)
+      this.#ahead = joined(chunks);
+    return this.#ahead.subarray(0, length);
+  }
+  async read(length) {
+    const bytes = await this.peek(length);
+    this.#take(bytes.length);
+    return bytes;
+  }
+  async *piecesUntil(end) {
+    while (this.position < end) {
+      const next = await this.peek(1);
+      if (next.length === 0)
+        return;
+      const piece = this.#ahead.subarray(0, end - this.position);
+      this.#take(piece.length);
+      yield piece;
+    }
+  }
+  async skipTo(position) {
+    for await (const _piece of this.piecesUntil(position))
+      ;
+  }
+  #take(length) {
+    this.#ahead = this.#ahead.subarray(length);
+    this.position += length;
+  }
+};
+function joined(chunks) {
+  const filled = chunks.filter(({ length }) => length > 0);
+  const [only = Buffer.alloc(0)] = filled;
+  return filled.length < 2 ? only : Buffer.concat(filled);
+}
+async function* fillHoles(stored, holes) {
+  if (!holes)
+    return yield* stored;
+  const bytes = new ByteReader(stored);
+  const zeros = Buffer.alloc(TUNING.headerReadBytes);
+  let position = 0;
+  for (const [from, to] of [...holes.pieces, [holes.realBytes, holes.realBytes]]) {
+    for (; position < from; position += zeros.length)
+      yield zeros.subarray(0, from - position);
+    yield* bytes.piecesUntil(bytes.position + to - from);
+    position = to;
+  }
+}
+var lengthOfEntry = ({ holes, sizeBytes }) => holes?.realBytes ?? sizeBytes;
+function unpackerFor(packing) {
+  const { createGunzip, createZstdDecompress } = load("node:zlib");
+  const options = { chunkSize: TUNING.unpackBytes };
+  if (packing === "gzip")
+    return createGunzip?.(options);
+  if (packing === "zstd")
+    return createZstdDecompress?.(options);
+  return void 0;
+}
+var isUnpackError = (error) => errorCodeOf(error).startsWith("Z");
+var isEndless = (unpackedBytes, packedBytes) => unpackedBytes > LIMITS.unpackFactor * packedBytes + LIMITS.unpackFloorBytes;
+async function* unpackWhole(packed, unpacker) {
+  const feeding = pipeline(packed.piecesUntil(NEVER), unpacker).catch(ignore);
+  let unpackedBytes = 0;
+  try {
+    for await (const chunk of unpacker) {
+      unpackedBytes += chunk.length;
+      if (isEndless(unpackedBytes, packed.position))
+        refuseTar(`it unpacks to more than ${LIMITS.unpackFactor} times its size`);
+      yield chunk;
+    }
+  } catch (error) {
+    throw isUnpackError(error) ? new ImgpullError("BAD_TAR", "its compression is damaged, or it was cut off", {
+      cause: error
+    }) : error;
+  } finally {
+    unpacker.destroy();
+    await feeding;
+  }
+}
+var Digests = class {
+  #hashes;
+  constructor(algorithms) {
+    this.#hashes = algorithms.map((algorithm) => [algorithm, newHash(`${algorithm}:`)]);
+  }
+  update(bytes) {
+    for (const [, hash] of this.#hashes)
+      hash.update(bytes);
+  }
+  list() {
+    return this.#hashes.map(([algorithm, hash]) => `${algorithm}:${hash.digest("hex")}`);
+  }
+};
+var TarCheck = class {
+  #decoder = new TarDecoder();
+  #block = Buffer.alloc(0);
+  #skipBytes = 0;
+  #isBroken = false;
+  push(chunk) {
+    let at = 0;
+    while (at < chunk.length && !this.#isBroken && !this.#decoder.isAtEnd) {
+      if (this.#skipBytes > 0) {
+        const skippedBytes = Math.min(this.#skipBytes, chunk.length - at);
+        this.#skipBytes -= skippedBytes;
+        at += skippedBytes;
+      } else
+        at += this.#gather(chunk, at);
+    }
+  }
+  isTar() {
+    return !this.#isBroken && this.#skipBytes < BLOCK && this.#block.length === 0;
+  }
+  #gather(chunk, at) {
+    const missingBytes = this.#decoder.wantedBytes - this.#block.length;
+    const piece = chunk.subarray(at, at + missingBytes);
+    this.#block = this.#block.length === 0 ? piece : Buffer.concat([this.#block, piece]);
+    if (piece.length === missingBytes)
+      this.#takeBlock();
+    return piece.length;
+  }
+  #takeBlock() {
+    const block = this.#block;
+    this.#block = Buffer.alloc(0);
+    try {
+      const header = this.#decoder.take(block);
+      if (header)
+        this.#skipBytes = header.sizeBytes + paddingOf(header.sizeBytes);
+    } catch (error) {
+      if (!(error instanceof ImgpullError))
+        throw error;
+      this.#isBroken = true;
+    }
+  }
+};
+var LayerUnpacking = class {
+  #packing;
+  #unpacker;
+  #digests;
+  #tar = new TarCheck();
+  #reading;
+  #packedBytes = 0;
+  #isOver = false;
+  constructor(packing, unpacker, algorithms) {
+    this.#packing = packing;
+    this.#unpacker = unpacker;
+    this.#digests = new Digests(algorithms);
+    unpacker.on("error", ignore);
+    this.#reading = this.#read();
+  }
+  async write(piece) {
+    this.#packedBytes += piece.length;
+    if (this.#isOver || this.#unpacker.write(piece))
+      return;
+    await Promise.race([once(this.#unpacker, "drain").catch(ignore), this.#reading]);
+  }
+  async end() {
+    if (!this.#isOver)
+      this.#unpacker.end();
+    const outcome = await this.#reading;
+    return {
+      packing: this.#packing,
+      outcome,
+      digests: this.#digests.list(),
+      isTar: this.#tar.isTar(),
+      hasRest: this.#unpacker.bytesWritten < this.#packedBytes
+    };
+  }
+  async #read() {
+    let unpackedBytes = 0;
+    try {
+      for await (const chunk of this.#unpacker) {
+        this.#digests.update(chunk);
+        this.#tar.push(chunk);
+        unpackedBytes += chunk.length;
+        if (isEndless(unpackedBytes, this.#packedBytes))
+          return "endless";
+      }
+      return "whole";
+    } catch (error) {
+      if (!isUnpackError(error))
+        throw error;
+      return "broken";
+    } finally {
+      this.#isOver = true;
+    }
+  }
+};
+var DOCUMENT_NAMES = ["index.json", "manifest.json", "oci-layout"];
+var Look = class {
+  #source;
+  #options;
+  #names = new TarNames();
+  #files = /* @__PURE__ */ new Map();
+  #problems = [];
+  #keptBytes = 0;
+  #doneBytes = 0;
+  constructor(source, options) {
+    this.#source = source;
+    this.#options = options;
+  }
+  async run(withContent) {
+    await this.#readMembers(withContent).catch((error) => {
+      if (!(error instanceof ImgpullError) || error.code !== "BAD_TAR")
+        throw error;
+      const reason = error.message.replace(`${this.#source.where}: `, "");
+      this.#problems.push({ kind: "unreadable", reason });
+    });
+    const isWhole = this.#problems.length === 0 && this.#names.entries.size > 0;
+    if (isWhole && !this.#source.hasTrailer())
+      this.#problems.push({ kind: "cut-off" });
+    const { where } = this.#source;
+    return { where, names: this.#names, files: this.#files, problems: this.#problems };
+  }
+  async #readMembers(withContent) {
+    const lanes = this.#source.isSeekable ? TUNING.unpackLanes : 1;
+    const running = /* @__PURE__ */ new Set();
+    try {
+      for await (const member of this.#source.members()) {
+        this.#checkStopped();
+        const { entry } = member;
+        const problem = this.#names.add(entry);
+        if (problem)
+          this.#problems.push(problem);
+        if (problem?.kind === "too-many-entries")
+          return;
+        if (problem || !"0S".includes(entry.type))
+          continue;
+        const reading = this.#readMember(member, withContent);
+        const run = reading.finally(() => running.delete(run));
+        run.catch(ignore);
+        running.add(run);
+        if (running.size >= lanes)
+          await Promise.race(running);
+      }
+    } finally {
+      settled(await Promise.allSettled(running));
+    }
+  }
+  async #readMember(member, withContent) {
+    const { entry } = member;
+    const seen = withContent ? await this.#inspect(member) : await this.#readDocument(member);
+    this.#files.set(entry.name, seen);
+  }
+  async #readDocument({ entry, content }) {
+    const seen = { entry, isIntact: true, unpacked: void 0 };
+    if (lengthOfEntry(entry) > LIMITS.tarMetadataBytes)
+      return { ...seen, bytes: void 0 };
+    const pieces = [];
+    for await (const piece of content()) {
+      this.#checkStopped();
+      if (pieces.length === 0 && !mayBeDocument(entry, piece))
+        break;
+      pieces.push(piece);
+    }
+    return { ...seen, bytes: this.#keep(pieces) };
+  }
+  async #inspect({ entry, content }) {
+    const inspection = new FileInspection(entry);
+    for await (const piece of content()) {
+      this.#checkStopped();
+      await inspection.add(piece);
+      this.#doneBytes += piece.length;
+      this.#options.onProgress?.({
+        doneBytes: this.#doneBytes,
+        totalBytes: this.#source.sizeBytes
+      });
+      if (inspection.isEndless())
+        break;
+    }
+    const { documentPieces, ...seen } = await inspection.end();
+    return { ...seen, bytes: this.#keep(documentPieces) };
+  }
+  #keep(pieces) {
+    const sizeBytes = sumOf(pieces, ({ length }) => length);
+    if (pieces.length === 0 || this.#keptBytes + sizeBytes > LIMITS.tarDocumentBytes)
+      return void 0;
+    this.#keptBytes += sizeBytes;
+    return Buffer.concat(pieces);
+  }
+  #checkStopped() {
+    const { signal } = this.#options;
+    if (signal?.aborted)
+      fail("ABORTED", "stopped", { cause: signal.reason });
+  }
+};
+var FileInspection = class {
+  #entry;
+  #claimed;
+  #algorithms;
+  #digests;
+  #tar = new TarCheck();
+  #documentPieces = [];
+  #isDocument = false;
+  #packing;
+  #unpacking;
+  #readBytes = 0;
+  constructor(entry) {
+    this.#entry = entry;
+    this.#claimed = digestInName(entry.name);
+    this.#algorithms = [.../* @__PURE__ */ new Set([algorithmOf(this.#claimed ?? "sha256:"), "sha256"])];
+    this.#digests = new Digests(this.#algorithms);
+  }
+  async add(piece) {
+    if (this.#readBytes === 0)
+      this.#begin(piece);
+    this.#readBytes += piece.length;
+    this.#digests.update(piece);
+    if (this.#isDocument)
+      this.#documentPieces.push(piece);
+    if (!this.#packing)
+      this.#tar.push(piece);
+    await this.#unpacking?.write(piece);
+  }
+  isEndless() {
+    return isEndless(this.#readBytes, this.#entry.sizeBytes);
+  }
+  async end() {
+    const digests = this.#digests.list();
+    const unpacked = await this.#unpacking?.end() ?? this.#asItIs(digests);
+    return {
+      entry: this.#entry,
+      isIntact: this.#claimed === void 0 || digests.includes(this.#claimed),
+      unpacked,
+      documentPieces: this.#documentPieces
+    };
+  }
+  #begin(firstPiece) {
+    this.#isDocument = mayBeDocument(this.#entry, firstPiece);
+    this.#packing = packingOf(firstPiece);
+    const unpacker = this.#packing && unpackerFor(this.#packing);
+    if (this.#packing && unpacker)
+      this.#unpacking = new LayerUnpacking(this.#packing, unpacker, this.#algorithms);
+  }
+  #asItIs(digests) {
+    const outcome = this.#packing ? "not-unpacked" : "whole";
+    return {
+      packing: this.#packing,
+      outcome: this.isEndless() ? "endless" : outcome,
+      digests,
+      isTar: this.#tar.isTar(),
+      hasRest: false
+    };
+  }
+};
+function mayBeDocument(entry, firstPiece) {
+  if (lengthOfEntry(entry) > LIMITS.tarMetadataBytes)
+    return false;
+  const beginning = firstPiece.toString("latin1", 0, 64).trimStart();
+  return DOCUMENT_NAMES.includes(entry.name) || beginning.startsWith("{") || beginning.startsWith("[");
+}
+var TarDocuments = class {
+  problems = [];
+  #contents;
+  #manifests = /* @__PURE__ */ new Map();
+  #configs = /* @__PURE__ */ new Map();
+  constructor(contents) {
+    this.#contents = contents;
+  }
+  bytes(digest) {
+    const seen = this.file(blobPath(digest));
+    return seen?.isIntact ? seen.bytes : void 0;
+  }
+  file(name) {
+    const entry = this.#contents.names.file(name);
+    return entry && this.#contents.files.get(entry.name);
+  }
+  json(name) {
+    const seen = this.file(name);
+    if (!seen?.isIntact)
+      return void 0;
+    if (lengthOfEntry(seen.entry) > LIMITS.tarMetadataBytes)
+      return this.#refuse(name, "is too large");
+    const isLeftOut = seen.bytes === void 0 && seen.unpacked?.packing === void 0;
+    const parsed = seen.bytes && parseShallowJson(seen.bytes);
+    if (parsed !== void 0)
+      return parsed;
+    return this.#refuse(name, isLeftOut ? NOT_KEPT : NOT_JSON);
+  }
+  manifest({ digest, size, mediaType }) {
+    const bytes = this.bytes(digest);
+    if (bytes && bytes.length !== size) {
+      const sizes = { expectedBytes: size, actualBytes: bytes.length };
+      this.problems.push({ kind: "size", entry: blobPath(digest), ...sizes });
+      return void 0;
+    }
+    const key = `${mediaType} ${digest}`;
+    if (!this.#manifests.has(key))
+      this.#manifests.set(key, this.#readManifest(digest, mediaType));
+    return this.#manifests.get(key);
+  }
+  config(name) {
+    if (!this.#configs.has(name))
+      this.#configs.set(name, this.#readConfig(name));
+    return this.#configs.get(name);
+  }
+  #readManifest(digest, mediaType) {
+    const name = blobPath(digest);
+    const json = this.json(name);
+    const bytes = this.bytes(digest);
+    if (json === void 0 || !bytes)
+      return void 0;
+    if (sniffMediaType(bytes, mediaType) !== mediaType)
+      return this.#refuse(name, "is of another type");
+    return this.attempt(name, () => parseManifest({ digest, mediaType, bytes }, name));
+  }
+  #readConfig(name) {
+    const json = this.json(name);
+    if (json === void 0)
+      return void 0;
+    if (!isRecord(json))
+      return { isObject: false, platform: "", diffIds: void 0 };
+    const { rootfs } = json;
+    const diffIds = isRecord(rootfs) ? rootfs.diff_ids : void 0;
+    const isList = Array.isArray(diffIds);
+    return {
+      isObject: true,
+      platform: formatPlatform(parsePlatform(json)),
+      diffIds: isList || diffIds === void 0 ? diffIds : [diffIds]
+    };
+  }
+  attempt(entry, run) {
+    try {
+      return run();
+    } catch (error) {
+      if (!(error instanceof ImgpullError))
+        throw error;
+      const reason = error.message.replace(`${entry}: `, "");
+      this.problems.push({ kind: "malformed", entry, reason });
+      return void 0;
+    }
+  }
+  #refuse(entry, reason) {
+    this.problems.push({ kind: "document", entry, reason });
+  }
+};
+var NOT_KEPT = "is one document too many to be held at once";
+var NOT_JSON = "is not JSON, or nested too deep or too large to be read";
+function parseShallowJson(bytes) {
+  let depth = 0;
+  let values = 0;
+  let isInString = false;
+  for (let at = 0; at < bytes.length; at += 1) {
+    const byte = bytes[at];
+    if (isInString) {
+      if (byte === BACKSLASH)
+        at += 1;
+      else if (byte === QUOTE)
+        isInString = false;
+    } else if (byte === QUOTE)
+      isInString = true;
+    else if (byte === OPEN_BRACE || byte === OPEN_BRACKET)
+      depth += 1;
+    else if (byte === CLOSE_BRACE || byte === CLOSE_BRACKET)
+      depth -= 1;
+    else if (byte === COMMA)
+      values += 1;
+    if (depth > LIMITS.jsonDepth || values > LIMITS.jsonValues)
+      return void 0;
+  }
+  return parseJson(bytes);
+}
+var QUOTE = 34;
+var COMMA = 44;
+var OPEN_BRACKET = 91;
+var BACKSLASH = 92;
+var CLOSE_BRACKET = 93;
+var OPEN_BRACE = 123;
+var CLOSE_BRACE = 125;
+var ImageFinder = class {
+  problems = [];
+  #documents;
+  #blobs = /* @__PURE__ */ new Map();
+  #found = /* @__PURE__ */ new Map();
+  #absentManifests = 0;
+  #namedBlobs = 0;
+  #references = 0;
+  constructor(documents) {
+    this.#documents = documents;
+  }
+  run() {
+    const entries = this.#readIndex();
+    const indexed = entries.flatMap(({ descriptor, name }) => this.#imagesOf(descriptor).map((image) => ({ name, ...image })));
+    const listed = this.#readDockerList();
+    const isLayout = this.#checkLayout(entries.length > 0, listed.length > 0);
+    const isEmpty = entries.length + listed.length === 0;
+    const isSaid = this.problems.length + this.#documents.problems.length > 0;
+    if (isEmpty && !isSaid)
+      this.problems.push({ kind: "no-image" });
+    return {
+      entries,
+      indexed,
+      listed: listed.map(({ image }) => image),
+      tags: listed.flatMap(({ tags }) => tags),
+      blobs: [...this.#blobs.values()],
+      absentManifests: this.#absentManifests,
+      isLayout,
+      isDockerArchive: listed.length > 0
+    };
+  }
+  #readIndex() {
+    const json = this.#documents.json("index.json");
+    if (json === void 0)
+      return [];
+    if (!isRecord(json) || !Array.isArray(json.manifests)) {
+      this.problems.push({ kind: "document", entry: "index.json", reason: "is not an index" });
+      return [];
+    }
+    const entries = [];
+    for (const value of json.manifests) {
+      const descriptor = this.#documents.attempt("index.json", () => parseDescriptor(value, "index.json"));
+      if (!descriptor || !this.#count(1))
+        break;
+      const annotations = isRecord(value) && isRecord(value.annotations) ? value.annotations : {};
+      const names = NAME_KEYS.map((key) => annotations[key]);
+      const name = names.find((each) => typeof each === "string") ?? "";
+      entries.push({ descriptor, name: printable(name), annotations });
+    }
+    return entries;
+  }
+  #imagesOf(descriptor) {
+    const { digest } = descriptor;
+    const known = this.#found.get(digest);
+    if (known) {
+      this.#count(sumOf(known, ({ parts }) => parts.length));
+      return known;
+    }
+    const images = [];
+    const seen = /* @__PURE__ */ new Set();
+    const blobsBefore = this.#namedBlobs;
+    this.#found.set(digest, images);
+    if (!this.#documents.file(blobPath(digest)))
+      this.problems.push({ kind: "missing", entry: blobPath(digest) });
+    else
+      this.#collect(descriptor, 0, seen, images);
+    images.sort((left, right) => Number(isUnknown(left)) - Number(isUnknown(right)));
+    const isRead = this.#documents.manifest(descriptor) !== void 0;
+    const isEmpty = isRead && images.length === 0 && this.#namedBlobs === blobsBefore;
+    if (isEmpty)
+      this.problems.push({ kind: "nothing-here", entry: blobPath(digest) });
+    return images;
+  }
+  #collect(descriptor, depth, seen, images) {
+    const { digest, platform } = descriptor;
+    const entry = blobPath(digest);
+    if (seen.has(digest) || !this.#count(1))
+      return;
+    seen.add(digest);
+    if (depth > LIMITS.indexDepth) {
+      const reason = `indexes inside indexes, more than ${LIMITS.indexDepth} deep`;
+      this.problems.push({ kind: "malformed", entry, reason });
+      return;
+    }
+    const manifest = this.#documents.manifest(descriptor);
+    if (manifest?.kind === "image") {
+      const image = this.#describe(manifest, platform);
+      if (image)
+        images.push({ digest, ...image });
+    }
+    if (manifest?.kind !== "index")
+      return;
+    for (const child of manifest.manifests) {
+      const isThere = this.#documents.file(blobPath(child.digest)) !== void 0;
+      if (!isThere)
+        this.#absentManifests += 1;
+      else if (isManifestType(child))
+        this.#collect(child, depth + 1, seen, images);
+      else
+        this.#addBlob(child);
+    }
+  }
+  #addBlob(child) {
+    this.#namedBlobs += 1;
+    this.#blobs.set(child.digest, partOf(child));
+  }
+  #describe(manifest, stated) {
+    const { config, layers } = manifest;
+    if (!this.#count(layers.length + 1))
+      return void 0;
+    const hasImageConfig = CONFIG_TYPES.includes(config.mediaType);
+    const words = hasImageConfig ? this.#documents.config(blobPath(config.digest)) : void 0;
+    const platform = words ? words.platform : formatPlatform(stated);
+    const isClaimed = hasImageConfig && layers.every(isTarLayer);
+    return {
+      platform,
+      config: words,
+      isImage: isClaimed && (!words || hasOneDiffIdEach(words, layers.length)),
+      hasDiffIds: needsDiffIds(words, platform, isClaimed, layers.length),
+      parts: [config, ...layers].map(partOf)
+    };
+  }
+  #readDockerList() {
+    const json = this.#documents.json("manifest.json") ?? [];
+    const images = [];
+    for (const value of Array.isArray(json) ? json : [json]) {
+      const entry = parseDockerEntry(value);
+      if (!entry) {
+        const reason = "is not as docker save makes it";
+        this.problems.push({ kind: "document", entry: "manifest.json", reason });
+        break;
+      }
+      if (!this.#count(entry.layers.length + 1))
+        break;
+      const parts = [entry.config, ...entry.layers].map((name) => {
+        const file = this.#documents.file(name);
+        return { entry: name, size: file ? lengthOfEntry(file.entry) : 0, mediaType: "" };
+      });
+      const config = this.#documents.config(entry.config);
+      const layerCount = entry.layers.length;
+      const platform = config?.platform ?? "";
+      const image = {
+        name: printable(entry.tags.join(" ")),
+        digest: "",
+        platform,
+        config,
+        isImage: config !== void 0 && hasOneDiffIdEach(config, layerCount),
+        hasDiffIds: needsDiffIds(config, platform, true, layerCount),
+        parts
+      };
+      images.push({ image, tags: entry.tags });
+    }
+    return images;
+  }
+  #checkLayout(hasIndex, hasList) {
+    const layout = this.#documents.json("oci-layout");
+    const isRight = hasIndex && isRecord(layout) && layout.imageLayoutVersion === "1.0.0";
+    if (layout !== void 0 && !isRight && (hasIndex || hasList)) {
+      const reason = "is there, but not of version 1.0.0 and with an index.json";
+      this.problems.push({ kind: "document", entry: "oci-layout", reason });
+    }
+    return isRight;
+  }
+  #count(references) {
+    const isFirst = this.#references <= LIMITS.tarReferences;
+    this.#references += references;
+    if (this.#references <= LIMITS.tarReferences)
+      return true;
+    if (isFirst)
+      this.problems.push({ kind: "too-many-references" });
+    return false;
+  }
+};
+var isUnknown = ({ platform }) => platform.startsWith("unknown");
+var partOf = ({ digest, size, mediaType }) => ({
+  entry: blobPath(digest),
+  size,
+  mediaType
+});
+var hasOneDiffIdEach = ({ diffIds }, layerCount) => (diffIds ?? []).length === layerCount && (diffIds ?? []).every(isDigest);
+function needsDiffIds(config, platform, isClaimed, layerCount) {
+  if (!config)
+    return false;
+  if (config.diffIds !== void 0)
+    return true;
+  return isClaimed && layerCount > 0 && platform !== "" && !isUnknown({ platform });
+}
+function parseDockerEntry(value) {
+  if (!isRecord(value))
+    return void 0;
+  const { Config: config, RepoTags, Layers } = value;
+  const tags = RepoTags ?? [];
+  const layers = Layers ?? [];
+  if (typeof config !== "string" || !isStringList(tags) || !isStringList(layers))
+    return void 0;
+  return { config, tags, layers };
+}
+var isStringList = (list) => Array.isArray(list) && list.every((each) => typeof each === "string");
+var PartCheck = class {
+  problems = [];
+  notUnpacked = /* @__PURE__ */ new Map();
+  unpackedLayers = 0;
+  #documents;
+  #compared = /* @__PURE__ */ new Set();
+  #encrypted;
+  constructor(documents, images) {
+    this.#documents = documents;
+    const parts = images.flatMap((image) => image.parts);
+    const encrypted = parts.filter(({ mediaType }) => mediaType.endsWith("+encrypted"));
+    this.#encrypted = new Set(encrypted.map(({ entry }) => entry));
+  }
+  checkImage({ parts, config, hasDiffIds }) {
+    const layerCount = parts.length - 1;
+    const hasRightIds = config !== void 0 && hasOneDiffIdEach(config, layerCount);
+    if (hasDiffIds && !hasRightIds)
+      this.problems.push({ kind: "diff-ids", entry: parts[0]?.entry ?? "" });
+    for (const [at, part] of parts.entries()) {
+      const seen = this.checkPart(part);
+      const diffId = at > 0 && hasRightIds ? String(config.diffIds?.[at - 1]) : void 0;
+      if (seen && diffId)
+        this.#compare(seen, part, diffId);
+    }
+  }
+  checkPart({ entry, size }) {
+    const seen = this.#documents.file(entry);
+    if (!seen) {
+      this.problems.push({ kind: "missing", entry });
+      return void 0;
+    }
+    const actualBytes = lengthOfEntry(seen.entry);
+    if (actualBytes === size)
+      return seen;
+    this.problems.push({ kind: "size", entry, expectedBytes: size, actualBytes });
+    return void 0;
+  }
+  #compare(seen, { entry }, diffId) {
+    const name = seen.entry.name;
+    const key = `${name} ${diffId}`;
+    if (!seen.isIntact || !seen.unpacked || this.#compared.has(key))
+      return;
+    this.#compared.add(key);
+    const { outcome, packing, digests, hasRest } = seen.unpacked;
+    const isSame = digests.includes(diffId);
+    const isOtherAlgorithm = !digests.some((each) => algorithmOf(each) === algorithmOf(diffId));
+    const isPartial = packing === "zstd" && outcome === "whole" && hasRest;
+    if (outcome === "endless")
+      return;
+    if (this.#encrypted.has(entry))
+      this.#skip("encrypted");
+    else if (outcome === "whole" && isSame)
+      this.unpackedLayers += 1;
+    else if (outcome === "not-unpacked" || isPartial)
+      this.#skip(packing ?? "unknown");
+    else if (isOtherAlgorithm)
+      this.#skip(algorithmOf(diffId));
+    else
+      this.problems.push({ kind: "diff-id", entry: name, diffId });
+  }
+  #skip(reason) {
+    this.notUnpacked.set(reason, (this.notUnpacked.get(reason) ?? 0) + 1);
+  }
+};
+function judgeLoaders({ images, held }) {
+  const { isDockerArchive, isLayout } = held;
+  const types = images.flatMap(({ parts }) => parts.map(({ mediaType }) => mediaType));
+  const hasZstd = types.some((type) => type.includes("zstd"));
+  const since = (version) => hasZstd ? { sinceVersion: version } : {};
+  const isForPodman = images.some(({ isImage: isImage2 }) => isImage2) && (isDockerArchive || images.length === 1);
+  const isForContainerd = images.some(({ name, digest }) => name && (digest || isDockerArchive));
+  const byName = { needsName: images.length > 1 };
+  return [
+    { program: "docker", takes: isDockerArchive, ...since(23) },
+    { program: "podman", takes: isForPodman, ...since(4) },
+    { program: "ctr", takes: isForContainerd },
+    { program: "skopeo docker-archive", takes: isDockerArchive, ...byName },
+    { program: "skopeo oci-archive", takes: isLayout, ...byName }
+  ];
+}
+async function lookThrough(source, withContent, options) {
+  const where = nameOfSource(source);
+  const look = async () => {
+    const opened = await openTarSource(source, options.signal);
+    try {
+      return await new Look(opened, options).run(withContent);
+    } finally {
+      await opened.close();
+    }
+  };
+  return onDisk(`cannot read ${where}`, look()).catch((error) => {
+    if (options.signal?.aborted)
+      fail("ABORTED", "stopped", { cause: options.signal.reason });
+    throw error;
+  });
+}
+var LOOK_OPTION_KINDS = {
+  signal: "an AbortSignal",
+  onProgress: "a function"
+};
+function checkLook(source, options) {
+  checkKinds(options, LOOK_OPTION_KINDS);
+  const isSource = typeof source === "string" || Symbol.asyncIterator in Object(source);
+  if (!isSource)
+    fail("BAD_OPTION", "a tar is the path of a file or folder, or a stream of bytes");
+}
+async function listTar(source, options = {}) {
+  checkLook(source, options);
+  const contents = await lookThrough(source, false, options);
+  refuseProblems(contents.where, contents.problems.filter(({ kind }) => kind !== "cut-off"));
+  const documents = new TarDocuments(contents);
+  const finder = new ImageFinder(documents);
+  const held = finder.run();
+  refuseProblems(contents.where, [...documents.problems, ...finder.problems]);
+  return imagesOf(held).map((image) => describeImage(image, documents));
+}
+async function verifyTar(source, options = {}) {
+  checkLook(source, options);
+  const report = await inspectTar(source, options);
+  refuseProblems(nameOfSource(source), report.problems, report);
+  return report;
+}
+async function inspectTar(source, options) {
+  const contents = await lookThrough(source, true, options);
+  const files = [...contents.files.values()];
+  const problems = [...files.flatMap(problemsOfFile), ...contents.problems];
+  const blobCount = files.filter(({ entry }) => digestInName(entry.name)).length;
+  const isReadable2 = contents.problems.every(({ kind }) => kind === "cut-off");
+  if (!isReadable2)
+    return {
+      images: [],
+      blobs: blobCount,
+      unpackedLayers: 0,
+      notUnpacked: [],
+      absentManifests: 0,
+      loaders: [],
+      problems
+    };
+  const documents = new TarDocuments(contents);
+  const finder = new ImageFinder(documents);
+  const held = finder.run();
+  const images = imagesOf(held);
+  const named = [...held.indexed, ...held.listed];
+  const check = new PartCheck(documents, named);
+  for (const image of named)
+    check.checkImage(image);
+  for (const blob of held.blobs)
+    check.checkPart(blob);
+  problems.push(...documents.problems, ...finder.problems, ...check.problems);
+  const seen = ({ entry }) => documents.file(entry);
+  return {
+    images: images.map((image) => describeImage(image, documents)),
+    blobs: blobCount,
+    unpackedLayers: check.unpackedLayers,
+    notUnpacked: [...check.notUnpacked].map(([reason, layers]) => ({ reason, layers })),
+    absentManifests: held.absentManifests,
+    loaders: judgeLoaders({ images, held, seen }),
+    problems: uniqueProblems(problems)
+  };
+}
+function problemsOfFile({ entry, isIntact: isIntact2, unpacked }) {
+  const isEndless2 = unpacked?.outcome === "endless";
+  if (isEndless2)
+    return [{ kind: "unpacks-without-end", entry: entry.name }];
+  return isIntact2 ? [] : [{ kind: "damaged", entry: entry.name }];
+}
+var imagesOf = ({ indexed, listed }) => indexed.length > 0 ? indexed : listed;
+function describeImage(image, documents) {
+  const layers = image.parts.slice(1).map(({ entry, size }) => ({
+    digest: digestInName(entry) ?? printable(entry),
+    size,
+    present: documents.file(entry) !== void 0
+  }));
+  const { name, digest, platform, isImage: isImage2 } = image;
+  const sizeBytes = sumOf(layers, ({ size }) => size);
+  return { name, digest, platform, isImage: isImage2, sizeBytes, layers };
+}
+function uniqueProblems(problems) {
+  return [...new Map(problems.map((problem) => [JSON.stringify(problem), problem])).values()];
+}
+function refuseProblems(where, problems, report) {
+  const lines = uniqueProblems(problems).map((problem) => `${where}: ${printable(problemWords(problem), 1e3)}`);
+  if (lines.length > 0)
+    fail("BAD_TAR", lines.join("\n"), { report });
+}
+var TarReader = class {
+  #opened;
+  #isBegun = false;
+  constructor(opened) {
+    this.#opened = opened;
+  }
+  async *files() {
+    const { isSeekable, where } = this.#opened;
+    if (this.#isBegun && !isSeekable)
+      fail("UNSUPPORTED", `${where}: a stream, or a compressed tar, can be gone through once`);
+    this.#isBegun = true;
+    for await (const { entry, content } of this.#opened.members()) {
+      if (!"0S".includes(entry.type))
+        continue;
+      const digest = digestInName(entry.name);
+      yield {
+        name: entry.name,
+        sizeBytes: lengthOfEntry(entry),
+        ...digest !== void 0 && { digest },
+        content
+      };
+    }
+  }
+  async *blob(digest) {
+    for await (const file of this.files()) {
+      if (file.digest !== digest)
+        continue;
+      const hash = newHash(digest);
+      for await (const piece of file.content()) {
+        hash.update(piece);
+        yield piece;
+      }
+      if (hash.digest("hex") !== hexOf(digest))
+        fail("DIGEST_MISMATCH", `${this.#opened.where}: ${file.name} has another digest`);
+      return;
+    }
+    fail("NOT_FOUND", `${this.#opened.where} does not hold ${printable(digest)}`);
+  }
+  close() {
+    return this.#opened.close();
+  }
+};
+async function openTar(source, options = {}) {
+  checkLook(source, options);
+  const where = nameOfSource(source);
+  return new TarReader(await onDisk(`cannot read ${where}`, openTarSource(source, options.signal)));
+}
 var PULL_OPTIONS = {
   os: {
     short: "o",
@@ -5928,8 +6979,11 @@ var internals = Object.freeze({
 export {
   ImgpullError,
   Puller,
+  listTar,
   newPullerOpts,
+  openTar,
   parseImageList,
   parseReference,
-  pullImages
+  pullImages,
+  verifyTar
 };

@@ -227,7 +227,7 @@ test("the library's first example, as ESM and as CommonJS", async (t) => {
 });
 
 const TYPED = `import {
-  ImgpullError, Puller, newPullerOpts, parseReference, pullImages,
+  ImgpullError, Puller, listTar, newPullerOpts, openTar, parseImageList, parseReference, pullImages, verifyTar,
   type ErrorCode, type ManifestHolder, type Progress, type PullOptions, type PullReport, type PullResult,
   type PullerOpts,
 } from "imgpull";
@@ -237,6 +237,19 @@ const presets = {
   every: { platforms: "all", reuse: ["old.tar"], since: "base.tar", referrers: true, signedBy: ["key.pub"] },
   none: { username: undefined, signal: undefined, onProgress: undefined, dryRun: true, environment: {} },
 } satisfies Record<string, PullOptions>;
+
+export async function look(bytes: AsyncIterable<Uint8Array>): Promise<string[]> {
+  const images = await listTar("a.tar");
+  const report = await verifyTar(bytes, { onProgress: ({ doneBytes, totalBytes }) => console.log(doneBytes, totalBytes) });
+  const wrong = report.problems.map((problem) => problem.kind === "size" ? problem.expectedBytes : problem.kind);
+  const reader = await openTar("layout/");
+  for await (const { name, digest, content } of reader.files()) {
+    if (digest === undefined) continue;
+    for await (const piece of content()) console.log(name, piece.length);
+  }
+  await reader.close();
+  return [...images.map(({ name }) => name), ...wrong.map(String), ...parseImageList("alpine").references];
+}
 
 export async function several(preset: keyof typeof presets): Promise<string[]> {
   const report: PullReport = await pullImages(["alpine", "busybox"], "a.tar", presets[preset]);
@@ -372,7 +385,8 @@ test("the module exports what the types declare, for import and for require()", 
     "list.mjs": `import * as module from "imgpull";\n${list}`,
     "list.cjs": `const it = require("imgpull");\n${list.replace("module", "it")}`,
   });
-  const values = "ImgpullError,Puller,newPullerOpts,parseImageList,parseReference,pullImages\n";
+  const values =
+    "ImgpullError,Puller,listTar,newPullerOpts,openTar,parseImageList,parseReference,pullImages,verifyTar\n";
   for (const file of ["list.mjs", "list.cjs"])
     assert.equal(String((await run(node, [file], { cwd: folder })).stdout), values);
 });
@@ -403,6 +417,7 @@ const PUBLIC = [
   "ErrorCode",
   "ImageList",
   "ImgpullError",
+  "LookOptions",
   "ManifestHolder",
   "OutputStream",
   "Platform",
@@ -414,10 +429,21 @@ const PUBLIC = [
   "Puller",
   "PullerOpts",
   "Reference",
+  "TarFile",
+  "TarImage",
+  "TarLayer",
+  "TarLoader",
+  "TarProblem",
+  "TarReader",
+  "TarReport",
+  "TarSource",
+  "listTar",
   "newPullerOpts",
+  "openTar",
   "parseImageList",
   "parseReference",
   "pullImages",
+  "verifyTar",
 ];
 
 test("the types have every public name and no internal one", () => {
