@@ -6198,7 +6198,8 @@ class PartialTar {
     }
 
     const isThere = ours !== undefined && isSameFile(await statAt(this.file), ours);
-    if (isThere && keptBytes > 0) {
+    const isWhole = Number(ours?.size) === this.#plan.sizeBytes; // nothing goes on from one that was cut
+    if (isThere && isWhole && keptBytes > 0) {
       await this.#journal.close();
       return true;
     }

@@ -4237,7 +4237,8 @@ var PartialTar = class _PartialTar {
       return this.#isTaken;
     }
     const isThere = ours !== void 0 && isSameFile(await statAt(this.file), ours);
-    if (isThere && keptBytes > 0) {
+    const isWhole = Number(ours?.size) === this.#plan.sizeBytes;
+    if (isThere && isWhole && keptBytes > 0) {
       await this.#journal.close();
       return true;
     }
