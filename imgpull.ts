@@ -6475,36 +6475,40 @@ async function writeLayoutFile(file: string, bytes: Buffer, { owner }: Lock): Pr
   }
 }
 
+/** The documents of a layout whose blobs are there, the index in the end. Returns whether any had to be written. */
+async function sealLayout(
+  folder: string,
+  documents: ReadonlyMap<string, Buffer>,
+  lock: Lock,
+): Promise<boolean> {
+  const before = await readLayoutIndex(folder); // under the lock: another run may have added to it
+  const ours = parseJson(documents.get("index.json") ?? "") as { manifests: Descriptor[] };
+  let isWritten = false;
+  for (const [name, bytes] of documents) {
+    if (name === "index.json" || name === "manifest.json") continue;
+    if (await writeLayoutFile(path.join(folder, name), bytes, lock)) isWritten = true;
+  }
+
+  const merged = mergeIndex(before, ours);
+  if (merged !== before) {
+    if (!(await lock.isOurs())) fail("DISK", `another imgpull took ${folder} over; run it again`);
+    await writeLayoutFile(path.join(folder, "index.json"), encodeJson(merged), lock);
+    isWritten = true;
+  }
+  if (isWritten) await syncFolder(folder);
+  return isWritten;
+}
+
 /** An OCI image layout: blobs first, then the index that names them, in one step and beside what it named before. */
 async function pullToLayout(job: PullJob, folder: string): Promise<Transfer> {
   const { session, plan, tars, observe } = job;
-  const files = new Map<string, Buffer>();
-  for (const { name, bytes } of plan.entries) if (bytes) files.set(name, bytes);
-  await makeLayoutFolders(
-    folder,
-    plan.entries.map(({ name }) => name),
-  );
+  const documents = new Map<string, Buffer>();
+  for (const { name, bytes } of plan.entries) if (bytes) documents.set(name, bytes);
+  const names = plan.entries.map(({ name }) => name);
+  await makeLayoutFolders(folder, names);
   await readLayoutIndex(folder); // one that we cannot add to is told before anything is fetched
 
-  const seal = async (lock: Lock): Promise<boolean> => {
-    const before = await readLayoutIndex(folder); // under the lock: another run may have added to it
-    const ours = parseJson(files.get("index.json") ?? "") as { manifests: Descriptor[] };
-    const merged = mergeIndex(before, ours);
-    for (const name of ["manifest.json", "index.json"]) files.delete(name);
-
-    if (merged !== before) files.set("index.json", encodeJson(merged)); // last of all
-
-    let isWritten = false;
-    for (const [name, bytes] of files) {
-      const isIndex = name === "index.json";
-      if (isIndex && !(await lock.isOurs()))
-        fail("DISK", `another imgpull took ${folder} over; run it again`);
-      if (await writeLayoutFile(path.join(folder, name), bytes, lock)) isWritten = true;
-    }
-    if (isWritten) await syncFolder(folder);
-    return isWritten;
-  };
-
+  const seal = (lock: Lock) => sealLayout(folder, documents, lock);
   const blobs = blobsOf(plan, tars, true);
   return pullToFolder({ session, blobs, folder, nameOf: blobPath, observe, seal });
 }

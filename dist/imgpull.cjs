@@ -4498,34 +4498,37 @@ async function writeLayoutFile(file, bytes, { owner }) {
     await handle.close();
   }
 }
+async function sealLayout(folder, documents, lock) {
+  const before = await readLayoutIndex(folder);
+  const ours = parseJson(documents.get("index.json") ?? "");
+  let isWritten = false;
+  for (const [name, bytes] of documents) {
+    if (name === "index.json" || name === "manifest.json")
+      continue;
+    if (await writeLayoutFile(path.join(folder, name), bytes, lock))
+      isWritten = true;
+  }
+  const merged = mergeIndex(before, ours);
+  if (merged !== before) {
+    if (!await lock.isOurs())
+      fail("DISK", `another imgpull took ${folder} over; run it again`);
+    await writeLayoutFile(path.join(folder, "index.json"), encodeJson(merged), lock);
+    isWritten = true;
+  }
+  if (isWritten)
+    await syncFolder(folder);
+  return isWritten;
+}
 async function pullToLayout(job, folder) {
   const { session, plan, tars, observe } = job;
-  const files = /* @__PURE__ */ new Map();
+  const documents = /* @__PURE__ */ new Map();
   for (const { name, bytes } of plan.entries)
     if (bytes)
-      files.set(name, bytes);
-  await makeLayoutFolders(folder, plan.entries.map(({ name }) => name));
+      documents.set(name, bytes);
+  const names = plan.entries.map(({ name }) => name);
+  await makeLayoutFolders(folder, names);
   await readLayoutIndex(folder);
-  const seal = async (lock) => {
-    const before = await readLayoutIndex(folder);
-    const ours = parseJson(files.get("index.json") ?? "");
-    const merged = mergeIndex(before, ours);
-    for (const name of ["manifest.json", "index.json"])
-      files.delete(name);
-    if (merged !== before)
-      files.set("index.json", encodeJson(merged));
-    let isWritten = false;
-    for (const [name, bytes] of files) {
-      const isIndex2 = name === "index.json";
-      if (isIndex2 && !await lock.isOurs())
-        fail("DISK", `another imgpull took ${folder} over; run it again`);
-      if (await writeLayoutFile(path.join(folder, name), bytes, lock))
-        isWritten = true;
-    }
-    if (isWritten)
-      await syncFolder(folder);
-    return isWritten;
-  };
+  const seal = (lock) => sealLayout(folder, documents, lock);
   const blobs = blobsOf(plan, tars, true);
   return pullToFolder({ session, blobs, folder, nameOf: blobPath, observe, seal });
 }
