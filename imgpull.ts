@@ -3268,11 +3268,6 @@ interface IndexManifest {
   readonly manifests: readonly Descriptor[];
 }
 
-/** docker's and OCI's types of layers, which are tars: plain or compressed, foreign, encrypted. */
-const LAYER_TYPE =
-  /^application\/vnd\.(docker\.image\.rootfs(\.foreign)?\.diff\.tar(\.gzip|\.zstd)?|oci\.image\.layer(\.nondistributable)?\.v1\.tar(\+gzip|\+zstd)?(\+encrypted)?)$/;
-const isTarLayer = ({ mediaType }: Descriptor): boolean => LAYER_TYPE.test(mediaType);
-
 /** Docker takes these for an image's config: registries once said so (distribution/distribution#1621). */
 const OLD_CONFIG_LABELS = ["", "text/html", "application/json", "application/octet-stream"];
 
@@ -3371,6 +3366,51 @@ function quote(value: unknown): string {
   return printable(text, 100);
 }
 
+// ------ What is an image ------
+// Charts, models, signatures, attestations and caches have manifests of the same form. Loaders take images only: one
+// thing in manifest.json that is none, and none of a tar is loaded.
+
+/** docker's and OCI's types of layers, which are tars: plain or compressed, foreign, encrypted. */
+const LAYER_TYPE =
+  /^application\/vnd\.(docker\.image\.rootfs(\.foreign)?\.diff\.tar(\.gzip|\.zstd)?|oci\.image\.layer(\.nondistributable)?\.v1\.tar(\+gzip|\+zstd)?(\+encrypted)?)$/;
+const isTarLayer = ({ mediaType }: Descriptor): boolean => LAYER_TYPE.test(mediaType);
+
+/** What an image's config says that counts here. */
+type ConfigWords = Readonly<{
+  isObject: boolean;
+  /** Empty where it names none. */
+  platform: string;
+  /** Undefined where it has no such list at all. */
+  diffIds: readonly unknown[] | undefined;
+}>;
+
+function configWords(json: unknown): ConfigWords {
+  if (!isRecord(json)) return { isObject: false, platform: "", diffIds: undefined };
+  const { rootfs } = json;
+  const diffIds = isRecord(rootfs) ? rootfs.diff_ids : undefined;
+  const isList = Array.isArray(diffIds);
+  return {
+    isObject: true,
+    platform: formatPlatform(parsePlatform(json)),
+    diffIds: isList || diffIds === undefined ? diffIds : [diffIds],
+  };
+}
+
+const hasOneDiffIdEach = ({ diffIds = [] }: ConfigWords, layerCount: number): boolean =>
+  diffIds.length === layerCount && diffIds.every(isDigest);
+
+/** An image by its manifest: an image's config, and layers that are tars. */
+const claimsImage = ({ config, layers }: ImageManifest): boolean =>
+  CONFIG_TYPES.includes(config.mediaType) && layers.every(isTarLayer);
+
+/** An image: where its config is known, that has one diff_id for each layer. */
+const isImage = (manifest: ImageManifest, config?: ConfigWords): boolean =>
+  claimsImage(manifest) && (!config || hasOneDiffIdEach(config, manifest.layers.length));
+
+/** The same of what a reference came to. */
+const isImageContent = ({ manifest, configBytes }: ImageContent): boolean =>
+  isImage(manifest, configBytes && configWords(parseJson(configBytes)));
+
 // ------ Platforms ------
 
 function parsePlatform(value: Record<string, unknown>): Platform {
@@ -3466,20 +3506,6 @@ interface ImageContent {
   readonly configBytes?: Buffer;
 }
 
-/**
- * Whether it is what a runtime unpacks and runs, as far as is known: charts, modules, signatures and a build's cache are
- * content like any other, but no images.
- */
-function isImage({ manifest, configBytes }: ImageContent): boolean {
-  const { config, layers } = manifest;
-  if (!CONFIG_TYPES.includes(config.mediaType) || !layers.every(isTarLayer)) return false;
-  if (!configBytes) return true;
-
-  const json = parseJson(configBytes);
-  const rootfs = isRecord(json) && isRecord(json.rootfs) ? json.rootfs : {};
-  return Array.isArray(rootfs.diff_ids) && rootfs.diff_ids.length === layers.length;
-}
-
 /** What travels with an image and is none: what refers to `subject`, or the index that such proof is of. */
 type Companion = Readonly<{
   registry: Registry;
@@ -3559,7 +3585,7 @@ async function findLoneImage(
   const isConfig = CONFIG_TYPES.includes(manifest.config.mediaType);
   const configBytes = isConfig ? await registry.config(manifest.config) : undefined;
   const config = configBytes && parseJson(configBytes);
-  if (configBytes && !isRecord(config))
+  if (configBytes && claimsImage(manifest) && !isRecord(config))
     fail("PROTOCOL", `${formatReference(registry.reference)}: its config is not a JSON object`);
   const platform = isRecord(config) && config.os ? parsePlatform(config) : undefined;
   if (platform) checkPlatform(session, where, platform);
@@ -3840,12 +3866,12 @@ function checksumOf(header: Buffer): number {
   return sum;
 }
 
-/** The ustar header of a file or an extended header; name and size must fit. */
-function encodeUstarHeader(name: string, sizeBytes: number, type: "0" | "x"): Buffer {
+/** The ustar header of a file, a folder or an extended header; name and size must fit. */
+function encodeUstarHeader(name: string, sizeBytes: number, type: "0" | "5" | "x"): Buffer {
   const octal = (value: number, digits: number) => value.toString(8).padStart(digits, "0");
   const fields: [widthBytes: number, text: string][] = [
     [100, name],
-    [8, octal(0o644, 7)],
+    [8, octal(type === "5" ? 0o755 : 0o644, 7)],
     [8, octal(0, 7)], // user
     [8, octal(0, 7)], // group
     [12, octal(sizeBytes, 11)],
@@ -3880,12 +3906,13 @@ function encodePaxRecord(key: string, value: string): string {
   return `${rest.length + String(withGuess).length}${rest}`;
 }
 
-/** Header of an entry; names above 100 bytes and sizes from 8 GiB need a pax extended header before it. */
+/** Header of an entry, a folder where its name ends in "/"; names above 100 bytes and sizes from 8 GiB need a pax extended header before it. */
 function encodeTarHeader(name: string, sizeBytes: number): Buffer {
   const isLong = name.length > LONGEST_USTAR_NAME;
   const isLarge = sizeBytes > LARGEST_USTAR_SIZE;
   const shortName = name.slice(0, LONGEST_USTAR_NAME);
-  const header = encodeUstarHeader(shortName, isLarge ? 0 : sizeBytes, "0");
+  const type = name.endsWith("/") ? "5" : "0";
+  const header = encodeUstarHeader(shortName, isLarge ? 0 : sizeBytes, type);
   if (!isLong && !isLarge) return header;
 
   const records = [
@@ -3933,7 +3960,7 @@ function indexEntry({ name, top, kind }: ResolvedImage): unknown {
 
 /** The one image of a reference that manifest.json lists: classic docker keeps the last of several under one name. */
 function dockerImageOf({ contents }: ResolvedImage): ImageContent | undefined {
-  const images = contents.filter(isImage);
+  const images = contents.filter(isImageContent);
   const usual = images.find(({ platform }) => formatPlatform(platform) === "linux/amd64");
   return usual ?? images[0];
 }
@@ -3950,6 +3977,21 @@ function dockerEntry(image: ResolvedImage): unknown {
     Layers: layers.map(({ digest }) => blobPath(digest)),
   };
 }
+
+/** An entry of manifest.json that anyone wrote. */
+function parseDockerEntry(
+  value: unknown,
+): { config: string; tags: readonly string[]; layers: readonly string[] } | undefined {
+  if (!isRecord(value)) return undefined;
+  const { Config: config, RepoTags, Layers } = value;
+  const tags = RepoTags ?? [];
+  const layers = Layers ?? [];
+  if (typeof config !== "string" || !isStringList(tags) || !isStringList(layers)) return undefined;
+  return { config, tags, layers };
+}
+
+const isStringList = (list: unknown): list is string[] =>
+  Array.isArray(list) && list.every((each) => typeof each === "string");
 
 /** The files of a plan, each once and in order; the layers that are left out beside them. */
 class PlannedFiles {
@@ -4009,9 +4051,17 @@ function planTar(
   for (const { digest, bytes } of extras.documents ?? []) planned.addBytes(blobPath(digest), bytes);
   for (const blob of extras.blobs ?? []) planned.addBlob(blob);
 
-  return { ...layOut(planned.files), omitted: [...planned.omitted.values()] };
+  return { ...layOut(withFolders(planned.files)), omitted: [...planned.omitted.values()] };
 }
 type Plan = ReturnType<typeof planTar>;
+
+/** Some readers find an image layout by its folders (anchore/stereoscope#492): they come first. */
+function withFolders(files: ReadonlyMap<string, FileContent>): Map<string, FileContent> {
+  const algorithms = [...files.keys()].flatMap((name) => /^blobs\/\w+\//.exec(name) ?? []);
+  const folders = new Set(["blobs/", "blobs/sha256/", ...algorithms.sort()]);
+  const nothing: FileContent = { sizeBytes: 0 };
+  return new Map([...[...folders].map((name) => [name, nothing] as const), ...files]);
+}
 
 /** Gives each file its place in the tar. */
 function layOut(files: ReadonlyMap<string, FileContent>) {
@@ -4505,6 +4555,36 @@ async function isIntact(
     hash.update(piece);
   }
   return hash.digest("hex") === hexOf(digest);
+}
+
+/** The layers of each image that `docker load` takes from a tar, by its manifest.json, from the bottom. */
+async function dockerChains({ handle, names }: OpenTar): Promise<string[][]> {
+  const entry = names.file("manifest.json");
+  if (!entry || entry.holes || entry.sizeBytes > LIMITS.tarMetadataBytes) return [];
+  const json = parseJson(await readAt(handle, entry.offset, entry.sizeBytes));
+  const images = Array.isArray(json) ? json.map(parseDockerEntry) : [];
+  return images.map((image) => (image?.layers ?? []).map((layer) => digestInName(layer) ?? ""));
+}
+
+/** The layers that a receiver who has loaded `chains` need not be sent. docker's classic store knows a layer by all
+ *  those below it (moby/moby#18723): so only what stands at the bottom of an image, in the same order, is there. */
+function layersToOmit(
+  images: readonly ResolvedImage[],
+  chains: readonly (readonly string[])[],
+): Set<string> {
+  const omitted = new Set<string>();
+  const needed = new Set<string>();
+  for (const content of images.flatMap(({ contents }) => contents)) {
+    const layers = content.manifest.layers.map(({ digest }) => digest);
+    const sharedCounts = chains.map((chain) => {
+      const end = layers.findIndex((digest, at) => digest !== chain[at]);
+      return end < 0 ? layers.length : end;
+    });
+    const sharedCount = isImageContent(content) ? Math.max(0, ...sharedCounts) : 0;
+    for (const digest of layers.slice(0, sharedCount)) omitted.add(digest);
+    for (const digest of layers.slice(sharedCount)) needed.add(digest);
+  }
+  return new Set([...omitted].filter((digest) => !needed.has(digest)));
 }
 
 /** The sentence for what is wrong with a tar. */
@@ -7655,11 +7735,15 @@ type PullRequest = Readonly<{
 
 function warnOfLayers({ warn }: Session, images: readonly ResolvedImage[]): void {
   for (const { contents, name } of images) {
+    if (contents.some((content) => claimsImage(content.manifest) && !isImageContent(content)))
+      warn(`${name} is no image that loads: its config has not one diff_id for each layer`);
     const types = contents
       .flatMap(({ manifest }) => manifest.layers.map(({ mediaType }) => mediaType))
       .join(" ");
     if (/zstd/.test(types))
       warn(`${name} has zstd layers: Docker before 23 and podman before 4 will not load it`);
+    if (/\+encrypted/.test(types))
+      warn(`${name} has encrypted layers, which load only where their key is`);
     if (/foreign|nondistributable/.test(types))
       warn(`${name} has foreign layers, which Docker on Linux does not take`);
   }
@@ -7678,7 +7762,7 @@ function warnOfCompanions({ warn }: Session, images: readonly ResolvedImage[]): 
 
 function warnOfOmitted({ warn }: Session, { omitted }: Plan, since: string): void {
   if (omitted.length === 0) {
-    warn(`${since} holds none of the layers: nothing is left out`);
+    warn(`${since} holds none of the layers at the bottom of an image: nothing is left out`);
     return;
   }
   const size = formatBytes(sumOf(omitted, (layer) => layer.size));
@@ -7688,14 +7772,14 @@ function warnOfOmitted({ warn }: Session, { omitted }: Plan, since: string): voi
   );
 }
 
-/** The digests that the tar of `since` holds. It may not be DEST: the delta would take the place of its base. */
-async function digestsIn(
+/** The images that the tar of `since` holds. It may not be DEST: the delta would take the place of its base. */
+async function chainsIn(
   since: string | undefined,
   destination: Destination | undefined,
-): Promise<ReadonlySet<string>> {
-  if (since === undefined) return new Set();
+): Promise<string[][]> {
+  if (since === undefined) return [];
   return withTars([since], async ([base]) => {
-    if (!base) return new Set();
+    if (!base) return [];
     if (destination?.kind === "tar") {
       const target = await fs.stat(destination.file).catch(() => undefined);
       const { ino, dev } = await base.handle.stat();
@@ -7705,7 +7789,7 @@ async function digestsIn(
           `\`since\` ${since} is DEST: the delta would take the place of its own base`,
         );
     }
-    return new Set(base.blobs.keys());
+    return dockerChains(base);
   });
 }
 
@@ -7759,7 +7843,7 @@ async function runPull(session: Session, request: PullRequest, observe: Observer
   const named = typeof request.destination === "string" ? request.destination : "the stream";
   const destination =
     request.destination === undefined ? undefined : await parseDestination(request.destination);
-  const omit = await digestsIn(since, destination);
+  const chains = await chainsIn(since, destination);
 
   return withTars(reuse, async (tars) => {
     const { concurrency } = session.settings;
@@ -7767,7 +7851,7 @@ async function runPull(session: Session, request: PullRequest, observe: Observer
       const image = await resolveImage(session, reference, name, choice);
       return isProofWanted ? addProof(session, image, signers) : image;
     });
-    const plan = planTar(images, omit, planExtras(images));
+    const plan = planTar(images, layersToOmit(images, chains), planExtras(images));
     warnOfLayers(session, images);
     if (destination?.kind !== "layout") warnOfCompanions(session, images);
     if (since !== undefined) warnOfOmitted(session, plan, since);
@@ -8613,15 +8697,6 @@ function mayBeDocument(entry: TarEntry, firstPiece: Buffer): boolean {
 
 // ------ Documents ------
 
-/** What an image's config says that counts here. */
-type ConfigWords = Readonly<{
-  isObject: boolean;
-  /** Empty where it names none. */
-  platform: string;
-  /** Undefined where it has no such list at all. */
-  diffIds: readonly unknown[] | undefined;
-}>;
-
 /** The manifests, indexes and configs of a tar: each is parsed once, and what is wrong with it is said once. */
 class TarDocuments {
   readonly problems: TarProblem[] = [];
@@ -8688,16 +8763,7 @@ class TarDocuments {
 
   #readConfig(name: string): ConfigWords | undefined {
     const json = this.json(name);
-    if (json === undefined) return undefined;
-    if (!isRecord(json)) return { isObject: false, platform: "", diffIds: undefined };
-    const { rootfs } = json;
-    const diffIds = isRecord(rootfs) ? rootfs.diff_ids : undefined;
-    const isList = Array.isArray(diffIds);
-    return {
-      isObject: true,
-      platform: formatPlatform(parsePlatform(json)),
-      diffIds: isList || diffIds === undefined ? diffIds : [diffIds],
-    };
+    return json === undefined ? undefined : configWords(json);
   }
 
   /** Runs what refuses by an error, and keeps its reason. */
@@ -8913,12 +8979,11 @@ class ImageFinder {
     const hasImageConfig = CONFIG_TYPES.includes(config.mediaType);
     const words = hasImageConfig ? this.#documents.config(blobPath(config.digest)) : undefined;
     const platform = words ? words.platform : formatPlatform(stated);
-    const isClaimed = hasImageConfig && layers.every(isTarLayer);
     return {
       platform,
       config: words,
-      isImage: isClaimed && (!words || hasOneDiffIdEach(words, layers.length)),
-      hasDiffIds: needsDiffIds(words, platform, isClaimed, layers.length),
+      isImage: isImage(manifest, words),
+      hasDiffIds: needsDiffIds(words, claimsImage(manifest), layers.length),
       parts: [config, ...layers].map(partOf),
     };
   }
@@ -8949,7 +9014,7 @@ class ImageFinder {
         platform,
         config,
         isImage: config !== undefined && hasOneDiffIdEach(config, layerCount),
-        hasDiffIds: needsDiffIds(config, platform, true, layerCount),
+        hasDiffIds: needsDiffIds(config, true, layerCount),
         parts,
       };
       images.push({ image, tags: entry.tags });
@@ -8985,34 +9050,16 @@ const partOf = ({ digest, size, mediaType }: Descriptor): HeldPart => ({
   mediaType,
 });
 
-const hasOneDiffIdEach = ({ diffIds }: ConfigWords, layerCount: number): boolean =>
-  (diffIds ?? []).length === layerCount && (diffIds ?? []).every(isDigest);
-
 /** Not those of what only has an image's config type: an empty config, as oras makes it, says nothing at all. */
 function needsDiffIds(
   config: ConfigWords | undefined,
-  platform: string,
   isClaimed: boolean,
   layerCount: number,
 ): boolean {
   if (!config) return false;
   if (config.diffIds !== undefined) return true;
-  return isClaimed && layerCount > 0 && platform !== "" && !isUnknown({ platform });
+  return isClaimed && layerCount > 0 && config.platform !== "" && !isUnknown(config);
 }
-
-function parseDockerEntry(
-  value: unknown,
-): { config: string; tags: readonly string[]; layers: readonly string[] } | undefined {
-  if (!isRecord(value)) return undefined;
-  const { Config: config, RepoTags, Layers } = value;
-  const tags = RepoTags ?? [];
-  const layers = Layers ?? [];
-  if (typeof config !== "string" || !isStringList(tags) || !isStringList(layers)) return undefined;
-  return { config, tags, layers };
-}
-
-const isStringList = (list: unknown): list is string[] =>
-  Array.isArray(list) && list.every((each) => typeof each === "string");
 
 // ------ Checking what images are made of ------
 
@@ -9749,6 +9796,9 @@ function isReference(text: string): boolean {
 
 /** `imgpull alpine:3 quay.io/org/app:1` means two images, not a file of that name: unless there is such a folder. */
 async function checkDestinationName(destination: string): Promise<void> {
+  const archive = /\.(tgz|tzst|txz|tbz2?|tar\.\w+)$/i.exec(destination)?.[0];
+  if (archive !== undefined)
+    usage(`DEST is a plain tar, not a ${archive}: layers are compressed already; call it .tar`);
   const isDrive = process.platform === "win32" && /^[A-Za-z]:/.test(destination);
   if (isDrive || destination.includes("\\") || /\.(tar|oci|img|tgz|zip|gz)$/i.test(destination))
     return;

@@ -2018,8 +2018,6 @@ function sniffMediaType(bytes, contentType = "") {
     return OCI_INDEX;
   return isRecord(json.config) ? OCI_MANIFEST : void 0;
 }
-var LAYER_TYPE = /^application\/vnd\.(docker\.image\.rootfs(\.foreign)?\.diff\.tar(\.gzip|\.zstd)?|oci\.image\.layer(\.nondistributable)?\.v1\.tar(\+gzip|\+zstd)?(\+encrypted)?)$/;
-var isTarLayer = ({ mediaType }) => LAYER_TYPE.test(mediaType);
 var OLD_CONFIG_LABELS = ["", "text/html", "application/json", "application/octet-stream"];
 function parseManifest({ bytes, mediaType }, where) {
   const refuse = (code, reason) => fail(code, `${where}: ${reason}`);
@@ -2088,6 +2086,24 @@ function quote(value) {
   const text = typeof value === "object" ? "an object" : JSON.stringify(value) ?? "none";
   return printable(text, 100);
 }
+var LAYER_TYPE = /^application\/vnd\.(docker\.image\.rootfs(\.foreign)?\.diff\.tar(\.gzip|\.zstd)?|oci\.image\.layer(\.nondistributable)?\.v1\.tar(\+gzip|\+zstd)?(\+encrypted)?)$/;
+var isTarLayer = ({ mediaType }) => LAYER_TYPE.test(mediaType);
+function configWords(json) {
+  if (!isRecord(json))
+    return { isObject: false, platform: "", diffIds: void 0 };
+  const { rootfs } = json;
+  const diffIds = isRecord(rootfs) ? rootfs.diff_ids : void 0;
+  const isList = Array.isArray(diffIds);
+  return {
+    isObject: true,
+    platform: formatPlatform(parsePlatform(json)),
+    diffIds: isList || diffIds === void 0 ? diffIds : [diffIds]
+  };
+}
+var hasOneDiffIdEach = ({ diffIds = [] }, layerCount) => diffIds.length === layerCount && diffIds.every(isDigest);
+var claimsImage = ({ config, layers }) => CONFIG_TYPES.includes(config.mediaType) && layers.every(isTarLayer);
+var isImage = (manifest, config) => claimsImage(manifest) && (!config || hasOneDiffIdEach(config, manifest.layers.length));
+var isImageContent = ({ manifest, configBytes }) => isImage(manifest, configBytes && configWords(parseJson(configBytes)));
 function parsePlatform(value) {
   const word = (name) => typeof value[name] === "string" ? printable(value[name], 64) : "";
   return {
@@ -2150,16 +2166,6 @@ function matchPlatform(candidates, { os: system, architecture, variant }) {
   return void 0;
 }
 var isAttestation = ({ platform }) => platform?.os === "unknown" || platform?.architecture === "unknown";
-function isImage({ manifest, configBytes }) {
-  const { config, layers } = manifest;
-  if (!CONFIG_TYPES.includes(config.mediaType) || !layers.every(isTarLayer))
-    return false;
-  if (!configBytes)
-    return true;
-  const json = parseJson(configBytes);
-  const rootfs = isRecord(json) && isRecord(json.rootfs) ? json.rootfs : {};
-  return Array.isArray(rootfs.diff_ids) && rootfs.diff_ids.length === layers.length;
-}
 var versionOf = ({ tag, digest }) => digest ?? tag;
 async function resolveImage(session, reference, name, choice) {
   const where = formatReference(reference);
@@ -2188,7 +2194,7 @@ async function findLoneImage(session, { registry, where, asked: top }, manifest)
   const isConfig = CONFIG_TYPES.includes(manifest.config.mediaType);
   const configBytes = isConfig ? await registry.config(manifest.config) : void 0;
   const config = configBytes && parseJson(configBytes);
-  if (configBytes && !isRecord(config))
+  if (configBytes && claimsImage(manifest) && !isRecord(config))
     fail("PROTOCOL", `${formatReference(registry.reference)}: its config is not a JSON object`);
   const platform = isRecord(config) && config.os ? parsePlatform(config) : void 0;
   if (platform)
@@ -2374,7 +2380,7 @@ function encodeUstarHeader(name, sizeBytes, type) {
   const octal = (value, digits) => value.toString(8).padStart(digits, "0");
   const fields = [
     [100, name],
-    [8, octal(420, 7)],
+    [8, octal(type === "5" ? 493 : 420, 7)],
     [8, octal(0, 7)],
     [8, octal(0, 7)],
     [12, octal(sizeBytes, 11)],
@@ -2409,7 +2415,8 @@ function encodeTarHeader(name, sizeBytes) {
   const isLong = name.length > LONGEST_USTAR_NAME;
   const isLarge = sizeBytes > LARGEST_USTAR_SIZE;
   const shortName = name.slice(0, LONGEST_USTAR_NAME);
-  const header = encodeUstarHeader(shortName, isLarge ? 0 : sizeBytes, "0");
+  const type = name.endsWith("/") ? "5" : "0";
+  const header = encodeUstarHeader(shortName, isLarge ? 0 : sizeBytes, type);
   if (!isLong && !isLarge)
     return header;
   const records = [
@@ -2432,7 +2439,7 @@ function indexEntry({ name, top, kind }) {
   return { mediaType: top.mediaType, digest: top.digest, size: top.bytes.length, annotations };
 }
 function dockerImageOf({ contents }) {
-  const images = contents.filter(isImage);
+  const images = contents.filter(isImageContent);
   const usual = images.find(({ platform }) => formatPlatform(platform) === "linux/amd64");
   return usual ?? images[0];
 }
@@ -2447,6 +2454,17 @@ function dockerEntry(image) {
     Layers: layers.map(({ digest }) => blobPath(digest))
   };
 }
+function parseDockerEntry(value) {
+  if (!isRecord(value))
+    return void 0;
+  const { Config: config, RepoTags, Layers } = value;
+  const tags = RepoTags ?? [];
+  const layers = Layers ?? [];
+  if (typeof config !== "string" || !isStringList(tags) || !isStringList(layers))
+    return void 0;
+  return { config, tags, layers };
+}
+var isStringList = (list) => Array.isArray(list) && list.every((each) => typeof each === "string");
 var PlannedFiles = class {
   files = /* @__PURE__ */ new Map();
   omitted = /* @__PURE__ */ new Map();
@@ -2498,7 +2516,13 @@ function planTar(images, omit = /* @__PURE__ */ new Set(), extras = {}) {
     planned.addBytes(blobPath(digest), bytes);
   for (const blob of extras.blobs ?? [])
     planned.addBlob(blob);
-  return { ...layOut(planned.files), omitted: [...planned.omitted.values()] };
+  return { ...layOut(withFolders(planned.files)), omitted: [...planned.omitted.values()] };
+}
+function withFolders(files) {
+  const algorithms = [...files.keys()].flatMap((name) => /^blobs\/\w+\//.exec(name) ?? []);
+  const folders = /* @__PURE__ */ new Set(["blobs/", "blobs/sha256/", ...algorithms.sort()]);
+  const nothing = { sizeBytes: 0 };
+  return new Map([...[...folders].map((name) => [name, nothing]), ...files]);
 }
 function layOut(files) {
   const entries = [];
@@ -2901,6 +2925,31 @@ async function isIntact({ handle, offset }, { digest, size }, signal) {
     hash.update(piece);
   }
   return hash.digest("hex") === hexOf(digest);
+}
+async function dockerChains({ handle, names }) {
+  const entry = names.file("manifest.json");
+  if (!entry || entry.holes || entry.sizeBytes > LIMITS.tarMetadataBytes)
+    return [];
+  const json = parseJson(await readAt(handle, entry.offset, entry.sizeBytes));
+  const images = Array.isArray(json) ? json.map(parseDockerEntry) : [];
+  return images.map((image) => (image?.layers ?? []).map((layer) => digestInName(layer) ?? ""));
+}
+function layersToOmit(images, chains) {
+  const omitted = /* @__PURE__ */ new Set();
+  const needed = /* @__PURE__ */ new Set();
+  for (const content of images.flatMap(({ contents }) => contents)) {
+    const layers = content.manifest.layers.map(({ digest }) => digest);
+    const sharedCounts = chains.map((chain) => {
+      const end = layers.findIndex((digest, at) => digest !== chain[at]);
+      return end < 0 ? layers.length : end;
+    });
+    const sharedCount = isImageContent(content) ? Math.max(0, ...sharedCounts) : 0;
+    for (const digest of layers.slice(0, sharedCount))
+      omitted.add(digest);
+    for (const digest of layers.slice(sharedCount))
+      needed.add(digest);
+  }
+  return new Set([...omitted].filter((digest) => !needed.has(digest)));
 }
 function problemWords(problem) {
   const entry = "entry" in problem ? printable(problem.entry) : "";
@@ -5333,9 +5382,13 @@ function warnOfRenames({ warn }, images, { renames = {}, namespace }) {
 }
 function warnOfLayers({ warn }, images) {
   for (const { contents, name } of images) {
+    if (contents.some((content) => claimsImage(content.manifest) && !isImageContent(content)))
+      warn(`${name} is no image that loads: its config has not one diff_id for each layer`);
     const types = contents.flatMap(({ manifest }) => manifest.layers.map(({ mediaType }) => mediaType)).join(" ");
     if (/zstd/.test(types))
       warn(`${name} has zstd layers: Docker before 23 and podman before 4 will not load it`);
+    if (/\+encrypted/.test(types))
+      warn(`${name} has encrypted layers, which load only where their key is`);
     if (/foreign|nondistributable/.test(types))
       warn(`${name} has foreign layers, which Docker on Linux does not take`);
   }
@@ -5349,25 +5402,25 @@ function warnOfCompanions({ warn }, images) {
 }
 function warnOfOmitted({ warn }, { omitted }, since) {
   if (omitted.length === 0) {
-    warn(`${since} holds none of the layers: nothing is left out`);
+    warn(`${since} holds none of the layers at the bottom of an image: nothing is left out`);
     return;
   }
   const size = formatBytes(sumOf(omitted, (layer) => layer.size));
   warn(`left out ${counted(omitted.length, "layer")} (${size}) that ${since} holds: load that first. docker's containerd store and ctr --no-unpack take this tar without it, in silence`);
 }
-async function digestsIn(since, destination) {
+async function chainsIn(since, destination) {
   if (since === void 0)
-    return /* @__PURE__ */ new Set();
+    return [];
   return withTars([since], async ([base]) => {
     if (!base)
-      return /* @__PURE__ */ new Set();
+      return [];
     if (destination?.kind === "tar") {
       const target = await fs.stat(destination.file).catch(() => void 0);
       const { ino, dev } = await base.handle.stat();
       if (target?.ino === ino && target.dev === dev)
         fail("BAD_OPTION", `\`since\` ${since} is DEST: the delta would take the place of its own base`);
     }
-    return new Set(base.blobs.keys());
+    return dockerChains(base);
   });
 }
 async function withTars(files, run) {
@@ -5409,14 +5462,14 @@ async function runPull(session, request, observe) {
   const isProofWanted = request.referrers === true || signers.length > 0;
   const named = typeof request.destination === "string" ? request.destination : "the stream";
   const destination = request.destination === void 0 ? void 0 : await parseDestination(request.destination);
-  const omit = await digestsIn(since, destination);
+  const chains = await chainsIn(since, destination);
   return withTars(reuse, async (tars) => {
     const { concurrency } = session.settings;
     const images = await mapConcurrently(wanted, concurrency, async ({ reference, name }) => {
       const image = await resolveImage(session, reference, name, choice);
       return isProofWanted ? addProof(session, image, signers) : image;
     });
-    const plan = planTar(images, omit, planExtras(images));
+    const plan = planTar(images, layersToOmit(images, chains), planExtras(images));
     warnOfLayers(session, images);
     if (destination?.kind !== "layout")
       warnOfCompanions(session, images);
@@ -6144,18 +6197,7 @@ var TarDocuments = class {
   }
   #readConfig(name) {
     const json = this.json(name);
-    if (json === void 0)
-      return void 0;
-    if (!isRecord(json))
-      return { isObject: false, platform: "", diffIds: void 0 };
-    const { rootfs } = json;
-    const diffIds = isRecord(rootfs) ? rootfs.diff_ids : void 0;
-    const isList = Array.isArray(diffIds);
-    return {
-      isObject: true,
-      platform: formatPlatform(parsePlatform(json)),
-      diffIds: isList || diffIds === void 0 ? diffIds : [diffIds]
-    };
+    return json === void 0 ? void 0 : configWords(json);
   }
   attempt(entry, run) {
     try {
@@ -6318,12 +6360,11 @@ var ImageFinder = class {
     const hasImageConfig = CONFIG_TYPES.includes(config.mediaType);
     const words = hasImageConfig ? this.#documents.config(blobPath(config.digest)) : void 0;
     const platform = words ? words.platform : formatPlatform(stated);
-    const isClaimed = hasImageConfig && layers.every(isTarLayer);
     return {
       platform,
       config: words,
-      isImage: isClaimed && (!words || hasOneDiffIdEach(words, layers.length)),
-      hasDiffIds: needsDiffIds(words, platform, isClaimed, layers.length),
+      isImage: isImage(manifest, words),
+      hasDiffIds: needsDiffIds(words, claimsImage(manifest), layers.length),
       parts: [config, ...layers].map(partOf)
     };
   }
@@ -6352,7 +6393,7 @@ var ImageFinder = class {
         platform,
         config,
         isImage: config !== void 0 && hasOneDiffIdEach(config, layerCount),
-        hasDiffIds: needsDiffIds(config, platform, true, layerCount),
+        hasDiffIds: needsDiffIds(config, true, layerCount),
         parts
       };
       images.push({ image, tags: entry.tags });
@@ -6384,25 +6425,13 @@ var partOf = ({ digest, size, mediaType }) => ({
   size,
   mediaType
 });
-var hasOneDiffIdEach = ({ diffIds }, layerCount) => (diffIds ?? []).length === layerCount && (diffIds ?? []).every(isDigest);
-function needsDiffIds(config, platform, isClaimed, layerCount) {
+function needsDiffIds(config, isClaimed, layerCount) {
   if (!config)
     return false;
   if (config.diffIds !== void 0)
     return true;
-  return isClaimed && layerCount > 0 && platform !== "" && !isUnknown({ platform });
+  return isClaimed && layerCount > 0 && config.platform !== "" && !isUnknown(config);
 }
-function parseDockerEntry(value) {
-  if (!isRecord(value))
-    return void 0;
-  const { Config: config, RepoTags, Layers } = value;
-  const tags = RepoTags ?? [];
-  const layers = Layers ?? [];
-  if (typeof config !== "string" || !isStringList(tags) || !isStringList(layers))
-    return void 0;
-  return { config, tags, layers };
-}
-var isStringList = (list) => Array.isArray(list) && list.every((each) => typeof each === "string");
 var PartCheck = class {
   problems = [];
   notUnpacked = /* @__PURE__ */ new Map();

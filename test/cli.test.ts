@@ -712,6 +712,19 @@ const BAD_INPUTS: Record<string, BadInput> = {
     words: (host) => [`${host}/team/app:1.0`, "app.tar", "-s", "http", "-a", "riscv64"],
     says: /riscv64.*\n?.*linux\/amd64, linux\/arm\/v7/,
   },
+  ...Object.fromEntries(
+    ["app.tar.gz", "app.TGZ", "sub/app.tar.zst", "app.tzst", "app.tar.xz", "app.tar.bz2"].map(
+      (dest): [string, BadInput] => [
+        `DEST ${dest}`,
+        {
+          words: (host) => [`${host}/team/app:1.0`, dest, ...AMD64],
+          exitCode: 2,
+          lines: 1,
+          says: /DEST is a plain tar, not a \.t/i,
+        },
+      ],
+    ),
+  ),
   "bad reference": {
     words: (host) => [`${host}/Team/app:1.0`, "app.tar"],
     exitCode: 2,

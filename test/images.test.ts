@@ -19,8 +19,10 @@ import {
 } from "./support/bundle.ts";
 import { runCommand, temporaryFolder } from "./support/command.ts";
 import {
+  makeArtifact,
   makeHelmChart,
   makeImage,
+  makeImageLookalikes,
   makeIndex,
   makeMultiPlatform,
   makeOrasArtifact,
@@ -249,6 +251,7 @@ test("things that are not images are pulled as they are, and left out of manifes
     ["chart", makeHelmChart()],
     ["report", makeOrasArtifact()],
     ["wasm", makeWasmArtifact()],
+    ...Object.entries(makeImageLookalikes()),
   ];
   const references = artifacts.map(([name, content]) => registry.add(content, name, "1"));
   const image = registry.add(THIRD, "third", "3");
@@ -266,7 +269,47 @@ test("things that are not images are pulled as they are, and left out of manifes
     dockerEntries(files).map(({ RepoTags }) => RepoTags),
     [[image]],
   );
-  assert.equal(String(stdout).split("\n").length, 5);
+  assert.equal(String(stdout).split("\n").length, artifacts.length + 2);
+
+  // The same rule for --verify: what loads is the one image.
+  const verified = await runCommand(["--verify", dest]);
+  assert.deepEqual([verified.exitCode, verified.stderr], [0, ""]);
+  assert.match(String(verified.stdout), /loads in docker, podman/);
+  const alone = join(temporaryFolder(t), "alone.tar");
+  for (const reference of references) {
+    await succeed(["--scheme", "http", reference, alone]);
+    const { exitCode, stdout: said } = await runCommand(["--verify", alone]);
+    assert.equal(exitCode, 0);
+    assert.doesNotMatch(String(said), /docker|podman/, reference);
+  }
+});
+
+test("an image's config that is no JSON object is an error, and one without diff_ids a warning", async (t) => {
+  const registry = await startRegistry({}, t);
+  const folder = temporaryFolder(t);
+  const { layers } = makeImage({ seed: "config" });
+  const layer = {
+    mediaType: "application/vnd.oci.image.layer.v1.tar+gzip",
+    bytes: layers[0]?.bytes,
+  };
+  const artifact = (text: string) =>
+    makeArtifact({
+      configMediaType: "application/vnd.oci.image.config.v1+json",
+      configBytes: Buffer.from(text),
+      layers: [layer as { mediaType: string; bytes: Buffer }],
+    });
+  for (const text of ["[]", '"words"', "null", "words", ""]) {
+    const reference = registry.add(artifact(text), "team/app", "1");
+    const { exitCode, stderr } = await runCommand(["-s", "http", reference, join(folder, "a.tar")]);
+    assert.equal(exitCode, 1, text);
+    assert.match(stderr, /its config is not a JSON object/);
+  }
+  const words = { os: "linux", architecture: "amd64", rootfs: { diff_ids: [] } };
+  const reference = registry.add(artifact(JSON.stringify(words)), "team/app", "2");
+  const args = ["-s", "http", "--platform", "linux/amd64", reference, join(folder, "b.tar")];
+  const { exitCode, stderr } = await runCommand(args);
+  assert.equal(exitCode, 0, stderr);
+  assert.match(stderr, /no image that loads: its config has not one diff_id for each layer/);
 });
 
 const AMD64 = ["--scheme", "http", "--platform", "linux/amd64", "-q"];

@@ -66,8 +66,9 @@ async function caught<T>(run: () => Promise<T>): Promise<{ result?: T; error?: I
 }
 
 function filesOf(tar: Buffer): Map<string, Buffer> {
+  const files = readTar(tar).filter(({ type }) => type === "0");
   return new Map(
-    readTar(tar).map(({ name, offset, size }) => [name, tar.subarray(offset, offset + size)]),
+    files.map(({ name, offset, size }) => [name, tar.subarray(offset, offset + size)]),
   );
 }
 

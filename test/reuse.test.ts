@@ -13,11 +13,15 @@ import { join } from "node:path";
 import { test } from "node:test";
 import { runCommand, temporaryFolder } from "./support/command.ts";
 import {
+  makeArtifact,
   makeImage,
+  makeIndex,
   makeLayer,
   makeMultiPlatform,
   readTar,
+  type TestContent,
   type TestImage,
+  type TestLayer,
   writeTar,
 } from "./support/image.ts";
 import { flip, interrupt, OPTIONS, succeed } from "./support/interrupt.ts";
@@ -234,12 +238,77 @@ test("--since leaves out the layers that the tar holds, and says what the delta 
   const tar = readFileSync(delta);
   const names = readTar(tar).map(({ name }) => name);
   const held = [childOf(V2).digest, childOf(V2).config.digest, childOf(V2).layers[2]?.digest ?? ""];
-  assert.deepEqual(names, ["oci-layout", "index.json", "manifest.json", ...held.map(blobName)]);
+  const first = ["blobs/", "blobs/sha256/", "oci-layout", "index.json", "manifest.json"];
+  assert.deepEqual(names, [...first, ...held.map(blobName)]);
   const entry = readTar(tar).find(({ name }) => name === "manifest.json");
   const [described] = JSON.parse(
     tar.toString("utf8", entry?.offset, (entry?.offset ?? 0) + (entry?.size ?? 0)),
   );
   assert.equal(described.Layers.length, 3, "manifest.json names the layers that are left out too");
+});
+
+/** docker finds a layer by all those below it (moby/moby#18723), so a layer is only there at the bottom. */
+test("--since leaves out what stands at the bottom of an image that the base loads, and nothing else", async (t) => {
+  const [os1, os2, lib, app] = ["os1", "os2", "lib", "app"].map((seed) => makeLayer({ seed }));
+  assert.ok(os1 && os2 && lib && app);
+  const image = (seed: string, ...layers: TestLayer[]) => makeImage({ seed, layers });
+  const arm = makeImage({ seed: "arm", layers: [lib, app], platform: "linux/arm64" });
+  const index = makeIndex([image("amd", os1, app), arm]);
+  const artifact = makeArtifact({
+    layers: [{ mediaType: "application/vnd.example", bytes: os1.bytes }],
+  });
+  const cases: [name: string, base: TestContent[], next: TestContent[], omitted: TestLayer[]][] = [
+    ["rebased", [image("a", os1, app)], [image("b", os2, app)], []],
+    ["rebased in the middle", [image("a", os1, lib, app)], [image("b", os1, os2, app)], [os1]],
+    ["one layer more", [image("a", os1, lib)], [image("b", os1, lib, app)], [os1, lib]],
+    ["one layer less", [image("a", os1, lib, app)], [image("b", os1, lib)], [os1, lib]],
+    ["other order", [image("a", os1, lib)], [image("b", lib, os1)], []],
+    [
+      "the longest of two",
+      [image("a", os1), image("c", os1, lib)],
+      [image("b", os1, lib, app)],
+      [os1, lib],
+    ],
+    [
+      "needed by another",
+      [image("a", os1, app)],
+      [image("b", os1, app), image("c", os2, app)],
+      [os1],
+    ],
+    ["a platform that docker does not load", [index], [arm], []],
+    ["one that it does", [index], [image("b", os1, app, lib)], [os1, app]],
+    ["an artifact in the base", [artifact], [image("b", os1)], []],
+    ["an artifact besides", [image("a", os1)], [image("b", os1), artifact], []],
+  ];
+  for (const [name, base, next, omitted] of cases) {
+    const registry = await startRegistry({}, t);
+    const folder = temporaryFolder(t);
+    const pull = async (contents: TestContent[], dest: string, ...args: string[]) => {
+      const references = contents.map((content, at) => registry.add(content, `app${at}`, dest));
+      const options = ["-s", "http", "-q", ...args];
+      const { exitCode, stderr } = await runCommand([...options, ...references, dest], {
+        cwd: folder,
+      });
+      assert.equal(exitCode, 0, `${name}: ${stderr}`);
+    };
+    const isArm = next.includes(arm);
+    await pull(base, "base.tar", "--platform", "all");
+    await pull(
+      next,
+      "next.tar",
+      "--platform",
+      isArm ? "linux/arm64" : "linux/amd64",
+      "--since",
+      "base.tar",
+    );
+    const names = readTar(readFileSync(join(folder, "next.tar"))).map((entry) => entry.name);
+    const wanted = next.flatMap(({ blobs }) => [...blobs.keys()]);
+    assert.deepEqual(
+      wanted.filter((digest) => !names.includes(blobName(digest))).sort(),
+      omitted.map(({ digest }) => digest).sort(),
+      name,
+    );
+  }
 });
 
 test("--since never leaves out configs or manifests, and the delta of the same image has no layers", async (t) => {
@@ -252,6 +321,8 @@ test("--since never leaves out configs or manifests, and the delta of the same i
   assert.deepEqual(
     readTar(readFileSync(dest)).map(({ name }) => name),
     [
+      "blobs/",
+      "blobs/sha256/",
       "oci-layout",
       "index.json",
       "manifest.json",

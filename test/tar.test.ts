@@ -123,6 +123,16 @@ test("headers are those of GNU tar, byte for byte", needsGnuTar, (t) => {
   }
 });
 
+test("so are those of folders", needsGnuTar, (t) => {
+  const folder = temporaryFolder(t);
+  mkdirSync(join(folder, "blobs/sha256"), { recursive: true });
+  for (const name of ["blobs/", "blobs/sha256/"]) {
+    const words = [...OWNED_BY_NOBODY, "--mode=0755", "--format=ustar", "--no-recursion"];
+    const theirs = gnuTar(folder, ["-cf", "-", ...words, name]).subarray(0, 512);
+    assert.ok(encodeTarHeader(name, 0).equals(theirs), name);
+  }
+});
+
 test("checksums hold and PAX records count themselves, at every length", () => {
   for (let length = 98; length < 1100; length += 1) {
     const name = "n".repeat(length);
@@ -233,7 +243,7 @@ test(
         entries,
         plan.entries.map(({ name, sizeBytes, offset }) => [
           String(offset / 512 - 1),
-          "-rw-r--r--",
+          name.endsWith("/") ? "drwxr-xr-x" : "-rw-r--r--",
           String(sizeBytes),
           name,
         ]),
@@ -245,7 +255,11 @@ test(
       }));
       assert.deepEqual(
         read,
-        plan.entries.map(({ name, sizeBytes, offset }) => ({ name, sizeBytes, offset })),
+        plan.entries.map(({ name, sizeBytes, offset }) => ({
+          name: name.replace(/\/$/, ""),
+          sizeBytes,
+          offset,
+        })),
       );
     }
   },
@@ -289,8 +303,9 @@ async function serve(t: TestScope, images: Record<string, TestContent>): Promise
 const blobName = (digest: string) => `blobs/${digest.replace(":", "/")}`;
 
 function filesOf(tar: Buffer): Map<string, Buffer> {
+  const files = readTar(tar).filter(({ type }) => type === "0");
   return new Map(
-    readTar(tar).map(({ name, offset, size }) => [name, tar.subarray(offset, offset + size)]),
+    files.map(({ name, offset, size }) => [name, tar.subarray(offset, offset + size)]),
   );
 }
 
@@ -326,7 +341,9 @@ for (const format of ["oci", "docker"] as Format[]) {
     const { tar, stdout } = await pullWith([`${registry.host}/team/app:1.0`], temporaryFolder(t));
     assert.equal(String(stdout), `${registry.host}/team/app:1.0@${image.digest}\n`);
     const entries = readTar(tar);
-    assert.deepEqual(entries.map(({ name }) => name).slice(0, 3), [
+    assert.deepEqual(entries.map(({ name }) => name).slice(0, 5), [
+      "blobs/",
+      "blobs/sha256/",
       "oci-layout",
       "index.json",
       "manifest.json",
@@ -334,7 +351,7 @@ for (const format of ["oci", "docker"] as Format[]) {
     const blobs = [image.digest, image.config.digest, ...image.layers.map(({ digest }) => digest)];
     assert.deepEqual(
       entries
-        .slice(3)
+        .slice(5)
         .map(({ name }) => name)
         .sort(),
       blobs.map(blobName).sort(),
@@ -342,7 +359,9 @@ for (const format of ["oci", "docker"] as Format[]) {
     for (const { name, type, mode, uid, gid, mtime, headerOffset, pax } of entries) {
       assert.deepEqual(
         { type, mode, uid, gid, mtime },
-        { type: "0", mode: 0o644, uid: 0, gid: 0, mtime: 0 },
+        name.endsWith("/")
+          ? { type: "5", mode: 0o755, uid: 0, gid: 0, mtime: 0 }
+          : { type: "0", mode: 0o644, uid: 0, gid: 0, mtime: 0 },
         name,
       );
       assert.equal(pax.size, 0, name);

@@ -585,6 +585,34 @@ export function makeOrasArtifact(seed = "artifact"): TestContent {
   });
 }
 
+/** Things whose config has an image's media type, though they are none. */
+export function makeImageLookalikes(): Record<string, TestContent> {
+  const imageConfig = "application/vnd.oci.image.config.v1+json";
+  const signature = Buffer.from(JSON.stringify({ critical: { type: "cosign" } }));
+  const withDiffIds = { architecture: "", os: "", rootfs: { diff_ids: [digestOf(signature)] } };
+  const model = { model_format: "gguf", rootfs: { diff_ids: [digestOf("weights")] } };
+  const tar = makeLayer({ seed: "lookalike" }).bytes;
+  return {
+    // cosign sign: https://github.com/sigstore/cosign/blob/main/specs/SIGNATURE_SPEC.md
+    signature: makeArtifact({
+      configMediaType: imageConfig,
+      configBytes: Buffer.from(JSON.stringify(withDiffIds)),
+      layers: [{ mediaType: "application/vnd.dev.cosign.simplesigning.v1+json", bytes: signature }],
+    }),
+    // ollama push
+    model: makeArtifact({
+      configMediaType: "application/vnd.docker.container.image.v1+json",
+      configBytes: Buffer.from(JSON.stringify(model)),
+      layers: [{ mediaType: "application/vnd.ollama.image.model", bytes: Buffer.from("weights") }],
+    }),
+    // An early oras push: https://github.com/oras-project/oras/issues/129
+    files: makeArtifact({
+      configMediaType: imageConfig,
+      layers: [{ mediaType: "application/vnd.oci.image.layer.v1.tar", bytes: tar }],
+    }),
+  };
+}
+
 export function makeWasmArtifact(seed = "wasm"): TestContent {
   return makeArtifact({
     configMediaType: "application/vnd.wasm.config.v0+json",

@@ -240,8 +240,17 @@ export function blobBytes(image: TestImage): number {
 
 /** The files of a tar by name, as a strict reader sees them, every blob compared with its digest. */
 export function filesOf(tar: Buffer): Map<string, Buffer> {
+  const entries = readTar(tar);
+  const folders = entries.filter(({ type }) => type === "5");
+  assert.deepEqual(entries.slice(0, folders.length), folders, "folders come first");
+  assert.deepEqual(folders.map(({ name, mode }) => [name, mode]).slice(0, 2), [
+    ["blobs/", 0o755],
+    ["blobs/sha256/", 0o755],
+  ]);
   const files = new Map(
-    readTar(tar).map(({ name, offset, size }) => [name, tar.subarray(offset, offset + size)]),
+    entries
+      .slice(folders.length)
+      .map(({ name, offset, size }) => [name, tar.subarray(offset, offset + size)]),
   );
   assert.deepEqual([...files.keys()].slice(0, 3), ["oci-layout", "index.json", "manifest.json"]);
   for (const [name, bytes] of files) {
