@@ -102,8 +102,7 @@ const LIMITS = Object.freeze({
   layers: 100_000, // of one reference: real images have a hundred
   documentBytes: 80 * MIB, // manifests and configs of one pull: a thousand images have 50
   signatures: 1000, // of one image: each is a request
-  proofJsonDepth: 64, // a Sigstore bundle is some ten deep
-  proofJsonValues: 10_000, // and has some hundred values, where it has log entries
+  bundleJsonValues: 10_000, // of a Sigstore bundle, which has some hundred where it has log entries
   referrerPages: 100, // lists of less than ten are not worth pages
   referrers: 1000, // of one image, and of its referrers: each is a request
   referrerDepth: 4, // a signature of an attestation of an image is two deep
@@ -360,6 +359,14 @@ interface LookOptions {
   onProgress?:
     | ((progress: { doneBytes: number; totalBytes: number | undefined }) => void)
     | undefined;
+}
+
+interface VerifyOptions extends LookOptions {
+  /**
+   * Public keys, each as PEM or as the path of a PEM file: SIGNATURE where one of the images is signed by none of them, by
+   * what the tar itself holds.
+   */
+  signedBy?: readonly string[] | undefined;
 }
 
 /** One thing that is wrong with a tar. `entry` is the name of a file in it. */
@@ -724,6 +731,33 @@ function parseJson(text: string | Buffer): unknown {
     return undefined;
   }
 }
+
+/** JSON of few enough values, and not nested so deep that reading it costs more than its size. */
+function parseShallowJson(bytes: Buffer, maximumValues: number = LIMITS.jsonValues): unknown {
+  let depth = 0;
+  let values = 0;
+  let isInString = false;
+  for (let at = 0; at < bytes.length; at += 1) {
+    const byte = bytes[at];
+    if (isInString) {
+      if (byte === BACKSLASH) at += 1;
+      else if (byte === QUOTE) isInString = false;
+    } else if (byte === QUOTE) isInString = true;
+    else if (byte === OPEN_BRACE || byte === OPEN_BRACKET) depth += 1;
+    else if (byte === CLOSE_BRACE || byte === CLOSE_BRACKET) depth -= 1;
+    else if (byte === COMMA) values += 1;
+    if (depth > LIMITS.jsonDepth || values > maximumValues) return undefined;
+  }
+  return parseJson(bytes);
+}
+
+const QUOTE = 0x22;
+const COMMA = 0x2c;
+const OPEN_BRACKET = 0x5b;
+const BACKSLASH = 0x5c;
+const CLOSE_BRACKET = 0x5d;
+const OPEN_BRACE = 0x7b;
+const CLOSE_BRACE = 0x7d;
 
 /** The fields that have a value: what is undefined or an empty string is left out. */
 const dropEmpty = <T extends object>(values: T): { [K in keyof T]?: Exclude<T[K], undefined> } =>
@@ -6833,7 +6867,7 @@ function readPayload(
 
 /** cosign's second form: a Sigstore bundle, in it a DSSE envelope, in it an in-toto statement of any predicate. */
 function readBundle(bytes: Buffer, keys: readonly SignerKey[]): Testimony {
-  const bundle = recordIn(parseSmallJson(bytes));
+  const bundle = recordIn(parseShallowJson(bytes, LIMITS.bundleJsonValues));
   const { payloadType, payload, signatures } = recordIn(bundle, "dsseEnvelope");
   // A bundle has exactly one signature, though an envelope may have more (sigstore-go refuses such a bundle too).
   const isEnvelope =
@@ -6889,37 +6923,6 @@ function recordIn(value: unknown, ...keys: readonly string[]): Record<string, un
 
 const fromBase64 = (text: unknown): Buffer =>
   Buffer.from(typeof text === "string" ? text : "", "base64");
-
-/**
- * JSON that no key has vouched for yet. Undefined where it is deeper, or has more values, than what it claims to be: a
- * value takes some fifty times the memory of the two bytes that it can be written with.
- */
-function parseSmallJson(bytes: Buffer): unknown {
-  let depth = 0;
-  let values = 0;
-
-  for (let at = 0; at < bytes.length; at += 1) {
-    const character = String.fromCharCode(bytes[at] as number);
-    if (character === '"') at = endOfText(bytes, at);
-    if ("{[,".includes(character)) values += 1;
-    if ("{[".includes(character)) depth += 1;
-    if ("}]".includes(character)) depth -= 1;
-    if (depth > LIMITS.proofJsonDepth || values > LIMITS.proofJsonValues) return undefined;
-  }
-  return parseJson(bytes);
-}
-
-/** Where the JSON text that begins at `start` ends: at the next quote that no backslash escapes. */
-function endOfText(bytes: Buffer, start: number): number {
-  const isBackslash = (at: number): boolean => bytes[at] === 0x5c;
-
-  for (let end = bytes.indexOf('"', start + 1); end >= 0; end = bytes.indexOf('"', end + 1)) {
-    let escapes = 0;
-    while (isBackslash(end - 1 - escapes)) escapes += 1;
-    if (escapes % 2 === 0) return end;
-  }
-  return bytes.length;
-}
 
 // ------ Finding what refers to an image ------
 
@@ -7129,12 +7132,15 @@ function planExtras(images: readonly ResolvedImage[]): Required<PlanExtras> {
 
 const isReferrer = ({ subject }: Companion): boolean => subject !== undefined;
 
+/** Where docker 29.1 and containerd 2.2 read what an entry of index.json refers to. */
+const SUBJECT_KEY = "io.containerd.manifest.subject";
+
 /** As BuildKit's attestations have it: ctr leaves out what does not match, and does not miss an index's other images. */
 const UNMATCHED: Platform = { architecture: "unknown", os: "unknown" };
 
 /** It has no name, so that nobody takes it for an image; docker and containerd read what it refers to. */
 function companionEntry({ top, subject, kind, artifactType }: Companion): unknown {
-  const annotations = dropEmpty({ "io.containerd.manifest.subject": subject, kind });
+  const annotations = dropEmpty({ [SUBJECT_KEY]: subject, kind });
   const isAnnotated = Object.keys(annotations).length > 0;
   return {
     mediaType: top.mediaType,
@@ -8711,7 +8717,9 @@ class TarDocuments {
   /** The bytes under a digest, where they have it. */
   bytes(digest: string): Buffer | undefined {
     const seen = this.file(blobPath(digest));
-    return seen?.isIntact ? seen.bytes : undefined;
+    // A link leads to what is intact under a name of its own.
+    const isIt = seen?.isIntact && digestInName(seen.entry.name) === digest;
+    return isIt ? seen.bytes : undefined;
   }
 
   /** The file behind a name, links followed. */
@@ -8786,33 +8794,6 @@ class TarDocuments {
 const NOT_KEPT = "is one document too many to be held at once";
 const NOT_JSON = "is not JSON, or nested too deep or too large to be read";
 
-/** JSON of few enough values, and not nested so deep that reading it costs more than its size. */
-function parseShallowJson(bytes: Buffer): unknown {
-  let depth = 0;
-  let values = 0;
-  let isInString = false;
-  for (let at = 0; at < bytes.length; at += 1) {
-    const byte = bytes[at];
-    if (isInString) {
-      if (byte === BACKSLASH) at += 1;
-      else if (byte === QUOTE) isInString = false;
-    } else if (byte === QUOTE) isInString = true;
-    else if (byte === OPEN_BRACE || byte === OPEN_BRACKET) depth += 1;
-    else if (byte === CLOSE_BRACE || byte === CLOSE_BRACKET) depth -= 1;
-    else if (byte === COMMA) values += 1;
-    if (depth > LIMITS.jsonDepth || values > LIMITS.jsonValues) return undefined;
-  }
-  return parseJson(bytes);
-}
-
-const QUOTE = 0x22;
-const COMMA = 0x2c;
-const OPEN_BRACKET = 0x5b;
-const BACKSLASH = 0x5c;
-const CLOSE_BRACKET = 0x5d;
-const OPEN_BRACE = 0x7b;
-const CLOSE_BRACE = 0x7d;
-
 // ------ Images ------
 
 /** A file that an image is made of. */
@@ -8836,13 +8817,16 @@ type HeldImage = Readonly<{
 type IndexEntry = Readonly<{
   descriptor: Descriptor;
   name: string;
-  annotations: Readonly<Record<string, unknown>>;
+  /** No image, but what refers to one, or the index that this proof is of. */
+  isCompanion: boolean;
 }>;
 
 /** What a tar names: by index.json, and by manifest.json. */
 type HeldImages = Readonly<{
   entries: readonly IndexEntry[];
   indexed: readonly HeldImage[];
+  /** Signatures, SBOMs and the like, which count as no image. */
+  companions: readonly HeldImage[];
   listed: readonly HeldImage[];
   /** RepoTags of manifest.json, as they stand there. */
   tags: readonly string[];
@@ -8870,18 +8854,19 @@ class ImageFinder {
 
   run(): HeldImages {
     const entries = this.#readIndex();
-    const indexed = entries.flatMap(({ descriptor, name }) =>
-      this.#imagesOf(descriptor).map((image) => ({ name, ...image })),
+    const found = entries.flatMap(({ descriptor, name, isCompanion }) =>
+      this.#imagesOf(descriptor).map((image) => ({ name, isCompanion, ...image })),
     );
     const listed = this.#readDockerList();
     const isLayout = this.#checkLayout(entries.length > 0, listed.length > 0);
-    const isEmpty = entries.length + listed.length === 0;
+    const isEmpty = entries.every(({ isCompanion }) => isCompanion) && listed.length === 0;
     const isSaid = this.problems.length + this.#documents.problems.length > 0;
     if (isEmpty && !isSaid) this.problems.push({ kind: "no-image" });
 
     return {
       entries,
-      indexed,
+      indexed: found.filter(({ isCompanion }) => !isCompanion),
+      companions: found.filter(({ isCompanion }) => isCompanion),
       listed: listed.map(({ image }) => image),
       tags: listed.flatMap(({ tags }) => tags),
       blobs: [...this.#blobs.values()],
@@ -8908,7 +8893,8 @@ class ImageFinder {
       const annotations = isRecord(value) && isRecord(value.annotations) ? value.annotations : {};
       const names = NAME_KEYS.map((key) => annotations[key]);
       const name = names.find((each) => typeof each === "string") ?? "";
-      entries.push({ descriptor, name: printable(name), annotations });
+      const isCompanion = name === "" && isProof(descriptor, annotations);
+      entries.push({ descriptor, name: printable(name), isCompanion });
     }
     return entries;
   }
@@ -9042,6 +9028,12 @@ class ImageFinder {
   }
 }
 
+/** What we and containerd, BuildKit, and cosign mark as such. */
+const isProof = (descriptor: Descriptor, { kind, ...rest }: Record<string, unknown>): boolean =>
+  typeof rest[SUBJECT_KEY] === "string" ||
+  isAttestation(descriptor) ||
+  COSIGN_TAGS.some((tag) => tag.kind !== undefined && tag.kind === kind);
+
 const isUnknown = ({ platform }: { platform: string }): boolean => platform.startsWith("unknown");
 
 const partOf = ({ digest, size, mediaType }: Descriptor): HeldPart => ({
@@ -9149,13 +9141,94 @@ function judgeLoaders({ images, held }: LoaderFacts): TarLoader[] {
     images.some(({ isImage }) => isImage) && (isDockerArchive || images.length === 1);
   const isForContainerd = images.some(({ name, digest }) => name && (digest || isDockerArchive));
   const byName = { needsName: images.length > 1 };
+  const byEntry = { needsName: held.entries.length > 1 };
   return [
     { program: "docker", takes: isDockerArchive, ...since(23) },
     { program: "podman", takes: isForPodman, ...since(4) },
     { program: "ctr", takes: isForContainerd },
     { program: "skopeo docker-archive", takes: isDockerArchive, ...byName },
-    { program: "skopeo oci-archive", takes: isLayout, ...byName },
+    { program: "skopeo oci-archive", takes: isLayout, ...byEntry },
   ];
+}
+
+// ------ Signatures in a tar ------
+
+/** A manifest that index.json leads to. */
+type HeldManifest = Readonly<{ digest: string; manifest: ImageManifest | IndexManifest }>;
+
+/** All manifests that are there, each once. */
+function manifestsIn(documents: TarDocuments, { entries }: HeldImages): HeldManifest[] {
+  const held = new Map<string, HeldManifest>();
+  const collect = (descriptor: Descriptor, depth: number): void => {
+    const { digest } = descriptor;
+    const manifest = held.has(digest) ? undefined : documents.manifest(descriptor);
+    if (!manifest || depth > LIMITS.indexDepth) return;
+    held.set(digest, { digest, manifest });
+    if (manifest.kind === "index")
+      for (const child of manifest.manifests) collect(child, depth + 1);
+  };
+
+  for (const { descriptor } of entries) collect(descriptor, 0);
+  return [...held.values()];
+}
+
+/** What signatures vouch for: the digests that they name, and what the indexes among these lead to. */
+function vouchedFor(
+  manifests: readonly HeldManifest[],
+  testimonies: readonly Testimony[],
+): ReadonlySet<string> {
+  const vouched = new Set<string>();
+  const add = (digest: string): void => {
+    if (vouched.has(digest)) return;
+    vouched.add(digest);
+    const manifest = manifests.find((held) => held.digest === digest)?.manifest;
+    if (manifest?.kind === "index") for (const child of manifest.manifests) add(child.digest);
+  };
+
+  for (const testimony of testimonies)
+    if (typeof testimony === "object") testimony.subjects.forEach(add);
+  return vouched;
+}
+
+/**
+ * SIGNATURE where an image is not vouched for, by the signatures that the tar itself holds. Its own word for what is
+ * proof and what is an image counts only for what no loader takes by a name; and manifest.json, by which docker loads,
+ * may name no other config than that of an image which is vouched for.
+ */
+function requireSignatures(
+  where: string,
+  documents: TarDocuments,
+  held: HeldImages,
+  signers: readonly SignerKey[],
+): void {
+  const manifests = manifestsIn(documents, held);
+  const images = manifests.flatMap(({ digest, manifest }) =>
+    manifest.kind === "image" ? [{ digest, manifest }] : [],
+  );
+  const layers = images.flatMap(({ manifest }) => manifest.layers.filter(isSignature));
+  const { signatures } = LIMITS;
+  if (layers.length > signatures) fail("TOO_LARGE", `${where}: more than ${signatures} signatures`);
+
+  const testimonies = layers.map((layer): Testimony => {
+    const bytes = documents.bytes(layer.digest);
+    return bytes ? readSignature(layer, bytes, signers) : "unreadable";
+  });
+  const vouched = vouchedFor(manifests, testimonies);
+  const verdicts = (digest: string) => testimonies.map((each) => judge(each, [digest]));
+  for (const { descriptor, name, isCompanion } of held.entries) {
+    const { digest } = descriptor;
+    const shown = `${where}: ${name.replace(/@.*/, "")}@${digest}`;
+    if (!isCompanion && !vouched.has(digest)) refuseUnsigned(shown, verdicts(digest));
+  }
+
+  const signedConfigs = images
+    .filter(({ digest }) => vouched.has(digest))
+    .map(({ manifest }) => manifest.config.digest);
+  for (const { name, parts } of held.listed) {
+    const config = documents.file(parts[0]?.entry ?? "")?.entry.name ?? ""; // behind a link, where it is one
+    const isSigned = signedConfigs.includes(digestInName(config) ?? "");
+    if (!isSigned) refuseUnsigned(`${where}: ${name} of manifest.json`, verdicts(""));
+  }
 }
 
 // ------ Report ------
@@ -9186,8 +9259,17 @@ const LOOK_OPTION_KINDS = {
   onProgress: "a function",
 } as const satisfies Record<keyof LookOptions, OptionKind>;
 
-function checkLook(source: TarSource, options: LookOptions): void {
-  checkKinds(options, LOOK_OPTION_KINDS);
+const VERIFY_OPTION_KINDS = {
+  ...LOOK_OPTION_KINDS,
+  signedBy: "a list of strings",
+} as const satisfies Record<keyof VerifyOptions, OptionKind>;
+
+function checkLook(
+  source: TarSource,
+  options: LookOptions,
+  kinds: Readonly<Record<string, OptionKind>> = LOOK_OPTION_KINDS,
+): void {
+  checkKinds(options, kinds);
   const isSource = typeof source === "string" || Symbol.asyncIterator in Object(source);
   if (!isSource) fail("BAD_OPTION", "a tar is the path of a file or folder, or a stream of bytes");
 }
@@ -9209,17 +9291,22 @@ async function listTar(source: TarSource, options: LookOptions = {}): Promise<Ta
 
 /**
  * Hashes every blob, looks for every reference, unpacks every layer. Throws BAD_TAR with all that is wrong: in words, and
- * as values in the error's `report`.
+ * as values in the error's `report`. SIGNATURE where all is right, but not signed.
  */
-async function verifyTar(source: TarSource, options: LookOptions = {}): Promise<TarReport> {
-  checkLook(source, options);
-  const report = await inspectTar(source, options);
+async function verifyTar(source: TarSource, options: VerifyOptions = {}): Promise<TarReport> {
+  checkLook(source, options, VERIFY_OPTION_KINDS);
+  const signers = await readSigners(options.signedBy);
+  const report = await inspectTar(source, options, signers);
   refuseProblems(nameOfSource(source), report.problems, report);
   return report;
 }
 
 /** A whole report, whatever is wrong. */
-async function inspectTar(source: TarSource, options: LookOptions): Promise<TarReport> {
+async function inspectTar(
+  source: TarSource,
+  options: LookOptions,
+  signers: readonly SignerKey[],
+): Promise<TarReport> {
   const contents = await lookThrough(source, true, options);
   const files = [...contents.files.values()];
   const problems = [...files.flatMap(problemsOfFile), ...contents.problems];
@@ -9240,12 +9327,15 @@ async function inspectTar(source: TarSource, options: LookOptions): Promise<TarR
   const finder = new ImageFinder(documents);
   const held = finder.run();
   const images = imagesOf(held);
-  const named = [...held.indexed, ...held.listed];
+  const named = [...held.indexed, ...held.listed, ...held.companions];
   const check = new PartCheck(documents, named);
   for (const image of named) check.checkImage(image);
   for (const blob of held.blobs) check.checkPart(blob);
 
   problems.push(...documents.problems, ...finder.problems, ...check.problems);
+  const isWhole = problems.length === 0;
+  if (isWhole && signers.length > 0)
+    requireSignatures(nameOfSource(source), documents, held, signers);
   const seen = ({ entry }: HeldPart) => documents.file(entry);
   return {
     images: images.map((image) => describeImage(image, documents)),
@@ -9434,7 +9524,7 @@ const PULL_OPTIONS = {
     help: "only what this PEM key signed (repeatable)",
     isRepeatable: true,
     option: "signedBy",
-    tasks: ["pull", "manifest"],
+    tasks: ["pull", "manifest", "verify"],
   },
   "dry-run": { help: "say what would be pulled, write nothing", option: "dryRun" },
 } as const satisfies Record<string, OptionSpec>;
@@ -10001,7 +10091,7 @@ const isStdout = (destination: string | undefined): boolean =>
   destination === "-" || destination === "/dev/stdout";
 
 /** What --verify says of a tar in which all is right. */
-function formatTarReport(report: TarReport): string {
+function formatTarReport(report: TarReport, isSigned: boolean): string {
   const { images, blobs, unpackedLayers, notUnpacked, absentManifests, loaders } = report;
   const counts = [
     counted(images.length, "image"),
@@ -10011,7 +10101,8 @@ function formatTarReport(report: TarReport): string {
     ...(absentManifests > 0 ? [`${absentManifests} more of an index not here`] : []),
   ];
   const taking = loaders.filter(({ takes }) => takes);
-  return `${counts.join(", ")}: all is right\nloads in ${taking.map(formatLoader).join(", ")}`;
+  const judgement = isSigned ? "all is right, and signed by a key given" : "all is right";
+  return `${counts.join(", ")}: ${judgement}\nloads in ${taking.map(formatLoader).join(", ")}`;
 }
 
 function formatLoader({ program, needsName, sinceVersion }: TarLoader): string {
@@ -10044,11 +10135,17 @@ async function showTarList(io: CommandIO, file: string, signal: AbortSignal): Pr
   }
 }
 
+type TarCheckCommand = Readonly<{
+  signal: AbortSignal;
+  isQuiet: boolean;
+  signedBy: readonly string[];
+}>;
+
 /** --verify, with progress on a terminal. */
 async function showTarReport(
   io: CommandIO,
   file: string,
-  { signal, isQuiet }: Readonly<{ signal: AbortSignal; isQuiet: boolean }>,
+  { signal, isQuiet, signedBy }: TarCheckCommand,
 ): Promise<void> {
   const display = new Display(io, isQuiet || !io.stderr.isTTY);
   const onProgress: LookOptions["onProgress"] = ({ doneBytes, totalBytes = doneBytes }) =>
@@ -10060,9 +10157,9 @@ async function showTarReport(
       fetchedBytes: doneBytes,
     });
   try {
-    const report = await verifyTar(tarSource(io, file), { signal, onProgress });
+    const report = await verifyTar(tarSource(io, file), { signal, signedBy, onProgress });
     display.stop();
-    io.stdout.write(`${file}: ${formatTarReport(report)}\n`);
+    io.stdout.write(`${file}: ${formatTarReport(report, signedBy.length > 0)}\n`);
   } finally {
     display.stop();
   }
@@ -10124,7 +10221,8 @@ async function runCommand(
   if (listed !== undefined) return showTarList(io, listed, signal);
   if (verified !== undefined) {
     const { isQuiet } = command;
-    return showTarReport(io, verified, { signal, isQuiet });
+    const { "signed-by": signedBy = [] } = line.lists;
+    return showTarReport(io, verified, { signal, isQuiet, signedBy });
   }
 
   const { destination, manifest } = command;
@@ -10215,6 +10313,7 @@ const internals = Object.freeze({
   readTar,
   pulledImage,
   runPull,
+  verifyTar,
   wantedPlatform,
   withSession,
 });
@@ -10243,6 +10342,7 @@ export type {
   TarReader,
   TarReport,
   TarSource,
+  VerifyOptions,
 };
 export {
   ImgpullError,

@@ -193,6 +193,13 @@ interface LookOptions {
         totalBytes: number | undefined;
     }) => void) | undefined;
 }
+interface VerifyOptions extends LookOptions {
+    /**
+     * Public keys, each as PEM or as the path of a PEM file: SIGNATURE where one of the images is signed by none of them, by
+     * what the tar itself holds.
+     */
+    signedBy?: readonly string[] | undefined;
+}
 /** One thing that is wrong with a tar. `entry` is the name of a file in it. */
 type TarProblem = 
 /** No tar, or not one from some place on: nothing after it was looked at. */
@@ -382,9 +389,9 @@ declare class Puller {
 declare function listTar(source: TarSource, options?: LookOptions): Promise<TarImage[]>;
 /**
  * Hashes every blob, looks for every reference, unpacks every layer. Throws BAD_TAR with all that is wrong: in words, and
- * as values in the error's `report`.
+ * as values in the error's `report`. SIGNATURE where all is right, but not signed.
  */
-declare function verifyTar(source: TarSource, options?: LookOptions): Promise<TarReport>;
+declare function verifyTar(source: TarSource, options?: VerifyOptions): Promise<TarReport>;
 /** A file in a tar. */
 interface TarFile {
     name: string;
@@ -406,5 +413,5 @@ declare class TarReader {
 }
 /** Opens a tar or an OCI layout folder, to read what is in it. To be closed. */
 declare function openTar(source: TarSource, options?: LookOptions): Promise<TarReader>;
-export type { BlobProgress, Descriptor, ErrorCode, ImageList, LookOptions, ManifestHolder, OutputStream, Platform, Progress, PulledImage, PullerOpts, PullOptions, PullReport, PullResult, Reference, TarFile, TarImage, TarLayer, TarLoader, TarProblem, TarReader, TarReport, TarSource, };
+export type { BlobProgress, Descriptor, ErrorCode, ImageList, LookOptions, ManifestHolder, OutputStream, Platform, Progress, PulledImage, PullerOpts, PullOptions, PullReport, PullResult, Reference, TarFile, TarImage, TarLayer, TarLoader, TarProblem, TarReader, TarReport, TarSource, VerifyOptions, };
 export { ImgpullError, listTar, newPullerOpts, openTar, Puller, parseImageList, parseReference, pullImages, verifyTar,  };

@@ -45,8 +45,7 @@ var LIMITS = Object.freeze({
   layers: 1e5,
   documentBytes: 80 * MIB,
   signatures: 1e3,
-  proofJsonDepth: 64,
-  proofJsonValues: 1e4,
+  bundleJsonValues: 1e4,
   referrerPages: 100,
   referrers: 1e3,
   referrerDepth: 4,
@@ -236,6 +235,37 @@ function parseJson(text) {
     return void 0;
   }
 }
+function parseShallowJson(bytes, maximumValues = LIMITS.jsonValues) {
+  let depth = 0;
+  let values = 0;
+  let isInString = false;
+  for (let at = 0; at < bytes.length; at += 1) {
+    const byte = bytes[at];
+    if (isInString) {
+      if (byte === BACKSLASH)
+        at += 1;
+      else if (byte === QUOTE)
+        isInString = false;
+    } else if (byte === QUOTE)
+      isInString = true;
+    else if (byte === OPEN_BRACE || byte === OPEN_BRACKET)
+      depth += 1;
+    else if (byte === CLOSE_BRACE || byte === CLOSE_BRACKET)
+      depth -= 1;
+    else if (byte === COMMA)
+      values += 1;
+    if (depth > LIMITS.jsonDepth || values > maximumValues)
+      return void 0;
+  }
+  return parseJson(bytes);
+}
+var QUOTE = 34;
+var COMMA = 44;
+var OPEN_BRACKET = 91;
+var BACKSLASH = 92;
+var CLOSE_BRACKET = 93;
+var OPEN_BRACE = 123;
+var CLOSE_BRACE = 125;
 var dropEmpty = (values) => Object.fromEntries(Object.entries(values).filter(([, value]) => value !== void 0 && value !== ""));
 var sumOf = (items, numberOf) => {
   let sum = 0;
@@ -4722,7 +4752,7 @@ function readPayload(annotations, payload, keys) {
   return { subjects: isDigest(subject) ? [subject] : [] };
 }
 function readBundle(bytes, keys) {
-  const bundle = recordIn(parseSmallJson(bytes));
+  const bundle = recordIn(parseShallowJson(bytes, LIMITS.bundleJsonValues));
   const { payloadType, payload, signatures } = recordIn(bundle, "dsseEnvelope");
   const isEnvelope = payloadType === IN_TOTO && Array.isArray(signatures) && signatures.length === 1;
   if (!BUNDLE_VERSIONS.includes(String(bundle.mediaType)) || !isEnvelope)
@@ -4763,35 +4793,6 @@ function recordIn(value, ...keys) {
   return record;
 }
 var fromBase64 = (text) => Buffer.from(typeof text === "string" ? text : "", "base64");
-function parseSmallJson(bytes) {
-  let depth = 0;
-  let values = 0;
-  for (let at = 0; at < bytes.length; at += 1) {
-    const character = String.fromCharCode(bytes[at]);
-    if (character === '"')
-      at = endOfText(bytes, at);
-    if ("{[,".includes(character))
-      values += 1;
-    if ("{[".includes(character))
-      depth += 1;
-    if ("}]".includes(character))
-      depth -= 1;
-    if (depth > LIMITS.proofJsonDepth || values > LIMITS.proofJsonValues)
-      return void 0;
-  }
-  return parseJson(bytes);
-}
-function endOfText(bytes, start) {
-  const isBackslash = (at) => bytes[at] === 92;
-  for (let end = bytes.indexOf('"', start + 1); end >= 0; end = bytes.indexOf('"', end + 1)) {
-    let escapes = 0;
-    while (isBackslash(end - 1 - escapes))
-      escapes += 1;
-    if (escapes % 2 === 0)
-      return end;
-  }
-  return bytes.length;
-}
 var COSIGN_TAGS = [
   { suffix: ".sig", kind: "dev.cosignproject.cosign/sigs" },
   { suffix: ".att", kind: "dev.cosignproject.cosign/atts" },
@@ -4941,9 +4942,10 @@ function planExtras(images) {
   };
 }
 var isReferrer = ({ subject }) => subject !== void 0;
+var SUBJECT_KEY = "io.containerd.manifest.subject";
 var UNMATCHED = { architecture: "unknown", os: "unknown" };
 function companionEntry({ top, subject, kind, artifactType }) {
-  const annotations = dropEmpty({ "io.containerd.manifest.subject": subject, kind });
+  const annotations = dropEmpty({ [SUBJECT_KEY]: subject, kind });
   const isAnnotated = Object.keys(annotations).length > 0;
   return {
     mediaType: top.mediaType,
@@ -6150,7 +6152,8 @@ var TarDocuments = class {
   }
   bytes(digest) {
     const seen = this.file(blobPath(digest));
-    return seen?.isIntact ? seen.bytes : void 0;
+    const isIt = seen?.isIntact && digestInName(seen.entry.name) === digest;
+    return isIt ? seen.bytes : void 0;
   }
   file(name) {
     const entry = this.#contents.names.file(name);
@@ -6216,37 +6219,6 @@ var TarDocuments = class {
 };
 var NOT_KEPT = "is one document too many to be held at once";
 var NOT_JSON = "is not JSON, or nested too deep or too large to be read";
-function parseShallowJson(bytes) {
-  let depth = 0;
-  let values = 0;
-  let isInString = false;
-  for (let at = 0; at < bytes.length; at += 1) {
-    const byte = bytes[at];
-    if (isInString) {
-      if (byte === BACKSLASH)
-        at += 1;
-      else if (byte === QUOTE)
-        isInString = false;
-    } else if (byte === QUOTE)
-      isInString = true;
-    else if (byte === OPEN_BRACE || byte === OPEN_BRACKET)
-      depth += 1;
-    else if (byte === CLOSE_BRACE || byte === CLOSE_BRACKET)
-      depth -= 1;
-    else if (byte === COMMA)
-      values += 1;
-    if (depth > LIMITS.jsonDepth || values > LIMITS.jsonValues)
-      return void 0;
-  }
-  return parseJson(bytes);
-}
-var QUOTE = 34;
-var COMMA = 44;
-var OPEN_BRACKET = 91;
-var BACKSLASH = 92;
-var CLOSE_BRACKET = 93;
-var OPEN_BRACE = 123;
-var CLOSE_BRACE = 125;
 var ImageFinder = class {
   problems = [];
   #documents;
@@ -6260,16 +6232,17 @@ var ImageFinder = class {
   }
   run() {
     const entries = this.#readIndex();
-    const indexed = entries.flatMap(({ descriptor, name }) => this.#imagesOf(descriptor).map((image) => ({ name, ...image })));
+    const found = entries.flatMap(({ descriptor, name, isCompanion }) => this.#imagesOf(descriptor).map((image) => ({ name, isCompanion, ...image })));
     const listed = this.#readDockerList();
     const isLayout = this.#checkLayout(entries.length > 0, listed.length > 0);
-    const isEmpty = entries.length + listed.length === 0;
+    const isEmpty = entries.every(({ isCompanion }) => isCompanion) && listed.length === 0;
     const isSaid = this.problems.length + this.#documents.problems.length > 0;
     if (isEmpty && !isSaid)
       this.problems.push({ kind: "no-image" });
     return {
       entries,
-      indexed,
+      indexed: found.filter(({ isCompanion }) => !isCompanion),
+      companions: found.filter(({ isCompanion }) => isCompanion),
       listed: listed.map(({ image }) => image),
       tags: listed.flatMap(({ tags }) => tags),
       blobs: [...this.#blobs.values()],
@@ -6294,7 +6267,8 @@ var ImageFinder = class {
       const annotations = isRecord(value) && isRecord(value.annotations) ? value.annotations : {};
       const names = NAME_KEYS.map((key) => annotations[key]);
       const name = names.find((each) => typeof each === "string") ?? "";
-      entries.push({ descriptor, name: printable(name), annotations });
+      const isCompanion = name === "" && isProof(descriptor, annotations);
+      entries.push({ descriptor, name: printable(name), isCompanion });
     }
     return entries;
   }
@@ -6419,6 +6393,7 @@ var ImageFinder = class {
     return false;
   }
 };
+var isProof = (descriptor, { kind, ...rest }) => typeof rest[SUBJECT_KEY] === "string" || isAttestation(descriptor) || COSIGN_TAGS.some((tag) => tag.kind !== void 0 && tag.kind === kind);
 var isUnknown = ({ platform }) => platform.startsWith("unknown");
 var partOf = ({ digest, size, mediaType }) => ({
   entry: blobPath(digest),
@@ -6504,13 +6479,73 @@ function judgeLoaders({ images, held }) {
   const isForPodman = images.some(({ isImage: isImage2 }) => isImage2) && (isDockerArchive || images.length === 1);
   const isForContainerd = images.some(({ name, digest }) => name && (digest || isDockerArchive));
   const byName = { needsName: images.length > 1 };
+  const byEntry = { needsName: held.entries.length > 1 };
   return [
     { program: "docker", takes: isDockerArchive, ...since(23) },
     { program: "podman", takes: isForPodman, ...since(4) },
     { program: "ctr", takes: isForContainerd },
     { program: "skopeo docker-archive", takes: isDockerArchive, ...byName },
-    { program: "skopeo oci-archive", takes: isLayout, ...byName }
+    { program: "skopeo oci-archive", takes: isLayout, ...byEntry }
   ];
+}
+function manifestsIn(documents, { entries }) {
+  const held = /* @__PURE__ */ new Map();
+  const collect = (descriptor, depth) => {
+    const { digest } = descriptor;
+    const manifest = held.has(digest) ? void 0 : documents.manifest(descriptor);
+    if (!manifest || depth > LIMITS.indexDepth)
+      return;
+    held.set(digest, { digest, manifest });
+    if (manifest.kind === "index")
+      for (const child of manifest.manifests)
+        collect(child, depth + 1);
+  };
+  for (const { descriptor } of entries)
+    collect(descriptor, 0);
+  return [...held.values()];
+}
+function vouchedFor(manifests, testimonies) {
+  const vouched = /* @__PURE__ */ new Set();
+  const add = (digest) => {
+    if (vouched.has(digest))
+      return;
+    vouched.add(digest);
+    const manifest = manifests.find((held) => held.digest === digest)?.manifest;
+    if (manifest?.kind === "index")
+      for (const child of manifest.manifests)
+        add(child.digest);
+  };
+  for (const testimony of testimonies)
+    if (typeof testimony === "object")
+      testimony.subjects.forEach(add);
+  return vouched;
+}
+function requireSignatures(where, documents, held, signers) {
+  const manifests = manifestsIn(documents, held);
+  const images = manifests.flatMap(({ digest, manifest }) => manifest.kind === "image" ? [{ digest, manifest }] : []);
+  const layers = images.flatMap(({ manifest }) => manifest.layers.filter(isSignature));
+  const { signatures } = LIMITS;
+  if (layers.length > signatures)
+    fail("TOO_LARGE", `${where}: more than ${signatures} signatures`);
+  const testimonies = layers.map((layer) => {
+    const bytes = documents.bytes(layer.digest);
+    return bytes ? readSignature(layer, bytes, signers) : "unreadable";
+  });
+  const vouched = vouchedFor(manifests, testimonies);
+  const verdicts = (digest) => testimonies.map((each) => judge(each, [digest]));
+  for (const { descriptor, name, isCompanion } of held.entries) {
+    const { digest } = descriptor;
+    const shown = `${where}: ${name.replace(/@.*/, "")}@${digest}`;
+    if (!isCompanion && !vouched.has(digest))
+      refuseUnsigned(shown, verdicts(digest));
+  }
+  const signedConfigs = images.filter(({ digest }) => vouched.has(digest)).map(({ manifest }) => manifest.config.digest);
+  for (const { name, parts } of held.listed) {
+    const config = documents.file(parts[0]?.entry ?? "")?.entry.name ?? "";
+    const isSigned = signedConfigs.includes(digestInName(config) ?? "");
+    if (!isSigned)
+      refuseUnsigned(`${where}: ${name} of manifest.json`, verdicts(""));
+  }
 }
 async function lookThrough(source, withContent, options) {
   const where = nameOfSource(source);
@@ -6532,8 +6567,12 @@ var LOOK_OPTION_KINDS = {
   signal: "an AbortSignal",
   onProgress: "a function"
 };
-function checkLook(source, options) {
-  checkKinds(options, LOOK_OPTION_KINDS);
+var VERIFY_OPTION_KINDS = {
+  ...LOOK_OPTION_KINDS,
+  signedBy: "a list of strings"
+};
+function checkLook(source, options, kinds = LOOK_OPTION_KINDS) {
+  checkKinds(options, kinds);
   const isSource = typeof source === "string" || Symbol.asyncIterator in Object(source);
   if (!isSource)
     fail("BAD_OPTION", "a tar is the path of a file or folder, or a stream of bytes");
@@ -6549,12 +6588,13 @@ async function listTar(source, options = {}) {
   return imagesOf(held).map((image) => describeImage(image, documents));
 }
 async function verifyTar(source, options = {}) {
-  checkLook(source, options);
-  const report = await inspectTar(source, options);
+  checkLook(source, options, VERIFY_OPTION_KINDS);
+  const signers = await readSigners(options.signedBy);
+  const report = await inspectTar(source, options, signers);
   refuseProblems(nameOfSource(source), report.problems, report);
   return report;
 }
-async function inspectTar(source, options) {
+async function inspectTar(source, options, signers) {
   const contents = await lookThrough(source, true, options);
   const files = [...contents.files.values()];
   const problems = [...files.flatMap(problemsOfFile), ...contents.problems];
@@ -6574,13 +6614,16 @@ async function inspectTar(source, options) {
   const finder = new ImageFinder(documents);
   const held = finder.run();
   const images = imagesOf(held);
-  const named = [...held.indexed, ...held.listed];
+  const named = [...held.indexed, ...held.listed, ...held.companions];
   const check = new PartCheck(documents, named);
   for (const image of named)
     check.checkImage(image);
   for (const blob of held.blobs)
     check.checkPart(blob);
   problems.push(...documents.problems, ...finder.problems, ...check.problems);
+  const isWhole = problems.length === 0;
+  if (isWhole && signers.length > 0)
+    requireSignatures(nameOfSource(source), documents, held, signers);
   const seen = ({ entry }) => documents.file(entry);
   return {
     images: images.map((image) => describeImage(image, documents)),
@@ -6714,7 +6757,7 @@ var PULL_OPTIONS = {
     help: "only what this PEM key signed (repeatable)",
     isRepeatable: true,
     option: "signedBy",
-    tasks: ["pull", "manifest"]
+    tasks: ["pull", "manifest", "verify"]
   },
   "dry-run": { help: "say what would be pulled, write nothing", option: "dryRun" }
 };
@@ -7006,6 +7049,7 @@ var internals = Object.freeze({
   readTar,
   pulledImage,
   runPull,
+  verifyTar,
   wantedPlatform,
   withSession
 });

@@ -437,6 +437,7 @@ const PUBLIC = [
   "TarReader",
   "TarReport",
   "TarSource",
+  "VerifyOptions",
   "listTar",
   "newPullerOpts",
   "openTar",

@@ -1,8 +1,9 @@
 // What refers to an image comes along, and --signed-by takes only what a key has signed (SPEC §11).
 import assert from "node:assert/strict";
 import { generateKeyPairSync } from "node:crypto";
-import { readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
+import { Readable } from "node:stream";
 import { type TestContext, test } from "node:test";
 import { internals, Puller } from "../imgpull.ts";
 import { runCommand, temporaryFolder } from "./support/command.ts";
@@ -15,6 +16,9 @@ import {
   makeManifest,
   makeMultiPlatform,
   type TestContent,
+  type TestImage,
+  writeLink,
+  writeTar,
 } from "./support/image.ts";
 import {
   addFallbackTag,
@@ -839,4 +843,254 @@ test("two tags of one repository: each is named by its own", async (t) => {
     assert.match(error.message, /team\/app:1\.0/);
     assert.match(error.message, /team\/app:2\.0/);
   }
+});
+
+// ====== Offline ======
+
+interface IndexJson {
+  manifests: (IndexEntry & { mediaType: string; size: number; platform?: unknown })[];
+}
+
+/** A signed image in a tar, as files that a test may change before somebody carries it over. */
+async function carried(
+  t: TestContext,
+  options: PullOptions = {},
+  subject: TestContent = image,
+  contents: (TestContent | [TestContent, string])[] = [bundle(), signatureTag()],
+): Promise<Map<string, Buffer>> {
+  const served = await serveWith(t, contents, WITH_ENDPOINT, subject);
+  return filesIn(await pullProof(t, served, options));
+}
+
+function writeFiles(t: TestContext, files: Map<string, Buffer>): string {
+  const tar = join(temporaryFolder(t), "carried.tar");
+  writeFileSync(tar, writeTar(files));
+  return tar;
+}
+
+const verify = (tar: string, ...keys: TestSigner[]) =>
+  internals.verifyTar(tar, { signedBy: keys.map(({ pem: text }) => text) });
+
+async function assertUnsigned(tar: string, words: RegExp): Promise<void> {
+  await internals.verifyTar(tar); // all else is right
+  const error = await failure(verify(tar, signer));
+  assert.equal(error.code, "SIGNATURE", error.message);
+  assert.match(error.message, words);
+}
+
+const changeJson = <T>(files: Map<string, Buffer>, name: string, change: (json: T) => unknown) =>
+  files.set(name, Buffer.from(JSON.stringify(change(JSON.parse(String(files.get(name)))))));
+
+function addContent(files: Map<string, Buffer>, ...contents: TestContent[]): void {
+  for (const { manifests, blobs } of contents) {
+    for (const [digest, { bytes }] of manifests) files.set(blobName(digest), bytes);
+    for (const [digest, bytes] of blobs) files.set(blobName(digest), bytes);
+  }
+}
+
+const entryOf = ({ mediaType, digest, bytes }: TestContent, annotations = {}) => ({
+  mediaType,
+  digest,
+  size: bytes.length,
+  annotations,
+});
+const nameOf = (name: string) => ({
+  "io.containerd.image.name": name,
+  "org.opencontainers.image.ref.name": name,
+});
+const dockerEntryOf = ({ config, layers }: TestImage, name: string) => ({
+  Config: blobName(config.digest),
+  RepoTags: [name],
+  Layers: layers.map(({ digest }) => blobName(digest)),
+});
+
+test("what was pulled by its signature is accepted offline, by that key and no other", async (t) => {
+  for (const contents of [[bundle()], [signatureTag()]] as const) {
+    const tar = writeFiles(t, await carried(t, {}, image, [...contents]));
+    const report = await verify(tar, stranger, signer);
+    assert.equal(report.images.length, 1, "none of the proof counts as an image");
+    assert.equal((await failure(verify(tar, stranger))).code, "SIGNATURE");
+  }
+});
+
+test("a platform is accepted by the signature of its index, or by its own", async (t) => {
+  const index = makeMultiPlatform(["linux/amd64", "linux/arm64"]);
+  for (const subject of [index, index.children[0] as TestContent]) {
+    const proof = makeBundle(subject, makeBundleBytes(subject, signer));
+    const files = await carried(t, {}, index, [proof]);
+    assert.equal((await verify(writeFiles(t, files), signer)).images.length, 1);
+  }
+});
+
+test("an index is accepted as a whole, with all its images or some of them", async (t) => {
+  const index = makeMultiPlatform(["linux/amd64", "linux/arm64", "linux/s390x"]);
+  const proof = makeBundle(index, makeBundleBytes(index, signer));
+  const several = ["amd64", "arm64"].map((architecture) => ({ os: "linux", architecture }));
+  for (const options of [{ isAll: true }, { several }]) {
+    const files = await carried(t, options, index, [proof]);
+    await verify(writeFiles(t, files), signer);
+  }
+});
+
+test("a folder, and a stream, are accepted like a tar", async (t) => {
+  const files = await carried(t);
+  const folder = temporaryFolder(t);
+  mkdirSync(join(folder, "blobs/sha256"), { recursive: true });
+  for (const [name, bytes] of files) writeFileSync(join(folder, name), bytes);
+  await verify(folder, signer);
+  const stream = Readable.from([writeTar(files)]);
+  await internals.verifyTar(stream, { signedBy: [signer.pem] });
+  const again = Readable.from([writeTar(files)]);
+  const refused = internals.verifyTar(again, { signedBy: [stranger.pem] });
+  assert.equal((await failure(refused)).code, "SIGNATURE");
+});
+
+test("a tar whose signatures were stripped is refused", async (t) => {
+  const files = await carried(t);
+  changeJson<IndexJson>(files, "index.json", (index) => ({
+    ...index,
+    manifests: index.manifests.slice(0, 1),
+  }));
+  await assertUnsigned(writeFiles(t, files), /no signature at all/);
+});
+
+for (const [name, swapped, words] of [
+  ["of another image", makeBundle(other, makeBundleBytes(other, signer)), /something else/],
+  ["by another key", makeBundle(image, makeBundleBytes(image, stranger)), /another key/],
+  ["that is noise", makeBundle(image, deep(100_000)), /no form that is known/],
+] as const) {
+  test(`a signature ${name}, in the place of the right one, is refused`, async (t) => {
+    const files = await carried(t, {}, image, [bundle()]);
+    addContent(files, swapped);
+    changeJson<IndexJson>(files, "index.json", (index) => ({
+      ...index,
+      manifests: [index.manifests[0], entryOf(swapped, { [SUBJECT]: image.digest })],
+    }));
+    await assertUnsigned(writeFiles(t, files), words);
+  });
+}
+
+test("another image in the place of the signed one is refused", async (t) => {
+  const files = await carried(t);
+  addContent(files, other);
+  changeJson<IndexJson>(files, "index.json", ({ manifests: [first, ...rest], ...index }) => ({
+    ...index,
+    manifests: [{ ...first, ...entryOf(other, first?.annotations) }, ...rest],
+  }));
+  changeJson(files, "manifest.json", () => [dockerEntryOf(other, "example.com/app:1")]);
+  await assertUnsigned(writeFiles(t, files), new RegExp(other.digest));
+});
+
+test("another image in manifest.json alone is refused: docker loads by that", async (t) => {
+  const files = await carried(t);
+  addContent(files, other);
+  changeJson(files, "manifest.json", () => [dockerEntryOf(other, "example.com/app:1")]);
+  await assertUnsigned(writeFiles(t, files), /example\.com\/app:1 of manifest\.json/);
+});
+
+test("an image that is marked as proof, and has a name all the same, is refused", async (t) => {
+  for (const mark of [{ [SUBJECT]: image.digest }, { kind: "dev.cosignproject.cosign/sigs" }]) {
+    const files = await carried(t);
+    addContent(files, other);
+    changeJson<IndexJson>(files, "index.json", (index) => ({
+      ...index,
+      manifests: [...index.manifests, entryOf(other, { ...nameOf("example.com/evil:1"), ...mark })],
+    }));
+    await assertUnsigned(writeFiles(t, files), /example\.com\/evil/);
+  }
+});
+
+test("an index that nobody signed, around a signed image, is refused", async (t) => {
+  const files = await carried(t);
+  const around = makeIndex([image, makeImage({ seed: "evil", platform: "linux/arm64" })]);
+  addContent(files, around);
+  changeJson<IndexJson>(files, "index.json", ({ manifests: [first, ...rest], ...index }) => ({
+    ...index,
+    manifests: [{ ...first, ...entryOf(around, first?.annotations) }, ...rest],
+  }));
+  await assertUnsigned(writeFiles(t, files), new RegExp(around.digest));
+});
+
+test("of two images in a tar, one unsigned is enough to refuse", async (t) => {
+  const files = await carried(t);
+  addContent(files, other);
+  changeJson<IndexJson>(files, "index.json", (index) => ({
+    ...index,
+    manifests: [...index.manifests, entryOf(other, nameOf("example.com/second:1"))],
+  }));
+  await assertUnsigned(writeFiles(t, files), /example\.com\/second:1@/);
+});
+
+test("a tar of nothing but proof holds no image", async (t) => {
+  const files = await carried(t);
+  changeJson<IndexJson>(files, "index.json", (index) => ({
+    ...index,
+    manifests: index.manifests.slice(1),
+  }));
+  files.set("manifest.json", Buffer.from("[]"));
+  const error = await failure(verify(writeFiles(t, files), signer));
+  assert.equal(error.code, "BAD_TAR");
+});
+
+test("an archive without an index has no digests that could be signed", async (t) => {
+  const files = await carried(t);
+  files.delete("index.json");
+  files.delete("oci-layout");
+  await assertUnsigned(writeFiles(t, files), /no signature at all/);
+});
+
+test("a link in the place of a signed image's config is not that config", async (t) => {
+  const evil = makeImage({ seed: "forged", layers: image.layers }); // as long as the right one
+  const files = await carried(t);
+  addContent(files, evil);
+  files.delete(blobName(image.config.digest));
+  const tar = writeTar(files);
+  const link = writeLink(blobName(image.config.digest), evil.config.digest.slice(7));
+  const path = join(temporaryFolder(t), "linked.tar");
+  writeFileSync(path, Buffer.concat([link, tar]));
+  const error = await failure(verify(path, signer));
+  assert(["SIGNATURE", "BAD_TAR"].includes(error.code), error.message);
+});
+
+test("a link in the place of a signed index is not that index", async (t) => {
+  const index = makeMultiPlatform(["linux/amd64", "linux/arm64"]);
+  const proof = makeBundle(index, makeBundleBytes(index, signer));
+  const files = await carried(t, {}, index, [proof]);
+  const evil = makeImage({ seed: "evil", platform: "linux/amd64" });
+  const evilIndex = makeIndex([evil]);
+  addContent(files, evilIndex);
+  files.delete(blobName(index.digest));
+  changeJson<IndexJson>(files, "index.json", ({ manifests: [first, , ...rest], ...json }) => ({
+    ...json,
+    manifests: [
+      { ...first, ...entryOf(evil, first?.annotations) },
+      { ...entryOf(evilIndex), digest: index.digest, platform: { os: "unknown" } },
+      ...rest,
+    ],
+  }));
+  changeJson(files, "manifest.json", () => [dockerEntryOf(evil, "example.com/app:1")]);
+  const path = join(temporaryFolder(t), "linked.tar");
+  const link = writeLink(blobName(index.digest), evilIndex.digest.slice(7));
+  writeFileSync(path, Buffer.concat([link, writeTar(files)]));
+  const error = await failure(verify(path, signer));
+  assert(["SIGNATURE", "BAD_TAR"].includes(error.code), error.message);
+});
+
+test("the command says that a tar is signed, and by whom it is not", async (t) => {
+  const folder = temporaryFolder(t);
+  const tar = writeFiles(t, await carried(t));
+  const [good, bad] = [join(folder, "good.pub"), join(folder, "bad.pub")];
+  writeFileSync(good, signer.pem);
+  writeFileSync(bad, stranger.pem);
+  const right = await runCommand(["--verify", tar, "--signed-by", bad, "--signed-by", good]);
+  assert.equal(right.exitCode, 0, right.stderr);
+  assert.match(String(right.stdout), /1 image, .*: all is right, and signed by a key given\n/);
+  const wrong = await runCommand(["--verify", tar, "--signed-by", bad]);
+  assert.equal(wrong.exitCode, 1);
+  assert.match(
+    wrong.stderr,
+    /not signed by any key given \(--signed-by\)\n {2}found: 2 signatures/,
+  );
+  const listed = await runCommand(["--list-tar", tar, "--signed-by", good]);
+  assert.equal(listed.exitCode, 2, "it would have been no check");
 });

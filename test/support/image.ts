@@ -142,6 +142,17 @@ export function writeTar(files: Iterable<[string, Buffer]>): Buffer {
   return Buffer.concat([...parts, Buffer.alloc(1024)]);
 }
 
+/** A symbolic link, to stand before an archive's first entry. */
+export function writeLink(name: string, target: string): Buffer {
+  const header = tarHeader(name, 0);
+  header.write("2", 156, "latin1");
+  header.write(target, 157, "latin1");
+  header.write(" ".repeat(8), 148, "latin1");
+  const sum = header.reduce((total, byte) => total + byte, 0);
+  header.write(octal(sum, 7), 148, "latin1");
+  return header;
+}
+
 export interface TarEntry {
   name: string;
   /** Where the entry's first header begins (a PAX header counts as part of its entry), and where its bytes begin. */
