@@ -3,6 +3,7 @@
 // test process, however that ends.
 import assert from "node:assert/strict";
 import { type ChildProcess, execFile, spawn } from "node:child_process";
+import { createPrivateKey } from "node:crypto";
 import { once } from "node:events";
 import {
   accessSync,
@@ -136,7 +137,7 @@ wait "$service"; status=$?
 kill "$guard" 2>/dev/null
 exit "$status"`;
 
-interface Program {
+export interface Program {
   name: string;
   folder: string;
   command: string[];
@@ -221,7 +222,7 @@ export class Service {
 }
 
 /** Files with these texts in a folder; gives back their paths. */
-function writeFiles<Name extends string>(
+export function writeFiles<Name extends string>(
   folder: string,
   texts: Record<Name, string>,
 ): Record<Name, string> {
@@ -234,7 +235,7 @@ function writeFiles<Name extends string>(
 }
 
 /** squid and nginx refuse port 0: takes one that is free now, and another if it was gone when they came to listen. */
-async function startOnFreePort<Started extends Service>(
+export async function startOnFreePort<Started extends Service>(
   make: (port: number) => Started,
 ): Promise<Started> {
   for (let attempt = 1; ; attempt++) {
@@ -268,7 +269,7 @@ export interface ServerTls {
 }
 
 /** bcrypt, which docker-registry alone insists on. */
-function htpasswd(account: Account): Promise<string> {
+export function htpasswd(account: Account): Promise<string> {
   return run(["htpasswd", "-nbB", account.user, account.password]);
 }
 
@@ -281,6 +282,10 @@ export interface RealRegistryOptions {
   storage?: string;
   /** Default: any free one. */
   port?: number;
+  /** Default docker-registry; `registry` is distribution's third version. */
+  program?: "docker-registry" | "registry";
+  /** Sections of the configuration that take the place of these, or come beside them. */
+  configuration?: Record<string, unknown>;
 }
 
 /** A GET of a blob that was answered. */
@@ -343,7 +348,7 @@ export async function pushImage(content: TestContent, name: string): Promise<voi
 
 export async function startRealRegistry(options: RealRegistryOptions = {}): Promise<RealRegistry> {
   const folder = interopFolder("registry");
-  const { tls, storage = join(folder, "storage") } = options;
+  const { tls, storage = join(folder, "storage"), program = "docker-registry" } = options;
   const files = writeFiles(folder, {
     "cert.pem": tls?.cert ?? "",
     "key.pem": tls?.key ?? "",
@@ -377,14 +382,15 @@ export async function startRealRegistry(options: RealRegistryOptions = {}): Prom
         ...(options.htpasswd && {
           auth: { htpasswd: { realm: "imgpull tests", path: files.htpasswd } },
         }),
+        ...options.configuration,
       }),
     );
   configure(options.port ?? 0);
   const registry = new RealRegistry(
     {
-      name: "docker-registry",
+      name: program,
       folder,
-      command: ["docker-registry", "serve", configPath],
+      command: [program, "serve", configPath],
       ready: /listening on 127\.0\.0\.1:(\d+)/,
       stopSignal: "SIGTERM",
     },
@@ -444,6 +450,71 @@ export async function storedManifest(
     mediaType,
     json: JSON.parse(bytes.toString()) as Record<string, unknown>,
   };
+}
+
+// ====== Docker's token service ======
+
+export class TokenServer extends Service {
+  readonly port: number;
+  /** PEM of the certificate by which a registry knows its tokens. */
+  readonly certificate: string;
+
+  constructor(program: Program, port: number, certificate: string) {
+    super(program);
+    this.port = port;
+    this.certificate = certificate;
+  }
+
+  get realm(): string {
+    return `http://localhost:${this.port}/token/`;
+  }
+
+  /** How often it was asked for a token, by method. */
+  asked(): { get: number; post: number } {
+    const requests = { GET: new Set<string>(), POST: new Set<string>() };
+    const lines = this.log().matchAll(/request\.id=(\S+) .*?request\.method=(GET|POST) /g);
+    for (const [, id = "", method] of lines) requests[method as "GET" | "POST"].add(id);
+    return { get: requests.GET.size, post: requests.POST.size };
+  }
+
+  /** An identity token, as `docker login` gets one. */
+  async identityToken({ user, password }: Account, service: string): Promise<string> {
+    const authorization = `Basic ${Buffer.from(`${user}:${password}`).toString("base64")}`;
+    const url = `${this.realm}?service=${service}&offline_token=true&account=${user}`;
+    const answer = (await (await fetch(url, { headers: { authorization } })).json()) as {
+      refresh_token: string;
+    };
+    return answer.refresh_token;
+  }
+}
+
+/** The one of docker/distribution 2.8: Basic for tokens, OAuth2 for identity tokens; a user owns USER/…. */
+export async function startTokenServer(account: Account, authority: ServerTls) {
+  const folder = interopFolder("token-server");
+  const key = createPrivateKey(authority.key).export({ type: "sec1", format: "pem" }).toString();
+  const files = writeFiles(folder, { "key.pem": key, htpasswd: await htpasswd(account) });
+  const options = ["-debug", "-issuer", "imgpull tests", "-realm", "imgpull tests"];
+  const server = await startOnFreePort((port) => {
+    const own = ["-addr", `127.0.0.1:${port}`, "-key", files["key.pem"], "-passwd", files.htpasswd];
+    const program: Program = {
+      name: "token-server",
+      folder,
+      command: ["token-server", ...options, ...own],
+      ready: /Loaded private key/,
+      stopSignal: "SIGTERM",
+    };
+    return new TokenServer(program, port, authority.cert);
+  });
+  // It says nothing when it listens.
+  for (let attempt = 0; attempt < 500; attempt += 1) {
+    const isListening = await fetch(server.realm).then(
+      () => true,
+      () => false,
+    );
+    if (isListening) return server;
+    await pause(20);
+  }
+  throw new Error(`token-server does not answer:\n${server.log()}`);
 }
 
 // ====== Proxies ======
@@ -523,6 +594,16 @@ export interface NginxOptions {
   tls?: ServerTls;
   /** nginx asks for it, and does not hand it on. */
   htpasswd?: Account;
+  /** Further `location` blocks. */
+  locations?: string;
+}
+
+/** A request that nginx answered; whether it came with an Authorization header. */
+export interface NginxRequest {
+  path: string;
+  status: number;
+  bytes: number;
+  isAuthorized: boolean;
 }
 
 export class Nginx extends Service {
@@ -535,6 +616,19 @@ export class Nginx extends Service {
 
   get host(): string {
     return `localhost:${this.port}`;
+  }
+
+  /** All that it was asked so far. */
+  requests(): NginxRequest[] {
+    const lines = readFileSync(join(this.folder, "requests.log"), "latin1").matchAll(
+      /^(\S+) (\d+) (\d+) (\w+)$/gm,
+    );
+    return Array.from(lines, ([, path = "", status, bytes, shown]) => ({
+      path,
+      status: Number(status),
+      bytes: Number(bytes),
+      isAuthorized: shown === "authorized",
+    }));
   }
 }
 
@@ -568,12 +662,16 @@ pid ${join(folder, "pid")};
 error_log stderr notice;
 events { worker_connections 256; }
 http {
+  map $http_authorization $shown { default authorized; "" anonymous; }
+  log_format requests "$request_uri $status $body_bytes_sent $shown";
   access_log ${join(folder, "access.log")};
+  access_log ${join(folder, "requests.log")} requests;
   ${temporary}
   server {
     listen 127.0.0.1:${port}${tls ? " ssl" : ""};
     ${server}
     client_max_body_size 0;
+    ${options.locations ?? ""}
     location / {
       proxy_pass ${options.upstream};
       proxy_http_version 1.1;
