@@ -138,7 +138,17 @@ describe("interop: proof that travels", { skip }, () => {
     const tar = join(interopFolder("tar"), "app.tar");
     await imgpull([name, tar, "--referrers", "--signed-by", keys.pub, ...HTTP, ...flags]);
     await registry.stop();
+    await assertSigned(tar);
     return { tar, name };
+  }
+
+  /** Offline, by the one key and not by another. */
+  async function assertSigned(tar: string): Promise<void> {
+    const said = await imgpull(["--verify", tar, "--signed-by", keys.pub]);
+    assert.match(said, /all is right, and signed by a key given/);
+    const { exitCode, stderr } = await runCommand(["--verify", tar, "--signed-by", strangers.pub]);
+    assert.equal(exitCode, 1);
+    assert.match(stderr, /found: 1 signature made by another key/);
   }
 
   async function assertLoads({ tar, name }: { tar: string; name: string }): Promise<void> {
