@@ -1,7 +1,7 @@
 // DEST is a folder: an OCI image layout that is made, added to, mended and gone on with. SPEC §1, §5.
 import assert from "node:assert/strict";
 import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
-import { join } from "node:path";
+import { join, sep } from "node:path";
 import { type TestContext, test } from "node:test";
 import { Puller, type PullerOpts } from "../imgpull.ts";
 import {
@@ -33,7 +33,7 @@ function listFolder(folder: string): string[] {
   const files = entries
     .filter((entry) => entry.isFile())
     .map(({ parentPath, name }) => join(parentPath, name));
-  return files.map((file) => file.slice(folder.length + 1)).sort();
+  return files.map((file) => file.slice(folder.length + 1).replaceAll(sep, "/")).sort();
 }
 
 /** A layout holds these images and nothing else, every blob right. */

@@ -130,8 +130,9 @@ export function cleanEnvironment(): Record<string, string> {
     mkdirSync(join(made, "run"));
     process.once("exit", () => rmSync(made, { recursive: true, force: true }));
   }
-  const { PATH = "" } = process.env;
+  const { PATH = "", SYSTEMROOT = "" } = process.env;
   return {
+    ...(process.platform === "win32" && { SYSTEMROOT, TEMP: tmpdir(), USERPROFILE: emptyHome }),
     PATH,
     HOME: emptyHome,
     XDG_RUNTIME_DIR: join(emptyHome, "run"),
