@@ -2553,7 +2553,7 @@ class Authorizer {
     const { url, authorization: sent, status } = answer;
     const { origin } = url;
     const challenges = challengesOf(answer);
-    if (isSilentRefusal(answer, challenges)) {
+    if (origin === this.#registryOrigin && isSilentRefusal(answer, challenges)) {
       this.#offer ??= this.#offerCredential(origin);
       return this.#offer;
     }
@@ -2924,8 +2924,10 @@ class Endpoint {
   isForgiven(error: ImgpullError): boolean {
     this.#failures += 1;
     const isLie = error.code === "DIGEST_MISMATCH" || error.code === "SIZE_MISMATCH";
+    if (!this.#hasServed || isLie) return false;
+
     const most = Math.min(LIMITS.mirrorFailures, this.#session.settings.retries);
-    return this.#hasServed && !isLie && isRetriable(error) && this.#failures <= most;
+    return retryDelayMs(error, this.#failures, most, 1) !== undefined;
   }
 
   /** The first request for a repository goes alone: the challenge that it meets serves all the others. */

@@ -1496,7 +1496,7 @@ var Authorizer = class {
     const { url, authorization: sent, status } = answer;
     const { origin } = url;
     const challenges = challengesOf(answer);
-    if (isSilentRefusal(answer, challenges)) {
+    if (origin === this.#registryOrigin && isSilentRefusal(answer, challenges)) {
       this.#offer ??= this.#offerCredential(origin);
       return this.#offer;
     }
@@ -1786,8 +1786,10 @@ var Endpoint = class {
   isForgiven(error) {
     this.#failures += 1;
     const isLie = error.code === "DIGEST_MISMATCH" || error.code === "SIZE_MISMATCH";
+    if (!this.#hasServed || isLie)
+      return false;
     const most = Math.min(LIMITS.mirrorFailures, this.#session.settings.retries);
-    return this.#hasServed && !isLie && isRetriable(error) && this.#failures <= most;
+    return retryDelayMs(error, this.#failures, most, 1) !== void 0;
   }
   async #sendInTurn(request, kind) {
     const isFirst = this.#firstContact === void 0;

@@ -1068,6 +1068,20 @@ describe("a registry that does not ask for credentials, of which some are at han
     });
   }
 
+  test("what a storage host says is not the registry's: it is still asked, later", async (t) => {
+    const { registry, reference } = await serve(t, { mode: "bearer", anonymous: "refused" });
+    const environment = stored({ [registry.host]: SECRETS.password }).environment ?? {};
+    registry.on({ ...NOBODYS, times: 1 }, { redirect: `${registry.storageUrl}/store/none` });
+    registry.on({ ...NOBODYS, times: 1 }, { status: 404 });
+    const outcome = await tryPull(t, reference, { ...HTTP, environment });
+    assertPulled(outcome, image);
+    const pings = registry.seen({ kind: "ping" });
+    assert.deepEqual(
+      pings.map(({ server }) => server),
+      ["registry"],
+    );
+  });
+
   test("a tag that is not there costs one question, and is not there", async (t) => {
     const { registry, reference } = await serve(t, { mode: "none" });
     const outcome = await tryPull(t, `${reference}-gone`, { ...HTTP, ...GIVEN });

@@ -117,6 +117,13 @@ const FAILING: Failing[] = [
   ["lies about layers", { kind: "layer" }, { corruptAt: 5 }, /digest/, 5],
   ["has no layers", { kind: "layer" }, { status: 404 }, /no such blob/, 5],
   ["refuses layers", { kind: "layer" }, { status: 403 }, /403/, 5],
+  [
+    "asks to come back for layers",
+    { kind: "layer" },
+    { status: 429, headers: { "retry-after": "600" } },
+    /429/,
+    8,
+  ],
   ["is out of order at layers", { kind: "layer" }, { status: 500 }, /500/, 8],
   ["cuts layers off", { kind: "layer" }, { dropAfter: 100 }, /ended after/, 8],
   ["resets at layers", { kind: "layer" }, { reset: true }, /connection lost/, 8],

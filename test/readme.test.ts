@@ -310,6 +310,18 @@ const MESSAGES: Record<string, Message> = {
     serve: { auth: "basic" },
     options: { user: USER, password: SECRETS.proxyPassword },
   },
+  "the credentials of … are right, but may not pull": {
+    serve: { auth: "bearer" },
+    prepare: (registry) => registry.on({ kind: "manifest" }, { status: 403 }),
+    options: { user: USER, password: SECRETS.password },
+  },
+  "the credentials of … were not sent: the registry asks for none of their kind": {
+    prepare: (registry) => registry.on({ kind: "manifest" }, { status: 403 }),
+    options: { user: USER, password: SECRETS.password },
+  },
+  "names the token endpoint … an address inside a network": {
+    serve: { auth: { mode: "bearer", realm: "http://169.254.169.254/token" } },
+  },
   "no such tag:": { image: (host) => `${host}/team/app:none` },
   "no such repository:": { image: (host) => `${host}/team/none:1.0` },
   "has no image for … it has:": { options: { platform: "linux/arm64" } },
