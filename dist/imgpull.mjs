@@ -1,7068 +1,6519 @@
 // build/script/imgpull.js
-import { once, setMaxListeners } from "node:events";
-import { appendFileSync, closeSync, constants, createWriteStream, promises as fs, open as openCallback, openSync } from "node:fs";
-import * as net from "node:net";
-import * as os from "node:os";
-import * as path from "node:path";
-import { unescape as percentDecode } from "node:querystring";
-import { addAbortSignal, Readable } from "node:stream";
-import { finished, pipeline } from "node:stream/promises";
-import { setTimeout as delay } from "node:timers/promises";
-import { parseArgs } from "node:util";
-var load = process.getBuiltinModule;
-var isWindows = process.platform === "win32";
-var DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json";
-var DOCKER_INDEX = "application/vnd.docker.distribution.manifest.list.v2+json";
-var DOCKER_SCHEMA_1 = "application/vnd.docker.distribution.manifest.v1";
-var DOCKER_CONFIG_TYPE = "application/vnd.docker.container.image.v1+json";
-var OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json";
-var OCI_INDEX = "application/vnd.oci.image.index.v1+json";
-var OCI_CONFIG_TYPE = "application/vnd.oci.image.config.v1+json";
-var INDEX_TYPES = [OCI_INDEX, DOCKER_INDEX];
-var MANIFEST_TYPES = [...INDEX_TYPES, OCI_MANIFEST, DOCKER_MANIFEST];
-var CONFIG_TYPES = [DOCKER_CONFIG_TYPE, OCI_CONFIG_TYPE];
-var MIB = 1024 * 1024;
-var NEVER = Number.POSITIVE_INFINITY;
+import {once, setMaxListeners} from "node:events"
+import {
+	appendFileSync,
+	closeSync,
+	constants,
+	createWriteStream,
+	promises as fs,
+	open as openCallback,
+	openSync
+} from "node:fs"
+import * as net from "node:net"
+import * as os from "node:os"
+import * as path from "node:path"
+import {unescape as percentDecode} from "node:querystring"
+import {addAbortSignal, Readable} from "node:stream"
+import {finished, pipeline} from "node:stream/promises"
+import {setTimeout as delay} from "node:timers/promises"
+import {parseArgs} from "node:util"
+var load = process.getBuiltinModule
+var isWindows = process.platform === "win32"
+var DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
+var DOCKER_INDEX = "application/vnd.docker.distribution.manifest.list.v2+json"
+var DOCKER_SCHEMA_1 = "application/vnd.docker.distribution.manifest.v1"
+var DOCKER_CONFIG_TYPE = "application/vnd.docker.container.image.v1+json"
+var OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+var OCI_INDEX = "application/vnd.oci.image.index.v1+json"
+var OCI_CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
+var INDEX_TYPES = [OCI_INDEX, DOCKER_INDEX]
+var MANIFEST_TYPES = [...INDEX_TYPES, OCI_MANIFEST, DOCKER_MANIFEST]
+var CONFIG_TYPES = [DOCKER_CONFIG_TYPE, OCI_CONFIG_TYPE]
+var MIB = 1024 * 1024
+var NEVER = Number.POSITIVE_INFINITY
 var LIMITS = Object.freeze({
-  manifestBytes: 4 * MIB,
-  configBytes: 16 * MIB,
-  tokenBytes: MIB,
-  errorBodyBytes: MIB / 16,
-  credentialFileBytes: 4 * MIB,
-  tarMetadataBytes: 16 * MIB,
-  tarExtensionBytes: MIB,
-  tarEntries: 2e5,
-  tarDocumentBytes: 64 * MIB,
-  jsonDepth: 100,
-  jsonValues: 1e6,
-  tarReferences: 3e5,
-  unpackFactor: 1e3,
-  unpackFloorBytes: 1024 * MIB,
-  mirrorFailures: 2,
-  indexDepth: 4,
-  indexEntries: 1024,
-  manifests: 2048,
-  layers: 1e5,
-  documentBytes: 80 * MIB,
-  signatures: 1e3,
-  bundleJsonValues: 1e4,
-  referrerPages: 100,
-  referrers: 1e3,
-  referrerDepth: 4,
-  referrerManifestBytes: 64 * MIB,
-  headerBytes: MIB,
-  diagnosisMs: 2e3,
-  redirects: 10,
-  redirectBodyBytes: 64 * 1024,
-  headersWaitFactor: 4,
-  documentWaitFactor: 4,
-  slowBytesPerSecond: 1024,
-  tokenFloorMs: 6e4,
-  firstBackoffMs: 1e3,
-  backoffMs: 3e4,
-  retryAfterMs: 12e4,
-  lockBeatMs: 1e4,
-  lockStaleMs: 6e4,
-  lockBirthMs: 200,
-  lockBytes: 4096
-});
+	manifestBytes: 4 * MIB,
+	configBytes: 16 * MIB,
+	tokenBytes: MIB,
+	errorBodyBytes: MIB / 16,
+	credentialFileBytes: 4 * MIB,
+	tarMetadataBytes: 16 * MIB,
+	tarExtensionBytes: MIB,
+	tarEntries: 2e5,
+	tarDocumentBytes: 64 * MIB,
+	jsonDepth: 100,
+	jsonValues: 1e6,
+	tarReferences: 3e5,
+	unpackFactor: 1e3,
+	unpackFloorBytes: 1024 * MIB,
+	mirrorFailures: 2,
+	indexDepth: 4,
+	indexEntries: 1024,
+	manifests: 2048,
+	layers: 1e5,
+	documentBytes: 80 * MIB,
+	signatures: 1e3,
+	bundleJsonValues: 1e4,
+	referrerPages: 100,
+	referrers: 1e3,
+	referrerDepth: 4,
+	referrerManifestBytes: 64 * MIB,
+	headerBytes: MIB,
+	diagnosisMs: 2e3,
+	redirects: 10,
+	redirectBodyBytes: 64 * 1024,
+	headersWaitFactor: 4,
+	documentWaitFactor: 4,
+	slowBytesPerSecond: 1024,
+	tokenFloorMs: 6e4,
+	firstBackoffMs: 1e3,
+	backoffMs: 3e4,
+	retryAfterMs: 12e4,
+	lockBeatMs: 1e4,
+	lockStaleMs: 6e4,
+	lockBirthMs: 200,
+	lockBytes: 4096
+})
 var TUNING = Object.freeze({
-  batchBytes: MIB,
-  journalBytes: MIB,
-  syncBytes: 32 * MIB,
-  splitBytes: MIB,
-  nearSplitBytes: 16 * MIB,
-  busyLoop: 0.4,
-  judgeMs: 100,
-  addressMs: 3e3,
-  farLatencyMs: 20,
-  readerPollMs: 50,
-  streamUnitBytes: 4 * MIB,
-  streamWindowBytes: 32 * MIB,
-  headerReadBytes: 64 * 1024,
-  unpackBytes: 256 * 1024,
-  unpackLanes: 4
-});
+	batchBytes: MIB,
+	journalBytes: MIB,
+	syncBytes: 32 * MIB,
+	splitBytes: MIB,
+	nearSplitBytes: 16 * MIB,
+	busyLoop: 0.4,
+	judgeMs: 100,
+	addressMs: 3e3,
+	farLatencyMs: 20,
+	readerPollMs: 50,
+	streamUnitBytes: 4 * MIB,
+	streamWindowBytes: 32 * MIB,
+	headerReadBytes: 64 * 1024,
+	unpackBytes: 256 * 1024,
+	unpackLanes: 4
+})
 var ImgpullError = class extends Error {
-  name = "ImgpullError";
-  code;
-  constructor(code, message, details = {}) {
-    const { cause, status, retryAfterMs, report } = details;
-    super(message, cause === void 0 ? void 0 : { cause });
-    this.code = code;
-    if (status !== void 0)
-      this.status = status;
-    if (retryAfterMs !== void 0)
-      this.retryAfterMs = retryAfterMs;
-    if (report !== void 0)
-      this.report = report;
-  }
-};
+	name = "ImgpullError"
+	code
+	constructor(code, message, details = {}) {
+		const {cause, status, retryAfterMs, report} = details
+		super(message, cause === void 0 ? void 0 : {cause})
+		this.code = code
+		if (status !== void 0) this.status = status
+		if (retryAfterMs !== void 0) this.retryAfterMs = retryAfterMs
+		if (report !== void 0) this.report = report
+	}
+}
 function fail(code, message, details) {
-  throw new ImgpullError(code, message, details);
+	throw new ImgpullError(code, message, details)
 }
-var errorCodeOf = (error) => String(error?.code ?? "");
-var likeness = (left, right) => [...`^${left}`].filter((letter, at) => `^${right}$`.includes(letter + (left[at] ?? "$"))).length;
+var errorCodeOf = error => String(error?.code ?? "")
+var likeness = (left, right) =>
+	[...`^${left}`].filter((letter, at) => `^${right}$`.includes(letter + (left[at] ?? "$"))).length
 function nearestName(word, names) {
-  const isLike = (name) => likeness(word, name) >= 0.4 * (word.length + 1);
-  return names.filter(isLike).sort((left, right) => likeness(word, right) - likeness(word, left))[0];
+	const isLike = name => likeness(word, name) >= 0.4 * (word.length + 1)
+	return names.filter(isLike).sort((left, right) => likeness(word, right) - likeness(word, left))[0]
 }
-var CONTROL_CHARACTERS = /[\u0000-\u001f\u007f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]+/g;
+var CONTROL_CHARACTERS = /[\u0000-\u001f\u007f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]+/g
 function printable(text, maximum = 300) {
-  const clean = text.replace(CONTROL_CHARACTERS, " ").trim();
-  return clean.length > maximum ? `${clean.slice(0, maximum)}…` : clean;
+	const clean = text.replace(CONTROL_CHARACTERS, " ").trim()
+	return clean.length > maximum ? `${clean.slice(0, maximum)}…` : clean
 }
 function redactUrl(url) {
-  const { protocol, host, pathname, searchParams } = new URL(url);
-  const namespace = searchParams.get("ns");
-  const query = namespace === null ? "" : `?ns=${namespace}`;
-  return printable(`${protocol}//${host}${pathname}${query}`);
+	const {protocol, host, pathname, searchParams} = new URL(url)
+	const namespace = searchParams.get("ns")
+	const query = namespace === null ? "" : `?ns=${namespace}`
+	return printable(`${protocol}//${host}${pathname}${query}`)
 }
-function certificateNames({ host = "", cert }) {
-  const names = (cert?.subjectaltname ?? "").split(", ").map((name) => name.replace(/^(DNS|IP Address):/, "")).filter(Boolean);
-  const listed = names.slice(0, 8).join(", ") + (names.length > 8 ? " …" : "");
-  return printable(`its certificate is not for ${host} but for ${listed || "no name at all"}`);
+function certificateNames({host = "", cert}) {
+	const names = (cert?.subjectaltname ?? "")
+		.split(", ")
+		.map(name => name.replace(/^(DNS|IP Address):/, ""))
+		.filter(Boolean)
+	const listed = names.slice(0, 8).join(", ") + (names.length > 8 ? " …" : "")
+	return printable(`its certificate is not for ${host} but for ${listed || "no name at all"}`)
 }
-var CLIENT_CERTIFICATE_REMEDY = "it may want a client certificate, one that it knows: --cert FILE --key FILE";
-var PLAIN_HTTP = /wrong version number|packet length too long|unknown protocol|record layer failure/i;
+var CLIENT_CERTIFICATE_REMEDY = "it may want a client certificate, one that it knows: --cert FILE --key FILE"
+var PLAIN_HTTP = /wrong version number|packet length too long|unknown protocol|record layer failure/i
 var CONNECTION_FAULTS = [
-  {
-    pattern: PLAIN_HTTP,
-    code: "TLS",
-    words: "the server answers plain HTTP on this port",
-    remedy: "try --scheme http"
-  },
-  {
-    pattern: /^(UNABLE_TO|SELF_SIGNED|DEPTH_ZERO)/,
-    code: "TLS",
-    remedy: "its certificate authority is not known here: --cacert FILE gives it, --insecure goes without"
-  },
-  {
-    pattern: /^ERR_TLS_CERT_ALTNAME_INVALID/,
-    code: "TLS",
-    words: certificateNames,
-    remedy: "use a name that it is for; --insecure goes without the check"
-  },
-  {
-    pattern: /certificate required|bad certificate|handshake failure|alert (unknown ca|certificate (unknown|expired|revoked)|access denied|unsupported certificate)/i,
-    code: "TLS",
-    remedy: CLIENT_CERTIFICATE_REMEDY
-  },
-  { pattern: /^(CERT_|INVALID_|ERR_TLS|ERR_SSL|EPROTO)/, code: "TLS" },
-  {
-    pattern: /^HPE_(UNEXPECTED_CONTENT_LENGTH|INVALID_CONTENT_LENGTH)/,
-    code: "PROTOCOL",
-    words: "the answer tells its length twice, or in no number (Content-Length): refused"
-  },
-  {
-    pattern: /^HPE_HEADER_OVERFLOW/,
-    code: "PROTOCOL",
-    words: `the answer's headers are larger than ${LIMITS.headerBytes} bytes`
-  },
-  {
-    pattern: /^HPE_INVALID_HEADER_TOKEN/,
-    code: "PROTOCOL",
-    words: "a header line of the answer is malformed"
-  },
-  {
-    pattern: /^HPE_(INVALID_CONSTANT|INVALID_VERSION|INVALID_STATUS)/,
-    code: "PROTOCOL",
-    words: "what answers there does not speak HTTP/1.1"
-  },
-  { pattern: /^ENOTFOUND/, code: "NETWORK", words: "no such host" },
-  {
-    pattern: /^EAI_AGAIN/,
-    code: "NETWORK",
-    words: "no name server answers",
-    remedy: "is this machine connected, and its name server the right one?"
-  },
-  { pattern: /^ECONNRESET/, code: "NETWORK", words: "connection lost" },
-  { pattern: /^ECONNREFUSED/, code: "NETWORK", words: "connection refused" }
-];
-var OTHER_CONNECTION_FAULT = { pattern: /^/, code: "NETWORK" };
+	{
+		pattern: PLAIN_HTTP,
+		code: "TLS",
+		words: "the server answers plain HTTP on this port",
+		remedy: "try --scheme http"
+	},
+	{
+		pattern: /^(UNABLE_TO|SELF_SIGNED|DEPTH_ZERO)/,
+		code: "TLS",
+		remedy: "its certificate authority is not known here: --cacert FILE gives it, --insecure goes without"
+	},
+	{
+		pattern: /^ERR_TLS_CERT_ALTNAME_INVALID/,
+		code: "TLS",
+		words: certificateNames,
+		remedy: "use a name that it is for; --insecure goes without the check"
+	},
+	{
+		pattern:
+			/certificate required|bad certificate|handshake failure|alert (unknown ca|certificate (unknown|expired|revoked)|access denied|unsupported certificate)/i,
+		code: "TLS",
+		remedy: CLIENT_CERTIFICATE_REMEDY
+	},
+	{pattern: /^(CERT_|INVALID_|ERR_TLS|ERR_SSL|EPROTO)/, code: "TLS"},
+	{
+		pattern: /^HPE_(UNEXPECTED_CONTENT_LENGTH|INVALID_CONTENT_LENGTH)/,
+		code: "PROTOCOL",
+		words: "the answer tells its length twice, or in no number (Content-Length): refused"
+	},
+	{
+		pattern: /^HPE_HEADER_OVERFLOW/,
+		code: "PROTOCOL",
+		words: `the answer's headers are larger than ${LIMITS.headerBytes} bytes`
+	},
+	{
+		pattern: /^HPE_INVALID_HEADER_TOKEN/,
+		code: "PROTOCOL",
+		words: "a header line of the answer is malformed"
+	},
+	{
+		pattern: /^HPE_(INVALID_CONSTANT|INVALID_VERSION|INVALID_STATUS)/,
+		code: "PROTOCOL",
+		words: "what answers there does not speak HTTP/1.1"
+	},
+	{pattern: /^ENOTFOUND/, code: "NETWORK", words: "no such host"},
+	{
+		pattern: /^EAI_AGAIN/,
+		code: "NETWORK",
+		words: "no name server answers",
+		remedy: "is this machine connected, and its name server the right one?"
+	},
+	{pattern: /^ECONNRESET/, code: "NETWORK", words: "connection lost"},
+	{pattern: /^ECONNREFUSED/, code: "NETWORK", words: "connection refused"}
+]
+var OTHER_CONNECTION_FAULT = {pattern: /^/, code: "NETWORK"}
 function connectionError(error, doing) {
-  if (error instanceof ImgpullError)
-    return error;
-  const cause = error;
-  if (cause.name === "AbortError")
-    return new ImgpullError("ABORTED", "stopped", { cause });
-  const nodeCode = errorCodeOf(error);
-  const nodeWords = printable(cause.message || cause.errors?.[0]?.message || nodeCode);
-  const fault = CONNECTION_FAULTS.find(({ pattern }) => pattern.test(`${nodeCode} ${nodeWords}`)) ?? OTHER_CONNECTION_FAULT;
-  const { code, words = nodeWords, remedy } = fault;
-  const said = typeof words === "string" ? words : words(cause);
-  const advice = remedy === void 0 ? "" : `
-  ${remedy}`;
-  return new ImgpullError(code, `${doing}: ${said}${advice}`, { cause });
+	if (error instanceof ImgpullError) return error
+	const cause = error
+	if (cause.name === "AbortError") return new ImgpullError("ABORTED", "stopped", {cause})
+	const nodeCode = errorCodeOf(error)
+	const nodeWords = printable(cause.message || cause.errors?.[0]?.message || nodeCode)
+	const fault =
+		CONNECTION_FAULTS.find(({pattern}) => pattern.test(`${nodeCode} ${nodeWords}`)) ?? OTHER_CONNECTION_FAULT
+	const {code, words = nodeWords, remedy} = fault
+	const said = typeof words === "string" ? words : words(cause)
+	const advice =
+		remedy === void 0
+			? ""
+			: `
+  ${remedy}`
+	return new ImgpullError(code, `${doing}: ${said}${advice}`, {cause})
 }
 var DISK_WORDS = {
-  ENOSPC: "the disk is full",
-  EDQUOT: "the disk quota is used up",
-  EROFS: "the file system is read-only",
-  EACCES: "permission denied",
-  EPERM: "permission denied",
-  ERR_ACCESS_DENIED: "not allowed by Node's permission model",
-  ENOENT: "no such file or directory",
-  ENOTDIR: "a part of the path is not a directory",
-  EISDIR: "it is a directory",
-  EPIPE: "who reads it has gone before its end",
-  ELOOP: "it is a loop of links",
-  NO_INODES: "the file system has no inodes left: it holds too many files",
-  EFBIG: "the file system does not take a file of that size",
-  ENAMETOOLONG: "a name in the path is too long"
-};
-var diskWords = (error) => DISK_WORDS[errorCodeOf(error)] ?? printable(error.message);
-function onDisk(doing, work) {
-  return work.catch((error) => {
-    const isRefusal = error.syscall !== void 0 || errorCodeOf(error) === "ERR_ACCESS_DENIED";
-    if (!isRefusal)
-      throw error;
-    return fail("DISK", `${doing}: ${diskWords(error)}`, { cause: error });
-  });
+	ENOSPC: "the disk is full",
+	EDQUOT: "the disk quota is used up",
+	EROFS: "the file system is read-only",
+	EACCES: "permission denied",
+	EPERM: "permission denied",
+	ERR_ACCESS_DENIED: "not allowed by Node's permission model",
+	ENOENT: "no such file or directory",
+	ENOTDIR: "a part of the path is not a directory",
+	EISDIR: "it is a directory",
+	EPIPE: "who reads it has gone before its end",
+	ELOOP: "it is a loop of links",
+	NO_INODES: "the file system has no inodes left: it holds too many files",
+	EFBIG: "the file system does not take a file of that size",
+	ENAMETOOLONG: "a name in the path is too long"
 }
-var ignore = () => void 0;
-var isDigest = (text) => typeof text === "string" && /^(sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})$/.test(text);
-var algorithmOf = (digest) => digest.slice(0, digest.indexOf(":"));
-var hexOf = (digest) => digest.slice(digest.indexOf(":") + 1);
-var newHash = (digest) => load("node:crypto").createHash(algorithmOf(digest));
-var digestOf = (bytes, like = "sha256:") => `${algorithmOf(like)}:${newHash(like).update(bytes).digest("hex")}`;
-var isRecord = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
-var encodeJson = (value) => Buffer.from(JSON.stringify(value), "utf8");
+var diskWords = error => DISK_WORDS[errorCodeOf(error)] ?? printable(error.message)
+function onDisk(doing, work) {
+	return work.catch(error => {
+		const isRefusal = error.syscall !== void 0 || errorCodeOf(error) === "ERR_ACCESS_DENIED"
+		if (!isRefusal) throw error
+		return fail("DISK", `${doing}: ${diskWords(error)}`, {cause: error})
+	})
+}
+var ignore = () => void 0
+var isDigest = text => typeof text === "string" && /^(sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})$/.test(text)
+var algorithmOf = digest => digest.slice(0, digest.indexOf(":"))
+var hexOf = digest => digest.slice(digest.indexOf(":") + 1)
+var newHash = digest => load("node:crypto").createHash(algorithmOf(digest))
+var digestOf = (bytes, like = "sha256:") => `${algorithmOf(like)}:${newHash(like).update(bytes).digest("hex")}`
+var isRecord = value => typeof value === "object" && value !== null && !Array.isArray(value)
+var encodeJson = value => Buffer.from(JSON.stringify(value), "utf8")
 function parseJson(text) {
-  try {
-    return JSON.parse(String(text));
-  } catch {
-    return void 0;
-  }
+	try {
+		return JSON.parse(String(text))
+	} catch {
+		return void 0
+	}
 }
 function parseShallowJson(bytes, maximumValues = LIMITS.jsonValues) {
-  let depth = 0;
-  let values = 0;
-  let isInString = false;
-  for (let at = 0; at < bytes.length; at += 1) {
-    const byte = bytes[at];
-    if (isInString) {
-      if (byte === BACKSLASH)
-        at += 1;
-      else if (byte === QUOTE)
-        isInString = false;
-    } else if (byte === QUOTE)
-      isInString = true;
-    else if (byte === OPEN_BRACE || byte === OPEN_BRACKET)
-      depth += 1;
-    else if (byte === CLOSE_BRACE || byte === CLOSE_BRACKET)
-      depth -= 1;
-    else if (byte === COMMA)
-      values += 1;
-    if (depth > LIMITS.jsonDepth || values > maximumValues)
-      return void 0;
-  }
-  return parseJson(bytes);
+	let depth = 0
+	let values = 0
+	let isInString = false
+	for (let at = 0; at < bytes.length; at += 1) {
+		const byte = bytes[at]
+		if (isInString) {
+			if (byte === BACKSLASH) at += 1
+			else if (byte === QUOTE) isInString = false
+		} else if (byte === QUOTE) isInString = true
+		else if (byte === OPEN_BRACE || byte === OPEN_BRACKET) depth += 1
+		else if (byte === CLOSE_BRACE || byte === CLOSE_BRACKET) depth -= 1
+		else if (byte === COMMA) values += 1
+		if (depth > LIMITS.jsonDepth || values > maximumValues) return void 0
+	}
+	return parseJson(bytes)
 }
-var QUOTE = 34;
-var COMMA = 44;
-var OPEN_BRACKET = 91;
-var BACKSLASH = 92;
-var CLOSE_BRACKET = 93;
-var OPEN_BRACE = 123;
-var CLOSE_BRACE = 125;
-var dropEmpty = (values) => Object.fromEntries(Object.entries(values).filter(([, value]) => value !== void 0 && value !== ""));
+var QUOTE = 34
+var COMMA = 44
+var OPEN_BRACKET = 91
+var BACKSLASH = 92
+var CLOSE_BRACKET = 93
+var OPEN_BRACE = 123
+var CLOSE_BRACE = 125
+var dropEmpty = values =>
+	Object.fromEntries(Object.entries(values).filter(([, value]) => value !== void 0 && value !== ""))
 var sumOf = (items, numberOf) => {
-  let sum = 0;
-  for (const item of items)
-    sum += numberOf(item);
-  return sum;
-};
-function formatBytes(bytes) {
-  let value = bytes;
-  let unit = "B";
-  for (const larger of ["kB", "MB", "GB", "TB"]) {
-    if (value < 999.5)
-      break;
-    value /= 1e3;
-    unit = larger;
-  }
-  const isWhole = unit === "B" || value >= 99.95;
-  return `${isWhole ? Math.round(value) : value.toFixed(1)} ${unit}`;
+	let sum = 0
+	for (const item of items) sum += numberOf(item)
+	return sum
 }
-var counted = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
-var formatPlatform = ({ os: system, architecture, variant } = {}) => [system, architecture, variant].filter(Boolean).join("/");
+function formatBytes(bytes) {
+	let value = bytes
+	let unit = "B"
+	for (const larger of ["kB", "MB", "GB", "TB"]) {
+		if (value < 999.5) break
+		value /= 1e3
+		unit = larger
+	}
+	const isWhole = unit === "B" || value >= 99.95
+	return `${isWhole ? Math.round(value) : value.toFixed(1)} ${unit}`
+}
+var counted = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`
+var formatPlatform = ({os: system, architecture, variant} = {}) =>
+	[system, architecture, variant].filter(Boolean).join("/")
 async function mapConcurrently(items, limit, run) {
-  const results = [];
-  const queue = items.entries();
-  const runLane = async () => {
-    for (const [index, item] of queue) {
-      const [result] = await Promise.allSettled([run(item)]);
-      results[index] = result;
-    }
-  };
-  await Promise.all(Array.from({ length: limit }, runLane));
-  return settled(results);
+	const results = []
+	const queue = items.entries()
+	const runLane = async () => {
+		for (const [index, item] of queue) {
+			const [result] = await Promise.allSettled([run(item)])
+			results[index] = result
+		}
+	}
+	await Promise.all(Array.from({length: limit}, runLane))
+	return settled(results)
 }
 function settled(results) {
-  const values = [];
-  const failures = [];
-  for (const result of results) {
-    if (result.status === "fulfilled")
-      values.push(result.value);
-    else
-      failures.push(result.reason);
-  }
-  if (failures.length > 0)
-    throw asOneFailure(failures);
-  return values;
+	const values = []
+	const failures = []
+	for (const result of results) {
+		if (result.status === "fulfilled") values.push(result.value)
+		else failures.push(result.reason)
+	}
+	if (failures.length > 0) throw asOneFailure(failures)
+	return values
 }
 function asOneFailure(failures) {
-  const errors = failures.filter((failure) => failure instanceof ImgpullError);
-  if (errors.length < failures.length)
-    return failures.find((failure) => !(failure instanceof ImgpullError));
-  const telling = errors.filter(({ code }) => code !== "ABORTED");
-  const [first] = telling;
-  if (!first)
-    return errors[0];
-  const messages = [...new Set(telling.map(({ message }) => message))];
-  if (messages.length === 1)
-    return first;
-  return new ImgpullError(first.code, messages.join("\n"), { status: first.status, cause: first });
+	const errors = failures.filter(failure => failure instanceof ImgpullError)
+	if (errors.length < failures.length) return failures.find(failure => !(failure instanceof ImgpullError))
+	const telling = errors.filter(({code}) => code !== "ABORTED")
+	const [first] = telling
+	if (!first) return errors[0]
+	const messages = [...new Set(telling.map(({message}) => message))]
+	if (messages.length === 1) return first
+	return new ImgpullError(first.code, messages.join("\n"), {status: first.status, cause: first})
 }
 function anySignal(...signals) {
-  const signal = AbortSignal.any(signals);
-  setMaxListeners(0, signal);
-  return signal;
+	const signal = AbortSignal.any(signals)
+	setMaxListeners(0, signal)
+	return signal
 }
-var HUB_HOSTS = ["docker.io", "index.docker.io", "registry-1.docker.io"];
-var LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?";
-var HOST_NAME = `${LABEL}(?:\\.${LABEL})*`;
-var HOST = new RegExp(`^(?:${HOST_NAME}|\\[(?<ipv6>[0-9a-fA-F:.]+)\\])(?::(?<port>\\d{1,5}))?$`);
-var COMPONENT = "[a-z0-9]+(?:(?:\\.|_{1,2}|-+)[a-z0-9]+)*";
-var REPOSITORY = new RegExp(`^${COMPONENT}(?:/${COMPONENT})*$`);
-var TAG = /^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$/;
-var PARTS = /^(?:(?<host>localhost|[^/]*[.:][^/]*)\/)?(?<name>.*?)(?::(?<tag>[^:]*))?$/;
+var HUB_HOSTS = ["docker.io", "index.docker.io", "registry-1.docker.io"]
+var LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
+var HOST_NAME = `${LABEL}(?:\\.${LABEL})*`
+var HOST = new RegExp(`^(?:${HOST_NAME}|\\[(?<ipv6>[0-9a-fA-F:.]+)\\])(?::(?<port>\\d{1,5}))?$`)
+var COMPONENT = "[a-z0-9]+(?:(?:\\.|_{1,2}|-+)[a-z0-9]+)*"
+var REPOSITORY = new RegExp(`^${COMPONENT}(?:/${COMPONENT})*$`)
+var TAG = /^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$/
+var PARTS = /^(?:(?<host>localhost|[^/]*[.:][^/]*)\/)?(?<name>.*?)(?::(?<tag>[^:]*))?$/
 function isHost(text) {
-  const match = HOST.exec(text);
-  if (!match)
-    return false;
-  const { ipv6, port = "443" } = match.groups ?? {};
-  if (Number(port) < 1 || Number(port) > 65535)
-    return false;
-  if (ipv6 !== void 0 && !net.isIPv6(ipv6))
-    return false;
-  return URL.canParse(`http://${text}`);
+	const match = HOST.exec(text)
+	if (!match) return false
+	const {ipv6, port = "443"} = match.groups ?? {}
+	if (Number(port) < 1 || Number(port) > 65535) return false
+	if (ipv6 !== void 0 && !net.isIPv6(ipv6)) return false
+	return URL.canParse(`http://${text}`)
 }
 function splitReference(text) {
-  const [place = "", digest] = text.split("@");
-  const { host = "docker.io", name = "", tag } = PARTS.exec(place)?.groups ?? {};
-  const isHub = canonicalHost(host) === "docker.io";
-  return {
-    host: isHub ? "docker.io" : host,
-    repository: isHub && !name.includes("/") ? `library/${name}` : name,
-    name,
-    tag,
-    digest
-  };
+	const [place = "", digest] = text.split("@")
+	const {host = "docker.io", name = "", tag} = PARTS.exec(place)?.groups ?? {}
+	const isHub = canonicalHost(host) === "docker.io"
+	return {
+		host: isHub ? "docker.io" : host,
+		repository: isHub && !name.includes("/") ? `library/${name}` : name,
+		name,
+		tag,
+		digest
+	}
 }
 function faultOfReference(text) {
-  if (text === "")
-    return "it is empty";
-  if (/^[a-z]+:\/\//i.test(text))
-    return "write it without the scheme (use --scheme for http)";
-  if (/[^\x21-\x7e]/.test(text))
-    return "it has a character that is not printable ASCII";
-  if (text.split("@").length > 2)
-    return "it has more than one @";
-  const { host, repository, name, tag, digest } = splitReference(text);
-  if (digest !== void 0 && !isDigest(digest)) {
-    const form = "sha256: and 64, or sha512: and 128 lower-case hex digits";
-    return `"${printable(digest)}" is not a digest: ${form}`;
-  }
-  if (!isHost(host))
-    return `"${host}" is not a host, host:port or [IPv6 address]`;
-  if (name === "")
-    return "the repository is missing";
-  if (name !== name.toLowerCase())
-    return "a repository is written in lower case";
-  if (!REPOSITORY.test(name))
-    return `"${name}" is not a repository name`;
-  if (tag !== void 0 && !TAG.test(tag))
-    return `"${tag}" is not a tag`;
-  if (`${host}/${repository}`.length > 255)
-    return "host and repository are longer than 255 characters";
-  return void 0;
+	if (text === "") return "it is empty"
+	if (/^[a-z]+:\/\//i.test(text)) return "write it without the scheme (use --scheme for http)"
+	if (/[^\x21-\x7e]/.test(text)) return "it has a character that is not printable ASCII"
+	if (text.split("@").length > 2) return "it has more than one @"
+	const {host, repository, name, tag, digest} = splitReference(text)
+	if (digest !== void 0 && !isDigest(digest)) {
+		const form = "sha256: and 64, or sha512: and 128 lower-case hex digits"
+		return `"${printable(digest)}" is not a digest: ${form}`
+	}
+	if (!isHost(host)) return `"${host}" is not a host, host:port or [IPv6 address]`
+	if (name === "") return "the repository is missing"
+	if (name !== name.toLowerCase()) return "a repository is written in lower case"
+	if (!REPOSITORY.test(name)) return `"${name}" is not a repository name`
+	if (tag !== void 0 && !TAG.test(tag)) return `"${tag}" is not a tag`
+	if (`${host}/${repository}`.length > 255) return "host and repository are longer than 255 characters"
+	return void 0
 }
 function parseReference(text) {
-  const fault = faultOfReference(text);
-  if (fault !== void 0) {
-    const shown = printable(text.replace(/:.*@(?!sha(256|512):)/, ":***@"));
-    fail("BAD_REFERENCE", `bad image reference "${shown}": ${fault}`);
-  }
-  const { host, repository, tag, digest } = splitReference(text);
-  const defaultTag = digest === void 0 ? "latest" : void 0;
-  return { host, repository, ...dropEmpty({ tag: tag ?? defaultTag, digest }) };
+	const fault = faultOfReference(text)
+	if (fault !== void 0) {
+		const shown = printable(text.replace(/:.*@(?!sha(256|512):)/, ":***@"))
+		fail("BAD_REFERENCE", `bad image reference "${shown}": ${fault}`)
+	}
+	const {host, repository, tag, digest} = splitReference(text)
+	const defaultTag = digest === void 0 ? "latest" : void 0
+	return {host, repository, ...dropEmpty({tag: tag ?? defaultTag, digest})}
 }
-function formatReference({ host, repository, tag, digest }) {
-  const tagPart = tag === void 0 ? "" : `:${tag}`;
-  const digestPart = digest === void 0 ? "" : `@${digest}`;
-  return `${host}/${repository}${tagPart}${digestPart}`;
+function formatReference({host, repository, tag, digest}) {
+	const tagPart = tag === void 0 ? "" : `:${tag}`
+	const digestPart = digest === void 0 ? "" : `@${digest}`
+	return `${host}/${repository}${tagPart}${digestPart}`
 }
-var apiHost = (host) => host === "docker.io" ? "registry-1.docker.io" : host;
-function imageName({ host, repository, tag, digest }, namespace) {
-  const version = tag === void 0 ? `@${digest}` : `:${tag}`;
-  if (namespace !== void 0)
-    return parseReference(`${namespace}/${repository}${version}`);
-  const [firstSegment = "", ...others] = repository.split("/");
-  const isMirrored = others.length > 0 && firstSegment.includes(".") && isHost(firstSegment);
-  return parseReference(`${isMirrored ? "" : `${host}/`}${repository}${version}`);
+var apiHost = host => (host === "docker.io" ? "registry-1.docker.io" : host)
+function imageName({host, repository, tag, digest}, namespace) {
+	const version = tag === void 0 ? `@${digest}` : `:${tag}`
+	if (namespace !== void 0) return parseReference(`${namespace}/${repository}${version}`)
+	const [firstSegment = "", ...others] = repository.split("/")
+	const isMirrored = others.length > 0 && firstSegment.includes(".") && isHost(firstSegment)
+	return parseReference(`${isMirrored ? "" : `${host}/`}${repository}${version}`)
 }
-function defaultDestination({ repository, tag, digest = "" }) {
-  const name = repository.slice(repository.lastIndexOf("/") + 1);
-  return `${name}-${tag ?? hexOf(digest).slice(0, 12)}.tar`;
+function defaultDestination({repository, tag, digest = ""}) {
+	const name = repository.slice(repository.lastIndexOf("/") + 1)
+	return `${name}-${tag ?? hexOf(digest).slice(0, 12)}.tar`
 }
-var canonicalHost = (host) => HUB_HOSTS.includes(host.toLowerCase()) ? "docker.io" : host.toLowerCase();
+var canonicalHost = host => (HUB_HOSTS.includes(host.toLowerCase()) ? "docker.io" : host.toLowerCase())
 function parseMirrors(mirrors, scheme) {
-  const parsed = /* @__PURE__ */ new Map();
-  for (const [host, places] of Object.entries(mirrors)) {
-    if (!isHost(host))
-      fail("BAD_OPTION", `\`mirrors\`: "${printable(host)}" is not a host`);
-    const key = canonicalHost(host);
-    const added = places.map((place) => parseMirror(place, scheme));
-    parsed.set(key, [...parsed.get(key) ?? [], ...added]);
-  }
-  return parsed;
+	const parsed = /* @__PURE__ */ new Map()
+	for (const [host, places] of Object.entries(mirrors)) {
+		if (!isHost(host)) fail("BAD_OPTION", `\`mirrors\`: "${printable(host)}" is not a host`)
+		const key = canonicalHost(host)
+		const added = places.map(place => parseMirror(place, scheme))
+		parsed.set(key, [...(parsed.get(key) ?? []), ...added])
+	}
+	return parsed
 }
 function parseMirror(text, scheme) {
-  const parts = /^(?:(https?):\/\/)?([^/]*)(?:\/(.*?))?\/?$/i.exec(text) ?? [];
-  const [, written = scheme, host = "", prefix = ""] = parts;
-  const isPlace = isHost(host) && (prefix === "" || REPOSITORY.test(prefix));
-  if (isPlace)
-    return { scheme: written.toLowerCase() === "http" ? "http" : "https", host, prefix };
-  const shown = printable(text.replace(/^.*@/, "***@"));
-  return fail("BAD_OPTION", `\`mirrors\`: "${shown}" is not HOST[:PORT][/PREFIX]`);
+	const parts = /^(?:(https?):\/\/)?([^/]*)(?:\/(.*?))?\/?$/i.exec(text) ?? []
+	const [, written = scheme, host = "", prefix = ""] = parts
+	const isPlace = isHost(host) && (prefix === "" || REPOSITORY.test(prefix))
+	if (isPlace) return {scheme: written.toLowerCase() === "http" ? "http" : "https", host, prefix}
+	const shown = printable(text.replace(/^.*@/, "***@"))
+	return fail("BAD_OPTION", `\`mirrors\`: "${shown}" is not HOST[:PORT][/PREFIX]`)
 }
 var SOCKET_OPTIONS = {
-  insecureHTTPParser: true,
-  maxHeaderSize: LIMITS.headerBytes,
-  autoSelectFamilyAttemptTimeout: TUNING.addressMs
-};
-var clientFor = ({ protocol }) => load(protocol === "https:" ? "node:https" : "node:http");
-var basicAuthorization = (username, secret) => `Basic ${Buffer.from(`${username}:${secret}`, "utf8").toString("base64")}`;
+	insecureHTTPParser: true,
+	maxHeaderSize: LIMITS.headerBytes,
+	autoSelectFamilyAttemptTimeout: TUNING.addressMs
+}
+var clientFor = ({protocol}) => load(protocol === "https:" ? "node:https" : "node:http")
+var basicAuthorization = (username, secret) =>
+	`Basic ${Buffer.from(`${username}:${secret}`, "utf8").toString("base64")}`
 function parseRetryAfter(value, now) {
-  if (value === void 0)
-    return void 0;
-  if (/^\s*\d+\s*$/.test(value))
-    return Number(value) * 1e3;
-  const date = Date.parse(value);
-  return Number.isNaN(date) ? void 0 : Math.max(0, date - now);
+	if (value === void 0) return void 0
+	if (/^\s*\d+\s*$/.test(value)) return Number(value) * 1e3
+	const date = Date.parse(value)
+	return Number.isNaN(date) ? void 0 : Math.max(0, date - now)
 }
 var CA_BUNDLES = [
-  "/etc/ssl/certs/ca-certificates.crt",
-  "/etc/pki/tls/certs/ca-bundle.crt",
-  "/etc/ssl/ca-bundle.pem",
-  "/etc/pki/tls/cacert.pem",
-  "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",
-  "/etc/ssl/cert.pem",
-  "/usr/local/etc/ssl/cert.pem",
-  "/usr/local/share/certs/ca-root-nss.crt",
-  "/etc/openssl/certs/ca-certificates.crt"
-];
-var CA_DIRECTORIES = ["/etc/ssl/certs", "/etc/pki/tls/certs", "/system/etc/security/cacerts"];
-var readOptional = (file) => fs.readFile(file, "utf8").catch(ignore);
-var listOptional = (folder) => fs.readdir(folder).catch(() => []);
-var certificatesOf = (text = "") => text.split(/(?=-----BEGIN )/).filter((block) => /^-----BEGIN (X509 |TRUSTED )?CERTIFICATE-----/.test(block));
+	"/etc/ssl/certs/ca-certificates.crt",
+	"/etc/pki/tls/certs/ca-bundle.crt",
+	"/etc/ssl/ca-bundle.pem",
+	"/etc/pki/tls/cacert.pem",
+	"/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",
+	"/etc/ssl/cert.pem",
+	"/usr/local/etc/ssl/cert.pem",
+	"/usr/local/share/certs/ca-root-nss.crt",
+	"/etc/openssl/certs/ca-certificates.crt"
+]
+var CA_DIRECTORIES = ["/etc/ssl/certs", "/etc/pki/tls/certs", "/system/etc/security/cacerts"]
+var readOptional = file => fs.readFile(file, "utf8").catch(ignore)
+var listOptional = folder => fs.readdir(folder).catch(() => [])
+var certificatesOf = (text = "") =>
+	text.split(/(?=-----BEGIN )/).filter(block => /^-----BEGIN (X509 |TRUSTED )?CERTIFICATE-----/.test(block))
 function isReadable(certificate) {
-  const { X509Certificate } = load("node:crypto");
-  try {
-    return new X509Certificate(certificate).serialNumber !== "";
-  } catch {
-    return false;
-  }
+	const {X509Certificate} = load("node:crypto")
+	try {
+		return new X509Certificate(certificate).serialNumber !== ""
+	} catch {
+		return false
+	}
 }
 async function systemCertificates(environment) {
-  const { SSL_CERT_FILE, SSL_CERT_DIR, NODE_EXTRA_CA_CERTS } = environment;
-  const found = /* @__PURE__ */ new Set();
-  const add = (...texts) => {
-    for (const each of texts.flatMap(certificatesOf))
-      found.add(each);
-  };
-  for (const file of SSL_CERT_FILE ? [SSL_CERT_FILE] : CA_BUNDLES) {
-    add(await readOptional(file));
-    if (found.size > 0)
-      break;
-  }
-  const defaultDirectories = found.size > 0 ? [] : CA_DIRECTORIES;
-  for (const directory of SSL_CERT_DIR?.split(path.delimiter) ?? defaultDirectories) {
-    const names = await listOptional(directory);
-    add(...await Promise.all(names.map((name) => readOptional(path.join(directory, name)))));
-  }
-  if (found.size === 0)
-    add(...nodeCertificates());
-  if (NODE_EXTRA_CA_CERTS)
-    add(await readOptional(NODE_EXTRA_CA_CERTS));
-  return [...found];
+	const {SSL_CERT_FILE, SSL_CERT_DIR, NODE_EXTRA_CA_CERTS} = environment
+	const found = /* @__PURE__ */ new Set()
+	const add = (...texts) => {
+		for (const each of texts.flatMap(certificatesOf)) found.add(each)
+	}
+	for (const file of SSL_CERT_FILE ? [SSL_CERT_FILE] : CA_BUNDLES) {
+		add(await readOptional(file))
+		if (found.size > 0) break
+	}
+	const defaultDirectories = found.size > 0 ? [] : CA_DIRECTORIES
+	for (const directory of SSL_CERT_DIR?.split(path.delimiter) ?? defaultDirectories) {
+		const names = await listOptional(directory)
+		add(...(await Promise.all(names.map(name => readOptional(path.join(directory, name))))))
+	}
+	if (found.size === 0) add(...nodeCertificates())
+	if (NODE_EXTRA_CA_CERTS) add(await readOptional(NODE_EXTRA_CA_CERTS))
+	return [...found]
 }
 function nodeCertificates() {
-  const { getCACertificates, rootCertificates = [] } = load("node:tls");
-  const isKeptByTheSystem = ["darwin", "win32"].includes(process.platform);
-  const system = isKeptByTheSystem ? getCACertificates?.("system") ?? [] : [];
-  return system.length > 0 ? system : rootCertificates;
+	const {getCACertificates, rootCertificates = []} = load("node:tls")
+	const isKeptByTheSystem = ["darwin", "win32"].includes(process.platform)
+	const system = isKeptByTheSystem ? (getCACertificates?.("system") ?? []) : []
+	return system.length > 0 ? system : rootCertificates
 }
 async function readPem(what, file) {
-  const text = await fs.readFile(file, "utf8").catch((error) => fail("TLS", `cannot read ${what} ${file}: ${diskWords(error)}`));
-  if (!text.includes("-----BEGIN "))
-    fail("TLS", `${what} ${file} is not a PEM file`);
-  return text;
+	const text = await fs
+		.readFile(file, "utf8")
+		.catch(error => fail("TLS", `cannot read ${what} ${file}: ${diskWords(error)}`))
+	if (!text.includes("-----BEGIN ")) fail("TLS", `${what} ${file} is not a PEM file`)
+	return text
 }
 async function readAuthorities(what, file) {
-  const certificates = certificatesOf(await readPem(what, file)).filter(isReadable);
-  if (certificates.length === 0)
-    fail("TLS", `${what} ${file} has no certificate that can be read`);
-  return certificates;
+	const certificates = certificatesOf(await readPem(what, file)).filter(isReadable)
+	if (certificates.length === 0) fail("TLS", `${what} ${file} has no certificate that can be read`)
+	return certificates
 }
 async function readKey(what, file) {
-  const text = await readPem(what, file);
-  const isEncrypted = /-----BEGIN ENCRYPTED|^Proc-Type: 4,ENCRYPTED/m.test(text);
-  if (isEncrypted)
-    fail("TLS", `${what} ${file} has a passphrase
-  give it without one: openssl pkey -in FILE -out NEW`);
-  return text;
+	const text = await readPem(what, file)
+	const isEncrypted = /-----BEGIN ENCRYPTED|^Proc-Type: 4,ENCRYPTED/m.test(text)
+	if (isEncrypted)
+		fail(
+			"TLS",
+			`${what} ${file} has a passphrase
+  give it without one: openssl pkey -in FILE -out NEW`
+		)
+	return text
 }
 async function readCertsFolders(folders) {
-  const files = [];
-  for (const folder of folders)
-    files.push(...(await listOptional(folder)).sort().map((name) => path.join(folder, name)));
-  const readAll = (suffix, read) => files.filter((file) => file.endsWith(suffix)).map((file) => read("certificate", file));
-  const authorities = await Promise.allSettled(readAll(".crt", readAuthorities));
-  const readable = authorities.filter(({ status }) => status === "fulfilled");
-  return {
-    ca: settled(readable.length > 0 ? readable : authorities).flat(),
-    cert: await Promise.all(readAll(".cert", readPem)),
-    key: await Promise.all(readAll(".key", readKey))
-  };
+	const files = []
+	for (const folder of folders) files.push(...(await listOptional(folder)).sort().map(name => path.join(folder, name)))
+	const readAll = (suffix, read) => files.filter(file => file.endsWith(suffix)).map(file => read("certificate", file))
+	const authorities = await Promise.allSettled(readAll(".crt", readAuthorities))
+	const readable = authorities.filter(({status}) => status === "fulfilled")
+	return {
+		ca: settled(readable.length > 0 ? readable : authorities).flat(),
+		cert: await Promise.all(readAll(".cert", readPem)),
+		key: await Promise.all(readAll(".key", readKey))
+	}
 }
-async function makeSecureContext({ caCert, tlsCert, tlsKey, environment }, registryFolders) {
-  const ca = await systemCertificates(environment);
-  if (caCert !== void 0)
-    ca.push(...await readAuthorities("--cacert", caCert));
-  let cert = [];
-  let key = [];
-  if (registryFolders !== void 0) {
-    const own = await readCertsFolders(registryFolders);
-    ca.push(...own.ca);
-    cert = tlsCert === void 0 ? [...own.cert] : [await readPem("--cert", tlsCert)];
-    key = tlsKey === void 0 ? [...own.key] : [await readKey("--key", tlsKey)];
-  }
-  try {
-    return load("node:tls").createSecureContext({
-      ca,
-      cert,
-      key,
-      allowPartialTrustChain: true,
-      secureOptions: load("node:crypto").constants.SSL_OP_LEGACY_SERVER_CONNECT
-    });
-  } catch (cause) {
-    const words = printable(cause.message);
-    const isStranger = /key values mismatch/i.test(words);
-    const said = isStranger ? "the key does not belong to the certificate" : words;
-    return fail("TLS", `cannot use the certificates given: ${said}`, { cause });
-  }
+async function makeSecureContext({caCert, tlsCert, tlsKey, environment}, registryFolders) {
+	const ca = await systemCertificates(environment)
+	if (caCert !== void 0) ca.push(...(await readAuthorities("--cacert", caCert)))
+	let cert = []
+	let key = []
+	if (registryFolders !== void 0) {
+		const own = await readCertsFolders(registryFolders)
+		ca.push(...own.ca)
+		cert = tlsCert === void 0 ? [...own.cert] : [await readPem("--cert", tlsCert)]
+		key = tlsKey === void 0 ? [...own.key] : [await readKey("--key", tlsKey)]
+	}
+	try {
+		return load("node:tls").createSecureContext({
+			ca,
+			cert,
+			key,
+			allowPartialTrustChain: true,
+			secureOptions: load("node:crypto").constants.SSL_OP_LEGACY_SERVER_CONNECT
+		})
+	} catch (cause) {
+		const words = printable(cause.message)
+		const isStranger = /key values mismatch/i.test(words)
+		const said = isStranger ? "the key does not belong to the certificate" : words
+		return fail("TLS", `cannot use the certificates given: ${said}`, {cause})
+	}
 }
-var LOOPBACK = "localhost,127.0.0.0/8,::1/128";
-var familyOf = (address) => net.isIPv6(address) ? "ipv6" : "ipv4";
-var withoutBrackets = (host) => host.replace(/^\[|\]$/g, "");
+var LOOPBACK = "localhost,127.0.0.0/8,::1/128"
+var familyOf = address => (net.isIPv6(address) ? "ipv6" : "ipv4")
+var withoutBrackets = host => host.replace(/^\[|\]$/g, "")
 function isExemptFromProxy(url, noProxy) {
-  const entries = `${LOOPBACK},${noProxy}`.toLowerCase().split(/[\s,]+/).filter(Boolean);
-  return entries.some((entry) => isInBlock(url, entry) || isNamedBy(url, entry));
+	const entries = `${LOOPBACK},${noProxy}`
+		.toLowerCase()
+		.split(/[\s,]+/)
+		.filter(Boolean)
+	return entries.some(entry => isInBlock(url, entry) || isNamedBy(url, entry))
 }
 function isInBlock(url, block) {
-  const host = withoutBrackets(url.hostname);
-  const [address = "", bits = ""] = block.split("/");
-  if (net.isIP(host) === 0 || net.isIP(address) === 0 || !/^\d+$/.test(bits))
-    return false;
-  if (Number(bits) > (net.isIPv6(address) ? 128 : 32))
-    return false;
-  const list = new net.BlockList();
-  list.addSubnet(address, Number(bits), familyOf(address));
-  return list.check(host, familyOf(host));
+	const host = withoutBrackets(url.hostname)
+	const [address = "", bits = ""] = block.split("/")
+	if (net.isIP(host) === 0 || net.isIP(address) === 0 || !/^\d+$/.test(bits)) return false
+	if (Number(bits) > (net.isIPv6(address) ? 128 : 32)) return false
+	const list = new net.BlockList()
+	list.addSubnet(address, Number(bits), familyOf(address))
+	return list.check(host, familyOf(host))
 }
 function isNamedBy(url, entry) {
-  const withPort = /^(?:\[(?<bracketed>[^\]]*)\]|(?<bare>[^:]*))(?::(?<port>\d+))?$/.exec(entry);
-  const { bracketed, bare = entry, port } = withPort?.groups ?? {};
-  const urlPort = url.port || (url.protocol === "https:" ? "443" : "80");
-  if (port !== void 0 && port !== urlPort)
-    return false;
-  const host = withoutBrackets(url.hostname);
-  const name = (bracketed ?? bare).replace(/^\*?\./, "");
-  if (name === "")
-    return false;
-  if (name === "*" || name === host)
-    return true;
-  return net.isIP(host) === 0 && host.endsWith(`.${name}`);
+	const withPort = /^(?:\[(?<bracketed>[^\]]*)\]|(?<bare>[^:]*))(?::(?<port>\d+))?$/.exec(entry)
+	const {bracketed, bare = entry, port} = withPort?.groups ?? {}
+	const urlPort = url.port || (url.protocol === "https:" ? "443" : "80")
+	if (port !== void 0 && port !== urlPort) return false
+	const host = withoutBrackets(url.hostname)
+	const name = (bracketed ?? bare).replace(/^\*?\./, "")
+	if (name === "") return false
+	if (name === "*" || name === host) return true
+	return net.isIP(host) === 0 && host.endsWith(`.${name}`)
 }
 function proxyFor(url, environment) {
-  const variable = (name2) => environment[name2] || environment[name2.toLowerCase()] || "";
-  const forScheme = url.protocol === "https:" ? "HTTPS_PROXY" : "HTTP_PROXY";
-  const name = [forScheme, "ALL_PROXY"].find(variable);
-  if (name === void 0 || isExemptFromProxy(url, variable("NO_PROXY")))
-    return void 0;
-  const value = variable(name);
-  const text = /^[a-z][a-z0-9+.-]*:\/\//i.test(value) ? value : `http://${value}`;
-  if (!URL.canParse(text))
-    fail("PROXY", `${name} is not a URL`);
-  const proxy = new URL(text);
-  if (proxy.protocol === "http:" || proxy.protocol === "https:")
-    return proxy;
-  return fail("PROXY", `${name}: a ${proxy.protocol}// proxy is not supported, only http:// and https:// ones are`);
+	const variable = name2 => environment[name2] || environment[name2.toLowerCase()] || ""
+	const forScheme = url.protocol === "https:" ? "HTTPS_PROXY" : "HTTP_PROXY"
+	const name = [forScheme, "ALL_PROXY"].find(variable)
+	if (name === void 0 || isExemptFromProxy(url, variable("NO_PROXY"))) return void 0
+	const value = variable(name)
+	const text = /^[a-z][a-z0-9+.-]*:\/\//i.test(value) ? value : `http://${value}`
+	if (!URL.canParse(text)) fail("PROXY", `${name} is not a URL`)
+	const proxy = new URL(text)
+	if (proxy.protocol === "http:" || proxy.protocol === "https:") return proxy
+	return fail("PROXY", `${name}: a ${proxy.protocol}// proxy is not supported, only http:// and https:// ones are`)
 }
-var PROXY_REMEDY = "\n  the proxy wants credentials: http://USER:PASSWORD@HOST:PORT";
-var proxyName = ({ protocol, host }) => `the proxy ${protocol}//${host}`;
-function proxyHeaders({ username, password }) {
-  if (username === "")
-    return {};
-  const authorization = basicAuthorization(percentDecode(username), percentDecode(password));
-  return { "Proxy-Authorization": authorization };
+var PROXY_REMEDY = "\n  the proxy wants credentials: http://USER:PASSWORD@HOST:PORT"
+var proxyName = ({protocol, host}) => `the proxy ${protocol}//${host}`
+function proxyHeaders({username, password}) {
+	if (username === "") return {}
+	const authorization = basicAuthorization(percentDecode(username), percentDecode(password))
+	return {"Proxy-Authorization": authorization}
 }
 function proxyRefusal(proxy, what, response) {
-  const { statusCode: status = 0, statusMessage = "", headers } = response;
-  const retryAfterMs = parseRetryAfter(headers["retry-after"], Date.now());
-  const isPassing = status === 429 || status >= 500;
-  const said = `${proxyName(proxy)} refused ${what}: ${status} ${printable(statusMessage)}`;
-  const remedy = status === 401 || status === 407 ? PROXY_REMEDY : "";
-  const details = { status, retryAfterMs: isPassing ? retryAfterMs : void 0 };
-  return new ImgpullError("PROXY", `${said}${remedy}`, details);
+	const {statusCode: status = 0, statusMessage = "", headers} = response
+	const retryAfterMs = parseRetryAfter(headers["retry-after"], Date.now())
+	const isPassing = status === 429 || status >= 500
+	const said = `${proxyName(proxy)} refused ${what}: ${status} ${printable(statusMessage)}`
+	const remedy = status === 401 || status === 407 ? PROXY_REMEDY : ""
+	const details = {status, retryAfterMs: isPassing ? retryAfterMs : void 0}
+	return new ImgpullError("PROXY", `${said}${remedy}`, details)
 }
-function isFromProxy({ statusCode: status = 0, headers }) {
-  if (status === 407)
-    return true;
-  if (status < 400 || headers["docker-distribution-api-version"] !== void 0)
-    return false;
-  if (status === 502 || status === 504)
-    return true;
-  if (headers["x-squid-error"] !== void 0 || headers["proxy-status"] !== void 0)
-    return true;
-  return /^(squid|tinyproxy|privoxy|polipo|mitmproxy)\b/i.test(String(headers.server));
+function isFromProxy({statusCode: status = 0, headers}) {
+	if (status === 407) return true
+	if (status < 400 || headers["docker-distribution-api-version"] !== void 0) return false
+	if (status === 502 || status === 504) return true
+	if (headers["x-squid-error"] !== void 0 || headers["proxy-status"] !== void 0) return true
+	return /^(squid|tinyproxy|privoxy|polipo|mitmproxy)\b/i.test(String(headers.server))
 }
-var speaks = (language, scheme, { host }) => `it speaks ${language} on this port
-  write it as ${scheme}://${host}`;
-var SOCKS_WORDS = "it speaks SOCKS on this port, which is not supported: an http:// or https:// proxy is needed";
+var speaks = (language, scheme, {host}) => `it speaks ${language} on this port
+  write it as ${scheme}://${host}`
+var SOCKS_WORDS = "it speaks SOCKS on this port, which is not supported: an http:// or https:// proxy is needed"
 function mistakenProxy(error, proxy) {
-  const { rawPacket, message = "" } = error;
-  if (proxy.protocol === "https:")
-    return PLAIN_HTTP.test(message) ? speaks("plain HTTP", "http", proxy) : void 0;
-  const [firstByte, secondByte = 0] = rawPacket ?? [];
-  const isTlsRecord = (firstByte === 21 || firstByte === 22) && secondByte === 3;
-  if (isTlsRecord)
-    return speaks("TLS", "https", proxy);
-  const isSocks = firstByte === 5 || firstByte === 0 && secondByte >= 90;
-  return isSocks ? SOCKS_WORDS : void 0;
+	const {rawPacket, message = ""} = error
+	if (proxy.protocol === "https:") return PLAIN_HTTP.test(message) ? speaks("plain HTTP", "http", proxy) : void 0
+	const [firstByte, secondByte = 0] = rawPacket ?? []
+	const isTlsRecord = (firstByte === 21 || firstByte === 22) && secondByte === 3
+	if (isTlsRecord) return speaks("TLS", "https", proxy)
+	const isSocks = firstByte === 5 || (firstByte === 0 && secondByte >= 90)
+	return isSocks ? SOCKS_WORDS : void 0
 }
 function answersSocks(address) {
-  const socket = net.connect(address);
-  socket.setTimeout(LIMITS.diagnosisMs, () => socket.destroy());
-  socket.write(Buffer.from([5, 1, 0]));
-  return new Promise((resolve2) => {
-    socket.on("error", ignore);
-    socket.once("close", () => resolve2(false));
-    socket.once("data", (chunk) => {
-      resolve2(chunk[0] === 5);
-      socket.destroy();
-    });
-  });
+	const socket = net.connect(address)
+	socket.setTimeout(LIMITS.diagnosisMs, () => socket.destroy())
+	socket.write(Buffer.from([5, 1, 0]))
+	return new Promise(resolve2 => {
+		socket.on("error", ignore)
+		socket.once("close", () => resolve2(false))
+		socket.once("data", chunk => {
+			resolve2(chunk[0] === 5)
+			socket.destroy()
+		})
+	})
 }
 function answersTls(address) {
-  const socket = load("node:tls").connect({ ...address, rejectUnauthorized: false });
-  socket.setTimeout(LIMITS.diagnosisMs, () => socket.destroy());
-  return new Promise((resolve2) => {
-    socket.on("error", ignore);
-    socket.once("close", () => resolve2(false));
-    socket.once("secureConnect", () => {
-      resolve2(true);
-      socket.destroy();
-    });
-  });
+	const socket = load("node:tls").connect({...address, rejectUnauthorized: false})
+	socket.setTimeout(LIMITS.diagnosisMs, () => socket.destroy())
+	return new Promise(resolve2 => {
+		socket.on("error", ignore)
+		socket.once("close", () => resolve2(false))
+		socket.once("secureConnect", () => {
+			resolve2(true)
+			socket.destroy()
+		})
+	})
 }
 var ProxyServer = class {
-  url;
-  #hasAnswered = false;
-  #diagnosis;
-  constructor(url) {
-    this.url = url;
-  }
-  markAnswered() {
-    this.#hasAnswered = true;
-  }
-  async explain(error, doing) {
-    const where = doing === void 0 ? proxyName(this.url) : `${proxyName(this.url)}, ${doing}`;
-    const isClosed = errorCodeOf(error) === "ECONNRESET" && !this.#hasAnswered;
-    const isInDoubt = isClosed && this.url.protocol === "http:";
-    const mistake = mistakenProxy(error, this.url) ?? (isInDoubt ? await this.#diagnose() : void 0);
-    if (mistake === void 0)
-      return connectionError(error, where);
-    return new ImgpullError("PROXY", `${where}: ${mistake}`, { cause: error });
-  }
-  silence(isHandshake, limitMs) {
-    const seconds = limitMs / 1e3;
-    const isDoubtful = isHandshake && this.url.protocol === "https:" && !this.#hasAnswered;
-    if (!isDoubtful)
-      return timeoutError(proxyName(this.url), `it is silent for ${seconds} s`);
-    return new ImgpullError("PROXY", `${proxyName(this.url)}: no TLS in ${seconds} s
-  if it speaks plain HTTP, write it as http://${this.url.host}`);
-  }
-  #diagnose() {
-    const { hostname: hostname2, port } = this.url;
-    const address = { host: withoutBrackets(hostname2), port: Number(port || 80) };
-    this.#diagnosis ??= Promise.all([answersSocks(address), answersTls(address)]).then(([isSocks, isTls]) => {
-      if (isSocks)
-        return SOCKS_WORDS;
-      return isTls ? speaks("TLS", "https", this.url) : void 0;
-    });
-    return this.#diagnosis;
-  }
-};
-function connectThrough({ proxy, options, timeoutMs }, target, done) {
-  const host = net.isIPv6(String(target.host)) ? `[${target.host}]` : target.host;
-  const authority = `${host}:${target.port}`;
-  const connect2 = clientFor(proxy.url).request(proxy.url.origin, {
-    ...options,
-    ...SOCKET_OPTIONS,
-    method: "CONNECT",
-    path: authority,
-    headers: { Host: authority, ...proxyHeaders(proxy.url) }
-  });
-  limitConnecting(connect2, timeoutMs, (isHandshake) => proxy.silence(isHandshake, timeoutMs));
-  limitAnswer(connect2, timeoutMs, () => proxy.silence(false, timeoutMs));
-  connect2.once("error", async (error) => done(await proxy.explain(error)));
-  connect2.once("connect", async (response, socket, head) => {
-    proxy.markAnswered();
-    const { statusCode: status = 0 } = response;
-    if (status >= 200 && status < 300) {
-      done(null, load("node:tls").connect({ ...target, socket }));
-      return;
-    }
-    socket.destroy();
-    const isTlsPort = /HTTP request.* (to|on) (an? )?HTTPS/i.test(String(head));
-    const mistake = `${proxyName(proxy.url)}: ${speaks("TLS", "https", proxy.url)}`;
-    if (isTlsPort)
-      done(new ImgpullError("PROXY", mistake));
-    else
-      done(proxyRefusal(proxy.url, `CONNECT ${authority}`, response));
-  });
-  connect2.end();
+	url
+	#hasAnswered = false
+	#diagnosis
+	constructor(url) {
+		this.url = url
+	}
+	markAnswered() {
+		this.#hasAnswered = true
+	}
+	async explain(error, doing) {
+		const where = doing === void 0 ? proxyName(this.url) : `${proxyName(this.url)}, ${doing}`
+		const isClosed = errorCodeOf(error) === "ECONNRESET" && !this.#hasAnswered
+		const isInDoubt = isClosed && this.url.protocol === "http:"
+		const mistake = mistakenProxy(error, this.url) ?? (isInDoubt ? await this.#diagnose() : void 0)
+		if (mistake === void 0) return connectionError(error, where)
+		return new ImgpullError("PROXY", `${where}: ${mistake}`, {cause: error})
+	}
+	silence(isHandshake, limitMs) {
+		const seconds = limitMs / 1e3
+		const isDoubtful = isHandshake && this.url.protocol === "https:" && !this.#hasAnswered
+		if (!isDoubtful) return timeoutError(proxyName(this.url), `it is silent for ${seconds} s`)
+		return new ImgpullError(
+			"PROXY",
+			`${proxyName(this.url)}: no TLS in ${seconds} s
+  if it speaks plain HTTP, write it as http://${this.url.host}`
+		)
+	}
+	#diagnose() {
+		const {hostname: hostname2, port} = this.url
+		const address = {host: withoutBrackets(hostname2), port: Number(port || 80)}
+		this.#diagnosis ??= Promise.all([answersSocks(address), answersTls(address)]).then(([isSocks, isTls]) => {
+			if (isSocks) return SOCKS_WORDS
+			return isTls ? speaks("TLS", "https", this.url) : void 0
+		})
+		return this.#diagnosis
+	}
+}
+function connectThrough({proxy, options, timeoutMs}, target, done) {
+	const host = net.isIPv6(String(target.host)) ? `[${target.host}]` : target.host
+	const authority = `${host}:${target.port}`
+	const connect2 = clientFor(proxy.url).request(proxy.url.origin, {
+		...options,
+		...SOCKET_OPTIONS,
+		method: "CONNECT",
+		path: authority,
+		headers: {Host: authority, ...proxyHeaders(proxy.url)}
+	})
+	limitConnecting(connect2, timeoutMs, isHandshake => proxy.silence(isHandshake, timeoutMs))
+	limitAnswer(connect2, timeoutMs, () => proxy.silence(false, timeoutMs))
+	connect2.once("error", async error => done(await proxy.explain(error)))
+	connect2.once("connect", async (response, socket, head) => {
+		proxy.markAnswered()
+		const {statusCode: status = 0} = response
+		if (status >= 200 && status < 300) {
+			done(null, load("node:tls").connect({...target, socket}))
+			return
+		}
+		socket.destroy()
+		const isTlsPort = /HTTP request.* (to|on) (an? )?HTTPS/i.test(String(head))
+		const mistake = `${proxyName(proxy.url)}: ${speaks("TLS", "https", proxy.url)}`
+		if (isTlsPort) done(new ImgpullError("PROXY", mistake))
+		else done(proxyRefusal(proxy.url, `CONNECT ${authority}`, response))
+	})
+	connect2.end()
 }
 var AgentPool = class {
-  #settings;
-  #agents = /* @__PURE__ */ new Map();
-  #closing = new AbortController();
-  #commonContext;
-  constructor(settings) {
-    this.#settings = settings;
-  }
-  agentFor(url, role, proxy) {
-    const key = `${url.origin} ${role} ${proxy?.url.href}`;
-    const agent = this.#agents.get(key) ?? this.#makeAgent(url, role, proxy);
-    this.#agents.set(key, agent);
-    return agent;
-  }
-  close() {
-    this.#closing.abort();
-    for (const agent of this.#agents.values())
-      agent.then((ready) => ready.destroy(), ignore);
-  }
-  async #makeAgent(url, role, proxy) {
-    const { timeoutMs, insecure } = this.#settings;
-    const keepAlive = { keepAlive: true, scheduling: "lifo" };
-    const proxyTls = proxy?.url.protocol === "https:" ? await this.#tlsToProxy(proxy.url) : {};
-    if (url.protocol === "http:")
-      return new (clientFor(proxy?.url ?? url)).Agent({ ...keepAlive, ...proxyTls });
-    const agent = new (load("node:https")).Agent({
-      ...keepAlive,
-      secureContext: await this.#contextFor(url, role),
-      rejectUnauthorized: insecure !== true
-    });
-    if (!proxy)
-      return agent;
-    const options = { ...proxyTls, agent: false, signal: this.#closing.signal };
-    const createConnection = (target, done) => connectThrough({ proxy, options, timeoutMs }, target, done);
-    return Object.assign(agent, { createConnection });
-  }
-  async #tlsToProxy(proxy) {
-    const host = withoutBrackets(proxy.hostname);
-    const { checkServerIdentity } = load("node:tls");
-    const checkAddress = (_host, cert) => checkServerIdentity(host, cert);
-    return {
-      secureContext: await this.#contextFor(proxy, "other"),
-      servername: net.isIP(host) === 0 ? host : "",
-      checkServerIdentity: checkAddress
-    };
-  }
-  async #contextFor(url, role) {
-    const { tlsCert, tlsKey, ...common } = this.#settings;
-    const folders = role === "other" ? [] : await this.#certsFoldersOf(url);
-    if (role === "registry" && tlsCert !== void 0)
-      return makeSecureContext(this.#settings, folders);
-    if (folders.length > 0)
-      return makeSecureContext(common, folders);
-    this.#commonContext ??= makeSecureContext(common);
-    return this.#commonContext;
-  }
-  async #certsFoldersOf({ host, port }) {
-    const names = port === "" ? [host, `${host}:443`] : [host];
-    const folders = names.map((name) => path.join(this.#settings.certsDirectory, name));
-    const lists = await Promise.all(folders.map(listOptional));
-    return folders.filter((_folder, index) => lists[index]?.length);
-  }
-};
+	#settings
+	#agents = /* @__PURE__ */ new Map()
+	#closing = new AbortController()
+	#commonContext
+	constructor(settings) {
+		this.#settings = settings
+	}
+	agentFor(url, role, proxy) {
+		const key = `${url.origin} ${role} ${proxy?.url.href}`
+		const agent = this.#agents.get(key) ?? this.#makeAgent(url, role, proxy)
+		this.#agents.set(key, agent)
+		return agent
+	}
+	close() {
+		this.#closing.abort()
+		for (const agent of this.#agents.values()) agent.then(ready => ready.destroy(), ignore)
+	}
+	async #makeAgent(url, role, proxy) {
+		const {timeoutMs, insecure} = this.#settings
+		const keepAlive = {keepAlive: true, scheduling: "lifo"}
+		const proxyTls = proxy?.url.protocol === "https:" ? await this.#tlsToProxy(proxy.url) : {}
+		if (url.protocol === "http:") return new (clientFor(proxy?.url ?? url).Agent)({...keepAlive, ...proxyTls})
+		const agent = new (load("node:https").Agent)({
+			...keepAlive,
+			secureContext: await this.#contextFor(url, role),
+			rejectUnauthorized: insecure !== true
+		})
+		if (!proxy) return agent
+		const options = {...proxyTls, agent: false, signal: this.#closing.signal}
+		const createConnection = (target, done) => connectThrough({proxy, options, timeoutMs}, target, done)
+		return Object.assign(agent, {createConnection})
+	}
+	async #tlsToProxy(proxy) {
+		const host = withoutBrackets(proxy.hostname)
+		const {checkServerIdentity} = load("node:tls")
+		const checkAddress = (_host, cert) => checkServerIdentity(host, cert)
+		return {
+			secureContext: await this.#contextFor(proxy, "other"),
+			servername: net.isIP(host) === 0 ? host : "",
+			checkServerIdentity: checkAddress
+		}
+	}
+	async #contextFor(url, role) {
+		const {tlsCert, tlsKey, ...common} = this.#settings
+		const folders = role === "other" ? [] : await this.#certsFoldersOf(url)
+		if (role === "registry" && tlsCert !== void 0) return makeSecureContext(this.#settings, folders)
+		if (folders.length > 0) return makeSecureContext(common, folders)
+		this.#commonContext ??= makeSecureContext(common)
+		return this.#commonContext
+	}
+	async #certsFoldersOf({host, port}) {
+		const names = port === "" ? [host, `${host}:443`] : [host]
+		const folders = names.map(name => path.join(this.#settings.certsDirectory, name))
+		const lists = await Promise.all(folders.map(listOptional))
+		return folders.filter((_folder, index) => lists[index]?.length)
+	}
+}
 var Transport = class {
-  #settings;
-  #agents;
-  #patience;
-  #proxies = /* @__PURE__ */ new Map();
-  constructor(settings) {
-    this.#settings = settings;
-    this.#agents = new AgentPool(settings);
-    this.#patience = new Patience(settings.timeoutMs);
-  }
-  send(request) {
-    return followRedirects(request, (url, headers) => this.#sendOnce(request, url, headers));
-  }
-  close() {
-    this.#agents.close();
-  }
-  async #sendOnce(request, url, headers) {
-    const { timeoutMs } = this.#settings;
-    const { method, signal, body, isBlob = false } = request;
-    const proxy = this.#proxyFor(url);
-    const agent = await this.#agents.agentFor(url, request.roleOf(url.origin), proxy);
-    const forwarder = url.protocol === "http:" ? proxy : void 0;
-    const options = { ...SOCKET_OPTIONS, method, headers, signal, agent, timeout: timeoutMs };
-    const outgoing = forwarder ? forwardRequest(forwarder.url, url, options) : clientFor(url).request(url, options);
-    outgoing.maxHeadersCount = 0;
-    const doing = `${method} ${redactUrl(url)}`;
-    const connectMs = proxy && !forwarder ? 3 * timeoutMs : timeoutMs;
-    surviveLateErrors(outgoing);
-    limitConnecting(outgoing, connectMs, (isHandshake) => forwarder?.silence(isHandshake, connectMs) ?? timeoutError(doing, `nothing came for ${connectMs / 1e3} s`));
-    this.#patience.limitHeaders(outgoing, request.url, doing);
-    limitBody(outgoing, { timeoutMs, isBlob, doing });
-    outgoing.end(body);
-    let incoming;
-    try {
-      [incoming] = await once(outgoing, "response", { signal });
-    } catch (error) {
-      if (isStaleConnection(outgoing, error))
-        return this.#sendOnce(request, url, headers);
-      if (forwarder && !(error instanceof ImgpullError))
-        throw await forwarder.explain(error, doing);
-      const isShown = this.#settings.tlsCert !== void 0 && request.roleOf(url.origin) === "registry";
-      if (isShown && !outgoing.reusedSocket && errorCodeOf(error) === "ECONNRESET")
-        fail("NETWORK", `${doing}: connection lost
-  ${CLIENT_CERTIFICATE_REMEDY}`, {
-          cause: error
-        });
-      throw connectionError(error, doing);
-    }
-    forwarder?.markAnswered();
-    if (forwarder && isFromProxy(incoming)) {
-      outgoing.destroy();
-      throw proxyRefusal(forwarder.url, doing, incoming);
-    }
-    tidyHeaders(incoming.headers);
-    return incoming;
-  }
-  #proxyFor(url) {
-    const proxyUrl = proxyFor(url, this.#settings.environment);
-    if (!proxyUrl)
-      return void 0;
-    const proxy = this.#proxies.get(proxyUrl.href) ?? new ProxyServer(proxyUrl);
-    this.#proxies.set(proxyUrl.href, proxy);
-    return proxy;
-  }
-};
+	#settings
+	#agents
+	#patience
+	#proxies = /* @__PURE__ */ new Map()
+	constructor(settings) {
+		this.#settings = settings
+		this.#agents = new AgentPool(settings)
+		this.#patience = new Patience(settings.timeoutMs)
+	}
+	send(request) {
+		return followRedirects(request, (url, headers) => this.#sendOnce(request, url, headers))
+	}
+	close() {
+		this.#agents.close()
+	}
+	async #sendOnce(request, url, headers) {
+		const {timeoutMs} = this.#settings
+		const {method, signal, body, isBlob = false} = request
+		const proxy = this.#proxyFor(url)
+		const agent = await this.#agents.agentFor(url, request.roleOf(url.origin), proxy)
+		const forwarder = url.protocol === "http:" ? proxy : void 0
+		const options = {...SOCKET_OPTIONS, method, headers, signal, agent, timeout: timeoutMs}
+		const outgoing = forwarder ? forwardRequest(forwarder.url, url, options) : clientFor(url).request(url, options)
+		outgoing.maxHeadersCount = 0
+		const doing = `${method} ${redactUrl(url)}`
+		const connectMs = proxy && !forwarder ? 3 * timeoutMs : timeoutMs
+		surviveLateErrors(outgoing)
+		limitConnecting(
+			outgoing,
+			connectMs,
+			isHandshake =>
+				forwarder?.silence(isHandshake, connectMs) ?? timeoutError(doing, `nothing came for ${connectMs / 1e3} s`)
+		)
+		this.#patience.limitHeaders(outgoing, request.url, doing)
+		limitBody(outgoing, {timeoutMs, isBlob, doing})
+		outgoing.end(body)
+		let incoming
+		try {
+			;[incoming] = await once(outgoing, "response", {signal})
+		} catch (error) {
+			if (isStaleConnection(outgoing, error)) return this.#sendOnce(request, url, headers)
+			if (forwarder && !(error instanceof ImgpullError)) throw await forwarder.explain(error, doing)
+			const isShown = this.#settings.tlsCert !== void 0 && request.roleOf(url.origin) === "registry"
+			if (isShown && !outgoing.reusedSocket && errorCodeOf(error) === "ECONNRESET")
+				fail(
+					"NETWORK",
+					`${doing}: connection lost
+  ${CLIENT_CERTIFICATE_REMEDY}`,
+					{
+						cause: error
+					}
+				)
+			throw connectionError(error, doing)
+		}
+		forwarder?.markAnswered()
+		if (forwarder && isFromProxy(incoming)) {
+			outgoing.destroy()
+			throw proxyRefusal(forwarder.url, doing, incoming)
+		}
+		tidyHeaders(incoming.headers)
+		return incoming
+	}
+	#proxyFor(url) {
+		const proxyUrl = proxyFor(url, this.#settings.environment)
+		if (!proxyUrl) return void 0
+		const proxy = this.#proxies.get(proxyUrl.href) ?? new ProxyServer(proxyUrl)
+		this.#proxies.set(proxyUrl.href, proxy)
+		return proxy
+	}
+}
 function isStaleConnection(outgoing, error) {
-  return outgoing.reusedSocket && /^(ECONNRESET$|HPE_)/.test(errorCodeOf(error));
+	return outgoing.reusedSocket && /^(ECONNRESET$|HPE_)/.test(errorCodeOf(error))
 }
 function tidyHeaders(headers) {
-  for (const [name, value] of Object.entries(headers)) {
-    const trimmed = name.trimEnd();
-    if (trimmed === name)
-      continue;
-    headers[trimmed] ??= value;
-    delete headers[name];
-  }
+	for (const [name, value] of Object.entries(headers)) {
+		const trimmed = name.trimEnd()
+		if (trimmed === name) continue
+		headers[trimmed] ??= value
+		delete headers[name]
+	}
 }
 function forwardRequest(proxy, url, options) {
-  const headers = { ...options.headers, Host: url.host, ...proxyHeaders(proxy) };
-  return clientFor(proxy).request(proxy.origin, { ...options, path: url.href, headers });
+	const headers = {...options.headers, Host: url.host, ...proxyHeaders(proxy)}
+	return clientFor(proxy).request(proxy.origin, {...options, path: url.href, headers})
 }
 function surviveLateErrors(outgoing) {
-  outgoing.on("error", ignore);
-  outgoing.once("socket", (socket) => socket.off("error", ignore).on("error", ignore));
-  outgoing.once("close", () => outgoing.emit("error", new Error("closed without an answer")));
+	outgoing.on("error", ignore)
+	outgoing.once("socket", socket => socket.off("error", ignore).on("error", ignore))
+	outgoing.once("close", () => outgoing.emit("error", new Error("closed without an answer")))
 }
 function timeoutError(doing, words) {
-  return new ImgpullError("TIMEOUT", `${doing}: ${words}`);
+	return new ImgpullError("TIMEOUT", `${doing}: ${words}`)
 }
 function whenConnected(outgoing, proceed) {
-  outgoing.once("socket", (socket) => {
-    if (outgoing.reusedSocket)
-      proceed();
-    else
-      socket.once("encrypted" in socket ? "secureConnect" : "connect", proceed);
-  });
+	outgoing.once("socket", socket => {
+		if (outgoing.reusedSocket) proceed()
+		else socket.once("encrypted" in socket ? "secureConnect" : "connect", proceed)
+	})
 }
 function limitConnecting(outgoing, limitMs, lateError) {
-  const isHandshake = () => outgoing.socket?.connecting === false;
-  const timer = setTimeout(() => outgoing.destroy(lateError(isHandshake())), limitMs);
-  whenConnected(outgoing, () => clearTimeout(timer));
-  outgoing.once("close", () => clearTimeout(timer));
+	const isHandshake = () => outgoing.socket?.connecting === false
+	const timer = setTimeout(() => outgoing.destroy(lateError(isHandshake())), limitMs)
+	whenConnected(outgoing, () => clearTimeout(timer))
+	outgoing.once("close", () => clearTimeout(timer))
 }
 function limitAnswer(outgoing, limitMs, lateError) {
-  let timer;
-  whenConnected(outgoing, () => {
-    timer = setTimeout(() => outgoing.destroy(lateError()), limitMs);
-  });
-  for (const end of ["response", "connect", "close"])
-    outgoing.once(end, () => clearTimeout(timer));
+	let timer
+	whenConnected(outgoing, () => {
+		timer = setTimeout(() => outgoing.destroy(lateError()), limitMs)
+	})
+	for (const end of ["response", "connect", "close"]) outgoing.once(end, () => clearTimeout(timer))
 }
 var Patience = class {
-  #timeoutMs;
-  #factors = /* @__PURE__ */ new Map();
-  constructor(timeoutMs) {
-    this.#timeoutMs = timeoutMs;
-  }
-  limitHeaders(outgoing, asked, doing) {
-    const key = `${asked.origin}${asked.pathname}`;
-    const factor = this.#factors.get(key) ?? 1;
-    const limitMs = factor * this.#timeoutMs;
-    limitAnswer(outgoing, limitMs, () => {
-      this.#factors.set(key, Math.min(2 * factor, LIMITS.headersWaitFactor));
-      return timeoutError(doing, `nothing came for ${limitMs / 1e3} s`);
-    });
-  }
-};
-function limitBody(outgoing, limits) {
-  const { timeoutMs, isBlob, doing } = limits;
-  outgoing.once("response", (incoming) => {
-    outgoing.on("timeout", () => {
-      if (isReaderSlow(incoming))
-        outgoing.setTimeout(timeoutMs);
-      else
-        incoming.destroy(timeoutError(doing, `nothing came for ${timeoutMs / 1e3} s`));
-    });
-    const isRefusal = (incoming.statusCode ?? 0) >= 300;
-    if (isBlob && !isRefusal)
-      return limitSlowness(incoming, 2 * timeoutMs, doing);
-    const limitMs = isRefusal ? timeoutMs : LIMITS.documentWaitFactor * timeoutMs;
-    const late = timeoutError(doing, `the answer was not whole after ${limitMs / 1e3} s`);
-    const timer = setTimeout(() => incoming.destroy(late), limitMs);
-    incoming.once("close", () => clearTimeout(timer));
-  });
+	#timeoutMs
+	#factors = /* @__PURE__ */ new Map()
+	constructor(timeoutMs) {
+		this.#timeoutMs = timeoutMs
+	}
+	limitHeaders(outgoing, asked, doing) {
+		const key = `${asked.origin}${asked.pathname}`
+		const factor = this.#factors.get(key) ?? 1
+		const limitMs = factor * this.#timeoutMs
+		limitAnswer(outgoing, limitMs, () => {
+			this.#factors.set(key, Math.min(2 * factor, LIMITS.headersWaitFactor))
+			return timeoutError(doing, `nothing came for ${limitMs / 1e3} s`)
+		})
+	}
 }
-var isReaderSlow = (incoming) => incoming.readableLength > 0;
+function limitBody(outgoing, limits) {
+	const {timeoutMs, isBlob, doing} = limits
+	outgoing.once("response", incoming => {
+		outgoing.on("timeout", () => {
+			if (isReaderSlow(incoming)) outgoing.setTimeout(timeoutMs)
+			else incoming.destroy(timeoutError(doing, `nothing came for ${timeoutMs / 1e3} s`))
+		})
+		const isRefusal = (incoming.statusCode ?? 0) >= 300
+		if (isBlob && !isRefusal) return limitSlowness(incoming, 2 * timeoutMs, doing)
+		const limitMs = isRefusal ? timeoutMs : LIMITS.documentWaitFactor * timeoutMs
+		const late = timeoutError(doing, `the answer was not whole after ${limitMs / 1e3} s`)
+		const timer = setTimeout(() => incoming.destroy(late), limitMs)
+		incoming.once("close", () => clearTimeout(timer))
+	})
+}
+var isReaderSlow = incoming => incoming.readableLength > 0
 function limitSlowness(incoming, periodMs, doing) {
-  const leastBytes = LIMITS.slowBytesPerSecond * periodMs / 1e3;
-  let readBefore = incoming.socket.bytesRead;
-  const judge2 = () => {
-    const { bytesRead } = incoming.socket;
-    const cameBytes = bytesRead - readBefore;
-    readBefore = bytesRead;
-    if (cameBytes >= leastBytes || isReaderSlow(incoming))
-      return;
-    const words = `only ${cameBytes} bytes came in ${periodMs / 1e3} s`;
-    incoming.destroy(timeoutError(doing, words));
-  };
-  const timer = setInterval(judge2, periodMs);
-  incoming.once("close", () => clearInterval(timer));
+	const leastBytes = (LIMITS.slowBytesPerSecond * periodMs) / 1e3
+	let readBefore = incoming.socket.bytesRead
+	const judge2 = () => {
+		const {bytesRead} = incoming.socket
+		const cameBytes = bytesRead - readBefore
+		readBefore = bytesRead
+		if (cameBytes >= leastBytes || isReaderSlow(incoming)) return
+		const words = `only ${cameBytes} bytes came in ${periodMs / 1e3} s`
+		incoming.destroy(timeoutError(doing, words))
+	}
+	const timer = setInterval(judge2, periodMs)
+	incoming.once("close", () => clearInterval(timer))
 }
 async function followRedirects(request, sendOnce) {
-  let { url } = request;
-  for (let hops = 0; ; hops += 1) {
-    const authorization = await request.authorizationFor(url.origin);
-    const response = await sendOnce(url, {
-      "User-Agent": `imgpull/${"1.0.0"}`,
-      "Accept-Encoding": "identity",
-      ...request.headers,
-      ...dropEmpty({ Authorization: authorization })
-    });
-    const { statusCode: status = 0, headers } = response;
-    const answer = { status, headers, url, authorization, words: "" };
-    if (status >= 200 && status < 300)
-      return { ...answer, body: response };
-    const isRedirect = [301, 302, 303, 307, 308].includes(status) && request.body === void 0;
-    if (!isRedirect || headers.location === void 0)
-      return { ...answer, words: await readWords(response) };
-    dropBody(response);
-    if (hops >= LIMITS.redirects)
-      fail("PROTOCOL", `${redactUrl(url)}: more than ${LIMITS.redirects} redirects`);
-    url = redirectTarget(url, headers.location);
-  }
+	let {url} = request
+	for (let hops = 0; ; hops += 1) {
+		const authorization = await request.authorizationFor(url.origin)
+		const response = await sendOnce(url, {
+			"User-Agent": `imgpull/${"1.0.0"}`,
+			"Accept-Encoding": "identity",
+			...request.headers,
+			...dropEmpty({Authorization: authorization})
+		})
+		const {statusCode: status = 0, headers} = response
+		const answer = {status, headers, url, authorization, words: ""}
+		if (status >= 200 && status < 300) return {...answer, body: response}
+		const isRedirect = [301, 302, 303, 307, 308].includes(status) && request.body === void 0
+		if (!isRedirect || headers.location === void 0) return {...answer, words: await readWords(response)}
+		dropBody(response)
+		if (hops >= LIMITS.redirects) fail("PROTOCOL", `${redactUrl(url)}: more than ${LIMITS.redirects} redirects`)
+		url = redirectTarget(url, headers.location)
+	}
 }
 function redirectTarget(from, location) {
-  if (!URL.canParse(location, from))
-    fail("PROTOCOL", `${redactUrl(from)} redirects to no URL`);
-  const target = new URL(location, from);
-  const isFollowed = target.protocol === "https:" || target.protocol === "http:" && from.protocol === "http:";
-  if (isFollowed)
-    return target;
-  return fail("PROTOCOL", `${redactUrl(from)} redirects to ${redactUrl(target)}: not followed from https to ${target.protocol}`);
+	if (!URL.canParse(location, from)) fail("PROTOCOL", `${redactUrl(from)} redirects to no URL`)
+	const target = new URL(location, from)
+	const isFollowed = target.protocol === "https:" || (target.protocol === "http:" && from.protocol === "http:")
+	if (isFollowed) return target
+	return fail(
+		"PROTOCOL",
+		`${redactUrl(from)} redirects to ${redactUrl(target)}: not followed from https to ${target.protocol}`
+	)
 }
 function dropBody(response) {
-  let length = 0;
-  response.on("error", ignore).on("data", (chunk) => {
-    length += chunk.length;
-    if (length > LIMITS.redirectBodyBytes)
-      response.destroy();
-  });
+	let length = 0
+	response.on("error", ignore).on("data", chunk => {
+		length += chunk.length
+		if (length > LIMITS.redirectBodyBytes) response.destroy()
+	})
 }
 function decodeBody(response, expectedBytes) {
-  const { "content-encoding": encoding = "", "content-length": length } = response.headers;
-  const isRaw = expectedBytes !== void 0 && Number(length) === expectedBytes;
-  if (!/^(x-)?gzip$/i.test(encoding) || isRaw)
-    return response;
-  const decoded = load("node:zlib").createGunzip();
-  response.once("error", (error) => decoded.destroy(error));
-  return response.pipe(decoded.once("close", () => response.destroy()));
+	const {"content-encoding": encoding = "", "content-length": length} = response.headers
+	const isRaw = expectedBytes !== void 0 && Number(length) === expectedBytes
+	if (!/^(x-)?gzip$/i.test(encoding) || isRaw) return response
+	const decoded = load("node:zlib").createGunzip()
+	response.once("error", error => decoded.destroy(error))
+	return response.pipe(decoded.once("close", () => response.destroy()))
 }
 async function readBody(response, maximumBytes, what) {
-  const checkSize = (bytes) => {
-    if (bytes > maximumBytes)
-      fail("TOO_LARGE", `${what} is larger than ${maximumBytes} bytes`);
-  };
-  const chunks = [];
-  let length = 0;
-  try {
-    checkSize(Number(response.headers["content-length"] ?? 0));
-    for await (const chunk of decodeBody(response)) {
-      length += chunk.length;
-      checkSize(length);
-      chunks.push(chunk);
-    }
-  } catch (error) {
-    response.destroy();
-    throw connectionError(error, what);
-  }
-  return Buffer.concat(chunks);
+	const checkSize = bytes => {
+		if (bytes > maximumBytes) fail("TOO_LARGE", `${what} is larger than ${maximumBytes} bytes`)
+	}
+	const chunks = []
+	let length = 0
+	try {
+		checkSize(Number(response.headers["content-length"] ?? 0))
+		for await (const chunk of decodeBody(response)) {
+			length += chunk.length
+			checkSize(length)
+			chunks.push(chunk)
+		}
+	} catch (error) {
+		response.destroy()
+		throw connectionError(error, what)
+	}
+	return Buffer.concat(chunks)
 }
 async function readWords(response) {
-  try {
-    return wordsOfError(await readBody(response, LIMITS.errorBodyBytes, "the error's body"));
-  } catch (error) {
-    if (error.code === "ABORTED")
-      throw error;
-    return "";
-  }
+	try {
+		return wordsOfError(await readBody(response, LIMITS.errorBodyBytes, "the error's body"))
+	} catch (error) {
+		if (error.code === "ABORTED") throw error
+		return ""
+	}
 }
 function wordsOfError(body) {
-  const json = parseJson(body);
-  if (!isRecord(json)) {
-    const text = String(body);
-    return printable(/^[\s\ufeff]*</.test(text) ? wordsOfXml(text) : text);
-  }
-  const first = Array.isArray(json.errors) ? json.errors[0] : void 0;
-  const { code, message } = isRecord(first) ? first : {};
-  const candidates = [
-    code,
-    message,
-    json.details,
-    json.message,
-    json.error_description,
-    json.error
-  ];
-  const words = candidates.filter((word) => typeof word === "string" && word !== "");
-  return printable(words.slice(0, 2).join(": "));
+	const json = parseJson(body)
+	if (!isRecord(json)) {
+		const text = String(body)
+		return printable(/^[\s\ufeff]*</.test(text) ? wordsOfXml(text) : text)
+	}
+	const first = Array.isArray(json.errors) ? json.errors[0] : void 0
+	const {code, message} = isRecord(first) ? first : {}
+	const candidates = [code, message, json.details, json.message, json.error_description, json.error]
+	const words = candidates.filter(word => typeof word === "string" && word !== "")
+	return printable(words.slice(0, 2).join(": "))
 }
 function wordsOfXml(text) {
-  if (!/<Error[\s>]/.test(text))
-    return "";
-  const words = ["Code", "Message"].map((name) => {
-    const [, content = ""] = new RegExp(`<${name}>([^<]*)</${name}>`).exec(text) ?? [];
-    return content.replace(/&(lt|gt|quot|apos|amp);/g, (_all, entity) => XML_ENTITIES[entity] ?? "");
-  });
-  return words.filter(Boolean).join(": ");
+	if (!/<Error[\s>]/.test(text)) return ""
+	const words = ["Code", "Message"].map(name => {
+		const [, content = ""] = new RegExp(`<${name}>([^<]*)</${name}>`).exec(text) ?? []
+		return content.replace(/&(lt|gt|quot|apos|amp);/g, (_all, entity) => XML_ENTITIES[entity] ?? "")
+	})
+	return words.filter(Boolean).join(": ")
 }
-var XML_ENTITIES = { lt: "<", gt: ">", quot: '"', apos: "'", amp: "&" };
-var sleep = (waitMs, signal) => delay(waitMs, void 0, { signal });
-var systemClock = { now: Date.now, random: Math.random, sleep };
+var XML_ENTITIES = {lt: "<", gt: ">", quot: '"', apos: "'", amp: "&"}
+var sleep = (waitMs, signal) => delay(waitMs, void 0, {signal})
+var systemClock = {now: Date.now, random: Math.random, sleep}
 function isRetriable(error) {
-  if (!(error instanceof ImgpullError))
-    return false;
-  const { code, status = 0, retryAfterMs } = error;
-  if (code === "NETWORK")
-    return !["ENOTFOUND", "ERR_ACCESS_DENIED"].includes(errorCodeOf(error.cause));
-  if (code === "TIMEOUT" || code === "RATE_LIMITED")
-    return true;
-  if (code === "DIGEST_MISMATCH" || code === "SIZE_MISMATCH")
-    return true;
-  if (retryAfterMs !== void 0)
-    return true;
-  if (status === 408 || status === 425 || status === 429)
-    return true;
-  return status >= 500 && status !== 501 && status !== 505;
+	if (!(error instanceof ImgpullError)) return false
+	const {code, status = 0, retryAfterMs} = error
+	if (code === "NETWORK") return !["ENOTFOUND", "ERR_ACCESS_DENIED"].includes(errorCodeOf(error.cause))
+	if (code === "TIMEOUT" || code === "RATE_LIMITED") return true
+	if (code === "DIGEST_MISMATCH" || code === "SIZE_MISMATCH") return true
+	if (retryAfterMs !== void 0) return true
+	if (status === 408 || status === 425 || status === 429) return true
+	return status >= 500 && status !== 501 && status !== 505
 }
 function retryDelayMs(error, failures, retries, random) {
-  if (!isRetriable(error))
-    return void 0;
-  const { code, retryAfterMs = 0 } = error;
-  const isMismatch = code === "DIGEST_MISMATCH" || code === "SIZE_MISMATCH";
-  const most = isMismatch ? Math.min(1, retries) : retries;
-  if (failures > most)
-    return void 0;
-  if (retryAfterMs > LIMITS.retryAfterMs)
-    return void 0;
-  const ceilingMs = Math.min(LIMITS.backoffMs, LIMITS.firstBackoffMs * 2 ** (failures - 1));
-  const backoffMs = Math.round(ceilingMs * (0.5 + random / 2));
-  return Math.max(retryAfterMs, backoffMs);
+	if (!isRetriable(error)) return void 0
+	const {code, retryAfterMs = 0} = error
+	const isMismatch = code === "DIGEST_MISMATCH" || code === "SIZE_MISMATCH"
+	const most = isMismatch ? Math.min(1, retries) : retries
+	if (failures > most) return void 0
+	if (retryAfterMs > LIMITS.retryAfterMs) return void 0
+	const ceilingMs = Math.min(LIMITS.backoffMs, LIMITS.firstBackoffMs * 2 ** (failures - 1))
+	const backoffMs = Math.round(ceilingMs * (0.5 + random / 2))
+	return Math.max(retryAfterMs, backoffMs)
 }
-async function withRetries({ clock, settings, signal, warn }, attempt, gotOn = () => false) {
-  const { retries } = settings;
-  for (let failures = 1; ; failures += 1) {
-    try {
-      return await attempt();
-    } catch (error) {
-      if (signal.aborted)
-        fail("ABORTED", "stopped", { cause: error });
-      if (gotOn())
-        failures = 1;
-      const waitMs = retryDelayMs(error, failures, retries, clock.random());
-      if (waitMs === void 0)
-        throw error;
-      const [firstLine] = error.message.split("\n");
-      const seconds = (waitMs / 1e3).toFixed(1);
-      warn(`${firstLine}; trying again in ${seconds} s (${failures} of ${retries})`);
-      await clock.sleep(waitMs, signal).catch((cause) => fail("ABORTED", "stopped", { cause }));
-    }
-  }
+async function withRetries({clock, settings, signal, warn}, attempt, gotOn = () => false) {
+	const {retries} = settings
+	for (let failures = 1; ; failures += 1) {
+		try {
+			return await attempt()
+		} catch (error) {
+			if (signal.aborted) fail("ABORTED", "stopped", {cause: error})
+			if (gotOn()) failures = 1
+			const waitMs = retryDelayMs(error, failures, retries, clock.random())
+			if (waitMs === void 0) throw error
+			const [firstLine] = error.message.split("\n")
+			const seconds = (waitMs / 1e3).toFixed(1)
+			warn(`${firstLine}; trying again in ${seconds} s (${failures} of ${retries})`)
+			await clock.sleep(waitMs, signal).catch(cause => fail("ABORTED", "stopped", {cause}))
+		}
+	}
 }
 function parseChallenges(lines) {
-  const challenges = [];
-  const word = /([\s,]*)([!#$%&'*+.^_`|~0-9A-Za-z/-]+)(?:\s*=\s*("(?:[^"\\]|\\.)*"?|[^\s,"]*))?/gy;
-  for (const match of lines.flatMap((line) => [...line.matchAll(word)])) {
-    const [, separator = "", name = "", value] = match;
-    const current = challenges.at(-1)?.parameters;
-    const isToken68 = value !== void 0 && /^=*$/.test(value);
-    if (value === void 0 && (match.index === 0 || separator.includes(","))) {
-      challenges.push({ scheme: name.toLowerCase(), parameters: {} });
-    } else if (current && value !== void 0 && !isToken68) {
-      current[name.toLowerCase()] ??= value.replace(/^"|"$/g, "").replace(/\\(.)/g, "$1");
-    }
-  }
-  return challenges;
+	const challenges = []
+	const word = /([\s,]*)([!#$%&'*+.^_`|~0-9A-Za-z/-]+)(?:\s*=\s*("(?:[^"\\]|\\.)*"?|[^\s,"]*))?/gy
+	for (const match of lines.flatMap(line => [...line.matchAll(word)])) {
+		const [, separator = "", name = "", value] = match
+		const current = challenges.at(-1)?.parameters
+		const isToken68 = value !== void 0 && /^=*$/.test(value)
+		if (value === void 0 && (match.index === 0 || separator.includes(","))) {
+			challenges.push({scheme: name.toLowerCase(), parameters: {}})
+		} else if (current && value !== void 0 && !isToken68) {
+			current[name.toLowerCase()] ??= value.replace(/^"|"$/g, "").replace(/\\(.)/g, "$1")
+		}
+	}
+	return challenges
 }
-var challengesOf = ({ headers }) => parseChallenges([headers["www-authenticate"] ?? ""]);
-var hasUsable = (challenges) => challenges.some(({ scheme }) => scheme === "bearer" || scheme === "basic");
-var homeOf = ({ HOME }) => HOME ?? os.homedir();
-var below = (directory, ...names) => directory ? path.join(directory, ...names) : void 0;
-var AUTH_JSON = "containers/auth.json";
-function runtimeDirectory({ XDG_RUNTIME_DIR }) {
-  if (XDG_RUNTIME_DIR !== void 0)
-    return below(XDG_RUNTIME_DIR, "containers");
-  const userId = process.getuid?.();
-  return userId === void 0 ? void 0 : `/run/containers/${userId}`;
+var challengesOf = ({headers}) => parseChallenges([headers["www-authenticate"] ?? ""])
+var hasUsable = challenges => challenges.some(({scheme}) => scheme === "bearer" || scheme === "basic")
+var homeOf = ({HOME}) => HOME ?? os.homedir()
+var below = (directory, ...names) => (directory ? path.join(directory, ...names) : void 0)
+var AUTH_JSON = "containers/auth.json"
+function runtimeDirectory({XDG_RUNTIME_DIR}) {
+	if (XDG_RUNTIME_DIR !== void 0) return below(XDG_RUNTIME_DIR, "containers")
+	const userId = process.getuid?.()
+	return userId === void 0 ? void 0 : `/run/containers/${userId}`
 }
 var CREDENTIAL_PLACES = [
-  { variable: "REGISTRY_AUTH_FILE", file: (environment) => environment.REGISTRY_AUTH_FILE },
-  { variable: "DOCKER_AUTH_CONFIG", text: (environment) => environment.DOCKER_AUTH_CONFIG },
-  {
-    file: (environment) => below(environment.DOCKER_CONFIG || below(homeOf(environment), ".docker"), "config.json")
-  },
-  { file: (environment) => below(runtimeDirectory(environment), "auth.json") },
-  {
-    file: (environment) => below(environment.XDG_CONFIG_HOME || below(homeOf(environment), ".config"), AUTH_JSON)
-  },
-  { file: (environment) => below(homeOf(environment), ".dockercfg"), isAuthsOnly: true }
-];
+	{variable: "REGISTRY_AUTH_FILE", file: environment => environment.REGISTRY_AUTH_FILE},
+	{variable: "DOCKER_AUTH_CONFIG", text: environment => environment.DOCKER_AUTH_CONFIG},
+	{
+		file: environment => below(environment.DOCKER_CONFIG || below(homeOf(environment), ".docker"), "config.json")
+	},
+	{file: environment => below(runtimeDirectory(environment), "auth.json")},
+	{
+		file: environment => below(environment.XDG_CONFIG_HOME || below(homeOf(environment), ".config"), AUTH_JSON)
+	},
+	{file: environment => below(homeOf(environment), ".dockercfg"), isAuthsOnly: true}
+]
 async function findCredential(settings, owner) {
-  const fromOptions = owner.role === "registry" ? credentialOfOptions(settings) : void 0;
-  if (fromOptions)
-    return fromOptions;
-  const { environment } = settings;
-  for (const place of CREDENTIAL_PLACES) {
-    const path2 = place.file?.(environment);
-    const text = path2 ? await readCredentialFile(path2, place.variable) : place.text?.(environment);
-    if (!text)
-      continue;
-    const source = path2 ?? place.variable ?? "";
-    const json = parseJson(text);
-    if (!isRecord(json))
-      return fail("CREDENTIALS", `${source} is not a JSON object`);
-    const file = place.isAuthsOnly ? { auths: json } : json;
-    const credential = credentialIn({ ...file, source }, owner, environment);
-    if (credential)
-      return credential;
-  }
-  return void 0;
+	const fromOptions = owner.role === "registry" ? credentialOfOptions(settings) : void 0
+	if (fromOptions) return fromOptions
+	const {environment} = settings
+	for (const place of CREDENTIAL_PLACES) {
+		const path2 = place.file?.(environment)
+		const text = path2 ? await readCredentialFile(path2, place.variable) : place.text?.(environment)
+		if (!text) continue
+		const source = path2 ?? place.variable ?? ""
+		const json = parseJson(text)
+		if (!isRecord(json)) return fail("CREDENTIALS", `${source} is not a JSON object`)
+		const file = place.isAuthsOnly ? {auths: json} : json
+		const credential = credentialIn({...file, source}, owner, environment)
+		if (credential) return credential
+	}
+	return void 0
 }
-function credentialOfOptions({ token, username, password }) {
-  const common = { kind: "basic", username: username ?? "", stored: false };
-  if (token !== void 0)
-    return { ...common, secret: token, source: "--token" };
-  if (username === void 0)
-    return void 0;
-  return { ...common, secret: password ?? "", source: "--user and --password" };
+function credentialOfOptions({token, username, password}) {
+	const common = {kind: "basic", username: username ?? "", stored: false}
+	if (token !== void 0) return {...common, secret: token, source: "--token"}
+	if (username === void 0) return void 0
+	return {...common, secret: password ?? "", source: "--user and --password"}
 }
 async function readCredentialFile(file, variable) {
-  const what = variable === void 0 ? `the credential file ${file}` : `${variable} names ${file}`;
-  const isMissing = (cause) => ["ENOENT", "ENOTDIR", "ERR_ACCESS_DENIED"].includes(errorCodeOf(cause));
-  try {
-    if ((await fs.stat(file)).size <= LIMITS.credentialFileBytes)
-      return await fs.readFile(file, "utf8");
-  } catch (cause) {
-    if (variable === void 0 && isMissing(cause))
-      return void 0;
-    fail("CREDENTIALS", `${what}: ${diskWords(cause)}`, { cause });
-  }
-  return fail("CREDENTIALS", `${what}: too large for a credential file`);
+	const what = variable === void 0 ? `the credential file ${file}` : `${variable} names ${file}`
+	const isMissing = cause => ["ENOENT", "ENOTDIR", "ERR_ACCESS_DENIED"].includes(errorCodeOf(cause))
+	try {
+		if ((await fs.stat(file)).size <= LIMITS.credentialFileBytes) return await fs.readFile(file, "utf8")
+	} catch (cause) {
+		if (variable === void 0 && isMissing(cause)) return void 0
+		fail("CREDENTIALS", `${what}: ${diskWords(cause)}`, {cause})
+	}
+	return fail("CREDENTIALS", `${what}: too large for a credential file`)
 }
-function credentialIn({ source, auths, credHelpers, credsStore }, { reference, scheme }, environment) {
-  const { host, repository } = reference;
-  const wanted = normalizeAuthKey(`${host}/${repository}`, scheme);
-  const isName = (value) => typeof value === "string" && value !== "";
-  const isFilled = (value) => isRecord(value) && Object.keys(value).length > 0;
-  const helper = longestPath(entriesOfHost(credHelpers, wanted, scheme, isName), wanted)?.value;
-  const program = helper ?? credsStore;
-  const server = host === "docker.io" ? "https://index.docker.io/v1/" : host;
-  const fromHelper = isName(program) && runCredentialHelper(program, server, environment);
-  if (fromHelper)
-    return fromHelper;
-  const entries = entriesOfHost(auths, wanted, scheme, isFilled);
-  const entry = longestPath(entries, wanted) ?? entries[0];
-  return entry && decodeAuthEntry(entry.value, source);
+function credentialIn({source, auths, credHelpers, credsStore}, {reference, scheme}, environment) {
+	const {host, repository} = reference
+	const wanted = normalizeAuthKey(`${host}/${repository}`, scheme)
+	const isName = value => typeof value === "string" && value !== ""
+	const isFilled = value => isRecord(value) && Object.keys(value).length > 0
+	const helper = longestPath(entriesOfHost(credHelpers, wanted, scheme, isName), wanted)?.value
+	const program = helper ?? credsStore
+	const server = host === "docker.io" ? "https://index.docker.io/v1/" : host
+	const fromHelper = isName(program) && runCredentialHelper(program, server, environment)
+	if (fromHelper) return fromHelper
+	const entries = entriesOfHost(auths, wanted, scheme, isFilled)
+	const entry = longestPath(entries, wanted) ?? entries[0]
+	return entry && decodeAuthEntry(entry.value, source)
 }
 function normalizeAuthKey(written, scheme) {
-  const [authority = "", ...path2] = written.replace(/^https?:\/\//i, "").replace(/\/(v1|v2)?\/?$/, "").split("/");
-  const defaultPort = scheme === "http" ? /:80$/ : /:443$/;
-  const host = authority.toLowerCase().replace(defaultPort, "");
-  return { host: canonicalHost(host), path: path2 };
+	const [authority = "", ...path2] = written
+		.replace(/^https?:\/\//i, "")
+		.replace(/\/(v1|v2)?\/?$/, "")
+		.split("/")
+	const defaultPort = scheme === "http" ? /:80$/ : /:443$/
+	const host = authority.toLowerCase().replace(defaultPort, "")
+	return {host: canonicalHost(host), path: path2}
 }
-function entriesOfHost(entries, { host }, scheme, isUsable) {
-  const ofHost = [];
-  for (const [written, value] of Object.entries(entries ?? {})) {
-    const key = normalizeAuthKey(written, scheme);
-    if (key.host === host && isUsable(value))
-      ofHost.push({ ...key, value });
-  }
-  return ofHost.sort((left, right) => left.path.length - right.path.length);
+function entriesOfHost(entries, {host}, scheme, isUsable) {
+	const ofHost = []
+	for (const [written, value] of Object.entries(entries ?? {})) {
+		const key = normalizeAuthKey(written, scheme)
+		if (key.host === host && isUsable(value)) ofHost.push({...key, value})
+	}
+	return ofHost.sort((left, right) => left.path.length - right.path.length)
 }
-function longestPath(entries, { path: path2 }) {
-  return entries.findLast((entry) => entry.path.every((part, at) => part === path2[at]));
+function longestPath(entries, {path: path2}) {
+	return entries.findLast(entry => entry.path.every((part, at) => part === path2[at]))
 }
 function decodeAuthEntry(entry, source) {
-  const text = (name) => typeof entry[name] === "string" ? entry[name] : "";
-  const decoded = Buffer.from(text("auth"), "base64").toString("utf8").replace(/\0+$/, "");
-  if (text("auth") && !decoded.includes(":"))
-    fail("CREDENTIALS", `${source}: "auth" is not USER:PASSWORD in base64`);
-  const [, username = text("username"), password = text("password")] = /^([^:]*):(.*)$/s.exec(decoded) ?? [];
-  const common = { username, source, stored: true };
-  const identity = text("identitytoken");
-  if (identity)
-    return { ...common, kind: "identity", secret: identity };
-  const bearer = text("registrytoken");
-  if (!isHeaderWord(bearer || "-"))
-    fail("CREDENTIALS", `${source}: its "registrytoken" fits no header`);
-  if (bearer)
-    return { ...common, kind: "bearer", secret: bearer };
-  if (username === "" && password === "")
-    return void 0;
-  return { ...common, kind: "basic", secret: password };
+	const text = name => (typeof entry[name] === "string" ? entry[name] : "")
+	const decoded = Buffer.from(text("auth"), "base64").toString("utf8").replace(/\0+$/, "")
+	if (text("auth") && !decoded.includes(":")) fail("CREDENTIALS", `${source}: "auth" is not USER:PASSWORD in base64`)
+	const [, username = text("username"), password = text("password")] = /^([^:]*):(.*)$/s.exec(decoded) ?? []
+	const common = {username, source, stored: true}
+	const identity = text("identitytoken")
+	if (identity) return {...common, kind: "identity", secret: identity}
+	const bearer = text("registrytoken")
+	if (!isHeaderWord(bearer || "-")) fail("CREDENTIALS", `${source}: its "registrytoken" fits no header`)
+	if (bearer) return {...common, kind: "bearer", secret: bearer}
+	if (username === "" && password === "") return void 0
+	return {...common, kind: "basic", secret: password}
 }
-var isHeaderWord = (text) => /^[\x21-\x7e]+$/.test(text);
+var isHeaderWord = text => /^[\x21-\x7e]+$/.test(text)
 function runCredentialHelper(name, server, environment) {
-  const source = `docker-credential-${name}`;
-  const refuse = (reason) => fail("CREDENTIALS", `the credential helper ${printable(source)} ${reason}`);
-  if (!/^[\w.+-]+$/.test(name))
-    refuse("has a name that is not one");
-  const { status, stdout, stderr, error } = load("node:child_process").spawnSync(source, ["get"], {
-    input: server,
-    env: { ...environment },
-    timeout: 6e4,
-    maxBuffer: LIMITS.tokenBytes,
-    encoding: "utf8"
-  });
-  if (errorCodeOf(error) === "ENOENT")
-    refuse("cannot be run: it is not on the PATH");
-  if (error)
-    refuse(`cannot be run: ${errorCodeOf(error)}`);
-  const words = printable(stdout || stderr) || `exit code ${status}`;
-  if (status !== 0 && /credentials not found/i.test(words))
-    return void 0;
-  if (status !== 0)
-    refuse(`failed: ${words}`);
-  if (stdout.trim() === "")
-    return void 0;
-  const answer = parseJson(stdout);
-  if (!isRecord(answer))
-    return refuse("answered what is not a JSON object");
-  if (Object.keys(answer).length === 0)
-    return void 0;
-  const { Username: username = "", Secret: secret } = answer;
-  if (typeof username !== "string" || typeof secret !== "string")
-    return refuse("answered without a Secret");
-  const entry = username === "<token>" ? { identitytoken: secret } : { username, password: secret };
-  return decodeAuthEntry(entry, source);
+	const source = `docker-credential-${name}`
+	const refuse = reason => fail("CREDENTIALS", `the credential helper ${printable(source)} ${reason}`)
+	if (!/^[\w.+-]+$/.test(name)) refuse("has a name that is not one")
+	const {status, stdout, stderr, error} = load("node:child_process").spawnSync(source, ["get"], {
+		input: server,
+		env: {...environment},
+		timeout: 6e4,
+		maxBuffer: LIMITS.tokenBytes,
+		encoding: "utf8"
+	})
+	if (errorCodeOf(error) === "ENOENT") refuse("cannot be run: it is not on the PATH")
+	if (error) refuse(`cannot be run: ${errorCodeOf(error)}`)
+	const words = printable(stdout || stderr) || `exit code ${status}`
+	if (status !== 0 && /credentials not found/i.test(words)) return void 0
+	if (status !== 0) refuse(`failed: ${words}`)
+	if (stdout.trim() === "") return void 0
+	const answer = parseJson(stdout)
+	if (!isRecord(answer)) return refuse("answered what is not a JSON object")
+	if (Object.keys(answer).length === 0) return void 0
+	const {Username: username = "", Secret: secret} = answer
+	if (typeof username !== "string" || typeof secret !== "string") return refuse("answered without a Secret")
+	const entry = username === "<token>" ? {identitytoken: secret} : {username, password: secret}
+	return decodeAuthEntry(entry, source)
 }
-var STORAGE_HOST = "the storage host";
+var STORAGE_HOST = "the storage host"
 var STATUS_CODES = {
-  401: "UNAUTHORIZED",
-  403: "FORBIDDEN",
-  404: "NOT_FOUND",
-  407: "PROXY",
-  429: "RATE_LIMITED"
-};
-function statusError(answer, now, who) {
-  const { status, words, headers, url } = answer;
-  const mayWait = status === 429 || status >= 500;
-  const waitMs = mayWait ? parseRetryAfter(headers["retry-after"], now) : void 0;
-  const remedy = remedyFor(answer, waitMs, now);
-  const said = `${redactUrl(url)}: ${who} answered ${status}${words ? ` (${words})` : ""}${remedy}`;
-  const isExpired = who === STORAGE_HOST && [400, 401, 403].includes(status);
-  return new ImgpullError(STATUS_CODES[status] ?? "PROTOCOL", said, {
-    status,
-    retryAfterMs: isExpired ? 0 : waitMs
-  });
+	401: "UNAUTHORIZED",
+	403: "FORBIDDEN",
+	404: "NOT_FOUND",
+	407: "PROXY",
+	429: "RATE_LIMITED"
 }
-function remedyFor({ status, words }, waitMs, now) {
-  if (status === 407)
-    return PROXY_REMEDY;
-  if (status === 429)
-    return `
-  too many requests: ${whenToComeBack(waitMs, now)}`;
-  const isHttpsPort = /HTTP request (was sent )?to (an )?HTTPS/i.test(words);
-  return isHttpsPort ? "\n  this port is https: try without --scheme http" : "";
+function statusError(answer, now, who) {
+	const {status, words, headers, url} = answer
+	const mayWait = status === 429 || status >= 500
+	const waitMs = mayWait ? parseRetryAfter(headers["retry-after"], now) : void 0
+	const remedy = remedyFor(answer, waitMs, now)
+	const said = `${redactUrl(url)}: ${who} answered ${status}${words ? ` (${words})` : ""}${remedy}`
+	const isExpired = who === STORAGE_HOST && [400, 401, 403].includes(status)
+	return new ImgpullError(STATUS_CODES[status] ?? "PROTOCOL", said, {
+		status,
+		retryAfterMs: isExpired ? 0 : waitMs
+	})
+}
+function remedyFor({status, words}, waitMs, now) {
+	if (status === 407) return PROXY_REMEDY
+	if (status === 429)
+		return `
+  too many requests: ${whenToComeBack(waitMs, now)}`
+	const isHttpsPort = /HTTP request (was sent )?to (an )?HTTPS/i.test(words)
+	return isHttpsPort ? "\n  this port is https: try without --scheme http" : ""
 }
 function whenToComeBack(waitMs, now) {
-  if (waitMs === void 0)
-    return "try again later";
-  const date = new Date(now + Math.min(waitMs, 1e12));
-  return `come back in ${Math.ceil(waitMs / 1e3)} s, at ${date.toISOString()}`;
+	if (waitMs === void 0) return "try again later"
+	const date = new Date(now + Math.min(waitMs, 1e12))
+	return `come back in ${Math.ceil(waitMs / 1e3)} s, at ${date.toISOString()}`
 }
-var NOBODY = "00000000-0000-0000-0000-000000000000";
+var NOBODY = "00000000-0000-0000-0000-000000000000"
 async function fetchToken(session, request) {
-  const url = parseRealm(request.parameters.realm, request.origin);
-  return await exchangeIdentityToken(session, url, request) ?? await getToken(session, url, request);
+	const url = parseRealm(request.parameters.realm, request.origin)
+	return (await exchangeIdentityToken(session, url, request)) ?? (await getToken(session, url, request))
 }
 function parseRealm(realm, origin) {
-  if (!realm || !URL.canParse(realm, origin))
-    return fail("PROTOCOL", `${origin} names no usable realm for its tokens`);
-  const url = new URL(realm, origin);
-  const named = `${origin} names the token endpoint ${redactUrl(url)}`;
-  const isPrivateEnough = ["https:", new URL(origin).protocol].includes(url.protocol);
-  if (!isPrivateEnough)
-    fail("PROTOCOL", `${named}: not over ${url.protocol}`);
-  if (leadsInside(url, origin))
-    fail("PROTOCOL", `${named}: an address inside a network, where the registry is not`);
-  return url;
+	if (!realm || !URL.canParse(realm, origin)) return fail("PROTOCOL", `${origin} names no usable realm for its tokens`)
+	const url = new URL(realm, origin)
+	const named = `${origin} names the token endpoint ${redactUrl(url)}`
+	const isPrivateEnough = ["https:", new URL(origin).protocol].includes(url.protocol)
+	if (!isPrivateEnough) fail("PROTOCOL", `${named}: not over ${url.protocol}`)
+	if (leadsInside(url, origin)) fail("PROTOCOL", `${named}: an address inside a network, where the registry is not`)
+	return url
 }
 var INSIDE_BLOCKS = [
-  "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.168.0.0/16",
-  "::/127 fc00::/7 fe80::/10 ff02::/16"
-].join(" ").split(" ");
-function leadsInside({ hostname: hostname2 }, registryOrigin) {
-  const address = withoutBrackets(hostname2);
-  const isOwn2 = hostname2 === new URL(registryOrigin).hostname;
-  if (isOwn2 || net.isIP(address) === 0)
-    return false;
-  const blocks = new net.BlockList();
-  for (const block of INSIDE_BLOCKS) {
-    const [network = "", bits] = block.split("/");
-    blocks.addSubnet(network, Number(bits), familyOf(network));
-  }
-  return blocks.check(address, familyOf(address));
+	"0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.168.0.0/16",
+	"::/127 fc00::/7 fe80::/10 ff02::/16"
+]
+	.join(" ")
+	.split(" ")
+function leadsInside({hostname: hostname2}, registryOrigin) {
+	const address = withoutBrackets(hostname2)
+	const isOwn2 = hostname2 === new URL(registryOrigin).hostname
+	if (isOwn2 || net.isIP(address) === 0) return false
+	const blocks = new net.BlockList()
+	for (const block of INSIDE_BLOCKS) {
+		const [network = "", bits] = block.split("/")
+		blocks.addSubnet(network, Number(bits), familyOf(network))
+	}
+	return blocks.check(address, familyOf(address))
 }
 async function exchangeIdentityToken(session, url, request) {
-  const { credential, parameters } = request;
-  if (credential?.kind !== "identity")
-    return void 0;
-  const { service, scope } = parameters;
-  const grant = {
-    ...dropEmpty({ service, scope }),
-    grant_type: "refresh_token",
-    client_id: "imgpull",
-    refresh_token: credential.secret
-  };
-  const answer = await session.transport.send({
-    ...tokenHttpRequest(session, url, request),
-    method: "POST",
-    headers: { "Content-Type": "application/x-www-form-urlencoded" },
-    body: String(new URLSearchParams(grant))
-  });
-  if (isNoOAuth2(answer.status))
-    return void 0;
-  return readToken(session, url, answer);
+	const {credential, parameters} = request
+	if (credential?.kind !== "identity") return void 0
+	const {service, scope} = parameters
+	const grant = {
+		...dropEmpty({service, scope}),
+		grant_type: "refresh_token",
+		client_id: "imgpull",
+		refresh_token: credential.secret
+	}
+	const answer = await session.transport.send({
+		...tokenHttpRequest(session, url, request),
+		method: "POST",
+		headers: {"Content-Type": "application/x-www-form-urlencoded"},
+		body: String(new URLSearchParams(grant))
+	})
+	if (isNoOAuth2(answer.status)) return void 0
+	return readToken(session, url, answer)
 }
 function isNoOAuth2(status) {
-  const isForLater = [408, 425, 429].includes(status);
-  return status === 501 || status >= 300 && status < 500 && !isForLater;
+	const isForLater = [408, 425, 429].includes(status)
+	return status === 501 || (status >= 300 && status < 500 && !isForLater)
 }
 async function getToken(session, url, request) {
-  const { credential, parameters } = request;
-  const { service, scope } = parameters;
-  const asked = new URL(url);
-  for (const [name, value] of Object.entries(dropEmpty({ service, scope })))
-    asked.searchParams.set(name, value);
-  const header = credential && basicAuthorization(credential.username || NOBODY, credential.secret);
-  const answer = await session.transport.send(tokenHttpRequest(session, asked, request, header));
-  const token = await readToken(session, url, answer);
-  return token ?? fail("PROTOCOL", `${redactUrl(url)} answered without a token`);
+	const {credential, parameters} = request
+	const {service, scope} = parameters
+	const asked = new URL(url)
+	for (const [name, value] of Object.entries(dropEmpty({service, scope}))) asked.searchParams.set(name, value)
+	const header = credential && basicAuthorization(credential.username || NOBODY, credential.secret)
+	const answer = await session.transport.send(tokenHttpRequest(session, asked, request, header))
+	const token = await readToken(session, url, answer)
+	return token ?? fail("PROTOCOL", `${redactUrl(url)} answered without a token`)
 }
-var tokenHttpRequest = ({ signal }, url, { origin, role }, header) => ({
-  method: "GET",
-  url,
-  headers: {},
-  signal,
-  authorizationFor: async (each) => each === url.origin ? header : void 0,
-  roleOf: (each) => each === origin ? role : "other"
-});
-async function readToken({ clock }, url, answer) {
-  const now = clock.now();
-  if (!answer.body)
-    throw statusError(answer, now, "the token service");
-  const what = `the token of ${redactUrl(url)}`;
-  return parseToken(await readBody(answer.body, LIMITS.tokenBytes, what), now);
+var tokenHttpRequest = ({signal}, url, {origin, role}, header) => ({
+	method: "GET",
+	url,
+	headers: {},
+	signal,
+	authorizationFor: async each => (each === url.origin ? header : void 0),
+	roleOf: each => (each === origin ? role : "other")
+})
+async function readToken({clock}, url, answer) {
+	const now = clock.now()
+	if (!answer.body) throw statusError(answer, now, "the token service")
+	const what = `the token of ${redactUrl(url)}`
+	return parseToken(await readBody(answer.body, LIMITS.tokenBytes, what), now)
 }
 function parseToken(body, now) {
-  const json = parseJson(body);
-  const answer = isRecord(json) ? json : {};
-  const token = answer.token || answer.access_token;
-  if (typeof token !== "string" || !isHeaderWord(token))
-    return void 0;
-  const seconds = typeof answer.expires_in === "number" ? answer.expires_in : 0;
-  return {
-    header: `Bearer ${token}`,
-    expiresAt: now + Math.max(LIMITS.tokenFloorMs, seconds * 1e3)
-  };
+	const json = parseJson(body)
+	const answer = isRecord(json) ? json : {}
+	const token = answer.token || answer.access_token
+	if (typeof token !== "string" || !isHeaderWord(token)) return void 0
+	const seconds = typeof answer.expires_in === "number" ? answer.expires_in : 0
+	return {
+		header: `Bearer ${token}`,
+		expiresAt: now + Math.max(LIMITS.tokenFloorMs, seconds * 1e3)
+	}
 }
 var Authorizer = class {
-  #session;
-  #owner;
-  #registryOrigin;
-  #authorizations = /* @__PURE__ */ new Map();
-  #renewals = /* @__PURE__ */ new Map();
-  #lookup;
-  #fate = "unsent";
-  #refusedCredential;
-  #otherScope;
-  #offer;
-  constructor(session, owner, registryOrigin) {
-    const { token } = session.settings;
-    this.#session = session;
-    this.#owner = owner;
-    this.#registryOrigin = registryOrigin;
-    if (token !== void 0 && owner.role === "registry") {
-      this.#authorizations.set(registryOrigin, { header: `Basic ${token}`, expiresAt: NEVER });
-      this.#fate = "sent";
-    }
-  }
-  async headerFor(origin) {
-    const expiresAt = this.#authorizations.get(origin)?.expiresAt ?? 0;
-    const isExpired = expiresAt <= this.#session.clock.now();
-    const isWanted = hasUsable(this.#session.challenges.get(origin) ?? []);
-    if (isWanted && isExpired)
-      await this.#renew(origin);
-    return this.#authorizations.get(origin)?.header;
-  }
-  hearFirst(answer) {
-    const { origin } = answer.url;
-    const challenges = challengesOf(answer);
-    const isNews = answer.status === 401 && !this.#session.challenges.has(origin);
-    if (isNews && hasUsable(challenges))
-      this.#session.challenges.set(origin, challenges);
-  }
-  async canGoOnAfter(answer, round) {
-    const { url, authorization: sent, status } = answer;
-    const { origin } = url;
-    const challenges = challengesOf(answer);
-    if (origin === this.#registryOrigin && isSilentRefusal(answer, challenges)) {
-      this.#offer ??= this.#offerCredential(origin);
-      return this.#offer;
-    }
-    if (!isAboutAuthorization(answer))
-      return false;
-    const isRenewedMeanwhile = this.#authorizations.get(origin)?.header !== sent;
-    if (isRenewedMeanwhile)
-      return true;
-    const isRenewal = round === 0 && sent !== void 0 && this.#session.challenges.has(origin);
-    if (challenges.length > 0 && !isRenewal)
-      this.#session.challenges.set(origin, challenges);
-    const isFreshOneRefused = status === 403 || round > 0 && sent !== void 0 || sent?.startsWith("Basic ");
-    if (isFreshOneRefused && !this.#takeOtherScope(origin, challenges)) {
-      const credential = await this.#credentialFor(origin);
-      if (!credential?.stored)
-        return false;
-      this.#goAnonymous(credential, `${redactUrl(url)}: ${status}`);
-    }
-    return this.#renew(origin);
-  }
-  async #offerCredential(origin) {
-    if (!await this.#credentialFor(origin))
-      return false;
-    const { signal, transport, challenges } = this.#session;
-    const answer = await transport.send({
-      method: "GET",
-      url: new URL("/v2/", origin),
-      headers: {},
-      signal,
-      authorizationFor: async () => void 0,
-      roleOf: (each) => this.#roleOf(each)
-    });
-    answer.body?.destroy();
-    const offered = challengesOf(answer);
-    if (answer.url.origin !== origin || !hasUsable(offered))
-      return false;
-    challenges.set(origin, offered);
-    return this.#renew(origin);
-  }
-  async explain({ code, message, status }) {
-    const explained = code === "FORBIDDEN" ? code : "UNAUTHORIZED";
-    return new ImgpullError(explained, `${message}
-  ${await this.#triedWords()}`, { status });
-  }
-  async #triedWords() {
-    const { host, repository } = this.#owner.reference;
-    const isAccepted = this.#fate === "accepted";
-    if (this.#refusedCredential) {
-      const stored = `the stored credentials (${this.#refusedCredential.source})`;
-      return isAccepted ? `${stored} are right, but may not pull ${host}/${repository}, nor may a request without` : `${stored} were refused, and so was a request without`;
-    }
-    const credential = await this.#credentialFor(this.#registryOrigin);
-    if (!credential)
-      return "no credentials were found (--user, --token, docker login); a repository that does not exist looks the same";
-    if (this.#fate === "unsent")
-      return `the credentials of ${credential.source} were not sent: the registry asks for none of their kind`;
-    return isAccepted ? `the credentials of ${credential.source} are right, but may not pull ${host}/${repository}` : `refused: the credentials of ${credential.source}`;
-  }
-  async #credentialFor(origin) {
-    if (this.#refusedCredential || origin !== this.#registryOrigin)
-      return void 0;
-    this.#lookup ??= findCredential(this.#session.settings, this.#owner);
-    return this.#lookup;
-  }
-  #goAnonymous(refused, reason) {
-    this.#refusedCredential = refused;
-    this.#otherScope = void 0;
-    this.#authorizations.delete(this.#registryOrigin);
-    const outcome = this.#fate === "accepted" ? "do not open it" : "were refused";
-    this.#session.warn(`the credentials of ${refused.source} ${outcome} (${reason}); trying without any`);
-  }
-  #renew(origin) {
-    const underWay = this.#renewals.get(origin);
-    if (underWay)
-      return underWay;
-    const renewal = this.#renewOnce(origin).finally(() => this.#renewals.delete(origin));
-    this.#renewals.set(origin, renewal);
-    return renewal;
-  }
-  async #renewOnce(origin) {
-    const authorization = await this.#answerChallenge(origin);
-    if (authorization)
-      this.#authorizations.set(origin, authorization);
-    return authorization !== void 0;
-  }
-  async #answerChallenge(origin) {
-    const challenges = this.#session.challenges.get(origin) ?? [];
-    const credential = await this.#credentialFor(origin);
-    const bearer = challenges.find(({ scheme }) => scheme === "bearer");
-    if (!bearer) {
-      const takesBasic = challenges.some(({ scheme }) => scheme === "basic");
-      if (!takesBasic || credential?.kind !== "basic")
-        return void 0;
-      const { username, secret } = credential;
-      this.#fate = "sent";
-      return { header: basicAuthorization(username, secret), expiresAt: NEVER };
-    }
-    if (credential?.kind === "bearer") {
-      this.#fate = "sent";
-      return { header: `Bearer ${credential.secret}`, expiresAt: NEVER };
-    }
-    return this.#tokenFor(origin, bearer, credential);
-  }
-  async #tokenFor(origin, { parameters }, credential) {
-    const role = this.#roleOf(origin);
-    const scope = this.#scopeFor(role, parameters.scope);
-    if (credential)
-      this.#fate = "sent";
-    try {
-      const request = { origin, role, parameters: { ...parameters, scope }, credential };
-      const token = await fetchToken(this.#session, request);
-      if (credential)
-        this.#fate = "accepted";
-      return token;
-    } catch (error) {
-      const { status = 0, message } = error;
-      if (![400, 401, 403, 404].includes(status))
-        throw error;
-      if (this.#takeOtherScope(origin, [{ scheme: "bearer", parameters }]))
-        return this.#answerChallenge(origin);
-      if (credential?.stored) {
-        this.#goAnonymous(credential, message);
-        return this.#answerChallenge(origin);
-      }
-      const isAboutCredentials = status === 401 || credential !== void 0;
-      throw isAboutCredentials ? await this.explain(error) : error;
-    }
-  }
-  #scopeFor(role, theirs) {
-    const ours = `repository:${this.#owner.reference.repository}:pull`;
-    if (role !== "other")
-      return this.#otherScope ?? ours;
-    return theirs || ours;
-  }
-  #roleOf(origin) {
-    return origin === this.#registryOrigin ? this.#owner.role : "other";
-  }
-  #takeOtherScope(origin, challenges) {
-    if (origin !== this.#registryOrigin || this.#otherScope !== void 0)
-      return false;
-    const bearer = challenges.find(({ scheme }) => scheme === "bearer");
-    this.#otherScope = otherScope(bearer?.parameters.scope, this.#owner.reference.repository);
-    return this.#otherScope !== void 0;
-  }
-};
+	#session
+	#owner
+	#registryOrigin
+	#authorizations = /* @__PURE__ */ new Map()
+	#renewals = /* @__PURE__ */ new Map()
+	#lookup
+	#fate = "unsent"
+	#refusedCredential
+	#otherScope
+	#offer
+	constructor(session, owner, registryOrigin) {
+		const {token} = session.settings
+		this.#session = session
+		this.#owner = owner
+		this.#registryOrigin = registryOrigin
+		if (token !== void 0 && owner.role === "registry") {
+			this.#authorizations.set(registryOrigin, {header: `Basic ${token}`, expiresAt: NEVER})
+			this.#fate = "sent"
+		}
+	}
+	async headerFor(origin) {
+		const expiresAt = this.#authorizations.get(origin)?.expiresAt ?? 0
+		const isExpired = expiresAt <= this.#session.clock.now()
+		const isWanted = hasUsable(this.#session.challenges.get(origin) ?? [])
+		if (isWanted && isExpired) await this.#renew(origin)
+		return this.#authorizations.get(origin)?.header
+	}
+	hearFirst(answer) {
+		const {origin} = answer.url
+		const challenges = challengesOf(answer)
+		const isNews = answer.status === 401 && !this.#session.challenges.has(origin)
+		if (isNews && hasUsable(challenges)) this.#session.challenges.set(origin, challenges)
+	}
+	async canGoOnAfter(answer, round) {
+		const {url, authorization: sent, status} = answer
+		const {origin} = url
+		const challenges = challengesOf(answer)
+		if (origin === this.#registryOrigin && isSilentRefusal(answer, challenges)) {
+			this.#offer ??= this.#offerCredential(origin)
+			return this.#offer
+		}
+		if (!isAboutAuthorization(answer)) return false
+		const isRenewedMeanwhile = this.#authorizations.get(origin)?.header !== sent
+		if (isRenewedMeanwhile) return true
+		const isRenewal = round === 0 && sent !== void 0 && this.#session.challenges.has(origin)
+		if (challenges.length > 0 && !isRenewal) this.#session.challenges.set(origin, challenges)
+		const isFreshOneRefused = status === 403 || (round > 0 && sent !== void 0) || sent?.startsWith("Basic ")
+		if (isFreshOneRefused && !this.#takeOtherScope(origin, challenges)) {
+			const credential = await this.#credentialFor(origin)
+			if (!credential?.stored) return false
+			this.#goAnonymous(credential, `${redactUrl(url)}: ${status}`)
+		}
+		return this.#renew(origin)
+	}
+	async #offerCredential(origin) {
+		if (!(await this.#credentialFor(origin))) return false
+		const {signal, transport, challenges} = this.#session
+		const answer = await transport.send({
+			method: "GET",
+			url: new URL("/v2/", origin),
+			headers: {},
+			signal,
+			authorizationFor: async () => void 0,
+			roleOf: each => this.#roleOf(each)
+		})
+		answer.body?.destroy()
+		const offered = challengesOf(answer)
+		if (answer.url.origin !== origin || !hasUsable(offered)) return false
+		challenges.set(origin, offered)
+		return this.#renew(origin)
+	}
+	async explain({code, message, status}) {
+		const explained = code === "FORBIDDEN" ? code : "UNAUTHORIZED"
+		return new ImgpullError(
+			explained,
+			`${message}
+  ${await this.#triedWords()}`,
+			{status}
+		)
+	}
+	async #triedWords() {
+		const {host, repository} = this.#owner.reference
+		const isAccepted = this.#fate === "accepted"
+		if (this.#refusedCredential) {
+			const stored = `the stored credentials (${this.#refusedCredential.source})`
+			return isAccepted
+				? `${stored} are right, but may not pull ${host}/${repository}, nor may a request without`
+				: `${stored} were refused, and so was a request without`
+		}
+		const credential = await this.#credentialFor(this.#registryOrigin)
+		if (!credential)
+			return "no credentials were found (--user, --token, docker login); a repository that does not exist looks the same"
+		if (this.#fate === "unsent")
+			return `the credentials of ${credential.source} were not sent: the registry asks for none of their kind`
+		return isAccepted
+			? `the credentials of ${credential.source} are right, but may not pull ${host}/${repository}`
+			: `refused: the credentials of ${credential.source}`
+	}
+	async #credentialFor(origin) {
+		if (this.#refusedCredential || origin !== this.#registryOrigin) return void 0
+		this.#lookup ??= findCredential(this.#session.settings, this.#owner)
+		return this.#lookup
+	}
+	#goAnonymous(refused, reason) {
+		this.#refusedCredential = refused
+		this.#otherScope = void 0
+		this.#authorizations.delete(this.#registryOrigin)
+		const outcome = this.#fate === "accepted" ? "do not open it" : "were refused"
+		this.#session.warn(`the credentials of ${refused.source} ${outcome} (${reason}); trying without any`)
+	}
+	#renew(origin) {
+		const underWay = this.#renewals.get(origin)
+		if (underWay) return underWay
+		const renewal = this.#renewOnce(origin).finally(() => this.#renewals.delete(origin))
+		this.#renewals.set(origin, renewal)
+		return renewal
+	}
+	async #renewOnce(origin) {
+		const authorization = await this.#answerChallenge(origin)
+		if (authorization) this.#authorizations.set(origin, authorization)
+		return authorization !== void 0
+	}
+	async #answerChallenge(origin) {
+		const challenges = this.#session.challenges.get(origin) ?? []
+		const credential = await this.#credentialFor(origin)
+		const bearer = challenges.find(({scheme}) => scheme === "bearer")
+		if (!bearer) {
+			const takesBasic = challenges.some(({scheme}) => scheme === "basic")
+			if (!takesBasic || credential?.kind !== "basic") return void 0
+			const {username, secret} = credential
+			this.#fate = "sent"
+			return {header: basicAuthorization(username, secret), expiresAt: NEVER}
+		}
+		if (credential?.kind === "bearer") {
+			this.#fate = "sent"
+			return {header: `Bearer ${credential.secret}`, expiresAt: NEVER}
+		}
+		return this.#tokenFor(origin, bearer, credential)
+	}
+	async #tokenFor(origin, {parameters}, credential) {
+		const role = this.#roleOf(origin)
+		const scope = this.#scopeFor(role, parameters.scope)
+		if (credential) this.#fate = "sent"
+		try {
+			const request = {origin, role, parameters: {...parameters, scope}, credential}
+			const token = await fetchToken(this.#session, request)
+			if (credential) this.#fate = "accepted"
+			return token
+		} catch (error) {
+			const {status = 0, message} = error
+			if (![400, 401, 403, 404].includes(status)) throw error
+			if (this.#takeOtherScope(origin, [{scheme: "bearer", parameters}])) return this.#answerChallenge(origin)
+			if (credential?.stored) {
+				this.#goAnonymous(credential, message)
+				return this.#answerChallenge(origin)
+			}
+			const isAboutCredentials = status === 401 || credential !== void 0
+			throw isAboutCredentials ? await this.explain(error) : error
+		}
+	}
+	#scopeFor(role, theirs) {
+		const ours = `repository:${this.#owner.reference.repository}:pull`
+		if (role !== "other") return this.#otherScope ?? ours
+		return theirs || ours
+	}
+	#roleOf(origin) {
+		return origin === this.#registryOrigin ? this.#owner.role : "other"
+	}
+	#takeOtherScope(origin, challenges) {
+		if (origin !== this.#registryOrigin || this.#otherScope !== void 0) return false
+		const bearer = challenges.find(({scheme}) => scheme === "bearer")
+		this.#otherScope = otherScope(bearer?.parameters.scope, this.#owner.reference.repository)
+		return this.#otherScope !== void 0
+	}
+}
 function otherScope(scopes = "", repository) {
-  for (const scope of scopes.split(" ").filter(Boolean)) {
-    const [, name] = /^repository(?:\([^)]*\))?:(.+):[^:]*$/.exec(scope) ?? [];
-    if (name === void 0)
-      return scope;
-    if (name !== repository)
-      return `repository:${name}:pull`;
-  }
-  return void 0;
+	for (const scope of scopes.split(" ").filter(Boolean)) {
+		const [, name] = /^repository(?:\([^)]*\))?:(.+):[^:]*$/.exec(scope) ?? []
+		if (name === void 0) return scope
+		if (name !== repository) return `repository:${name}:pull`
+	}
+	return void 0
 }
-function isSilentRefusal({ status, authorization: sent }, challenges) {
-  if (sent !== void 0)
-    return false;
-  return status === 403 || status === 404 || status === 401 && !hasUsable(challenges);
+function isSilentRefusal({status, authorization: sent}, challenges) {
+	if (sent !== void 0) return false
+	return status === 403 || status === 404 || (status === 401 && !hasUsable(challenges))
 }
-function isAboutAuthorization({ status, authorization: sent }) {
-  if (status === 401)
-    return true;
-  if (status === 400)
-    return sent?.startsWith("Bearer ") === true;
-  return status === 403 && sent !== void 0;
+function isAboutAuthorization({status, authorization: sent}) {
+	if (status === 401) return true
+	if (status === 400) return sent?.startsWith("Bearer ") === true
+	return status === 403 && sent !== void 0
 }
-var ANY_TYPE = "*/*";
+var ANY_TYPE = "*/*"
 var Endpoint = class {
-  name;
-  origin;
-  role;
-  acceptsRanges = true;
-  latencyMs = NEVER;
-  isPassedOver = false;
-  isToldOf = false;
-  #session;
-  #reference;
-  #namespace;
-  #authorizer;
-  #manifestTypes = MANIFEST_TYPES.join(", ");
-  #firstContact;
-  #hasServed = false;
-  #failures = 0;
-  constructor(session, reference, mirror) {
-    const { scheme, namespace } = session.settings;
-    const place = mirror ?? { scheme, host: reference.host, prefix: "" };
-    const repository = `${place.prefix}/${reference.repository}`.replace(/^\//, "");
-    this.name = `${place.host}/${place.prefix}`.replace(/\/$/, "");
-    this.origin = new URL(`${place.scheme}://${apiHost(place.host)}`).origin;
-    this.role = mirror ? "mirror" : "registry";
-    this.#session = session;
-    this.#reference = { ...reference, host: place.host, repository };
-    this.#namespace = mirror ? reference.host : namespace;
-    const owner = { reference: this.#reference, scheme: place.scheme, role: this.role };
-    this.#authorizer = new Authorizer(session, owner, this.origin);
-  }
-  get hasServed() {
-    return this.#hasServed;
-  }
-  #urlOf(kind, name) {
-    const url = new URL(`${this.origin}/v2/${this.#reference.repository}/${kind}s/${name}`);
-    if (this.#namespace !== void 0)
-      url.searchParams.set("ns", this.#namespace);
-    return url;
-  }
-  async manifest(tagOrDigest) {
-    const document = await this.document("manifest", tagOrDigest, LIMITS.manifestBytes);
-    const { bytes, digest, where, type } = document;
-    const mediaType = sniffMediaType(bytes, type);
-    if (mediaType !== void 0)
-      return { bytes, digest, mediaType };
-    const what = `this is not a manifest but ${printable(type, 80)}`;
-    return fail("PROTOCOL", `${where}: ${what}: is ${this.#reference.host} a registry?`);
-  }
-  async document(kind, name, maximumBytes) {
-    const { body, url, headers } = await this.request("GET", kind, name);
-    const where = redactUrl(url);
-    const what = `the ${kind} ${where}`;
-    const bytes = await readBody(body, maximumBytes, what);
-    const digest = isDigest(name) ? digestOf(bytes, name) : digestByName(bytes, headers["docker-content-digest"]);
-    if (isDigest(name) && digest !== name)
-      fail("DIGEST_MISMATCH", `${where}: the bytes have the digest ${digest}`);
-    return { bytes, digest, where, type: headers["content-type"] ?? "nothing named" };
-  }
-  async head(tagOrDigest) {
-    const { headers, body } = await this.request("HEAD", "manifest", tagOrDigest);
-    body?.resume();
-    const digest = headers["docker-content-digest"];
-    const size = Number(headers["content-length"] ?? 0);
-    const type = headers["content-type"] ?? "";
-    const mediaType = MANIFEST_TYPES.find((each) => type.startsWith(each));
-    return mediaType && isDigest(digest) && size > 0 ? { mediaType, digest, size } : void 0;
-  }
-  async referrers(digest) {
-    const pages = [];
-    let url = this.#urlOf("referrer", digest);
-    while (url) {
-      const page = await this.#page(digest, url).catch((error) => {
-        if (pages.length === 0 || !isWithoutEndpoint(error))
-          throw error;
-        return void 0;
-      });
-      if (!page)
-        break;
-      pages.push(page.bytes);
-      if (pages.length > LIMITS.referrerPages)
-        fail("TOO_LARGE", `${redactUrl(url)}: more than ${LIMITS.referrerPages} pages`);
-      url = page.next;
-    }
-    return pages;
-  }
-  #page(digest, url) {
-    return withRetries(this.#session, async () => {
-      const { body, headers } = await this.request("GET", "referrer", digest, { url });
-      const what = `the list of referrers ${redactUrl(url)}`;
-      const bytes = await readBody(body, LIMITS.manifestBytes, what);
-      return { bytes, ...dropEmpty({ next: nextPage(headers.link, url) }) };
-    });
-  }
-  async request(method, kind, name, more = {}) {
-    const { signal } = this.#session;
-    const request = {
-      method,
-      url: this.#urlOf(kind, name),
-      signal,
-      authorizationFor: (origin) => this.#authorizer.headerFor(origin),
-      roleOf: (origin) => origin === this.origin ? this.role : "other",
-      ...more,
-      headers: { Accept: kind === "manifest" ? this.#manifestTypes : ANY_TYPE, ...more.headers }
-    };
-    for (let round = 0; ; round += 1) {
-      const answer = await this.#sendInTurn(request, kind);
-      if (answer.body) {
-        this.#hasServed = true;
-        return answer;
-      }
-      if (answer.status === 406 && request.headers.Accept !== ANY_TYPE) {
-        this.#manifestTypes = ANY_TYPE;
-        return this.request(method, kind, name, more);
-      }
-      const isLast = round === 3;
-      if (isLast || !await this.#authorizer.canGoOnAfter(answer, round))
-        throw await this.#refusal(answer, kind, name);
-    }
-  }
-  isForgiven(error) {
-    this.#failures += 1;
-    const isLie = error.code === "DIGEST_MISMATCH" || error.code === "SIZE_MISMATCH";
-    if (!this.#hasServed || isLie)
-      return false;
-    const most = Math.min(LIMITS.mirrorFailures, this.#session.settings.retries);
-    return retryDelayMs(error, this.#failures, most, 1) !== void 0;
-  }
-  async #sendInTurn(request, kind) {
-    const isFirst = this.#firstContact === void 0;
-    if (!isFirst)
-      await this.#firstContact;
-    const startedAt = performance.now();
-    const sending = this.#session.transport.send(request);
-    if (isFirst) {
-      const hearing = sending.then((answer2) => this.#authorizer.hearFirst(answer2));
-      this.#firstContact = hearing.catch(ignore);
-    }
-    const answer = await sending;
-    if (kind === "manifest")
-      this.latencyMs = Math.min(this.latencyMs, performance.now() - startedAt);
-    return answer;
-  }
-  async #refusal(answer, kind, name) {
-    const who = answer.url.origin === this.origin ? `the ${this.role}` : STORAGE_HOST;
-    const error = statusError(answer, this.#session.clock.now(), who);
-    const { code, status, message, retryAfterMs } = error;
-    if (code === "NOT_FOUND") {
-      const missing = missingWords(answer, this.#reference, kind, name);
-      const isPage = answer.headers["content-type"]?.includes("html");
-      const doubt = isPage ? `: is ${this.#reference.host} a registry?` : "";
-      return new ImgpullError(code, `no such ${missing}
-  ${message}${doubt}`, { status });
-    }
-    const isForGood = retryAfterMs === void 0;
-    const isAccess = code === "UNAUTHORIZED" || code === "FORBIDDEN";
-    return isAccess && isForGood ? this.#authorizer.explain(error) : error;
-  }
-};
+	name
+	origin
+	role
+	acceptsRanges = true
+	latencyMs = NEVER
+	isPassedOver = false
+	isToldOf = false
+	#session
+	#reference
+	#namespace
+	#authorizer
+	#manifestTypes = MANIFEST_TYPES.join(", ")
+	#firstContact
+	#hasServed = false
+	#failures = 0
+	constructor(session, reference, mirror) {
+		const {scheme, namespace} = session.settings
+		const place = mirror ?? {scheme, host: reference.host, prefix: ""}
+		const repository = `${place.prefix}/${reference.repository}`.replace(/^\//, "")
+		this.name = `${place.host}/${place.prefix}`.replace(/\/$/, "")
+		this.origin = new URL(`${place.scheme}://${apiHost(place.host)}`).origin
+		this.role = mirror ? "mirror" : "registry"
+		this.#session = session
+		this.#reference = {...reference, host: place.host, repository}
+		this.#namespace = mirror ? reference.host : namespace
+		const owner = {reference: this.#reference, scheme: place.scheme, role: this.role}
+		this.#authorizer = new Authorizer(session, owner, this.origin)
+	}
+	get hasServed() {
+		return this.#hasServed
+	}
+	#urlOf(kind, name) {
+		const url = new URL(`${this.origin}/v2/${this.#reference.repository}/${kind}s/${name}`)
+		if (this.#namespace !== void 0) url.searchParams.set("ns", this.#namespace)
+		return url
+	}
+	async manifest(tagOrDigest) {
+		const document = await this.document("manifest", tagOrDigest, LIMITS.manifestBytes)
+		const {bytes, digest, where, type} = document
+		const mediaType = sniffMediaType(bytes, type)
+		if (mediaType !== void 0) return {bytes, digest, mediaType}
+		const what = `this is not a manifest but ${printable(type, 80)}`
+		return fail("PROTOCOL", `${where}: ${what}: is ${this.#reference.host} a registry?`)
+	}
+	async document(kind, name, maximumBytes) {
+		const {body, url, headers} = await this.request("GET", kind, name)
+		const where = redactUrl(url)
+		const what = `the ${kind} ${where}`
+		const bytes = await readBody(body, maximumBytes, what)
+		const digest = isDigest(name) ? digestOf(bytes, name) : digestByName(bytes, headers["docker-content-digest"])
+		if (isDigest(name) && digest !== name) fail("DIGEST_MISMATCH", `${where}: the bytes have the digest ${digest}`)
+		return {bytes, digest, where, type: headers["content-type"] ?? "nothing named"}
+	}
+	async head(tagOrDigest) {
+		const {headers, body} = await this.request("HEAD", "manifest", tagOrDigest)
+		body?.resume()
+		const digest = headers["docker-content-digest"]
+		const size = Number(headers["content-length"] ?? 0)
+		const type = headers["content-type"] ?? ""
+		const mediaType = MANIFEST_TYPES.find(each => type.startsWith(each))
+		return mediaType && isDigest(digest) && size > 0 ? {mediaType, digest, size} : void 0
+	}
+	async referrers(digest) {
+		const pages = []
+		let url = this.#urlOf("referrer", digest)
+		while (url) {
+			const page = await this.#page(digest, url).catch(error => {
+				if (pages.length === 0 || !isWithoutEndpoint(error)) throw error
+				return void 0
+			})
+			if (!page) break
+			pages.push(page.bytes)
+			if (pages.length > LIMITS.referrerPages)
+				fail("TOO_LARGE", `${redactUrl(url)}: more than ${LIMITS.referrerPages} pages`)
+			url = page.next
+		}
+		return pages
+	}
+	#page(digest, url) {
+		return withRetries(this.#session, async () => {
+			const {body, headers} = await this.request("GET", "referrer", digest, {url})
+			const what = `the list of referrers ${redactUrl(url)}`
+			const bytes = await readBody(body, LIMITS.manifestBytes, what)
+			return {bytes, ...dropEmpty({next: nextPage(headers.link, url)})}
+		})
+	}
+	async request(method, kind, name, more = {}) {
+		const {signal} = this.#session
+		const request = {
+			method,
+			url: this.#urlOf(kind, name),
+			signal,
+			authorizationFor: origin => this.#authorizer.headerFor(origin),
+			roleOf: origin => (origin === this.origin ? this.role : "other"),
+			...more,
+			headers: {Accept: kind === "manifest" ? this.#manifestTypes : ANY_TYPE, ...more.headers}
+		}
+		for (let round = 0; ; round += 1) {
+			const answer = await this.#sendInTurn(request, kind)
+			if (answer.body) {
+				this.#hasServed = true
+				return answer
+			}
+			if (answer.status === 406 && request.headers.Accept !== ANY_TYPE) {
+				this.#manifestTypes = ANY_TYPE
+				return this.request(method, kind, name, more)
+			}
+			const isLast = round === 3
+			if (isLast || !(await this.#authorizer.canGoOnAfter(answer, round))) throw await this.#refusal(answer, kind, name)
+		}
+	}
+	isForgiven(error) {
+		this.#failures += 1
+		const isLie = error.code === "DIGEST_MISMATCH" || error.code === "SIZE_MISMATCH"
+		if (!this.#hasServed || isLie) return false
+		const most = Math.min(LIMITS.mirrorFailures, this.#session.settings.retries)
+		return retryDelayMs(error, this.#failures, most, 1) !== void 0
+	}
+	async #sendInTurn(request, kind) {
+		const isFirst = this.#firstContact === void 0
+		if (!isFirst) await this.#firstContact
+		const startedAt = performance.now()
+		const sending = this.#session.transport.send(request)
+		if (isFirst) {
+			const hearing = sending.then(answer2 => this.#authorizer.hearFirst(answer2))
+			this.#firstContact = hearing.catch(ignore)
+		}
+		const answer = await sending
+		if (kind === "manifest") this.latencyMs = Math.min(this.latencyMs, performance.now() - startedAt)
+		return answer
+	}
+	async #refusal(answer, kind, name) {
+		const who = answer.url.origin === this.origin ? `the ${this.role}` : STORAGE_HOST
+		const error = statusError(answer, this.#session.clock.now(), who)
+		const {code, status, message, retryAfterMs} = error
+		if (code === "NOT_FOUND") {
+			const missing = missingWords(answer, this.#reference, kind, name)
+			const isPage = answer.headers["content-type"]?.includes("html")
+			const doubt = isPage ? `: is ${this.#reference.host} a registry?` : ""
+			return new ImgpullError(
+				code,
+				`no such ${missing}
+  ${message}${doubt}`,
+				{status}
+			)
+		}
+		const isForGood = retryAfterMs === void 0
+		const isAccess = code === "UNAUTHORIZED" || code === "FORBIDDEN"
+		return isAccess && isForGood ? this.#authorizer.explain(error) : error
+	}
+}
 var Budget = class {
-  #bytes = 0;
-  add(document, reference) {
-    this.#bytes += document.length;
-    this.check(reference);
-  }
-  check(reference) {
-    const { documentBytes } = LIMITS;
-    if (this.#bytes <= documentBytes)
-      return;
-    const most = formatBytes(documentBytes);
-    fail("TOO_LARGE", `${formatReference(reference)}: manifests and configs are above ${most} in all`);
-  }
-};
+	#bytes = 0
+	add(document, reference) {
+		this.#bytes += document.length
+		this.check(reference)
+	}
+	check(reference) {
+		const {documentBytes} = LIMITS
+		if (this.#bytes <= documentBytes) return
+		const most = formatBytes(documentBytes)
+		fail("TOO_LARGE", `${formatReference(reference)}: manifests and configs are above ${most} in all`)
+	}
+}
 var Registry = class {
-  reference;
-  #session;
-  #mirrors;
-  #home;
-  #manifests = /* @__PURE__ */ new Map();
-  #mirrorAnswers = /* @__PURE__ */ new Map();
-  constructor(session, reference) {
-    const mirrors = session.settings.mirrors.get(canonicalHost(reference.host)) ?? [];
-    this.#session = session;
-    this.reference = reference;
-    this.#mirrors = mirrors.map((mirror) => new Endpoint(session, reference, mirror));
-    this.#home = new Endpoint(session, reference);
-  }
-  get origin() {
-    return this.#home.origin;
-  }
-  get latencyMs() {
-    return this.#first.latencyMs;
-  }
-  get acceptsRanges() {
-    return this.#first.acceptsRanges;
-  }
-  set acceptsRanges(value) {
-    this.#first.acceptsRanges = value;
-  }
-  get #first() {
-    return this.#mirrors.find(({ isPassedOver }) => !isPassedOver) ?? this.#home;
-  }
-  manifest(tagOrDigest) {
-    if (!isDigest(tagOrDigest))
-      return this.#fetchManifest(tagOrDigest);
-    const known = this.#manifests.get(tagOrDigest);
-    if (known)
-      return known;
-    const fetching = this.#fetchManifest(tagOrDigest);
-    this.#manifests.set(tagOrDigest, fetching);
-    fetching.catch(() => this.#manifests.delete(tagOrDigest));
-    return fetching;
-  }
-  #fetchManifest(tagOrDigest) {
-    const wanted = { kind: "manifest", name: tagOrDigest };
-    return this.#withinBudget(() => this.#ask(wanted, (endpoint) => endpoint.manifest(tagOrDigest)));
-  }
-  async config({ digest, size, data }) {
-    if (data)
-      return data;
-    const { bytes } = await this.#withinBudget(() => this.#ask({ kind: "blob", name: digest }, async (endpoint) => {
-      const document = await endpoint.document("blob", digest, LIMITS.configBytes);
-      const actual = document.bytes.length;
-      if (actual === size)
-        return document;
-      return fail("SIZE_MISMATCH", `${document.where}: ${actual} bytes, not ${size}`);
-    }));
-    return bytes;
-  }
-  async #withinBudget(attempt) {
-    const { budget } = this.#session;
-    budget.check(this.reference);
-    const document = await withRetries(this.#session, attempt);
-    budget.add(document.bytes, this.reference);
-    return document;
-  }
-  head(tagOrDigest) {
-    const wanted = { kind: "manifest", name: tagOrDigest };
-    return withRetries(this.#session, () => this.#ask(wanted, (endpoint) => endpoint.head(tagOrDigest)));
-  }
-  async referrers(digest) {
-    const wanted = { kind: "referrer", name: digest };
-    try {
-      return await this.#ask(wanted, (endpoint) => endpoint.referrers(digest));
-    } catch (error) {
-      if (isWithoutEndpoint(error))
-        return void 0;
-      throw error;
-    }
-  }
-  async blob(descriptor, from, to, signal) {
-    const { digest, size } = descriptor;
-    const isRanged = from > 0 || to < size;
-    const headers = isRanged ? { Range: `bytes=${from}-${to - 1}` } : {};
-    const more = { headers, signal, isBlob: true };
-    try {
-      return await this.#ask({ kind: "blob", name: digest, isRanged }, async (endpoint) => {
-        const answer = await endpoint.request("GET", "blob", digest, more);
-        if (endpoint !== this.#home)
-          this.#rememberAnswer(digest, endpoint);
-        return answer;
-      });
-    } catch (refusal) {
-      const isMissing = refusal instanceof ImgpullError && refusal.code === "NOT_FOUND";
-      if (!isMissing)
-        throw refusal;
-      return this.#foreignBlob(descriptor, headers, signal, refusal);
-    }
-  }
-  canAskElsewhere(digest, error) {
-    if (!isMirrorsFailure(error))
-      return false;
-    const answers = this.#mirrorAnswers.get(digest) ?? [];
-    if (error.code === "DIGEST_MISMATCH") {
-      for (const { mirror: mirror2 } of answers)
-        this.#passOver(mirror2, error);
-      return this.#mirrorAnswers.delete(digest);
-    }
-    const failed = answers.findLast(({ hasFailed }) => !hasFailed);
-    if (!failed)
-      return false;
-    failed.hasFailed = true;
-    const { mirror } = failed;
-    if (mirror.isPassedOver)
-      return true;
-    if (mirror.isForgiven(error))
-      return false;
-    this.#passOver(mirror, error);
-    return true;
-  }
-  #rememberAnswer(digest, mirror) {
-    const answers = this.#mirrorAnswers.get(digest) ?? [];
-    answers.push({ mirror, hasFailed: false });
-    this.#mirrorAnswers.set(digest, answers);
-  }
-  async #ask(wanted, attempt) {
-    for (const mirror of this.#mirrors) {
-      if (mirror.isPassedOver)
-        continue;
-      try {
-        return await attempt(mirror);
-      } catch (error) {
-        if (!this.#canGoOnWithout(mirror, wanted, error))
-          throw error;
-      }
-    }
-    return attempt(this.#home);
-  }
-  #canGoOnWithout(mirror, { kind, name, isRanged }, error) {
-    if (!isMirrorsFailure(error))
-      return false;
-    const isMissing = error.code === "NOT_FOUND" || kind === "referrer" && isWithoutEndpoint(error);
-    if (isMissing && mirror.hasServed) {
-      const isExpected = kind !== "referrer" && isDigest(name);
-      if (isExpected)
-        this.#tellOf(mirror, error);
-      return true;
-    }
-    if (isRanged && mirror.acceptsRanges && isRangeRefusal(error))
-      return false;
-    if (mirror.isForgiven(error))
-      return false;
-    this.#passOver(mirror, error);
-    return true;
-  }
-  #passOver(mirror, error) {
-    mirror.isPassedOver = true;
-    this.#tellOf(mirror, error);
-  }
-  #tellOf(mirror, { message }) {
-    if (mirror.isToldOf)
-      return;
-    mirror.isToldOf = true;
-    const [said] = message.split("\n");
-    const later = this.#mirrors.slice(this.#mirrors.indexOf(mirror) + 1);
-    const next = later.find(({ isPassedOver }) => !isPassedOver) ?? this.#home;
-    this.#session.warn(`the mirror ${mirror.name}: ${said}; asking ${next.name} instead`);
-  }
-  async #foreignBlob({ urls = [] }, headers, signal, refusal) {
-    let failure = refusal;
-    const usable = urls.filter((url) => URL.canParse(url)).map((url) => new URL(url));
-    for (const url of usable) {
-      if (url.protocol !== "https:" || leadsInside(url, this.origin))
-        continue;
-      const answer = await this.#session.transport.send({
-        method: "GET",
-        url,
-        headers,
-        signal,
-        isBlob: true,
-        authorizationFor: async () => void 0,
-        roleOf: () => "other"
-      });
-      if (answer.body)
-        return answer;
-      failure = statusError(answer, this.#session.clock.now(), "the foreign layer's host");
-    }
-    throw failure;
-  }
-};
-var OUR_OWN = ["ABORTED", "DISK", "CREDENTIALS"];
-var isMirrorsFailure = (error) => error instanceof ImgpullError && !OUR_OWN.includes(error.code);
-var isWithoutEndpoint = (error) => error instanceof ImgpullError && [400, 404, 405].includes(error.status ?? 0);
+	reference
+	#session
+	#mirrors
+	#home
+	#manifests = /* @__PURE__ */ new Map()
+	#mirrorAnswers = /* @__PURE__ */ new Map()
+	constructor(session, reference) {
+		const mirrors = session.settings.mirrors.get(canonicalHost(reference.host)) ?? []
+		this.#session = session
+		this.reference = reference
+		this.#mirrors = mirrors.map(mirror => new Endpoint(session, reference, mirror))
+		this.#home = new Endpoint(session, reference)
+	}
+	get origin() {
+		return this.#home.origin
+	}
+	get latencyMs() {
+		return this.#first.latencyMs
+	}
+	get acceptsRanges() {
+		return this.#first.acceptsRanges
+	}
+	set acceptsRanges(value) {
+		this.#first.acceptsRanges = value
+	}
+	get #first() {
+		return this.#mirrors.find(({isPassedOver}) => !isPassedOver) ?? this.#home
+	}
+	manifest(tagOrDigest) {
+		if (!isDigest(tagOrDigest)) return this.#fetchManifest(tagOrDigest)
+		const known = this.#manifests.get(tagOrDigest)
+		if (known) return known
+		const fetching = this.#fetchManifest(tagOrDigest)
+		this.#manifests.set(tagOrDigest, fetching)
+		fetching.catch(() => this.#manifests.delete(tagOrDigest))
+		return fetching
+	}
+	#fetchManifest(tagOrDigest) {
+		const wanted = {kind: "manifest", name: tagOrDigest}
+		return this.#withinBudget(() => this.#ask(wanted, endpoint => endpoint.manifest(tagOrDigest)))
+	}
+	async config({digest, size, data}) {
+		if (data) return data
+		const {bytes} = await this.#withinBudget(() =>
+			this.#ask({kind: "blob", name: digest}, async endpoint => {
+				const document = await endpoint.document("blob", digest, LIMITS.configBytes)
+				const actual = document.bytes.length
+				if (actual === size) return document
+				return fail("SIZE_MISMATCH", `${document.where}: ${actual} bytes, not ${size}`)
+			})
+		)
+		return bytes
+	}
+	async #withinBudget(attempt) {
+		const {budget} = this.#session
+		budget.check(this.reference)
+		const document = await withRetries(this.#session, attempt)
+		budget.add(document.bytes, this.reference)
+		return document
+	}
+	head(tagOrDigest) {
+		const wanted = {kind: "manifest", name: tagOrDigest}
+		return withRetries(this.#session, () => this.#ask(wanted, endpoint => endpoint.head(tagOrDigest)))
+	}
+	async referrers(digest) {
+		const wanted = {kind: "referrer", name: digest}
+		try {
+			return await this.#ask(wanted, endpoint => endpoint.referrers(digest))
+		} catch (error) {
+			if (isWithoutEndpoint(error)) return void 0
+			throw error
+		}
+	}
+	async blob(descriptor, from, to, signal) {
+		const {digest, size} = descriptor
+		const isRanged = from > 0 || to < size
+		const headers = isRanged ? {Range: `bytes=${from}-${to - 1}`} : {}
+		const more = {headers, signal, isBlob: true}
+		try {
+			return await this.#ask({kind: "blob", name: digest, isRanged}, async endpoint => {
+				const answer = await endpoint.request("GET", "blob", digest, more)
+				if (endpoint !== this.#home) this.#rememberAnswer(digest, endpoint)
+				return answer
+			})
+		} catch (refusal) {
+			const isMissing = refusal instanceof ImgpullError && refusal.code === "NOT_FOUND"
+			if (!isMissing) throw refusal
+			return this.#foreignBlob(descriptor, headers, signal, refusal)
+		}
+	}
+	canAskElsewhere(digest, error) {
+		if (!isMirrorsFailure(error)) return false
+		const answers = this.#mirrorAnswers.get(digest) ?? []
+		if (error.code === "DIGEST_MISMATCH") {
+			for (const {mirror: mirror2} of answers) this.#passOver(mirror2, error)
+			return this.#mirrorAnswers.delete(digest)
+		}
+		const failed = answers.findLast(({hasFailed}) => !hasFailed)
+		if (!failed) return false
+		failed.hasFailed = true
+		const {mirror} = failed
+		if (mirror.isPassedOver) return true
+		if (mirror.isForgiven(error)) return false
+		this.#passOver(mirror, error)
+		return true
+	}
+	#rememberAnswer(digest, mirror) {
+		const answers = this.#mirrorAnswers.get(digest) ?? []
+		answers.push({mirror, hasFailed: false})
+		this.#mirrorAnswers.set(digest, answers)
+	}
+	async #ask(wanted, attempt) {
+		for (const mirror of this.#mirrors) {
+			if (mirror.isPassedOver) continue
+			try {
+				return await attempt(mirror)
+			} catch (error) {
+				if (!this.#canGoOnWithout(mirror, wanted, error)) throw error
+			}
+		}
+		return attempt(this.#home)
+	}
+	#canGoOnWithout(mirror, {kind, name, isRanged}, error) {
+		if (!isMirrorsFailure(error)) return false
+		const isMissing = error.code === "NOT_FOUND" || (kind === "referrer" && isWithoutEndpoint(error))
+		if (isMissing && mirror.hasServed) {
+			const isExpected = kind !== "referrer" && isDigest(name)
+			if (isExpected) this.#tellOf(mirror, error)
+			return true
+		}
+		if (isRanged && mirror.acceptsRanges && isRangeRefusal(error)) return false
+		if (mirror.isForgiven(error)) return false
+		this.#passOver(mirror, error)
+		return true
+	}
+	#passOver(mirror, error) {
+		mirror.isPassedOver = true
+		this.#tellOf(mirror, error)
+	}
+	#tellOf(mirror, {message}) {
+		if (mirror.isToldOf) return
+		mirror.isToldOf = true
+		const [said] = message.split("\n")
+		const later = this.#mirrors.slice(this.#mirrors.indexOf(mirror) + 1)
+		const next = later.find(({isPassedOver}) => !isPassedOver) ?? this.#home
+		this.#session.warn(`the mirror ${mirror.name}: ${said}; asking ${next.name} instead`)
+	}
+	async #foreignBlob({urls = []}, headers, signal, refusal) {
+		let failure = refusal
+		const usable = urls.filter(url => URL.canParse(url)).map(url => new URL(url))
+		for (const url of usable) {
+			if (url.protocol !== "https:" || leadsInside(url, this.origin)) continue
+			const answer = await this.#session.transport.send({
+				method: "GET",
+				url,
+				headers,
+				signal,
+				isBlob: true,
+				authorizationFor: async () => void 0,
+				roleOf: () => "other"
+			})
+			if (answer.body) return answer
+			failure = statusError(answer, this.#session.clock.now(), "the foreign layer's host")
+		}
+		throw failure
+	}
+}
+var OUR_OWN = ["ABORTED", "DISK", "CREDENTIALS"]
+var isMirrorsFailure = error => error instanceof ImgpullError && !OUR_OWN.includes(error.code)
+var isWithoutEndpoint = error => error instanceof ImgpullError && [400, 404, 405].includes(error.status ?? 0)
 function isRangeRefusal(error) {
-  if (!(error instanceof ImgpullError))
-    return false;
-  const { status = 0, retryAfterMs = 0 } = error;
-  if ([401, 407, 408, 425, 429].includes(status))
-    return false;
-  return status >= 400 && retryAfterMs === 0;
+	if (!(error instanceof ImgpullError)) return false
+	const {status = 0, retryAfterMs = 0} = error
+	if ([401, 407, 408, 425, 429].includes(status)) return false
+	return status >= 400 && retryAfterMs === 0
 }
 function nextPage(header, url) {
-  const links = [header ?? []].flat().join(",");
-  const [, target] = /<([^>]*)>[^<]*;\s*rel="?next"?/i.exec(links) ?? [];
-  if (target === void 0)
-    return void 0;
-  const next = URL.canParse(target, url) ? new URL(target, url) : void 0;
-  if (next?.origin !== url.origin)
-    return fail("PROTOCOL", `${redactUrl(url)}: its next page is on another host`);
-  const namespace = url.searchParams.get("ns");
-  if (namespace !== null)
-    next.searchParams.set("ns", namespace);
-  return next;
+	const links = [header ?? []].flat().join(",")
+	const [, target] = /<([^>]*)>[^<]*;\s*rel="?next"?/i.exec(links) ?? []
+	if (target === void 0) return void 0
+	const next = URL.canParse(target, url) ? new URL(target, url) : void 0
+	if (next?.origin !== url.origin) return fail("PROTOCOL", `${redactUrl(url)}: its next page is on another host`)
+	const namespace = url.searchParams.get("ns")
+	if (namespace !== null) next.searchParams.set("ns", namespace)
+	return next
 }
-function missingWords({ words }, { host, repository }, kind, name) {
-  const place = `${host}/${repository}`;
-  if (/NAME_UNKNOWN|repository name not known/i.test(words))
-    return `repository: ${place}`;
-  return isDigest(name) ? `${kind}: ${name}` : `tag: ${place}:${name}`;
+function missingWords({words}, {host, repository}, kind, name) {
+	const place = `${host}/${repository}`
+	if (/NAME_UNKNOWN|repository name not known/i.test(words)) return `repository: ${place}`
+	return isDigest(name) ? `${kind}: ${name}` : `tag: ${place}:${name}`
 }
 function digestByName(bytes, header) {
-  const isRight = isDigest(header) && header === digestOf(bytes, header);
-  return isRight ? header : digestOf(bytes);
+	const isRight = isDigest(header) && header === digestOf(bytes, header)
+	return isRight ? header : digestOf(bytes)
 }
 function registryOf(session, reference) {
-  const key = `${reference.host}/${reference.repository}`;
-  const registry = session.registries.get(key) ?? new Registry(session, reference);
-  session.registries.set(key, registry);
-  return registry;
+	const key = `${reference.host}/${reference.repository}`
+	const registry = session.registries.get(key) ?? new Registry(session, reference)
+	session.registries.set(key, registry)
+	return registry
 }
 function sniffMediaType(bytes, contentType = "") {
-  const json = parseJson(bytes);
-  if (!isRecord(json))
-    return void 0;
-  if (typeof json.mediaType === "string")
-    return json.mediaType;
-  if (json.schemaVersion === 1)
-    return DOCKER_SCHEMA_1;
-  const named = MANIFEST_TYPES.find((type) => contentType.toLowerCase().startsWith(type));
-  if (named)
-    return named;
-  if (Array.isArray(json.manifests))
-    return OCI_INDEX;
-  return isRecord(json.config) ? OCI_MANIFEST : void 0;
+	const json = parseJson(bytes)
+	if (!isRecord(json)) return void 0
+	if (typeof json.mediaType === "string") return json.mediaType
+	if (json.schemaVersion === 1) return DOCKER_SCHEMA_1
+	const named = MANIFEST_TYPES.find(type => contentType.toLowerCase().startsWith(type))
+	if (named) return named
+	if (Array.isArray(json.manifests)) return OCI_INDEX
+	return isRecord(json.config) ? OCI_MANIFEST : void 0
 }
-var OLD_CONFIG_LABELS = ["", "text/html", "application/json", "application/octet-stream"];
-function parseManifest({ bytes, mediaType }, where) {
-  const refuse = (code, reason) => fail(code, `${where}: ${reason}`);
-  const json = parseJson(bytes);
-  if (!isRecord(json))
-    return refuse("PROTOCOL", "the manifest is not a JSON object");
-  const isSchema1 = json.schemaVersion === 1 || mediaType.startsWith(DOCKER_SCHEMA_1);
-  if (isSchema1)
-    refuse("UNSUPPORTED", "a schema 1 manifest, which Docker itself has given up: push the image anew");
-  if (isAmbiguous(json, mediaType))
-    refuse("PROTOCOL", `${printable(mediaType, 80)}: no manifest, or with fields of something else`);
-  if (Array.isArray(json.manifests)) {
-    if (json.manifests.length > LIMITS.indexEntries)
-      refuse("TOO_LARGE", `more than ${LIMITS.indexEntries} entries`);
-    const manifests = json.manifests.map((entry) => parseDescriptor(entry, where));
-    return { kind: "index", manifests };
-  }
-  const config = parseDescriptor(json.config, where);
-  if (config.size > LIMITS.configBytes)
-    refuse("TOO_LARGE", `its config is larger than ${LIMITS.configBytes} bytes`);
-  const isOldLabel = mediaType === DOCKER_MANIFEST && OLD_CONFIG_LABELS.includes(config.mediaType);
-  if (isOldLabel)
-    config.mediaType = CONFIG_TYPES[0];
-  const layers = (json.layers ?? []).map((layer) => parseDescriptor(layer, where));
-  return { kind: "image", config, layers };
+var OLD_CONFIG_LABELS = ["", "text/html", "application/json", "application/octet-stream"]
+function parseManifest({bytes, mediaType}, where) {
+	const refuse = (code, reason) => fail(code, `${where}: ${reason}`)
+	const json = parseJson(bytes)
+	if (!isRecord(json)) return refuse("PROTOCOL", "the manifest is not a JSON object")
+	const isSchema1 = json.schemaVersion === 1 || mediaType.startsWith(DOCKER_SCHEMA_1)
+	if (isSchema1) refuse("UNSUPPORTED", "a schema 1 manifest, which Docker itself has given up: push the image anew")
+	if (isAmbiguous(json, mediaType))
+		refuse("PROTOCOL", `${printable(mediaType, 80)}: no manifest, or with fields of something else`)
+	if (Array.isArray(json.manifests)) {
+		if (json.manifests.length > LIMITS.indexEntries) refuse("TOO_LARGE", `more than ${LIMITS.indexEntries} entries`)
+		const manifests = json.manifests.map(entry => parseDescriptor(entry, where))
+		return {kind: "index", manifests}
+	}
+	const config = parseDescriptor(json.config, where)
+	if (config.size > LIMITS.configBytes) refuse("TOO_LARGE", `its config is larger than ${LIMITS.configBytes} bytes`)
+	const isOldLabel = mediaType === DOCKER_MANIFEST && OLD_CONFIG_LABELS.includes(config.mediaType)
+	if (isOldLabel) config.mediaType = CONFIG_TYPES[0]
+	const layers = (json.layers ?? []).map(layer => parseDescriptor(layer, where))
+	return {kind: "image", config, layers}
 }
 function isAmbiguous(json, mediaType) {
-  const isIndex2 = Array.isArray(json.manifests);
-  const hasLayers = Array.isArray(json.layers);
-  const isImage2 = isRecord(json.config) && (hasLayers || (json.layers ?? null) === null);
-  const isKnownType = MANIFEST_TYPES.includes(mediaType);
-  const isOtherType = isKnownType && INDEX_TYPES.includes(mediaType) !== isIndex2;
-  return isIndex2 === isImage2 || isIndex2 && hasLayers || isOtherType;
+	const isIndex2 = Array.isArray(json.manifests)
+	const hasLayers = Array.isArray(json.layers)
+	const isImage2 = isRecord(json.config) && (hasLayers || (json.layers ?? null) === null)
+	const isKnownType = MANIFEST_TYPES.includes(mediaType)
+	const isOtherType = isKnownType && INDEX_TYPES.includes(mediaType) !== isIndex2
+	return isIndex2 === isImage2 || (isIndex2 && hasLayers) || isOtherType
 }
 function parseDescriptor(value, where) {
-  const refuse = (reason) => fail("PROTOCOL", `${where}: ${reason}`);
-  if (!isRecord(value))
-    return refuse("a descriptor is not an object");
-  const { mediaType, digest, size, urls, platform, annotations, data } = value;
-  if (!isDigest(digest))
-    return refuse(`${quote(digest)} is not a digest that is safe to use`);
-  const isSize = typeof size === "number" && Number.isSafeInteger(size) && size >= 0;
-  if (!isSize)
-    return refuse(`${digest} has the size ${quote(size)}, which is not a number of bytes`);
-  const isUrlList = Array.isArray(urls) && urls.length > 0 && urls.every((url) => typeof url === "string");
-  return {
-    mediaType: typeof mediaType === "string" ? mediaType : "",
-    digest,
-    size,
-    ...dropEmpty({
-      urls: isUrlList ? urls : void 0,
-      platform: isRecord(platform) ? parsePlatform(platform) : void 0,
-      annotations: isRecord(annotations) ? textsIn(annotations) : void 0,
-      data: inlineContent(data, { digest, size })
-    })
-  };
+	const refuse = reason => fail("PROTOCOL", `${where}: ${reason}`)
+	if (!isRecord(value)) return refuse("a descriptor is not an object")
+	const {mediaType, digest, size, urls, platform, annotations, data} = value
+	if (!isDigest(digest)) return refuse(`${quote(digest)} is not a digest that is safe to use`)
+	const isSize = typeof size === "number" && Number.isSafeInteger(size) && size >= 0
+	if (!isSize) return refuse(`${digest} has the size ${quote(size)}, which is not a number of bytes`)
+	const isUrlList = Array.isArray(urls) && urls.length > 0 && urls.every(url => typeof url === "string")
+	return {
+		mediaType: typeof mediaType === "string" ? mediaType : "",
+		digest,
+		size,
+		...dropEmpty({
+			urls: isUrlList ? urls : void 0,
+			platform: isRecord(platform) ? parsePlatform(platform) : void 0,
+			annotations: isRecord(annotations) ? textsIn(annotations) : void 0,
+			data: inlineContent(data, {digest, size})
+		})
+	}
 }
-function inlineContent(data, { digest, size }) {
-  if (typeof data !== "string")
-    return void 0;
-  const bytes = Buffer.from(data, "base64");
-  return bytes.length === size && digestOf(bytes, digest) === digest ? bytes : void 0;
+function inlineContent(data, {digest, size}) {
+	if (typeof data !== "string") return void 0
+	const bytes = Buffer.from(data, "base64")
+	return bytes.length === size && digestOf(bytes, digest) === digest ? bytes : void 0
 }
-var textsIn = (value) => Object.fromEntries(Object.entries(value).filter((entry) => typeof entry[1] === "string"));
+var textsIn = value => Object.fromEntries(Object.entries(value).filter(entry => typeof entry[1] === "string"))
 function quote(value) {
-  const text = typeof value === "object" ? "an object" : JSON.stringify(value) ?? "none";
-  return printable(text, 100);
+	const text = typeof value === "object" ? "an object" : (JSON.stringify(value) ?? "none")
+	return printable(text, 100)
 }
-var LAYER_TYPE = /^application\/vnd\.(docker\.image\.rootfs(\.foreign)?\.diff\.tar(\.gzip|\.zstd)?|oci\.image\.layer(\.nondistributable)?\.v1\.tar(\+gzip|\+zstd)?(\+encrypted)?)$/;
-var isTarLayer = ({ mediaType }) => LAYER_TYPE.test(mediaType);
+var LAYER_TYPE =
+	/^application\/vnd\.(docker\.image\.rootfs(\.foreign)?\.diff\.tar(\.gzip|\.zstd)?|oci\.image\.layer(\.nondistributable)?\.v1\.tar(\+gzip|\+zstd)?(\+encrypted)?)$/
+var isTarLayer = ({mediaType}) => LAYER_TYPE.test(mediaType)
 function configWords(json) {
-  if (!isRecord(json))
-    return { isObject: false, platform: "", diffIds: void 0 };
-  const { rootfs } = json;
-  const diffIds = isRecord(rootfs) ? rootfs.diff_ids : void 0;
-  const isList = Array.isArray(diffIds);
-  return {
-    isObject: true,
-    platform: formatPlatform(parsePlatform(json)),
-    diffIds: isList || diffIds === void 0 ? diffIds : [diffIds]
-  };
+	if (!isRecord(json)) return {isObject: false, platform: "", diffIds: void 0}
+	const {rootfs} = json
+	const diffIds = isRecord(rootfs) ? rootfs.diff_ids : void 0
+	const isList = Array.isArray(diffIds)
+	return {
+		isObject: true,
+		platform: formatPlatform(parsePlatform(json)),
+		diffIds: isList || diffIds === void 0 ? diffIds : [diffIds]
+	}
 }
-var hasOneDiffIdEach = ({ diffIds = [] }, layerCount) => diffIds.length === layerCount && diffIds.every(isDigest);
-var claimsImage = ({ config, layers }) => CONFIG_TYPES.includes(config.mediaType) && layers.every(isTarLayer);
-var isImage = (manifest, config) => claimsImage(manifest) && (!config || hasOneDiffIdEach(config, manifest.layers.length));
-var isImageContent = ({ manifest, configBytes }) => isImage(manifest, configBytes && configWords(parseJson(configBytes)));
+var hasOneDiffIdEach = ({diffIds = []}, layerCount) => diffIds.length === layerCount && diffIds.every(isDigest)
+var claimsImage = ({config, layers}) => CONFIG_TYPES.includes(config.mediaType) && layers.every(isTarLayer)
+var isImage = (manifest, config) =>
+	claimsImage(manifest) && (!config || hasOneDiffIdEach(config, manifest.layers.length))
+var isImageContent = ({manifest, configBytes}) => isImage(manifest, configBytes && configWords(parseJson(configBytes)))
 function parsePlatform(value) {
-  const word = (name) => typeof value[name] === "string" ? printable(value[name], 64) : "";
-  return {
-    os: word("os"),
-    architecture: word("architecture"),
-    ...dropEmpty({ variant: word("variant") })
-  };
+	const word = name => (typeof value[name] === "string" ? printable(value[name], 64) : "")
+	return {
+		os: word("os"),
+		architecture: word("architecture"),
+		...dropEmpty({variant: word("variant")})
+	}
 }
 function hostPlatform() {
-  const { arch, platform } = process;
-  const ppc64 = os.endianness() === "LE" ? "ppc64le" : "ppc64";
-  const systems = { win32: "windows", sunos: "solaris" };
-  const processors = { x64: "amd64", ia32: "386", mipsel: "mipsle", ppc64 };
-  const { arm_version: version = "7" } = process.config.variables;
-  const variant = arch === "arm" ? `v${version}` : void 0;
-  return {
-    os: systems[platform] ?? platform,
-    architecture: processors[arch] ?? arch,
-    ...dropEmpty({ variant })
-  };
+	const {arch, platform} = process
+	const ppc64 = os.endianness() === "LE" ? "ppc64le" : "ppc64"
+	const systems = {win32: "windows", sunos: "solaris"}
+	const processors = {x64: "amd64", ia32: "386", mipsel: "mipsle", ppc64}
+	const {arm_version: version = "7"} = process.config.variables
+	const variant = arch === "arm" ? `v${version}` : void 0
+	return {
+		os: systems[platform] ?? platform,
+		architecture: processors[arch] ?? arch,
+		...dropEmpty({variant})
+	}
 }
 function wantedPlatform(wanted, host = hostPlatform()) {
-  const variant = wanted.variant ?? (wanted.architecture === void 0 ? host.variant : void 0);
-  return {
-    os: wanted.os ?? host.os,
-    architecture: wanted.architecture ?? host.architecture,
-    ...dropEmpty({ variant })
-  };
+	const variant = wanted.variant ?? (wanted.architecture === void 0 ? host.variant : void 0)
+	return {
+		os: wanted.os ?? host.os,
+		architecture: wanted.architecture ?? host.architecture,
+		...dropEmpty({variant})
+	}
 }
 var VARIANT_LEVELS = {
-  arm: { lowest: 5, unnamed: 7 },
-  arm64: { lowest: 8, unnamed: 8 },
-  amd64: { lowest: 1, unnamed: 1 }
-};
-var NO_VARIANT = "";
-var ANY_VARIANT = "*";
+	arm: {lowest: 5, unnamed: 7},
+	arm64: {lowest: 8, unnamed: 8},
+	amd64: {lowest: 1, unnamed: 1}
+}
+var NO_VARIANT = ""
+var ANY_VARIANT = "*"
 function acceptableVariants(architecture, variant) {
-  const levels = VARIANT_LEVELS[architecture];
-  if (!levels)
-    return variant === void 0 ? [NO_VARIANT, ANY_VARIANT] : [variant];
-  const exact = variant ?? NO_VARIANT;
-  const [, digits] = /^v(\d{1,2})$/.exec(variant ?? `v${levels.unnamed}`) ?? [];
-  if (digits === void 0)
-    return [exact];
-  const acceptable = [exact];
-  for (let level = Number(digits); level >= levels.lowest; level -= 1) {
-    acceptable.push(`v${level}`);
-    if (level === levels.unnamed)
-      acceptable.push(NO_VARIANT);
-  }
-  return acceptable;
+	const levels = VARIANT_LEVELS[architecture]
+	if (!levels) return variant === void 0 ? [NO_VARIANT, ANY_VARIANT] : [variant]
+	const exact = variant ?? NO_VARIANT
+	const [, digits] = /^v(\d{1,2})$/.exec(variant ?? `v${levels.unnamed}`) ?? []
+	if (digits === void 0) return [exact]
+	const acceptable = [exact]
+	for (let level = Number(digits); level >= levels.lowest; level -= 1) {
+		acceptable.push(`v${level}`)
+		if (level === levels.unnamed) acceptable.push(NO_VARIANT)
+	}
+	return acceptable
 }
-function matchPlatform(candidates, { os: system, architecture, variant }) {
-  const fitting = candidates.filter(({ platform }) => platform?.os === system && platform.architecture === architecture);
-  for (const acceptable of acceptableVariants(architecture, variant)) {
-    const match = fitting.find(({ platform }) => acceptable === ANY_VARIANT || (platform?.variant ?? NO_VARIANT) === acceptable);
-    if (match)
-      return match;
-  }
-  return void 0;
+function matchPlatform(candidates, {os: system, architecture, variant}) {
+	const fitting = candidates.filter(({platform}) => platform?.os === system && platform.architecture === architecture)
+	for (const acceptable of acceptableVariants(architecture, variant)) {
+		const match = fitting.find(
+			({platform}) => acceptable === ANY_VARIANT || (platform?.variant ?? NO_VARIANT) === acceptable
+		)
+		if (match) return match
+	}
+	return void 0
 }
-var isAttestation = ({ platform }) => platform?.os === "unknown" || platform?.architecture === "unknown";
-var versionOf = ({ tag, digest }) => digest ?? tag;
+var isAttestation = ({platform}) => platform?.os === "unknown" || platform?.architecture === "unknown"
+var versionOf = ({tag, digest}) => digest ?? tag
 async function resolveImage(session, reference, name, choice) {
-  const where = formatReference(reference);
-  const registry = registryOf(session, reference);
-  const asked = await registry.manifest(versionOf(reference));
-  const parsed = parseManifest(asked, where);
-  const source = { registry, where, asked };
-  const found = await findImages();
-  const finalName = name.replace(/@.*$/, `@${found.top.digest}`);
-  return { reference, registry, name: finalName, asked, ...found };
-  async function findImages() {
-    const readChild = childrenOf(registry, where);
-    if (choice === "all") {
-      const { concurrency } = session.settings;
-      const all = await collectAll(readChild, concurrency, where, asked);
-      return { top: asked, platform: "all", ...all };
-    }
-    if (choice !== "one")
-      return findImagesFor(session, source, choice);
-    if (parsed.kind === "image")
-      return findLoneImage(session, source, parsed);
-    return findImageOfIndex(session, readChild, where, parsed);
-  }
+	const where = formatReference(reference)
+	const registry = registryOf(session, reference)
+	const asked = await registry.manifest(versionOf(reference))
+	const parsed = parseManifest(asked, where)
+	const source = {registry, where, asked}
+	const found = await findImages()
+	const finalName = name.replace(/@.*$/, `@${found.top.digest}`)
+	return {reference, registry, name: finalName, asked, ...found}
+	async function findImages() {
+		const readChild = childrenOf(registry, where)
+		if (choice === "all") {
+			const {concurrency} = session.settings
+			const all = await collectAll(readChild, concurrency, where, asked)
+			return {top: asked, platform: "all", ...all}
+		}
+		if (choice !== "one") return findImagesFor(session, source, choice)
+		if (parsed.kind === "image") return findLoneImage(session, source, parsed)
+		return findImageOfIndex(session, readChild, where, parsed)
+	}
 }
-async function findLoneImage(session, { registry, where, asked: top }, manifest) {
-  const isConfig = CONFIG_TYPES.includes(manifest.config.mediaType);
-  const configBytes = isConfig ? await registry.config(manifest.config) : void 0;
-  const config = configBytes && parseJson(configBytes);
-  if (configBytes && claimsImage(manifest) && !isRecord(config))
-    fail("PROTOCOL", `${formatReference(registry.reference)}: its config is not a JSON object`);
-  const platform = isRecord(config) && config.os ? parsePlatform(config) : void 0;
-  if (platform)
-    checkPlatform(session, where, platform);
-  const content = { manifest, ...dropEmpty({ platform, configBytes }) };
-  return { top, manifests: [top], contents: [content], platform: formatPlatform(platform) };
+async function findLoneImage(session, {registry, where, asked: top}, manifest) {
+	const isConfig = CONFIG_TYPES.includes(manifest.config.mediaType)
+	const configBytes = isConfig ? await registry.config(manifest.config) : void 0
+	const config = configBytes && parseJson(configBytes)
+	if (configBytes && claimsImage(manifest) && !isRecord(config))
+		fail("PROTOCOL", `${formatReference(registry.reference)}: its config is not a JSON object`)
+	const platform = isRecord(config) && config.os ? parsePlatform(config) : void 0
+	if (platform) checkPlatform(session, where, platform)
+	const content = {manifest, ...dropEmpty({platform, configBytes})}
+	return {top, manifests: [top], contents: [content], platform: formatPlatform(platform)}
 }
-function checkPlatform({ settings, warn }, where, platform) {
-  const { wanted } = settings;
-  const asked = { ...platform, ...wanted };
-  const entry = { mediaType: "", digest: "", size: 0, platform };
-  const what = `it is one image, for ${formatPlatform(platform)}`;
-  if (!matchPlatform([entry], asked))
-    fail("NO_PLATFORM", `${where} has no image for ${formatPlatform(asked)}
-  ${what}`);
-  const host = wantedPlatform(wanted);
-  const isForHost = platform.architecture === host.architecture && ["linux", host.os].includes(platform.os);
-  if (!isForHost)
-    warn(`${where}: ${what}, not for this machine`);
+function checkPlatform({settings, warn}, where, platform) {
+	const {wanted} = settings
+	const asked = {...platform, ...wanted}
+	const entry = {mediaType: "", digest: "", size: 0, platform}
+	const what = `it is one image, for ${formatPlatform(platform)}`
+	if (!matchPlatform([entry], asked))
+		fail(
+			"NO_PLATFORM",
+			`${where} has no image for ${formatPlatform(asked)}
+  ${what}`
+		)
+	const host = wantedPlatform(wanted)
+	const isForHost = platform.architecture === host.architecture && ["linux", host.os].includes(platform.os)
+	if (!isForHost) warn(`${where}: ${what}, not for this machine`)
 }
 function childrenOf(registry, where) {
-  const asked = /* @__PURE__ */ new Set();
-  return async (descriptor) => {
-    const { digest, size, data, mediaType } = descriptor;
-    asked.add(digest);
-    if (asked.size > LIMITS.manifests)
-      fail("TOO_LARGE", `${where}: its indexes name more than ${LIMITS.manifests} manifests`);
-    if (data)
-      return { digest, bytes: data, mediaType: sniffMediaType(data, mediaType) ?? mediaType };
-    const child = await registry.manifest(digest);
-    if (child.bytes.length === size)
-      return child;
-    const actual = `${child.bytes.length} bytes, not ${size}`;
-    return fail("SIZE_MISMATCH", `${where}: ${digest} has ${actual}`);
-  };
+	const asked = /* @__PURE__ */ new Set()
+	return async descriptor => {
+		const {digest, size, data, mediaType} = descriptor
+		asked.add(digest)
+		if (asked.size > LIMITS.manifests)
+			fail("TOO_LARGE", `${where}: its indexes name more than ${LIMITS.manifests} manifests`)
+		if (data) return {digest, bytes: data, mediaType: sniffMediaType(data, mediaType) ?? mediaType}
+		const child = await registry.manifest(digest)
+		if (child.bytes.length === size) return child
+		const actual = `${child.bytes.length} bytes, not ${size}`
+		return fail("SIZE_MISMATCH", `${where}: ${digest} has ${actual}`)
+	}
 }
 function checkLayers(contents, where) {
-  if (sumOf(contents, ({ manifest }) => manifest.layers.length) > LIMITS.layers)
-    fail("TOO_LARGE", `${where}: more than ${LIMITS.layers} layers`);
+	if (sumOf(contents, ({manifest}) => manifest.layers.length) > LIMITS.layers)
+		fail("TOO_LARGE", `${where}: more than ${LIMITS.layers} layers`)
 }
 function checkDepth(depth, where) {
-  if (depth > LIMITS.indexDepth)
-    fail("TOO_LARGE", `${where}: indexes inside indexes, more than ${LIMITS.indexDepth} deep`);
+	if (depth > LIMITS.indexDepth)
+		fail("TOO_LARGE", `${where}: indexes inside indexes, more than ${LIMITS.indexDepth} deep`)
 }
 async function findImageOfIndex(session, readChild, where, index) {
-  const entry = await findPlatform(session, readChild, where, index);
-  const top = await readChild(entry);
-  const manifest = parseManifest(top, where);
-  if (manifest.kind !== "image")
-    return fail("PROTOCOL", `${where}: ${top.digest} is an index, and not said to be`);
-  const { platform } = entry;
-  const content = { manifest, ...dropEmpty({ platform }) };
-  return { top, manifests: [top], contents: [content], platform: formatPlatform(platform) };
+	const entry = await findPlatform(session, readChild, where, index)
+	const top = await readChild(entry)
+	const manifest = parseManifest(top, where)
+	if (manifest.kind !== "image") return fail("PROTOCOL", `${where}: ${top.digest} is an index, and not said to be`)
+	const {platform} = entry
+	const content = {manifest, ...dropEmpty({platform})}
+	return {top, manifests: [top], contents: [content], platform: formatPlatform(platform)}
 }
 async function findPlatform(session, readChild, where, top) {
-  const { settings, warn } = session;
-  const host = wantedPlatform(settings.wanted);
-  const onLinux = settings.wanted.os === void 0 ? { ...host, os: "linux" } : host;
-  const images = [];
-  let level = [top];
-  for (let depth = 1; level.length > 0; depth += 1) {
-    checkDepth(depth, where);
-    const listed = level.flatMap(({ manifests: manifests2 }) => manifests2);
-    const entries = listed.filter((entry) => !isAttestation(entry) && isManifestType(entry));
-    const nested = entries.filter(isIndex);
-    images.push(...entries.filter((entry) => !isIndex(entry)));
-    const match = matchPlatform(images, host) ?? loneEntry(entries);
-    if (match)
-      return match;
-    const mayHold = nested.filter((entry) => !entry.platform?.os || matchPlatform([entry], host) || matchPlatform([entry], onLinux));
-    const children = await mapConcurrently(mayHold, settings.concurrency, readChild);
-    const manifests = children.map((child) => parseManifest(child, where));
-    level = manifests.filter((manifest) => manifest.kind === "index");
-  }
-  const second = matchPlatform(images, onLinux);
-  if (second) {
-    warn(`${where} has nothing for ${host.os}: taking linux`);
-    return second;
-  }
-  const names = images.map(({ platform }) => formatPlatform(platform)).filter(Boolean);
-  const choices = names.length > 0 ? `it has: ${printable([...new Set(names)].join(", "), 1e3)} (--platform)` : "it has none for any platform, but cache or artifacts: --platform all takes them";
-  return fail("NO_PLATFORM", `${where} has no image for ${formatPlatform(host)}
-  ${choices}`);
+	const {settings, warn} = session
+	const host = wantedPlatform(settings.wanted)
+	const onLinux = settings.wanted.os === void 0 ? {...host, os: "linux"} : host
+	const images = []
+	let level = [top]
+	for (let depth = 1; level.length > 0; depth += 1) {
+		checkDepth(depth, where)
+		const listed = level.flatMap(({manifests: manifests2}) => manifests2)
+		const entries = listed.filter(entry => !isAttestation(entry) && isManifestType(entry))
+		const nested = entries.filter(isIndex)
+		images.push(...entries.filter(entry => !isIndex(entry)))
+		const match = matchPlatform(images, host) ?? loneEntry(entries)
+		if (match) return match
+		const mayHold = nested.filter(
+			entry => !entry.platform?.os || matchPlatform([entry], host) || matchPlatform([entry], onLinux)
+		)
+		const children = await mapConcurrently(mayHold, settings.concurrency, readChild)
+		const manifests = children.map(child => parseManifest(child, where))
+		level = manifests.filter(manifest => manifest.kind === "index")
+	}
+	const second = matchPlatform(images, onLinux)
+	if (second) {
+		warn(`${where} has nothing for ${host.os}: taking linux`)
+		return second
+	}
+	const names = images.map(({platform}) => formatPlatform(platform)).filter(Boolean)
+	const choices =
+		names.length > 0
+			? `it has: ${printable([...new Set(names)].join(", "), 1e3)} (--platform)`
+			: "it has none for any platform, but cache or artifacts: --platform all takes them"
+	return fail(
+		"NO_PLATFORM",
+		`${where} has no image for ${formatPlatform(host)}
+  ${choices}`
+	)
 }
-var isIndex = ({ mediaType }) => INDEX_TYPES.includes(mediaType);
-var isManifestType = ({ mediaType }) => mediaType === "" || MANIFEST_TYPES.includes(mediaType) || mediaType.startsWith(DOCKER_SCHEMA_1);
+var isIndex = ({mediaType}) => INDEX_TYPES.includes(mediaType)
+var isManifestType = ({mediaType}) =>
+	mediaType === "" || MANIFEST_TYPES.includes(mediaType) || mediaType.startsWith(DOCKER_SCHEMA_1)
 function loneEntry(entries) {
-  const [entry] = entries;
-  if (entries.length !== 1 || !entry || isIndex(entry))
-    return void 0;
-  return formatPlatform(entry.platform) === "" ? entry : void 0;
+	const [entry] = entries
+	if (entries.length !== 1 || !entry || isIndex(entry)) return void 0
+	return formatPlatform(entry.platform) === "" ? entry : void 0
 }
 async function pathTo(digest, from, readChild, where, depth = 0) {
-  checkDepth(depth, where);
-  const manifest = parseManifest(from, where);
-  if (manifest.kind === "image")
-    return void 0;
-  if (manifest.manifests.some((entry) => entry.digest === digest))
-    return [from];
-  for (const entry of manifest.manifests.filter(isIndex)) {
-    const child = await readChild(entry);
-    const path2 = child && await pathTo(digest, child, readChild, where, depth + 1);
-    if (path2)
-      return [from, ...path2];
-  }
-  return void 0;
+	checkDepth(depth, where)
+	const manifest = parseManifest(from, where)
+	if (manifest.kind === "image") return void 0
+	if (manifest.manifests.some(entry => entry.digest === digest)) return [from]
+	for (const entry of manifest.manifests.filter(isIndex)) {
+		const child = await readChild(entry)
+		const path2 = child && (await pathTo(digest, child, readChild, where, depth + 1))
+		if (path2) return [from, ...path2]
+	}
+	return void 0
 }
 async function findImagesFor(session, source, platforms) {
-  const { registry, where, asked: top } = source;
-  const readChild = childrenOf(registry, where);
-  const parsed = parseManifest(top, where);
-  const found = await mapConcurrently(platforms, 1, (wanted) => {
-    const wanting = { ...session, settings: { ...session.settings, wanted } };
-    return parsed.kind === "image" ? findLoneImage(wanting, source, parsed) : findImageOfIndex(wanting, readChild, where, parsed);
-  });
-  const images = new Map(found.map((image) => [image.top.digest, image]));
-  const entries = parsed.kind === "index" ? parsed.manifests.map(({ digest }) => digest) : [];
-  const placed = await mapConcurrently([...images.values()], 1, async (image) => {
-    const indexes = await pathTo(image.top.digest, top, readChild, where) ?? [];
-    return { ...image, indexes, place: entries.indexOf((indexes[1] ?? image.top).digest) };
-  });
-  const ordered = placed.sort((left, right) => left.place - right.place);
-  const kept = [top, ...ordered.flatMap((image) => [...image.indexes, image.top])];
-  const manifests = new Map(kept.map((each) => [each.digest, each]));
-  if (parsed.kind === "index")
-    warnOfPartialIndex(session, where, parsed, manifests);
-  const platform = ordered.map((image) => image.platform).join(",");
-  const contents = ordered.flatMap((image) => image.contents);
-  return { top, manifests: [...manifests.values()], contents, platform };
+	const {registry, where, asked: top} = source
+	const readChild = childrenOf(registry, where)
+	const parsed = parseManifest(top, where)
+	const found = await mapConcurrently(platforms, 1, wanted => {
+		const wanting = {...session, settings: {...session.settings, wanted}}
+		return parsed.kind === "image"
+			? findLoneImage(wanting, source, parsed)
+			: findImageOfIndex(wanting, readChild, where, parsed)
+	})
+	const images = new Map(found.map(image => [image.top.digest, image]))
+	const entries = parsed.kind === "index" ? parsed.manifests.map(({digest}) => digest) : []
+	const placed = await mapConcurrently([...images.values()], 1, async image => {
+		const indexes = (await pathTo(image.top.digest, top, readChild, where)) ?? []
+		return {...image, indexes, place: entries.indexOf((indexes[1] ?? image.top).digest)}
+	})
+	const ordered = placed.sort((left, right) => left.place - right.place)
+	const kept = [top, ...ordered.flatMap(image => [...image.indexes, image.top])]
+	const manifests = new Map(kept.map(each => [each.digest, each]))
+	if (parsed.kind === "index") warnOfPartialIndex(session, where, parsed, manifests)
+	const platform = ordered.map(image => image.platform).join(",")
+	const contents = ordered.flatMap(image => image.contents)
+	return {top, manifests: [...manifests.values()], contents, platform}
 }
-function warnOfPartialIndex({ warn }, where, { manifests: entries }, kept) {
-  const missing = entries.filter(({ digest }) => !kept.has(digest));
-  if (missing.length === 0)
-    return;
-  const platforms = entries.filter((entry) => !isAttestation(entry));
-  const taken = platforms.filter(({ digest }) => kept.has(digest));
-  const without = missing.every(isAttestation) ? ", without their attestations" : "";
-  warn(`${where}: ${taken.length} of ${counted(platforms.length, "platform")}${without}: ctr --all-platforms, skopeo --all and crane push of a folder want the whole index`);
+function warnOfPartialIndex({warn}, where, {manifests: entries}, kept) {
+	const missing = entries.filter(({digest}) => !kept.has(digest))
+	if (missing.length === 0) return
+	const platforms = entries.filter(entry => !isAttestation(entry))
+	const taken = platforms.filter(({digest}) => kept.has(digest))
+	const without = missing.every(isAttestation) ? ", without their attestations" : ""
+	warn(
+		`${where}: ${taken.length} of ${counted(platforms.length, "platform")}${without}: ctr --all-platforms, skopeo --all and crane push of a folder want the whole index`
+	)
 }
 async function collectAll(readChild, limit, where, top) {
-  const manifests = /* @__PURE__ */ new Map([[top.digest, top]]);
-  const contents = [];
-  const blobs = [];
-  await collect(top, 0);
-  contents.sort((left, right) => Number(isAttestation(left)) - Number(isAttestation(right)));
-  return { manifests: [...manifests.values()], contents, blobs };
-  async function collect(fetched, depth, platform) {
-    checkDepth(depth, where);
-    const { digest } = fetched;
-    const manifest = parseManifest(fetched, where);
-    if (manifest.kind === "image") {
-      contents.push({ digest, manifest, ...dropEmpty({ platform }) });
-      checkLayers(contents, where);
-      return;
-    }
-    blobs.push(...manifest.manifests.filter((entry) => !isManifestType(entry)));
-    const entries = manifest.manifests.filter((entry) => isManifestType(entry) && !manifests.has(entry.digest));
-    const children = await mapConcurrently(entries, limit, readChild);
-    for (const [at, child] of children.entries()) {
-      if (!child || manifests.has(child.digest))
-        continue;
-      manifests.set(child.digest, child);
-      await collect(child, depth + 1, entries[at]?.platform);
-    }
-  }
+	const manifests = /* @__PURE__ */ new Map([[top.digest, top]])
+	const contents = []
+	const blobs = []
+	await collect(top, 0)
+	contents.sort((left, right) => Number(isAttestation(left)) - Number(isAttestation(right)))
+	return {manifests: [...manifests.values()], contents, blobs}
+	async function collect(fetched, depth, platform) {
+		checkDepth(depth, where)
+		const {digest} = fetched
+		const manifest = parseManifest(fetched, where)
+		if (manifest.kind === "image") {
+			contents.push({digest, manifest, ...dropEmpty({platform})})
+			checkLayers(contents, where)
+			return
+		}
+		blobs.push(...manifest.manifests.filter(entry => !isManifestType(entry)))
+		const entries = manifest.manifests.filter(entry => isManifestType(entry) && !manifests.has(entry.digest))
+		const children = await mapConcurrently(entries, limit, readChild)
+		for (const [at, child] of children.entries()) {
+			if (!child || manifests.has(child.digest)) continue
+			manifests.set(child.digest, child)
+			await collect(child, depth + 1, entries[at]?.platform)
+		}
+	}
 }
-var BLOCK = 512;
-var CHECKSUM_AT = 148;
-var CHECKSUM_BYTES = 8;
-var LARGEST_USTAR_SIZE = 8589934591;
-var LONGEST_USTAR_NAME = 100;
-var paddingOf = (sizeBytes) => (BLOCK - sizeBytes % BLOCK) % BLOCK;
+var BLOCK = 512
+var CHECKSUM_AT = 148
+var CHECKSUM_BYTES = 8
+var LARGEST_USTAR_SIZE = 8589934591
+var LONGEST_USTAR_NAME = 100
+var paddingOf = sizeBytes => (BLOCK - (sizeBytes % BLOCK)) % BLOCK
 function checksumOf(header) {
-  let sum = CHECKSUM_BYTES * 32;
-  for (let at = 0; at < BLOCK; at += 1) {
-    const isChecksum = at >= CHECKSUM_AT && at < CHECKSUM_AT + CHECKSUM_BYTES;
-    if (!isChecksum)
-      sum += header[at] ?? 0;
-  }
-  return sum;
+	let sum = CHECKSUM_BYTES * 32
+	for (let at = 0; at < BLOCK; at += 1) {
+		const isChecksum = at >= CHECKSUM_AT && at < CHECKSUM_AT + CHECKSUM_BYTES
+		if (!isChecksum) sum += header[at] ?? 0
+	}
+	return sum
 }
 function encodeUstarHeader(name, sizeBytes, type) {
-  const octal = (value, digits) => value.toString(8).padStart(digits, "0");
-  const fields = [
-    [100, name],
-    [8, octal(type === "5" ? 493 : 420, 7)],
-    [8, octal(0, 7)],
-    [8, octal(0, 7)],
-    [12, octal(sizeBytes, 11)],
-    [12, octal(0, 11)],
-    [CHECKSUM_BYTES, ""],
-    [1, type],
-    [100, ""],
-    [6, "ustar"],
-    [2, "00"],
-    [32, ""],
-    [32, ""],
-    [8, octal(0, 7)],
-    [8, octal(0, 7)],
-    [155, ""]
-  ];
-  const header = Buffer.alloc(BLOCK);
-  let offset = 0;
-  for (const [widthBytes, text] of fields) {
-    header.write(text, offset, "latin1");
-    offset += widthBytes;
-  }
-  header.write(`${octal(checksumOf(header), 6)}\0 `, CHECKSUM_AT, "latin1");
-  return header;
+	const octal = (value, digits) => value.toString(8).padStart(digits, "0")
+	const fields = [
+		[100, name],
+		[8, octal(type === "5" ? 493 : 420, 7)],
+		[8, octal(0, 7)],
+		[8, octal(0, 7)],
+		[12, octal(sizeBytes, 11)],
+		[12, octal(0, 11)],
+		[CHECKSUM_BYTES, ""],
+		[1, type],
+		[100, ""],
+		[6, "ustar"],
+		[2, "00"],
+		[32, ""],
+		[32, ""],
+		[8, octal(0, 7)],
+		[8, octal(0, 7)],
+		[155, ""]
+	]
+	const header = Buffer.alloc(BLOCK)
+	let offset = 0
+	for (const [widthBytes, text] of fields) {
+		header.write(text, offset, "latin1")
+		offset += widthBytes
+	}
+	header.write(`${octal(checksumOf(header), 6)}\0 `, CHECKSUM_AT, "latin1")
+	return header
 }
 function encodePaxRecord(key, value) {
-  const rest = ` ${key}=${value}
-`;
-  const withGuess = rest.length + String(rest.length).length;
-  return `${rest.length + String(withGuess).length}${rest}`;
+	const rest = ` ${key}=${value}
+`
+	const withGuess = rest.length + String(rest.length).length
+	return `${rest.length + String(withGuess).length}${rest}`
 }
 function encodeTarHeader(name, sizeBytes) {
-  const isLong = name.length > LONGEST_USTAR_NAME;
-  const isLarge = sizeBytes > LARGEST_USTAR_SIZE;
-  const shortName = name.slice(0, LONGEST_USTAR_NAME);
-  const type = name.endsWith("/") ? "5" : "0";
-  const header = encodeUstarHeader(shortName, isLarge ? 0 : sizeBytes, type);
-  if (!isLong && !isLarge)
-    return header;
-  const records = [
-    isLong ? encodePaxRecord("path", name) : "",
-    isLarge ? encodePaxRecord("size", String(sizeBytes)) : ""
-  ].join("");
-  const extension = Buffer.alloc(records.length + paddingOf(records.length));
-  extension.write(records, "latin1");
-  return Buffer.concat([
-    encodeUstarHeader("PaxHeaders/blob", records.length, "x"),
-    extension,
-    header
-  ]);
+	const isLong = name.length > LONGEST_USTAR_NAME
+	const isLarge = sizeBytes > LARGEST_USTAR_SIZE
+	const shortName = name.slice(0, LONGEST_USTAR_NAME)
+	const type = name.endsWith("/") ? "5" : "0"
+	const header = encodeUstarHeader(shortName, isLarge ? 0 : sizeBytes, type)
+	if (!isLong && !isLarge) return header
+	const records = [
+		isLong ? encodePaxRecord("path", name) : "",
+		isLarge ? encodePaxRecord("size", String(sizeBytes)) : ""
+	].join("")
+	const extension = Buffer.alloc(records.length + paddingOf(records.length))
+	extension.write(records, "latin1")
+	return Buffer.concat([encodeUstarHeader("PaxHeaders/blob", records.length, "x"), extension, header])
 }
-var blobPath = (digest) => `blobs/${digest.replace(":", "/")}`;
-var NAME_KEYS = ["io.containerd.image.name", "org.opencontainers.image.ref.name"];
-function indexEntry({ name, top, kind }) {
-  const names = Object.fromEntries(NAME_KEYS.map((key) => [key, name]));
-  const annotations = { ...names, ...dropEmpty({ kind }) };
-  return { mediaType: top.mediaType, digest: top.digest, size: top.bytes.length, annotations };
+var blobPath = digest => `blobs/${digest.replace(":", "/")}`
+var NAME_KEYS = ["io.containerd.image.name", "org.opencontainers.image.ref.name"]
+function indexEntry({name, top, kind}) {
+	const names = Object.fromEntries(NAME_KEYS.map(key => [key, name]))
+	const annotations = {...names, ...dropEmpty({kind})}
+	return {mediaType: top.mediaType, digest: top.digest, size: top.bytes.length, annotations}
 }
-function dockerImageOf({ contents }) {
-  const images = contents.filter(isImageContent);
-  const usual = images.find(({ platform }) => formatPlatform(platform) === "linux/amd64");
-  return usual ?? images[0];
+function dockerImageOf({contents}) {
+	const images = contents.filter(isImageContent)
+	const usual = images.find(({platform}) => formatPlatform(platform) === "linux/amd64")
+	return usual ?? images[0]
 }
 function dockerEntry(image) {
-  const chosen = dockerImageOf(image);
-  if (!chosen)
-    return void 0;
-  const { config, layers } = chosen.manifest;
-  return {
-    Config: blobPath(config.digest),
-    RepoTags: image.name.includes("@") ? [] : [image.name],
-    Layers: layers.map(({ digest }) => blobPath(digest))
-  };
+	const chosen = dockerImageOf(image)
+	if (!chosen) return void 0
+	const {config, layers} = chosen.manifest
+	return {
+		Config: blobPath(config.digest),
+		RepoTags: image.name.includes("@") ? [] : [image.name],
+		Layers: layers.map(({digest}) => blobPath(digest))
+	}
 }
 function parseDockerEntry(value) {
-  if (!isRecord(value))
-    return void 0;
-  const { Config: config, RepoTags, Layers } = value;
-  const tags = RepoTags ?? [];
-  const layers = Layers ?? [];
-  if (typeof config !== "string" || !isStringList(tags) || !isStringList(layers))
-    return void 0;
-  return { config, tags, layers };
+	if (!isRecord(value)) return void 0
+	const {Config: config, RepoTags, Layers} = value
+	const tags = RepoTags ?? []
+	const layers = Layers ?? []
+	if (typeof config !== "string" || !isStringList(tags) || !isStringList(layers)) return void 0
+	return {config, tags, layers}
 }
-var isStringList = (list) => Array.isArray(list) && list.every((each) => typeof each === "string");
+var isStringList = list => Array.isArray(list) && list.every(each => typeof each === "string")
 var PlannedFiles = class {
-  files = /* @__PURE__ */ new Map();
-  omitted = /* @__PURE__ */ new Map();
-  addBytes(name, bytes) {
-    this.files.set(name, { sizeBytes: bytes.length, bytes });
-  }
-  addBlob(blob, bytes = blob.descriptor.data) {
-    const { digest, size } = blob.descriptor;
-    const name = blobPath(digest);
-    const planned = this.files.get(name);
-    const plannedBytes = planned?.sizeBytes ?? size;
-    if (plannedBytes !== size)
-      fail("SIZE_MISMATCH", `${digest} is said to have ${size} bytes here, ${plannedBytes} there`);
-    if (planned)
-      return;
-    if (bytes)
-      this.addBytes(name, bytes);
-    else
-      this.files.set(name, { sizeBytes: size, blob });
-  }
-  addImage(image, omit) {
-    const { registry, manifests, contents, blobs = [] } = image;
-    for (const { digest, bytes } of manifests)
-      this.addBytes(blobPath(digest), bytes);
-    for (const descriptor of blobs)
-      this.addBlob({ descriptor, registry });
-    for (const { manifest, configBytes } of contents) {
-      this.addBlob({ descriptor: manifest.config, registry }, configBytes);
-      for (const descriptor of manifest.layers) {
-        const isPlanned = this.files.has(blobPath(descriptor.digest));
-        if (omit.has(descriptor.digest) && !isPlanned)
-          this.omitted.set(descriptor.digest, descriptor);
-        else
-          this.addBlob({ descriptor, registry });
-      }
-    }
-  }
-};
+	files = /* @__PURE__ */ new Map()
+	omitted = /* @__PURE__ */ new Map()
+	addBytes(name, bytes) {
+		this.files.set(name, {sizeBytes: bytes.length, bytes})
+	}
+	addBlob(blob, bytes = blob.descriptor.data) {
+		const {digest, size} = blob.descriptor
+		const name = blobPath(digest)
+		const planned = this.files.get(name)
+		const plannedBytes = planned?.sizeBytes ?? size
+		if (plannedBytes !== size)
+			fail("SIZE_MISMATCH", `${digest} is said to have ${size} bytes here, ${plannedBytes} there`)
+		if (planned) return
+		if (bytes) this.addBytes(name, bytes)
+		else this.files.set(name, {sizeBytes: size, blob})
+	}
+	addImage(image, omit) {
+		const {registry, manifests, contents, blobs = []} = image
+		for (const {digest, bytes} of manifests) this.addBytes(blobPath(digest), bytes)
+		for (const descriptor of blobs) this.addBlob({descriptor, registry})
+		for (const {manifest, configBytes} of contents) {
+			this.addBlob({descriptor: manifest.config, registry}, configBytes)
+			for (const descriptor of manifest.layers) {
+				const isPlanned = this.files.has(blobPath(descriptor.digest))
+				if (omit.has(descriptor.digest) && !isPlanned) this.omitted.set(descriptor.digest, descriptor)
+				else this.addBlob({descriptor, registry})
+			}
+		}
+	}
+}
 function planTar(images, omit = /* @__PURE__ */ new Set(), extras = {}) {
-  const planned = new PlannedFiles();
-  const manifests = [...images.map(indexEntry), ...extras.indexEntries ?? []];
-  const listed = images.map(dockerEntry).filter((entry) => entry !== void 0);
-  planned.addBytes("oci-layout", encodeJson({ imageLayoutVersion: "1.0.0" }));
-  planned.addBytes("index.json", encodeJson({ schemaVersion: 2, mediaType: OCI_INDEX, manifests }));
-  planned.addBytes("manifest.json", encodeJson(listed));
-  for (const image of images)
-    planned.addImage(image, omit);
-  for (const { digest, bytes } of extras.documents ?? [])
-    planned.addBytes(blobPath(digest), bytes);
-  for (const blob of extras.blobs ?? [])
-    planned.addBlob(blob);
-  return { ...layOut(withFolders(planned.files)), omitted: [...planned.omitted.values()] };
+	const planned = new PlannedFiles()
+	const manifests = [...images.map(indexEntry), ...(extras.indexEntries ?? [])]
+	const listed = images.map(dockerEntry).filter(entry => entry !== void 0)
+	planned.addBytes("oci-layout", encodeJson({imageLayoutVersion: "1.0.0"}))
+	planned.addBytes("index.json", encodeJson({schemaVersion: 2, mediaType: OCI_INDEX, manifests}))
+	planned.addBytes("manifest.json", encodeJson(listed))
+	for (const image of images) planned.addImage(image, omit)
+	for (const {digest, bytes} of extras.documents ?? []) planned.addBytes(blobPath(digest), bytes)
+	for (const blob of extras.blobs ?? []) planned.addBlob(blob)
+	return {...layOut(withFolders(planned.files)), omitted: [...planned.omitted.values()]}
 }
 function withFolders(files) {
-  const algorithms = [...files.keys()].flatMap((name) => /^blobs\/\w+\//.exec(name) ?? []);
-  const folders = /* @__PURE__ */ new Set(["blobs/", "blobs/sha256/", ...algorithms.sort()]);
-  const nothing = { sizeBytes: 0 };
-  return new Map([...[...folders].map((name) => [name, nothing]), ...files]);
+	const algorithms = [...files.keys()].flatMap(name => /^blobs\/\w+\//.exec(name) ?? [])
+	const folders = /* @__PURE__ */ new Set(["blobs/", "blobs/sha256/", ...algorithms.sort()])
+	const nothing = {sizeBytes: 0}
+	return new Map([...[...folders].map(name => [name, nothing]), ...files])
 }
 function layOut(files) {
-  const entries = [];
-  const identity = newHash("sha256:");
-  let offset = 0;
-  let blobBytes = 0;
-  for (const [name, content] of files) {
-    const padding = Buffer.alloc(paddingOf(offset));
-    const lead = Buffer.concat([padding, encodeTarHeader(name, content.sizeBytes)]);
-    offset += lead.length;
-    entries.push({ name, lead, offset, ...content });
-    identity.update(lead).update(content.bytes ?? "");
-    if (content.blob)
-      blobBytes += content.sizeBytes;
-    offset += content.sizeBytes;
-  }
-  const trailer = Buffer.alloc(paddingOf(offset) + 2 * BLOCK);
-  const sizeBytes = offset + trailer.length;
-  return { entries, trailer, sizeBytes, blobBytes, id: identity.digest("hex") };
+	const entries = []
+	const identity = newHash("sha256:")
+	let offset = 0
+	let blobBytes = 0
+	for (const [name, content] of files) {
+		const padding = Buffer.alloc(paddingOf(offset))
+		const lead = Buffer.concat([padding, encodeTarHeader(name, content.sizeBytes)])
+		offset += lead.length
+		entries.push({name, lead, offset, ...content})
+		identity.update(lead).update(content.bytes ?? "")
+		if (content.blob) blobBytes += content.sizeBytes
+		offset += content.sizeBytes
+	}
+	const trailer = Buffer.alloc(paddingOf(offset) + 2 * BLOCK)
+	const sizeBytes = offset + trailer.length
+	return {entries, trailer, sizeBytes, blobBytes, id: identity.digest("hex")}
 }
-var refuseTar = (reason) => fail("BAD_TAR", reason);
+var refuseTar = reason => fail("BAD_TAR", reason)
 function untilNul(bytes) {
-  const end = bytes.indexOf(0);
-  return bytes.toString("utf8", 0, end < 0 ? bytes.length : end);
+	const end = bytes.indexOf(0)
+	return bytes.toString("utf8", 0, end < 0 ? bytes.length : end)
 }
-var LINE_END = 10;
-var SPACE = 32;
-var DIGIT_0 = 48;
-var DIGIT_7 = 55;
+var LINE_END = 10
+var SPACE = 32
+var DIGIT_0 = 48
+var DIGIT_7 = 55
 function readTarNumber(header, offset, widthBytes) {
-  const isBinary = ((header[offset] ?? 0) & 128) !== 0;
-  if (isBinary)
-    return readBinaryNumber(header.subarray(offset, offset + widthBytes));
-  const isBlank = (at2) => header[at2] === SPACE || header[at2] === 0;
-  let at = offset;
-  let end = offset + widthBytes;
-  while (at < end && isBlank(at))
-    at += 1;
-  while (at < end && isBlank(end - 1))
-    end -= 1;
-  let value = 0;
-  for (; at < end && header[at] !== 0; at += 1) {
-    const digit = header[at] ?? 0;
-    if (digit < DIGIT_0 || digit > DIGIT_7)
-      refuseTar("a number in a header is not octal");
-    value = value * 8 + digit - DIGIT_0;
-  }
-  return value;
+	const isBinary = ((header[offset] ?? 0) & 128) !== 0
+	if (isBinary) return readBinaryNumber(header.subarray(offset, offset + widthBytes))
+	const isBlank = at2 => header[at2] === SPACE || header[at2] === 0
+	let at = offset
+	let end = offset + widthBytes
+	while (at < end && isBlank(at)) at += 1
+	while (at < end && isBlank(end - 1)) end -= 1
+	let value = 0
+	for (; at < end && header[at] !== 0; at += 1) {
+		const digit = header[at] ?? 0
+		if (digit < DIGIT_0 || digit > DIGIT_7) refuseTar("a number in a header is not octal")
+		value = value * 8 + digit - DIGIT_0
+	}
+	return value
 }
 function readBinaryNumber(field) {
-  const isNegative = ((field[0] ?? 0) & 64) !== 0;
-  if (isNegative)
-    refuseTar("a number in a header is negative");
-  let value = (field[0] ?? 0) & 63;
-  for (const byte of field.subarray(1))
-    value = value * 256 + byte;
-  return value;
+	const isNegative = ((field[0] ?? 0) & 64) !== 0
+	if (isNegative) refuseTar("a number in a header is negative")
+	let value = (field[0] ?? 0) & 63
+	for (const byte of field.subarray(1)) value = value * 256 + byte
+	return value
 }
 var PAX_KEYS = [
-  "path",
-  "linkpath",
-  "size",
-  "GNU.sparse.major",
-  "GNU.sparse.minor",
-  "GNU.sparse.name",
-  "GNU.sparse.realsize",
-  "GNU.sparse.size",
-  "GNU.sparse.map",
-  "GNU.sparse.offset",
-  "GNU.sparse.numbytes"
-];
+	"path",
+	"linkpath",
+	"size",
+	"GNU.sparse.major",
+	"GNU.sparse.minor",
+	"GNU.sparse.name",
+	"GNU.sparse.realsize",
+	"GNU.sparse.size",
+	"GNU.sparse.map",
+	"GNU.sparse.offset",
+	"GNU.sparse.numbytes"
+]
 function paxRecordAt(body, at) {
-  const refuse = () => refuseTar("a pax record is malformed");
-  const space = body.indexOf(SPACE, at);
-  if (space < 0 || space > at + 10)
-    return refuse();
-  const digits = body.toString("latin1", at, space);
-  const end = at + Number(digits);
-  const equals = body.indexOf("=", space);
-  const hasKey = equals > space + 1 && equals < end;
-  const isWhole = /^\d+$/.test(digits) && end <= body.length && body[end - 1] === LINE_END;
-  if (!hasKey || !isWhole)
-    return refuse();
-  const key = body.toString("utf8", space + 1, equals);
-  return { key, value: body.subarray(equals + 1, end - 1), end };
+	const refuse = () => refuseTar("a pax record is malformed")
+	const space = body.indexOf(SPACE, at)
+	if (space < 0 || space > at + 10) return refuse()
+	const digits = body.toString("latin1", at, space)
+	const end = at + Number(digits)
+	const equals = body.indexOf("=", space)
+	const hasKey = equals > space + 1 && equals < end
+	const isWhole = /^\d+$/.test(digits) && end <= body.length && body[end - 1] === LINE_END
+	if (!hasKey || !isWhole) return refuse()
+	const key = body.toString("utf8", space + 1, equals)
+	return {key, value: body.subarray(equals + 1, end - 1), end}
 }
 function parsePaxRecords(body) {
-  const records = /* @__PURE__ */ new Map();
-  const sparsePieces = [];
-  for (let at = 0; at < body.length; ) {
-    const { key, value, end } = paxRecordAt(body, at);
-    at = end;
-    if (!PAX_KEYS.includes(key))
-      continue;
-    if (value.includes(0))
-      refuseTar("a pax record is malformed");
-    if (key === "GNU.sparse.offset" || key === "GNU.sparse.numbytes")
-      sparsePieces.push(value.toString("utf8"));
-    else
-      records.set(key, value.toString("utf8"));
-  }
-  if (sparsePieces.length > 0)
-    records.set("GNU.sparse.map", sparsePieces.join(","));
-  return records;
+	const records = /* @__PURE__ */ new Map()
+	const sparsePieces = []
+	for (let at = 0; at < body.length; ) {
+		const {key, value, end} = paxRecordAt(body, at)
+		at = end
+		if (!PAX_KEYS.includes(key)) continue
+		if (value.includes(0)) refuseTar("a pax record is malformed")
+		if (key === "GNU.sparse.offset" || key === "GNU.sparse.numbytes") sparsePieces.push(value.toString("utf8"))
+		else records.set(key, value.toString("utf8"))
+	}
+	if (sparsePieces.length > 0) records.set("GNU.sparse.map", sparsePieces.join(","))
+	return records
 }
 function sparseMapOf(numbers, realBytes) {
-  const pieces = [];
-  let before = 0;
-  for (let at = 0; at + 1 < numbers.length; at += 2) {
-    const [from = 0, length = 0] = numbers.slice(at, at + 2);
-    const isInOrder = Number.isSafeInteger(from + length) && from >= before;
-    if (!isInOrder || from + length > realBytes)
-      refuseTar("the map of a sparse file is wrong");
-    if (length > 0)
-      pieces.push([from, from + length]);
-    before = from + length;
-  }
-  if (numbers.length % 2 > 0)
-    refuseTar("the map of a sparse file is wrong");
-  return { realBytes, pieces };
+	const pieces = []
+	let before = 0
+	for (let at = 0; at + 1 < numbers.length; at += 2) {
+		const [from = 0, length = 0] = numbers.slice(at, at + 2)
+		const isInOrder = Number.isSafeInteger(from + length) && from >= before
+		if (!isInOrder || from + length > realBytes) refuseTar("the map of a sparse file is wrong")
+		if (length > 0) pieces.push([from, from + length])
+		before = from + length
+	}
+	if (numbers.length % 2 > 0) refuseTar("the map of a sparse file is wrong")
+	return {realBytes, pieces}
 }
 var TarDecoder = class {
-  wantedBytes = BLOCK;
-  isAtEnd = false;
-  hasTrailer = false;
-  #records = /* @__PURE__ */ new Map();
-  #longNames = /* @__PURE__ */ new Map();
-  #continuation;
-  take(bytes) {
-    const continuation = this.#continuation;
-    this.#continuation = void 0;
-    this.wantedBytes = BLOCK;
-    return continuation ? continuation(bytes) : this.#takeHeader(bytes);
-  }
-  #expect(wantedBytes, continuation) {
-    this.wantedBytes = wantedBytes;
-    this.#continuation = continuation;
-  }
-  #takeHeader(block) {
-    if (block[0] === 0 && block.every((byte) => byte === 0)) {
-      this.isAtEnd = this.hasTrailer;
-      this.hasTrailer = true;
-      return void 0;
-    }
-    if (this.hasTrailer)
-      refuseTar("it goes on after the block of zeros that ends it");
-    if (statedChecksum(block) !== checksumOf(block))
-      refuseTar("it is not a tar, or is damaged (a header's checksum)");
-    const numberFields = [100, 108, 116, ...isUstar(block) ? [329, 337] : []];
-    for (const offset of numberFields)
-      readTarNumber(block, offset, 8);
-    readTarNumber(block, 136, 12);
-    const sizeBytes = readTarNumber(block, 124, 12);
-    const type = String.fromCharCode(block[156] || DIGIT_0);
-    if ("xgLK".includes(type))
-      return this.#takeExtension(type, sizeBytes);
-    return this.#takeEntry(block, type, sizeBytes);
-  }
-  #takeExtension(type, sizeBytes) {
-    if (sizeBytes > LIMITS.tarExtensionBytes)
-      refuseTar("an extended header is too large");
-    const use = (body) => {
-      const content = body.subarray(0, sizeBytes);
-      const records = "xg".includes(type) ? parsePaxRecords(content) : /* @__PURE__ */ new Map();
-      if (type === "x")
-        this.#records = records;
-      if (type === "g")
-        this.#forgetExtensions();
-      if (type === "L")
-        this.#longNames.set("path", untilNul(content));
-      if (type === "K")
-        this.#longNames.set("linkpath", untilNul(content));
-    };
-    if (sizeBytes === 0)
-      return use(Buffer.alloc(0));
-    return this.#expect(sizeBytes + paddingOf(sizeBytes), use);
-  }
-  #forgetExtensions() {
-    this.#records = /* @__PURE__ */ new Map();
-    this.#longNames = /* @__PURE__ */ new Map();
-  }
-  #takeEntry(block, type, headerBytes) {
-    const records = this.#records;
-    const longNames = this.#longNames;
-    this.#forgetExtensions();
-    const name = records.get("GNU.sparse.name") || longNames.get("path") || records.get("path") || headerName(block);
-    const linkName = longNames.get("linkpath") || records.get("linkpath") || untilNul(block.subarray(157, 257));
-    const storedBytes = contentBytes(records, headerBytes);
-    const isFolder = type === "5" || block[156] === 0 && name.endsWith("/");
-    const isEmpty = isFolder || "123456".includes(type);
-    const header = {
-      name,
-      sizeBytes: isEmpty ? 0 : storedBytes,
-      type: isFolder ? "5" : type,
-      linkName
-    };
-    if (type === "S")
-      return this.#takeOldSparse(block, header);
-    if (records.get("GNU.sparse.major") === "1")
-      return this.#takeNewSparse(records, header);
-    const map = records.get("GNU.sparse.map");
-    if (map === void 0)
-      return header;
-    const realBytes = Number(records.get("GNU.sparse.size") ?? -1);
-    const numbers = map === "" ? [] : map.split(",").map(Number);
-    return { ...header, holes: sparseMapOf(numbers, realBytes) };
-  }
-  #takeOldSparse(block, header) {
-    const numbers = [];
-    const realBytes = readTarNumber(block, 483, 12);
-    const takePieces = (from, offset, count) => {
-      const end = offset + count * 24;
-      for (let at = offset; at < end && from[at] !== 0; at += 24)
-        numbers.push(readTarNumber(from, at, 12), readTarNumber(from, at + 12, 12));
-      const isContinued = (from[end] ?? 0) !== 0;
-      if (!isContinued)
-        return { ...header, holes: sparseMapOf(numbers, realBytes) };
-      if (numbers.length * 12 > LIMITS.tarExtensionBytes)
-        refuseTar("the map of a sparse file is too large");
-      return this.#expect(BLOCK, (more) => takePieces(more, 0, 21));
-    };
-    return takePieces(block, 386, 4);
-  }
-  #takeNewSparse(records, header) {
-    const realBytes = Number(records.get("GNU.sparse.realsize") ?? -1);
-    let text = "";
-    const takeLines = (block) => {
-      text += block.toString("latin1");
-      if (text.length > LIMITS.tarExtensionBytes)
-        refuseTar("the map of a sparse file is too large");
-      const [count = "", ...lines] = text.split("\n");
-      const isWhole = lines.length > 2 * Number(count);
-      if (!isWhole)
-        return this.#expect(BLOCK, takeLines);
-      const numbers = lines.slice(0, 2 * Number(count));
-      if (![count, ...numbers].every((line) => /^\d+$/.test(line)))
-        refuseTar("the map of a sparse file is wrong");
-      const sizeBytes = header.sizeBytes - text.length;
-      if (sizeBytes < 0)
-        refuseTar("the map of a sparse file is wrong");
-      return { ...header, sizeBytes, holes: sparseMapOf(numbers.map(Number), realBytes) };
-    };
-    return this.#expect(BLOCK, takeLines);
-  }
-};
+	wantedBytes = BLOCK
+	isAtEnd = false
+	hasTrailer = false
+	#records = /* @__PURE__ */ new Map()
+	#longNames = /* @__PURE__ */ new Map()
+	#continuation
+	take(bytes) {
+		const continuation = this.#continuation
+		this.#continuation = void 0
+		this.wantedBytes = BLOCK
+		return continuation ? continuation(bytes) : this.#takeHeader(bytes)
+	}
+	#expect(wantedBytes, continuation) {
+		this.wantedBytes = wantedBytes
+		this.#continuation = continuation
+	}
+	#takeHeader(block) {
+		if (block[0] === 0 && block.every(byte => byte === 0)) {
+			this.isAtEnd = this.hasTrailer
+			this.hasTrailer = true
+			return void 0
+		}
+		if (this.hasTrailer) refuseTar("it goes on after the block of zeros that ends it")
+		if (statedChecksum(block) !== checksumOf(block)) refuseTar("it is not a tar, or is damaged (a header's checksum)")
+		const numberFields = [100, 108, 116, ...(isUstar(block) ? [329, 337] : [])]
+		for (const offset of numberFields) readTarNumber(block, offset, 8)
+		readTarNumber(block, 136, 12)
+		const sizeBytes = readTarNumber(block, 124, 12)
+		const type = String.fromCharCode(block[156] || DIGIT_0)
+		if ("xgLK".includes(type)) return this.#takeExtension(type, sizeBytes)
+		return this.#takeEntry(block, type, sizeBytes)
+	}
+	#takeExtension(type, sizeBytes) {
+		if (sizeBytes > LIMITS.tarExtensionBytes) refuseTar("an extended header is too large")
+		const use = body => {
+			const content = body.subarray(0, sizeBytes)
+			const records = "xg".includes(type) ? parsePaxRecords(content) : /* @__PURE__ */ new Map()
+			if (type === "x") this.#records = records
+			if (type === "g") this.#forgetExtensions()
+			if (type === "L") this.#longNames.set("path", untilNul(content))
+			if (type === "K") this.#longNames.set("linkpath", untilNul(content))
+		}
+		if (sizeBytes === 0) return use(Buffer.alloc(0))
+		return this.#expect(sizeBytes + paddingOf(sizeBytes), use)
+	}
+	#forgetExtensions() {
+		this.#records = /* @__PURE__ */ new Map()
+		this.#longNames = /* @__PURE__ */ new Map()
+	}
+	#takeEntry(block, type, headerBytes) {
+		const records = this.#records
+		const longNames = this.#longNames
+		this.#forgetExtensions()
+		const name = records.get("GNU.sparse.name") || longNames.get("path") || records.get("path") || headerName(block)
+		const linkName = longNames.get("linkpath") || records.get("linkpath") || untilNul(block.subarray(157, 257))
+		const storedBytes = contentBytes(records, headerBytes)
+		const isFolder = type === "5" || (block[156] === 0 && name.endsWith("/"))
+		const isEmpty = isFolder || "123456".includes(type)
+		const header = {
+			name,
+			sizeBytes: isEmpty ? 0 : storedBytes,
+			type: isFolder ? "5" : type,
+			linkName
+		}
+		if (type === "S") return this.#takeOldSparse(block, header)
+		if (records.get("GNU.sparse.major") === "1") return this.#takeNewSparse(records, header)
+		const map = records.get("GNU.sparse.map")
+		if (map === void 0) return header
+		const realBytes = Number(records.get("GNU.sparse.size") ?? -1)
+		const numbers = map === "" ? [] : map.split(",").map(Number)
+		return {...header, holes: sparseMapOf(numbers, realBytes)}
+	}
+	#takeOldSparse(block, header) {
+		const numbers = []
+		const realBytes = readTarNumber(block, 483, 12)
+		const takePieces = (from, offset, count) => {
+			const end = offset + count * 24
+			for (let at = offset; at < end && from[at] !== 0; at += 24)
+				numbers.push(readTarNumber(from, at, 12), readTarNumber(from, at + 12, 12))
+			const isContinued = (from[end] ?? 0) !== 0
+			if (!isContinued) return {...header, holes: sparseMapOf(numbers, realBytes)}
+			if (numbers.length * 12 > LIMITS.tarExtensionBytes) refuseTar("the map of a sparse file is too large")
+			return this.#expect(BLOCK, more => takePieces(more, 0, 21))
+		}
+		return takePieces(block, 386, 4)
+	}
+	#takeNewSparse(records, header) {
+		const realBytes = Number(records.get("GNU.sparse.realsize") ?? -1)
+		let text = ""
+		const takeLines = block => {
+			text += block.toString("latin1")
+			if (text.length > LIMITS.tarExtensionBytes) refuseTar("the map of a sparse file is too large")
+			const [count = "", ...lines] = text.split("\n")
+			const isWhole = lines.length > 2 * Number(count)
+			if (!isWhole) return this.#expect(BLOCK, takeLines)
+			const numbers = lines.slice(0, 2 * Number(count))
+			if (![count, ...numbers].every(line => /^\d+$/.test(line))) refuseTar("the map of a sparse file is wrong")
+			const sizeBytes = header.sizeBytes - text.length
+			if (sizeBytes < 0) refuseTar("the map of a sparse file is wrong")
+			return {...header, sizeBytes, holes: sparseMapOf(numbers.map(Number), realBytes)}
+		}
+		return this.#expect(BLOCK, takeLines)
+	}
+}
 function statedChecksum(block) {
-  const text = block.toString("latin1", CHECKSUM_AT, CHECKSUM_AT + CHECKSUM_BYTES);
-  const [, digits] = /^[ \0]*([0-7]+)(?:\0.*|[ \0]*)$/s.exec(text) ?? [];
-  return digits === void 0 ? void 0 : Number.parseInt(digits, 8);
+	const text = block.toString("latin1", CHECKSUM_AT, CHECKSUM_AT + CHECKSUM_BYTES)
+	const [, digits] = /^[ \0]*([0-7]+)(?:\0.*|[ \0]*)$/s.exec(text) ?? []
+	return digits === void 0 ? void 0 : Number.parseInt(digits, 8)
 }
 function contentBytes(records, headerBytes) {
-  const text = records.get("size") || String(headerBytes);
-  const sizeBytes = /^\d+$/.test(text) ? Number(text) : -1;
-  if (!Number.isSafeInteger(sizeBytes) || sizeBytes < 0)
-    refuseTar("an entry's size is not a number");
-  return sizeBytes;
+	const text = records.get("size") || String(headerBytes)
+	const sizeBytes = /^\d+$/.test(text) ? Number(text) : -1
+	if (!Number.isSafeInteger(sizeBytes) || sizeBytes < 0) refuseTar("an entry's size is not a number")
+	return sizeBytes
 }
-var isUstar = (block) => block.toString("latin1", 257, 262) === "ustar";
+var isUstar = block => block.toString("latin1", 257, 262) === "ustar"
 function headerName(block) {
-  const name = untilNul(block.subarray(0, 100));
-  const isPosix = block.toString("latin1", 257, 263) === "ustar\0";
-  const isStar = block.toString("latin1", 508, 512) === "tar\0";
-  const prefix = isPosix ? untilNul(block.subarray(345, isStar ? 476 : 500)) : "";
-  return prefix === "" ? name : `${prefix}/${name}`;
+	const name = untilNul(block.subarray(0, 100))
+	const isPosix = block.toString("latin1", 257, 263) === "ustar\0"
+	const isStar = block.toString("latin1", 508, 512) === "tar\0"
+	const prefix = isPosix ? untilNul(block.subarray(345, isStar ? 476 : 500)) : ""
+	return prefix === "" ? name : `${prefix}/${name}`
 }
 async function readAt(handle, position, length) {
-  const buffer = Buffer.allocUnsafe(length);
-  let filled = 0;
-  while (filled < length) {
-    const { bytesRead } = await handle.read(buffer, filled, length - filled, position + filled);
-    if (bytesRead === 0)
-      break;
-    filled += bytesRead;
-  }
-  return buffer.subarray(0, filled);
+	const buffer = Buffer.allocUnsafe(length)
+	let filled = 0
+	while (filled < length) {
+		const {bytesRead} = await handle.read(buffer, filled, length - filled, position + filled)
+		if (bytesRead === 0) break
+		filled += bytesRead
+	}
+	return buffer.subarray(0, filled)
 }
 async function* readPlace(handle, from, to) {
-  for (let at = from; at < to; at += TUNING.batchBytes) {
-    const length = Math.min(TUNING.batchBytes, to - at);
-    const piece = await readAt(handle, at, length);
-    if (piece.length < length)
-      fail("DISK", "a file became shorter while it was read");
-    yield piece;
-  }
+	for (let at = from; at < to; at += TUNING.batchBytes) {
+		const length = Math.min(TUNING.batchBytes, to - at)
+		const piece = await readAt(handle, at, length)
+		if (piece.length < length) fail("DISK", "a file became shorter while it was read")
+		yield piece
+	}
 }
-var CUT_IN_HEADER = "it ends in the middle of a header";
-var CUT_IN_ENTRY = "it ends in the middle of an entry: it was cut off";
+var CUT_IN_HEADER = "it ends in the middle of a header"
+var CUT_IN_ENTRY = "it ends in the middle of an entry: it was cut off"
 async function* readTar(handle, where, decoder = new TarDecoder()) {
-  const { size } = await handle.stat();
-  let ahead = Buffer.alloc(0);
-  let aheadAt = 0;
-  const read = async (position, length) => {
-    if (position < aheadAt || position + length > aheadAt + ahead.length) {
-      ahead = await readAt(handle, position, Math.max(length, TUNING.headerReadBytes));
-      aheadAt = position;
-    }
-    return ahead.subarray(position - aheadAt, position - aheadAt + length);
-  };
-  try {
-    for (let position = 0; position < size && !decoder.isAtEnd; ) {
-      const wantedBytes = decoder.wantedBytes;
-      const bytes = await read(position, wantedBytes);
-      if (bytes.length < wantedBytes)
-        refuseTar(CUT_IN_HEADER);
-      position += wantedBytes;
-      const header = decoder.take(bytes);
-      if (!header)
-        continue;
-      if (position + header.sizeBytes > size)
-        refuseTar(CUT_IN_ENTRY);
-      yield { ...header, name: resolveName(header.name), offset: position };
-      position += header.sizeBytes + paddingOf(header.sizeBytes);
-    }
-  } catch (error) {
-    const isRefusal = error instanceof ImgpullError && error.code === "BAD_TAR";
-    throw isRefusal ? new ImgpullError("BAD_TAR", `${where}: ${error.message}`) : error;
-  }
+	const {size} = await handle.stat()
+	let ahead = Buffer.alloc(0)
+	let aheadAt = 0
+	const read = async (position, length) => {
+		if (position < aheadAt || position + length > aheadAt + ahead.length) {
+			ahead = await readAt(handle, position, Math.max(length, TUNING.headerReadBytes))
+			aheadAt = position
+		}
+		return ahead.subarray(position - aheadAt, position - aheadAt + length)
+	}
+	try {
+		for (let position = 0; position < size && !decoder.isAtEnd; ) {
+			const wantedBytes = decoder.wantedBytes
+			const bytes = await read(position, wantedBytes)
+			if (bytes.length < wantedBytes) refuseTar(CUT_IN_HEADER)
+			position += wantedBytes
+			const header = decoder.take(bytes)
+			if (!header) continue
+			if (position + header.sizeBytes > size) refuseTar(CUT_IN_ENTRY)
+			yield {...header, name: resolveName(header.name), offset: position}
+			position += header.sizeBytes + paddingOf(header.sizeBytes)
+		}
+	} catch (error) {
+		const isRefusal = error instanceof ImgpullError && error.code === "BAD_TAR"
+		throw isRefusal ? new ImgpullError("BAD_TAR", `${where}: ${error.message}`) : error
+	}
 }
-var resolveName = (name) => name.split("/").filter((part) => part !== "" && part !== ".").join("/");
+var resolveName = name =>
+	name
+		.split("/")
+		.filter(part => part !== "" && part !== ".")
+		.join("/")
 var TarNames = class {
-  entries = /* @__PURE__ */ new Map();
-  #folders = /* @__PURE__ */ new Set();
-  add(entry) {
-    const { name, type } = entry;
-    const isFolder = type === "5";
-    if (name.split("/").includes(".."))
-      return { kind: "step-up", entry: name };
-    if (!isFolder && (this.entries.has(name) || this.#folders.has(name)))
-      return { kind: "name-twice", entry: name };
-    if (isFolder && (this.entries.get(name)?.type ?? "5") !== "5")
-      return { kind: "name-twice", entry: name };
-    if (this.entries.size >= LIMITS.tarEntries)
-      return { kind: "too-many-entries" };
-    for (let folder = parentOf(name); folder !== ""; folder = parentOf(folder)) {
-      if (this.#folders.has(folder))
-        break;
-      if (this.entries.has(folder) && this.entries.get(folder)?.type !== "5")
-        return { kind: "below-no-folder", entry: name };
-      this.#folders.add(folder);
-    }
-    this.entries.set(name, entry);
-    return void 0;
-  }
-  file(name) {
-    const { type = "", linkName = "" } = this.entries.get(name) ?? {};
-    if (type === "2" && linkName.startsWith("/"))
-      return void 0;
-    const isLink = type === "1" || type === "2";
-    const folder = type === "2" ? path.posix.dirname(name) : "";
-    const target = isLink ? resolveName(path.posix.join(folder, linkName)) : name;
-    const entry = this.entries.get(target);
-    return entry && "0S".includes(entry.type) ? entry : void 0;
-  }
-};
-var parentOf = (name) => name.slice(0, Math.max(0, name.lastIndexOf("/")));
+	entries = /* @__PURE__ */ new Map()
+	#folders = /* @__PURE__ */ new Set()
+	add(entry) {
+		const {name, type} = entry
+		const isFolder = type === "5"
+		if (name.split("/").includes("..")) return {kind: "step-up", entry: name}
+		if (!isFolder && (this.entries.has(name) || this.#folders.has(name))) return {kind: "name-twice", entry: name}
+		if (isFolder && (this.entries.get(name)?.type ?? "5") !== "5") return {kind: "name-twice", entry: name}
+		if (this.entries.size >= LIMITS.tarEntries) return {kind: "too-many-entries"}
+		for (let folder = parentOf(name); folder !== ""; folder = parentOf(folder)) {
+			if (this.#folders.has(folder)) break
+			if (this.entries.has(folder) && this.entries.get(folder)?.type !== "5")
+				return {kind: "below-no-folder", entry: name}
+			this.#folders.add(folder)
+		}
+		this.entries.set(name, entry)
+		return void 0
+	}
+	file(name) {
+		const {type = "", linkName = ""} = this.entries.get(name) ?? {}
+		if (type === "2" && linkName.startsWith("/")) return void 0
+		const isLink = type === "1" || type === "2"
+		const folder = type === "2" ? path.posix.dirname(name) : ""
+		const target = isLink ? resolveName(path.posix.join(folder, linkName)) : name
+		const entry = this.entries.get(target)
+		return entry && "0S".includes(entry.type) ? entry : void 0
+	}
+}
+var parentOf = name => name.slice(0, Math.max(0, name.lastIndexOf("/")))
 function digestInName(name) {
-  const form = /^(?:blobs\/(sha\d+\/[0-9a-f]+)|(?:sha256:)?([0-9a-f]{64})(?:\.json|\.tar|\.tar\.gz)?)$/;
-  const [, blob, bare] = form.exec(name) ?? [];
-  const digest = blob?.replace("/", ":") ?? `sha256:${bare}`;
-  return isDigest(digest) ? digest : void 0;
+	const form = /^(?:blobs\/(sha\d+\/[0-9a-f]+)|(?:sha256:)?([0-9a-f]{64})(?:\.json|\.tar|\.tar\.gz)?)$/
+	const [, blob, bare] = form.exec(name) ?? []
+	const digest = blob?.replace("/", ":") ?? `sha256:${bare}`
+	return isDigest(digest) ? digest : void 0
 }
 var PACKING_MAGIC = [
-  ["gzip", /^1f8b/],
-  ["zstd", /^(28b52ffd|5.2a4d18)/],
-  ["xz", /^fd377a585a00/],
-  ["bzip2", /^425a68/]
-];
+	["gzip", /^1f8b/],
+	["zstd", /^(28b52ffd|5.2a4d18)/],
+	["xz", /^fd377a585a00/],
+	["bzip2", /^425a68/]
+]
 function packingOf(bytes) {
-  const hex = bytes.toString("hex", 0, 6);
-  return PACKING_MAGIC.find(([, magic]) => magic.test(hex))?.[0];
+	const hex = bytes.toString("hex", 0, 6)
+	return PACKING_MAGIC.find(([, magic]) => magic.test(hex))?.[0]
 }
 async function openTarFile(file) {
-  const handle = await onDisk(`cannot read ${file}`, fs.open(file, "r"));
-  const names = new TarNames();
-  const blobs = /* @__PURE__ */ new Map();
-  try {
-    if (!(await handle.stat()).isFile())
-      fail("BAD_TAR", `${file}: it is not a file`);
-    const packing = packingOf(await readAt(handle, 0, BLOCK));
-    if (packing)
-      fail("BAD_TAR", `${file}: it is not a tar, but compressed (${packing}): unpack it first`);
-    for await (const entry of readTar(handle, file)) {
-      const problem = names.add(entry);
-      if (problem)
-        fail("BAD_TAR", `${file}: ${problemWords(problem)}`);
-      const digest = digestInName(entry.name);
-      if (digest !== void 0 && entry.type === "0" && !entry.holes)
-        blobs.set(digest, entry);
-    }
-    return { handle, names, blobs };
-  } catch (error) {
-    await handle.close();
-    throw error;
-  }
+	const handle = await onDisk(`cannot read ${file}`, fs.open(file, "r"))
+	const names = new TarNames()
+	const blobs = /* @__PURE__ */ new Map()
+	try {
+		if (!(await handle.stat()).isFile()) fail("BAD_TAR", `${file}: it is not a file`)
+		const packing = packingOf(await readAt(handle, 0, BLOCK))
+		if (packing) fail("BAD_TAR", `${file}: it is not a tar, but compressed (${packing}): unpack it first`)
+		for await (const entry of readTar(handle, file)) {
+			const problem = names.add(entry)
+			if (problem) fail("BAD_TAR", `${file}: ${problemWords(problem)}`)
+			const digest = digestInName(entry.name)
+			if (digest !== void 0 && entry.type === "0" && !entry.holes) blobs.set(digest, entry)
+		}
+		return {handle, names, blobs}
+	} catch (error) {
+		await handle.close()
+		throw error
+	}
 }
-async function isIntact({ handle, offset }, { digest, size }, signal) {
-  const hash = newHash(digest);
-  for await (const piece of readPlace(handle, offset, offset + size)) {
-    signal?.throwIfAborted();
-    hash.update(piece);
-  }
-  return hash.digest("hex") === hexOf(digest);
+async function isIntact({handle, offset}, {digest, size}, signal) {
+	const hash = newHash(digest)
+	for await (const piece of readPlace(handle, offset, offset + size)) {
+		signal?.throwIfAborted()
+		hash.update(piece)
+	}
+	return hash.digest("hex") === hexOf(digest)
 }
-async function dockerChains({ handle, names }) {
-  const entry = names.file("manifest.json");
-  if (!entry || entry.holes || entry.sizeBytes > LIMITS.tarMetadataBytes)
-    return [];
-  const json = parseJson(await readAt(handle, entry.offset, entry.sizeBytes));
-  const images = Array.isArray(json) ? json.map(parseDockerEntry) : [];
-  return images.map((image) => (image?.layers ?? []).map((layer) => digestInName(layer) ?? ""));
+async function dockerChains({handle, names}) {
+	const entry = names.file("manifest.json")
+	if (!entry || entry.holes || entry.sizeBytes > LIMITS.tarMetadataBytes) return []
+	const json = parseJson(await readAt(handle, entry.offset, entry.sizeBytes))
+	const images = Array.isArray(json) ? json.map(parseDockerEntry) : []
+	return images.map(image => (image?.layers ?? []).map(layer => digestInName(layer) ?? ""))
 }
 function layersToOmit(images, chains) {
-  const omitted = /* @__PURE__ */ new Set();
-  const needed = /* @__PURE__ */ new Set();
-  for (const content of images.flatMap(({ contents }) => contents)) {
-    const layers = content.manifest.layers.map(({ digest }) => digest);
-    const sharedCounts = chains.map((chain) => {
-      const end = layers.findIndex((digest, at) => digest !== chain[at]);
-      return end < 0 ? layers.length : end;
-    });
-    const sharedCount = isImageContent(content) ? Math.max(0, ...sharedCounts) : 0;
-    for (const digest of layers.slice(0, sharedCount))
-      omitted.add(digest);
-    for (const digest of layers.slice(sharedCount))
-      needed.add(digest);
-  }
-  return new Set([...omitted].filter((digest) => !needed.has(digest)));
+	const omitted = /* @__PURE__ */ new Set()
+	const needed = /* @__PURE__ */ new Set()
+	for (const content of images.flatMap(({contents}) => contents)) {
+		const layers = content.manifest.layers.map(({digest}) => digest)
+		const sharedCounts = chains.map(chain => {
+			const end = layers.findIndex((digest, at) => digest !== chain[at])
+			return end < 0 ? layers.length : end
+		})
+		const sharedCount = isImageContent(content) ? Math.max(0, ...sharedCounts) : 0
+		for (const digest of layers.slice(0, sharedCount)) omitted.add(digest)
+		for (const digest of layers.slice(sharedCount)) needed.add(digest)
+	}
+	return new Set([...omitted].filter(digest => !needed.has(digest)))
 }
 function problemWords(problem) {
-  const entry = "entry" in problem ? printable(problem.entry) : "";
-  switch (problem.kind) {
-    case "unreadable":
-      return problem.reason;
-    case "cut-off":
-      return "its end is missing: it was cut off";
-    case "too-many-entries":
-      return `it has more than ${LIMITS.tarEntries} entries`;
-    case "too-many-references":
-      return `its images name more than ${LIMITS.tarReferences} manifests and layers`;
-    case "name-twice":
-      return `two entries are called ${entry}`;
-    case "step-up":
-      return `the name ${entry} leads through ..`;
-    case "below-no-folder":
-      return `${entry} lies below something that is no folder`;
-    case "damaged":
-      return `${entry} is damaged`;
-    case "missing":
-      return `${entry} is missing (a --since tar needs its base)`;
-    case "size":
-      return `${entry} has ${problem.actualBytes} bytes, not ${problem.expectedBytes}`;
-    case "document":
-      return `${entry} ${problem.reason}`;
-    case "malformed":
-      return `${entry}: ${problem.reason}`;
-    case "nothing-here":
-      return `${entry} names nothing that is here`;
-    case "diff-ids":
-      return `${entry} has not one diff_id for each layer`;
-    case "diff-id":
-      return `${entry} does not unpack to ${problem.diffId}, its diff_id`;
-    case "unpacks-without-end":
-      return `${entry} unpacks to more than ${LIMITS.unpackFactor} times its size`;
-    case "no-image":
-      return "it holds no image: neither index.json nor manifest.json names one";
-  }
+	const entry = "entry" in problem ? printable(problem.entry) : ""
+	switch (problem.kind) {
+		case "unreadable":
+			return problem.reason
+		case "cut-off":
+			return "its end is missing: it was cut off"
+		case "too-many-entries":
+			return `it has more than ${LIMITS.tarEntries} entries`
+		case "too-many-references":
+			return `its images name more than ${LIMITS.tarReferences} manifests and layers`
+		case "name-twice":
+			return `two entries are called ${entry}`
+		case "step-up":
+			return `the name ${entry} leads through ..`
+		case "below-no-folder":
+			return `${entry} lies below something that is no folder`
+		case "damaged":
+			return `${entry} is damaged`
+		case "missing":
+			return `${entry} is missing (a --since tar needs its base)`
+		case "size":
+			return `${entry} has ${problem.actualBytes} bytes, not ${problem.expectedBytes}`
+		case "document":
+			return `${entry} ${problem.reason}`
+		case "malformed":
+			return `${entry}: ${problem.reason}`
+		case "nothing-here":
+			return `${entry} names nothing that is here`
+		case "diff-ids":
+			return `${entry} has not one diff_id for each layer`
+		case "diff-id":
+			return `${entry} does not unpack to ${problem.diffId}, its diff_id`
+		case "unpacks-without-end":
+			return `${entry} unpacks to more than ${LIMITS.unpackFactor} times its size`
+		case "no-image":
+			return "it holds no image: neither index.json nor manifest.json names one"
+	}
 }
-var lengthOf = (ranges) => sumOf(ranges, ([from, to]) => to - from);
+var lengthOf = ranges => sumOf(ranges, ([from, to]) => to - from)
 function addRange(ranges, [from, to]) {
-  const isApart = ([start, end]) => end < from || start > to;
-  const edges = [from, to, ...ranges.filter((range) => !isApart(range)).flat()];
-  const merged = [Math.min(...edges), Math.max(...edges)];
-  return [...ranges.filter(isApart), merged].sort((left, right) => left[0] - right[0]);
+	const isApart = ([start, end]) => end < from || start > to
+	const edges = [from, to, ...ranges.filter(range => !isApart(range)).flat()]
+	const merged = [Math.min(...edges), Math.max(...edges)]
+	return [...ranges.filter(isApart), merged].sort((left, right) => left[0] - right[0])
 }
 function missingRanges(ranges, [from, to]) {
-  const missing = [];
-  let at = from;
-  for (const [start, end] of ranges) {
-    if (start >= to)
-      break;
-    if (start > at)
-      missing.push([at, start]);
-    at = Math.max(at, end);
-  }
-  if (at < to)
-    missing.push([at, to]);
-  return missing;
+	const missing = []
+	let at = from
+	for (const [start, end] of ranges) {
+		if (start >= to) break
+		if (start > at) missing.push([at, start])
+		at = Math.max(at, end)
+	}
+	if (at < to) missing.push([at, to])
+	return missing
 }
 function cutRange([from, to], unitBytes) {
-  const pieces = [];
-  for (let at = from; at < to; at += unitBytes)
-    pieces.push([at, Math.min(to, at + unitBytes)]);
-  return pieces;
+	const pieces = []
+	for (let at = from; at < to; at += unitBytes) pieces.push([at, Math.min(to, at + unitBytes)])
+	return pieces
 }
-var nothingOf = (digest) => ({
-  hash: newHash(digest),
-  hashedTo: 0,
-  come: [],
-  inPlace: [],
-  unrecordedBytes: 0
-});
+var nothingOf = digest => ({
+	hash: newHash(digest),
+	hashedTo: 0,
+	come: [],
+	inPlace: [],
+	unrecordedBytes: 0
+})
 var BlobState = class {
-  descriptor;
-  registry;
-  offset;
-  #sources;
-  #restartsLeft = 1;
-  #isDone = false;
-  #now;
-  constructor(descriptor, registry, offset = 0, tars = []) {
-    this.descriptor = descriptor;
-    this.registry = registry;
-    this.offset = offset;
-    this.#now = nothingOf(descriptor.digest);
-    this.#sources = tars.flatMap(({ handle, blobs }) => {
-      const entry = blobs.get(descriptor.digest);
-      return entry?.sizeBytes === descriptor.size ? [{ handle, offset: entry.offset }] : [];
-    });
-  }
-  get source() {
-    return this.#sources[0];
-  }
-  get doneBytes() {
-    return lengthOf(this.#now.come);
-  }
-  get isDone() {
-    return this.#isDone;
-  }
-  get hashedTo() {
-    return this.#now.hashedTo;
-  }
-  get inPlace() {
-    return this.#now.inPlace;
-  }
-  get unrecordedBytes() {
-    return this.#now.unrecordedBytes;
-  }
-  missing(range = [0, this.descriptor.size]) {
-    return missingRanges(this.#now.come, range);
-  }
-  resume(ranges) {
-    this.#now.come = ranges;
-    this.#now.inPlace = ranges;
-    if (ranges.length === 0)
-      return;
-    this.#sources.length = 0;
-    this.#restartsLeft += 1;
-  }
-  accept(position, bytes) {
-    const isNew = this.missing([position, position + bytes.length]);
-    return isNew.map(([from, to]) => {
-      const piece = bytes.subarray(from - position, to - position);
-      this.hashInOrder(from, piece);
-      this.#now.come = addRange(this.#now.come, [from, to]);
-      return [from, piece];
-    });
-  }
-  hashInOrder(position, bytes) {
-    const known = this.#now.hashedTo - position;
-    if (known < 0 || known >= bytes.length)
-      return;
-    this.#now.hash.update(bytes.subarray(known));
-    this.#now.hashedTo = position + bytes.length;
-  }
-  markWritten(position, sizeBytes) {
-    this.#now.inPlace = addRange(this.#now.inPlace, [position, position + sizeBytes]);
-    this.#now.unrecordedBytes += sizeBytes;
-  }
-  markRecorded() {
-    this.#now.unrecordedBytes = 0;
-  }
-  verify() {
-    const { hash, hashedTo } = this.#now;
-    return hashedTo === this.descriptor.size && hash.digest("hex") === hexOf(this.descriptor.digest);
-  }
-  markDone() {
-    this.#isDone = true;
-  }
-  keep() {
-    this.#now.come = [[0, this.descriptor.size]];
-    this.#now.inPlace = this.#now.come;
-    this.#isDone = true;
-  }
-  restart(isFromMirror) {
-    this.#now = nothingOf(this.descriptor.digest);
-    if (this.#sources.shift())
-      return { liar: "source", isLast: false };
-    if (!isFromMirror)
-      this.#restartsLeft -= 1;
-    return { liar: "registry", isLast: this.#restartsLeft < 0 };
-  }
-  dropSource() {
-    this.#sources.shift();
-  }
-};
-var sizeOf = (blobs) => sumOf(blobs, ({ descriptor }) => descriptor.size);
-var blobsOf = ({ entries }, tars, isOwnFile = false) => entries.flatMap(({ blob, offset }) => blob ? [new BlobState(blob.descriptor, blob.registry, isOwnFile ? 0 : offset, tars)] : []);
+	descriptor
+	registry
+	offset
+	#sources
+	#restartsLeft = 1
+	#isDone = false
+	#now
+	constructor(descriptor, registry, offset = 0, tars = []) {
+		this.descriptor = descriptor
+		this.registry = registry
+		this.offset = offset
+		this.#now = nothingOf(descriptor.digest)
+		this.#sources = tars.flatMap(({handle, blobs}) => {
+			const entry = blobs.get(descriptor.digest)
+			return entry?.sizeBytes === descriptor.size ? [{handle, offset: entry.offset}] : []
+		})
+	}
+	get source() {
+		return this.#sources[0]
+	}
+	get doneBytes() {
+		return lengthOf(this.#now.come)
+	}
+	get isDone() {
+		return this.#isDone
+	}
+	get hashedTo() {
+		return this.#now.hashedTo
+	}
+	get inPlace() {
+		return this.#now.inPlace
+	}
+	get unrecordedBytes() {
+		return this.#now.unrecordedBytes
+	}
+	missing(range = [0, this.descriptor.size]) {
+		return missingRanges(this.#now.come, range)
+	}
+	resume(ranges) {
+		this.#now.come = ranges
+		this.#now.inPlace = ranges
+		if (ranges.length === 0) return
+		this.#sources.length = 0
+		this.#restartsLeft += 1
+	}
+	accept(position, bytes) {
+		const isNew = this.missing([position, position + bytes.length])
+		return isNew.map(([from, to]) => {
+			const piece = bytes.subarray(from - position, to - position)
+			this.hashInOrder(from, piece)
+			this.#now.come = addRange(this.#now.come, [from, to])
+			return [from, piece]
+		})
+	}
+	hashInOrder(position, bytes) {
+		const known = this.#now.hashedTo - position
+		if (known < 0 || known >= bytes.length) return
+		this.#now.hash.update(bytes.subarray(known))
+		this.#now.hashedTo = position + bytes.length
+	}
+	markWritten(position, sizeBytes) {
+		this.#now.inPlace = addRange(this.#now.inPlace, [position, position + sizeBytes])
+		this.#now.unrecordedBytes += sizeBytes
+	}
+	markRecorded() {
+		this.#now.unrecordedBytes = 0
+	}
+	verify() {
+		const {hash, hashedTo} = this.#now
+		return hashedTo === this.descriptor.size && hash.digest("hex") === hexOf(this.descriptor.digest)
+	}
+	markDone() {
+		this.#isDone = true
+	}
+	keep() {
+		this.#now.come = [[0, this.descriptor.size]]
+		this.#now.inPlace = this.#now.come
+		this.#isDone = true
+	}
+	restart(isFromMirror) {
+		this.#now = nothingOf(this.descriptor.digest)
+		if (this.#sources.shift()) return {liar: "source", isLast: false}
+		if (!isFromMirror) this.#restartsLeft -= 1
+		return {liar: "registry", isLast: this.#restartsLeft < 0}
+	}
+	dropSource() {
+		this.#sources.shift()
+	}
+}
+var sizeOf = blobs => sumOf(blobs, ({descriptor}) => descriptor.size)
+var blobsOf = ({entries}, tars, isOwnFile = false) =>
+	entries.flatMap(({blob, offset}) =>
+		blob ? [new BlobState(blob.descriptor, blob.registry, isOwnFile ? 0 : offset, tars)] : []
+	)
 var Segment = class {
-  blob;
-  isTakeover;
-  at;
-  to;
-  constructor(blob, [at, to], isTakeover = false) {
-    this.blob = blob;
-    this.at = at;
-    this.to = to;
-    this.isTakeover = isTakeover;
-  }
-  get remainingBytes() {
-    return this.to - this.at;
-  }
-  get isComplete() {
-    return this.at >= this.to;
-  }
-};
-var longestFirst = (left, right) => right.remainingBytes - left.remainingBytes;
-var isFar = ({ registry }) => registry.latencyMs >= TUNING.farLatencyMs;
-var canSplit = ({ registry, source }) => registry.acceptsRanges && source === void 0;
+	blob
+	isTakeover
+	at
+	to
+	constructor(blob, [at, to], isTakeover = false) {
+		this.blob = blob
+		this.at = at
+		this.to = to
+		this.isTakeover = isTakeover
+	}
+	get remainingBytes() {
+		return this.to - this.at
+	}
+	get isComplete() {
+		return this.at >= this.to
+	}
+}
+var longestFirst = (left, right) => right.remainingBytes - left.remainingBytes
+var isFar = ({registry}) => registry.latencyMs >= TUNING.farLatencyMs
+var canSplit = ({registry, source}) => registry.acceptsRanges && source === void 0
 function longestRange(segments) {
-  const isWorthIt = ({ blob, remainingBytes }) => canSplit(blob) && remainingBytes >= 2 * (isFar(blob) ? TUNING.splitBytes : TUNING.nearSplitBytes);
-  return [...segments].filter(isWorthIt).sort(longestFirst)[0];
+	const isWorthIt = ({blob, remainingBytes}) =>
+		canSplit(blob) && remainingBytes >= 2 * (isFar(blob) ? TUNING.splitBytes : TUNING.nearSplitBytes)
+	return [...segments].filter(isWorthIt).sort(longestFirst)[0]
 }
 function cutInHalf(segment) {
-  const { blob, at, to, remainingBytes } = segment;
-  segment.to = at + Math.ceil(remainingBytes / 2);
-  return new Segment(blob, [segment.to, to], true);
+	const {blob, at, to, remainingBytes} = segment
+	segment.to = at + Math.ceil(remainingBytes / 2)
+	return new Segment(blob, [segment.to, to], true)
 }
 var Schedule = class {
-  #isInOrder;
-  #isLineSlow;
-  #connections;
-  #pending = [];
-  #active = /* @__PURE__ */ new Set();
-  constructor(connections, isInOrder, isLineSlow) {
-    this.#connections = connections;
-    this.#isInOrder = isInOrder;
-    this.#isLineSlow = isLineSlow;
-  }
-  get activeBlobs() {
-    return new Set([...this.#active].map(({ blob }) => blob));
-  }
-  get wantsConnection() {
-    const isWork = this.#pending.length + this.#active.size > 0;
-    return isWork && this.#active.size < this.#connections;
-  }
-  add(blob) {
-    const missing = blob.missing();
-    const isCut = this.#isInOrder && canSplit(blob) && isFar(blob);
-    const pieces = isCut ? missing.flatMap((range) => cutRange(range, TUNING.streamUnitBytes)) : missing;
-    for (const range of pieces.length > 0 ? pieces : [[0, 0]])
-      this.#pending.push(new Segment(blob, range));
-  }
-  spread() {
-    if (this.#isInOrder)
-      return;
-    const longest = () => longestRange(this.#pending.filter(({ blob }) => isFar(blob)));
-    for (let next = longest(); next && this.#pending.length < this.#connections; next = longest())
-      this.#pending.push(cutInHalf(next));
-    this.#pending.sort(longestFirst);
-  }
-  next() {
-    const segment = this.#pending.shift() ?? this.#takeOver();
-    if (segment)
-      this.#active.add(segment);
-    return segment;
-  }
-  #takeOver() {
-    const longest = this.#isInOrder ? void 0 : longestRange(this.#active);
-    return longest && this.#isLineSlow() ? cutInHalf(longest) : void 0;
-  }
-  isLast(segment) {
-    const isOther = (other) => other !== segment && other.blob === segment.blob;
-    return ![...this.#pending, ...this.#active].some(isOther);
-  }
-  end(segment) {
-    this.#active.delete(segment);
-  }
-  giveBack(segment) {
-    const isBefore = (other) => other.blob === segment.blob && other.to <= segment.at && !other.isComplete;
-    const neighbour = [...this.#active].filter(isBefore).sort((a, b) => b.to - a.to)[0];
-    if (!neighbour)
-      return false;
-    neighbour.to = segment.to;
-    segment.to = segment.at;
-    return true;
-  }
-  stopRanges(segment) {
-    segment.blob.registry.acceptsRanges = false;
-    if (this.giveBack(segment))
-      return "left to another";
-    this.#absorbQueued(segment);
-    return "has to fetch the whole";
-  }
-  #absorbQueued(segment) {
-    const isAbsorbed = ({ blob, at }) => blob === segment.blob && at >= segment.to;
-    const absorbed = this.#pending.filter(isAbsorbed);
-    this.#pending = this.#pending.filter((queued) => !absorbed.includes(queued));
-    segment.to = Math.max(segment.to, ...absorbed.map(({ to }) => to));
-  }
-  crowded(segment) {
-    if (!segment.isTakeover || !this.giveBack(segment))
-      return false;
-    this.#connections = Math.max(1, this.#active.size - 1);
-    return true;
-  }
-};
-var Change = class {
-  #waiting = /* @__PURE__ */ new Set();
-  announce() {
-    for (const wake of this.#waiting)
-      wake();
-  }
-  next(signal, atMostMs) {
-    if (signal.aborted)
-      return Promise.resolve();
-    return new Promise((resolve2) => {
-      const wake = () => {
-        clearTimeout(timer);
-        signal.removeEventListener("abort", wake);
-        this.#waiting.delete(wake);
-        resolve2();
-      };
-      const timer = atMostMs === void 0 ? void 0 : setTimeout(wake, atMostMs);
-      signal.addEventListener("abort", wake);
-      this.#waiting.add(wake);
-    });
-  }
-  async until(isReady, signal) {
-    while (!isReady()) {
-      if (signal.aborted)
-        fail("ABORTED", "stopped");
-      await this.next(signal);
-    }
-  }
-};
-function judgeAnswer({ status, headers }, [at, to], sizeBytes) {
-  let position = 0;
-  let end = sizeBytes;
-  if (status === 206) {
-    const contentRange = headers["content-range"] ?? "none";
-    const [, first, last, total] = /^bytes[ =](\d+)-(\d+)\/(\d+|\*)$/i.exec(contentRange) ?? [];
-    position = Number(first);
-    end = Number(last) + 1;
-    const isTotal = total === "*" || Number(total) === sizeBytes;
-    const isUseful = position <= at && at < end && end <= sizeBytes;
-    if (!isTotal || !isUseful) {
-      const got = printable(contentRange, 80);
-      const reason = `asked for bytes ${at}-${to - 1} of ${sizeBytes}, got "${got}"`;
-      return { code: "PROTOCOL", reason };
-    }
-  }
-  const length = Number(headers["content-length"] ?? end - position);
-  const isEncoded = /^(x-)?gzip$/i.test(headers["content-encoding"] ?? "");
-  if (length !== end - position && !isEncoded)
-    return { code: "SIZE_MISMATCH", reason: `${length} bytes, not ${end - position}` };
-  return { position, end };
+	#isInOrder
+	#isLineSlow
+	#connections
+	#pending = []
+	#active = /* @__PURE__ */ new Set()
+	constructor(connections, isInOrder, isLineSlow) {
+		this.#connections = connections
+		this.#isInOrder = isInOrder
+		this.#isLineSlow = isLineSlow
+	}
+	get activeBlobs() {
+		return new Set([...this.#active].map(({blob}) => blob))
+	}
+	get wantsConnection() {
+		const isWork = this.#pending.length + this.#active.size > 0
+		return isWork && this.#active.size < this.#connections
+	}
+	add(blob) {
+		const missing = blob.missing()
+		const isCut = this.#isInOrder && canSplit(blob) && isFar(blob)
+		const pieces = isCut ? missing.flatMap(range => cutRange(range, TUNING.streamUnitBytes)) : missing
+		for (const range of pieces.length > 0 ? pieces : [[0, 0]]) this.#pending.push(new Segment(blob, range))
+	}
+	spread() {
+		if (this.#isInOrder) return
+		const longest = () => longestRange(this.#pending.filter(({blob}) => isFar(blob)))
+		for (let next = longest(); next && this.#pending.length < this.#connections; next = longest())
+			this.#pending.push(cutInHalf(next))
+		this.#pending.sort(longestFirst)
+	}
+	next() {
+		const segment = this.#pending.shift() ?? this.#takeOver()
+		if (segment) this.#active.add(segment)
+		return segment
+	}
+	#takeOver() {
+		const longest = this.#isInOrder ? void 0 : longestRange(this.#active)
+		return longest && this.#isLineSlow() ? cutInHalf(longest) : void 0
+	}
+	isLast(segment) {
+		const isOther = other => other !== segment && other.blob === segment.blob
+		return ![...this.#pending, ...this.#active].some(isOther)
+	}
+	end(segment) {
+		this.#active.delete(segment)
+	}
+	giveBack(segment) {
+		const isBefore = other => other.blob === segment.blob && other.to <= segment.at && !other.isComplete
+		const neighbour = [...this.#active].filter(isBefore).sort((a, b) => b.to - a.to)[0]
+		if (!neighbour) return false
+		neighbour.to = segment.to
+		segment.to = segment.at
+		return true
+	}
+	stopRanges(segment) {
+		segment.blob.registry.acceptsRanges = false
+		if (this.giveBack(segment)) return "left to another"
+		this.#absorbQueued(segment)
+		return "has to fetch the whole"
+	}
+	#absorbQueued(segment) {
+		const isAbsorbed = ({blob, at}) => blob === segment.blob && at >= segment.to
+		const absorbed = this.#pending.filter(isAbsorbed)
+		this.#pending = this.#pending.filter(queued => !absorbed.includes(queued))
+		segment.to = Math.max(segment.to, ...absorbed.map(({to}) => to))
+	}
+	crowded(segment) {
+		if (!segment.isTakeover || !this.giveBack(segment)) return false
+		this.#connections = Math.max(1, this.#active.size - 1)
+		return true
+	}
 }
-function openSource({ handle, offset }, { at, to }) {
-  const stream = Readable.from(readPlace(handle, offset + at, offset + to));
-  return { stream, doing: "reading a tar at hand", position: at, end: to };
+var Change = class {
+	#waiting = /* @__PURE__ */ new Set()
+	announce() {
+		for (const wake of this.#waiting) wake()
+	}
+	next(signal, atMostMs) {
+		if (signal.aborted) return Promise.resolve()
+		return new Promise(resolve2 => {
+			const wake = () => {
+				clearTimeout(timer)
+				signal.removeEventListener("abort", wake)
+				this.#waiting.delete(wake)
+				resolve2()
+			}
+			const timer = atMostMs === void 0 ? void 0 : setTimeout(wake, atMostMs)
+			signal.addEventListener("abort", wake)
+			this.#waiting.add(wake)
+		})
+	}
+	async until(isReady, signal) {
+		while (!isReady()) {
+			if (signal.aborted) fail("ABORTED", "stopped")
+			await this.next(signal)
+		}
+	}
+}
+function judgeAnswer({status, headers}, [at, to], sizeBytes) {
+	let position = 0
+	let end = sizeBytes
+	if (status === 206) {
+		const contentRange = headers["content-range"] ?? "none"
+		const [, first, last, total] = /^bytes[ =](\d+)-(\d+)\/(\d+|\*)$/i.exec(contentRange) ?? []
+		position = Number(first)
+		end = Number(last) + 1
+		const isTotal = total === "*" || Number(total) === sizeBytes
+		const isUseful = position <= at && at < end && end <= sizeBytes
+		if (!isTotal || !isUseful) {
+			const got = printable(contentRange, 80)
+			const reason = `asked for bytes ${at}-${to - 1} of ${sizeBytes}, got "${got}"`
+			return {code: "PROTOCOL", reason}
+		}
+	}
+	const length = Number(headers["content-length"] ?? end - position)
+	const isEncoded = /^(x-)?gzip$/i.test(headers["content-encoding"] ?? "")
+	if (length !== end - position && !isEncoded)
+		return {code: "SIZE_MISMATCH", reason: `${length} bytes, not ${end - position}`}
+	return {position, end}
+}
+function openSource({handle, offset}, {at, to}) {
+	const stream = Readable.from(readPlace(handle, offset + at, offset + to))
+	return {stream, doing: "reading a tar at hand", position: at, end: to}
 }
 async function openSegment(schedule, segment, signal) {
-  const { blob, at, to } = segment;
-  const { descriptor, registry, source } = blob;
-  const { size } = descriptor;
-  if (source)
-    return openSource(source, segment);
-  const whole = [0, size];
-  const isRanged = registry.acceptsRanges && to - at < size;
-  const range = isRanged ? [at, to] : whole;
-  const asking = registry.blob(descriptor, ...range, signal);
-  const answer = await asking.catch((error) => {
-    if (!isRanged || !isRangeRefusal(error))
-      throw error;
-    schedule.stopRanges(segment);
-  });
-  if (!answer?.body)
-    return void 0;
-  const { body, status } = answer;
-  const doing = `GET ${redactUrl(answer.url)}`;
-  const judged = judgeAnswer(answer, range, size);
-  if ("code" in judged) {
-    body.destroy();
-    if (!isRanged || status !== 206)
-      fail(judged.code, `${doing}: ${judged.reason}`, { status });
-    schedule.stopRanges(segment);
-    return void 0;
-  }
-  if (isRanged && status !== 206 && schedule.stopRanges(segment) === "left to another") {
-    body.destroy();
-    return void 0;
-  }
-  const { position, end } = judged;
-  return { stream: decodeBody(body, end - position), doing, position, end };
+	const {blob, at, to} = segment
+	const {descriptor, registry, source} = blob
+	const {size} = descriptor
+	if (source) return openSource(source, segment)
+	const whole = [0, size]
+	const isRanged = registry.acceptsRanges && to - at < size
+	const range = isRanged ? [at, to] : whole
+	const asking = registry.blob(descriptor, ...range, signal)
+	const answer = await asking.catch(error => {
+		if (!isRanged || !isRangeRefusal(error)) throw error
+		schedule.stopRanges(segment)
+	})
+	if (!answer?.body) return void 0
+	const {body, status} = answer
+	const doing = `GET ${redactUrl(answer.url)}`
+	const judged = judgeAnswer(answer, range, size)
+	if ("code" in judged) {
+		body.destroy()
+		if (!isRanged || status !== 206) fail(judged.code, `${doing}: ${judged.reason}`, {status})
+		schedule.stopRanges(segment)
+		return void 0
+	}
+	if (isRanged && status !== 206 && schedule.stopRanges(segment) === "left to another") {
+		body.destroy()
+		return void 0
+	}
+	const {position, end} = judged
+	return {stream: decodeBody(body, end - position), doing, position, end}
 }
 var BatchWriter = class {
-  #stream;
-  #write;
-  #position = 0;
-  #batch = [];
-  #batchBytes = 0;
-  #underWay = 0;
-  #writing = Promise.resolve();
-  constructor(stream, write) {
-    this.#stream = stream;
-    this.#write = write;
-  }
-  add(position, chunk) {
-    const follows = position === this.#position + this.#batchBytes;
-    if (!follows && this.#batchBytes > 0)
-      this.#flush();
-    if (!follows)
-      this.#position = position;
-    this.#batch.push(chunk);
-    this.#batchBytes += chunk.length;
-    if (this.#batchBytes >= TUNING.batchBytes)
-      this.#flush();
-  }
-  async end() {
-    if (this.#batchBytes > 0)
-      this.#flush();
-    await this.#writing;
-  }
-  #flush() {
-    const written = this.#write(this.#position, this.#batch).finally(() => {
-      this.#underWay -= 1;
-      this.#stream.resume();
-    });
-    this.#position += this.#batchBytes;
-    this.#batch = [];
-    this.#batchBytes = 0;
-    this.#underWay += 1;
-    if (this.#underWay > 1)
-      this.#stream.pause();
-    this.#writing = Promise.all([this.#writing, written]);
-    this.#writing.catch(() => this.#stream.destroy());
-  }
-};
-var { O_RDONLY, O_RDWR, O_WRONLY, O_CREAT, O_EXCL } = constants;
-var { O_NOFOLLOW = 0, O_NONBLOCK = 0 } = constants;
+	#stream
+	#write
+	#position = 0
+	#batch = []
+	#batchBytes = 0
+	#underWay = 0
+	#writing = Promise.resolve()
+	constructor(stream, write) {
+		this.#stream = stream
+		this.#write = write
+	}
+	add(position, chunk) {
+		const follows = position === this.#position + this.#batchBytes
+		if (!follows && this.#batchBytes > 0) this.#flush()
+		if (!follows) this.#position = position
+		this.#batch.push(chunk)
+		this.#batchBytes += chunk.length
+		if (this.#batchBytes >= TUNING.batchBytes) this.#flush()
+	}
+	async end() {
+		if (this.#batchBytes > 0) this.#flush()
+		await this.#writing
+	}
+	#flush() {
+		const written = this.#write(this.#position, this.#batch).finally(() => {
+			this.#underWay -= 1
+			this.#stream.resume()
+		})
+		this.#position += this.#batchBytes
+		this.#batch = []
+		this.#batchBytes = 0
+		this.#underWay += 1
+		if (this.#underWay > 1) this.#stream.pause()
+		this.#writing = Promise.all([this.#writing, written])
+		this.#writing.catch(() => this.#stream.destroy())
+	}
+}
+var {O_RDONLY, O_RDWR, O_WRONLY, O_CREAT, O_EXCL} = constants
+var {O_NOFOLLOW = 0, O_NONBLOCK = 0} = constants
 async function statAt(file) {
-  try {
-    return await fs.lstat(file, { bigint: true });
-  } catch (error) {
-    if (errorCodeOf(error) === "ENOENT")
-      return void 0;
-    throw error;
-  }
+	try {
+		return await fs.lstat(file, {bigint: true})
+	} catch (error) {
+		if (errorCodeOf(error) === "ENOENT") return void 0
+		throw error
+	}
 }
-var identityOf = ({ dev, ino }) => `${isWindows ? "" : dev}:${ino}`;
-var isSameFile = (left, right) => left !== void 0 && identityOf(left) === identityOf(right);
+var identityOf = ({dev, ino}) => `${isWindows ? "" : dev}:${ino}`
+var isSameFile = (left, right) => left !== void 0 && identityOf(left) === identityOf(right)
 async function openRegular(file, flags = O_RDONLY) {
-  const before = await statAt(file);
-  if (!before?.isFile())
-    return void 0;
-  const handle = await fs.open(file, flags | O_NOFOLLOW | O_NONBLOCK);
-  const stats = await handle.stat({ bigint: true });
-  if (stats.isFile())
-    return { handle, stats };
-  await handle.close();
-  return void 0;
+	const before = await statAt(file)
+	if (!before?.isFile()) return void 0
+	const handle = await fs.open(file, flags | O_NOFOLLOW | O_NONBLOCK)
+	const stats = await handle.stat({bigint: true})
+	if (stats.isFile()) return {handle, stats}
+	await handle.close()
+	return void 0
 }
-var createFile = (file, mode = 438) => fs.open(file, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW, mode);
+var createFile = (file, mode = 438) => fs.open(file, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW, mode)
 function isOwn(stats, model) {
-  const isOpenToOthers = (stats.mode & 18n & ~model.mode) !== 0n;
-  return stats.isFile() && stats.uid === model.uid && stats.nlink <= 1n && !isOpenToOthers;
+	const isOpenToOthers = (stats.mode & 18n & ~model.mode) !== 0n
+	return stats.isFile() && stats.uid === model.uid && stats.nlink <= 1n && !isOpenToOthers
 }
 async function readOwn(file, model) {
-  const opened = await openRegular(file).catch(ignore);
-  if (!opened)
-    return void 0;
-  try {
-    return isOwn(opened.stats, model) ? await opened.handle.readFile("utf8") : void 0;
-  } finally {
-    await opened.handle.close();
-  }
+	const opened = await openRegular(file).catch(ignore)
+	if (!opened) return void 0
+	try {
+		return isOwn(opened.stats, model) ? await opened.handle.readFile("utf8") : void 0
+	} finally {
+		await opened.handle.close()
+	}
 }
-var removeQuietly = (file) => fs.unlink(file).catch(ignore);
+var removeQuietly = file => fs.unlink(file).catch(ignore)
 async function moveFile(from, to) {
-  if ((await statAt(from))?.isDirectory())
-    fail("DISK", `${from} is in the way: it is a directory`);
-  try {
-    await fs.rename(from, to);
-    return true;
-  } catch (error) {
-    const code = errorCodeOf(error);
-    if (code === "ENOENT")
-      return false;
-    if (code !== "EPERM" && code !== "EACCES")
-      throw error;
-    const words = `${from} cannot be moved aside: ${diskWords(error)} (is it another user's?)`;
-    return fail("DISK", words, { cause: error });
-  }
+	if ((await statAt(from))?.isDirectory()) fail("DISK", `${from} is in the way: it is a directory`)
+	try {
+		await fs.rename(from, to)
+		return true
+	} catch (error) {
+		const code = errorCodeOf(error)
+		if (code === "ENOENT") return false
+		if (code !== "EPERM" && code !== "EACCES") throw error
+		const words = `${from} cannot be moved aside: ${diskWords(error)} (is it another user's?)`
+		return fail("DISK", words, {cause: error})
+	}
 }
 async function replaceFile(aside, file) {
-  await fs.rename(aside, file).catch((error) => {
-    const words = `${file} cannot be replaced: ${diskWords(error)}`;
-    return fail("DISK", words, { cause: error });
-  });
+	await fs.rename(aside, file).catch(error => {
+		const words = `${file} cannot be replaced: ${diskWords(error)}`
+		return fail("DISK", words, {cause: error})
+	})
 }
 async function putBack(aside, file) {
-  try {
-    await fs.link(aside, file);
-  } catch (error) {
-    if (errorCodeOf(error) !== "EEXIST")
-      return fs.rename(aside, file);
-  }
-  await removeQuietly(aside);
+	try {
+		await fs.link(aside, file)
+	} catch (error) {
+		if (errorCodeOf(error) !== "EEXIST") return fs.rename(aside, file)
+	}
+	await removeQuietly(aside)
 }
 async function takeFile(file, aside, isMeant) {
-  if (!await moveFile(file, aside))
-    return false;
-  const stats = await statAt(aside);
-  if (stats && await isMeant(stats))
-    return true;
-  await putBack(aside, file);
-  return false;
+	if (!(await moveFile(file, aside))) return false
+	const stats = await statAt(aside)
+	if (stats && (await isMeant(stats))) return true
+	await putBack(aside, file)
+	return false
 }
-var isAsideName = (name) => /\.[0-9a-f]{16}(\.(old|copy))?$/.test(name);
+var isAsideName = name => /\.[0-9a-f]{16}(\.(old|copy))?$/.test(name)
 async function sweep(folder, isLitter) {
-  const names = await listOptional(folder);
-  for (const name of names.filter(isLitter))
-    await removeQuietly(path.join(folder, name));
+	const names = await listOptional(folder)
+	for (const name of names.filter(isLitter)) await removeQuietly(path.join(folder, name))
 }
 async function startOf(pid) {
-  const text = await readOptional(`/proc/${pid}/stat`) ?? "";
-  const [state, ...fields] = text.slice(text.lastIndexOf(")") + 2).split(" ");
-  return state === "Z" || state === "X" ? void 0 : fields[18];
+	const text = (await readOptional(`/proc/${pid}/stat`)) ?? ""
+	const [state, ...fields] = text.slice(text.lastIndexOf(")") + 2).split(" ")
+	return state === "Z" || state === "X" ? void 0 : fields[18]
 }
 async function describeSelf() {
-  const { pid } = process;
-  const id = load("node:crypto").randomBytes(8).toString("hex");
-  const self = { id, pid, host: os.hostname(), space: "", started: "" };
-  if (process.platform !== "linux")
-    return { ...self, space: `${process.platform} ${os.hostname()}` };
-  const link = (file) => fs.readlink(file).catch(ignore);
-  const boot = (await readOptional("/proc/sys/kernel/random/boot_id"))?.trim();
-  const namespace = await link("/proc/self/ns/pid");
-  const started = await startOf("self");
-  const isOurProc = await link("/proc/self") === String(pid);
-  if (!boot || !namespace || !started || !isOurProc)
-    return self;
-  return { ...self, space: `${boot} ${namespace}`, started };
+	const {pid} = process
+	const id = load("node:crypto").randomBytes(8).toString("hex")
+	const self = {id, pid, host: os.hostname(), space: "", started: ""}
+	if (process.platform !== "linux") return {...self, space: `${process.platform} ${os.hostname()}`}
+	const link = file => fs.readlink(file).catch(ignore)
+	const boot = (await readOptional("/proc/sys/kernel/random/boot_id"))?.trim()
+	const namespace = await link("/proc/self/ns/pid")
+	const started = await startOf("self")
+	const isOurProc = (await link("/proc/self")) === String(pid)
+	if (!boot || !namespace || !started || !isOurProc) return self
+	return {...self, space: `${boot} ${namespace}`, started}
 }
 function parseOwner(text) {
-  const parsed = parseJson(text);
-  if (!isRecord(parsed))
-    return void 0;
-  const word = (key) => String(parsed[key] ?? "");
-  const id = /^[0-9a-f]{16}$/.test(word("id")) ? word("id") : "";
-  const owner = { id, pid: Number(parsed.pid), host: word("host") };
-  return { ...owner, space: word("space"), started: word("started") };
+	const parsed = parseJson(text)
+	if (!isRecord(parsed)) return void 0
+	const word = key => String(parsed[key] ?? "")
+	const id = /^[0-9a-f]{16}$/.test(word("id")) ? word("id") : ""
+	const owner = {id, pid: Number(parsed.pid), host: word("host")}
+	return {...owner, space: word("space"), started: word("started")}
 }
 async function fateOf(owner, self) {
-  if (owner.space === "" || owner.space !== self.space)
-    return "unknown";
-  try {
-    process.kill(owner.pid, 0);
-  } catch (error) {
-    if (errorCodeOf(error) === "ESRCH")
-      return "dead";
-    if (errorCodeOf(error) !== "EPERM")
-      return "unknown";
-  }
-  if (process.platform !== "linux")
-    return "unknown";
-  return await startOf(owner.pid) === owner.started ? "alive" : "dead";
+	if (owner.space === "" || owner.space !== self.space) return "unknown"
+	try {
+		process.kill(owner.pid, 0)
+	} catch (error) {
+		if (errorCodeOf(error) === "ESRCH") return "dead"
+		if (errorCodeOf(error) !== "EPERM") return "unknown"
+	}
+	if (process.platform !== "linux") return "unknown"
+	return (await startOf(owner.pid)) === owner.started ? "alive" : "dead"
 }
 async function readLock(file) {
-  const stats = await statAt(file);
-  if (!stats?.isFile())
-    return stats && { stats, owner: void 0 };
-  try {
-    const opened = await openRegular(file);
-    if (!opened)
-      return void 0;
-    const bytes = await readAt(opened.handle, 0, LIMITS.lockBytes);
-    await opened.handle.close();
-    return { stats: opened.stats, owner: parseOwner(bytes.toString("utf8")) };
-  } catch (error) {
-    return errorCodeOf(error) === "ENOENT" ? void 0 : { stats, owner: "unreadable" };
-  }
+	const stats = await statAt(file)
+	if (!stats?.isFile()) return stats && {stats, owner: void 0}
+	try {
+		const opened = await openRegular(file)
+		if (!opened) return void 0
+		const bytes = await readAt(opened.handle, 0, LIMITS.lockBytes)
+		await opened.handle.close()
+		return {stats: opened.stats, owner: parseOwner(bytes.toString("utf8"))}
+	} catch (error) {
+		return errorCodeOf(error) === "ENOENT" ? void 0 : {stats, owner: "unreadable"}
+	}
 }
 var Lock = class _Lock {
-  owner;
-  model;
-  #file;
-  #aside;
-  #handle;
-  #timer;
-  constructor(file, owner, handle, model) {
-    this.#file = file;
-    this.#aside = `${file}.${owner.id}`;
-    this.owner = owner;
-    this.model = model;
-    this.#handle = handle;
-  }
-  static async acquire(file, dest) {
-    const owner = await describeSelf();
-    const aside = `${file}.${owner.id}`;
-    const handle = await createFile(aside);
-    try {
-      await handle.write(JSON.stringify(owner), 0);
-      const lock = new _Lock(file, owner, handle, await handle.stat({ bigint: true }));
-      await lock.#settle(dest);
-      lock.#timer = setInterval(() => lock.#beat(), LIMITS.lockBeatMs).unref();
-      return lock;
-    } catch (error) {
-      await handle.close();
-      throw error;
-    } finally {
-      await removeQuietly(aside);
-    }
-  }
-  async #settle(dest) {
-    for (let attempt = 0; attempt < 8; attempt += 1) {
-      if (await this.#isPlaced())
-        return;
-      let seen = await readLock(this.#file);
-      if (seen && !seen.owner) {
-        await delay(LIMITS.lockBirthMs);
-        seen = await readLock(this.#file);
-      }
-      if (!seen)
-        continue;
-      const words = await this.#whoHasIt(seen);
-      if (words !== void 0)
-        fail("DISK", `${dest} is being pulled by another imgpull${words}`);
-      await this.#takeOver(seen.stats);
-    }
-    fail("DISK", `${dest} is being pulled by another imgpull`);
-  }
-  async #isPlaced() {
-    try {
-      await fs.link(this.#aside, this.#file);
-      return true;
-    } catch (error) {
-      if (errorCodeOf(error) === "EEXIST")
-        return false;
-    }
-    try {
-      const handle = await createFile(this.#file);
-      await this.#handle.close();
-      this.#handle = handle;
-    } catch (error) {
-      if (errorCodeOf(error) === "EEXIST")
-        return false;
-      throw error;
-    }
-    try {
-      await this.#handle.write(JSON.stringify(this.owner), 0);
-      return true;
-    } catch (error) {
-      await removeQuietly(this.#file);
-      throw error;
-    }
-  }
-  async #whoHasIt({ stats, owner }) {
-    if (!owner)
-      return void 0;
-    const isKnown = owner !== "unreadable";
-    const fate = isKnown ? await fateOf(owner, this.owner) : "unknown";
-    const who = isKnown ? printable(`process ${owner.pid} on ${owner.host}`, 80) : "another user's";
-    if (fate === "alive")
-      return ` (${who})`;
-    if (fate === "dead")
-      return void 0;
-    const ageMs = Number(this.model.mtimeMs - stats.mtimeMs);
-    const isLapsed = ageMs >= LIMITS.lockStaleMs;
-    if (isLapsed || ageMs < -LIMITS.lockBeatMs)
-      return void 0;
-    const seconds = (milliseconds) => Math.max(1, Math.ceil(milliseconds / 1e3));
-    const remedy = `if that one is gone, its lock lapses in ${seconds(LIMITS.lockStaleMs - ageMs)} s`;
-    return ` (${who}, seen ${seconds(ageMs)} s ago)
-  ${remedy}`;
-  }
-  async #takeOver(seen) {
-    const aside = `${this.#aside}.old`;
-    const isSeen = (stats) => isSameFile(stats, seen) && stats.mtimeNs === seen.mtimeNs;
-    if (await takeFile(this.#file, aside, isSeen))
-      await removeQuietly(aside);
-  }
-  #beat() {
-    this.#handle.write(JSON.stringify(this.owner), 0).catch(ignore);
-  }
-  async #isOwn(file) {
-    const owner = (await readLock(file))?.owner;
-    return owner !== void 0 && owner !== "unreadable" && owner.id === this.owner.id;
-  }
-  async isOurs() {
-    for (let attempt = 0; attempt < 3; attempt += 1) {
-      if (await this.#isOwn(this.#file))
-        return true;
-      if (await statAt(this.#file))
-        return false;
-      await delay(20);
-    }
-    return false;
-  }
-  async release() {
-    clearInterval(this.#timer);
-    const aside = `${this.#aside}.old`;
-    const isOwn2 = () => this.#isOwn(aside);
-    const isTaken = await takeFile(this.#file, aside, isOwn2).catch(ignore);
-    await this.#handle.close().catch(ignore);
-    if (isTaken)
-      await removeQuietly(aside);
-  }
-};
+	owner
+	model
+	#file
+	#aside
+	#handle
+	#timer
+	constructor(file, owner, handle, model) {
+		this.#file = file
+		this.#aside = `${file}.${owner.id}`
+		this.owner = owner
+		this.model = model
+		this.#handle = handle
+	}
+	static async acquire(file, dest) {
+		const owner = await describeSelf()
+		const aside = `${file}.${owner.id}`
+		const handle = await createFile(aside)
+		try {
+			await handle.write(JSON.stringify(owner), 0)
+			const lock = new _Lock(file, owner, handle, await handle.stat({bigint: true}))
+			await lock.#settle(dest)
+			lock.#timer = setInterval(() => lock.#beat(), LIMITS.lockBeatMs).unref()
+			return lock
+		} catch (error) {
+			await handle.close()
+			throw error
+		} finally {
+			await removeQuietly(aside)
+		}
+	}
+	async #settle(dest) {
+		for (let attempt = 0; attempt < 8; attempt += 1) {
+			if (await this.#isPlaced()) return
+			let seen = await readLock(this.#file)
+			if (seen && !seen.owner) {
+				await delay(LIMITS.lockBirthMs)
+				seen = await readLock(this.#file)
+			}
+			if (!seen) continue
+			const words = await this.#whoHasIt(seen)
+			if (words !== void 0) fail("DISK", `${dest} is being pulled by another imgpull${words}`)
+			await this.#takeOver(seen.stats)
+		}
+		fail("DISK", `${dest} is being pulled by another imgpull`)
+	}
+	async #isPlaced() {
+		try {
+			await fs.link(this.#aside, this.#file)
+			return true
+		} catch (error) {
+			if (errorCodeOf(error) === "EEXIST") return false
+		}
+		try {
+			const handle = await createFile(this.#file)
+			await this.#handle.close()
+			this.#handle = handle
+		} catch (error) {
+			if (errorCodeOf(error) === "EEXIST") return false
+			throw error
+		}
+		try {
+			await this.#handle.write(JSON.stringify(this.owner), 0)
+			return true
+		} catch (error) {
+			await removeQuietly(this.#file)
+			throw error
+		}
+	}
+	async #whoHasIt({stats, owner}) {
+		if (!owner) return void 0
+		const isKnown = owner !== "unreadable"
+		const fate = isKnown ? await fateOf(owner, this.owner) : "unknown"
+		const who = isKnown ? printable(`process ${owner.pid} on ${owner.host}`, 80) : "another user's"
+		if (fate === "alive") return ` (${who})`
+		if (fate === "dead") return void 0
+		const ageMs = Number(this.model.mtimeMs - stats.mtimeMs)
+		const isLapsed = ageMs >= LIMITS.lockStaleMs
+		if (isLapsed || ageMs < -LIMITS.lockBeatMs) return void 0
+		const seconds = milliseconds => Math.max(1, Math.ceil(milliseconds / 1e3))
+		const remedy = `if that one is gone, its lock lapses in ${seconds(LIMITS.lockStaleMs - ageMs)} s`
+		return ` (${who}, seen ${seconds(ageMs)} s ago)
+  ${remedy}`
+	}
+	async #takeOver(seen) {
+		const aside = `${this.#aside}.old`
+		const isSeen = stats => isSameFile(stats, seen) && stats.mtimeNs === seen.mtimeNs
+		if (await takeFile(this.#file, aside, isSeen)) await removeQuietly(aside)
+	}
+	#beat() {
+		this.#handle.write(JSON.stringify(this.owner), 0).catch(ignore)
+	}
+	async #isOwn(file) {
+		const owner = (await readLock(file))?.owner
+		return owner !== void 0 && owner !== "unreadable" && owner.id === this.owner.id
+	}
+	async isOurs() {
+		for (let attempt = 0; attempt < 3; attempt += 1) {
+			if (await this.#isOwn(this.#file)) return true
+			if (await statAt(this.#file)) return false
+			await delay(20)
+		}
+		return false
+	}
+	async release() {
+		clearInterval(this.#timer)
+		const aside = `${this.#aside}.old`
+		const isOwn2 = () => this.#isOwn(aside)
+		const isTaken = await takeFile(this.#file, aside, isOwn2).catch(ignore)
+		await this.#handle.close().catch(ignore)
+		if (isTaken) await removeQuietly(aside)
+	}
+}
 function parseNotes(text) {
-  const [planId = "", ...lines] = text.split("\n");
-  const inPlace = /* @__PURE__ */ new Map();
-  let owner;
-  let partial = "";
-  for (const line of lines) {
-    const [, digest = "", rangeText = ""] = /^(\S+) ([\d,-]*);$/.exec(line) ?? [];
-    const [, identity, signature] = /^by (\S+) (\{.*\})$/.exec(line) ?? [];
-    if (identity !== void 0) {
-      partial = identity;
-      owner = parseOwner(signature ?? "");
-    }
-    let ranges = [];
-    for (const range of rangeText.split(",")) {
-      const [from = 0, to = 0] = range.split("-").map(Number);
-      if (from < to)
-        ranges = addRange(ranges, [from, to]);
-    }
-    inPlace.set(digest, ranges);
-  }
-  return { planId, owner, partial, isClosed: lines.includes("closed"), inPlace };
+	const [planId = "", ...lines] = text.split("\n")
+	const inPlace = /* @__PURE__ */ new Map()
+	let owner
+	let partial = ""
+	for (const line of lines) {
+		const [, digest = "", rangeText = ""] = /^(\S+) ([\d,-]*);$/.exec(line) ?? []
+		const [, identity, signature] = /^by (\S+) (\{.*\})$/.exec(line) ?? []
+		if (identity !== void 0) {
+			partial = identity
+			owner = parseOwner(signature ?? "")
+		}
+		let ranges = []
+		for (const range of rangeText.split(",")) {
+			const [from = 0, to = 0] = range.split("-").map(Number)
+			if (from < to) ranges = addRange(ranges, [from, to])
+		}
+		inPlace.set(digest, ranges)
+	}
+	return {planId, owner, partial, isClosed: lines.includes("closed"), inPlace}
 }
 var Journal = class _Journal {
-  #file;
-  #handle;
-  #inPlace;
-  constructor(file, handle, inPlace) {
-    this.#file = file;
-    this.#handle = handle;
-    this.#inPlace = inPlace;
-  }
-  static async read(file, model) {
-    return parseNotes(await readOwn(file, model) ?? "");
-  }
-  static async begin(file, owner, { planId, partial, inPlace }) {
-    const aside = `${file}.${owner.id}`;
-    const handle = await createFile(aside);
-    const journal = new _Journal(file, handle, inPlace);
-    try {
-      await handle.write(`${planId}
+	#file
+	#handle
+	#inPlace
+	constructor(file, handle, inPlace) {
+		this.#file = file
+		this.#handle = handle
+		this.#inPlace = inPlace
+	}
+	static async read(file, model) {
+		return parseNotes((await readOwn(file, model)) ?? "")
+	}
+	static async begin(file, owner, {planId, partial, inPlace}) {
+		const aside = `${file}.${owner.id}`
+		const handle = await createFile(aside)
+		const journal = new _Journal(file, handle, inPlace)
+		try {
+			await handle.write(`${planId}
 by ${partial || "-"} ${JSON.stringify(owner)}
-`);
-      for (const [digest, ranges] of inPlace)
-        journal.#recordRanges(digest, ranges);
-      await replaceFile(aside, file);
-      return journal;
-    } catch (error) {
-      await handle.close();
-      await removeQuietly(aside);
-      throw error;
-    }
-  }
-  rangesOf(digest) {
-    return this.#inPlace.get(digest) ?? [];
-  }
-  record(blob) {
-    blob.markRecorded();
-    this.#recordRanges(blob.descriptor.digest, blob.inPlace);
-  }
-  #recordRanges(digest, ranges) {
-    this.#append(`${digest} ${ranges.map((range) => range.join("-")).join(",")};
-`);
-  }
-  #append(text) {
-    try {
-      appendFileSync(this.#handle.fd, text);
-    } catch {
-    }
-  }
-  async close() {
-    this.#append("closed\n");
-    await this.#handle.close();
-  }
-  async remove() {
-    const stats = await this.#handle.stat({ bigint: true });
-    await this.#handle.close();
-    if (isSameFile(await statAt(this.#file), stats))
-      await removeQuietly(this.#file);
-  }
-};
+`)
+			for (const [digest, ranges] of inPlace) journal.#recordRanges(digest, ranges)
+			await replaceFile(aside, file)
+			return journal
+		} catch (error) {
+			await handle.close()
+			await removeQuietly(aside)
+			throw error
+		}
+	}
+	rangesOf(digest) {
+		return this.#inPlace.get(digest) ?? []
+	}
+	record(blob) {
+		blob.markRecorded()
+		this.#recordRanges(blob.descriptor.digest, blob.inPlace)
+	}
+	#recordRanges(digest, ranges) {
+		this.#append(`${digest} ${ranges.map(range => range.join("-")).join(",")};
+`)
+	}
+	#append(text) {
+		try {
+			appendFileSync(this.#handle.fd, text)
+		} catch {}
+	}
+	async close() {
+		this.#append("closed\n")
+		await this.#handle.close()
+	}
+	async remove() {
+		const stats = await this.#handle.stat({bigint: true})
+		await this.#handle.close()
+		if (isSameFile(await statAt(this.#file), stats)) await removeQuietly(this.#file)
+	}
+}
 function judgeLine() {
-  const before = performance.eventLoopUtilization();
-  return () => {
-    const { active, idle, utilization } = performance.eventLoopUtilization(before);
-    return active + idle > TUNING.judgeMs && utilization < TUNING.busyLoop;
-  };
+	const before = performance.eventLoopUtilization()
+	return () => {
+		const {active, idle, utilization} = performance.eventLoopUtilization(before)
+		return active + idle > TUNING.judgeMs && utilization < TUNING.busyLoop
+	}
 }
 var Transfer = class {
-  blobs;
-  totalBytes;
-  resumedBytes;
-  signal;
-  #session;
-  #sink;
-  #observe;
-  #journal;
-  #schedule;
-  #change = new Change();
-  #stopping = new AbortController();
-  #fetchedBytes = 0;
-  #reusedBytes;
-  #isUnchanged = false;
-  constructor(options) {
-    const { session, blobs, sink, observe, journal, keptBytes = 0 } = options;
-    this.signal = anySignal(session.signal, this.#stopping.signal);
-    this.#session = { ...session, signal: this.signal };
-    this.blobs = blobs;
-    this.totalBytes = sizeOf(blobs);
-    this.resumedBytes = sumOf(blobs, ({ doneBytes }) => doneBytes);
-    this.#reusedBytes = keptBytes;
-    this.#sink = sink;
-    this.#observe = observe;
-    this.#journal = journal;
-    this.#schedule = new Schedule(session.settings.concurrency, sink.isInOrder, judgeLine());
-  }
-  get fetchedBytes() {
-    return this.#fetchedBytes;
-  }
-  get reusedBytes() {
-    return this.#reusedBytes;
-  }
-  get activeBlobs() {
-    return this.#schedule.activeBlobs;
-  }
-  get isUnchanged() {
-    return this.#isUnchanged;
-  }
-  keep(blob) {
-    blob.keep();
-    this.#reusedBytes += blob.descriptor.size;
-    this.#observe(this);
-  }
-  markUnchanged() {
-    this.#isUnchanged = true;
-  }
-  stop = (error) => {
-    this.#stopping.abort();
-    throw error;
-  };
-  async run() {
-    this.#observe(this);
-    for (const blob of this.blobs)
-      this.#schedule.add(blob);
-    this.#schedule.spread();
-    const { concurrency } = this.#session.settings;
-    const connect2 = () => this.#runConnection().catch(this.stop);
-    settled(await Promise.allSettled(Array.from({ length: concurrency }, connect2)));
-    if (this.signal.aborted)
-      fail("ABORTED", "stopped");
-    await this.#sink.end?.();
-  }
-  async #runConnection() {
-    while (!this.signal.aborted && this.#schedule.wantsConnection) {
-      const segment = this.#schedule.next();
-      if (!segment) {
-        await this.#change.next(this.signal, 20);
-        continue;
-      }
-      await this.#fetch(segment);
-      if (this.#schedule.isLast(segment))
-        await this.#finishBlob(segment.blob);
-      this.#schedule.end(segment);
-      this.#change.announce();
-    }
-  }
-  #fetch(segment) {
-    let before = segment.at;
-    const gotOn = () => {
-      const enough = Math.min(TUNING.batchBytes, Math.ceil(segment.blob.descriptor.size / 64));
-      const isEnough = segment.at - before >= enough;
-      before = segment.at;
-      return isEnough;
-    };
-    const attempt = async () => {
-      while (!segment.isComplete)
-        await this.#receiveOrGiveBack(segment);
-    };
-    return withRetries(this.#session, attempt, gotOn);
-  }
-  async #receiveOrGiveBack(segment) {
-    try {
-      await this.#receive(segment);
-    } catch (error) {
-      const isCrowded = error instanceof ImgpullError && error.code === "RATE_LIMITED";
-      if (isCrowded && this.#schedule.crowded(segment))
-        return;
-      const { registry, descriptor, source } = segment.blob;
-      if (source || !registry.canAskElsewhere(descriptor.digest, error))
-        throw error;
-    }
-  }
-  async #receive(segment) {
-    const { blob } = segment;
-    const opened = await openSegment(this.#schedule, segment, this.signal);
-    if (!opened)
-      return;
-    const { stream, doing, end } = opened;
-    let { position } = opened;
-    const writer = new BatchWriter(stream, (at, chunks) => this.#write(blob, at, chunks));
-    stream.on("data", (chunk) => {
-      const skipped = Math.min(chunk.length, Math.max(0, segment.at - position));
-      const wanted = chunk.subarray(skipped, skipped + segment.remainingBytes);
-      position += chunk.length;
-      const pieces = this.#accept(segment, wanted);
-      if (position > end || segment.isComplete && position < end)
-        stream.destroy();
-      for (const piece of pieces)
-        writer.add(...piece);
-    });
-    const cause = await finished(stream, { signal: this.signal }).then(ignore, (error) => error);
-    stream.destroy();
-    await writer.end();
-    if (position > end)
-      fail("SIZE_MISMATCH", `${doing}: more than the ${end} bytes that belong there`);
-    if (segment.isComplete)
-      return;
-    if (this.signal.aborted)
-      fail("ABORTED", "stopped");
-    if (cause instanceof ImgpullError || cause && blob.source)
-      throw cause;
-    if (position < end) {
-      const reason = `the connection ended after ${position} of ${end} bytes`;
-      fail("NETWORK", `${doing}: ${reason}`, { cause });
-    }
-  }
-  #accept(segment, bytes) {
-    const { blob } = segment;
-    const pieces = blob.accept(segment.at, bytes);
-    segment.at += bytes.length;
-    const newBytes = sumOf(pieces, ([, piece]) => piece.length);
-    if (blob.source)
-      this.#reusedBytes += newBytes;
-    else
-      this.#fetchedBytes += newBytes;
-    return pieces;
-  }
-  async #write(blob, position, chunks) {
-    this.#observe(this);
-    const sizeBytes = sumOf(chunks, ({ length }) => length);
-    await this.#sink.write(blob, position, chunks);
-    blob.markWritten(position, sizeBytes);
-    if (blob.unrecordedBytes >= TUNING.journalBytes)
-      this.#journal?.record(blob);
-  }
-  async #finishBlob(blob) {
-    if (await this.#isVerified(blob)) {
-      blob.markDone();
-      this.#observe(this, blob);
-      return;
-    }
-    this.#judgeWrongBytes(blob);
-    this.#schedule.add(blob);
-  }
-  async #isVerified(blob) {
-    if (!this.#sink.readBack)
-      return true;
-    for await (const piece of this.#sink.readBack(blob, blob.hashedTo))
-      blob.hashInOrder(blob.hashedTo, piece);
-    if (!blob.verify())
-      return false;
-    await this.#sink.seal?.(blob);
-    this.#journal?.record(blob);
-    return true;
-  }
-  #judgeWrongBytes(blob) {
-    const { descriptor, registry } = blob;
-    const words = `${descriptor.digest}: the bytes have another digest`;
-    const lie = new ImgpullError("DIGEST_MISMATCH", words);
-    const isFromMirror = !blob.source && registry.canAskElsewhere(descriptor.digest, lie);
-    const { liar, isLast } = blob.restart(isFromMirror);
-    if (liar === "source" || isFromMirror)
-      return;
-    if (isLast) {
-      this.#journal?.record(blob);
-      fail("DIGEST_MISMATCH", `${words}, twice, from ${registry.origin}`);
-    }
-    this.#session.warn(`${words}; fetching the blob once more`);
-  }
-};
-var DEVICE_NAME = /^(con|prn|aux|nul|com\d|lpt\d)\s*($|[.:])/i;
+	blobs
+	totalBytes
+	resumedBytes
+	signal
+	#session
+	#sink
+	#observe
+	#journal
+	#schedule
+	#change = new Change()
+	#stopping = new AbortController()
+	#fetchedBytes = 0
+	#reusedBytes
+	#isUnchanged = false
+	constructor(options) {
+		const {session, blobs, sink, observe, journal, keptBytes = 0} = options
+		this.signal = anySignal(session.signal, this.#stopping.signal)
+		this.#session = {...session, signal: this.signal}
+		this.blobs = blobs
+		this.totalBytes = sizeOf(blobs)
+		this.resumedBytes = sumOf(blobs, ({doneBytes}) => doneBytes)
+		this.#reusedBytes = keptBytes
+		this.#sink = sink
+		this.#observe = observe
+		this.#journal = journal
+		this.#schedule = new Schedule(session.settings.concurrency, sink.isInOrder, judgeLine())
+	}
+	get fetchedBytes() {
+		return this.#fetchedBytes
+	}
+	get reusedBytes() {
+		return this.#reusedBytes
+	}
+	get activeBlobs() {
+		return this.#schedule.activeBlobs
+	}
+	get isUnchanged() {
+		return this.#isUnchanged
+	}
+	keep(blob) {
+		blob.keep()
+		this.#reusedBytes += blob.descriptor.size
+		this.#observe(this)
+	}
+	markUnchanged() {
+		this.#isUnchanged = true
+	}
+	stop = error => {
+		this.#stopping.abort()
+		throw error
+	}
+	async run() {
+		this.#observe(this)
+		for (const blob of this.blobs) this.#schedule.add(blob)
+		this.#schedule.spread()
+		const {concurrency} = this.#session.settings
+		const connect2 = () => this.#runConnection().catch(this.stop)
+		settled(await Promise.allSettled(Array.from({length: concurrency}, connect2)))
+		if (this.signal.aborted) fail("ABORTED", "stopped")
+		await this.#sink.end?.()
+	}
+	async #runConnection() {
+		while (!this.signal.aborted && this.#schedule.wantsConnection) {
+			const segment = this.#schedule.next()
+			if (!segment) {
+				await this.#change.next(this.signal, 20)
+				continue
+			}
+			await this.#fetch(segment)
+			if (this.#schedule.isLast(segment)) await this.#finishBlob(segment.blob)
+			this.#schedule.end(segment)
+			this.#change.announce()
+		}
+	}
+	#fetch(segment) {
+		let before = segment.at
+		const gotOn = () => {
+			const enough = Math.min(TUNING.batchBytes, Math.ceil(segment.blob.descriptor.size / 64))
+			const isEnough = segment.at - before >= enough
+			before = segment.at
+			return isEnough
+		}
+		const attempt = async () => {
+			while (!segment.isComplete) await this.#receiveOrGiveBack(segment)
+		}
+		return withRetries(this.#session, attempt, gotOn)
+	}
+	async #receiveOrGiveBack(segment) {
+		try {
+			await this.#receive(segment)
+		} catch (error) {
+			const isCrowded = error instanceof ImgpullError && error.code === "RATE_LIMITED"
+			if (isCrowded && this.#schedule.crowded(segment)) return
+			const {registry, descriptor, source} = segment.blob
+			if (source || !registry.canAskElsewhere(descriptor.digest, error)) throw error
+		}
+	}
+	async #receive(segment) {
+		const {blob} = segment
+		const opened = await openSegment(this.#schedule, segment, this.signal)
+		if (!opened) return
+		const {stream, doing, end} = opened
+		let {position} = opened
+		const writer = new BatchWriter(stream, (at, chunks) => this.#write(blob, at, chunks))
+		stream.on("data", chunk => {
+			const skipped = Math.min(chunk.length, Math.max(0, segment.at - position))
+			const wanted = chunk.subarray(skipped, skipped + segment.remainingBytes)
+			position += chunk.length
+			const pieces = this.#accept(segment, wanted)
+			if (position > end || (segment.isComplete && position < end)) stream.destroy()
+			for (const piece of pieces) writer.add(...piece)
+		})
+		const cause = await finished(stream, {signal: this.signal}).then(ignore, error => error)
+		stream.destroy()
+		await writer.end()
+		if (position > end) fail("SIZE_MISMATCH", `${doing}: more than the ${end} bytes that belong there`)
+		if (segment.isComplete) return
+		if (this.signal.aborted) fail("ABORTED", "stopped")
+		if (cause instanceof ImgpullError || (cause && blob.source)) throw cause
+		if (position < end) {
+			const reason = `the connection ended after ${position} of ${end} bytes`
+			fail("NETWORK", `${doing}: ${reason}`, {cause})
+		}
+	}
+	#accept(segment, bytes) {
+		const {blob} = segment
+		const pieces = blob.accept(segment.at, bytes)
+		segment.at += bytes.length
+		const newBytes = sumOf(pieces, ([, piece]) => piece.length)
+		if (blob.source) this.#reusedBytes += newBytes
+		else this.#fetchedBytes += newBytes
+		return pieces
+	}
+	async #write(blob, position, chunks) {
+		this.#observe(this)
+		const sizeBytes = sumOf(chunks, ({length}) => length)
+		await this.#sink.write(blob, position, chunks)
+		blob.markWritten(position, sizeBytes)
+		if (blob.unrecordedBytes >= TUNING.journalBytes) this.#journal?.record(blob)
+	}
+	async #finishBlob(blob) {
+		if (await this.#isVerified(blob)) {
+			blob.markDone()
+			this.#observe(this, blob)
+			return
+		}
+		this.#judgeWrongBytes(blob)
+		this.#schedule.add(blob)
+	}
+	async #isVerified(blob) {
+		if (!this.#sink.readBack) return true
+		for await (const piece of this.#sink.readBack(blob, blob.hashedTo)) blob.hashInOrder(blob.hashedTo, piece)
+		if (!blob.verify()) return false
+		await this.#sink.seal?.(blob)
+		this.#journal?.record(blob)
+		return true
+	}
+	#judgeWrongBytes(blob) {
+		const {descriptor, registry} = blob
+		const words = `${descriptor.digest}: the bytes have another digest`
+		const lie = new ImgpullError("DIGEST_MISMATCH", words)
+		const isFromMirror = !blob.source && registry.canAskElsewhere(descriptor.digest, lie)
+		const {liar, isLast} = blob.restart(isFromMirror)
+		if (liar === "source" || isFromMirror) return
+		if (isLast) {
+			this.#journal?.record(blob)
+			fail("DIGEST_MISMATCH", `${words}, twice, from ${registry.origin}`)
+		}
+		this.#session.warn(`${words}; fetching the blob once more`)
+	}
+}
+var DEVICE_NAME = /^(con|prn|aux|nul|com\d|lpt\d)\s*($|[.:])/i
 async function resolveLink(file) {
-  const link = await fs.readlink(file).catch(ignore);
-  if (link === void 0)
-    return file;
-  const target = path.resolve(await fs.realpath(path.dirname(file)), link);
-  return resolveLink(target);
+	const link = await fs.readlink(file).catch(ignore)
+	if (link === void 0) return file
+	const target = path.resolve(await fs.realpath(path.dirname(file)), link)
+	return resolveLink(target)
 }
 async function resolveFile(file) {
-  try {
-    return await fs.realpath(file);
-  } catch (error) {
-    if (errorCodeOf(error) !== "ENOENT")
-      throw error;
-    return resolveLink(file);
-  }
+	try {
+		return await fs.realpath(file)
+	} catch (error) {
+		if (errorCodeOf(error) !== "ENOENT") throw error
+		return resolveLink(file)
+	}
 }
-var withoutPrefix = (file) => file.replace(/^\\\\\?\\UNC\\/i, "\\\\").replace(/^\\\\\?\\/, "");
+var withoutPrefix = file => file.replace(/^\\\\\?\\UNC\\/i, "\\\\").replace(/^\\\\\?\\/, "")
 async function parseDestination(destination) {
-  if (typeof destination !== "string")
-    return { kind: "stream", output: destination };
-  return parseFileDestination(isWindows ? withoutPrefix(destination) : destination);
+	if (typeof destination !== "string") return {kind: "stream", output: destination}
+	return parseFileDestination(isWindows ? withoutPrefix(destination) : destination)
 }
 async function parseFileDestination(destination) {
-  const doing = `cannot write ${destination}`;
-  if (isWindows && DEVICE_NAME.test(path.basename(destination)))
-    fail("DISK", `${doing}: that name is a device of Windows (- is stdout)`);
-  const stats = await fs.stat(destination).catch(ignore);
-  if (/[\\/]$/.test(destination) || stats?.isDirectory())
-    return { kind: "layout", folder: destination };
-  if (stats?.isFIFO() || stats?.isCharacterDevice())
-    return { kind: "device", file: destination };
-  if (stats?.isFile() === false)
-    fail("DISK", `${doing}: it is there, and not a file (- is stdout)`);
-  const folder = path.dirname(destination);
-  const checking = fs.access(`${folder}/.`, constants.W_OK);
-  await onDisk(`${doing}: the directory ${folder}`, checking);
-  return { kind: "tar", file: await onDisk(doing, resolveFile(destination)) };
+	const doing = `cannot write ${destination}`
+	if (isWindows && DEVICE_NAME.test(path.basename(destination)))
+		fail("DISK", `${doing}: that name is a device of Windows (- is stdout)`)
+	const stats = await fs.stat(destination).catch(ignore)
+	if (/[\\/]$/.test(destination) || stats?.isDirectory()) return {kind: "layout", folder: destination}
+	if (stats?.isFIFO() || stats?.isCharacterDevice()) return {kind: "device", file: destination}
+	if (stats?.isFile() === false) fail("DISK", `${doing}: it is there, and not a file (- is stdout)`)
+	const folder = path.dirname(destination)
+	const checking = fs.access(`${folder}/.`, constants.W_OK)
+	await onDisk(`${doing}: the directory ${folder}`, checking)
+	return {kind: "tar", file: await onDisk(doing, resolveFile(destination))}
 }
 async function pullInto(destination, job) {
-  switch (destination.kind) {
-    case "stream":
-      return pullToStream(job, destination.output);
-    case "device":
-      return pullToDevice(job, destination.file);
-    case "layout":
-      return pullToLayout(job, destination.folder).catch(tellOfInodes(destination.folder));
-    case "tar": {
-      const { file } = destination;
-      return pullToTar(job, file).catch(tellOfInodes(path.dirname(file)));
-    }
-  }
+	switch (destination.kind) {
+		case "stream":
+			return pullToStream(job, destination.output)
+		case "device":
+			return pullToDevice(job, destination.file)
+		case "layout":
+			return pullToLayout(job, destination.folder).catch(tellOfInodes(destination.folder))
+		case "tar": {
+			const {file} = destination
+			return pullToTar(job, file).catch(tellOfInodes(path.dirname(file)))
+		}
+	}
 }
 async function writeAll(handle, chunks, position) {
-  const { bytesWritten } = await handle.writev(chunks, position);
-  if (bytesWritten === sumOf(chunks, ({ length }) => length))
-    return;
-  const rest = Buffer.concat(chunks).subarray(bytesWritten);
-  await writeAll(handle, [rest], position + bytesWritten);
+	const {bytesWritten} = await handle.writev(chunks, position)
+	if (bytesWritten === sumOf(chunks, ({length}) => length)) return
+	const rest = Buffer.concat(chunks).subarray(bytesWritten)
+	await writeAll(handle, [rest], position + bytesWritten)
 }
 async function syncQuietly(handle) {
-  await handle.sync().catch((error) => {
-    if (!["ERR_ACCESS_DENIED", "EINVAL", "ENOSYS", "ENOTSUP", "EPERM"].includes(errorCodeOf(error)))
-      throw error;
-  });
+	await handle.sync().catch(error => {
+		if (!["ERR_ACCESS_DENIED", "EINVAL", "ENOSYS", "ENOTSUP", "EPERM"].includes(errorCodeOf(error))) throw error
+	})
 }
 async function syncFolder(folder) {
-  const handle = await fs.open(folder, "r").catch(ignore);
-  if (handle)
-    await syncQuietly(handle).finally(() => handle.close());
+	const handle = await fs.open(folder, "r").catch(ignore)
+	if (handle) await syncQuietly(handle).finally(() => handle.close())
 }
 async function checkFreeSpace(dest, place, neededBytes) {
-  const { blocks, bavail, bsize } = await fs.statfs(place).catch(() => ({ blocks: 0, bavail: 0, bsize: 1 }));
-  const freeBytes = blocks === 0 ? NEVER : bavail * bsize;
-  if (neededBytes <= freeBytes)
-    return;
-  const words = `${formatBytes(neededBytes)} are needed and ${place} has ${formatBytes(freeBytes)} free`;
-  fail("DISK", `cannot write ${dest}: the disk is full, ${words}`);
+	const {blocks, bavail, bsize} = await fs.statfs(place).catch(() => ({blocks: 0, bavail: 0, bsize: 1}))
+	const freeBytes = blocks === 0 ? NEVER : bavail * bsize
+	if (neededBytes <= freeBytes) return
+	const words = `${formatBytes(neededBytes)} are needed and ${place} has ${formatBytes(freeBytes)} free`
+	fail("DISK", `cannot write ${dest}: the disk is full, ${words}`)
 }
-var tellOfInodes = (folder) => async (error) => {
-  if (errorCodeOf(error) !== "ENOSPC")
-    throw error;
-  const counts = await fs.statfs(folder).catch(ignore);
-  if (!counts || counts.files === 0 || counts.ffree > 0)
-    throw error;
-  throw Object.assign(error, { code: "NO_INODES" });
-};
+var tellOfInodes = folder => async error => {
+	if (errorCodeOf(error) !== "ENOSPC") throw error
+	const counts = await fs.statfs(folder).catch(ignore)
+	if (!counts || counts.files === 0 || counts.ffree > 0) throw error
+	throw Object.assign(error, {code: "NO_INODES"})
+}
 var BackgroundSync = class {
-  #unsyncedBytes = 0;
-  #syncing = Promise.resolve();
-  async written(handle, sizeBytes) {
-    this.#unsyncedBytes += sizeBytes;
-    if (this.#unsyncedBytes < TUNING.syncBytes)
-      return;
-    this.#unsyncedBytes = 0;
-    const before = this.#syncing;
-    this.#syncing = before.then(() => syncQuietly(handle));
-    this.#syncing.catch(ignore);
-    await before;
-  }
-  end() {
-    return this.#syncing;
-  }
-};
+	#unsyncedBytes = 0
+	#syncing = Promise.resolve()
+	async written(handle, sizeBytes) {
+		this.#unsyncedBytes += sizeBytes
+		if (this.#unsyncedBytes < TUNING.syncBytes) return
+		this.#unsyncedBytes = 0
+		const before = this.#syncing
+		this.#syncing = before.then(() => syncQuietly(handle))
+		this.#syncing.catch(ignore)
+		await before
+	}
+	end() {
+		return this.#syncing
+	}
+}
 function fileSink(open, seal) {
-  const sync = new BackgroundSync();
-  return {
-    isInOrder: false,
-    write: async (blob, position, chunks) => {
-      const handle = await open(blob);
-      await writeAll(handle, chunks, blob.offset + position);
-      const sizeBytes = sumOf(chunks, ({ length }) => length);
-      await sync.written(handle, sizeBytes);
-    },
-    readBack: async function* (blob, from) {
-      const { offset, descriptor } = blob;
-      yield* readPlace(await open(blob), offset + from, offset + descriptor.size);
-    },
-    seal: async (blob) => seal?.(blob),
-    end: () => sync.end()
-  };
+	const sync = new BackgroundSync()
+	return {
+		isInOrder: false,
+		write: async (blob, position, chunks) => {
+			const handle = await open(blob)
+			await writeAll(handle, chunks, blob.offset + position)
+			const sizeBytes = sumOf(chunks, ({length}) => length)
+			await sync.written(handle, sizeBytes)
+		},
+		readBack: async function* (blob, from) {
+			const {offset, descriptor} = blob
+			yield* readPlace(await open(blob), offset + from, offset + descriptor.size)
+		},
+		seal: async blob => seal?.(blob),
+		end: () => sync.end()
+	}
 }
 async function fillPlaces(filling) {
-  const { blobs, journal, open, seal, ...rest } = filling;
-  for (const blob of blobs)
-    await resumeBlob(blob, journal, open);
-  const transfer = new Transfer({ ...rest, blobs, journal, sink: fileSink(open, seal) });
-  try {
-    await transfer.run();
-    return transfer;
-  } finally {
-    for (const blob of blobs)
-      if (blob.unrecordedBytes > 0)
-        journal.record(blob);
-  }
+	const {blobs, journal, open, seal, ...rest} = filling
+	for (const blob of blobs) await resumeBlob(blob, journal, open)
+	const transfer = new Transfer({...rest, blobs, journal, sink: fileSink(open, seal)})
+	try {
+		await transfer.run()
+		return transfer
+	} finally {
+		for (const blob of blobs) if (blob.unrecordedBytes > 0) journal.record(blob)
+	}
 }
 async function resumeBlob(blob, journal, open) {
-  const { digest, size } = blob.descriptor;
-  const ranges = journal.rangesOf(digest);
-  if (ranges.length === 0)
-    return;
-  const { size: fileBytes } = await (await open(blob)).stat();
-  const placeEnd = fileBytes - blob.offset;
-  blob.resume(ranges.filter(([, to]) => to <= size && to <= placeEnd));
+	const {digest, size} = blob.descriptor
+	const ranges = journal.rangesOf(digest)
+	if (ranges.length === 0) return
+	const {size: fileBytes} = await (await open(blob)).stat()
+	const placeEnd = fileBytes - blob.offset
+	blob.resume(ranges.filter(([, to]) => to <= size && to <= placeEnd))
 }
 async function writeFrame(handle, plan) {
-  for (const { lead, bytes, offset } of plan.entries)
-    await writeAll(handle, bytes ? [lead, bytes] : [lead], offset - lead.length);
-  await writeAll(handle, [plan.trailer], plan.sizeBytes - plan.trailer.length);
-  await handle.truncate(plan.sizeBytes);
+	for (const {lead, bytes, offset} of plan.entries)
+		await writeAll(handle, bytes ? [lead, bytes] : [lead], offset - lead.length)
+	await writeAll(handle, [plan.trailer], plan.sizeBytes - plan.trailer.length)
+	await handle.truncate(plan.sizeBytes)
 }
 async function hasFrame(handle, plan) {
-  const { size } = await handle.stat();
-  if (size !== plan.sizeBytes)
-    return false;
-  const isThere = async (bytes, at) => bytes.equals(await readAt(handle, at, bytes.length));
-  for (const { lead, bytes, offset } of plan.entries) {
-    const frame = bytes ? Buffer.concat([lead, bytes]) : lead;
-    if (!await isThere(frame, offset - lead.length))
-      return false;
-  }
-  return isThere(plan.trailer, plan.sizeBytes - plan.trailer.length);
+	const {size} = await handle.stat()
+	if (size !== plan.sizeBytes) return false
+	const isThere = async (bytes, at) => bytes.equals(await readAt(handle, at, bytes.length))
+	for (const {lead, bytes, offset} of plan.entries) {
+		const frame = bytes ? Buffer.concat([lead, bytes]) : lead
+		if (!(await isThere(frame, offset - lead.length))) return false
+	}
+	return isThere(plan.trailer, plan.sizeBytes - plan.trailer.length)
 }
-var NO_SINK = { isInOrder: false, write: () => Promise.resolve() };
+var NO_SINK = {isInOrder: false, write: () => Promise.resolve()}
 async function keepUnchanged(job, dest) {
-  const { session, plan, observe } = job;
-  const opened = await openRegular(dest).catch(ignore);
-  if (!opened)
-    return void 0;
-  const { handle } = opened;
-  try {
-    if (!await hasFrame(handle, plan))
-      return void 0;
-    const transfer = new Transfer({ session, blobs: blobsOf(plan, []), sink: NO_SINK, observe });
-    for (const blob of transfer.blobs) {
-      if (!await isIntact({ handle, offset: blob.offset }, blob.descriptor, session.signal))
-        return void 0;
-      transfer.keep(blob);
-    }
-    transfer.markUnchanged();
-    return transfer;
-  } catch (error) {
-    if (session.signal.aborted)
-      fail("ABORTED", "stopped", { cause: error });
-    throw error;
-  } finally {
-    await handle.close();
-  }
+	const {session, plan, observe} = job
+	const opened = await openRegular(dest).catch(ignore)
+	if (!opened) return void 0
+	const {handle} = opened
+	try {
+		if (!(await hasFrame(handle, plan))) return void 0
+		const transfer = new Transfer({session, blobs: blobsOf(plan, []), sink: NO_SINK, observe})
+		for (const blob of transfer.blobs) {
+			if (!(await isIntact({handle, offset: blob.offset}, blob.descriptor, session.signal))) return void 0
+			transfer.keep(blob)
+		}
+		transfer.markUnchanged()
+		return transfer
+	} catch (error) {
+		if (session.signal.aborted) fail("ABORTED", "stopped", {cause: error})
+		throw error
+	} finally {
+		await handle.close()
+	}
 }
 async function openTaken(file, model) {
-  const opened = await openRegular(file, O_RDWR).catch(ignore);
-  if (opened && isOwn(opened.stats, model))
-    return opened;
-  await opened?.handle.close();
-  await fs.unlink(file);
-  return void 0;
+	const opened = await openRegular(file, O_RDWR).catch(ignore)
+	if (opened && isOwn(opened.stats, model)) return opened
+	await opened?.handle.close()
+	await fs.unlink(file)
+	return void 0
 }
 async function replaceByCopy(file) {
-  const copy = `${file}.copy`;
-  try {
-    await fs.copyFile(file, copy, constants.COPYFILE_FICLONE | constants.COPYFILE_EXCL);
-    await fs.rename(copy, file);
-    return (await openRegular(file, O_RDWR))?.handle;
-  } catch {
-    await removeQuietly(copy);
-    await fs.unlink(file);
-    return void 0;
-  }
+	const copy = `${file}.copy`
+	try {
+		await fs.copyFile(file, copy, constants.COPYFILE_FICLONE | constants.COPYFILE_EXCL)
+		await fs.rename(copy, file)
+		return (await openRegular(file, O_RDWR))?.handle
+	} catch {
+		await removeQuietly(copy)
+		await fs.unlink(file)
+		return void 0
+	}
 }
 async function renameOver(from, dest) {
-  const waitsMs = isWindows ? [50, 100, 200, 400, 800] : [];
-  for (; ; ) {
-    try {
-      return await fs.rename(from, dest);
-    } catch (error) {
-      if (!isWindows || !["EPERM", "EACCES", "EBUSY"].includes(errorCodeOf(error)))
-        throw error;
-      const waitMs = waitsMs.shift();
-      const words = "another program has it open, or it is read-only";
-      if (waitMs === void 0)
-        fail("DISK", `cannot write ${dest}: ${words}`, { cause: error });
-      await delay(waitMs);
-    }
-  }
+	const waitsMs = isWindows ? [50, 100, 200, 400, 800] : []
+	for (;;) {
+		try {
+			return await fs.rename(from, dest)
+		} catch (error) {
+			if (!isWindows || !["EPERM", "EACCES", "EBUSY"].includes(errorCodeOf(error))) throw error
+			const waitMs = waitsMs.shift()
+			const words = "another program has it open, or it is read-only"
+			if (waitMs === void 0) fail("DISK", `cannot write ${dest}: ${words}`, {cause: error})
+			await delay(waitMs)
+		}
+	}
 }
 var PartialTar = class _PartialTar {
-  file;
-  #dest;
-  #plan;
-  #lock;
-  #aside;
-  #journalFile;
-  #isTaken = false;
-  #inPlace = /* @__PURE__ */ new Map();
-  #handle;
-  #journal;
-  constructor({ dest, plan, lock }) {
-    this.file = `${dest}.partial`;
-    this.#dest = dest;
-    this.#plan = plan;
-    this.#lock = lock;
-    this.#aside = `${this.file}.${lock.owner.id}`;
-    this.#journalFile = `${this.file}.journal`;
-  }
-  get handle() {
-    return this.#handle;
-  }
-  get journal() {
-    return this.#journal;
-  }
-  static async open(place) {
-    const partial = new _PartialTar(place);
-    try {
-      await partial.#claim();
-      await partial.#checkSpace();
-      await partial.#begin();
-      return partial;
-    } catch (error) {
-      await partial.close();
-      throw error;
-    }
-  }
-  async #claim() {
-    const { owner, model } = this.#lock;
-    const before = await Journal.read(this.#journalFile, model);
-    const isDead = before.owner && await fateOf(before.owner, owner) === "dead";
-    const deadAside = `${this.file}.${before.owner?.id}`;
-    this.#isTaken = isDead && await moveFile(deadAside, this.#aside) || await moveFile(this.file, this.#aside);
-    const found = this.#isTaken ? await openTaken(this.#aside, model) : void 0;
-    this.#isTaken = found !== void 0;
-    if (!found)
-      return;
-    const notes = await Journal.read(this.#journalFile, model);
-    const isOfPlan = notes.planId === this.#plan.id;
-    if (isOfPlan && Number(found.stats.size) === this.#plan.sizeBytes)
-      return this.#goOnWith(found, notes);
-    await found.handle.close();
-    await fs.rename(this.#aside, `${this.file}.old`);
-    this.#isTaken = false;
-  }
-  async #goOnWith({ handle, stats }, notes) {
-    const { owner } = notes;
-    const isAbandoned = !owner || notes.partial === identityOf(stats) && (notes.isClosed || await fateOf(owner, this.#lock.owner) === "dead");
-    this.#handle = handle;
-    this.#inPlace = notes.inPlace;
-    if (isAbandoned)
-      return;
-    await handle.close();
-    this.#handle = await replaceByCopy(this.#aside);
-    this.#isTaken = this.#handle !== void 0;
-    if (!this.#isTaken)
-      this.#inPlace = /* @__PURE__ */ new Map();
-  }
-  async #checkSpace() {
-    const { blocks = 0 } = await this.#handle?.stat() ?? {};
-    const neededBytes = this.#plan.sizeBytes - blocks * BLOCK;
-    await checkFreeSpace(this.#dest, path.dirname(this.#dest), neededBytes);
-  }
-  async #begin() {
-    const { mode: destMode = 438 } = await fs.stat(this.#dest).catch(ignore) ?? {};
-    const mode = destMode & 511 | 384;
-    this.#handle ??= await createFile(this.#aside, mode);
-    const { mode: actualMode } = await this.#handle.stat();
-    if ((actualMode & 511 & ~mode) !== 0)
-      await fs.chmod(this.#aside, actualMode & mode);
-    this.#journal = await Journal.begin(this.#journalFile, this.#lock.owner, {
-      planId: this.#plan.id,
-      partial: identityOf(await this.#handle.stat({ bigint: true })),
-      inPlace: this.#inPlace
-    });
-    await replaceFile(this.#aside, this.file);
-    await writeFrame(this.#handle, this.#plan);
-  }
-  async become() {
-    await syncQuietly(this.handle);
-    const ours = await this.handle.stat({ bigint: true });
-    const isWhole = (found) => isSameFile(found, ours) && Number(found.size) === this.#plan.sizeBytes;
-    const isTaken = await takeFile(this.file, this.#aside, isWhole);
-    if (!isTaken || !await this.#lock.isOurs()) {
-      if (isTaken)
-        await putBack(this.#aside, this.file);
-      const words = `${this.file} was replaced or cut, or another imgpull took it over`;
-      fail("DISK", `cannot write ${this.#dest}: ${words}; run it again`);
-    }
-    const isOneStep = await this.#giveName().catch(async (error) => {
-      await putBack(this.#aside, this.file);
-      throw error;
-    });
-    await this.handle.close();
-    await this.journal.remove();
-    return isOneStep;
-  }
-  async #giveName() {
-    try {
-      await renameOver(this.#aside, this.#dest);
-      await syncFolder(path.dirname(this.#dest));
-      return true;
-    } catch (error) {
-      if (errorCodeOf(error) !== "EBUSY")
-        throw error;
-    }
-    await this.#writeInPlace();
-    await fs.unlink(this.#aside);
-    return false;
-  }
-  async #writeInPlace() {
-    const { size, blocks } = await fs.stat(this.#dest);
-    await checkFreeSpace(this.#dest, this.#dest, this.#plan.sizeBytes - blocks * BLOCK);
-    const dest = await fs.open(this.#dest, O_WRONLY | O_NONBLOCK);
-    try {
-      await writeAll(dest, [Buffer.alloc(Math.min(BLOCK, size))], 0);
-      let at = BLOCK;
-      for await (const piece of readPlace(this.handle, at, this.#plan.sizeBytes)) {
-        await writeAll(dest, [piece], at);
-        at += piece.length;
-      }
-      await dest.truncate(this.#plan.sizeBytes);
-      await syncQuietly(dest);
-      await writeAll(dest, [await readAt(this.handle, 0, BLOCK)], 0);
-      await syncQuietly(dest);
-    } finally {
-      await dest.close();
-    }
-  }
-  async close(keptBytes = sumOf(this.#inPlace.values(), lengthOf)) {
-    const ours = await this.#handle?.stat({ bigint: true });
-    await this.#handle?.close();
-    if (!this.#journal) {
-      if (this.#isTaken)
-        await putBack(this.#aside, this.file);
-      else
-        await removeQuietly(this.#aside);
-      return this.#isTaken;
-    }
-    const isThere = ours !== void 0 && isSameFile(await statAt(this.file), ours);
-    const isWhole = Number(ours?.size) === this.#plan.sizeBytes;
-    if (isThere && isWhole && keptBytes > 0) {
-      await this.#journal.close();
-      return true;
-    }
-    if (isThere)
-      await removeQuietly(this.file);
-    await removeQuietly(this.#aside);
-    await this.#journal.remove();
-    return false;
-  }
-};
-async function sourcesBeside(dest, { model }) {
-  const old = `${dest}.partial.old`;
-  const stats = await statAt(old);
-  return openAtHand(stats && isOwn(stats, model) ? [old, dest] : [dest]);
+	file
+	#dest
+	#plan
+	#lock
+	#aside
+	#journalFile
+	#isTaken = false
+	#inPlace = /* @__PURE__ */ new Map()
+	#handle
+	#journal
+	constructor({dest, plan, lock}) {
+		this.file = `${dest}.partial`
+		this.#dest = dest
+		this.#plan = plan
+		this.#lock = lock
+		this.#aside = `${this.file}.${lock.owner.id}`
+		this.#journalFile = `${this.file}.journal`
+	}
+	get handle() {
+		return this.#handle
+	}
+	get journal() {
+		return this.#journal
+	}
+	static async open(place) {
+		const partial = new _PartialTar(place)
+		try {
+			await partial.#claim()
+			await partial.#checkSpace()
+			await partial.#begin()
+			return partial
+		} catch (error) {
+			await partial.close()
+			throw error
+		}
+	}
+	async #claim() {
+		const {owner, model} = this.#lock
+		const before = await Journal.read(this.#journalFile, model)
+		const isDead = before.owner && (await fateOf(before.owner, owner)) === "dead"
+		const deadAside = `${this.file}.${before.owner?.id}`
+		this.#isTaken = (isDead && (await moveFile(deadAside, this.#aside))) || (await moveFile(this.file, this.#aside))
+		const found = this.#isTaken ? await openTaken(this.#aside, model) : void 0
+		this.#isTaken = found !== void 0
+		if (!found) return
+		const notes = await Journal.read(this.#journalFile, model)
+		const isOfPlan = notes.planId === this.#plan.id
+		if (isOfPlan && Number(found.stats.size) === this.#plan.sizeBytes) return this.#goOnWith(found, notes)
+		await found.handle.close()
+		await fs.rename(this.#aside, `${this.file}.old`)
+		this.#isTaken = false
+	}
+	async #goOnWith({handle, stats}, notes) {
+		const {owner} = notes
+		const isAbandoned =
+			!owner ||
+			(notes.partial === identityOf(stats) && (notes.isClosed || (await fateOf(owner, this.#lock.owner)) === "dead"))
+		this.#handle = handle
+		this.#inPlace = notes.inPlace
+		if (isAbandoned) return
+		await handle.close()
+		this.#handle = await replaceByCopy(this.#aside)
+		this.#isTaken = this.#handle !== void 0
+		if (!this.#isTaken) this.#inPlace = /* @__PURE__ */ new Map()
+	}
+	async #checkSpace() {
+		const {blocks = 0} = (await this.#handle?.stat()) ?? {}
+		const neededBytes = this.#plan.sizeBytes - blocks * BLOCK
+		await checkFreeSpace(this.#dest, path.dirname(this.#dest), neededBytes)
+	}
+	async #begin() {
+		const {mode: destMode = 438} = (await fs.stat(this.#dest).catch(ignore)) ?? {}
+		const mode = (destMode & 511) | 384
+		this.#handle ??= await createFile(this.#aside, mode)
+		const {mode: actualMode} = await this.#handle.stat()
+		if ((actualMode & 511 & ~mode) !== 0) await fs.chmod(this.#aside, actualMode & mode)
+		this.#journal = await Journal.begin(this.#journalFile, this.#lock.owner, {
+			planId: this.#plan.id,
+			partial: identityOf(await this.#handle.stat({bigint: true})),
+			inPlace: this.#inPlace
+		})
+		await replaceFile(this.#aside, this.file)
+		await writeFrame(this.#handle, this.#plan)
+	}
+	async become() {
+		await syncQuietly(this.handle)
+		const ours = await this.handle.stat({bigint: true})
+		const isWhole = found => isSameFile(found, ours) && Number(found.size) === this.#plan.sizeBytes
+		const isTaken = await takeFile(this.file, this.#aside, isWhole)
+		if (!isTaken || !(await this.#lock.isOurs())) {
+			if (isTaken) await putBack(this.#aside, this.file)
+			const words = `${this.file} was replaced or cut, or another imgpull took it over`
+			fail("DISK", `cannot write ${this.#dest}: ${words}; run it again`)
+		}
+		const isOneStep = await this.#giveName().catch(async error => {
+			await putBack(this.#aside, this.file)
+			throw error
+		})
+		await this.handle.close()
+		await this.journal.remove()
+		return isOneStep
+	}
+	async #giveName() {
+		try {
+			await renameOver(this.#aside, this.#dest)
+			await syncFolder(path.dirname(this.#dest))
+			return true
+		} catch (error) {
+			if (errorCodeOf(error) !== "EBUSY") throw error
+		}
+		await this.#writeInPlace()
+		await fs.unlink(this.#aside)
+		return false
+	}
+	async #writeInPlace() {
+		const {size, blocks} = await fs.stat(this.#dest)
+		await checkFreeSpace(this.#dest, this.#dest, this.#plan.sizeBytes - blocks * BLOCK)
+		const dest = await fs.open(this.#dest, O_WRONLY | O_NONBLOCK)
+		try {
+			await writeAll(dest, [Buffer.alloc(Math.min(BLOCK, size))], 0)
+			let at = BLOCK
+			for await (const piece of readPlace(this.handle, at, this.#plan.sizeBytes)) {
+				await writeAll(dest, [piece], at)
+				at += piece.length
+			}
+			await dest.truncate(this.#plan.sizeBytes)
+			await syncQuietly(dest)
+			await writeAll(dest, [await readAt(this.handle, 0, BLOCK)], 0)
+			await syncQuietly(dest)
+		} finally {
+			await dest.close()
+		}
+	}
+	async close(keptBytes = sumOf(this.#inPlace.values(), lengthOf)) {
+		const ours = await this.#handle?.stat({bigint: true})
+		await this.#handle?.close()
+		if (!this.#journal) {
+			if (this.#isTaken) await putBack(this.#aside, this.file)
+			else await removeQuietly(this.#aside)
+			return this.#isTaken
+		}
+		const isThere = ours !== void 0 && isSameFile(await statAt(this.file), ours)
+		const isWhole = Number(ours?.size) === this.#plan.sizeBytes
+		if (isThere && isWhole && keptBytes > 0) {
+			await this.#journal.close()
+			return true
+		}
+		if (isThere) await removeQuietly(this.file)
+		await removeQuietly(this.#aside)
+		await this.#journal.remove()
+		return false
+	}
+}
+async function sourcesBeside(dest, {model}) {
+	const old = `${dest}.partial.old`
+	const stats = await statAt(old)
+	return openAtHand(stats && isOwn(stats, model) ? [old, dest] : [dest])
 }
 async function openAtHand(files) {
-  const tars = await Promise.all(files.map((file) => openTarFile(file).catch(ignore)));
-  return tars.filter((tar) => tar !== void 0);
+	const tars = await Promise.all(files.map(file => openTarFile(file).catch(ignore)))
+	return tars.filter(tar => tar !== void 0)
 }
 async function closeTars(tars) {
-  for (const { handle } of tars)
-    await handle.close();
+	for (const {handle} of tars) await handle.close()
 }
 async function fillTar(job, dest, lock) {
-  const { session, plan, tars, observe } = job;
-  const partial = await PartialTar.open({ dest, plan, lock });
-  const sources = [...tars, ...await sourcesBeside(dest, lock)];
-  const blobs = blobsOf(plan, sources);
-  try {
-    const { journal, handle } = partial;
-    const open = async () => handle;
-    const transfer = await fillPlaces({ session, blobs, observe, journal, open });
-    await closeTars(sources);
-    if (!await partial.become())
-      session.warn(`${dest} is mounted by itself: it was written in place, which was not one step`);
-    return transfer;
-  } catch (error) {
-    const keptBytes = sumOf(blobs, ({ inPlace }) => lengthOf(inPlace));
-    const words = `${partial.file} keeps ${formatBytes(keptBytes)}: the same command goes on from there`;
-    if (await partial.close(keptBytes))
-      session.warn(words);
-    throw error;
-  } finally {
-    await closeTars(sources);
-  }
+	const {session, plan, tars, observe} = job
+	const partial = await PartialTar.open({dest, plan, lock})
+	const sources = [...tars, ...(await sourcesBeside(dest, lock))]
+	const blobs = blobsOf(plan, sources)
+	try {
+		const {journal, handle} = partial
+		const open = async () => handle
+		const transfer = await fillPlaces({session, blobs, observe, journal, open})
+		await closeTars(sources)
+		if (!(await partial.become()))
+			session.warn(`${dest} is mounted by itself: it was written in place, which was not one step`)
+		return transfer
+	} catch (error) {
+		const keptBytes = sumOf(blobs, ({inPlace}) => lengthOf(inPlace))
+		const words = `${partial.file} keeps ${formatBytes(keptBytes)}: the same command goes on from there`
+		if (await partial.close(keptBytes)) session.warn(words)
+		throw error
+	} finally {
+		await closeTars(sources)
+	}
 }
 async function pullToTar(job, dest) {
-  const partial = `${dest}.partial`;
-  const lock = await Lock.acquire(`${partial}.lock`, dest);
-  try {
-    const unchanged = await keepUnchanged(job, dest);
-    const transfer = unchanged ?? await fillTar(job, dest, lock);
-    const leftovers = unchanged ? [partial, `${partial}.journal`] : [];
-    for (const file of [...leftovers, `${partial}.old`])
-      await removeQuietly(file);
-    const stem = `${path.basename(partial)}.`;
-    await sweep(path.dirname(dest), (name) => name.startsWith(stem) && isAsideName(name));
-    return transfer;
-  } finally {
-    await lock.release();
-  }
+	const partial = `${dest}.partial`
+	const lock = await Lock.acquire(`${partial}.lock`, dest)
+	try {
+		const unchanged = await keepUnchanged(job, dest)
+		const transfer = unchanged ?? (await fillTar(job, dest, lock))
+		const leftovers = unchanged ? [partial, `${partial}.journal`] : []
+		for (const file of [...leftovers, `${partial}.old`]) await removeQuietly(file)
+		const stem = `${path.basename(partial)}.`
+		await sweep(path.dirname(dest), name => name.startsWith(stem) && isAsideName(name))
+		return transfer
+	} finally {
+		await lock.release()
+	}
 }
 var BlobFiles = class {
-  #nameOf;
-  #lock;
-  #deadId;
-  #files = /* @__PURE__ */ new Map();
-  constructor(nameOf, lock, deadId) {
-    this.#nameOf = nameOf;
-    this.#lock = lock;
-    this.#deadId = deadId;
-  }
-  #asideOf(blob) {
-    return `${this.#nameOf(blob)}.${this.#lock.owner.id}.partial`;
-  }
-  open = (blob) => {
-    const file = this.#files.get(blob) ?? this.#open(blob);
-    this.#files.set(blob, file);
-    return file;
-  };
-  async #open(blob) {
-    const name = this.#nameOf(blob);
-    const aside = this.#asideOf(blob);
-    const left = this.#deadId ? [`${name}.${this.#deadId}.partial`] : [];
-    for (const file of [...left, `${name}.partial`]) {
-      const isTaken = await moveFile(file, aside);
-      const found = isTaken ? await openTaken(aside, this.#lock.model) : void 0;
-      if (found)
-        return found.handle;
-    }
-    return createFile(aside);
-  }
-  seal = async (blob) => {
-    const name = this.#nameOf(blob);
-    const aside = this.#asideOf(blob);
-    const handle = await this.open(blob);
-    await handle.truncate(blob.descriptor.size);
-    await syncQuietly(handle);
-    const ours = await handle.stat({ bigint: true });
-    this.#files.delete(blob);
-    await handle.close();
-    if (!isSameFile(await statAt(aside), ours))
-      fail("DISK", `${aside} was replaced; run it again`);
-    await replaceFile(aside, name);
-  };
-  async has(blob, signal) {
-    const opened = await openRegular(this.#nameOf(blob)).catch(ignore);
-    if (!opened)
-      return false;
-    const { handle, stats } = opened;
-    try {
-      const isWhole = Number(stats.size) === blob.descriptor.size;
-      return isWhole && await isIntact({ handle, offset: 0 }, blob.descriptor, signal);
-    } finally {
-      await handle.close();
-    }
-  }
-  async close() {
-    for (const [blob, file] of this.#files) {
-      const handle = await file.catch(ignore);
-      await handle?.close();
-      await fs.rename(this.#asideOf(blob), `${this.#nameOf(blob)}.partial`).catch(ignore);
-    }
-  }
-};
+	#nameOf
+	#lock
+	#deadId
+	#files = /* @__PURE__ */ new Map()
+	constructor(nameOf, lock, deadId) {
+		this.#nameOf = nameOf
+		this.#lock = lock
+		this.#deadId = deadId
+	}
+	#asideOf(blob) {
+		return `${this.#nameOf(blob)}.${this.#lock.owner.id}.partial`
+	}
+	open = blob => {
+		const file = this.#files.get(blob) ?? this.#open(blob)
+		this.#files.set(blob, file)
+		return file
+	}
+	async #open(blob) {
+		const name = this.#nameOf(blob)
+		const aside = this.#asideOf(blob)
+		const left = this.#deadId ? [`${name}.${this.#deadId}.partial`] : []
+		for (const file of [...left, `${name}.partial`]) {
+			const isTaken = await moveFile(file, aside)
+			const found = isTaken ? await openTaken(aside, this.#lock.model) : void 0
+			if (found) return found.handle
+		}
+		return createFile(aside)
+	}
+	seal = async blob => {
+		const name = this.#nameOf(blob)
+		const aside = this.#asideOf(blob)
+		const handle = await this.open(blob)
+		await handle.truncate(blob.descriptor.size)
+		await syncQuietly(handle)
+		const ours = await handle.stat({bigint: true})
+		this.#files.delete(blob)
+		await handle.close()
+		if (!isSameFile(await statAt(aside), ours)) fail("DISK", `${aside} was replaced; run it again`)
+		await replaceFile(aside, name)
+	}
+	async has(blob, signal) {
+		const opened = await openRegular(this.#nameOf(blob)).catch(ignore)
+		if (!opened) return false
+		const {handle, stats} = opened
+		try {
+			const isWhole = Number(stats.size) === blob.descriptor.size
+			return isWhole && (await isIntact({handle, offset: 0}, blob.descriptor, signal))
+		} finally {
+			await handle.close()
+		}
+	}
+	async close() {
+		for (const [blob, file] of this.#files) {
+			const handle = await file.catch(ignore)
+			await handle?.close()
+			await fs.rename(this.#asideOf(blob), `${this.#nameOf(blob)}.partial`).catch(ignore)
+		}
+	}
+}
 async function pullToFolder(job) {
-  const base = path.join(job.folder, ".imgpull.partial");
-  const lock = await Lock.acquire(`${base}.lock`, job.folder);
-  try {
-    const transfer = await fillFolder(job, lock);
-    const isWritten = await job.seal?.(lock) ?? false;
-    if (transfer.blobs.length === 0 && !isWritten)
-      transfer.markUnchanged();
-    await removeQuietly(`${base}.journal`);
-    const isBlobPartial = (name) => /^[0-9a-f]{64,128}(\.[0-9a-f]{16})?\.partial$/.test(name);
-    const folders = new Set(job.blobs.map(({ descriptor }) => path.dirname(job.nameOf(descriptor.digest))));
-    for (const folder of folders)
-      await sweep(path.join(job.folder, folder), isBlobPartial);
-    await sweep(job.folder, (name) => name.startsWith(".imgpull.partial.") && isAsideName(name));
-    return transfer;
-  } finally {
-    await lock.release();
-  }
+	const base = path.join(job.folder, ".imgpull.partial")
+	const lock = await Lock.acquire(`${base}.lock`, job.folder)
+	try {
+		const transfer = await fillFolder(job, lock)
+		const isWritten = (await job.seal?.(lock)) ?? false
+		if (transfer.blobs.length === 0 && !isWritten) transfer.markUnchanged()
+		await removeQuietly(`${base}.journal`)
+		const isBlobPartial = name => /^[0-9a-f]{64,128}(\.[0-9a-f]{16})?\.partial$/.test(name)
+		const folders = new Set(job.blobs.map(({descriptor}) => path.dirname(job.nameOf(descriptor.digest))))
+		for (const folder of folders) await sweep(path.join(job.folder, folder), isBlobPartial)
+		await sweep(job.folder, name => name.startsWith(".imgpull.partial.") && isAsideName(name))
+		return transfer
+	} finally {
+		await lock.release()
+	}
 }
 async function fillFolder(job, lock) {
-  const { session, blobs, folder, nameOf, observe } = job;
-  const { owner, model } = lock;
-  const journalFile = path.join(folder, ".imgpull.partial.journal");
-  const before = await Journal.read(journalFile, model);
-  const isDead = before.owner && await fateOf(before.owner, owner) === "dead";
-  const pathOf = ({ descriptor }) => path.join(folder, nameOf(descriptor.digest));
-  const files = new BlobFiles(pathOf, lock, isDead ? before.owner?.id : void 0);
-  const missing = [];
-  for (const blob of blobs)
-    if (!await files.has(blob, session.signal))
-      missing.push(blob);
-  await checkFreeSpace(folder, folder, sizeOf(missing));
-  const notes = { planId: "folder", partial: "", inPlace: before.inPlace };
-  const journal = await Journal.begin(journalFile, owner, notes);
-  try {
-    const { open, seal } = files;
-    const keptBytes = sizeOf(blobs) - sizeOf(missing);
-    const filling = { session, blobs: missing, keptBytes, observe, journal, open, seal };
-    return await fillPlaces(filling);
-  } finally {
-    await files.close();
-    await journal.close();
-  }
+	const {session, blobs, folder, nameOf, observe} = job
+	const {owner, model} = lock
+	const journalFile = path.join(folder, ".imgpull.partial.journal")
+	const before = await Journal.read(journalFile, model)
+	const isDead = before.owner && (await fateOf(before.owner, owner)) === "dead"
+	const pathOf = ({descriptor}) => path.join(folder, nameOf(descriptor.digest))
+	const files = new BlobFiles(pathOf, lock, isDead ? before.owner?.id : void 0)
+	const missing = []
+	for (const blob of blobs) if (!(await files.has(blob, session.signal))) missing.push(blob)
+	await checkFreeSpace(folder, folder, sizeOf(missing))
+	const notes = {planId: "folder", partial: "", inPlace: before.inPlace}
+	const journal = await Journal.begin(journalFile, owner, notes)
+	try {
+		const {open, seal} = files
+		const keptBytes = sizeOf(blobs) - sizeOf(missing)
+		const filling = {session, blobs: missing, keptBytes, observe, journal, open, seal}
+		return await fillPlaces(filling)
+	} finally {
+		await files.close()
+		await journal.close()
+	}
 }
 function mergeIndex(before, ours) {
-  const nameOf = ({ annotations, digest }) => annotations?.[NAME_KEYS[1]] ?? digest;
-  const names = new Set(ours.manifests.map(nameOf));
-  const listed = Array.isArray(before.manifests) ? before.manifests : [];
-  const isOther = (entry) => !names.has(nameOf(entry));
-  const merged = { ...before, ...ours, manifests: [...listed.filter(isOther), ...ours.manifests] };
-  const there = { ...before, manifests: listed.filter((entry) => !isOther(entry)) };
-  const wanted = { ...merged, manifests: ours.manifests };
-  return encodeJson(there).equals(encodeJson(wanted)) ? before : merged;
+	const nameOf = ({annotations, digest}) => annotations?.[NAME_KEYS[1]] ?? digest
+	const names = new Set(ours.manifests.map(nameOf))
+	const listed = Array.isArray(before.manifests) ? before.manifests : []
+	const isOther = entry => !names.has(nameOf(entry))
+	const merged = {...before, ...ours, manifests: [...listed.filter(isOther), ...ours.manifests]}
+	const there = {...before, manifests: listed.filter(entry => !isOther(entry))}
+	const wanted = {...merged, manifests: ours.manifests}
+	return encodeJson(there).equals(encodeJson(wanted)) ? before : merged
 }
 async function readLayoutFile(file) {
-  const opened = await openRegular(file);
-  if (!opened) {
-    if (await statAt(file))
-      fail("DISK", `${file} is in the way: it is not a regular file`);
-    return void 0;
-  }
-  return opened.handle.readFile().finally(() => opened.handle.close());
+	const opened = await openRegular(file)
+	if (!opened) {
+		if (await statAt(file)) fail("DISK", `${file} is in the way: it is not a regular file`)
+		return void 0
+	}
+	return opened.handle.readFile().finally(() => opened.handle.close())
 }
 async function readLayoutIndex(folder) {
-  const index = parseJson(await readLayoutFile(path.join(folder, "index.json")) ?? "{}");
-  if (isRecord(index))
-    return index;
-  return fail("DISK", `${folder} holds an index.json that is not a JSON object`);
+	const index = parseJson((await readLayoutFile(path.join(folder, "index.json"))) ?? "{}")
+	if (isRecord(index)) return index
+	return fail("DISK", `${folder} holds an index.json that is not a JSON object`)
 }
 async function makeLayoutFolders(folder, names) {
-  await fs.mkdir(folder, { recursive: true });
-  const root = await fs.realpath(folder);
-  const needed = /* @__PURE__ */ new Set();
-  for (const name of names)
-    for (let at = parentOf(name); at !== ""; at = parentOf(at))
-      needed.add(at);
-  for (const name of [...needed].sort()) {
-    const place = path.join(folder, name);
-    await fs.mkdir(place).catch((error) => {
-      if (errorCodeOf(error) !== "EEXIST")
-        throw error;
-    });
-    const inside = path.relative(root, await fs.realpath(place));
-    if (inside.startsWith("..") || path.isAbsolute(inside))
-      fail("DISK", `${place} is a link that leads out of ${folder}`);
-  }
+	await fs.mkdir(folder, {recursive: true})
+	const root = await fs.realpath(folder)
+	const needed = /* @__PURE__ */ new Set()
+	for (const name of names) for (let at = parentOf(name); at !== ""; at = parentOf(at)) needed.add(at)
+	for (const name of [...needed].sort()) {
+		const place = path.join(folder, name)
+		await fs.mkdir(place).catch(error => {
+			if (errorCodeOf(error) !== "EEXIST") throw error
+		})
+		const inside = path.relative(root, await fs.realpath(place))
+		if (inside.startsWith("..") || path.isAbsolute(inside))
+			fail("DISK", `${place} is a link that leads out of ${folder}`)
+	}
 }
-async function writeLayoutFile(file, bytes, { owner }) {
-  const before = await openRegular(file).catch(ignore);
-  const there = await before?.handle.readFile().finally(() => before.handle.close());
-  if (there?.equals(bytes))
-    return false;
-  const aside = `${file}.${owner.id}.partial`;
-  const handle = await createFile(aside);
-  try {
-    await writeAll(handle, [bytes], 0);
-    await syncQuietly(handle);
-    await replaceFile(aside, file);
-    return true;
-  } catch (error) {
-    await removeQuietly(aside);
-    throw error;
-  } finally {
-    await handle.close();
-  }
+async function writeLayoutFile(file, bytes, {owner}) {
+	const before = await openRegular(file).catch(ignore)
+	const there = await before?.handle.readFile().finally(() => before.handle.close())
+	if (there?.equals(bytes)) return false
+	const aside = `${file}.${owner.id}.partial`
+	const handle = await createFile(aside)
+	try {
+		await writeAll(handle, [bytes], 0)
+		await syncQuietly(handle)
+		await replaceFile(aside, file)
+		return true
+	} catch (error) {
+		await removeQuietly(aside)
+		throw error
+	} finally {
+		await handle.close()
+	}
 }
 async function sealLayout(folder, documents, lock) {
-  const before = await readLayoutIndex(folder);
-  const ours = parseJson(documents.get("index.json") ?? "");
-  let isWritten = false;
-  for (const [name, bytes] of documents) {
-    if (name === "index.json" || name === "manifest.json")
-      continue;
-    if (await writeLayoutFile(path.join(folder, name), bytes, lock))
-      isWritten = true;
-  }
-  const merged = mergeIndex(before, ours);
-  if (merged !== before) {
-    if (!await lock.isOurs())
-      fail("DISK", `another imgpull took ${folder} over; run it again`);
-    await writeLayoutFile(path.join(folder, "index.json"), encodeJson(merged), lock);
-    isWritten = true;
-  }
-  if (isWritten)
-    await syncFolder(folder);
-  return isWritten;
+	const before = await readLayoutIndex(folder)
+	const ours = parseJson(documents.get("index.json") ?? "")
+	let isWritten = false
+	for (const [name, bytes] of documents) {
+		if (name === "index.json" || name === "manifest.json") continue
+		if (await writeLayoutFile(path.join(folder, name), bytes, lock)) isWritten = true
+	}
+	const merged = mergeIndex(before, ours)
+	if (merged !== before) {
+		if (!(await lock.isOurs())) fail("DISK", `another imgpull took ${folder} over; run it again`)
+		await writeLayoutFile(path.join(folder, "index.json"), encodeJson(merged), lock)
+		isWritten = true
+	}
+	if (isWritten) await syncFolder(folder)
+	return isWritten
 }
 async function pullToLayout(job, folder) {
-  const { session, plan, tars, observe } = job;
-  const documents = /* @__PURE__ */ new Map();
-  for (const { name, bytes } of plan.entries)
-    if (bytes)
-      documents.set(name, bytes);
-  const names = plan.entries.map(({ name }) => name);
-  await makeLayoutFolders(folder, names);
-  await readLayoutIndex(folder);
-  const seal = (lock) => sealLayout(folder, documents, lock);
-  const blobs = blobsOf(plan, tars, true);
-  return pullToFolder({ session, blobs, folder, nameOf: blobPath, observe, seal });
+	const {session, plan, tars, observe} = job
+	const documents = /* @__PURE__ */ new Map()
+	for (const {name, bytes} of plan.entries) if (bytes) documents.set(name, bytes)
+	const names = plan.entries.map(({name}) => name)
+	await makeLayoutFolders(folder, names)
+	await readLayoutIndex(folder)
+	const seal = lock => sealLayout(folder, documents, lock)
+	const blobs = blobsOf(plan, tars, true)
+	return pullToFolder({session, blobs, folder, nameOf: blobPath, observe, seal})
 }
 var ReadAhead = class {
-  #early = /* @__PURE__ */ new Map();
-  #change = new Change();
-  #cursor = 0;
-  async put(place, bytes, signal) {
-    const isNear = () => place < this.#cursor + TUNING.streamWindowBytes;
-    await this.#change.until(isNear, signal);
-    this.#early.set(place, bytes);
-    this.#change.announce();
-  }
-  async take(place, signal) {
-    this.moveTo(place);
-    await this.#change.until(() => this.#early.has(place), signal);
-    const bytes = this.#early.get(place);
-    this.#early.delete(place);
-    return bytes;
-  }
-  moveTo(place) {
-    this.#cursor = place;
-    this.#change.announce();
-  }
-};
-async function dropLyingSources(blobs) {
-  for (const blob of blobs)
-    while (blob.source && !await isIntact(blob.source, blob.descriptor))
-      blob.dropSource();
+	#early = /* @__PURE__ */ new Map()
+	#change = new Change()
+	#cursor = 0
+	async put(place, bytes, signal) {
+		const isNear = () => place < this.#cursor + TUNING.streamWindowBytes
+		await this.#change.until(isNear, signal)
+		this.#early.set(place, bytes)
+		this.#change.announce()
+	}
+	async take(place, signal) {
+		this.moveTo(place)
+		await this.#change.until(() => this.#early.has(place), signal)
+		const bytes = this.#early.get(place)
+		this.#early.delete(place)
+		return bytes
+	}
+	moveTo(place) {
+		this.#cursor = place
+		this.#change.announce()
+	}
 }
-async function* tarInOrder(plan, { blobs, signal }, readAhead) {
-  const byOffset = new Map(blobs.map((blob) => [blob.offset, blob]));
-  for (const { lead, bytes, offset, sizeBytes } of plan.entries) {
-    yield lead;
-    if (bytes)
-      yield bytes;
-    const blob = bytes ? void 0 : byOffset.get(offset);
-    if (!blob)
-      continue;
-    for (let place = offset; place < offset + sizeBytes; ) {
-      const batch = await readAhead.take(place, signal);
-      blob.hashInOrder(place - offset, batch);
-      yield batch;
-      place += batch.length;
-      readAhead.moveTo(place);
-    }
-    if (!blob.verify())
-      fail("DIGEST_MISMATCH", `${blob.descriptor.digest}: the bytes have another digest`);
-  }
-  yield plan.trailer;
+async function dropLyingSources(blobs) {
+	for (const blob of blobs) while (blob.source && !(await isIntact(blob.source, blob.descriptor))) blob.dropSource()
+}
+async function* tarInOrder(plan, {blobs, signal}, readAhead) {
+	const byOffset = new Map(blobs.map(blob => [blob.offset, blob]))
+	for (const {lead, bytes, offset, sizeBytes} of plan.entries) {
+		yield lead
+		if (bytes) yield bytes
+		const blob = bytes ? void 0 : byOffset.get(offset)
+		if (!blob) continue
+		for (let place = offset; place < offset + sizeBytes; ) {
+			const batch = await readAhead.take(place, signal)
+			blob.hashInOrder(place - offset, batch)
+			yield batch
+			place += batch.length
+			readAhead.moveTo(place)
+		}
+		if (!blob.verify()) fail("DIGEST_MISMATCH", `${blob.descriptor.digest}: the bytes have another digest`)
+	}
+	yield plan.trailer
 }
 async function pullToStream(job, output) {
-  const { session, plan, tars, observe } = job;
-  const readAhead = new ReadAhead();
-  const sink = {
-    isInOrder: true,
-    write: ({ offset }, position, chunks) => readAhead.put(offset + position, Buffer.concat(chunks), transfer.signal)
-  };
-  const blobs = blobsOf(plan, tars);
-  const transfer = new Transfer({ session, blobs, sink, observe });
-  await dropLyingSources(blobs);
-  const { signal } = transfer;
-  const pieces = tarInOrder(plan, transfer, readAhead);
-  const source = Readable.from(pieces, { objectMode: true, highWaterMark: 1 });
-  const sending = pipeline(source, output, { end: false, signal });
-  const failed = (error) => transfer.stop(signal.aborted ? connectionError(error, "the stream") : error);
-  settled(await Promise.allSettled([transfer.run().catch(failed), sending.catch(failed)]));
-  return transfer;
+	const {session, plan, tars, observe} = job
+	const readAhead = new ReadAhead()
+	const sink = {
+		isInOrder: true,
+		write: ({offset}, position, chunks) => readAhead.put(offset + position, Buffer.concat(chunks), transfer.signal)
+	}
+	const blobs = blobsOf(plan, tars)
+	const transfer = new Transfer({session, blobs, sink, observe})
+	await dropLyingSources(blobs)
+	const {signal} = transfer
+	const pieces = tarInOrder(plan, transfer, readAhead)
+	const source = Readable.from(pieces, {objectMode: true, highWaterMark: 1})
+	const sending = pipeline(source, output, {end: false, signal})
+	const failed = error => transfer.stop(signal.aborted ? connectionError(error, "the stream") : error)
+	settled(await Promise.allSettled([transfer.run().catch(failed), sending.catch(failed)]))
+	return transfer
 }
 async function openDevice(file, signal) {
-  for (; ; ) {
-    signal.throwIfAborted();
-    try {
-      const isPipe = (await fs.stat(file)).isFIFO();
-      const descriptor = openSync(file, O_WRONLY | O_NONBLOCK);
-      if (isPipe)
-        return new net.Socket({ fd: descriptor, readable: false, writable: true });
-      if (!load("node:tty").isatty(descriptor))
-        return createWriteStream("", { fd: descriptor });
-      closeSync(descriptor);
-      return fail("BAD_OPTION", `the tar is not written to a terminal (${file})`);
-    } catch (error) {
-      if (errorCodeOf(error) !== "ENXIO")
-        throw error;
-    }
-    await delay(TUNING.readerPollMs, void 0, { signal });
-  }
+	for (;;) {
+		signal.throwIfAborted()
+		try {
+			const isPipe = (await fs.stat(file)).isFIFO()
+			const descriptor = openSync(file, O_WRONLY | O_NONBLOCK)
+			if (isPipe) return new net.Socket({fd: descriptor, readable: false, writable: true})
+			if (!load("node:tty").isatty(descriptor)) return createWriteStream("", {fd: descriptor})
+			closeSync(descriptor)
+			return fail("BAD_OPTION", `the tar is not written to a terminal (${file})`)
+		} catch (error) {
+			if (errorCodeOf(error) !== "ENXIO") throw error
+		}
+		await delay(TUNING.readerPollMs, void 0, {signal})
+	}
 }
 async function pullToDevice(job, file) {
-  const output = await openDevice(file, job.session.signal).catch((error) => {
-    if (job.session.signal.aborted)
-      fail("ABORTED", "stopped", { cause: error });
-    throw error;
-  });
-  try {
-    const transfer = await pullToStream(job, output);
-    await finished(output.end());
-    return transfer;
-  } finally {
-    output.destroy();
-  }
+	const output = await openDevice(file, job.session.signal).catch(error => {
+		if (job.session.signal.aborted) fail("ABORTED", "stopped", {cause: error})
+		throw error
+	})
+	try {
+		const transfer = await pullToStream(job, output)
+		await finished(output.end())
+		return transfer
+	} finally {
+		output.destroy()
+	}
 }
 var HASHES_OF_CURVE = /* @__PURE__ */ new Map([
-  ["prime256v1", ["sha256"]],
-  ["secp384r1", ["sha384", "sha256"]],
-  ["secp521r1", ["sha512", "sha256"]]
-]);
+	["prime256v1", ["sha256"]],
+	["secp384r1", ["sha384", "sha256"]],
+	["secp521r1", ["sha512", "sha256"]]
+])
 var NOT_PUBLIC_KEYS = [
-  [/PRIVATE KEY/, "a private key, which does not belong here: give the public one (cosign.pub)"],
-  [
-    /CERTIFICATE/,
-    "a certificate, and chains are not checked here: give its key (openssl x509 -pubkey -noout)"
-  ],
-  [/PGP/, "a PGP key, which cosign does not sign with"]
-];
+	[/PRIVATE KEY/, "a private key, which does not belong here: give the public one (cosign.pub)"],
+	[/CERTIFICATE/, "a certificate, and chains are not checked here: give its key (openssl x509 -pubkey -noout)"],
+	[/PGP/, "a PGP key, which cosign does not sign with"]
+]
 function parsePublicKey(pem, name) {
-  const refuse = (reason) => fail("BAD_OPTION", `the key ${printable(name)} is ${reason}`);
-  const labels = Array.from(pem.matchAll(/-----BEGIN ([A-Z0-9 ]+)-----/g), ([, label = ""]) => label);
-  const other = NOT_PUBLIC_KEYS.find(([pattern]) => labels.some((label) => pattern.test(label)));
-  if (other)
-    return refuse(other[1]);
-  if (labels.length > 1)
-    return refuse("more than one key: give each by itself");
-  if (!/^(RSA )?PUBLIC KEY$/.test(labels[0] ?? ""))
-    return refuse("no PEM public key (-----BEGIN PUBLIC KEY-----)");
-  const publicKey = decodePublicKey(pem);
-  if (!publicKey)
-    return refuse("damaged: its PEM does not hold a public key");
-  return { publicKey, hashes: hashesOf(publicKey, refuse) };
+	const refuse = reason => fail("BAD_OPTION", `the key ${printable(name)} is ${reason}`)
+	const labels = Array.from(pem.matchAll(/-----BEGIN ([A-Z0-9 ]+)-----/g), ([, label = ""]) => label)
+	const other = NOT_PUBLIC_KEYS.find(([pattern]) => labels.some(label => pattern.test(label)))
+	if (other) return refuse(other[1])
+	if (labels.length > 1) return refuse("more than one key: give each by itself")
+	if (!/^(RSA )?PUBLIC KEY$/.test(labels[0] ?? "")) return refuse("no PEM public key (-----BEGIN PUBLIC KEY-----)")
+	const publicKey = decodePublicKey(pem)
+	if (!publicKey) return refuse("damaged: its PEM does not hold a public key")
+	return {publicKey, hashes: hashesOf(publicKey, refuse)}
 }
 function decodePublicKey(pem) {
-  try {
-    return load("node:crypto").createPublicKey(pem);
-  } catch {
-    return void 0;
-  }
+	try {
+		return load("node:crypto").createPublicKey(pem)
+	} catch {
+		return void 0
+	}
 }
-function hashesOf({ asymmetricKeyType: type, asymmetricKeyDetails: details = {} }, refuse) {
-  if (type === "ed25519")
-    return [null];
-  if (type === "rsa" && (details.modulusLength ?? 0) < 2048)
-    return refuse("an RSA key of less than 2048 bits, which anyone may have broken");
-  if (type === "rsa")
-    return ["sha256"];
-  const hashes = type === "ec" ? HASHES_OF_CURVE.get(details.namedCurve ?? "") : void 0;
-  if (hashes)
-    return hashes;
-  const kind = printable(details.namedCurve ?? String(type), 40);
-  return refuse(`a key of the kind ${kind}: cosign's are ECDSA P-256, P-384, P-521, RSA, Ed25519`);
+function hashesOf({asymmetricKeyType: type, asymmetricKeyDetails: details = {}}, refuse) {
+	if (type === "ed25519") return [null]
+	if (type === "rsa" && (details.modulusLength ?? 0) < 2048)
+		return refuse("an RSA key of less than 2048 bits, which anyone may have broken")
+	if (type === "rsa") return ["sha256"]
+	const hashes = type === "ec" ? HASHES_OF_CURVE.get(details.namedCurve ?? "") : void 0
+	if (hashes) return hashes
+	const kind = printable(details.namedCurve ?? String(type), 40)
+	return refuse(`a key of the kind ${kind}: cosign's are ECDSA P-256, P-384, P-521, RSA, Ed25519`)
 }
-var isSignedBy = (keys, message, signature) => keys.some(({ publicKey, hashes }) => hashes.some((hash) => load("node:crypto").verify(hash, message, publicKey, signature)));
-var SIMPLE_SIGNING = "application/vnd.dev.cosign.simplesigning.v1+json";
-var BUNDLE = "application/vnd.dev.sigstore.bundle";
-var BUNDLE_VERSIONS = [`${BUNDLE}.v0.3+json`, `${BUNDLE}+json;version=0.3`];
-var IN_TOTO = "application/vnd.in-toto+json";
-var isSignature = ({ mediaType }) => mediaType === SIMPLE_SIGNING || mediaType.startsWith(BUNDLE);
-function readSignature({ mediaType, annotations = {} }, bytes, keys) {
-  const isPayload = mediaType === SIMPLE_SIGNING;
-  return isPayload ? readPayload(annotations, bytes, keys) : readBundle(bytes, keys);
+var isSignedBy = (keys, message, signature) =>
+	keys.some(({publicKey, hashes}) =>
+		hashes.some(hash => load("node:crypto").verify(hash, message, publicKey, signature))
+	)
+var SIMPLE_SIGNING = "application/vnd.dev.cosign.simplesigning.v1+json"
+var BUNDLE = "application/vnd.dev.sigstore.bundle"
+var BUNDLE_VERSIONS = [`${BUNDLE}.v0.3+json`, `${BUNDLE}+json;version=0.3`]
+var IN_TOTO = "application/vnd.in-toto+json"
+var isSignature = ({mediaType}) => mediaType === SIMPLE_SIGNING || mediaType.startsWith(BUNDLE)
+function readSignature({mediaType, annotations = {}}, bytes, keys) {
+	const isPayload = mediaType === SIMPLE_SIGNING
+	return isPayload ? readPayload(annotations, bytes, keys) : readBundle(bytes, keys)
 }
 function readPayload(annotations, payload, keys) {
-  const signature = fromBase64(annotations["dev.cosignproject.cosign/signature"]);
-  const isKeyless = "dev.sigstore.cosign/certificate" in annotations;
-  if (!isSignedBy(keys, payload, signature))
-    return isKeyless ? "keyless" : "other key";
-  const critical = recordIn(parseJson(payload), "critical");
-  if (critical.type !== "cosign container image signature")
-    return "unreadable";
-  const subject = recordIn(critical, "image")["docker-manifest-digest"];
-  return { subjects: isDigest(subject) ? [subject] : [] };
+	const signature = fromBase64(annotations["dev.cosignproject.cosign/signature"])
+	const isKeyless = "dev.sigstore.cosign/certificate" in annotations
+	if (!isSignedBy(keys, payload, signature)) return isKeyless ? "keyless" : "other key"
+	const critical = recordIn(parseJson(payload), "critical")
+	if (critical.type !== "cosign container image signature") return "unreadable"
+	const subject = recordIn(critical, "image")["docker-manifest-digest"]
+	return {subjects: isDigest(subject) ? [subject] : []}
 }
 function readBundle(bytes, keys) {
-  const bundle = recordIn(parseShallowJson(bytes, LIMITS.bundleJsonValues));
-  const { payloadType, payload, signatures } = recordIn(bundle, "dsseEnvelope");
-  const isEnvelope = payloadType === IN_TOTO && Array.isArray(signatures) && signatures.length === 1;
-  if (!BUNDLE_VERSIONS.includes(String(bundle.mediaType)) || !isEnvelope)
-    return "unreadable";
-  const statement = fromBase64(payload);
-  const message = encodePreAuthentication(IN_TOTO, statement);
-  const signature = fromBase64(recordIn(signatures[0]).sig);
-  const { certificate, x509CertificateChain } = recordIn(bundle, "verificationMaterial");
-  const isKeyless = (certificate ?? x509CertificateChain) !== void 0;
-  if (!isSignedBy(keys, message, signature))
-    return isKeyless ? "keyless" : "other key";
-  return readStatement(statement);
+	const bundle = recordIn(parseShallowJson(bytes, LIMITS.bundleJsonValues))
+	const {payloadType, payload, signatures} = recordIn(bundle, "dsseEnvelope")
+	const isEnvelope = payloadType === IN_TOTO && Array.isArray(signatures) && signatures.length === 1
+	if (!BUNDLE_VERSIONS.includes(String(bundle.mediaType)) || !isEnvelope) return "unreadable"
+	const statement = fromBase64(payload)
+	const message = encodePreAuthentication(IN_TOTO, statement)
+	const signature = fromBase64(recordIn(signatures[0]).sig)
+	const {certificate, x509CertificateChain} = recordIn(bundle, "verificationMaterial")
+	const isKeyless = (certificate ?? x509CertificateChain) !== void 0
+	if (!isSignedBy(keys, message, signature)) return isKeyless ? "keyless" : "other key"
+	return readStatement(statement)
 }
 function encodePreAuthentication(payloadType, payload) {
-  const head = `DSSEv1 ${Buffer.byteLength(payloadType)} ${payloadType} ${payload.length} `;
-  return Buffer.concat([Buffer.from(head, "utf8"), payload]);
+	const head = `DSSEv1 ${Buffer.byteLength(payloadType)} ${payloadType} ${payload.length} `
+	return Buffer.concat([Buffer.from(head, "utf8"), payload])
 }
 function readStatement(bytes) {
-  const { _type: type, subject: subjects } = recordIn(parseJson(bytes));
-  const isStatement = typeof type === "string" && type.startsWith("https://in-toto.io/Statement/");
-  if (!isStatement || !Array.isArray(subjects))
-    return "unreadable";
-  const digests = subjects.flatMap((subject) => Object.entries(recordIn(subject, "digest")).map(([algorithm, hex]) => `${algorithm}:${hex}`));
-  return { subjects: digests.filter(isDigest) };
+	const {_type: type, subject: subjects} = recordIn(parseJson(bytes))
+	const isStatement = typeof type === "string" && type.startsWith("https://in-toto.io/Statement/")
+	if (!isStatement || !Array.isArray(subjects)) return "unreadable"
+	const digests = subjects.flatMap(subject =>
+		Object.entries(recordIn(subject, "digest")).map(([algorithm, hex]) => `${algorithm}:${hex}`)
+	)
+	return {subjects: digests.filter(isDigest)}
 }
 function judge(testimony, digests) {
-  if (typeof testimony === "string")
-    return testimony;
-  const isNamed = testimony.subjects.some((subject) => digests.includes(subject));
-  return isNamed ? "good" : "other subject";
+	if (typeof testimony === "string") return testimony
+	const isNamed = testimony.subjects.some(subject => digests.includes(subject))
+	return isNamed ? "good" : "other subject"
 }
 function recordIn(value, ...keys) {
-  let record = isRecord(value) ? value : {};
-  for (const key of keys) {
-    const inner = Object.hasOwn(record, key) ? record[key] : void 0;
-    record = isRecord(inner) ? inner : {};
-  }
-  return record;
+	let record = isRecord(value) ? value : {}
+	for (const key of keys) {
+		const inner = Object.hasOwn(record, key) ? record[key] : void 0
+		record = isRecord(inner) ? inner : {}
+	}
+	return record
 }
-var fromBase64 = (text) => Buffer.from(typeof text === "string" ? text : "", "base64");
+var fromBase64 = text => Buffer.from(typeof text === "string" ? text : "", "base64")
 var COSIGN_TAGS = [
-  { suffix: ".sig", kind: "dev.cosignproject.cosign/sigs" },
-  { suffix: ".att", kind: "dev.cosignproject.cosign/atts" },
-  { suffix: ".sbom" }
-];
-var referrersTag = (digest) => `${algorithmOf(digest)}-${hexOf(digest).slice(0, 64)}`;
+	{suffix: ".sig", kind: "dev.cosignproject.cosign/sigs"},
+	{suffix: ".att", kind: "dev.cosignproject.cosign/atts"},
+	{suffix: ".sbom"}
+]
+var referrersTag = digest => `${algorithmOf(digest)}-${hexOf(digest).slice(0, 64)}`
 var ReferrerSearch = class {
-  #session;
-  #registry;
-  #where;
-  #subjects;
-  #found = /* @__PURE__ */ new Map();
-  #manifestBytes = 0;
-  constructor(session, registry, where, subjects) {
-    this.#session = session;
-    this.#registry = registry;
-    this.#where = where;
-    this.#subjects = subjects;
-  }
-  async run() {
-    const { concurrency } = this.#session.settings;
-    let level = this.#subjects;
-    for (let depth = 0; depth < LIMITS.referrerDepth && level.length > 0; depth += 1) {
-      const lists = await mapConcurrently(level, concurrency, (each) => this.#placesOf(each));
-      const places = lists.flat();
-      const referrers = await mapConcurrently(places, concurrency, (each) => this.#fetch(each));
-      const fresh = referrers.filter((each) => each !== void 0 && this.#add(each));
-      level = fresh.map((each) => each.top.digest);
-    }
-    return [...this.#found.values()].sort(byDigest);
-  }
-  #add(referrer) {
-    const { digest } = referrer.top;
-    if (this.#found.has(digest) || this.#subjects.includes(digest))
-      return false;
-    this.#found.set(digest, referrer);
-    this.#checkCount(this.#found.size);
-    this.#manifestBytes += sumOf(referrer.manifests, ({ bytes }) => bytes.length);
-    const { referrerManifestBytes } = LIMITS;
-    if (this.#manifestBytes <= referrerManifestBytes)
-      return true;
-    const most = formatBytes(referrerManifestBytes);
-    return fail("TOO_LARGE", `${this.#where}: the manifests of its referrers are above ${most}`);
-  }
-  #checkCount(count) {
-    const { referrers } = LIMITS;
-    if (count > referrers)
-      fail("TOO_LARGE", `${this.#where}: more than ${referrers} referrers`);
-  }
-  async #placesOf(subject) {
-    const lists = await this.#registry.referrers(subject) ?? await this.#taggedList(subject);
-    const entries = lists.flatMap((bytes) => listIn(parseJson(bytes), "manifests"));
-    const where = `${this.#where}: its list of referrers`;
-    const digests = new Set(entries.map((entry) => parseDescriptor(entry, where).digest));
-    this.#checkCount(digests.size);
-    const listed = Array.from(digests, (digest) => ({ subject, digest }));
-    const isTaggable = algorithmOf(subject) === "sha256";
-    const tagged = (isTaggable ? COSIGN_TAGS : []).map(({ suffix, ...kind }) => {
-      const tag = `${referrersTag(subject)}${suffix}`;
-      return { subject, tag, ...kind };
-    });
-    return [...tagged, ...listed];
-  }
-  async #taggedList(subject) {
-    const list = await orMissing(this.#registry.manifest(referrersTag(subject)));
-    return list ? [list.bytes] : [];
-  }
-  async #fetch({ subject, digest, tag, kind }) {
-    const top = await orMissing(this.#registry.manifest(digest ?? tag));
-    const isListed = digest !== void 0;
-    const fault = top ? "refers to something else" : "is not there";
-    if (isListed && (!top || subjectOf(top) !== subject)) {
-      this.#session.warn(`${this.#where}: ${digest} is listed as a referrer, and ${fault}`);
-      return void 0;
-    }
-    const collected = top && await this.#collect(top);
-    if (!top || !collected)
-      return void 0;
-    const { manifests, contents } = collected;
-    const artifactType = artifactTypeOf(top);
-    const registry = this.#registry;
-    return { registry, top, manifests, contents, subject, ...dropEmpty({ artifactType, kind }) };
-  }
-  async #collect(top) {
-    const readChild = childrenOf(this.#registry, this.#where);
-    try {
-      return await collectAll(readChild, 1, this.#where, top);
-    } catch (error) {
-      const { code, message } = error;
-      if (!["PROTOCOL", "UNSUPPORTED", "NOT_FOUND"].includes(code))
-        throw error;
-      this.#session.warn(`left out the referrer ${top.digest}: ${message}`);
-      return void 0;
-    }
-  }
-};
-var byDigest = (left, right) => left.top.digest < right.top.digest ? -1 : 1;
+	#session
+	#registry
+	#where
+	#subjects
+	#found = /* @__PURE__ */ new Map()
+	#manifestBytes = 0
+	constructor(session, registry, where, subjects) {
+		this.#session = session
+		this.#registry = registry
+		this.#where = where
+		this.#subjects = subjects
+	}
+	async run() {
+		const {concurrency} = this.#session.settings
+		let level = this.#subjects
+		for (let depth = 0; depth < LIMITS.referrerDepth && level.length > 0; depth += 1) {
+			const lists = await mapConcurrently(level, concurrency, each => this.#placesOf(each))
+			const places = lists.flat()
+			const referrers = await mapConcurrently(places, concurrency, each => this.#fetch(each))
+			const fresh = referrers.filter(each => each !== void 0 && this.#add(each))
+			level = fresh.map(each => each.top.digest)
+		}
+		return [...this.#found.values()].sort(byDigest)
+	}
+	#add(referrer) {
+		const {digest} = referrer.top
+		if (this.#found.has(digest) || this.#subjects.includes(digest)) return false
+		this.#found.set(digest, referrer)
+		this.#checkCount(this.#found.size)
+		this.#manifestBytes += sumOf(referrer.manifests, ({bytes}) => bytes.length)
+		const {referrerManifestBytes} = LIMITS
+		if (this.#manifestBytes <= referrerManifestBytes) return true
+		const most = formatBytes(referrerManifestBytes)
+		return fail("TOO_LARGE", `${this.#where}: the manifests of its referrers are above ${most}`)
+	}
+	#checkCount(count) {
+		const {referrers} = LIMITS
+		if (count > referrers) fail("TOO_LARGE", `${this.#where}: more than ${referrers} referrers`)
+	}
+	async #placesOf(subject) {
+		const lists = (await this.#registry.referrers(subject)) ?? (await this.#taggedList(subject))
+		const entries = lists.flatMap(bytes => listIn(parseJson(bytes), "manifests"))
+		const where = `${this.#where}: its list of referrers`
+		const digests = new Set(entries.map(entry => parseDescriptor(entry, where).digest))
+		this.#checkCount(digests.size)
+		const listed = Array.from(digests, digest => ({subject, digest}))
+		const isTaggable = algorithmOf(subject) === "sha256"
+		const tagged = (isTaggable ? COSIGN_TAGS : []).map(({suffix, ...kind}) => {
+			const tag = `${referrersTag(subject)}${suffix}`
+			return {subject, tag, ...kind}
+		})
+		return [...tagged, ...listed]
+	}
+	async #taggedList(subject) {
+		const list = await orMissing(this.#registry.manifest(referrersTag(subject)))
+		return list ? [list.bytes] : []
+	}
+	async #fetch({subject, digest, tag, kind}) {
+		const top = await orMissing(this.#registry.manifest(digest ?? tag))
+		const isListed = digest !== void 0
+		const fault = top ? "refers to something else" : "is not there"
+		if (isListed && (!top || subjectOf(top) !== subject)) {
+			this.#session.warn(`${this.#where}: ${digest} is listed as a referrer, and ${fault}`)
+			return void 0
+		}
+		const collected = top && (await this.#collect(top))
+		if (!top || !collected) return void 0
+		const {manifests, contents} = collected
+		const artifactType = artifactTypeOf(top)
+		const registry = this.#registry
+		return {registry, top, manifests, contents, subject, ...dropEmpty({artifactType, kind})}
+	}
+	async #collect(top) {
+		const readChild = childrenOf(this.#registry, this.#where)
+		try {
+			return await collectAll(readChild, 1, this.#where, top)
+		} catch (error) {
+			const {code, message} = error
+			if (!["PROTOCOL", "UNSUPPORTED", "NOT_FOUND"].includes(code)) throw error
+			this.#session.warn(`left out the referrer ${top.digest}: ${message}`)
+			return void 0
+		}
+	}
+}
+var byDigest = (left, right) => (left.top.digest < right.top.digest ? -1 : 1)
 async function orMissing(asked) {
-  try {
-    return await asked;
-  } catch (error) {
-    if (error instanceof ImgpullError && error.code === "NOT_FOUND")
-      return void 0;
-    throw error;
-  }
+	try {
+		return await asked
+	} catch (error) {
+		if (error instanceof ImgpullError && error.code === "NOT_FOUND") return void 0
+		throw error
+	}
 }
 function listIn(value, key) {
-  const list = recordIn(value)[key];
-  return Array.isArray(list) ? list : [];
+	const list = recordIn(value)[key]
+	return Array.isArray(list) ? list : []
 }
-var subjectOf = ({ bytes }) => recordIn(parseJson(bytes), "subject").digest;
-function artifactTypeOf({ bytes }) {
-  const { artifactType, config } = recordIn(parseJson(bytes));
-  if (typeof artifactType === "string" && artifactType !== "")
-    return artifactType;
-  const { mediaType } = recordIn(config);
-  return typeof mediaType === "string" && !CONFIG_TYPES.includes(mediaType) ? mediaType : "";
+var subjectOf = ({bytes}) => recordIn(parseJson(bytes), "subject").digest
+function artifactTypeOf({bytes}) {
+	const {artifactType, config} = recordIn(parseJson(bytes))
+	if (typeof artifactType === "string" && artifactType !== "") return artifactType
+	const {mediaType} = recordIn(config)
+	return typeof mediaType === "string" && !CONFIG_TYPES.includes(mediaType) ? mediaType : ""
 }
 async function addProof(session, image, signers) {
-  const { reference, registry, asked, top, manifests } = image;
-  const where = formatReference(reference);
-  const subjects = [...new Set([asked, ...manifests].map(({ digest }) => digest))];
-  const referrers = await new ReferrerSearch(session, registry, where, subjects).run();
-  const digests = [.../* @__PURE__ */ new Set([asked.digest, top.digest])];
-  if (signers.length > 0)
-    await requireSignature(session, { registry, where, digests }, referrers, signers);
-  const isOfIndex = isReferredTo(asked, referrers) && asked !== top;
-  const kind = cosignKind(isOfIndex ? asked : top, referrers);
-  if (!isOfIndex)
-    return { ...image, companions: referrers, ...dropEmpty({ kind }) };
-  const path2 = await pathTo(top.digest, asked, childrenOf(registry, where), where);
-  const indexes = (path2 ?? []).map((index) => {
-    const mark = dropEmpty({ kind: index === asked ? kind : void 0 });
-    return { registry, top: index, manifests: [index], contents: [], ...mark };
-  });
-  return { ...image, companions: [...indexes, ...referrers] };
+	const {reference, registry, asked, top, manifests} = image
+	const where = formatReference(reference)
+	const subjects = [...new Set([asked, ...manifests].map(({digest}) => digest))]
+	const referrers = await new ReferrerSearch(session, registry, where, subjects).run()
+	const digests = [.../* @__PURE__ */ new Set([asked.digest, top.digest])]
+	if (signers.length > 0) await requireSignature(session, {registry, where, digests}, referrers, signers)
+	const isOfIndex = isReferredTo(asked, referrers) && asked !== top
+	const kind = cosignKind(isOfIndex ? asked : top, referrers)
+	if (!isOfIndex) return {...image, companions: referrers, ...dropEmpty({kind})}
+	const path2 = await pathTo(top.digest, asked, childrenOf(registry, where), where)
+	const indexes = (path2 ?? []).map(index => {
+		const mark = dropEmpty({kind: index === asked ? kind : void 0})
+		return {registry, top: index, manifests: [index], contents: [], ...mark}
+	})
+	return {...image, companions: [...indexes, ...referrers]}
 }
 function planExtras(images) {
-  const named = new Set(images.map(({ top }) => top.digest));
-  const all = images.flatMap(({ companions: companions2 = [] }) => companions2);
-  const unique = new Map(all.map((companion) => [companion.top.digest, companion]));
-  const companions = [...unique.values()].filter(({ top }) => !named.has(top.digest)).sort((left, right) => Number(isReferrer(left)) - Number(isReferrer(right)) || byDigest(left, right));
-  return {
-    indexEntries: companions.map(companionEntry),
-    documents: companions.flatMap(({ manifests }) => manifests),
-    blobs: companions.flatMap(({ registry, contents }) => contents.flatMap(({ manifest }) => [manifest.config, ...manifest.layers]).map((descriptor) => ({ descriptor, registry })))
-  };
+	const named = new Set(images.map(({top}) => top.digest))
+	const all = images.flatMap(({companions: companions2 = []}) => companions2)
+	const unique = new Map(all.map(companion => [companion.top.digest, companion]))
+	const companions = [...unique.values()]
+		.filter(({top}) => !named.has(top.digest))
+		.sort((left, right) => Number(isReferrer(left)) - Number(isReferrer(right)) || byDigest(left, right))
+	return {
+		indexEntries: companions.map(companionEntry),
+		documents: companions.flatMap(({manifests}) => manifests),
+		blobs: companions.flatMap(({registry, contents}) =>
+			contents
+				.flatMap(({manifest}) => [manifest.config, ...manifest.layers])
+				.map(descriptor => ({descriptor, registry}))
+		)
+	}
 }
-var isReferrer = ({ subject }) => subject !== void 0;
-var SUBJECT_KEY = "io.containerd.manifest.subject";
-var UNMATCHED = { architecture: "unknown", os: "unknown" };
-function companionEntry({ top, subject, kind, artifactType }) {
-  const annotations = dropEmpty({ [SUBJECT_KEY]: subject, kind });
-  const isAnnotated = Object.keys(annotations).length > 0;
-  return {
-    mediaType: top.mediaType,
-    digest: top.digest,
-    size: top.bytes.length,
-    ...isAnnotated && { annotations },
-    ...dropEmpty({ artifactType, platform: subject === void 0 ? UNMATCHED : void 0 })
-  };
+var isReferrer = ({subject}) => subject !== void 0
+var SUBJECT_KEY = "io.containerd.manifest.subject"
+var UNMATCHED = {architecture: "unknown", os: "unknown"}
+function companionEntry({top, subject, kind, artifactType}) {
+	const annotations = dropEmpty({[SUBJECT_KEY]: subject, kind})
+	const isAnnotated = Object.keys(annotations).length > 0
+	return {
+		mediaType: top.mediaType,
+		digest: top.digest,
+		size: top.bytes.length,
+		...(isAnnotated && {annotations}),
+		...dropEmpty({artifactType, platform: subject === void 0 ? UNMATCHED : void 0})
+	}
 }
-var isReferredTo = ({ digest }, referrers) => referrers.some(({ subject }) => subject === digest);
+var isReferredTo = ({digest}, referrers) => referrers.some(({subject}) => subject === digest)
 function cosignKind(signed, referrers) {
-  const own = referrers.filter(({ subject }) => subject === signed.digest);
-  const hasTag = own.some(({ kind }) => kind === COSIGN_TAGS[0]?.kind);
-  const isIndexEntry = hasTag && INDEX_TYPES.includes(signed.mediaType);
-  if (own.length === 0)
-    return void 0;
-  return `dev.cosignproject.cosign/${isIndexEntry ? "imageIndex" : "image"}`;
+	const own = referrers.filter(({subject}) => subject === signed.digest)
+	const hasTag = own.some(({kind}) => kind === COSIGN_TAGS[0]?.kind)
+	const isIndexEntry = hasTag && INDEX_TYPES.includes(signed.mediaType)
+	if (own.length === 0) return void 0
+	return `dev.cosignproject.cosign/${isIndexEntry ? "imageIndex" : "image"}`
 }
-async function requireSignature(session, { registry, where, digests }, referrers, signers) {
-  const layers = referrers.filter(({ subject = "" }) => digests.includes(subject)).flatMap(({ contents }) => contents.flatMap(({ manifest }) => manifest.layers)).filter(isSignature);
-  const { signatures } = LIMITS;
-  if (layers.length > signatures)
-    fail("TOO_LARGE", `${where}: more than ${signatures} signatures`);
-  const read = (layer) => orMissing(registry.config(layer));
-  const { concurrency } = session.settings;
-  const verdicts = await mapConcurrently(layers, concurrency, async (layer) => {
-    const bytes = layer.size > LIMITS.configBytes ? void 0 : await read(layer);
-    return bytes ? judge(readSignature(layer, bytes, signers), digests) : "unreadable";
-  });
-  const pinned = `${where.replace(/@.*/, "")}@${digests[0]}`;
-  if (!verdicts.includes("good"))
-    refuseUnsigned(pinned, verdicts);
+async function requireSignature(session, {registry, where, digests}, referrers, signers) {
+	const layers = referrers
+		.filter(({subject = ""}) => digests.includes(subject))
+		.flatMap(({contents}) => contents.flatMap(({manifest}) => manifest.layers))
+		.filter(isSignature)
+	const {signatures} = LIMITS
+	if (layers.length > signatures) fail("TOO_LARGE", `${where}: more than ${signatures} signatures`)
+	const read = layer => orMissing(registry.config(layer))
+	const {concurrency} = session.settings
+	const verdicts = await mapConcurrently(layers, concurrency, async layer => {
+		const bytes = layer.size > LIMITS.configBytes ? void 0 : await read(layer)
+		return bytes ? judge(readSignature(layer, bytes, signers), digests) : "unreadable"
+	})
+	const pinned = `${where.replace(/@.*/, "")}@${digests[0]}`
+	if (!verdicts.includes("good")) refuseUnsigned(pinned, verdicts)
 }
 async function findSignature(session, unproven, signers) {
-  if (signers.length === 0)
-    return;
-  const { registry, where, digests } = unproven;
-  const referrers = await new ReferrerSearch(session, registry, where, digests).run();
-  await requireSignature(session, unproven, referrers, signers);
+	if (signers.length === 0) return
+	const {registry, where, digests} = unproven
+	const referrers = await new ReferrerSearch(session, registry, where, digests).run()
+	await requireSignature(session, unproven, referrers, signers)
 }
 var VERDICT_WORDS = [
-  ["other key", "made by another key, or of something that was changed since"],
-  ["other subject", "by the key given, but of something else"],
-  ["keyless", "keyless, which needs Sigstore's trust root and is not checked here"],
-  ["unreadable", "in no form that is known here"]
-];
+	["other key", "made by another key, or of something that was changed since"],
+	["other subject", "by the key given, but of something else"],
+	["keyless", "keyless, which needs Sigstore's trust root and is not checked here"],
+	["unreadable", "in no form that is known here"]
+]
 function refuseUnsigned(where, verdicts) {
-  const found = VERDICT_WORDS.flatMap(([verdict, words2]) => {
-    const count = verdicts.filter((each) => each === verdict).length;
-    return count === 0 ? [] : [`${counted(count, "signature")} ${words2}`];
-  });
-  const words = found.length === 0 ? "no signature at all" : found.join("; ");
-  return fail("SIGNATURE", `${where} is not signed by any key given (\`signedBy\`)
-  found: ${words}`);
+	const found = VERDICT_WORDS.flatMap(([verdict, words2]) => {
+		const count = verdicts.filter(each => each === verdict).length
+		return count === 0 ? [] : [`${counted(count, "signature")} ${words2}`]
+	})
+	const words = found.length === 0 ? "no signature at all" : found.join("; ")
+	return fail(
+		"SIGNATURE",
+		`${where} is not signed by any key given (\`signedBy\`)
+  found: ${words}`
+	)
 }
 var OPTION_KINDS = {
-  url: "a string",
-  scheme: "a string",
-  osType: "a string",
-  archType: "a string",
-  variant: "a string",
-  platforms: '"all" or a list of strings',
-  name: "a string",
-  renames: "an object of strings",
-  reuse: "a list of strings",
-  since: "a string",
-  dryRun: "true or false",
-  referrers: "true or false",
-  signedBy: "a list of strings",
-  username: "a string",
-  password: "a string",
-  token: "a string",
-  tlsCert: "a string",
-  tlsKey: "a string",
-  caCert: "a string",
-  insecure: "true or false",
-  namespace: "a string",
-  mirrors: "an object of lists of strings",
-  concurrency: "a number",
-  retries: "a number",
-  timeoutMs: "a number",
-  environment: "an object of strings",
-  signal: "an AbortSignal",
-  onProgress: "a function",
-  onWarning: "a function"
-};
-var isListOfStrings = (value) => Array.isArray(value) && value.every((item) => typeof item === "string");
-var isStringOrNothing = (value) => value === void 0 || typeof value === "string";
+	url: "a string",
+	scheme: "a string",
+	osType: "a string",
+	archType: "a string",
+	variant: "a string",
+	platforms: '"all" or a list of strings',
+	name: "a string",
+	renames: "an object of strings",
+	reuse: "a list of strings",
+	since: "a string",
+	dryRun: "true or false",
+	referrers: "true or false",
+	signedBy: "a list of strings",
+	username: "a string",
+	password: "a string",
+	token: "a string",
+	tlsCert: "a string",
+	tlsKey: "a string",
+	caCert: "a string",
+	insecure: "true or false",
+	namespace: "a string",
+	mirrors: "an object of lists of strings",
+	concurrency: "a number",
+	retries: "a number",
+	timeoutMs: "a number",
+	environment: "an object of strings",
+	signal: "an AbortSignal",
+	onProgress: "a function",
+	onWarning: "a function"
+}
+var isListOfStrings = value => Array.isArray(value) && value.every(item => typeof item === "string")
+var isStringOrNothing = value => value === void 0 || typeof value === "string"
 var IS_OF_KIND = {
-  "a string": (value) => typeof value === "string",
-  "a number": (value) => typeof value === "number",
-  "true or false": (value) => typeof value === "boolean",
-  "a list of strings": isListOfStrings,
-  '"all" or a list of strings': (value) => value === "all" || isListOfStrings(value),
-  "an object of strings": (value) => isRecord(value) && Object.values(value).every(isStringOrNothing),
-  "an object of lists of strings": (value) => isRecord(value) && Object.values(value).every(isListOfStrings),
-  "an AbortSignal": (value) => value instanceof AbortSignal,
-  "a function": (value) => typeof value === "function"
-};
+	"a string": value => typeof value === "string",
+	"a number": value => typeof value === "number",
+	"true or false": value => typeof value === "boolean",
+	"a list of strings": isListOfStrings,
+	'"all" or a list of strings': value => value === "all" || isListOfStrings(value),
+	"an object of strings": value => isRecord(value) && Object.values(value).every(isStringOrNothing),
+	"an object of lists of strings": value => isRecord(value) && Object.values(value).every(isListOfStrings),
+	"an AbortSignal": value => value instanceof AbortSignal,
+	"a function": value => typeof value === "function"
+}
 function checkKinds(options, kinds) {
-  if (!isRecord(options))
-    fail("BAD_OPTION", "the options are not an object");
-  for (const [name, value] of Object.entries(options)) {
-    if (!Object.hasOwn(kinds, name)) {
-      const nearest = nearestName(name, Object.keys(kinds));
-      const suggestion = nearest === void 0 ? "" : `: did you mean \`${nearest}\`?`;
-      fail("BAD_OPTION", `unknown option \`${printable(name, 60)}\`${suggestion}`);
-    }
-    const kind = kinds[name];
-    if (value !== void 0 && !IS_OF_KIND[kind](value))
-      fail("BAD_OPTION", `\`${name}\` has to be ${kind}`);
-  }
+	if (!isRecord(options)) fail("BAD_OPTION", "the options are not an object")
+	for (const [name, value] of Object.entries(options)) {
+		if (!Object.hasOwn(kinds, name)) {
+			const nearest = nearestName(name, Object.keys(kinds))
+			const suggestion = nearest === void 0 ? "" : `: did you mean \`${nearest}\`?`
+			fail("BAD_OPTION", `unknown option \`${printable(name, 60)}\`${suggestion}`)
+		}
+		const kind = kinds[name]
+		if (value !== void 0 && !IS_OF_KIND[kind](value)) fail("BAD_OPTION", `\`${name}\` has to be ${kind}`)
+	}
 }
 function checkOptions(options) {
-  checkKinds(options, OPTION_KINDS);
-  const { scheme, tlsCert, tlsKey, username, password, token, namespace, platforms } = options;
-  const { name, renames = {} } = options;
-  const check = (isRight, reason) => {
-    if (!isRight)
-      fail("BAD_OPTION", reason);
-  };
-  const isScheme = scheme === void 0 || scheme === "https" || scheme === "http";
-  check(isScheme, `\`scheme\` is https or http, not "${printable(String(scheme))}"`);
-  const isPair = tlsCert === void 0 === (tlsKey === void 0);
-  check(isPair, "`tlsCert` and `tlsKey` go together: a certificate and its key");
-  check(username === void 0 || password !== void 0, "`username` needs `password`");
-  check(password === void 0 || username !== void 0, "`password` needs `username`");
-  check(token === void 0 || username === void 0, "`token` and `username` exclude each other");
-  const isHeader = token === void 0 || /^[\x21-\x7e]+$/.test(token);
-  check(isHeader, "`token` has characters that no header can carry");
-  const isNamespace = namespace === void 0 || isHost(namespace);
-  check(isNamespace, `\`namespace\` is a host, not "${printable(namespace ?? "")}"`);
-  const isOnePlatform = options.osType ?? options.archType ?? options.variant;
-  const isEither = platforms === void 0 || isOnePlatform === void 0;
-  check(isEither, "`platforms` excludes `osType`, `archType` and `variant`");
-  for (const platform of platforms === "all" ? [] : platforms ?? [])
-    check(/^[^/]+\/[^/]+(\/[^/]+)?$/.test(platform), `\`platforms\` are OS/ARCH or OS/ARCH/VARIANT, or all, not "${printable(platform)}"`);
-  check(platforms?.length !== 0, "`platforms` is an empty list");
-  const hasRenames = Object.keys(renames).length > 0;
-  check(name === void 0 || !hasRenames, "`name` and `renames` exclude each other");
-  check(!name?.includes("@"), "`name` is NAME or NAME:TAG: a digest cannot be given");
+	checkKinds(options, OPTION_KINDS)
+	const {scheme, tlsCert, tlsKey, username, password, token, namespace, platforms} = options
+	const {name, renames = {}} = options
+	const check = (isRight, reason) => {
+		if (!isRight) fail("BAD_OPTION", reason)
+	}
+	const isScheme = scheme === void 0 || scheme === "https" || scheme === "http"
+	check(isScheme, `\`scheme\` is https or http, not "${printable(String(scheme))}"`)
+	const isPair = (tlsCert === void 0) === (tlsKey === void 0)
+	check(isPair, "`tlsCert` and `tlsKey` go together: a certificate and its key")
+	check(username === void 0 || password !== void 0, "`username` needs `password`")
+	check(password === void 0 || username !== void 0, "`password` needs `username`")
+	check(token === void 0 || username === void 0, "`token` and `username` exclude each other")
+	const isHeader = token === void 0 || /^[\x21-\x7e]+$/.test(token)
+	check(isHeader, "`token` has characters that no header can carry")
+	const isNamespace = namespace === void 0 || isHost(namespace)
+	check(isNamespace, `\`namespace\` is a host, not "${printable(namespace ?? "")}"`)
+	const isOnePlatform = options.osType ?? options.archType ?? options.variant
+	const isEither = platforms === void 0 || isOnePlatform === void 0
+	check(isEither, "`platforms` excludes `osType`, `archType` and `variant`")
+	for (const platform of platforms === "all" ? [] : (platforms ?? []))
+		check(
+			/^[^/]+\/[^/]+(\/[^/]+)?$/.test(platform),
+			`\`platforms\` are OS/ARCH or OS/ARCH/VARIANT, or all, not "${printable(platform)}"`
+		)
+	check(platforms?.length !== 0, "`platforms` is an empty list")
+	const hasRenames = Object.keys(renames).length > 0
+	check(name === void 0 || !hasRenames, "`name` and `renames` exclude each other")
+	check(!name?.includes("@"), "`name` is NAME or NAME:TAG: a digest cannot be given")
 }
 function integerOption(options, name, otherwise, [minimum, maximum]) {
-  const value = options[name] ?? otherwise;
-  const isRight = Number.isSafeInteger(value) && value >= minimum && value <= maximum;
-  const unit = name === "timeoutMs" ? " (milliseconds)" : "";
-  const bounds = `a whole number from ${minimum} to ${maximum}${unit}`;
-  if (!isRight)
-    fail("BAD_OPTION", `\`${name}\` is ${bounds}, not ${value}`);
-  return value;
+	const value = options[name] ?? otherwise
+	const isRight = Number.isSafeInteger(value) && value >= minimum && value <= maximum
+	const unit = name === "timeoutMs" ? " (milliseconds)" : ""
+	const bounds = `a whole number from ${minimum} to ${maximum}${unit}`
+	if (!isRight) fail("BAD_OPTION", `\`${name}\` is ${bounds}, not ${value}`)
+	return value
 }
-function wantedOf({ platforms, osType, archType, variant }) {
-  if (platforms === void 0)
-    return dropEmpty({ os: osType, architecture: archType, variant });
-  if (platforms === "all" || platforms.length > 1)
-    return {};
-  return splitPlatform(platforms[0] ?? "");
+function wantedOf({platforms, osType, archType, variant}) {
+	if (platforms === void 0) return dropEmpty({os: osType, architecture: archType, variant})
+	if (platforms === "all" || platforms.length > 1) return {}
+	return splitPlatform(platforms[0] ?? "")
 }
 function splitPlatform(text) {
-  const [system, architecture, variant] = text.split("/");
-  return dropEmpty({ os: system, architecture, variant });
+	const [system, architecture, variant] = text.split("/")
+	return dropEmpty({os: system, architecture, variant})
 }
 function settingsOf(options, environment, certsDirectory = "/etc/docker/certs.d") {
-  checkOptions(options);
-  const { scheme = "https", insecure = false, tlsCert, tlsKey, caCert } = options;
-  const { username, password, token, namespace } = options;
-  return {
-    scheme,
-    insecure,
-    environment: environment ?? options.environment ?? process.env,
-    certsDirectory,
-    timeoutMs: integerOption(options, "timeoutMs", 3e4, [1, 864e5]),
-    concurrency: integerOption(options, "concurrency", 8, [1, 64]),
-    retries: integerOption(options, "retries", 5, [0, 100]),
-    wanted: wantedOf(options),
-    mirrors: parseMirrors(options.mirrors ?? {}, scheme),
-    ...dropEmpty({ tlsCert, tlsKey, caCert, username, password, token, namespace })
-  };
+	checkOptions(options)
+	const {scheme = "https", insecure = false, tlsCert, tlsKey, caCert} = options
+	const {username, password, token, namespace} = options
+	return {
+		scheme,
+		insecure,
+		environment: environment ?? options.environment ?? process.env,
+		certsDirectory,
+		timeoutMs: integerOption(options, "timeoutMs", 3e4, [1, 864e5]),
+		concurrency: integerOption(options, "concurrency", 8, [1, 64]),
+		retries: integerOption(options, "retries", 5, [0, 100]),
+		wanted: wantedOf(options),
+		mirrors: parseMirrors(options.mirrors ?? {}, scheme),
+		...dropEmpty({tlsCert, tlsKey, caCert, username, password, token, namespace})
+	}
 }
 var Callbacks = class {
-  #stopping;
-  #failure;
-  constructor(stopping) {
-    this.#stopping = stopping;
-  }
-  guard(callback) {
-    if (!callback)
-      return ignore;
-    return (argument) => {
-      if (this.#failure)
-        return;
-      try {
-        const result = callback(argument);
-        if (result instanceof Promise)
-          result.catch(this.#fail);
-      } catch (error) {
-        this.#fail(error);
-      }
-    };
-  }
-  throwFailure() {
-    if (this.#failure)
-      throw this.#failure.reason;
-  }
-  #fail = (reason) => {
-    this.#failure ??= { reason };
-    this.#stopping.abort();
-  };
-};
+	#stopping
+	#failure
+	constructor(stopping) {
+		this.#stopping = stopping
+	}
+	guard(callback) {
+		if (!callback) return ignore
+		return argument => {
+			if (this.#failure) return
+			try {
+				const result = callback(argument)
+				if (result instanceof Promise) result.catch(this.#fail)
+			} catch (error) {
+				this.#fail(error)
+			}
+		}
+	}
+	throwFailure() {
+		if (this.#failure) throw this.#failure.reason
+	}
+	#fail = reason => {
+		this.#failure ??= {reason}
+		this.#stopping.abort()
+	}
+}
 async function withSession(options, run, replaced = {}) {
-  const settings = settingsOf(options, replaced.environment, replaced.certsDirectory);
-  const stopping = new AbortController();
-  const { signal } = stopping;
-  setMaxListeners(0, signal);
-  const callbacks = new Callbacks(stopping);
-  const warn = callbacks.guard(options.onWarning);
-  const onProgress = callbacks.guard(options.onProgress);
-  const stop = () => stopping.abort();
-  options.signal?.addEventListener("abort", stop);
-  if (options.signal?.aborted)
-    stop();
-  const transport = new Transport(settings);
-  try {
-    if (signal.aborted)
-      fail("ABORTED", "stopped");
-    const owned = { challenges: /* @__PURE__ */ new Map(), registries: /* @__PURE__ */ new Map(), budget: new Budget() };
-    const state = { clock: systemClock, ...owned };
-    const session = { settings, transport, signal, warn, ...state, ...replaced };
-    const result = await run(session, onProgress);
-    callbacks.throwFailure();
-    return result;
-  } catch (error) {
-    callbacks.throwFailure();
-    if (!options.signal?.aborted)
-      throw error;
-    throw new ImgpullError("ABORTED", "stopped", { cause: options.signal.reason });
-  } finally {
-    options.signal?.removeEventListener("abort", stop);
-    transport.close();
-  }
+	const settings = settingsOf(options, replaced.environment, replaced.certsDirectory)
+	const stopping = new AbortController()
+	const {signal} = stopping
+	setMaxListeners(0, signal)
+	const callbacks = new Callbacks(stopping)
+	const warn = callbacks.guard(options.onWarning)
+	const onProgress = callbacks.guard(options.onProgress)
+	const stop = () => stopping.abort()
+	options.signal?.addEventListener("abort", stop)
+	if (options.signal?.aborted) stop()
+	const transport = new Transport(settings)
+	try {
+		if (signal.aborted) fail("ABORTED", "stopped")
+		const owned = {challenges: /* @__PURE__ */ new Map(), registries: /* @__PURE__ */ new Map(), budget: new Budget()}
+		const state = {clock: systemClock, ...owned}
+		const session = {settings, transport, signal, warn, ...state, ...replaced}
+		const result = await run(session, onProgress)
+		callbacks.throwFailure()
+		return result
+	} catch (error) {
+		callbacks.throwFailure()
+		if (!options.signal?.aborted) throw error
+		throw new ImgpullError("ABORTED", "stopped", {cause: options.signal.reason})
+	} finally {
+		options.signal?.removeEventListener("abort", stop)
+		transport.close()
+	}
 }
 var NO_PROGRESS = Object.freeze({
-  phase: "resolve",
-  doneBytes: 0,
-  totalBytes: 0,
-  fetchedBytes: 0,
-  blobsDone: 0,
-  blobsTotal: 0,
-  moving: []
-});
+	phase: "resolve",
+	doneBytes: 0,
+	totalBytes: 0,
+	fetchedBytes: 0,
+	blobsDone: 0,
+	blobsTotal: 0,
+	moving: []
+})
 function progressReporter(onProgress) {
-  const progressOf = ({ descriptor: { digest, size }, doneBytes }) => ({
-    digest,
-    sizeBytes: size,
-    doneBytes
-  });
-  let highestBytes = 0;
-  onProgress(NO_PROGRESS);
-  const report = (transfer, phase, finished2) => {
-    const { blobs, totalBytes, fetchedBytes, activeBlobs } = transfer;
-    const bytesInPlace = sumOf(blobs, ({ doneBytes }) => doneBytes);
-    highestBytes = Math.max(highestBytes, Math.min(totalBytes, bytesInPlace));
-    const moving = [...activeBlobs].sort((left, right) => left.offset - right.offset);
-    onProgress({
-      phase,
-      doneBytes: phase === "finish" ? totalBytes : highestBytes,
-      totalBytes,
-      fetchedBytes,
-      blobsDone: blobs.filter(({ isDone }) => isDone).length,
-      blobsTotal: blobs.length,
-      moving: moving.map(progressOf),
-      ...finished2 && { finished: progressOf(finished2) }
-    });
-  };
-  return {
-    observe: (transfer, finished2) => report(transfer, "fetch", finished2),
-    finish: (transfer) => report(transfer, "finish")
-  };
+	const progressOf = ({descriptor: {digest, size}, doneBytes}) => ({
+		digest,
+		sizeBytes: size,
+		doneBytes
+	})
+	let highestBytes = 0
+	onProgress(NO_PROGRESS)
+	const report = (transfer, phase, finished2) => {
+		const {blobs, totalBytes, fetchedBytes, activeBlobs} = transfer
+		const bytesInPlace = sumOf(blobs, ({doneBytes}) => doneBytes)
+		highestBytes = Math.max(highestBytes, Math.min(totalBytes, bytesInPlace))
+		const moving = [...activeBlobs].sort((left, right) => left.offset - right.offset)
+		onProgress({
+			phase,
+			doneBytes: phase === "finish" ? totalBytes : highestBytes,
+			totalBytes,
+			fetchedBytes,
+			blobsDone: blobs.filter(({isDone}) => isDone).length,
+			blobsTotal: blobs.length,
+			moving: moving.map(progressOf),
+			...(finished2 && {finished: progressOf(finished2)})
+		})
+	}
+	return {
+		observe: (transfer, finished2) => report(transfer, "fetch", finished2),
+		finish: transfer => report(transfer, "finish")
+	}
 }
 function decodeText(bytes) {
-  const mark = `${bytes[0]},${bytes[1]}`;
-  if (mark === "255,254")
-    return new TextDecoder("utf-16le").decode(bytes);
-  if (mark === "254,255")
-    return new TextDecoder("utf-16le").decode(Buffer.from(bytes.subarray(0, bytes.length & ~1)).swap16());
-  return new TextDecoder().decode(bytes);
+	const mark = `${bytes[0]},${bytes[1]}`
+	if (mark === "255,254") return new TextDecoder("utf-16le").decode(bytes)
+	if (mark === "254,255")
+		return new TextDecoder("utf-16le").decode(Buffer.from(bytes.subarray(0, bytes.length & ~1)).swap16())
+	return new TextDecoder().decode(bytes)
 }
 function parseImageList(content) {
-  const text = typeof content === "string" ? content : decodeText(content);
-  const json = /^\s*[[{]/.test(text) ? parseJson(text) : void 0;
-  const unique = (values) => [...new Set(values)];
-  if (json !== void 0)
-    return { references: unique(imagesInJson(json)), format: "json", unread: 0 };
-  const isDocument = /^(---|\s*[[{])|^\s*(- +)*("[^"]*"|'[^']*'|[\w./-]+)[ \t]*:[ \t]+\S/m.test(text);
-  if (isDocument) {
-    const scan = new YamlScan();
-    for (const line of text.split(/\r?\n/))
-      scan.read(line);
-    return { references: unique(scan.images), format: "yaml", unread: scan.unread };
-  }
-  const lines = text.split(/\r?\n/).map((line) => line.replace(/(^|\s)#.*$/, "").trim());
-  return { references: unique(lines.filter((line) => line !== "")), format: "lines", unread: 0 };
+	const text = typeof content === "string" ? content : decodeText(content)
+	const json = /^\s*[[{]/.test(text) ? parseJson(text) : void 0
+	const unique = values => [...new Set(values)]
+	if (json !== void 0) return {references: unique(imagesInJson(json)), format: "json", unread: 0}
+	const isDocument = /^(---|\s*[[{])|^\s*(- +)*("[^"]*"|'[^']*'|[\w./-]+)[ \t]*:[ \t]+\S/m.test(text)
+	if (isDocument) {
+		const scan = new YamlScan()
+		for (const line of text.split(/\r?\n/)) scan.read(line)
+		return {references: unique(scan.images), format: "yaml", unread: scan.unread}
+	}
+	const lines = text.split(/\r?\n/).map(line => line.replace(/(^|\s)#.*$/, "").trim())
+	return {references: unique(lines.filter(line => line !== "")), format: "lines", unread: 0}
 }
-var isImageId = (value) => /^sha256:[0-9a-f]{64}$/.test(value);
+var isImageId = value => /^sha256:[0-9a-f]{64}$/.test(value)
 function imagesInJson(document) {
-  const images = [];
-  const values = [document];
-  while (values.length > 0) {
-    const value = values.pop();
-    if (typeof value !== "object" || value === null)
-      continue;
-    const { image } = value;
-    if (typeof image === "string" && image !== "" && !isImageId(image))
-      images.push(image);
-    values.push(...Object.values(value).reverse());
-  }
-  return images;
+	const images = []
+	const values = [document]
+	while (values.length > 0) {
+		const value = values.pop()
+		if (typeof value !== "object" || value === null) continue
+		const {image} = value
+		if (typeof image === "string" && image !== "" && !isImageId(image)) images.push(image)
+		values.push(...Object.values(value).reverse())
+	}
+	return images
 }
 var YamlScan = class {
-  images = [];
-  unread = 0;
-  #blockColumn;
-  #openQuote;
-  read(line) {
-    if (this.#openQuote) {
-      if (endsQuote(line, this.#openQuote))
-        this.#openQuote = void 0;
-      return;
-    }
-    const column = line.search(/\S/);
-    const isText = this.#blockColumn !== void 0 && column > this.#blockColumn;
-    if (column < 0 || isText)
-      return;
-    this.#blockColumn = void 0;
-    const { isImage: isImage2, value, parentColumn } = parseYamlLine(line);
-    if (this.#beginsText(value, parentColumn)) {
-      if (isImage2)
-        this.unread += 1;
-    } else if (isImage2)
-      this.#take(value);
-    else if (/^[[{]/.test(value))
-      this.#readFlow(value);
-  }
-  #beginsText(value, parentColumn) {
-    if (/^(?:[&!]\S+\s+)*[|>][-+\d]*(?:\s+#.*)?$/.test(value)) {
-      this.#blockColumn = parentColumn;
-      return true;
-    }
-    const quote2 = value[0];
-    if (quote2 !== '"' && quote2 !== "'" || endsQuote(value.slice(1), quote2))
-      return false;
-    this.#openQuote = quote2;
-    return true;
-  }
-  #readFlow(text) {
-    const entry = /[{,[]\s*(["']?)image\1\s*:\s*("[^"]*"|'[^']*'|[^\s,}\]"'][^,}\]]*)/;
-    const quoted = /"(?:[^"\\]|\\.)*"|'(?:[^']|'')*'/;
-    for (const [, , value] of text.matchAll(new RegExp(`${entry.source}|${quoted.source}`, "g")))
-      if (value !== void 0)
-        this.#take(value);
-  }
-  #take(value) {
-    const [, inDouble, inSingle] = /^(?:"([^"]*)"|'([^']*)')/.exec(value) ?? [];
-    const plain = value.replace(/(^|\s)#.*$/, "").replace(/\s*(,|\s[}\]]).*$/, "");
-    if (/^[&*!{[]/.test(value))
-      this.unread += 1;
-    else
-      this.#add(inDouble ?? inSingle ?? plain.trim());
-  }
-  #add(word) {
-    const isEmpty = ["", "~", "null"].includes(word);
-    if (!isEmpty && !isImageId(word))
-      this.images.push(word);
-  }
-};
+	images = []
+	unread = 0
+	#blockColumn
+	#openQuote
+	read(line) {
+		if (this.#openQuote) {
+			if (endsQuote(line, this.#openQuote)) this.#openQuote = void 0
+			return
+		}
+		const column = line.search(/\S/)
+		const isText = this.#blockColumn !== void 0 && column > this.#blockColumn
+		if (column < 0 || isText) return
+		this.#blockColumn = void 0
+		const {isImage: isImage2, value, parentColumn} = parseYamlLine(line)
+		if (this.#beginsText(value, parentColumn)) {
+			if (isImage2) this.unread += 1
+		} else if (isImage2) this.#take(value)
+		else if (/^[[{]/.test(value)) this.#readFlow(value)
+	}
+	#beginsText(value, parentColumn) {
+		if (/^(?:[&!]\S+\s+)*[|>][-+\d]*(?:\s+#.*)?$/.test(value)) {
+			this.#blockColumn = parentColumn
+			return true
+		}
+		const quote2 = value[0]
+		if ((quote2 !== '"' && quote2 !== "'") || endsQuote(value.slice(1), quote2)) return false
+		this.#openQuote = quote2
+		return true
+	}
+	#readFlow(text) {
+		const entry = /[{,[]\s*(["']?)image\1\s*:\s*("[^"]*"|'[^']*'|[^\s,}\]"'][^,}\]]*)/
+		const quoted = /"(?:[^"\\]|\\.)*"|'(?:[^']|'')*'/
+		for (const [, , value] of text.matchAll(new RegExp(`${entry.source}|${quoted.source}`, "g")))
+			if (value !== void 0) this.#take(value)
+	}
+	#take(value) {
+		const [, inDouble, inSingle] = /^(?:"([^"]*)"|'([^']*)')/.exec(value) ?? []
+		const plain = value.replace(/(^|\s)#.*$/, "").replace(/\s*(,|\s[}\]]).*$/, "")
+		if (/^[&*!{[]/.test(value)) this.unread += 1
+		else this.#add(inDouble ?? inSingle ?? plain.trim())
+	}
+	#add(word) {
+		const isEmpty = ["", "~", "null"].includes(word)
+		if (!isEmpty && !isImageId(word)) this.images.push(word)
+	}
+}
 function parseYamlLine(line) {
-  const [, dashes = "", rest = ""] = /^(\s*(?:-\s+)*)(.*)$/.exec(line) ?? [];
-  if (rest.startsWith("#"))
-    return { isImage: false, value: "", parentColumn: 0 };
-  const [, key, value = ""] = /^("[^"]*"|'[^']*'|[^\s"'{[#][^#]*?)\s*:(?:\s+(.*))?$/.exec(rest) ?? [];
-  if (key === void 0)
-    return { isImage: false, value: rest.trim(), parentColumn: dashes.lastIndexOf("-") };
-  const isImage2 = /^(["']?)image\1$/.test(key);
-  return { isImage: isImage2, value: value.trim(), parentColumn: dashes.length };
+	const [, dashes = "", rest = ""] = /^(\s*(?:-\s+)*)(.*)$/.exec(line) ?? []
+	if (rest.startsWith("#")) return {isImage: false, value: "", parentColumn: 0}
+	const [, key, value = ""] = /^("[^"]*"|'[^']*'|[^\s"'{[#][^#]*?)\s*:(?:\s+(.*))?$/.exec(rest) ?? []
+	if (key === void 0) return {isImage: false, value: rest.trim(), parentColumn: dashes.lastIndexOf("-")}
+	const isImage2 = /^(["']?)image\1$/.test(key)
+	return {isImage: isImage2, value: value.trim(), parentColumn: dashes.length}
 }
 function endsQuote(text, quote2) {
-  const escapes = quote2 === '"' ? /\\./g : /''/g;
-  return text.replace(escapes, "").includes(quote2);
+	const escapes = quote2 === '"' ? /\\./g : /''/g
+	return text.replace(escapes, "").includes(quote2)
 }
-var FOR_ONE_HOST = ["username", "password", "token", "tlsCert", "tlsKey", "namespace"];
-var placeOf = ({ host, repository }) => `${host}/${repository}`;
-var beginsWith = (name, segments) => `${placeOf(name)}/`.startsWith(`${segments}/`);
+var FOR_ONE_HOST = ["username", "password", "token", "tlsCert", "tlsKey", "namespace"]
+var placeOf = ({host, repository}) => `${host}/${repository}`
+var beginsWith = (name, segments) => `${placeOf(name)}/`.startsWith(`${segments}/`)
 function renameImage(name, renames) {
-  const place = placeOf(name);
-  const [from] = Object.keys(renames).filter((key) => beginsWith(name, key)).sort((left, right) => right.length - left.length);
-  if (from === void 0)
-    return name;
-  const version = formatReference(name).slice(place.length);
-  const renamed = `${renames[from]}${place.slice(from.length)}${version}`;
-  try {
-    return parseReference(renamed);
-  } catch (error) {
-    const reason = error.message;
-    return fail("BAD_OPTION", `\`renames\` ${from}: ${reason}`, { cause: error });
-  }
+	const place = placeOf(name)
+	const [from] = Object.keys(renames)
+		.filter(key => beginsWith(name, key))
+		.sort((left, right) => right.length - left.length)
+	if (from === void 0) return name
+	const version = formatReference(name).slice(place.length)
+	const renamed = `${renames[from]}${place.slice(from.length)}${version}`
+	try {
+		return parseReference(renamed)
+	} catch (error) {
+		const reason = error.message
+		return fail("BAD_OPTION", `\`renames\` ${from}: ${reason}`, {cause: error})
+	}
 }
 async function nameImages(texts, options) {
-  const { name: chosenName, namespace, renames = {} } = options;
-  if (texts.length === 0)
-    fail("BAD_REFERENCE", "no image reference is given");
-  const references = await mapConcurrently(texts, 1, async (text) => parseReference(text));
-  const hosts = [...new Set(references.map(({ host }) => host))];
-  const bound = FOR_ONE_HOST.find((option) => options[option] !== void 0);
-  if (hosts.length > 1 && bound)
-    fail("BAD_OPTION", `\`${bound}\` belongs to one registry, and the images are on ${hosts.join(", ")}`);
-  const unique = new Map(references.map((reference) => [formatReference(reference), reference]));
-  if (chosenName !== void 0 && unique.size > 1)
-    fail("BAD_OPTION", `\`name\` goes with one image, not with ${unique.size}`);
-  const names = /* @__PURE__ */ new Set();
-  return [...unique.values()].map((reference) => {
-    const own = renameImage(imageName(reference, namespace), renames);
-    const name = formatReference(chosenName === void 0 ? own : parseReference(chosenName));
-    if (names.has(name))
-      fail("BAD_OPTION", `two images would have the name ${name} in the tar`);
-    names.add(name);
-    return { reference, name };
-  });
+	const {name: chosenName, namespace, renames = {}} = options
+	if (texts.length === 0) fail("BAD_REFERENCE", "no image reference is given")
+	const references = await mapConcurrently(texts, 1, async text => parseReference(text))
+	const hosts = [...new Set(references.map(({host}) => host))]
+	const bound = FOR_ONE_HOST.find(option => options[option] !== void 0)
+	if (hosts.length > 1 && bound)
+		fail("BAD_OPTION", `\`${bound}\` belongs to one registry, and the images are on ${hosts.join(", ")}`)
+	const unique = new Map(references.map(reference => [formatReference(reference), reference]))
+	if (chosenName !== void 0 && unique.size > 1)
+		fail("BAD_OPTION", `\`name\` goes with one image, not with ${unique.size}`)
+	const names = /* @__PURE__ */ new Set()
+	return [...unique.values()].map(reference => {
+		const own = renameImage(imageName(reference, namespace), renames)
+		const name = formatReference(chosenName === void 0 ? own : parseReference(chosenName))
+		if (names.has(name)) fail("BAD_OPTION", `two images would have the name ${name} in the tar`)
+		names.add(name)
+		return {reference, name}
+	})
 }
-function warnOfRenames({ warn }, images, { renames = {}, namespace }) {
-  const names = images.map(({ reference }) => imageName(reference, namespace));
-  for (const from of Object.keys(renames)) {
-    const isUsed = names.some((name) => beginsWith(name, from));
-    if (!isUsed)
-      warn(`\`renames\`: no name begins with ${printable(from)}`);
-  }
+function warnOfRenames({warn}, images, {renames = {}, namespace}) {
+	const names = images.map(({reference}) => imageName(reference, namespace))
+	for (const from of Object.keys(renames)) {
+		const isUsed = names.some(name => beginsWith(name, from))
+		if (!isUsed) warn(`\`renames\`: no name begins with ${printable(from)}`)
+	}
 }
-function warnOfLayers({ warn }, images) {
-  for (const { contents, name } of images) {
-    if (contents.some((content) => claimsImage(content.manifest) && !isImageContent(content)))
-      warn(`${name} is no image that loads: its config has not one diff_id for each layer`);
-    const types = contents.flatMap(({ manifest }) => manifest.layers.map(({ mediaType }) => mediaType)).join(" ");
-    if (/zstd/.test(types))
-      warn(`${name} has zstd layers: Docker before 23 and podman before 4 will not load it`);
-    if (/\+encrypted/.test(types))
-      warn(`${name} has encrypted layers, which load only where their key is`);
-    if (/foreign|nondistributable/.test(types))
-      warn(`${name} has foreign layers, which Docker on Linux does not take`);
-  }
+function warnOfLayers({warn}, images) {
+	for (const {contents, name} of images) {
+		if (contents.some(content => claimsImage(content.manifest) && !isImageContent(content)))
+			warn(`${name} is no image that loads: its config has not one diff_id for each layer`)
+		const types = contents.flatMap(({manifest}) => manifest.layers.map(({mediaType}) => mediaType)).join(" ")
+		if (/zstd/.test(types)) warn(`${name} has zstd layers: Docker before 23 and podman before 4 will not load it`)
+		if (/\+encrypted/.test(types)) warn(`${name} has encrypted layers, which load only where their key is`)
+		if (/foreign|nondistributable/.test(types)) warn(`${name} has foreign layers, which Docker on Linux does not take`)
+	}
 }
-function warnOfCompanions({ warn }, images) {
-  const companions = images.flatMap((image) => image.companions ?? []);
-  if (companions.length === 0)
-    return;
-  const ofIndex = companions.every(isReferrer) ? "" : ", and ctr no --all-platforms";
-  warn(`${counted(companions.length, "manifest")} of proof beside the images: podman load makes a digest of its own, skopeo wants the name (oci-archive:TAR:NAME)${ofIndex}`);
+function warnOfCompanions({warn}, images) {
+	const companions = images.flatMap(image => image.companions ?? [])
+	if (companions.length === 0) return
+	const ofIndex = companions.every(isReferrer) ? "" : ", and ctr no --all-platforms"
+	warn(
+		`${counted(companions.length, "manifest")} of proof beside the images: podman load makes a digest of its own, skopeo wants the name (oci-archive:TAR:NAME)${ofIndex}`
+	)
 }
-function warnOfOmitted({ warn }, { omitted }, since) {
-  if (omitted.length === 0) {
-    warn(`${since} holds none of the layers at the bottom of an image: nothing is left out`);
-    return;
-  }
-  const size = formatBytes(sumOf(omitted, (layer) => layer.size));
-  warn(`left out ${counted(omitted.length, "layer")} (${size}) that ${since} holds: load that first. docker's containerd store and ctr --no-unpack take this tar without it, in silence`);
+function warnOfOmitted({warn}, {omitted}, since) {
+	if (omitted.length === 0) {
+		warn(`${since} holds none of the layers at the bottom of an image: nothing is left out`)
+		return
+	}
+	const size = formatBytes(sumOf(omitted, layer => layer.size))
+	warn(
+		`left out ${counted(omitted.length, "layer")} (${size}) that ${since} holds: load that first. docker's containerd store and ctr --no-unpack take this tar without it, in silence`
+	)
 }
 async function chainsIn(since, destination) {
-  if (since === void 0)
-    return [];
-  return withTars([since], async ([base]) => {
-    if (!base)
-      return [];
-    if (destination?.kind === "tar") {
-      const target = await fs.stat(destination.file).catch(() => void 0);
-      const { ino, dev } = await base.handle.stat();
-      if (target?.ino === ino && target.dev === dev)
-        fail("BAD_OPTION", `\`since\` ${since} is DEST: the delta would take the place of its own base`);
-    }
-    return dockerChains(base);
-  });
+	if (since === void 0) return []
+	return withTars([since], async ([base]) => {
+		if (!base) return []
+		if (destination?.kind === "tar") {
+			const target = await fs.stat(destination.file).catch(() => void 0)
+			const {ino, dev} = await base.handle.stat()
+			if (target?.ino === ino && target.dev === dev)
+				fail("BAD_OPTION", `\`since\` ${since} is DEST: the delta would take the place of its own base`)
+		}
+		return dockerChains(base)
+	})
 }
 async function withTars(files, run) {
-  const tars = [];
-  try {
-    for (const file of files)
-      tars.push(await openTarFile(file));
-    return await run(tars);
-  } finally {
-    for (const { handle } of tars)
-      await handle.close();
-  }
+	const tars = []
+	try {
+		for (const file of files) tars.push(await openTarFile(file))
+		return await run(tars)
+	} finally {
+		for (const {handle} of tars) await handle.close()
+	}
 }
-async function estimate({ entries }, destination, tars) {
-  const atHand = destination?.kind === "tar" ? await openAtHand([destination.file]) : [];
-  const isThere = async ({ digest, size }) => {
-    if (destination?.kind === "layout") {
-      const file = path.join(destination.folder, blobPath(digest));
-      const stats = await fs.stat(file).catch(() => void 0);
-      if (stats?.size === size)
-        return true;
-    }
-    return [...tars, ...atHand].some(({ blobs }) => blobs.get(digest)?.sizeBytes === size);
-  };
-  const counts = { fetchedBytes: 0, reusedBytes: 0, resumedBytes: 0 };
-  for (const { blob } of entries) {
-    if (!blob)
-      continue;
-    const counter = await isThere(blob.descriptor) ? "reusedBytes" : "fetchedBytes";
-    counts[counter] += blob.descriptor.size;
-  }
-  for (const { handle } of atHand)
-    await handle.close();
-  return counts;
+async function estimate({entries}, destination, tars) {
+	const atHand = destination?.kind === "tar" ? await openAtHand([destination.file]) : []
+	const isThere = async ({digest, size}) => {
+		if (destination?.kind === "layout") {
+			const file = path.join(destination.folder, blobPath(digest))
+			const stats = await fs.stat(file).catch(() => void 0)
+			if (stats?.size === size) return true
+		}
+		return [...tars, ...atHand].some(({blobs}) => blobs.get(digest)?.sizeBytes === size)
+	}
+	const counts = {fetchedBytes: 0, reusedBytes: 0, resumedBytes: 0}
+	for (const {blob} of entries) {
+		if (!blob) continue
+		const counter = (await isThere(blob.descriptor)) ? "reusedBytes" : "fetchedBytes"
+		counts[counter] += blob.descriptor.size
+	}
+	for (const {handle} of atHand) await handle.close()
+	return counts
 }
 async function runPull(session, request, observe) {
-  const { images: wanted, isAll = false, reuse = [], since, signers = [] } = request;
-  const choice = isAll ? "all" : request.platforms ?? "one";
-  const isProofWanted = request.referrers === true || signers.length > 0;
-  const named = typeof request.destination === "string" ? request.destination : "the stream";
-  const destination = request.destination === void 0 ? void 0 : await parseDestination(request.destination);
-  const chains = await chainsIn(since, destination);
-  return withTars(reuse, async (tars) => {
-    const { concurrency } = session.settings;
-    const images = await mapConcurrently(wanted, concurrency, async ({ reference, name }) => {
-      const image = await resolveImage(session, reference, name, choice);
-      return isProofWanted ? addProof(session, image, signers) : image;
-    });
-    const plan = planTar(images, layersToOmit(images, chains), planExtras(images));
-    warnOfLayers(session, images);
-    if (destination?.kind !== "layout")
-      warnOfCompanions(session, images);
-    if (since !== void 0)
-      warnOfOmitted(session, plan, since);
-    const sizeBytes = destination?.kind === "layout" ? plan.blobBytes : plan.sizeBytes;
-    if (request.isDryRun || !destination)
-      return { images, plan, sizeBytes, counts: await estimate(plan, destination, tars) };
-    const job = { session, plan, tars, observe };
-    const transfer = await onDisk(`cannot write ${named}`, pullInto(destination, job));
-    return { images, plan, sizeBytes, counts: transfer, transfer };
-  });
+	const {images: wanted, isAll = false, reuse = [], since, signers = []} = request
+	const choice = isAll ? "all" : (request.platforms ?? "one")
+	const isProofWanted = request.referrers === true || signers.length > 0
+	const named = typeof request.destination === "string" ? request.destination : "the stream"
+	const destination = request.destination === void 0 ? void 0 : await parseDestination(request.destination)
+	const chains = await chainsIn(since, destination)
+	return withTars(reuse, async tars => {
+		const {concurrency} = session.settings
+		const images = await mapConcurrently(wanted, concurrency, async ({reference, name}) => {
+			const image = await resolveImage(session, reference, name, choice)
+			return isProofWanted ? addProof(session, image, signers) : image
+		})
+		const plan = planTar(images, layersToOmit(images, chains), planExtras(images))
+		warnOfLayers(session, images)
+		if (destination?.kind !== "layout") warnOfCompanions(session, images)
+		if (since !== void 0) warnOfOmitted(session, plan, since)
+		const sizeBytes = destination?.kind === "layout" ? plan.blobBytes : plan.sizeBytes
+		if (request.isDryRun || !destination)
+			return {images, plan, sizeBytes, counts: await estimate(plan, destination, tars)}
+		const job = {session, plan, tars, observe}
+		const transfer = await onDisk(`cannot write ${named}`, pullInto(destination, job))
+		return {images, plan, sizeBytes, counts: transfer, transfer}
+	})
 }
 async function readSigner(key) {
-  if (key.includes("-----BEGIN"))
-    return parsePublicKey(key, "in `signedBy`");
-  const pem = await fs.readFile(key, "utf8").catch((error) => fail("BAD_OPTION", `cannot read \`signedBy\` ${key}: ${diskWords(error)}`));
-  return parsePublicKey(pem, key);
+	if (key.includes("-----BEGIN")) return parsePublicKey(key, "in `signedBy`")
+	const pem = await fs
+		.readFile(key, "utf8")
+		.catch(error => fail("BAD_OPTION", `cannot read \`signedBy\` ${key}: ${diskWords(error)}`))
+	return parsePublicKey(pem, key)
 }
-var readSigners = (keys) => mapConcurrently(keys ?? [], 1, readSigner);
-function pulledImage({ reference, name, top, platform, contents }) {
-  const { digest } = top;
-  return {
-    reference: formatReference(reference),
-    pinned: formatReference({ ...reference, digest }),
-    name,
-    digest,
-    platform,
-    layers: sumOf(contents, ({ manifest }) => manifest.layers.length)
-  };
+var readSigners = keys => mapConcurrently(keys ?? [], 1, readSigner)
+function pulledImage({reference, name, top, platform, contents}) {
+	const {digest} = top
+	return {
+		reference: formatReference(reference),
+		pinned: formatReference({...reference, digest}),
+		name,
+		digest,
+		platform,
+		layers: sumOf(contents, ({manifest}) => manifest.layers.length)
+	}
 }
 async function pullImages(references, dest, options = {}) {
-  checkOptions(options);
-  if (!isListOfStrings(references))
-    fail("BAD_OPTION", "`references` has to be a list of strings");
-  const { dryRun: isDryRun = false, platforms, referrers = false, reuse = [], since } = options;
-  if (dest === void 0 && !isDryRun)
-    fail("BAD_OPTION", "`dest` is missing");
-  const images = await nameImages(references, options);
-  const signers = await readSigners(options.signedBy);
-  return withSession(options, async (session, onProgress) => {
-    const { observe, finish } = progressReporter(onProgress);
-    warnOfRenames(session, images, options);
-    const isAll = platforms === "all";
-    const isSeveral = platforms !== void 0 && !isAll && platforms.length > 1;
-    const several = isSeveral ? platforms.map(splitPlatform) : void 0;
-    const destination = dest;
-    const what = { images, destination, isAll, platforms: several, isDryRun };
-    const pulled = await runPull(session, { ...what, reuse, since, referrers, signers }, observe);
-    if (pulled.transfer)
-      finish(pulled.transfer);
-    const { fetchedBytes, reusedBytes, resumedBytes } = pulled.counts;
-    return {
-      images: pulled.images.map(pulledImage),
-      sizeBytes: pulled.sizeBytes,
-      fetchedBytes,
-      reusedBytes,
-      resumedBytes,
-      isUnchanged: pulled.transfer?.isUnchanged ?? false,
-      omitted: pulled.plan.omitted
-    };
-  });
+	checkOptions(options)
+	if (!isListOfStrings(references)) fail("BAD_OPTION", "`references` has to be a list of strings")
+	const {dryRun: isDryRun = false, platforms, referrers = false, reuse = [], since} = options
+	if (dest === void 0 && !isDryRun) fail("BAD_OPTION", "`dest` is missing")
+	const images = await nameImages(references, options)
+	const signers = await readSigners(options.signedBy)
+	return withSession(options, async (session, onProgress) => {
+		const {observe, finish} = progressReporter(onProgress)
+		warnOfRenames(session, images, options)
+		const isAll = platforms === "all"
+		const isSeveral = platforms !== void 0 && !isAll && platforms.length > 1
+		const several = isSeveral ? platforms.map(splitPlatform) : void 0
+		const destination = dest
+		const what = {images, destination, isAll, platforms: several, isDryRun}
+		const pulled = await runPull(session, {...what, reuse, since, referrers, signers}, observe)
+		if (pulled.transfer) finish(pulled.transfer)
+		const {fetchedBytes, reusedBytes, resumedBytes} = pulled.counts
+		return {
+			images: pulled.images.map(pulledImage),
+			sizeBytes: pulled.sizeBytes,
+			fetchedBytes,
+			reusedBytes,
+			resumedBytes,
+			isUnchanged: pulled.transfer?.isUnchanged ?? false,
+			omitted: pulled.plan.omitted
+		}
+	})
 }
 function newPullerOpts(url) {
-  const { os: osType, architecture: archType } = hostPlatform();
-  return { url, scheme: "https", osType, archType };
+	const {os: osType, architecture: archType} = hostPlatform()
+	return {url, scheme: "https", osType, archType}
 }
 var Puller = class {
-  #opts;
-  #reference;
-  constructor(urlOrOpts) {
-    const opts = typeof urlOrOpts === "string" ? { url: urlOrOpts } : urlOrOpts;
-    settingsOf(opts);
-    if (opts.url === void 0)
-      fail("BAD_OPTION", "`url` is missing: the image's reference");
-    this.#reference = parseReference(opts.url);
-    this.#opts = { ...opts };
-  }
-  getUrl() {
-    return this.#opts.url;
-  }
-  getOpts() {
-    const { timeoutMs, retries, insecure } = settingsOf(this.#opts);
-    const isByPlatforms = this.#opts.platforms !== void 0;
-    const { os: osType, architecture: archType } = wantedPlatform(wantedOf(this.#opts));
-    const platform = isByPlatforms ? {} : { osType, archType };
-    const defaults = { scheme: "https", insecure, retries, timeoutMs, ...platform };
-    return { ...defaults, ...dropEmpty(this.#opts), url: this.#opts.url };
-  }
-  async pullTar(dest) {
-    const { images, sizeBytes, fetchedBytes } = await pullImages([this.#opts.url], dest, this.#opts);
-    const { name, digest, platform, layers } = images[0];
-    return { name, digest, platform, layers, sizeBytes, fetchedBytes };
-  }
-  async pullManifest(type) {
-    if (type === "image") {
-      return withSession(this.#opts, async (session) => {
-        const image = await resolveImage(session, this.#reference, "", "one");
-        await this.#checkSigned(session, [image.asked.digest, image.top.digest]);
-        return this.#holder(image.top);
-      });
-    }
-    if (type !== "list")
-      fail("BAD_OPTION", `a manifest is "list" or "image", not "${printable(String(type))}"`);
-    const holder = await this.getManifest();
-    if (isRecord(holder.manifest) && "manifests" in holder.manifest)
-      return holder;
-    const where = formatReference(this.#reference);
-    return fail("NOT_FOUND", `${where} is one image, without a list: ask for its "image"`);
-  }
-  getManifest() {
-    return withSession(this.#opts, async (session) => {
-      const registry = registryOf(session, this.#reference);
-      const fetched = await registry.manifest(versionOf(this.#reference));
-      parseManifest(fetched, this.#opts.url);
-      await this.#checkSigned(session, [fetched.digest]);
-      return this.#holder(fetched);
-    });
-  }
-  headManifest() {
-    return withSession(this.#opts, async (session) => {
-      const registry = registryOf(session, this.#reference);
-      const wanted = versionOf(this.#reference);
-      const head = await registry.head(wanted);
-      const isRight = head && (!isDigest(wanted) || head.digest === wanted);
-      const { mediaType, digest, size } = isRight ? head : await describe();
-      await this.#checkSigned(session, [digest]);
-      return { mediaType, digest, size };
-      async function describe() {
-        const manifest = await registry.manifest(wanted);
-        return { ...manifest, size: manifest.bytes.length };
-      }
-    });
-  }
-  async pullBlobs(holder, dir) {
-    const fetched = { ...holder, bytes: Buffer.from(holder.bytes) };
-    const manifest = parseManifest(fetched, holder.imageUrl);
-    if (manifest.kind !== "image")
-      return fail("NOT_AN_IMAGE", `${holder.imageUrl}: a list of manifests has no blobs`);
-    const descriptors = [manifest.config, ...manifest.layers];
-    const unique = new Map(descriptors.map((descriptor) => [descriptor.digest, descriptor]));
-    await withSession(this.#opts, (session, onProgress) => withTars(this.#opts.reuse ?? [], async (tars) => {
-      const { observe, finish } = progressReporter(onProgress);
-      const registry = registryOf(session, this.#reference);
-      await this.#checkSigned(session, await this.#digestsAbove(session, fetched));
-      const remote = [...unique.values()].filter(({ data }) => data === void 0);
-      const blobs = remote.map((descriptor) => new BlobState(descriptor, registry, 0, tars));
-      const doing = `cannot write ${dir}`;
-      await onDisk(doing, fs.mkdir(dir, { recursive: true }));
-      for (const { digest, data } of unique.values())
-        if (data)
-          await onDisk(doing, fs.writeFile(path.join(dir, hexOf(digest)), data));
-      const job = { session, blobs, folder: dir, nameOf: hexOf, observe };
-      finish(await onDisk(doing, pullToFolder(job)));
-    }));
-  }
-  async #checkSigned(session, digests) {
-    const signers = await readSigners(this.#opts.signedBy);
-    const registry = registryOf(session, this.#reference);
-    const where = formatReference(this.#reference);
-    await findSignature(session, { registry, where, digests: [...new Set(digests)] }, signers);
-  }
-  async #digestsAbove(session, { digest, bytes }) {
-    const own = digestOf(bytes, digest);
-    if (!this.#opts.signedBy?.length)
-      return [own];
-    const registry = registryOf(session, this.#reference);
-    const where = formatReference(this.#reference);
-    const asked = await registry.manifest(versionOf(this.#reference));
-    const path2 = await pathTo(own, asked, childrenOf(registry, where), where);
-    return path2 ? [asked.digest, own] : [own];
-  }
-  #holder({ mediaType, digest, bytes }) {
-    return { mediaType, digest, bytes, manifest: parseJson(bytes), imageUrl: this.#opts.url };
-  }
-};
-var nameOfSource = (source) => typeof source === "string" ? source : "-";
+	#opts
+	#reference
+	constructor(urlOrOpts) {
+		const opts = typeof urlOrOpts === "string" ? {url: urlOrOpts} : urlOrOpts
+		settingsOf(opts)
+		if (opts.url === void 0) fail("BAD_OPTION", "`url` is missing: the image's reference")
+		this.#reference = parseReference(opts.url)
+		this.#opts = {...opts}
+	}
+	getUrl() {
+		return this.#opts.url
+	}
+	getOpts() {
+		const {timeoutMs, retries, insecure} = settingsOf(this.#opts)
+		const isByPlatforms = this.#opts.platforms !== void 0
+		const {os: osType, architecture: archType} = wantedPlatform(wantedOf(this.#opts))
+		const platform = isByPlatforms ? {} : {osType, archType}
+		const defaults = {scheme: "https", insecure, retries, timeoutMs, ...platform}
+		return {...defaults, ...dropEmpty(this.#opts), url: this.#opts.url}
+	}
+	async pullTar(dest) {
+		const {images, sizeBytes, fetchedBytes} = await pullImages([this.#opts.url], dest, this.#opts)
+		const {name, digest, platform, layers} = images[0]
+		return {name, digest, platform, layers, sizeBytes, fetchedBytes}
+	}
+	async pullManifest(type) {
+		if (type === "image") {
+			return withSession(this.#opts, async session => {
+				const image = await resolveImage(session, this.#reference, "", "one")
+				await this.#checkSigned(session, [image.asked.digest, image.top.digest])
+				return this.#holder(image.top)
+			})
+		}
+		if (type !== "list") fail("BAD_OPTION", `a manifest is "list" or "image", not "${printable(String(type))}"`)
+		const holder = await this.getManifest()
+		if (isRecord(holder.manifest) && "manifests" in holder.manifest) return holder
+		const where = formatReference(this.#reference)
+		return fail("NOT_FOUND", `${where} is one image, without a list: ask for its "image"`)
+	}
+	getManifest() {
+		return withSession(this.#opts, async session => {
+			const registry = registryOf(session, this.#reference)
+			const fetched = await registry.manifest(versionOf(this.#reference))
+			parseManifest(fetched, this.#opts.url)
+			await this.#checkSigned(session, [fetched.digest])
+			return this.#holder(fetched)
+		})
+	}
+	headManifest() {
+		return withSession(this.#opts, async session => {
+			const registry = registryOf(session, this.#reference)
+			const wanted = versionOf(this.#reference)
+			const head = await registry.head(wanted)
+			const isRight = head && (!isDigest(wanted) || head.digest === wanted)
+			const {mediaType, digest, size} = isRight ? head : await describe()
+			await this.#checkSigned(session, [digest])
+			return {mediaType, digest, size}
+			async function describe() {
+				const manifest = await registry.manifest(wanted)
+				return {...manifest, size: manifest.bytes.length}
+			}
+		})
+	}
+	async pullBlobs(holder, dir) {
+		const fetched = {...holder, bytes: Buffer.from(holder.bytes)}
+		const manifest = parseManifest(fetched, holder.imageUrl)
+		if (manifest.kind !== "image") return fail("NOT_AN_IMAGE", `${holder.imageUrl}: a list of manifests has no blobs`)
+		const descriptors = [manifest.config, ...manifest.layers]
+		const unique = new Map(descriptors.map(descriptor => [descriptor.digest, descriptor]))
+		await withSession(this.#opts, (session, onProgress) =>
+			withTars(this.#opts.reuse ?? [], async tars => {
+				const {observe, finish} = progressReporter(onProgress)
+				const registry = registryOf(session, this.#reference)
+				await this.#checkSigned(session, await this.#digestsAbove(session, fetched))
+				const remote = [...unique.values()].filter(({data}) => data === void 0)
+				const blobs = remote.map(descriptor => new BlobState(descriptor, registry, 0, tars))
+				const doing = `cannot write ${dir}`
+				await onDisk(doing, fs.mkdir(dir, {recursive: true}))
+				for (const {digest, data} of unique.values())
+					if (data) await onDisk(doing, fs.writeFile(path.join(dir, hexOf(digest)), data))
+				const job = {session, blobs, folder: dir, nameOf: hexOf, observe}
+				finish(await onDisk(doing, pullToFolder(job)))
+			})
+		)
+	}
+	async #checkSigned(session, digests) {
+		const signers = await readSigners(this.#opts.signedBy)
+		const registry = registryOf(session, this.#reference)
+		const where = formatReference(this.#reference)
+		await findSignature(session, {registry, where, digests: [...new Set(digests)]}, signers)
+	}
+	async #digestsAbove(session, {digest, bytes}) {
+		const own = digestOf(bytes, digest)
+		if (!this.#opts.signedBy?.length) return [own]
+		const registry = registryOf(session, this.#reference)
+		const where = formatReference(this.#reference)
+		const asked = await registry.manifest(versionOf(this.#reference))
+		const path2 = await pathTo(own, asked, childrenOf(registry, where), where)
+		return path2 ? [asked.digest, own] : [own]
+	}
+	#holder({mediaType, digest, bytes}) {
+		return {mediaType, digest, bytes, manifest: parseJson(bytes), imageUrl: this.#opts.url}
+	}
+}
+var nameOfSource = source => (typeof source === "string" ? source : "-")
 async function openTarSource(source, signal) {
-  if (typeof source !== "string")
-    return openStream(nameOfSource(source), readableOf(source), signal);
-  const stats = await fs.stat(source);
-  if (stats.isDirectory())
-    return openFolder(source);
-  if (stats.isFIFO())
-    return openStream(source, await openPipe(source, signal), signal);
-  if (!stats.isFile() && !stats.isCharacterDevice())
-    return fail("BAD_TAR", `${source}: it is not a file`);
-  const handle = await fs.open(source, "r");
-  const isPacked = packingOf(await readAt(handle, 0, BLOCK)) !== void 0;
-  if (stats.isFile() && !isPacked)
-    return openFile(source, handle, stats.size);
-  const chunks = handle.createReadStream({ highWaterMark: TUNING.batchBytes });
-  return { ...await openStream(source, chunks, signal), sizeBytes: stats.size };
+	if (typeof source !== "string") return openStream(nameOfSource(source), readableOf(source), signal)
+	const stats = await fs.stat(source)
+	if (stats.isDirectory()) return openFolder(source)
+	if (stats.isFIFO()) return openStream(source, await openPipe(source, signal), signal)
+	if (!stats.isFile() && !stats.isCharacterDevice()) return fail("BAD_TAR", `${source}: it is not a file`)
+	const handle = await fs.open(source, "r")
+	const isPacked = packingOf(await readAt(handle, 0, BLOCK)) !== void 0
+	if (stats.isFile() && !isPacked) return openFile(source, handle, stats.size)
+	const chunks = handle.createReadStream({highWaterMark: TUNING.batchBytes})
+	return {...(await openStream(source, chunks, signal)), sizeBytes: stats.size}
 }
-var readableOf = (source) => source instanceof Readable ? source : Readable.from(source, { objectMode: false });
+var readableOf = source => (source instanceof Readable ? source : Readable.from(source, {objectMode: false}))
 async function openPipe(file, signal) {
-  const letGo = async () => {
-    const flags = constants.O_WRONLY | constants.O_NONBLOCK;
-    const writer = await fs.open(file, flags).catch(ignore);
-    await writer?.close();
-  };
-  signal?.addEventListener("abort", letGo, { once: true });
-  try {
-    const descriptor = await openDescriptor(file);
-    return new net.Socket({ fd: descriptor, readable: true, writable: false });
-  } finally {
-    signal?.removeEventListener("abort", letGo);
-  }
+	const letGo = async () => {
+		const flags = constants.O_WRONLY | constants.O_NONBLOCK
+		const writer = await fs.open(file, flags).catch(ignore)
+		await writer?.close()
+	}
+	signal?.addEventListener("abort", letGo, {once: true})
+	try {
+		const descriptor = await openDescriptor(file)
+		return new net.Socket({fd: descriptor, readable: true, writable: false})
+	} finally {
+		signal?.removeEventListener("abort", letGo)
+	}
 }
-var openDescriptor = (file) => new Promise((resolve2, reject) => {
-  openCallback(file, "r", (error, descriptor) => error ? reject(error) : resolve2(descriptor));
-});
+var openDescriptor = file =>
+	new Promise((resolve2, reject) => {
+		openCallback(file, "r", (error, descriptor) => (error ? reject(error) : resolve2(descriptor)))
+	})
 function openFile(where, handle, sizeBytes) {
-  let decoder = new TarDecoder();
-  async function* members() {
-    decoder = new TarDecoder();
-    for await (const entry of readTar(handle, where, decoder)) {
-      const end = entry.offset + entry.sizeBytes;
-      yield { entry, content: () => fillHoles(readPlace(handle, entry.offset, end), entry.holes) };
-    }
-  }
-  return {
-    where,
-    isSeekable: true,
-    sizeBytes,
-    hasTrailer: () => decoder.hasTrailer,
-    members,
-    close: () => handle.close()
-  };
+	let decoder = new TarDecoder()
+	async function* members() {
+		decoder = new TarDecoder()
+		for await (const entry of readTar(handle, where, decoder)) {
+			const end = entry.offset + entry.sizeBytes
+			yield {entry, content: () => fillHoles(readPlace(handle, entry.offset, end), entry.holes)}
+		}
+	}
+	return {
+		where,
+		isSeekable: true,
+		sizeBytes,
+		hasTrailer: () => decoder.hasTrailer,
+		members,
+		close: () => handle.close()
+	}
 }
 async function openFolder(folder) {
-  const files = ["oci-layout", "index.json", "manifest.json"];
-  for (const algorithm of await listFolder(path.join(folder, "blobs")))
-    for (const name of await listFolder(path.join(folder, "blobs", algorithm)))
-      files.push(`blobs/${algorithm}/${name}`);
-  const entries = [];
-  for (const name of files) {
-    const stats = await fs.stat(path.join(folder, name)).catch(ignore);
-    if (stats?.isFile())
-      entries.push({ name, sizeBytes: stats.size, type: "0", linkName: "", offset: 0 });
-  }
-  async function* contentOf({ name, sizeBytes }) {
-    const handle = await fs.open(path.join(folder, name), "r");
-    try {
-      yield* readPlace(handle, 0, sizeBytes);
-    } finally {
-      await handle.close();
-    }
-  }
-  async function* members() {
-    for (const entry of entries)
-      yield { entry, content: () => contentOf(entry) };
-  }
-  return {
-    where: folder,
-    isSeekable: true,
-    sizeBytes: sumOf(entries, ({ sizeBytes }) => sizeBytes),
-    hasTrailer: () => true,
-    members,
-    close: async () => void 0
-  };
+	const files = ["oci-layout", "index.json", "manifest.json"]
+	for (const algorithm of await listFolder(path.join(folder, "blobs")))
+		for (const name of await listFolder(path.join(folder, "blobs", algorithm))) files.push(`blobs/${algorithm}/${name}`)
+	const entries = []
+	for (const name of files) {
+		const stats = await fs.stat(path.join(folder, name)).catch(ignore)
+		if (stats?.isFile()) entries.push({name, sizeBytes: stats.size, type: "0", linkName: "", offset: 0})
+	}
+	async function* contentOf({name, sizeBytes}) {
+		const handle = await fs.open(path.join(folder, name), "r")
+		try {
+			yield* readPlace(handle, 0, sizeBytes)
+		} finally {
+			await handle.close()
+		}
+	}
+	async function* members() {
+		for (const entry of entries) yield {entry, content: () => contentOf(entry)}
+	}
+	return {
+		where: folder,
+		isSeekable: true,
+		sizeBytes: sumOf(entries, ({sizeBytes}) => sizeBytes),
+		hasTrailer: () => true,
+		members,
+		close: async () => void 0
+	}
 }
-var listFolder = async (folder) => (await fs.readdir(folder).catch(() => [])).sort();
+var listFolder = async folder => (await fs.readdir(folder).catch(() => [])).sort()
 async function openStream(where, stream, signal) {
-  if (signal)
-    addAbortSignal(signal, stream);
-  const decoder = new TarDecoder();
-  const packed = new ByteReader(stream);
-  const packing = packingOf(await packed.peek(BLOCK));
-  const unpacker = packing && unpackerFor(packing);
-  if (packing && !unpacker)
-    fail("BAD_TAR", `${where}: it is compressed (${packing}), which cannot be read here`);
-  const bytes = unpacker ? new ByteReader(unpackWhole(packed, unpacker)) : packed;
-  async function* members() {
-    while (!decoder.isAtEnd) {
-      const { wantedBytes } = decoder;
-      const block = await bytes.read(wantedBytes);
-      if (block.length === 0)
-        break;
-      if (block.length < wantedBytes)
-        refuseTar(CUT_IN_HEADER);
-      const header = decoder.take(block);
-      if (!header)
-        continue;
-      const offset = bytes.position;
-      const end = offset + header.sizeBytes;
-      const entry = { ...header, name: resolveName(header.name), offset };
-      yield { entry, content: () => fillHoles(bytes.piecesUntil(end), header.holes) };
-      await bytes.skipTo(end);
-      if (bytes.position < end)
-        refuseTar(CUT_IN_ENTRY);
-      await bytes.skipTo(end + paddingOf(end));
-    }
-    await bytes.skipTo(NEVER);
-  }
-  return {
-    where,
-    isSeekable: false,
-    sizeBytes: void 0,
-    hasTrailer: () => decoder.hasTrailer,
-    members,
-    close: async () => {
-      stream.destroy();
-    }
-  };
+	if (signal) addAbortSignal(signal, stream)
+	const decoder = new TarDecoder()
+	const packed = new ByteReader(stream)
+	const packing = packingOf(await packed.peek(BLOCK))
+	const unpacker = packing && unpackerFor(packing)
+	if (packing && !unpacker) fail("BAD_TAR", `${where}: it is compressed (${packing}), which cannot be read here`)
+	const bytes = unpacker ? new ByteReader(unpackWhole(packed, unpacker)) : packed
+	async function* members() {
+		while (!decoder.isAtEnd) {
+			const {wantedBytes} = decoder
+			const block = await bytes.read(wantedBytes)
+			if (block.length === 0) break
+			if (block.length < wantedBytes) refuseTar(CUT_IN_HEADER)
+			const header = decoder.take(block)
+			if (!header) continue
+			const offset = bytes.position
+			const end = offset + header.sizeBytes
+			const entry = {...header, name: resolveName(header.name), offset}
+			yield {entry, content: () => fillHoles(bytes.piecesUntil(end), header.holes)}
+			await bytes.skipTo(end)
+			if (bytes.position < end) refuseTar(CUT_IN_ENTRY)
+			await bytes.skipTo(end + paddingOf(end))
+		}
+		await bytes.skipTo(NEVER)
+	}
+	return {
+		where,
+		isSeekable: false,
+		sizeBytes: void 0,
+		hasTrailer: () => decoder.hasTrailer,
+		members,
+		close: async () => {
+			stream.destroy()
+		}
+	}
 }
 var ByteReader = class {
-  position = 0;
-  #chunks;
-  #ahead = Buffer.alloc(0);
-  constructor(source) {
-    this.#chunks = source[Symbol.asyncIterator]();
-  }
-  async peek(length) {
-    const chunks = [this.#ahead];
-    let aheadBytes = this.#ahead.length;
-    while (aheadBytes < length) {
-      const { value, done } = await this.#chunks.next();
-      if (done)
-        break;
-      chunks.push(value);
-      aheadBytes += value.length;
-    }
-    if (chunks.length > 1)
-      this.#ahead = joined(chunks);
-    return this.#ahead.subarray(0, length);
-  }
-  async read(length) {
-    const bytes = await this.peek(length);
-    this.#take(bytes.length);
-    return bytes;
-  }
-  async *piecesUntil(end) {
-    while (this.position < end) {
-      const next = await this.peek(1);
-      if (next.length === 0)
-        return;
-      const piece = this.#ahead.subarray(0, end - this.position);
-      this.#take(piece.length);
-      yield piece;
-    }
-  }
-  async skipTo(position) {
-    for await (const _piece of this.piecesUntil(position))
-      ;
-  }
-  #take(length) {
-    this.#ahead = this.#ahead.subarray(length);
-    this.position += length;
-  }
-};
+	position = 0
+	#chunks
+	#ahead = Buffer.alloc(0)
+	constructor(source) {
+		this.#chunks = source[Symbol.asyncIterator]()
+	}
+	async peek(length) {
+		const chunks = [this.#ahead]
+		let aheadBytes = this.#ahead.length
+		while (aheadBytes < length) {
+			const {value, done} = await this.#chunks.next()
+			if (done) break
+			chunks.push(value)
+			aheadBytes += value.length
+		}
+		if (chunks.length > 1) this.#ahead = joined(chunks)
+		return this.#ahead.subarray(0, length)
+	}
+	async read(length) {
+		const bytes = await this.peek(length)
+		this.#take(bytes.length)
+		return bytes
+	}
+	async *piecesUntil(end) {
+		while (this.position < end) {
+			const next = await this.peek(1)
+			if (next.length === 0) return
+			const piece = this.#ahead.subarray(0, end - this.position)
+			this.#take(piece.length)
+			yield piece
+		}
+	}
+	async skipTo(position) {
+		for await (const _piece of this.piecesUntil(position));
+	}
+	#take(length) {
+		this.#ahead = this.#ahead.subarray(length)
+		this.position += length
+	}
+}
 function joined(chunks) {
-  const filled = chunks.filter(({ length }) => length > 0);
-  const [only = Buffer.alloc(0)] = filled;
-  return filled.length < 2 ? only : Buffer.concat(filled);
+	const filled = chunks.filter(({length}) => length > 0)
+	const [only = Buffer.alloc(0)] = filled
+	return filled.length < 2 ? only : Buffer.concat(filled)
 }
 async function* fillHoles(stored, holes) {
-  if (!holes)
-    return yield* stored;
-  const bytes = new ByteReader(stored);
-  const zeros = Buffer.alloc(TUNING.headerReadBytes);
-  let position = 0;
-  for (const [from, to] of [...holes.pieces, [holes.realBytes, holes.realBytes]]) {
-    for (; position < from; position += zeros.length)
-      yield zeros.subarray(0, from - position);
-    yield* bytes.piecesUntil(bytes.position + to - from);
-    position = to;
-  }
+	if (!holes) return yield* stored
+	const bytes = new ByteReader(stored)
+	const zeros = Buffer.alloc(TUNING.headerReadBytes)
+	let position = 0
+	for (const [from, to] of [...holes.pieces, [holes.realBytes, holes.realBytes]]) {
+		for (; position < from; position += zeros.length) yield zeros.subarray(0, from - position)
+		yield* bytes.piecesUntil(bytes.position + to - from)
+		position = to
+	}
 }
-var lengthOfEntry = ({ holes, sizeBytes }) => holes?.realBytes ?? sizeBytes;
+var lengthOfEntry = ({holes, sizeBytes}) => holes?.realBytes ?? sizeBytes
 function unpackerFor(packing) {
-  const { createGunzip, createZstdDecompress } = load("node:zlib");
-  const options = { chunkSize: TUNING.unpackBytes };
-  if (packing === "gzip")
-    return createGunzip?.(options);
-  if (packing === "zstd")
-    return createZstdDecompress?.(options);
-  return void 0;
+	const {createGunzip, createZstdDecompress} = load("node:zlib")
+	const options = {chunkSize: TUNING.unpackBytes}
+	if (packing === "gzip") return createGunzip?.(options)
+	if (packing === "zstd") return createZstdDecompress?.(options)
+	return void 0
 }
-var isUnpackError = (error) => errorCodeOf(error).startsWith("Z");
-var isEndless = (unpackedBytes, packedBytes) => unpackedBytes > LIMITS.unpackFactor * packedBytes + LIMITS.unpackFloorBytes;
+var isUnpackError = error => errorCodeOf(error).startsWith("Z")
+var isEndless = (unpackedBytes, packedBytes) =>
+	unpackedBytes > LIMITS.unpackFactor * packedBytes + LIMITS.unpackFloorBytes
 async function* unpackWhole(packed, unpacker) {
-  const feeding = pipeline(packed.piecesUntil(NEVER), unpacker).catch(ignore);
-  let unpackedBytes = 0;
-  try {
-    for await (const chunk of unpacker) {
-      unpackedBytes += chunk.length;
-      if (isEndless(unpackedBytes, packed.position))
-        refuseTar(`it unpacks to more than ${LIMITS.unpackFactor} times its size`);
-      yield chunk;
-    }
-  } catch (error) {
-    throw isUnpackError(error) ? new ImgpullError("BAD_TAR", "its compression is damaged, or it was cut off", {
-      cause: error
-    }) : error;
-  } finally {
-    unpacker.destroy();
-    await feeding;
-  }
+	const feeding = pipeline(packed.piecesUntil(NEVER), unpacker).catch(ignore)
+	let unpackedBytes = 0
+	try {
+		for await (const chunk of unpacker) {
+			unpackedBytes += chunk.length
+			if (isEndless(unpackedBytes, packed.position))
+				refuseTar(`it unpacks to more than ${LIMITS.unpackFactor} times its size`)
+			yield chunk
+		}
+	} catch (error) {
+		throw isUnpackError(error)
+			? new ImgpullError("BAD_TAR", "its compression is damaged, or it was cut off", {
+					cause: error
+				})
+			: error
+	} finally {
+		unpacker.destroy()
+		await feeding
+	}
 }
 var Digests = class {
-  #hashes;
-  constructor(algorithms) {
-    this.#hashes = algorithms.map((algorithm) => [algorithm, newHash(`${algorithm}:`)]);
-  }
-  update(bytes) {
-    for (const [, hash] of this.#hashes)
-      hash.update(bytes);
-  }
-  list() {
-    return this.#hashes.map(([algorithm, hash]) => `${algorithm}:${hash.digest("hex")}`);
-  }
-};
+	#hashes
+	constructor(algorithms) {
+		this.#hashes = algorithms.map(algorithm => [algorithm, newHash(`${algorithm}:`)])
+	}
+	update(bytes) {
+		for (const [, hash] of this.#hashes) hash.update(bytes)
+	}
+	list() {
+		return this.#hashes.map(([algorithm, hash]) => `${algorithm}:${hash.digest("hex")}`)
+	}
+}
 var TarCheck = class {
-  #decoder = new TarDecoder();
-  #block = Buffer.alloc(0);
-  #skipBytes = 0;
-  #isBroken = false;
-  push(chunk) {
-    let at = 0;
-    while (at < chunk.length && !this.#isBroken && !this.#decoder.isAtEnd) {
-      if (this.#skipBytes > 0) {
-        const skippedBytes = Math.min(this.#skipBytes, chunk.length - at);
-        this.#skipBytes -= skippedBytes;
-        at += skippedBytes;
-      } else
-        at += this.#gather(chunk, at);
-    }
-  }
-  isTar() {
-    return !this.#isBroken && this.#skipBytes < BLOCK && this.#block.length === 0;
-  }
-  #gather(chunk, at) {
-    const missingBytes = this.#decoder.wantedBytes - this.#block.length;
-    const piece = chunk.subarray(at, at + missingBytes);
-    this.#block = this.#block.length === 0 ? piece : Buffer.concat([this.#block, piece]);
-    if (piece.length === missingBytes)
-      this.#takeBlock();
-    return piece.length;
-  }
-  #takeBlock() {
-    const block = this.#block;
-    this.#block = Buffer.alloc(0);
-    try {
-      const header = this.#decoder.take(block);
-      if (header)
-        this.#skipBytes = header.sizeBytes + paddingOf(header.sizeBytes);
-    } catch (error) {
-      if (!(error instanceof ImgpullError))
-        throw error;
-      this.#isBroken = true;
-    }
-  }
-};
+	#decoder = new TarDecoder()
+	#block = Buffer.alloc(0)
+	#skipBytes = 0
+	#isBroken = false
+	push(chunk) {
+		let at = 0
+		while (at < chunk.length && !this.#isBroken && !this.#decoder.isAtEnd) {
+			if (this.#skipBytes > 0) {
+				const skippedBytes = Math.min(this.#skipBytes, chunk.length - at)
+				this.#skipBytes -= skippedBytes
+				at += skippedBytes
+			} else at += this.#gather(chunk, at)
+		}
+	}
+	isTar() {
+		return !this.#isBroken && this.#skipBytes < BLOCK && this.#block.length === 0
+	}
+	#gather(chunk, at) {
+		const missingBytes = this.#decoder.wantedBytes - this.#block.length
+		const piece = chunk.subarray(at, at + missingBytes)
+		this.#block = this.#block.length === 0 ? piece : Buffer.concat([this.#block, piece])
+		if (piece.length === missingBytes) this.#takeBlock()
+		return piece.length
+	}
+	#takeBlock() {
+		const block = this.#block
+		this.#block = Buffer.alloc(0)
+		try {
+			const header = this.#decoder.take(block)
+			if (header) this.#skipBytes = header.sizeBytes + paddingOf(header.sizeBytes)
+		} catch (error) {
+			if (!(error instanceof ImgpullError)) throw error
+			this.#isBroken = true
+		}
+	}
+}
 var LayerUnpacking = class {
-  #packing;
-  #unpacker;
-  #digests;
-  #tar = new TarCheck();
-  #reading;
-  #packedBytes = 0;
-  #isOver = false;
-  constructor(packing, unpacker, algorithms) {
-    this.#packing = packing;
-    this.#unpacker = unpacker;
-    this.#digests = new Digests(algorithms);
-    unpacker.on("error", ignore);
-    this.#reading = this.#read();
-  }
-  async write(piece) {
-    this.#packedBytes += piece.length;
-    if (this.#isOver || this.#unpacker.write(piece))
-      return;
-    await Promise.race([once(this.#unpacker, "drain").catch(ignore), this.#reading]);
-  }
-  async end() {
-    if (!this.#isOver)
-      this.#unpacker.end();
-    const outcome = await this.#reading;
-    return {
-      packing: this.#packing,
-      outcome,
-      digests: this.#digests.list(),
-      isTar: this.#tar.isTar(),
-      hasRest: this.#unpacker.bytesWritten < this.#packedBytes
-    };
-  }
-  async #read() {
-    let unpackedBytes = 0;
-    try {
-      for await (const chunk of this.#unpacker) {
-        this.#digests.update(chunk);
-        this.#tar.push(chunk);
-        unpackedBytes += chunk.length;
-        if (isEndless(unpackedBytes, this.#packedBytes))
-          return "endless";
-      }
-      return "whole";
-    } catch (error) {
-      if (!isUnpackError(error))
-        throw error;
-      return "broken";
-    } finally {
-      this.#isOver = true;
-    }
-  }
-};
-var DOCUMENT_NAMES = ["index.json", "manifest.json", "oci-layout"];
+	#packing
+	#unpacker
+	#digests
+	#tar = new TarCheck()
+	#reading
+	#packedBytes = 0
+	#isOver = false
+	constructor(packing, unpacker, algorithms) {
+		this.#packing = packing
+		this.#unpacker = unpacker
+		this.#digests = new Digests(algorithms)
+		unpacker.on("error", ignore)
+		this.#reading = this.#read()
+	}
+	async write(piece) {
+		this.#packedBytes += piece.length
+		if (this.#isOver || this.#unpacker.write(piece)) return
+		await Promise.race([once(this.#unpacker, "drain").catch(ignore), this.#reading])
+	}
+	async end() {
+		if (!this.#isOver) this.#unpacker.end()
+		const outcome = await this.#reading
+		return {
+			packing: this.#packing,
+			outcome,
+			digests: this.#digests.list(),
+			isTar: this.#tar.isTar(),
+			hasRest: this.#unpacker.bytesWritten < this.#packedBytes
+		}
+	}
+	async #read() {
+		let unpackedBytes = 0
+		try {
+			for await (const chunk of this.#unpacker) {
+				this.#digests.update(chunk)
+				this.#tar.push(chunk)
+				unpackedBytes += chunk.length
+				if (isEndless(unpackedBytes, this.#packedBytes)) return "endless"
+			}
+			return "whole"
+		} catch (error) {
+			if (!isUnpackError(error)) throw error
+			return "broken"
+		} finally {
+			this.#isOver = true
+		}
+	}
+}
+var DOCUMENT_NAMES = ["index.json", "manifest.json", "oci-layout"]
 var Look = class {
-  #source;
-  #options;
-  #names = new TarNames();
-  #files = /* @__PURE__ */ new Map();
-  #problems = [];
-  #keptBytes = 0;
-  #doneBytes = 0;
-  constructor(source, options) {
-    this.#source = source;
-    this.#options = options;
-  }
-  async run(withContent) {
-    await this.#readMembers(withContent).catch((error) => {
-      if (!(error instanceof ImgpullError) || error.code !== "BAD_TAR")
-        throw error;
-      const reason = error.message.replace(`${this.#source.where}: `, "");
-      this.#problems.push({ kind: "unreadable", reason });
-    });
-    const isWhole = this.#problems.length === 0 && this.#names.entries.size > 0;
-    if (isWhole && !this.#source.hasTrailer())
-      this.#problems.push({ kind: "cut-off" });
-    const { where } = this.#source;
-    return { where, names: this.#names, files: this.#files, problems: this.#problems };
-  }
-  async #readMembers(withContent) {
-    const lanes = this.#source.isSeekable ? TUNING.unpackLanes : 1;
-    const running = /* @__PURE__ */ new Set();
-    try {
-      for await (const member of this.#source.members()) {
-        this.#checkStopped();
-        const { entry } = member;
-        const problem = this.#names.add(entry);
-        if (problem)
-          this.#problems.push(problem);
-        if (problem?.kind === "too-many-entries")
-          return;
-        if (problem || !"0S".includes(entry.type))
-          continue;
-        const reading = this.#readMember(member, withContent);
-        const run = reading.finally(() => running.delete(run));
-        run.catch(ignore);
-        running.add(run);
-        if (running.size >= lanes)
-          await Promise.race(running);
-      }
-    } finally {
-      settled(await Promise.allSettled(running));
-    }
-  }
-  async #readMember(member, withContent) {
-    const { entry } = member;
-    const seen = withContent ? await this.#inspect(member) : await this.#readDocument(member);
-    this.#files.set(entry.name, seen);
-  }
-  async #readDocument({ entry, content }) {
-    const seen = { entry, isIntact: true, unpacked: void 0 };
-    if (lengthOfEntry(entry) > LIMITS.tarMetadataBytes)
-      return { ...seen, bytes: void 0 };
-    const pieces = [];
-    for await (const piece of content()) {
-      this.#checkStopped();
-      if (pieces.length === 0 && !mayBeDocument(entry, piece))
-        break;
-      pieces.push(piece);
-    }
-    return { ...seen, bytes: this.#keep(pieces) };
-  }
-  async #inspect({ entry, content }) {
-    const inspection = new FileInspection(entry);
-    for await (const piece of content()) {
-      this.#checkStopped();
-      await inspection.add(piece);
-      this.#doneBytes += piece.length;
-      this.#options.onProgress?.({
-        doneBytes: this.#doneBytes,
-        totalBytes: this.#source.sizeBytes
-      });
-      if (inspection.isEndless())
-        break;
-    }
-    const { documentPieces, ...seen } = await inspection.end();
-    return { ...seen, bytes: this.#keep(documentPieces) };
-  }
-  #keep(pieces) {
-    const sizeBytes = sumOf(pieces, ({ length }) => length);
-    if (pieces.length === 0 || this.#keptBytes + sizeBytes > LIMITS.tarDocumentBytes)
-      return void 0;
-    this.#keptBytes += sizeBytes;
-    return Buffer.concat(pieces);
-  }
-  #checkStopped() {
-    const { signal } = this.#options;
-    if (signal?.aborted)
-      fail("ABORTED", "stopped", { cause: signal.reason });
-  }
-};
+	#source
+	#options
+	#names = new TarNames()
+	#files = /* @__PURE__ */ new Map()
+	#problems = []
+	#keptBytes = 0
+	#doneBytes = 0
+	constructor(source, options) {
+		this.#source = source
+		this.#options = options
+	}
+	async run(withContent) {
+		await this.#readMembers(withContent).catch(error => {
+			if (!(error instanceof ImgpullError) || error.code !== "BAD_TAR") throw error
+			const reason = error.message.replace(`${this.#source.where}: `, "")
+			this.#problems.push({kind: "unreadable", reason})
+		})
+		const isWhole = this.#problems.length === 0 && this.#names.entries.size > 0
+		if (isWhole && !this.#source.hasTrailer()) this.#problems.push({kind: "cut-off"})
+		const {where} = this.#source
+		return {where, names: this.#names, files: this.#files, problems: this.#problems}
+	}
+	async #readMembers(withContent) {
+		const lanes = this.#source.isSeekable ? TUNING.unpackLanes : 1
+		const running = /* @__PURE__ */ new Set()
+		try {
+			for await (const member of this.#source.members()) {
+				this.#checkStopped()
+				const {entry} = member
+				const problem = this.#names.add(entry)
+				if (problem) this.#problems.push(problem)
+				if (problem?.kind === "too-many-entries") return
+				if (problem || !"0S".includes(entry.type)) continue
+				const reading = this.#readMember(member, withContent)
+				const run = reading.finally(() => running.delete(run))
+				run.catch(ignore)
+				running.add(run)
+				if (running.size >= lanes) await Promise.race(running)
+			}
+		} finally {
+			settled(await Promise.allSettled(running))
+		}
+	}
+	async #readMember(member, withContent) {
+		const {entry} = member
+		const seen = withContent ? await this.#inspect(member) : await this.#readDocument(member)
+		this.#files.set(entry.name, seen)
+	}
+	async #readDocument({entry, content}) {
+		const seen = {entry, isIntact: true, unpacked: void 0}
+		if (lengthOfEntry(entry) > LIMITS.tarMetadataBytes) return {...seen, bytes: void 0}
+		const pieces = []
+		for await (const piece of content()) {
+			this.#checkStopped()
+			if (pieces.length === 0 && !mayBeDocument(entry, piece)) break
+			pieces.push(piece)
+		}
+		return {...seen, bytes: this.#keep(pieces)}
+	}
+	async #inspect({entry, content}) {
+		const inspection = new FileInspection(entry)
+		for await (const piece of content()) {
+			this.#checkStopped()
+			await inspection.add(piece)
+			this.#doneBytes += piece.length
+			this.#options.onProgress?.({
+				doneBytes: this.#doneBytes,
+				totalBytes: this.#source.sizeBytes
+			})
+			if (inspection.isEndless()) break
+		}
+		const {documentPieces, ...seen} = await inspection.end()
+		return {...seen, bytes: this.#keep(documentPieces)}
+	}
+	#keep(pieces) {
+		const sizeBytes = sumOf(pieces, ({length}) => length)
+		if (pieces.length === 0 || this.#keptBytes + sizeBytes > LIMITS.tarDocumentBytes) return void 0
+		this.#keptBytes += sizeBytes
+		return Buffer.concat(pieces)
+	}
+	#checkStopped() {
+		const {signal} = this.#options
+		if (signal?.aborted) fail("ABORTED", "stopped", {cause: signal.reason})
+	}
+}
 var FileInspection = class {
-  #entry;
-  #claimed;
-  #algorithms;
-  #digests;
-  #tar = new TarCheck();
-  #documentPieces = [];
-  #isDocument = false;
-  #packing;
-  #unpacking;
-  #readBytes = 0;
-  constructor(entry) {
-    this.#entry = entry;
-    this.#claimed = digestInName(entry.name);
-    this.#algorithms = [.../* @__PURE__ */ new Set([algorithmOf(this.#claimed ?? "sha256:"), "sha256"])];
-    this.#digests = new Digests(this.#algorithms);
-  }
-  async add(piece) {
-    if (this.#readBytes === 0)
-      this.#begin(piece);
-    this.#readBytes += piece.length;
-    this.#digests.update(piece);
-    if (this.#isDocument)
-      this.#documentPieces.push(piece);
-    if (!this.#packing)
-      this.#tar.push(piece);
-    await this.#unpacking?.write(piece);
-  }
-  isEndless() {
-    return isEndless(this.#readBytes, this.#entry.sizeBytes);
-  }
-  async end() {
-    const digests = this.#digests.list();
-    const unpacked = await this.#unpacking?.end() ?? this.#asItIs(digests);
-    return {
-      entry: this.#entry,
-      isIntact: this.#claimed === void 0 || digests.includes(this.#claimed),
-      unpacked,
-      documentPieces: this.#documentPieces
-    };
-  }
-  #begin(firstPiece) {
-    this.#isDocument = mayBeDocument(this.#entry, firstPiece);
-    this.#packing = packingOf(firstPiece);
-    const unpacker = this.#packing && unpackerFor(this.#packing);
-    if (this.#packing && unpacker)
-      this.#unpacking = new LayerUnpacking(this.#packing, unpacker, this.#algorithms);
-  }
-  #asItIs(digests) {
-    const outcome = this.#packing ? "not-unpacked" : "whole";
-    return {
-      packing: this.#packing,
-      outcome: this.isEndless() ? "endless" : outcome,
-      digests,
-      isTar: this.#tar.isTar(),
-      hasRest: false
-    };
-  }
-};
+	#entry
+	#claimed
+	#algorithms
+	#digests
+	#tar = new TarCheck()
+	#documentPieces = []
+	#isDocument = false
+	#packing
+	#unpacking
+	#readBytes = 0
+	constructor(entry) {
+		this.#entry = entry
+		this.#claimed = digestInName(entry.name)
+		this.#algorithms = [.../* @__PURE__ */ new Set([algorithmOf(this.#claimed ?? "sha256:"), "sha256"])]
+		this.#digests = new Digests(this.#algorithms)
+	}
+	async add(piece) {
+		if (this.#readBytes === 0) this.#begin(piece)
+		this.#readBytes += piece.length
+		this.#digests.update(piece)
+		if (this.#isDocument) this.#documentPieces.push(piece)
+		if (!this.#packing) this.#tar.push(piece)
+		await this.#unpacking?.write(piece)
+	}
+	isEndless() {
+		return isEndless(this.#readBytes, this.#entry.sizeBytes)
+	}
+	async end() {
+		const digests = this.#digests.list()
+		const unpacked = (await this.#unpacking?.end()) ?? this.#asItIs(digests)
+		return {
+			entry: this.#entry,
+			isIntact: this.#claimed === void 0 || digests.includes(this.#claimed),
+			unpacked,
+			documentPieces: this.#documentPieces
+		}
+	}
+	#begin(firstPiece) {
+		this.#isDocument = mayBeDocument(this.#entry, firstPiece)
+		this.#packing = packingOf(firstPiece)
+		const unpacker = this.#packing && unpackerFor(this.#packing)
+		if (this.#packing && unpacker) this.#unpacking = new LayerUnpacking(this.#packing, unpacker, this.#algorithms)
+	}
+	#asItIs(digests) {
+		const outcome = this.#packing ? "not-unpacked" : "whole"
+		return {
+			packing: this.#packing,
+			outcome: this.isEndless() ? "endless" : outcome,
+			digests,
+			isTar: this.#tar.isTar(),
+			hasRest: false
+		}
+	}
+}
 function mayBeDocument(entry, firstPiece) {
-  if (lengthOfEntry(entry) > LIMITS.tarMetadataBytes)
-    return false;
-  const beginning = firstPiece.toString("latin1", 0, 64).trimStart();
-  return DOCUMENT_NAMES.includes(entry.name) || beginning.startsWith("{") || beginning.startsWith("[");
+	if (lengthOfEntry(entry) > LIMITS.tarMetadataBytes) return false
+	const beginning = firstPiece.toString("latin1", 0, 64).trimStart()
+	return DOCUMENT_NAMES.includes(entry.name) || beginning.startsWith("{") || beginning.startsWith("[")
 }
 var TarDocuments = class {
-  problems = [];
-  #contents;
-  #manifests = /* @__PURE__ */ new Map();
-  #configs = /* @__PURE__ */ new Map();
-  constructor(contents) {
-    this.#contents = contents;
-  }
-  bytes(digest) {
-    const seen = this.file(blobPath(digest));
-    const isIt = seen?.isIntact && digestInName(seen.entry.name) === digest;
-    return isIt ? seen.bytes : void 0;
-  }
-  file(name) {
-    const entry = this.#contents.names.file(name);
-    return entry && this.#contents.files.get(entry.name);
-  }
-  json(name) {
-    const seen = this.file(name);
-    if (!seen?.isIntact)
-      return void 0;
-    if (lengthOfEntry(seen.entry) > LIMITS.tarMetadataBytes)
-      return this.#refuse(name, "is too large");
-    const isLeftOut = seen.bytes === void 0 && seen.unpacked?.packing === void 0;
-    const parsed = seen.bytes && parseShallowJson(seen.bytes);
-    if (parsed !== void 0)
-      return parsed;
-    return this.#refuse(name, isLeftOut ? NOT_KEPT : NOT_JSON);
-  }
-  manifest({ digest, size, mediaType }) {
-    const bytes = this.bytes(digest);
-    if (bytes && bytes.length !== size) {
-      const sizes = { expectedBytes: size, actualBytes: bytes.length };
-      this.problems.push({ kind: "size", entry: blobPath(digest), ...sizes });
-      return void 0;
-    }
-    const key = `${mediaType} ${digest}`;
-    if (!this.#manifests.has(key))
-      this.#manifests.set(key, this.#readManifest(digest, mediaType));
-    return this.#manifests.get(key);
-  }
-  config(name) {
-    if (!this.#configs.has(name))
-      this.#configs.set(name, this.#readConfig(name));
-    return this.#configs.get(name);
-  }
-  #readManifest(digest, mediaType) {
-    const name = blobPath(digest);
-    const json = this.json(name);
-    const bytes = this.bytes(digest);
-    if (json === void 0 || !bytes)
-      return void 0;
-    if (sniffMediaType(bytes, mediaType) !== mediaType)
-      return this.#refuse(name, "is of another type");
-    return this.attempt(name, () => parseManifest({ digest, mediaType, bytes }, name));
-  }
-  #readConfig(name) {
-    const json = this.json(name);
-    return json === void 0 ? void 0 : configWords(json);
-  }
-  attempt(entry, run) {
-    try {
-      return run();
-    } catch (error) {
-      if (!(error instanceof ImgpullError))
-        throw error;
-      const reason = error.message.replace(`${entry}: `, "");
-      this.problems.push({ kind: "malformed", entry, reason });
-      return void 0;
-    }
-  }
-  #refuse(entry, reason) {
-    this.problems.push({ kind: "document", entry, reason });
-  }
-};
-var NOT_KEPT = "is one document too many to be held at once";
-var NOT_JSON = "is not JSON, or nested too deep or too large to be read";
+	problems = []
+	#contents
+	#manifests = /* @__PURE__ */ new Map()
+	#configs = /* @__PURE__ */ new Map()
+	constructor(contents) {
+		this.#contents = contents
+	}
+	bytes(digest) {
+		const seen = this.file(blobPath(digest))
+		const isIt = seen?.isIntact && digestInName(seen.entry.name) === digest
+		return isIt ? seen.bytes : void 0
+	}
+	file(name) {
+		const entry = this.#contents.names.file(name)
+		return entry && this.#contents.files.get(entry.name)
+	}
+	json(name) {
+		const seen = this.file(name)
+		if (!seen?.isIntact) return void 0
+		if (lengthOfEntry(seen.entry) > LIMITS.tarMetadataBytes) return this.#refuse(name, "is too large")
+		const isLeftOut = seen.bytes === void 0 && seen.unpacked?.packing === void 0
+		const parsed = seen.bytes && parseShallowJson(seen.bytes)
+		if (parsed !== void 0) return parsed
+		return this.#refuse(name, isLeftOut ? NOT_KEPT : NOT_JSON)
+	}
+	manifest({digest, size, mediaType}) {
+		const bytes = this.bytes(digest)
+		if (bytes && bytes.length !== size) {
+			const sizes = {expectedBytes: size, actualBytes: bytes.length}
+			this.problems.push({kind: "size", entry: blobPath(digest), ...sizes})
+			return void 0
+		}
+		const key = `${mediaType} ${digest}`
+		if (!this.#manifests.has(key)) this.#manifests.set(key, this.#readManifest(digest, mediaType))
+		return this.#manifests.get(key)
+	}
+	config(name) {
+		if (!this.#configs.has(name)) this.#configs.set(name, this.#readConfig(name))
+		return this.#configs.get(name)
+	}
+	#readManifest(digest, mediaType) {
+		const name = blobPath(digest)
+		const json = this.json(name)
+		const bytes = this.bytes(digest)
+		if (json === void 0 || !bytes) return void 0
+		if (sniffMediaType(bytes, mediaType) !== mediaType) return this.#refuse(name, "is of another type")
+		return this.attempt(name, () => parseManifest({digest, mediaType, bytes}, name))
+	}
+	#readConfig(name) {
+		const json = this.json(name)
+		return json === void 0 ? void 0 : configWords(json)
+	}
+	attempt(entry, run) {
+		try {
+			return run()
+		} catch (error) {
+			if (!(error instanceof ImgpullError)) throw error
+			const reason = error.message.replace(`${entry}: `, "")
+			this.problems.push({kind: "malformed", entry, reason})
+			return void 0
+		}
+	}
+	#refuse(entry, reason) {
+		this.problems.push({kind: "document", entry, reason})
+	}
+}
+var NOT_KEPT = "is one document too many to be held at once"
+var NOT_JSON = "is not JSON, or nested too deep or too large to be read"
 var ImageFinder = class {
-  problems = [];
-  #documents;
-  #blobs = /* @__PURE__ */ new Map();
-  #found = /* @__PURE__ */ new Map();
-  #absentManifests = 0;
-  #namedBlobs = 0;
-  #references = 0;
-  constructor(documents) {
-    this.#documents = documents;
-  }
-  run() {
-    const entries = this.#readIndex();
-    const found = entries.flatMap(({ descriptor, name, isCompanion }) => this.#imagesOf(descriptor).map((image) => ({ name, isCompanion, ...image })));
-    const listed = this.#readDockerList();
-    const isLayout = this.#checkLayout(entries.length > 0, listed.length > 0);
-    const isEmpty = entries.every(({ isCompanion }) => isCompanion) && listed.length === 0;
-    const isSaid = this.problems.length + this.#documents.problems.length > 0;
-    if (isEmpty && !isSaid)
-      this.problems.push({ kind: "no-image" });
-    return {
-      entries,
-      indexed: found.filter(({ isCompanion }) => !isCompanion),
-      companions: found.filter(({ isCompanion }) => isCompanion),
-      listed: listed.map(({ image }) => image),
-      tags: listed.flatMap(({ tags }) => tags),
-      blobs: [...this.#blobs.values()],
-      absentManifests: this.#absentManifests,
-      isLayout,
-      isDockerArchive: listed.length > 0
-    };
-  }
-  #readIndex() {
-    const json = this.#documents.json("index.json");
-    if (json === void 0)
-      return [];
-    if (!isRecord(json) || !Array.isArray(json.manifests)) {
-      this.problems.push({ kind: "document", entry: "index.json", reason: "is not an index" });
-      return [];
-    }
-    const entries = [];
-    for (const value of json.manifests) {
-      const descriptor = this.#documents.attempt("index.json", () => parseDescriptor(value, "index.json"));
-      if (!descriptor || !this.#count(1))
-        break;
-      const annotations = isRecord(value) && isRecord(value.annotations) ? value.annotations : {};
-      const names = NAME_KEYS.map((key) => annotations[key]);
-      const name = names.find((each) => typeof each === "string") ?? "";
-      const isCompanion = name === "" && isProof(descriptor, annotations);
-      entries.push({ descriptor, name: printable(name), isCompanion });
-    }
-    return entries;
-  }
-  #imagesOf(descriptor) {
-    const { digest } = descriptor;
-    const known = this.#found.get(digest);
-    if (known) {
-      this.#count(sumOf(known, ({ parts }) => parts.length));
-      return known;
-    }
-    const images = [];
-    const seen = /* @__PURE__ */ new Set();
-    const blobsBefore = this.#namedBlobs;
-    this.#found.set(digest, images);
-    if (!this.#documents.file(blobPath(digest)))
-      this.problems.push({ kind: "missing", entry: blobPath(digest) });
-    else
-      this.#collect(descriptor, 0, seen, images);
-    images.sort((left, right) => Number(isUnknown(left)) - Number(isUnknown(right)));
-    const isRead = this.#documents.manifest(descriptor) !== void 0;
-    const isEmpty = isRead && images.length === 0 && this.#namedBlobs === blobsBefore;
-    if (isEmpty)
-      this.problems.push({ kind: "nothing-here", entry: blobPath(digest) });
-    return images;
-  }
-  #collect(descriptor, depth, seen, images) {
-    const { digest, platform } = descriptor;
-    const entry = blobPath(digest);
-    if (seen.has(digest) || !this.#count(1))
-      return;
-    seen.add(digest);
-    if (depth > LIMITS.indexDepth) {
-      const reason = `indexes inside indexes, more than ${LIMITS.indexDepth} deep`;
-      this.problems.push({ kind: "malformed", entry, reason });
-      return;
-    }
-    const manifest = this.#documents.manifest(descriptor);
-    if (manifest?.kind === "image") {
-      const image = this.#describe(manifest, platform);
-      if (image)
-        images.push({ digest, ...image });
-    }
-    if (manifest?.kind !== "index")
-      return;
-    for (const child of manifest.manifests) {
-      const isThere = this.#documents.file(blobPath(child.digest)) !== void 0;
-      if (!isThere)
-        this.#absentManifests += 1;
-      else if (isManifestType(child))
-        this.#collect(child, depth + 1, seen, images);
-      else
-        this.#addBlob(child);
-    }
-  }
-  #addBlob(child) {
-    this.#namedBlobs += 1;
-    this.#blobs.set(child.digest, partOf(child));
-  }
-  #describe(manifest, stated) {
-    const { config, layers } = manifest;
-    if (!this.#count(layers.length + 1))
-      return void 0;
-    const hasImageConfig = CONFIG_TYPES.includes(config.mediaType);
-    const words = hasImageConfig ? this.#documents.config(blobPath(config.digest)) : void 0;
-    const platform = words ? words.platform : formatPlatform(stated);
-    return {
-      platform,
-      config: words,
-      isImage: isImage(manifest, words),
-      hasDiffIds: needsDiffIds(words, claimsImage(manifest), layers.length),
-      parts: [config, ...layers].map(partOf)
-    };
-  }
-  #readDockerList() {
-    const json = this.#documents.json("manifest.json") ?? [];
-    const images = [];
-    for (const value of Array.isArray(json) ? json : [json]) {
-      const entry = parseDockerEntry(value);
-      if (!entry) {
-        const reason = "is not as docker save makes it";
-        this.problems.push({ kind: "document", entry: "manifest.json", reason });
-        break;
-      }
-      if (!this.#count(entry.layers.length + 1))
-        break;
-      const parts = [entry.config, ...entry.layers].map((name) => {
-        const file = this.#documents.file(name);
-        return { entry: name, size: file ? lengthOfEntry(file.entry) : 0, mediaType: "" };
-      });
-      const config = this.#documents.config(entry.config);
-      const layerCount = entry.layers.length;
-      const platform = config?.platform ?? "";
-      const image = {
-        name: printable(entry.tags.join(" ")),
-        digest: "",
-        platform,
-        config,
-        isImage: config !== void 0 && hasOneDiffIdEach(config, layerCount),
-        hasDiffIds: needsDiffIds(config, true, layerCount),
-        parts
-      };
-      images.push({ image, tags: entry.tags });
-    }
-    return images;
-  }
-  #checkLayout(hasIndex, hasList) {
-    const layout = this.#documents.json("oci-layout");
-    const isRight = hasIndex && isRecord(layout) && layout.imageLayoutVersion === "1.0.0";
-    if (layout !== void 0 && !isRight && (hasIndex || hasList)) {
-      const reason = "is there, but not of version 1.0.0 and with an index.json";
-      this.problems.push({ kind: "document", entry: "oci-layout", reason });
-    }
-    return isRight;
-  }
-  #count(references) {
-    const isFirst = this.#references <= LIMITS.tarReferences;
-    this.#references += references;
-    if (this.#references <= LIMITS.tarReferences)
-      return true;
-    if (isFirst)
-      this.problems.push({ kind: "too-many-references" });
-    return false;
-  }
-};
-var isProof = (descriptor, { kind, ...rest }) => typeof rest[SUBJECT_KEY] === "string" || isAttestation(descriptor) || COSIGN_TAGS.some((tag) => tag.kind !== void 0 && tag.kind === kind);
-var isUnknown = ({ platform }) => platform.startsWith("unknown");
-var partOf = ({ digest, size, mediaType }) => ({
-  entry: blobPath(digest),
-  size,
-  mediaType
-});
+	problems = []
+	#documents
+	#blobs = /* @__PURE__ */ new Map()
+	#found = /* @__PURE__ */ new Map()
+	#absentManifests = 0
+	#namedBlobs = 0
+	#references = 0
+	constructor(documents) {
+		this.#documents = documents
+	}
+	run() {
+		const entries = this.#readIndex()
+		const found = entries.flatMap(({descriptor, name, isCompanion}) =>
+			this.#imagesOf(descriptor).map(image => ({name, isCompanion, ...image}))
+		)
+		const listed = this.#readDockerList()
+		const isLayout = this.#checkLayout(entries.length > 0, listed.length > 0)
+		const isEmpty = entries.every(({isCompanion}) => isCompanion) && listed.length === 0
+		const isSaid = this.problems.length + this.#documents.problems.length > 0
+		if (isEmpty && !isSaid) this.problems.push({kind: "no-image"})
+		return {
+			entries,
+			indexed: found.filter(({isCompanion}) => !isCompanion),
+			companions: found.filter(({isCompanion}) => isCompanion),
+			listed: listed.map(({image}) => image),
+			tags: listed.flatMap(({tags}) => tags),
+			blobs: [...this.#blobs.values()],
+			absentManifests: this.#absentManifests,
+			isLayout,
+			isDockerArchive: listed.length > 0
+		}
+	}
+	#readIndex() {
+		const json = this.#documents.json("index.json")
+		if (json === void 0) return []
+		if (!isRecord(json) || !Array.isArray(json.manifests)) {
+			this.problems.push({kind: "document", entry: "index.json", reason: "is not an index"})
+			return []
+		}
+		const entries = []
+		for (const value of json.manifests) {
+			const descriptor = this.#documents.attempt("index.json", () => parseDescriptor(value, "index.json"))
+			if (!descriptor || !this.#count(1)) break
+			const annotations = isRecord(value) && isRecord(value.annotations) ? value.annotations : {}
+			const names = NAME_KEYS.map(key => annotations[key])
+			const name = names.find(each => typeof each === "string") ?? ""
+			const isCompanion = name === "" && isProof(descriptor, annotations)
+			entries.push({descriptor, name: printable(name), isCompanion})
+		}
+		return entries
+	}
+	#imagesOf(descriptor) {
+		const {digest} = descriptor
+		const known = this.#found.get(digest)
+		if (known) {
+			this.#count(sumOf(known, ({parts}) => parts.length))
+			return known
+		}
+		const images = []
+		const seen = /* @__PURE__ */ new Set()
+		const blobsBefore = this.#namedBlobs
+		this.#found.set(digest, images)
+		if (!this.#documents.file(blobPath(digest))) this.problems.push({kind: "missing", entry: blobPath(digest)})
+		else this.#collect(descriptor, 0, seen, images)
+		images.sort((left, right) => Number(isUnknown(left)) - Number(isUnknown(right)))
+		const isRead = this.#documents.manifest(descriptor) !== void 0
+		const isEmpty = isRead && images.length === 0 && this.#namedBlobs === blobsBefore
+		if (isEmpty) this.problems.push({kind: "nothing-here", entry: blobPath(digest)})
+		return images
+	}
+	#collect(descriptor, depth, seen, images) {
+		const {digest, platform} = descriptor
+		const entry = blobPath(digest)
+		if (seen.has(digest) || !this.#count(1)) return
+		seen.add(digest)
+		if (depth > LIMITS.indexDepth) {
+			const reason = `indexes inside indexes, more than ${LIMITS.indexDepth} deep`
+			this.problems.push({kind: "malformed", entry, reason})
+			return
+		}
+		const manifest = this.#documents.manifest(descriptor)
+		if (manifest?.kind === "image") {
+			const image = this.#describe(manifest, platform)
+			if (image) images.push({digest, ...image})
+		}
+		if (manifest?.kind !== "index") return
+		for (const child of manifest.manifests) {
+			const isThere = this.#documents.file(blobPath(child.digest)) !== void 0
+			if (!isThere) this.#absentManifests += 1
+			else if (isManifestType(child)) this.#collect(child, depth + 1, seen, images)
+			else this.#addBlob(child)
+		}
+	}
+	#addBlob(child) {
+		this.#namedBlobs += 1
+		this.#blobs.set(child.digest, partOf(child))
+	}
+	#describe(manifest, stated) {
+		const {config, layers} = manifest
+		if (!this.#count(layers.length + 1)) return void 0
+		const hasImageConfig = CONFIG_TYPES.includes(config.mediaType)
+		const words = hasImageConfig ? this.#documents.config(blobPath(config.digest)) : void 0
+		const platform = words ? words.platform : formatPlatform(stated)
+		return {
+			platform,
+			config: words,
+			isImage: isImage(manifest, words),
+			hasDiffIds: needsDiffIds(words, claimsImage(manifest), layers.length),
+			parts: [config, ...layers].map(partOf)
+		}
+	}
+	#readDockerList() {
+		const json = this.#documents.json("manifest.json") ?? []
+		const images = []
+		for (const value of Array.isArray(json) ? json : [json]) {
+			const entry = parseDockerEntry(value)
+			if (!entry) {
+				const reason = "is not as docker save makes it"
+				this.problems.push({kind: "document", entry: "manifest.json", reason})
+				break
+			}
+			if (!this.#count(entry.layers.length + 1)) break
+			const parts = [entry.config, ...entry.layers].map(name => {
+				const file = this.#documents.file(name)
+				return {entry: name, size: file ? lengthOfEntry(file.entry) : 0, mediaType: ""}
+			})
+			const config = this.#documents.config(entry.config)
+			const layerCount = entry.layers.length
+			const platform = config?.platform ?? ""
+			const image = {
+				name: printable(entry.tags.join(" ")),
+				digest: "",
+				platform,
+				config,
+				isImage: config !== void 0 && hasOneDiffIdEach(config, layerCount),
+				hasDiffIds: needsDiffIds(config, true, layerCount),
+				parts
+			}
+			images.push({image, tags: entry.tags})
+		}
+		return images
+	}
+	#checkLayout(hasIndex, hasList) {
+		const layout = this.#documents.json("oci-layout")
+		const isRight = hasIndex && isRecord(layout) && layout.imageLayoutVersion === "1.0.0"
+		if (layout !== void 0 && !isRight && (hasIndex || hasList)) {
+			const reason = "is there, but not of version 1.0.0 and with an index.json"
+			this.problems.push({kind: "document", entry: "oci-layout", reason})
+		}
+		return isRight
+	}
+	#count(references) {
+		const isFirst = this.#references <= LIMITS.tarReferences
+		this.#references += references
+		if (this.#references <= LIMITS.tarReferences) return true
+		if (isFirst) this.problems.push({kind: "too-many-references"})
+		return false
+	}
+}
+var isProof = (descriptor, {kind, ...rest}) =>
+	typeof rest[SUBJECT_KEY] === "string" ||
+	isAttestation(descriptor) ||
+	COSIGN_TAGS.some(tag => tag.kind !== void 0 && tag.kind === kind)
+var isUnknown = ({platform}) => platform.startsWith("unknown")
+var partOf = ({digest, size, mediaType}) => ({
+	entry: blobPath(digest),
+	size,
+	mediaType
+})
 function needsDiffIds(config, isClaimed, layerCount) {
-  if (!config)
-    return false;
-  if (config.diffIds !== void 0)
-    return true;
-  return isClaimed && layerCount > 0 && config.platform !== "" && !isUnknown(config);
+	if (!config) return false
+	if (config.diffIds !== void 0) return true
+	return isClaimed && layerCount > 0 && config.platform !== "" && !isUnknown(config)
 }
 var PartCheck = class {
-  problems = [];
-  notUnpacked = /* @__PURE__ */ new Map();
-  unpackedLayers = 0;
-  #documents;
-  #compared = /* @__PURE__ */ new Set();
-  #encrypted;
-  constructor(documents, images) {
-    this.#documents = documents;
-    const parts = images.flatMap((image) => image.parts);
-    const encrypted = parts.filter(({ mediaType }) => mediaType.endsWith("+encrypted"));
-    this.#encrypted = new Set(encrypted.map(({ entry }) => entry));
-  }
-  checkImage({ parts, config, hasDiffIds }) {
-    const layerCount = parts.length - 1;
-    const hasRightIds = config !== void 0 && hasOneDiffIdEach(config, layerCount);
-    if (hasDiffIds && !hasRightIds)
-      this.problems.push({ kind: "diff-ids", entry: parts[0]?.entry ?? "" });
-    for (const [at, part] of parts.entries()) {
-      const seen = this.checkPart(part);
-      const diffId = at > 0 && hasRightIds ? String(config.diffIds?.[at - 1]) : void 0;
-      if (seen && diffId)
-        this.#compare(seen, part, diffId);
-    }
-  }
-  checkPart({ entry, size }) {
-    const seen = this.#documents.file(entry);
-    if (!seen) {
-      this.problems.push({ kind: "missing", entry });
-      return void 0;
-    }
-    const actualBytes = lengthOfEntry(seen.entry);
-    if (actualBytes === size)
-      return seen;
-    this.problems.push({ kind: "size", entry, expectedBytes: size, actualBytes });
-    return void 0;
-  }
-  #compare(seen, { entry }, diffId) {
-    const name = seen.entry.name;
-    const key = `${name} ${diffId}`;
-    if (!seen.isIntact || !seen.unpacked || this.#compared.has(key))
-      return;
-    this.#compared.add(key);
-    const { outcome, packing, digests, hasRest } = seen.unpacked;
-    const isSame = digests.includes(diffId);
-    const isOtherAlgorithm = !digests.some((each) => algorithmOf(each) === algorithmOf(diffId));
-    const isPartial = packing === "zstd" && outcome === "whole" && hasRest;
-    if (outcome === "endless")
-      return;
-    if (this.#encrypted.has(entry))
-      this.#skip("encrypted");
-    else if (outcome === "whole" && isSame)
-      this.unpackedLayers += 1;
-    else if (outcome === "not-unpacked" || isPartial)
-      this.#skip(packing ?? "unknown");
-    else if (isOtherAlgorithm)
-      this.#skip(algorithmOf(diffId));
-    else
-      this.problems.push({ kind: "diff-id", entry: name, diffId });
-  }
-  #skip(reason) {
-    this.notUnpacked.set(reason, (this.notUnpacked.get(reason) ?? 0) + 1);
-  }
-};
-function judgeLoaders({ images, held }) {
-  const { isDockerArchive, isLayout } = held;
-  const types = images.flatMap(({ parts }) => parts.map(({ mediaType }) => mediaType));
-  const hasZstd = types.some((type) => type.includes("zstd"));
-  const since = (version) => hasZstd ? { sinceVersion: version } : {};
-  const isForPodman = images.some(({ isImage: isImage2 }) => isImage2) && (isDockerArchive || images.length === 1);
-  const isForContainerd = images.some(({ name, digest }) => name && (digest || isDockerArchive));
-  const byName = { needsName: images.length > 1 };
-  const byEntry = { needsName: held.entries.length > 1 };
-  return [
-    { program: "docker", takes: isDockerArchive, ...since(23) },
-    { program: "podman", takes: isForPodman, ...since(4) },
-    { program: "ctr", takes: isForContainerd },
-    { program: "skopeo docker-archive", takes: isDockerArchive, ...byName },
-    { program: "skopeo oci-archive", takes: isLayout, ...byEntry }
-  ];
+	problems = []
+	notUnpacked = /* @__PURE__ */ new Map()
+	unpackedLayers = 0
+	#documents
+	#compared = /* @__PURE__ */ new Set()
+	#encrypted
+	constructor(documents, images) {
+		this.#documents = documents
+		const parts = images.flatMap(image => image.parts)
+		const encrypted = parts.filter(({mediaType}) => mediaType.endsWith("+encrypted"))
+		this.#encrypted = new Set(encrypted.map(({entry}) => entry))
+	}
+	checkImage({parts, config, hasDiffIds}) {
+		const layerCount = parts.length - 1
+		const hasRightIds = config !== void 0 && hasOneDiffIdEach(config, layerCount)
+		if (hasDiffIds && !hasRightIds) this.problems.push({kind: "diff-ids", entry: parts[0]?.entry ?? ""})
+		for (const [at, part] of parts.entries()) {
+			const seen = this.checkPart(part)
+			const diffId = at > 0 && hasRightIds ? String(config.diffIds?.[at - 1]) : void 0
+			if (seen && diffId) this.#compare(seen, part, diffId)
+		}
+	}
+	checkPart({entry, size}) {
+		const seen = this.#documents.file(entry)
+		if (!seen) {
+			this.problems.push({kind: "missing", entry})
+			return void 0
+		}
+		const actualBytes = lengthOfEntry(seen.entry)
+		if (actualBytes === size) return seen
+		this.problems.push({kind: "size", entry, expectedBytes: size, actualBytes})
+		return void 0
+	}
+	#compare(seen, {entry}, diffId) {
+		const name = seen.entry.name
+		const key = `${name} ${diffId}`
+		if (!seen.isIntact || !seen.unpacked || this.#compared.has(key)) return
+		this.#compared.add(key)
+		const {outcome, packing, digests, hasRest} = seen.unpacked
+		const isSame = digests.includes(diffId)
+		const isOtherAlgorithm = !digests.some(each => algorithmOf(each) === algorithmOf(diffId))
+		const isPartial = packing === "zstd" && outcome === "whole" && hasRest
+		if (outcome === "endless") return
+		if (this.#encrypted.has(entry)) this.#skip("encrypted")
+		else if (outcome === "whole" && isSame) this.unpackedLayers += 1
+		else if (outcome === "not-unpacked" || isPartial) this.#skip(packing ?? "unknown")
+		else if (isOtherAlgorithm) this.#skip(algorithmOf(diffId))
+		else this.problems.push({kind: "diff-id", entry: name, diffId})
+	}
+	#skip(reason) {
+		this.notUnpacked.set(reason, (this.notUnpacked.get(reason) ?? 0) + 1)
+	}
 }
-function manifestsIn(documents, { entries }) {
-  const held = /* @__PURE__ */ new Map();
-  const collect = (descriptor, depth) => {
-    const { digest } = descriptor;
-    const manifest = held.has(digest) ? void 0 : documents.manifest(descriptor);
-    if (!manifest || depth > LIMITS.indexDepth)
-      return;
-    held.set(digest, { digest, manifest });
-    if (manifest.kind === "index")
-      for (const child of manifest.manifests)
-        collect(child, depth + 1);
-  };
-  for (const { descriptor } of entries)
-    collect(descriptor, 0);
-  return [...held.values()];
+function judgeLoaders({images, held}) {
+	const {isDockerArchive, isLayout} = held
+	const types = images.flatMap(({parts}) => parts.map(({mediaType}) => mediaType))
+	const hasZstd = types.some(type => type.includes("zstd"))
+	const since = version => (hasZstd ? {sinceVersion: version} : {})
+	const isForPodman = images.some(({isImage: isImage2}) => isImage2) && (isDockerArchive || images.length === 1)
+	const isForContainerd = images.some(({name, digest}) => name && (digest || isDockerArchive))
+	const byName = {needsName: images.length > 1}
+	const byEntry = {needsName: held.entries.length > 1}
+	return [
+		{program: "docker", takes: isDockerArchive, ...since(23)},
+		{program: "podman", takes: isForPodman, ...since(4)},
+		{program: "ctr", takes: isForContainerd},
+		{program: "skopeo docker-archive", takes: isDockerArchive, ...byName},
+		{program: "skopeo oci-archive", takes: isLayout, ...byEntry}
+	]
+}
+function manifestsIn(documents, {entries}) {
+	const held = /* @__PURE__ */ new Map()
+	const collect = (descriptor, depth) => {
+		const {digest} = descriptor
+		const manifest = held.has(digest) ? void 0 : documents.manifest(descriptor)
+		if (!manifest || depth > LIMITS.indexDepth) return
+		held.set(digest, {digest, manifest})
+		if (manifest.kind === "index") for (const child of manifest.manifests) collect(child, depth + 1)
+	}
+	for (const {descriptor} of entries) collect(descriptor, 0)
+	return [...held.values()]
 }
 function vouchedFor(manifests, testimonies) {
-  const vouched = /* @__PURE__ */ new Set();
-  const add = (digest) => {
-    if (vouched.has(digest))
-      return;
-    vouched.add(digest);
-    const manifest = manifests.find((held) => held.digest === digest)?.manifest;
-    if (manifest?.kind === "index")
-      for (const child of manifest.manifests)
-        add(child.digest);
-  };
-  for (const testimony of testimonies)
-    if (typeof testimony === "object")
-      testimony.subjects.forEach(add);
-  return vouched;
+	const vouched = /* @__PURE__ */ new Set()
+	const add = digest => {
+		if (vouched.has(digest)) return
+		vouched.add(digest)
+		const manifest = manifests.find(held => held.digest === digest)?.manifest
+		if (manifest?.kind === "index") for (const child of manifest.manifests) add(child.digest)
+	}
+	for (const testimony of testimonies) if (typeof testimony === "object") testimony.subjects.forEach(add)
+	return vouched
 }
 function requireSignatures(where, documents, held, signers) {
-  const manifests = manifestsIn(documents, held);
-  const images = manifests.flatMap(({ digest, manifest }) => manifest.kind === "image" ? [{ digest, manifest }] : []);
-  const layers = images.flatMap(({ manifest }) => manifest.layers.filter(isSignature));
-  const { signatures } = LIMITS;
-  if (layers.length > signatures)
-    fail("TOO_LARGE", `${where}: more than ${signatures} signatures`);
-  const testimonies = layers.map((layer) => {
-    const bytes = documents.bytes(layer.digest);
-    return bytes ? readSignature(layer, bytes, signers) : "unreadable";
-  });
-  const vouched = vouchedFor(manifests, testimonies);
-  const verdicts = (digest) => testimonies.map((each) => judge(each, [digest]));
-  for (const { descriptor, name, isCompanion } of held.entries) {
-    const { digest } = descriptor;
-    const shown = `${where}: ${name.replace(/@.*/, "")}@${digest}`;
-    if (!isCompanion && !vouched.has(digest))
-      refuseUnsigned(shown, verdicts(digest));
-  }
-  const signedConfigs = images.filter(({ digest }) => vouched.has(digest)).map(({ manifest }) => manifest.config.digest);
-  for (const { name, parts } of held.listed) {
-    const config = documents.file(parts[0]?.entry ?? "")?.entry.name ?? "";
-    const isSigned = signedConfigs.includes(digestInName(config) ?? "");
-    if (!isSigned)
-      refuseUnsigned(`${where}: ${name} of manifest.json`, verdicts(""));
-  }
+	const manifests = manifestsIn(documents, held)
+	const images = manifests.flatMap(({digest, manifest}) => (manifest.kind === "image" ? [{digest, manifest}] : []))
+	const layers = images.flatMap(({manifest}) => manifest.layers.filter(isSignature))
+	const {signatures} = LIMITS
+	if (layers.length > signatures) fail("TOO_LARGE", `${where}: more than ${signatures} signatures`)
+	const testimonies = layers.map(layer => {
+		const bytes = documents.bytes(layer.digest)
+		return bytes ? readSignature(layer, bytes, signers) : "unreadable"
+	})
+	const vouched = vouchedFor(manifests, testimonies)
+	const verdicts = digest => testimonies.map(each => judge(each, [digest]))
+	for (const {descriptor, name, isCompanion} of held.entries) {
+		const {digest} = descriptor
+		const shown = `${where}: ${name.replace(/@.*/, "")}@${digest}`
+		if (!isCompanion && !vouched.has(digest)) refuseUnsigned(shown, verdicts(digest))
+	}
+	const signedConfigs = images.filter(({digest}) => vouched.has(digest)).map(({manifest}) => manifest.config.digest)
+	for (const {name, parts} of held.listed) {
+		const config = documents.file(parts[0]?.entry ?? "")?.entry.name ?? ""
+		const isSigned = signedConfigs.includes(digestInName(config) ?? "")
+		if (!isSigned) refuseUnsigned(`${where}: ${name} of manifest.json`, verdicts(""))
+	}
 }
 async function lookThrough(source, withContent, options) {
-  const where = nameOfSource(source);
-  const look = async () => {
-    const opened = await openTarSource(source, options.signal);
-    try {
-      return await new Look(opened, options).run(withContent);
-    } finally {
-      await opened.close();
-    }
-  };
-  return onDisk(`cannot read ${where}`, look()).catch((error) => {
-    if (options.signal?.aborted)
-      fail("ABORTED", "stopped", { cause: options.signal.reason });
-    throw error;
-  });
+	const where = nameOfSource(source)
+	const look = async () => {
+		const opened = await openTarSource(source, options.signal)
+		try {
+			return await new Look(opened, options).run(withContent)
+		} finally {
+			await opened.close()
+		}
+	}
+	return onDisk(`cannot read ${where}`, look()).catch(error => {
+		if (options.signal?.aborted) fail("ABORTED", "stopped", {cause: options.signal.reason})
+		throw error
+	})
 }
 var LOOK_OPTION_KINDS = {
-  signal: "an AbortSignal",
-  onProgress: "a function"
-};
+	signal: "an AbortSignal",
+	onProgress: "a function"
+}
 var VERIFY_OPTION_KINDS = {
-  ...LOOK_OPTION_KINDS,
-  signedBy: "a list of strings"
-};
+	...LOOK_OPTION_KINDS,
+	signedBy: "a list of strings"
+}
 function checkLook(source, options, kinds = LOOK_OPTION_KINDS) {
-  checkKinds(options, kinds);
-  const isSource = typeof source === "string" || Symbol.asyncIterator in Object(source);
-  if (!isSource)
-    fail("BAD_OPTION", "a tar is the path of a file or folder, or a stream of bytes");
+	checkKinds(options, kinds)
+	const isSource = typeof source === "string" || Symbol.asyncIterator in Object(source)
+	if (!isSource) fail("BAD_OPTION", "a tar is the path of a file or folder, or a stream of bytes")
 }
 async function listTar(source, options = {}) {
-  checkLook(source, options);
-  const contents = await lookThrough(source, false, options);
-  refuseProblems(contents.where, contents.problems.filter(({ kind }) => kind !== "cut-off"));
-  const documents = new TarDocuments(contents);
-  const finder = new ImageFinder(documents);
-  const held = finder.run();
-  refuseProblems(contents.where, [...documents.problems, ...finder.problems]);
-  return imagesOf(held).map((image) => describeImage(image, documents));
+	checkLook(source, options)
+	const contents = await lookThrough(source, false, options)
+	refuseProblems(
+		contents.where,
+		contents.problems.filter(({kind}) => kind !== "cut-off")
+	)
+	const documents = new TarDocuments(contents)
+	const finder = new ImageFinder(documents)
+	const held = finder.run()
+	refuseProblems(contents.where, [...documents.problems, ...finder.problems])
+	return imagesOf(held).map(image => describeImage(image, documents))
 }
 async function verifyTar(source, options = {}) {
-  checkLook(source, options, VERIFY_OPTION_KINDS);
-  const signers = await readSigners(options.signedBy);
-  const report = await inspectTar(source, options, signers);
-  refuseProblems(nameOfSource(source), report.problems, report);
-  return report;
+	checkLook(source, options, VERIFY_OPTION_KINDS)
+	const signers = await readSigners(options.signedBy)
+	const report = await inspectTar(source, options, signers)
+	refuseProblems(nameOfSource(source), report.problems, report)
+	return report
 }
 async function inspectTar(source, options, signers) {
-  const contents = await lookThrough(source, true, options);
-  const files = [...contents.files.values()];
-  const problems = [...files.flatMap(problemsOfFile), ...contents.problems];
-  const blobCount = files.filter(({ entry }) => digestInName(entry.name)).length;
-  const isReadable2 = contents.problems.every(({ kind }) => kind === "cut-off");
-  if (!isReadable2)
-    return {
-      images: [],
-      blobs: blobCount,
-      unpackedLayers: 0,
-      notUnpacked: [],
-      absentManifests: 0,
-      loaders: [],
-      problems
-    };
-  const documents = new TarDocuments(contents);
-  const finder = new ImageFinder(documents);
-  const held = finder.run();
-  const images = imagesOf(held);
-  const named = [...held.indexed, ...held.listed, ...held.companions];
-  const check = new PartCheck(documents, named);
-  for (const image of named)
-    check.checkImage(image);
-  for (const blob of held.blobs)
-    check.checkPart(blob);
-  problems.push(...documents.problems, ...finder.problems, ...check.problems);
-  const isWhole = problems.length === 0;
-  if (isWhole && signers.length > 0)
-    requireSignatures(nameOfSource(source), documents, held, signers);
-  const seen = ({ entry }) => documents.file(entry);
-  return {
-    images: images.map((image) => describeImage(image, documents)),
-    blobs: blobCount,
-    unpackedLayers: check.unpackedLayers,
-    notUnpacked: [...check.notUnpacked].map(([reason, layers]) => ({ reason, layers })),
-    absentManifests: held.absentManifests,
-    loaders: judgeLoaders({ images, held, seen }),
-    problems: uniqueProblems(problems)
-  };
+	const contents = await lookThrough(source, true, options)
+	const files = [...contents.files.values()]
+	const problems = [...files.flatMap(problemsOfFile), ...contents.problems]
+	const blobCount = files.filter(({entry}) => digestInName(entry.name)).length
+	const isReadable2 = contents.problems.every(({kind}) => kind === "cut-off")
+	if (!isReadable2)
+		return {
+			images: [],
+			blobs: blobCount,
+			unpackedLayers: 0,
+			notUnpacked: [],
+			absentManifests: 0,
+			loaders: [],
+			problems
+		}
+	const documents = new TarDocuments(contents)
+	const finder = new ImageFinder(documents)
+	const held = finder.run()
+	const images = imagesOf(held)
+	const named = [...held.indexed, ...held.listed, ...held.companions]
+	const check = new PartCheck(documents, named)
+	for (const image of named) check.checkImage(image)
+	for (const blob of held.blobs) check.checkPart(blob)
+	problems.push(...documents.problems, ...finder.problems, ...check.problems)
+	const isWhole = problems.length === 0
+	if (isWhole && signers.length > 0) requireSignatures(nameOfSource(source), documents, held, signers)
+	const seen = ({entry}) => documents.file(entry)
+	return {
+		images: images.map(image => describeImage(image, documents)),
+		blobs: blobCount,
+		unpackedLayers: check.unpackedLayers,
+		notUnpacked: [...check.notUnpacked].map(([reason, layers]) => ({reason, layers})),
+		absentManifests: held.absentManifests,
+		loaders: judgeLoaders({images, held, seen}),
+		problems: uniqueProblems(problems)
+	}
 }
-function problemsOfFile({ entry, isIntact: isIntact2, unpacked }) {
-  const isEndless2 = unpacked?.outcome === "endless";
-  if (isEndless2)
-    return [{ kind: "unpacks-without-end", entry: entry.name }];
-  return isIntact2 ? [] : [{ kind: "damaged", entry: entry.name }];
+function problemsOfFile({entry, isIntact: isIntact2, unpacked}) {
+	const isEndless2 = unpacked?.outcome === "endless"
+	if (isEndless2) return [{kind: "unpacks-without-end", entry: entry.name}]
+	return isIntact2 ? [] : [{kind: "damaged", entry: entry.name}]
 }
-var imagesOf = ({ indexed, listed }) => indexed.length > 0 ? indexed : listed;
+var imagesOf = ({indexed, listed}) => (indexed.length > 0 ? indexed : listed)
 function describeImage(image, documents) {
-  const layers = image.parts.slice(1).map(({ entry, size }) => ({
-    digest: digestInName(entry) ?? printable(entry),
-    size,
-    present: documents.file(entry) !== void 0
-  }));
-  const { name, digest, platform, isImage: isImage2 } = image;
-  const sizeBytes = sumOf(layers, ({ size }) => size);
-  return { name, digest, platform, isImage: isImage2, sizeBytes, layers };
+	const layers = image.parts.slice(1).map(({entry, size}) => ({
+		digest: digestInName(entry) ?? printable(entry),
+		size,
+		present: documents.file(entry) !== void 0
+	}))
+	const {name, digest, platform, isImage: isImage2} = image
+	const sizeBytes = sumOf(layers, ({size}) => size)
+	return {name, digest, platform, isImage: isImage2, sizeBytes, layers}
 }
 function uniqueProblems(problems) {
-  return [...new Map(problems.map((problem) => [JSON.stringify(problem), problem])).values()];
+	return [...new Map(problems.map(problem => [JSON.stringify(problem), problem])).values()]
 }
 function refuseProblems(where, problems, report) {
-  const lines = uniqueProblems(problems).map((problem) => `${where}: ${printable(problemWords(problem), 1e3)}`);
-  if (lines.length > 0)
-    fail("BAD_TAR", lines.join("\n"), { report });
+	const lines = uniqueProblems(problems).map(problem => `${where}: ${printable(problemWords(problem), 1e3)}`)
+	if (lines.length > 0) fail("BAD_TAR", lines.join("\n"), {report})
 }
 var TarReader = class {
-  #opened;
-  #isBegun = false;
-  constructor(opened) {
-    this.#opened = opened;
-  }
-  async *files() {
-    const { isSeekable, where } = this.#opened;
-    if (this.#isBegun && !isSeekable)
-      fail("UNSUPPORTED", `${where}: a stream, or a compressed tar, can be gone through once`);
-    this.#isBegun = true;
-    for await (const { entry, content } of this.#opened.members()) {
-      if (!"0S".includes(entry.type))
-        continue;
-      const digest = digestInName(entry.name);
-      yield {
-        name: entry.name,
-        sizeBytes: lengthOfEntry(entry),
-        ...digest !== void 0 && { digest },
-        content
-      };
-    }
-  }
-  async *blob(digest) {
-    for await (const file of this.files()) {
-      if (file.digest !== digest)
-        continue;
-      const hash = newHash(digest);
-      for await (const piece of file.content()) {
-        hash.update(piece);
-        yield piece;
-      }
-      if (hash.digest("hex") !== hexOf(digest))
-        fail("DIGEST_MISMATCH", `${this.#opened.where}: ${file.name} has another digest`);
-      return;
-    }
-    fail("NOT_FOUND", `${this.#opened.where} does not hold ${printable(digest)}`);
-  }
-  close() {
-    return this.#opened.close();
-  }
-};
+	#opened
+	#isBegun = false
+	constructor(opened) {
+		this.#opened = opened
+	}
+	async *files() {
+		const {isSeekable, where} = this.#opened
+		if (this.#isBegun && !isSeekable)
+			fail("UNSUPPORTED", `${where}: a stream, or a compressed tar, can be gone through once`)
+		this.#isBegun = true
+		for await (const {entry, content} of this.#opened.members()) {
+			if (!"0S".includes(entry.type)) continue
+			const digest = digestInName(entry.name)
+			yield {
+				name: entry.name,
+				sizeBytes: lengthOfEntry(entry),
+				...(digest !== void 0 && {digest}),
+				content
+			}
+		}
+	}
+	async *blob(digest) {
+		for await (const file of this.files()) {
+			if (file.digest !== digest) continue
+			const hash = newHash(digest)
+			for await (const piece of file.content()) {
+				hash.update(piece)
+				yield piece
+			}
+			if (hash.digest("hex") !== hexOf(digest))
+				fail("DIGEST_MISMATCH", `${this.#opened.where}: ${file.name} has another digest`)
+			return
+		}
+		fail("NOT_FOUND", `${this.#opened.where} does not hold ${printable(digest)}`)
+	}
+	close() {
+		return this.#opened.close()
+	}
+}
 async function openTar(source, options = {}) {
-  checkLook(source, options);
-  const where = nameOfSource(source);
-  return new TarReader(await onDisk(`cannot read ${where}`, openTarSource(source, options.signal)));
+	checkLook(source, options)
+	const where = nameOfSource(source)
+	return new TarReader(await onDisk(`cannot read ${where}`, openTarSource(source, options.signal)))
 }
 var PULL_OPTIONS = {
-  os: {
-    short: "o",
-    value: "OS",
-    help: "operating system wanted; default: this machine's",
-    option: "osType",
-    tasks: ["pull", "manifest"]
-  },
-  arch: {
-    short: "a",
-    value: "ARCH",
-    help: "processor wanted (amd64, arm64, arm ...)",
-    option: "archType",
-    tasks: ["pull", "manifest"]
-  },
-  variant: {
-    value: "V",
-    help: "processor variant wanted (v7, v8 ...)",
-    option: "variant",
-    tasks: ["pull", "manifest"]
-  },
-  platform: {
-    value: "OS/ARCH[/V]",
-    help: "the three in one word; several with commas; or all",
-    option: "platforms",
-    convert: (typed) => typed === "all" ? typed : typed.split(","),
-    tasks: ["pull", "manifest"]
-  },
-  from: { value: "FILE", help: "read more IMAGEs: lines, YAML, JSON; - is stdin" },
-  name: { value: "NAME", help: "the name that the image gets in the tar", option: "name" },
-  rename: {
-    value: "FROM=TO",
-    help: "in the tar, names in FROM are in TO (repeatable)",
-    isRepeatable: true,
-    option: "renames",
-    convert: (typed) => parsePairs("rename", typed)
-  },
-  reuse: {
-    value: "TAR",
-    help: "take blobs from a tar that exists (repeatable)",
-    isRepeatable: true,
-    option: "reuse"
-  },
-  since: { value: "TAR", help: "leave out layers that this tar holds", option: "since" },
-  referrers: { help: "bring signatures, attestations and SBOMs along", option: "referrers" },
-  "signed-by": {
-    value: "KEY",
-    help: "only what this PEM key signed (repeatable)",
-    isRepeatable: true,
-    option: "signedBy",
-    tasks: ["pull", "manifest", "verify"]
-  },
-  "dry-run": { help: "say what would be pulled, write nothing", option: "dryRun" }
-};
-var REGISTRY_OPTIONS = {
-  ns: {
-    short: "n",
-    value: "HOST",
-    help: "the registry that a mirror stands for (?ns=)",
-    option: "namespace"
-  },
-  mirror: {
-    value: "HOST=PLACE",
-    help: "ask PLACE first for images of HOST (repeatable)",
-    isRepeatable: true,
-    option: "mirrors",
-    convert: (typed) => parseLists("mirror", typed)
-  },
-  scheme: { short: "s", value: "https|http", help: "default https", option: "scheme" },
-  user: {
-    short: "u",
-    value: "NAME",
-    help: "user name for basic authentication",
-    option: "username"
-  },
-  password: {
-    short: "p",
-    value: "WORD",
-    help: "its password",
-    isSecret: true,
-    option: "password"
-  },
-  "password-stdin": { help: "read the password from stdin" },
-  token: {
-    short: "t",
-    value: "TOKEN",
-    help: "sent as Basic TOKEN",
-    isSecret: true,
-    option: "token"
-  },
-  cert: { short: "c", value: "FILE", help: "client certificate (PEM)", option: "tlsCert" },
-  key: { short: "k", value: "FILE", help: "its key (PEM)", option: "tlsKey" },
-  cacert: {
-    short: "x",
-    value: "FILE",
-    help: "trust this CA as well (PEM); alias --ca",
-    alias: "ca",
-    option: "caCert"
-  },
-  insecure: { short: "i", help: "do not verify the server's certificate", option: "insecure" },
-  concurrency: {
-    short: "j",
-    value: "N",
-    help: "connections used at once; default 8",
-    option: "concurrency",
-    convert: (typed) => parseNumber("concurrency", typed)
-  },
-  retries: {
-    value: "N",
-    help: "attempts after the first; default 5",
-    option: "retries",
-    convert: (typed) => parseNumber("retries", typed)
-  },
-  timeout: {
-    value: "SECONDS",
-    help: "how long a connection may be silent; default 30",
-    option: "timeoutMs",
-    convert: (typed) => Math.ceil(parseNumber("timeout", typed) * 1e3)
-  }
-};
-var LOOK_OPTIONS = {
-  manifest: { short: "m", value: "list|image", help: "print the manifest", tasks: ["manifest"] },
-  "list-tar": {
-    short: "l",
-    value: "TAR",
-    help: "say what a tar holds, offline",
-    tasks: ["list-tar"]
-  },
-  verify: { value: "TAR", help: "hash a tar again, offline", tasks: ["verify"] },
-  parsed: { help: "print the parsed command line as JSON" },
-  quiet: { short: "q", help: "no progress" },
-  version: { short: "v", help: "print the version" },
-  help: { short: "h", help: "print this help" }
-};
-var OPTION_TABLE = { ...PULL_OPTIONS, ...REGISTRY_OPTIONS, ...LOOK_OPTIONS };
-var OPTION_GROUPS = [
-  { title: "What to pull", options: PULL_OPTIONS, tasks: ["pull"] },
-  { title: "Registry", options: REGISTRY_OPTIONS, tasks: ["pull", "manifest"] },
-  {
-    title: "Look, do not pull",
-    options: LOOK_OPTIONS,
-    tasks: ["pull", "manifest", "list-tar", "verify"]
-  }
-];
-var OPTIONS = OPTION_GROUPS.flatMap(({ options, tasks }) => Object.entries(options).map(([name, spec]) => ({ name, tasks, ...spec })));
-var usage = (reason) => fail("BAD_OPTION", `${reason} (imgpull --help)`);
-var DEST_IS_LAST = "DEST is the last word: imgpull IMAGE DEST";
-var HABITS = {
-  output: DEST_IS_LAST,
-  file: DEST_IS_LAST,
-  http: "say --scheme http",
-  "plain-http": "say --scheme http",
-  "tls-verify": "say --insecure to go without",
-  "all-platforms": "say --platform all",
-  authfile: "set REGISTRY_AUTH_FILE=FILE in the environment"
-};
-function refuseUnknown(rawName, name) {
-  const habit = HABITS[name];
-  if (habit !== void 0)
-    usage(`unknown option ${rawName}: ${habit}`);
-  const nearest = nearestName(name, Object.keys(OPTION_TABLE));
-  const suggestion = nearest === void 0 ? "" : `: did you mean --${nearest}?`;
-  return usage(`unknown option ${printable(rawName, 60)}${suggestion}`);
+	os: {
+		short: "o",
+		value: "OS",
+		help: "operating system wanted; default: this machine's",
+		option: "osType",
+		tasks: ["pull", "manifest"]
+	},
+	arch: {
+		short: "a",
+		value: "ARCH",
+		help: "processor wanted (amd64, arm64, arm ...)",
+		option: "archType",
+		tasks: ["pull", "manifest"]
+	},
+	variant: {
+		value: "V",
+		help: "processor variant wanted (v7, v8 ...)",
+		option: "variant",
+		tasks: ["pull", "manifest"]
+	},
+	platform: {
+		value: "OS/ARCH[/V]",
+		help: "the three in one word; several with commas; or all",
+		option: "platforms",
+		convert: typed => (typed === "all" ? typed : typed.split(",")),
+		tasks: ["pull", "manifest"]
+	},
+	from: {value: "FILE", help: "read more IMAGEs: lines, YAML, JSON; - is stdin"},
+	name: {value: "NAME", help: "the name that the image gets in the tar", option: "name"},
+	rename: {
+		value: "FROM=TO",
+		help: "in the tar, names in FROM are in TO (repeatable)",
+		isRepeatable: true,
+		option: "renames",
+		convert: typed => parsePairs("rename", typed)
+	},
+	reuse: {
+		value: "TAR",
+		help: "take blobs from a tar that exists (repeatable)",
+		isRepeatable: true,
+		option: "reuse"
+	},
+	since: {value: "TAR", help: "leave out layers that this tar holds", option: "since"},
+	referrers: {help: "bring signatures, attestations and SBOMs along", option: "referrers"},
+	"signed-by": {
+		value: "KEY",
+		help: "only what this PEM key signed (repeatable)",
+		isRepeatable: true,
+		option: "signedBy",
+		tasks: ["pull", "manifest", "verify"]
+	},
+	"dry-run": {help: "say what would be pulled, write nothing", option: "dryRun"}
 }
-function typedValue(spec, { rawName, value: text, inlineValue }) {
-  const isShort = !rawName.startsWith("--");
-  const value = isShort && inlineValue ? text?.replace(/^=/, "") : text;
-  const isNextOption = !inlineValue && value?.startsWith("-") && value !== "-";
-  if (!value || isNextOption)
-    return usage(`${rawName} needs a value (${spec.value})`);
-  const choices = spec.value?.split("|") ?? [];
-  if (choices.length > 1 && !choices.includes(value))
-    usage(`--${spec.name} is ${choices.join(" or ")}, not "${printable(value)}"`);
-  return value;
+var REGISTRY_OPTIONS = {
+	ns: {
+		short: "n",
+		value: "HOST",
+		help: "the registry that a mirror stands for (?ns=)",
+		option: "namespace"
+	},
+	mirror: {
+		value: "HOST=PLACE",
+		help: "ask PLACE first for images of HOST (repeatable)",
+		isRepeatable: true,
+		option: "mirrors",
+		convert: typed => parseLists("mirror", typed)
+	},
+	scheme: {short: "s", value: "https|http", help: "default https", option: "scheme"},
+	user: {
+		short: "u",
+		value: "NAME",
+		help: "user name for basic authentication",
+		option: "username"
+	},
+	password: {
+		short: "p",
+		value: "WORD",
+		help: "its password",
+		isSecret: true,
+		option: "password"
+	},
+	"password-stdin": {help: "read the password from stdin"},
+	token: {
+		short: "t",
+		value: "TOKEN",
+		help: "sent as Basic TOKEN",
+		isSecret: true,
+		option: "token"
+	},
+	cert: {short: "c", value: "FILE", help: "client certificate (PEM)", option: "tlsCert"},
+	key: {short: "k", value: "FILE", help: "its key (PEM)", option: "tlsKey"},
+	cacert: {
+		short: "x",
+		value: "FILE",
+		help: "trust this CA as well (PEM); alias --ca",
+		alias: "ca",
+		option: "caCert"
+	},
+	insecure: {short: "i", help: "do not verify the server's certificate", option: "insecure"},
+	concurrency: {
+		short: "j",
+		value: "N",
+		help: "connections used at once; default 8",
+		option: "concurrency",
+		convert: typed => parseNumber("concurrency", typed)
+	},
+	retries: {
+		value: "N",
+		help: "attempts after the first; default 5",
+		option: "retries",
+		convert: typed => parseNumber("retries", typed)
+	},
+	timeout: {
+		value: "SECONDS",
+		help: "how long a connection may be silent; default 30",
+		option: "timeoutMs",
+		convert: typed => Math.ceil(parseNumber("timeout", typed) * 1e3)
+	}
+}
+var LOOK_OPTIONS = {
+	manifest: {short: "m", value: "list|image", help: "print the manifest", tasks: ["manifest"]},
+	"list-tar": {
+		short: "l",
+		value: "TAR",
+		help: "say what a tar holds, offline",
+		tasks: ["list-tar"]
+	},
+	verify: {value: "TAR", help: "hash a tar again, offline", tasks: ["verify"]},
+	parsed: {help: "print the parsed command line as JSON"},
+	quiet: {short: "q", help: "no progress"},
+	version: {short: "v", help: "print the version"},
+	help: {short: "h", help: "print this help"}
+}
+var OPTION_TABLE = {...PULL_OPTIONS, ...REGISTRY_OPTIONS, ...LOOK_OPTIONS}
+var OPTION_GROUPS = [
+	{title: "What to pull", options: PULL_OPTIONS, tasks: ["pull"]},
+	{title: "Registry", options: REGISTRY_OPTIONS, tasks: ["pull", "manifest"]},
+	{
+		title: "Look, do not pull",
+		options: LOOK_OPTIONS,
+		tasks: ["pull", "manifest", "list-tar", "verify"]
+	}
+]
+var OPTIONS = OPTION_GROUPS.flatMap(({options, tasks}) =>
+	Object.entries(options).map(([name, spec]) => ({name, tasks, ...spec}))
+)
+var usage = reason => fail("BAD_OPTION", `${reason} (imgpull --help)`)
+var DEST_IS_LAST = "DEST is the last word: imgpull IMAGE DEST"
+var HABITS = {
+	output: DEST_IS_LAST,
+	file: DEST_IS_LAST,
+	http: "say --scheme http",
+	"plain-http": "say --scheme http",
+	"tls-verify": "say --insecure to go without",
+	"all-platforms": "say --platform all",
+	authfile: "set REGISTRY_AUTH_FILE=FILE in the environment"
+}
+function refuseUnknown(rawName, name) {
+	const habit = HABITS[name]
+	if (habit !== void 0) usage(`unknown option ${rawName}: ${habit}`)
+	const nearest = nearestName(name, Object.keys(OPTION_TABLE))
+	const suggestion = nearest === void 0 ? "" : `: did you mean --${nearest}?`
+	return usage(`unknown option ${printable(rawName, 60)}${suggestion}`)
+}
+function typedValue(spec, {rawName, value: text, inlineValue}) {
+	const isShort = !rawName.startsWith("--")
+	const value = isShort && inlineValue ? text?.replace(/^=/, "") : text
+	const isNextOption = !inlineValue && value?.startsWith("-") && value !== "-"
+	if (!value || isNextOption) return usage(`${rawName} needs a value (${spec.value})`)
+	const choices = spec.value?.split("|") ?? []
+	if (choices.length > 1 && !choices.includes(value))
+		usage(`--${spec.name} is ${choices.join(" or ")}, not "${printable(value)}"`)
+	return value
 }
 function parseCommandLine(argv) {
-  const spellings = OPTIONS.flatMap((option) => [option.name, option.alias ?? []].flat().map((spelling) => [spelling, option]));
-  const specs = new Map(spellings);
-  const options = Object.fromEntries(spellings.map(([spelling, { short, value }]) => [
-    spelling,
-    { type: value ? "string" : "boolean", ...dropEmpty({ short }) }
-  ]));
-  const { tokens, positionals } = parseArgs({
-    args: [...argv],
-    options,
-    strict: false,
-    allowPositionals: true,
-    tokens: true
-  });
-  const line = { values: {}, lists: {}, switches: /* @__PURE__ */ new Set(), positionals };
-  for (const token of tokens) {
-    if (token.kind !== "option")
-      continue;
-    const spec = specs.get(token.name) ?? refuseUnknown(token.rawName, token.name);
-    addOption(line, spec, token);
-  }
-  return line;
+	const spellings = OPTIONS.flatMap(option =>
+		[option.name, option.alias ?? []].flat().map(spelling => [spelling, option])
+	)
+	const specs = new Map(spellings)
+	const options = Object.fromEntries(
+		spellings.map(([spelling, {short, value}]) => [
+			spelling,
+			{type: value ? "string" : "boolean", ...dropEmpty({short})}
+		])
+	)
+	const {tokens, positionals} = parseArgs({
+		args: [...argv],
+		options,
+		strict: false,
+		allowPositionals: true,
+		tokens: true
+	})
+	const line = {values: {}, lists: {}, switches: /* @__PURE__ */ new Set(), positionals}
+	for (const token of tokens) {
+		if (token.kind !== "option") continue
+		const spec = specs.get(token.name) ?? refuseUnknown(token.rawName, token.name)
+		addOption(line, spec, token)
+	}
+	return line
 }
 function addOption(line, spec, token) {
-  const values = line.values;
-  const lists = line.lists;
-  const { name } = spec;
-  if (name in values || line.switches.has(name))
-    usage(`--${name} is given twice`);
-  if (!spec.value) {
-    if (token.value !== void 0)
-      usage(`${token.rawName} takes no value`);
-    line.switches.add(name);
-  } else if (spec.isRepeatable) {
-    lists[name] = [...lists[name] ?? [], typedValue(spec, token)];
-  } else {
-    values[name] = typedValue(spec, token);
-  }
+	const values = line.values
+	const lists = line.lists
+	const {name} = spec
+	if (name in values || line.switches.has(name)) usage(`--${name} is given twice`)
+	if (!spec.value) {
+		if (token.value !== void 0) usage(`${token.rawName} takes no value`)
+		line.switches.add(name)
+	} else if (spec.isRepeatable) {
+		lists[name] = [...(lists[name] ?? []), typedValue(spec, token)]
+	} else {
+		values[name] = typedValue(spec, token)
+	}
 }
 function parseNumber(option, typed) {
-  if (!/^\d+(\.\d+)?$/.test(typed))
-    usage(`--${option} is a number, not "${printable(typed)}"`);
-  return Number(typed);
+	if (!/^\d+(\.\d+)?$/.test(typed)) usage(`--${option} is a number, not "${printable(typed)}"`)
+	return Number(typed)
 }
 function parsePairs(option, typed) {
-  const pairs = {};
-  for (const text of typed) {
-    const [from = "", to = "", ...more] = text.split("=");
-    if (from === "" || to === "" || more.length > 0)
-      usage(`--${option} is FROM=TO, not "${printable(text)}"`);
-    if (from in pairs)
-      usage(`--${option} ${printable(from)} is given twice`);
-    pairs[from] = to;
-  }
-  return pairs;
+	const pairs = {}
+	for (const text of typed) {
+		const [from = "", to = "", ...more] = text.split("=")
+		if (from === "" || to === "" || more.length > 0) usage(`--${option} is FROM=TO, not "${printable(text)}"`)
+		if (from in pairs) usage(`--${option} ${printable(from)} is given twice`)
+		pairs[from] = to
+	}
+	return pairs
 }
 function parseLists(option, typed) {
-  const lists = {};
-  for (const text of typed) {
-    const [, host = "", place = ""] = /^([^=]+)=(.+)$/.exec(text) ?? [];
-    if (host === "")
-      usage(`--${option} is HOST=PLACE, not "${printable(text.replace(/^.*@/, "***@"))}"`);
-    lists[host] = [...lists[host] ?? [], place];
-  }
-  return lists;
+	const lists = {}
+	for (const text of typed) {
+		const [, host = "", place = ""] = /^([^=]+)=(.+)$/.exec(text) ?? []
+		if (host === "") usage(`--${option} is HOST=PLACE, not "${printable(text.replace(/^.*@/, "***@"))}"`)
+		lists[host] = [...(lists[host] ?? []), place]
+	}
+	return lists
 }
-function optionsOf({ values, lists, switches }) {
-  const options = {};
-  for (const { name, option, convert = (typed) => typed } of OPTIONS) {
-    const typed = { ...values, ...lists }[name] ?? switches.has(name);
-    if (option !== void 0 && typed !== false)
-      options[option] = convert(typed);
-  }
-  return options;
+function optionsOf({values, lists, switches}) {
+	const options = {}
+	for (const {name, option, convert = typed => typed} of OPTIONS) {
+		const typed = {...values, ...lists}[name] ?? switches.has(name)
+		if (option !== void 0 && typed !== false) options[option] = convert(typed)
+	}
+	return options
 }
-function taskOf({ manifest, verify, "list-tar": listed }) {
-  if (verify !== void 0)
-    return "verify";
-  if (listed !== void 0)
-    return "list-tar";
-  return manifest === void 0 ? "pull" : "manifest";
+function taskOf({manifest, verify, "list-tar": listed}) {
+	if (verify !== void 0) return "verify"
+	if (listed !== void 0) return "list-tar"
+	return manifest === void 0 ? "pull" : "manifest"
 }
-function checkTask(task, { values, lists, switches }) {
-  const typed = /* @__PURE__ */ new Set([...Object.keys(values), ...Object.keys(lists), ...switches]);
-  const stranger = OPTIONS.find(({ name, tasks }) => typed.has(name) && !tasks.includes(task));
-  if (stranger)
-    usage(`--${stranger.name} does not go with --${task}`);
+function checkTask(task, {values, lists, switches}) {
+	const typed = /* @__PURE__ */ new Set([...Object.keys(values), ...Object.keys(lists), ...switches])
+	const stranger = OPTIONS.find(({name, tasks}) => typed.has(name) && !tasks.includes(task))
+	if (stranger) usage(`--${stranger.name} does not go with --${task}`)
 }
 function checkCombinations(line) {
-  const { values, switches, positionals } = line;
-  const { from, os: system } = values;
-  const task = taskOf(values);
-  if (positionals[0] === "pull")
-    usage('imgpull only pulls, and has no "pull" in front: imgpull IMAGE DEST');
-  if (system !== void 0 && /\W/.test(system))
-    usage(`-o is --os, and ${printable(system)} is no operating system: ${DEST_IS_LAST}`);
-  checkTask(task, line);
-  const isPasswordOnStdin = switches.has("password-stdin");
-  if (values.password !== void 0 && isPasswordOnStdin)
-    usage("--password and --password-stdin exclude each other");
-  if (isPasswordOnStdin && from === "-")
-    usage("stdin is asked for twice: --password-stdin and --from -");
-  const isLooking = task === "verify" || task === "list-tar";
-  if (isLooking && positionals.length > 0)
-    usage(`--${task} takes one tar, and no IMAGE or DEST`);
-  if (isLooking || positionals.length > 0)
-    return;
-  if (from === void 0)
-    usage("IMAGE is missing");
-  if (!switches.has("dry-run"))
-    usage("DEST is missing");
+	const {values, switches, positionals} = line
+	const {from, os: system} = values
+	const task = taskOf(values)
+	if (positionals[0] === "pull") usage('imgpull only pulls, and has no "pull" in front: imgpull IMAGE DEST')
+	if (system !== void 0 && /\W/.test(system))
+		usage(`-o is --os, and ${printable(system)} is no operating system: ${DEST_IS_LAST}`)
+	checkTask(task, line)
+	const isPasswordOnStdin = switches.has("password-stdin")
+	if (values.password !== void 0 && isPasswordOnStdin) usage("--password and --password-stdin exclude each other")
+	if (isPasswordOnStdin && from === "-") usage("stdin is asked for twice: --password-stdin and --from -")
+	const isLooking = task === "verify" || task === "list-tar"
+	if (isLooking && positionals.length > 0) usage(`--${task} takes one tar, and no IMAGE or DEST`)
+	if (isLooking || positionals.length > 0) return
+	if (from === void 0) usage("IMAGE is missing")
+	if (!switches.has("dry-run")) usage("DEST is missing")
 }
-function splitPositionals({ values: { manifest, from }, positionals }) {
-  if (manifest !== void 0)
-    return { images: positionals.slice(0, 1) };
-  const isDestinationThere = positionals.length > (from === void 0 ? 1 : 0);
-  if (!isDestinationThere)
-    return { images: positionals };
-  return { images: positionals.slice(0, -1), destination: positionals.at(-1) };
+function splitPositionals({values: {manifest, from}, positionals}) {
+	if (manifest !== void 0) return {images: positionals.slice(0, 1)}
+	const isDestinationThere = positionals.length > (from === void 0 ? 1 : 0)
+	if (!isDestinationThere) return {images: positionals}
+	return {images: positionals.slice(0, -1), destination: positionals.at(-1)}
 }
 function planCommand(line) {
-  checkCombinations(line);
-  const { values, switches } = line;
-  const { images, destination } = splitPositionals(line);
-  const options = optionsOf(line);
-  const isPasswordOnStdin = switches.has("password-stdin");
-  if (destination === "")
-    usage("DEST is empty");
-  if (values.name !== void 0 && (images.length !== 1 || values.from !== void 0))
-    usage("--name goes with one IMAGE");
-  const passwordToCome = isPasswordOnStdin ? { password: "" } : {};
-  new Puller({ ...options, ...passwordToCome, url: "any/image" });
-  return {
-    images,
-    destination,
-    from: values.from,
-    manifest: values.manifest,
-    isPasswordOnStdin,
-    isQuiet: switches.has("quiet"),
-    options
-  };
+	checkCombinations(line)
+	const {values, switches} = line
+	const {images, destination} = splitPositionals(line)
+	const options = optionsOf(line)
+	const isPasswordOnStdin = switches.has("password-stdin")
+	if (destination === "") usage("DEST is empty")
+	if (values.name !== void 0 && (images.length !== 1 || values.from !== void 0)) usage("--name goes with one IMAGE")
+	const passwordToCome = isPasswordOnStdin ? {password: ""} : {}
+	new Puller({...options, ...passwordToCome, url: "any/image"})
+	return {
+		images,
+		destination,
+		from: values.from,
+		manifest: values.manifest,
+		isPasswordOnStdin,
+		isQuiet: switches.has("quiet"),
+		options
+	}
 }
 var internals = Object.freeze({
-  LIMITS,
-  OPTIONS,
-  TUNING,
-  defaultDestination,
-  encodeTarHeader,
-  formatReference,
-  imageName,
-  isExemptFromProxy,
-  judge,
-  matchPlatform,
-  openTarFile,
-  parseChallenges,
-  parseCommandLine,
-  parseManifest,
-  parsePublicKey,
-  parseReference,
-  planCommand,
-  planTar,
-  printable,
-  proxyFor,
-  readSignature,
-  readTar,
-  pulledImage,
-  runPull,
-  verifyTar,
-  wantedPlatform,
-  withSession
-});
-export {
-  ImgpullError,
-  Puller,
-  listTar,
-  newPullerOpts,
-  openTar,
-  parseImageList,
-  parseReference,
-  pullImages,
-  verifyTar
-};
+	LIMITS,
+	OPTIONS,
+	TUNING,
+	defaultDestination,
+	encodeTarHeader,
+	formatReference,
+	imageName,
+	isExemptFromProxy,
+	judge,
+	matchPlatform,
+	openTarFile,
+	parseChallenges,
+	parseCommandLine,
+	parseManifest,
+	parsePublicKey,
+	parseReference,
+	planCommand,
+	planTar,
+	printable,
+	proxyFor,
+	readSignature,
+	readTar,
+	pulledImage,
+	runPull,
+	verifyTar,
+	wantedPlatform,
+	withSession
+})
+export {ImgpullError, Puller, listTar, newPullerOpts, openTar, parseImageList, parseReference, pullImages, verifyTar}
