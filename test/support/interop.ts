@@ -126,16 +126,24 @@ export async function imgpull(args: string[], options: CommandOptions = {}): Pro
 // ====== Services ======
 
 // The shell ends the service (and only it, by its pid) when a signal's name comes on its stdin, or when its stdin ends
-// because the test process is gone, by SIGKILL too: no daemon outlives the tests.
+// because the test process is gone, by SIGKILL too: no daemon outlives the tests. In the second case nobody else tidies up:
+// it removes the service's folder and, as the last of them, the folder of all. What lies in /dev/shm it removes in both.
 const GUARDIAN = `
-default=$1; shift
+default=$1 folder=$2 shared=$3; shift 3
 exec 3<&0
 "$@" </dev/null 3<&- & service=$!
-{ read -r signal; kill -s "\${signal:-$default}" "$service"; } <&3 2>/dev/null & guard=$!
+touch "$folder/alive"
+{ read -r signal || touch "$folder/orphaned"; kill -s "\${signal:-$default}" "$service"; } <&3 2>/dev/null & guard=$!
 exec 3<&-
 wait "$service"; status=$?
 kill "$guard" 2>/dev/null
-exit "$status"`;
+[ -z "$shared" ] || rm -f /dev/shm/"$shared"-*
+rm -f "$folder/alive"
+[ -e "$folder/orphaned" ] || exit "$status"
+cd / && rm -rf "$folder"
+root=\${folder%/*}
+set -- "$root"/*/alive
+[ -e "$1" ] || rm -rf "$root"`;
 
 export interface Program {
   name: string;
@@ -144,6 +152,8 @@ export interface Program {
   /** What it prints once it takes connections. */
   ready: RegExp;
   stopSignal: NodeJS.Signals;
+  /** How the names of what it leaves in /dev/shm begin, up to a "-". */
+  sharedMemory?: string;
 }
 
 export class Service {
@@ -160,11 +170,12 @@ export class Service {
 
   /** Returns when it takes connections. */
   async start(): Promise<RegExpMatchArray> {
-    const { command, folder, ready, stopSignal } = this.#program;
+    const { command, folder, ready, stopSignal, sharedMemory = "" } = this.#program;
     const logPath = join(folder, "output.log");
     const log = openSync(logPath, "a", 0o644);
     this.#logStart = readFileSync(logPath, "latin1").length;
-    const child = spawn("sh", ["-c", GUARDIAN, "guardian", stopSignal.slice(3), ...command], {
+    const guardian = ["-c", GUARDIAN, "guardian", stopSignal.slice(3), folder, sharedMemory];
+    const child = spawn("sh", [...guardian, ...command], {
       stdio: ["pipe", log, log],
       env: toolEnvironment(),
       cwd: folder,
@@ -579,12 +590,13 @@ dns_nameservers 127.0.0.1
 ${access}
 `,
     });
-    const command = ["squid", "-N", "-d", "1", "-f", config];
+    // A name of its own: under squid's usual one, what another has left in /dev/shm makes it fail.
+    const sharedMemory = `imgpull${process.pid}x${port}`;
+    const command = ["squid", "-N", "-n", sharedMemory, "-d", "1", "-f", config];
+    const ready = /Accepting HTTP Socket/;
     // SIGTERM keeps it for seconds, whatever its shutdown_lifetime.
-    return new Squid(
-      { name: "squid", folder, command, ready: /Accepting HTTP Socket/, stopSignal: "SIGKILL" },
-      port,
-    );
+    const stopSignal = "SIGKILL";
+    return new Squid({ name: "squid", folder, command, ready, stopSignal, sharedMemory }, port);
   });
 }
 
