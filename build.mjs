@@ -156,19 +156,63 @@ async function bundle(entryPoints) {
   return entryPoints.map((file) => join("build/test", basename(file).replace(/\.ts$/, ".mjs")));
 }
 
-/** Runs test files side by side; false where one failed. */
+/** Runs test files side by side, and says how many tests passed, failed or were skipped, and which failed. */
 function runTests(files, flags, environment = {}) {
-  if (files.length === 0) return true;
+  if (files.length === 0) return { passed: 0, failed: 0, skipped: 0, failures: [] };
+  const sumFile = "build/test-sum.json";
+  rmSync(sumFile, { force: true });
+  const hasReporter = flags.some((flag) => flag.startsWith("--test-reporter"));
+  const shown = hasReporter ? flags : [...flags, "--test-reporter=spec"];
+  const counted = [
+    "--test-reporter-destination=stdout",
+    "--test-reporter=./test/support/reporter.mjs",
+    `--test-reporter-destination=${sumFile}`,
+  ];
   const { status, error } = spawnSync(
     process.execPath,
-    ["--enable-source-maps", "--test", ...flags, ...files],
-    {
-      stdio: "inherit",
-      env: { ...process.env, ...environment },
-    },
+    ["--enable-source-maps", "--test", ...shown, ...counted, ...files],
+    { stdio: "inherit", env: { ...process.env, ...environment } },
   );
   if (error) throw error;
-  return status === 0;
+  const sum = JSON.parse(readFileSync(sumFile, "utf8"));
+  if (status !== 0 && sum.failures.length === 0)
+    sum.failures.push({ name: "node --test", reason: `it ended with ${status}` });
+  return sum;
+}
+
+/** The tests whose file's name has one of the words, or all; the last line is the sum. */
+async function testAll(words) {
+  const wanted = words.filter((word) => !word.startsWith("-"));
+  const flags = words.filter((word) => word.startsWith("-"));
+  const tests = readdirSync("test").filter((name) => name.endsWith(".test.ts"));
+  const chosen = tests.filter(
+    (name) => wanted.length === 0 || wanted.some((word) => name.includes(word)),
+  );
+  if (chosen.length === 0) fail(`no test has ${wanted.join(" or ")} in its name`);
+  rmSync("build/test-output", { recursive: true, force: true });
+  const files = await bundle(chosen.map((name) => join("test", name)));
+
+  // One file searches all that the others have printed for secrets: it runs when they have ended.
+  const isLast = (file) => basename(file).startsWith("secrets.");
+  const environment = wanted.length > 0 ? {} : { IMGPULL_SUITE: "whole" };
+  const sums = [
+    runTests(
+      files.filter((file) => !isLast(file)),
+      flags,
+    ),
+    runTests(files.filter(isLast), flags, environment),
+  ];
+  const failures = sums.flatMap((sum) => sum.failures);
+  if (failures.length > 0) console.log("\nfailed tests:");
+  for (const { name, reason } of failures) {
+    const lines = reason.split("\n").slice(0, 30);
+    console.log(`✖ ${name}\n${lines.map((line) => `    ${line}`).join("\n")}`);
+  }
+  const total = (key) => sums.reduce((count, sum) => count + sum[key], 0);
+  console.log(
+    `\n${total("passed")} passed, ${total("failed")} failed, ${total("skipped")} skipped`,
+  );
+  return failures.length === 0;
 }
 
 // ====== Node for the binaries ======
@@ -562,28 +606,7 @@ const [mode, ...rest] = process.argv.slice(2);
 if (mode === undefined) {
   await buildDist();
 } else if (mode === "--test") {
-  const tests = readdirSync("test")
-    .filter((name) => name.endsWith(".test.ts"))
-    .map((name) => join("test", name));
-  const wanted = rest.filter((word) => !word.startsWith("-"));
-  const chosen = wanted.length
-    ? tests.filter((file) => wanted.some((word) => file.includes(word)))
-    : tests;
-  const flags = rest.filter((word) => word.startsWith("-"));
-  // One file searches all that the others have printed for secrets: it runs when they have ended.
-  rmSync("build/test-output", { recursive: true, force: true });
-  const isLast = (file) => basename(file).startsWith("secrets.");
-  const files = await bundle(chosen);
-  const passed = runTests(
-    files.filter((file) => !isLast(file)),
-    flags,
-  );
-  const searched = runTests(
-    files.filter(isLast),
-    flags,
-    wanted.length ? {} : { IMGPULL_SUITE: "whole" },
-  );
-  if (!passed || !searched) process.exit(1);
+  if (!(await testAll(rest))) process.exit(1);
 } else if (mode === "--run") {
   const [file, ...args] = rest;
   run(process.execPath, ["--enable-source-maps", ...(await bundle([file])), ...args]);
