@@ -421,6 +421,8 @@ interface TarImage {
   /** Of the layers. */
   sizeBytes: number;
   layers: TarLayer[];
+  /** Where not all the platforms of its index are here: how many are, and how many the index names. */
+  platforms?: { here: number; named: number };
 }
 
 /** Whether a program loads a tar. */
@@ -441,7 +443,9 @@ interface TarReport {
   unpackedLayers: number;
   /** Layers that cannot be unpacked here, for each reason: how they are compressed, or `encrypted`. */
   notUnpacked: { reason: string; layers: number }[];
-  /** Manifests of an index that are not here: platforms that were left out. */
+  /** Of the indexes that are here: how many of the platforms they name are here too. */
+  platforms: { here: number; named: number };
+  /** Manifests of these indexes that are not here: platforms that were left out, and their attestations. */
   absentManifests: number;
   loaders: TarLoader[];
   problems: TarProblem[];
@@ -8705,12 +8709,16 @@ function mayBeDocument(entry: TarEntry, firstPiece: Buffer): boolean {
 
 // ------ Documents ------
 
+/** How many of the platforms that an index names are here, and how many manifests, attestations too, are not. */
+type PlatformCount = Readonly<{ here: number; named: number; absentManifests: number }>;
+
 /** The manifests, indexes and configs of a tar: each is parsed once, and what is wrong with it is said once. */
 class TarDocuments {
   readonly problems: TarProblem[] = [];
   readonly #contents: TarContents;
   readonly #manifests = new Map<string, ImageManifest | IndexManifest | undefined>();
   readonly #configs = new Map<string, ConfigWords | undefined>();
+  readonly #platforms = new Map<string, PlatformCount>();
 
   constructor(contents: TarContents) {
     this.#contents = contents;
@@ -8753,6 +8761,25 @@ class TarDocuments {
     const key = `${mediaType} ${digest}`;
     if (!this.#manifests.has(key)) this.#manifests.set(key, this.#readManifest(digest, mediaType));
     return this.#manifests.get(key);
+  }
+
+  /** How much of an index is here: docker save, too, keeps an index and leaves platforms out. Undefined for an image. */
+  platformsOf(descriptor: Descriptor, depth = 0): PlatformCount | undefined {
+    const known = this.#platforms.get(descriptor.digest);
+    const manifest = depth > LIMITS.indexDepth ? undefined : this.manifest(descriptor);
+    if (known || manifest?.kind !== "index") return known;
+
+    const counts = { here: 0, named: 0, absentManifests: 0 };
+    this.#platforms.set(descriptor.digest, counts);
+    for (const child of manifest.manifests) {
+      const isHere = this.file(blobPath(child.digest)) !== undefined;
+      const inner = isHere ? this.platformsOf(child, depth + 1) : undefined;
+      const isPlatform = inner === undefined && isManifestType(child) && !isAttestation(child);
+      counts.here += inner?.here ?? Number(isPlatform && isHere);
+      counts.named += inner?.named ?? Number(isPlatform);
+      counts.absentManifests += inner?.absentManifests ?? Number(!isHere);
+    }
+    return counts;
   }
 
   /** Undefined where it is not there or no JSON. */
@@ -8804,6 +8831,8 @@ type HeldPart = Readonly<{ entry: string; size: number; mediaType: string }>;
 /** An image or other content that a tar names: config first, then layers. */
 type HeldImage = Readonly<{
   name: string;
+  /** Of the index that leads to it, where one does. */
+  platforms?: PlatformCount | undefined;
   /** Empty where only manifest.json names it. */
   digest: string;
   platform: string;
@@ -8834,8 +8863,8 @@ type HeldImages = Readonly<{
   tags: readonly string[];
   /** Blobs that an index names as they are, such as a build's cache. */
   blobs: readonly HeldPart[];
-  /** docker save keeps an index and leaves platforms out. */
-  absentManifests: number;
+  /** Of each index that is no proof. */
+  indexes: readonly PlatformCount[];
   isLayout: boolean;
   isDockerArchive: boolean;
 }>;
@@ -8846,7 +8875,6 @@ class ImageFinder {
   readonly #blobs = new Map<string, HeldPart>();
   /** What each entry of index.json leads to, by its digest: equal entries are read once. */
   readonly #found = new Map<string, readonly Omit<HeldImage, "name">[]>();
-  #absentManifests = 0;
   #namedBlobs = 0;
   #references = 0;
 
@@ -8856,8 +8884,15 @@ class ImageFinder {
 
   run(): HeldImages {
     const entries = this.#readIndex();
-    const found = entries.flatMap(({ descriptor, name, isCompanion }) =>
-      this.#imagesOf(descriptor).map((image) => ({ name, isCompanion, ...image })),
+    const found = entries.flatMap(({ descriptor, name, isCompanion }) => {
+      const images = this.#imagesOf(descriptor);
+      const platforms = this.#documents.platformsOf(descriptor);
+      return images.map((image) => ({ name, isCompanion, platforms, ...image }));
+    });
+    const indexes = new Map(
+      entries
+        .filter(({ isCompanion }) => !isCompanion)
+        .map(({ descriptor }) => [descriptor.digest, this.#documents.platformsOf(descriptor)]),
     );
     const listed = this.#readDockerList();
     const isLayout = this.#checkLayout(entries.length > 0, listed.length > 0);
@@ -8872,7 +8907,7 @@ class ImageFinder {
       listed: listed.map(({ image }) => image),
       tags: listed.flatMap(({ tags }) => tags),
       blobs: [...this.#blobs.values()],
-      absentManifests: this.#absentManifests,
+      indexes: [...indexes.values()].filter((index) => index !== undefined),
       isLayout,
       isDockerArchive: listed.length > 0,
     };
@@ -8950,8 +8985,8 @@ class ImageFinder {
 
     for (const child of manifest.manifests) {
       const isThere = this.#documents.file(blobPath(child.digest)) !== undefined;
-      if (!isThere) this.#absentManifests += 1;
-      else if (isManifestType(child)) this.#collect(child, depth + 1, seen, images);
+      if (!isThere) continue;
+      if (isManifestType(child)) this.#collect(child, depth + 1, seen, images);
       else this.#addBlob(child);
     }
   }
@@ -9320,6 +9355,7 @@ async function inspectTar(
       blobs: blobCount,
       unpackedLayers: 0,
       notUnpacked: [],
+      platforms: { here: 0, named: 0 },
       absentManifests: 0,
       loaders: [],
       problems,
@@ -9344,7 +9380,11 @@ async function inspectTar(
     blobs: blobCount,
     unpackedLayers: check.unpackedLayers,
     notUnpacked: [...check.notUnpacked].map(([reason, layers]) => ({ reason, layers })),
-    absentManifests: held.absentManifests,
+    platforms: {
+      here: sumOf(held.indexes, ({ here }) => here),
+      named: sumOf(held.indexes, ({ named }) => named),
+    },
+    absentManifests: sumOf(held.indexes, ({ absentManifests }) => absentManifests),
     loaders: judgeLoaders({ images, held, seen }),
     problems: uniqueProblems(problems),
   };
@@ -9367,8 +9407,10 @@ function describeImage(image: HeldImage, documents: TarDocuments): TarImage {
     present: documents.file(entry) !== undefined,
   }));
   const { name, digest, platform, isImage } = image;
+  const { here = 0, named = 0 } = image.platforms ?? {};
+  const platforms = here < named ? { here, named } : undefined;
   const sizeBytes = sumOf(layers, ({ size }) => size);
-  return { name, digest, platform, isImage, sizeBytes, layers };
+  return { name, digest, platform, isImage, sizeBytes, layers, ...dropEmpty({ platforms }) };
 }
 
 function uniqueProblems(problems: readonly TarProblem[]): TarProblem[] {
@@ -10092,15 +10134,21 @@ function formatForecast(report: PullReport, place: string | undefined): string {
 const isStdout = (destination: string | undefined): boolean =>
   destination === "-" || destination === "/dev/stdout";
 
+const formatPlatformCount = ({ here, named }: { here: number; named: number }): string =>
+  `${here} of ${counted(named, "platform")}`;
+
 /** What --verify says of a tar in which all is right. */
 function formatTarReport(report: TarReport, isSigned: boolean): string {
   const { images, blobs, unpackedLayers, notUnpacked, absentManifests, loaders } = report;
+  const { here, named } = report.platforms;
+  const others = absentManifests - (named - here);
   const counts = [
     counted(images.length, "image"),
     `${counted(blobs, "blob")} hashed`,
     `${counted(unpackedLayers, "layer")} unpacked`,
     ...notUnpacked.map(({ reason, layers }) => `${layers} (${reason}) not`),
-    ...(absentManifests > 0 ? [`${absentManifests} more of an index not here`] : []),
+    ...(here < named ? [formatPlatformCount({ here, named })] : []),
+    ...(others > 0 ? [`${others} more of an index not here`] : []),
   ];
   const taking = loaders.filter(({ takes }) => takes);
   const judgement = isSigned ? "all is right, and signed by a key given" : "all is right";
@@ -10114,12 +10162,14 @@ function formatLoader({ program, needsName, sinceVersion }: TarLoader): string {
 }
 
 /** A table for a person. */
-function formatTarImage({ name, digest, platform, sizeBytes, layers }: TarImage): string {
+function formatTarImage(image: TarImage): string {
+  const { name, digest, platform, sizeBytes, layers, platforms } = image;
   const rows = layers.map(({ digest: layer, size, present }) => {
     const amount = present ? formatBytes(size) : "absent";
     return `${amount.padStart(7)} ${layer}`;
   });
-  const title = `${name || "(no name)"}  ${platform}  ${formatBytes(sizeBytes)}`;
+  const some = platforms ? `  (${formatPlatformCount(platforms)})` : "";
+  const title = `${name || "(no name)"}  ${platform}  ${formatBytes(sizeBytes)}${some}`;
   return [title, ...(digest ? [`        ${digest}`] : []), ...rows].join("\n");
 }
 
@@ -10131,8 +10181,7 @@ const tarSource = (io: CommandIO, file: string): TarSource =>
 async function showTarList(io: CommandIO, file: string, signal: AbortSignal): Promise<void> {
   const { stdout } = io;
   for (const image of await listTar(tarSource(io, file), { signal })) {
-    const { name, digest, platform, sizeBytes, layers } = image;
-    const plain = { name, digest, platform, sizeBytes, layers };
+    const { isImage: _isImage, ...plain } = image;
     stdout.write(`${stdout.isTTY ? formatTarImage(image) : JSON.stringify(plain)}\n`);
   }
 }

@@ -5707,6 +5707,7 @@ var TarDocuments = class {
 	#contents
 	#manifests = /* @__PURE__ */ new Map()
 	#configs = /* @__PURE__ */ new Map()
+	#platforms = /* @__PURE__ */ new Map()
 	constructor(contents) {
 		this.#contents = contents
 	}
@@ -5738,6 +5739,22 @@ var TarDocuments = class {
 		const key = `${mediaType} ${digest}`
 		if (!this.#manifests.has(key)) this.#manifests.set(key, this.#readManifest(digest, mediaType))
 		return this.#manifests.get(key)
+	}
+	platformsOf(descriptor, depth = 0) {
+		const known = this.#platforms.get(descriptor.digest)
+		const manifest = depth > LIMITS.indexDepth ? void 0 : this.manifest(descriptor)
+		if (known || manifest?.kind !== "index") return known
+		const counts = {here: 0, named: 0, absentManifests: 0}
+		this.#platforms.set(descriptor.digest, counts)
+		for (const child of manifest.manifests) {
+			const isHere = this.file(blobPath(child.digest)) !== void 0
+			const inner = isHere ? this.platformsOf(child, depth + 1) : void 0
+			const isPlatform = inner === void 0 && isManifestType(child) && !isAttestation(child)
+			counts.here += inner?.here ?? Number(isPlatform && isHere)
+			counts.named += inner?.named ?? Number(isPlatform)
+			counts.absentManifests += inner?.absentManifests ?? Number(!isHere)
+		}
+		return counts
 	}
 	config(name) {
 		if (!this.#configs.has(name)) this.#configs.set(name, this.#readConfig(name))
@@ -5776,7 +5793,6 @@ var ImageFinder = class {
 	#documents
 	#blobs = /* @__PURE__ */ new Map()
 	#found = /* @__PURE__ */ new Map()
-	#absentManifests = 0
 	#namedBlobs = 0
 	#references = 0
 	constructor(documents) {
@@ -5784,8 +5800,15 @@ var ImageFinder = class {
 	}
 	run() {
 		const entries = this.#readIndex()
-		const found = entries.flatMap(({descriptor, name, isCompanion}) =>
-			this.#imagesOf(descriptor).map(image => ({name, isCompanion, ...image}))
+		const found = entries.flatMap(({descriptor, name, isCompanion}) => {
+			const images = this.#imagesOf(descriptor)
+			const platforms = this.#documents.platformsOf(descriptor)
+			return images.map(image => ({name, isCompanion, platforms, ...image}))
+		})
+		const indexes = new Map(
+			entries
+				.filter(({isCompanion}) => !isCompanion)
+				.map(({descriptor}) => [descriptor.digest, this.#documents.platformsOf(descriptor)])
 		)
 		const listed = this.#readDockerList()
 		const isLayout = this.#checkLayout(entries.length > 0, listed.length > 0)
@@ -5799,7 +5822,7 @@ var ImageFinder = class {
 			listed: listed.map(({image}) => image),
 			tags: listed.flatMap(({tags}) => tags),
 			blobs: [...this.#blobs.values()],
-			absentManifests: this.#absentManifests,
+			indexes: [...indexes.values()].filter(index => index !== void 0),
 			isLayout,
 			isDockerArchive: listed.length > 0
 		}
@@ -5860,8 +5883,8 @@ var ImageFinder = class {
 		if (manifest?.kind !== "index") return
 		for (const child of manifest.manifests) {
 			const isThere = this.#documents.file(blobPath(child.digest)) !== void 0
-			if (!isThere) this.#absentManifests += 1
-			else if (isManifestType(child)) this.#collect(child, depth + 1, seen, images)
+			if (!isThere) continue
+			if (isManifestType(child)) this.#collect(child, depth + 1, seen, images)
 			else this.#addBlob(child)
 		}
 	}
@@ -6124,6 +6147,7 @@ async function inspectTar(source, options, signers) {
 			blobs: blobCount,
 			unpackedLayers: 0,
 			notUnpacked: [],
+			platforms: {here: 0, named: 0},
 			absentManifests: 0,
 			loaders: [],
 			problems
@@ -6145,7 +6169,11 @@ async function inspectTar(source, options, signers) {
 		blobs: blobCount,
 		unpackedLayers: check.unpackedLayers,
 		notUnpacked: [...check.notUnpacked].map(([reason, layers]) => ({reason, layers})),
-		absentManifests: held.absentManifests,
+		platforms: {
+			here: sumOf(held.indexes, ({here}) => here),
+			named: sumOf(held.indexes, ({named: named2}) => named2)
+		},
+		absentManifests: sumOf(held.indexes, ({absentManifests}) => absentManifests),
 		loaders: judgeLoaders({images, held, seen}),
 		problems: uniqueProblems(problems)
 	}
@@ -6163,8 +6191,10 @@ function describeImage(image, documents) {
 		present: documents.file(entry) !== void 0
 	}))
 	const {name, digest, platform, isImage: isImage2} = image
+	const {here = 0, named = 0} = image.platforms ?? {}
+	const platforms = here < named ? {here, named} : void 0
 	const sizeBytes = sumOf(layers, ({size}) => size)
-	return {name, digest, platform, isImage: isImage2, sizeBytes, layers}
+	return {name, digest, platform, isImage: isImage2, sizeBytes, layers, ...dropEmpty({platforms})}
 }
 function uniqueProblems(problems) {
 	return [...new Map(problems.map(problem => [JSON.stringify(problem), problem])).values()]
@@ -6662,14 +6692,18 @@ function formatForecast(report, place) {
 	return `dry run: ${counted(images.length, "image")}, ${size}: ${formatBytes(fetchedBytes)} to fetch${reused}`
 }
 var isStdout = destination => destination === "-" || destination === "/dev/stdout"
+var formatPlatformCount = ({here, named}) => `${here} of ${counted(named, "platform")}`
 function formatTarReport(report, isSigned) {
 	const {images, blobs, unpackedLayers, notUnpacked, absentManifests, loaders} = report
+	const {here, named} = report.platforms
+	const others = absentManifests - (named - here)
 	const counts = [
 		counted(images.length, "image"),
 		`${counted(blobs, "blob")} hashed`,
 		`${counted(unpackedLayers, "layer")} unpacked`,
 		...notUnpacked.map(({reason, layers}) => `${layers} (${reason}) not`),
-		...(absentManifests > 0 ? [`${absentManifests} more of an index not here`] : [])
+		...(here < named ? [formatPlatformCount({here, named})] : []),
+		...(others > 0 ? [`${others} more of an index not here`] : [])
 	]
 	const taking = loaders.filter(({takes}) => takes)
 	const judgement = isSigned ? "all is right, and signed by a key given" : "all is right"
@@ -6681,20 +6715,21 @@ function formatLoader({program, needsName, sinceVersion}) {
 	const words = program.startsWith("skopeo") ? `${program}:${place}` : program
 	return sinceVersion === void 0 ? words : `${words} from ${sinceVersion} on`
 }
-function formatTarImage({name, digest, platform, sizeBytes, layers}) {
+function formatTarImage(image) {
+	const {name, digest, platform, sizeBytes, layers, platforms} = image
 	const rows = layers.map(({digest: layer, size, present}) => {
 		const amount = present ? formatBytes(size) : "absent"
 		return `${amount.padStart(7)} ${layer}`
 	})
-	const title = `${name || "(no name)"}  ${platform}  ${formatBytes(sizeBytes)}`
+	const some = platforms ? `  (${formatPlatformCount(platforms)})` : ""
+	const title = `${name || "(no name)"}  ${platform}  ${formatBytes(sizeBytes)}${some}`
 	return [title, ...(digest ? [`        ${digest}`] : []), ...rows].join("\n")
 }
 var tarSource = (io, file) => (file === "-" ? io.stdin : file)
 async function showTarList(io, file, signal) {
 	const {stdout} = io
 	for (const image of await listTar(tarSource(io, file), {signal})) {
-		const {name, digest, platform, sizeBytes, layers} = image
-		const plain = {name, digest, platform, sizeBytes, layers}
+		const {isImage: _isImage, ...plain} = image
 		stdout.write(`${stdout.isTTY ? formatTarImage(image) : JSON.stringify(plain)}
 `)
 	}

@@ -292,6 +292,11 @@ interface TarImage {
     /** Of the layers. */
     sizeBytes: number;
     layers: TarLayer[];
+    /** Where not all the platforms of its index are here: how many are, and how many the index names. */
+    platforms?: {
+        here: number;
+        named: number;
+    };
 }
 /** Whether a program loads a tar. */
 interface TarLoader {
@@ -313,7 +318,12 @@ interface TarReport {
         reason: string;
         layers: number;
     }[];
-    /** Manifests of an index that are not here: platforms that were left out. */
+    /** Of the indexes that are here: how many of the platforms they name are here too. */
+    platforms: {
+        here: number;
+        named: number;
+    };
+    /** Manifests of these indexes that are not here: platforms that were left out, and their attestations. */
     absentManifests: number;
     loaders: TarLoader[];
     problems: TarProblem[];

@@ -5677,6 +5677,7 @@ var TarDocuments = class {
 	#contents
 	#manifests = /* @__PURE__ */ new Map()
 	#configs = /* @__PURE__ */ new Map()
+	#platforms = /* @__PURE__ */ new Map()
 	constructor(contents) {
 		this.#contents = contents
 	}
@@ -5708,6 +5709,22 @@ var TarDocuments = class {
 		const key = `${mediaType} ${digest}`
 		if (!this.#manifests.has(key)) this.#manifests.set(key, this.#readManifest(digest, mediaType))
 		return this.#manifests.get(key)
+	}
+	platformsOf(descriptor, depth = 0) {
+		const known = this.#platforms.get(descriptor.digest)
+		const manifest = depth > LIMITS.indexDepth ? void 0 : this.manifest(descriptor)
+		if (known || manifest?.kind !== "index") return known
+		const counts = {here: 0, named: 0, absentManifests: 0}
+		this.#platforms.set(descriptor.digest, counts)
+		for (const child of manifest.manifests) {
+			const isHere = this.file(blobPath(child.digest)) !== void 0
+			const inner = isHere ? this.platformsOf(child, depth + 1) : void 0
+			const isPlatform = inner === void 0 && isManifestType(child) && !isAttestation(child)
+			counts.here += inner?.here ?? Number(isPlatform && isHere)
+			counts.named += inner?.named ?? Number(isPlatform)
+			counts.absentManifests += inner?.absentManifests ?? Number(!isHere)
+		}
+		return counts
 	}
 	config(name) {
 		if (!this.#configs.has(name)) this.#configs.set(name, this.#readConfig(name))
@@ -5746,7 +5763,6 @@ var ImageFinder = class {
 	#documents
 	#blobs = /* @__PURE__ */ new Map()
 	#found = /* @__PURE__ */ new Map()
-	#absentManifests = 0
 	#namedBlobs = 0
 	#references = 0
 	constructor(documents) {
@@ -5754,8 +5770,15 @@ var ImageFinder = class {
 	}
 	run() {
 		const entries = this.#readIndex()
-		const found = entries.flatMap(({descriptor, name, isCompanion}) =>
-			this.#imagesOf(descriptor).map(image => ({name, isCompanion, ...image}))
+		const found = entries.flatMap(({descriptor, name, isCompanion}) => {
+			const images = this.#imagesOf(descriptor)
+			const platforms = this.#documents.platformsOf(descriptor)
+			return images.map(image => ({name, isCompanion, platforms, ...image}))
+		})
+		const indexes = new Map(
+			entries
+				.filter(({isCompanion}) => !isCompanion)
+				.map(({descriptor}) => [descriptor.digest, this.#documents.platformsOf(descriptor)])
 		)
 		const listed = this.#readDockerList()
 		const isLayout = this.#checkLayout(entries.length > 0, listed.length > 0)
@@ -5769,7 +5792,7 @@ var ImageFinder = class {
 			listed: listed.map(({image}) => image),
 			tags: listed.flatMap(({tags}) => tags),
 			blobs: [...this.#blobs.values()],
-			absentManifests: this.#absentManifests,
+			indexes: [...indexes.values()].filter(index => index !== void 0),
 			isLayout,
 			isDockerArchive: listed.length > 0
 		}
@@ -5830,8 +5853,8 @@ var ImageFinder = class {
 		if (manifest?.kind !== "index") return
 		for (const child of manifest.manifests) {
 			const isThere = this.#documents.file(blobPath(child.digest)) !== void 0
-			if (!isThere) this.#absentManifests += 1
-			else if (isManifestType(child)) this.#collect(child, depth + 1, seen, images)
+			if (!isThere) continue
+			if (isManifestType(child)) this.#collect(child, depth + 1, seen, images)
 			else this.#addBlob(child)
 		}
 	}
@@ -6094,6 +6117,7 @@ async function inspectTar(source, options, signers) {
 			blobs: blobCount,
 			unpackedLayers: 0,
 			notUnpacked: [],
+			platforms: {here: 0, named: 0},
 			absentManifests: 0,
 			loaders: [],
 			problems
@@ -6115,7 +6139,11 @@ async function inspectTar(source, options, signers) {
 		blobs: blobCount,
 		unpackedLayers: check.unpackedLayers,
 		notUnpacked: [...check.notUnpacked].map(([reason, layers]) => ({reason, layers})),
-		absentManifests: held.absentManifests,
+		platforms: {
+			here: sumOf(held.indexes, ({here}) => here),
+			named: sumOf(held.indexes, ({named: named2}) => named2)
+		},
+		absentManifests: sumOf(held.indexes, ({absentManifests}) => absentManifests),
 		loaders: judgeLoaders({images, held, seen}),
 		problems: uniqueProblems(problems)
 	}
@@ -6133,8 +6161,10 @@ function describeImage(image, documents) {
 		present: documents.file(entry) !== void 0
 	}))
 	const {name, digest, platform, isImage: isImage2} = image
+	const {here = 0, named = 0} = image.platforms ?? {}
+	const platforms = here < named ? {here, named} : void 0
 	const sizeBytes = sumOf(layers, ({size}) => size)
-	return {name, digest, platform, isImage: isImage2, sizeBytes, layers}
+	return {name, digest, platform, isImage: isImage2, sizeBytes, layers, ...dropEmpty({platforms})}
 }
 function uniqueProblems(problems) {
 	return [...new Map(problems.map(problem => [JSON.stringify(problem), problem])).values()]

@@ -128,3 +128,41 @@ test("command and library give the same tar, and the same digest to the lock fil
   assert.equal(report.images[0]?.digest, index.digest);
   assert(readFileSync(byCommand).equals(readFileSync(byLibrary)));
 });
+
+test("--verify and --list-tar say how many of the platforms are here", async (t) => {
+  const attested = makeMultiPlatform(FIVE, { seed: "attested", attestations: true });
+  const inner = makeMultiPlatform(["linux/arm64", "linux/s390x"], { seed: "inner" });
+  const nested = makeIndex([childOf(index), { content: inner, platform: "linux/arm64" }]);
+  for (const [content, platforms, more] of [
+    [index, "2 of 5 platforms", ""],
+    [attested, "2 of 5 platforms", "5 more of an index not here"],
+    [nested, "2 of 3 platforms", ""],
+  ] as const) {
+    const { outcome } = await pullTwo(t, content);
+    const verified = await runCommand(["--verify", outcome.tar]);
+    assert.equal(verified.exitCode, 0, verified.stderr);
+    assert.match(
+      String(verified.stdout),
+      new RegExp(`2 images, .*, ${platforms}${more && `, ${more}`}: all`),
+    );
+    const { stdout } = await runCommand(["--list-tar", outcome.tar]);
+    const lines = String(stdout)
+      .trim()
+      .split("\n")
+      .map((line) => JSON.parse(line));
+    const [, here, named] = /(\d) of (\d)/.exec(platforms) ?? [];
+    for (const line of lines)
+      assert.deepEqual(line.platforms, { here: Number(here), named: Number(named) });
+  }
+});
+
+test("they say nothing of the kind where all of an index is here, or one image", async (t) => {
+  for (const content of [makeMultiPlatform(["linux/amd64", "linux/arm64"]), makeImage()]) {
+    const [reference] = await serve(t, content);
+    const outcome = await tryPull(t, reference, { scheme: "http", isAll: true });
+    const { stdout } = await runCommand(["--verify", outcome.tar]);
+    assert.doesNotMatch(String(stdout), /platform|of an index/);
+    const listed = await runCommand(["--list-tar", outcome.tar]);
+    assert.doesNotMatch(String(listed.stdout), /platforms/);
+  }
+});
