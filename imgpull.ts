@@ -108,6 +108,9 @@ const LIMITS = Object.freeze({
   referrerDepth: 4, // a signature of an attestation of an image is two deep
   referrerManifestBytes: 64 * MIB, // all of them, which are in memory until DEST is written
   headerBytes: MIB, // Google's registry has sent 21 KB; Node's own bound is 16 KiB
+  secretLength: 4, // shorter ones are in every sentence; below twice that, only words from outside are searched
+  signaturesKept: 64, // of signed URLs, to be struck out of what is said of them
+  helperMs: 60_000, // a helper may ask a password manager, and that one a person
   diagnosisMs: 2000, // a proxy that closed without a word is asked once whether it speaks SOCKS or TLS
   redirects: 10, // as browsers and Go have it
   redirectBodyBytes: 64 * 1024, // read, so that the connection can be kept; of a longer one nothing more is taken
@@ -544,12 +547,115 @@ function printable(text: string, maximum = 300): string {
   return clean.length > maximum ? `${clean.slice(0, maximum)}…` : clean;
 }
 
-/** A URL without user, password and query (which may be a signature); `?ns=` is ours and is kept. */
+/** A URL without user, password and query (which may be a signature); `?ns=` is ours and is kept. Parameters within
+ *  the path (`;sig=…`) go the same way. */
 function redactUrl(url: URL | string): string {
   const { protocol, host, pathname, searchParams } = new URL(url);
+  const path = pathname.replace(/(;|%3b|%3f).*$/i, "$1***");
   const namespace = searchParams.get("ns");
   const query = namespace === null ? "" : `?ns=${namespace}`;
-  return printable(`${protocol}//${host}${pathname}${query}`);
+  return printable(`${protocol}//${host}${path}${query}`);
+}
+
+/** An image reference or place as it was typed: what stands before an @ that is no digest's may be a password. */
+const withoutUser = (text: string): string => text.replace(/^.*@(?!sha(256|512):)/s, "***@");
+
+// ------ Secrets ------
+
+/** Parts of a Base64 text that has `secret` in it, one for each place where it may begin among groups of three bytes. */
+function base64Forms(secret: string): string[] {
+  const forms = [0, 1, 2].map((shift) => {
+    const bytes = Buffer.from(" ".repeat(shift) + secret);
+    const text = bytes.toString("base64").replace(/=+$/, "");
+    const isOpen = bytes.length % 3 > 0; // then the last digit depends on what follows
+    return text.slice(shift === 0 ? 0 : shift + 1, isOpen ? -1 : undefined);
+  });
+  const forUrls = forms.map((form) => form.replaceAll("+", "-").replaceAll("/", "_"));
+  return [...forms, ...forUrls, ...forms.map(encodeURIComponent)];
+}
+
+/** A secret in each form in which whoever was shown it may say it. */
+function formsOf(secret: string): string[] {
+  const text = Buffer.from(secret).toString("utf8"); // well-formed, as encodeURIComponent wants it
+  const percent = encodeURIComponent(text);
+  const strict = percent.replace(/[!'()*~.-]/g, (sign) => `%${sign.charCodeAt(0).toString(16)}`);
+  const inForms = percent.replaceAll("%20", "+");
+  const percents = [percent, strict, inForms].flatMap((form) => [
+    form,
+    form.replace(/%../g, (digits) => digits.toLowerCase()),
+    form.replace(/%../g, (digits) => digits.toUpperCase()),
+  ]);
+  const inJson = JSON.stringify(text).slice(1, -1);
+  const inHtml = text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll('"', "&quot;");
+  return [text, inJson, inHtml, ...percents, ...base64Forms(text)];
+}
+
+/** What no output may have: passwords, tokens, signatures. Whoever gets to know one adds it; whoever shows words from
+ *  outside has them struck out first, before they are cut to length. */
+class Secrets {
+  readonly #secrets = new Set<string>();
+  readonly #forms = new Set<string>();
+  readonly #signatures: string[] = []; // the last ones: each request for a blob may be redirected to new ones
+  #patterns: { inWords: RegExp; anywhere: RegExp } | undefined; // made when they are next needed
+
+  add(...secrets: readonly (string | undefined)[]): void {
+    for (const secret of secrets) {
+      if (!secret || this.#secrets.has(secret)) continue;
+      this.#secrets.add(secret);
+      for (const form of formsOf(secret)) this.#forms.add(form);
+      this.#patterns = undefined;
+    }
+  }
+
+  /** Values of a signed URL's query that sign it or identify its signer. */
+  addSigned({ searchParams }: URL): void {
+    for (const [name, value] of searchParams)
+      if (/sig|token|cred|secret|key|auth|policy/i.test(name)) this.#signatures.push(value);
+    this.#signatures.splice(0, this.#signatures.length - LIMITS.signaturesKept);
+    this.#patterns = undefined;
+  }
+
+  /** Words that someone else has chosen: queries of URLs go too, since they may be signatures. */
+  strikeWords(text: string): string {
+    const struck = text.replace(this.#compile().inWords, "***");
+    return struck.replace(/([?&;][\w.~%-]+=)[^\s&;"'<>)]+/g, "$1***");
+  }
+
+  /** The net below: sentences of ours, in which a short password could be a common word. */
+  strike(text: string): string {
+    return text.replace(this.#compile().anywhere, "***");
+  }
+
+  /** An error and its causes, which programs log whole. */
+  strikeError(error: unknown): void {
+    const seen = new Set<unknown>();
+    for (let each = error; each instanceof Error && !seen.has(each); each = each.cause) {
+      seen.add(each);
+      for (const name of ["message", "stack"] as const) {
+        const text = each[name];
+        if (text !== undefined && this.strike(text) !== text) each[name] = this.strike(text);
+      }
+    }
+  }
+
+  #compile() {
+    if (this.#patterns) return this.#patterns;
+
+    const forms = new Set([...this.#forms, ...this.#signatures.flatMap(formsOf)]);
+    const inWords = anyOf(forms, LIMITS.secretLength);
+    const anywhere = anyOf(forms, 2 * LIMITS.secretLength);
+    this.#patterns = { inWords, anywhere };
+    return this.#patterns;
+  }
+}
+
+/** Matches each of these texts that is long enough, the longest first; nothing where there is none. */
+function anyOf(texts: Iterable<string>, leastLength: number): RegExp {
+  const patterns = [...texts]
+    .filter(({ length }) => length >= leastLength)
+    .sort((left, right) => right.length - left.length)
+    .map((text) => text.replace(/[\\^$.*+?()[\]{}|]/g, "\\$&"));
+  return new RegExp(patterns.join("|") || "(?!)", "g");
 }
 
 // ------ Connections ------
@@ -935,9 +1041,7 @@ function faultOfReference(text: string): string | undefined {
 function parseReference(text: string): Reference {
   const fault = faultOfReference(text);
   if (fault !== undefined) {
-    // What stands before an @ that is no digest's may have been a password.
-    const shown = printable(text.replace(/:.*@(?!sha(256|512):)/, ":***@"));
-    fail("BAD_REFERENCE", `bad image reference "${shown}": ${fault}`);
+    fail("BAD_REFERENCE", `bad image reference "${printable(withoutUser(text))}": ${fault}`);
   }
 
   const { host, repository, tag, digest } = splitReference(text);
@@ -1002,7 +1106,7 @@ function parseMirror(text: string, scheme: "https" | "http"): Mirror {
   const isPlace = isHost(host) && (prefix === "" || REPOSITORY.test(prefix));
   if (isPlace) return { scheme: written.toLowerCase() === "http" ? "http" : "https", host, prefix };
 
-  const shown = printable(text.replace(/^.*@/, "***@")); // which may have been a password
+  const shown = printable(withoutUser(text));
   return fail("BAD_OPTION", `\`mirrors\`: "${shown}" is not HOST[:PORT][/PREFIX]`);
 }
 
@@ -1040,6 +1144,8 @@ interface HttpRequest {
   readonly signal: AbortSignal;
   /** The body is a blob's: it may take as long as it moves. Everything else has to be whole in time. */
   readonly isBlob?: boolean;
+  /** Where a redirect may lead; without it, anywhere that is as private. */
+  readonly mayAsk?: (url: URL) => boolean;
   /** The Authorization header for an origin; asked anew at each redirect. */
   readonly authorizationFor: (origin: string) => Promise<string | undefined>;
   readonly roleOf: (origin: string) => Role;
@@ -1307,17 +1413,6 @@ function proxyHeaders({ username, password }: URL): Record<string, string> {
   return { "Proxy-Authorization": authorization };
 }
 
-/** What a proxy refuses is told in its name: the registry never saw it. */
-function proxyRefusal(proxy: URL, what: string, response: http.IncomingMessage): ImgpullError {
-  const { statusCode: status = 0, statusMessage = "", headers } = response;
-  const retryAfterMs = parseRetryAfter(headers["retry-after"], Date.now());
-  const isPassing = status === 429 || status >= 500;
-  const said = `${proxyName(proxy)} refused ${what}: ${status} ${printable(statusMessage)}`;
-  const remedy = status === 401 || status === 407 ? PROXY_REMEDY : ""; // 401 is tinyproxy's for a wrong password
-  const details: ErrorDetails = { status, retryAfterMs: isPassing ? retryAfterMs : undefined };
-  return new ImgpullError("PROXY", `${said}${remedy}`, details);
-}
-
 /** Whether an answer to a forwarded request is the proxy's own: it could not reach the registry, or would not. */
 function isFromProxy({ statusCode: status = 0, headers }: http.IncomingMessage): boolean {
   if (status === 407) return true;
@@ -1381,14 +1476,29 @@ function answersTls(address: net.TcpNetConnectOpts): Promise<boolean> {
 class ProxyServer {
   readonly url: URL;
   #hasAnswered = false;
+  readonly #secrets: Secrets;
   #diagnosis: Promise<string | undefined> | undefined;
 
-  constructor(url: URL) {
+  constructor(url: URL, secrets: Secrets) {
     this.url = url;
+    this.#secrets = secrets;
+    secrets.add(percentDecode(url.password), proxyHeaders(url)["Proxy-Authorization"]?.slice(6));
   }
 
   markAnswered(): void {
     this.#hasAnswered = true;
+  }
+
+  /** What a proxy refuses is told in its name: the registry never saw it. */
+  refusal(what: string, response: http.IncomingMessage): ImgpullError {
+    const { statusCode: status = 0, statusMessage = "", headers } = response;
+    const retryAfterMs = parseRetryAfter(headers["retry-after"], Date.now());
+    const isPassing = status === 429 || status >= 500;
+    const reason = printable(this.#secrets.strikeWords(statusMessage));
+    const remedy = status === 401 || status === 407 ? PROXY_REMEDY : ""; // 401 is tinyproxy's for a wrong password
+    const details: ErrorDetails = { status, retryAfterMs: isPassing ? retryAfterMs : undefined };
+    const said = `${proxyName(this.url)} refused ${what}: ${status} ${reason}`;
+    return new ImgpullError("PROXY", `${said}${remedy}`, details);
   }
 
   /** A failure between us and the proxy, told in its name; one that cannot pass is a PROXY error. */
@@ -1466,7 +1576,7 @@ function connectThrough(
     const isTlsPort = /HTTP request.* (to|on) (an? )?HTTPS/i.test(String(head)); // Go's words, and nginx's
     const mistake = `${proxyName(proxy.url)}: ${speaks("TLS", "https", proxy.url)}`;
     if (isTlsPort) done(new ImgpullError("PROXY", mistake));
-    else done(proxyRefusal(proxy.url, `CONNECT ${authority}`, response));
+    else done(proxy.refusal(`CONNECT ${authority}`, response));
   });
   connect.end();
 }
@@ -1559,14 +1669,18 @@ class Transport {
   readonly #patience: Patience;
   readonly #proxies = new Map<string, ProxyServer>();
 
-  constructor(settings: Settings) {
+  readonly #secrets: Secrets;
+
+  constructor(settings: Settings, secrets: Secrets) {
     this.#settings = settings;
+    this.#secrets = secrets;
     this.#agents = new AgentPool(settings);
     this.#patience = new Patience(settings.timeoutMs);
   }
 
   send(request: HttpRequest): Promise<Answer> {
-    return followRedirects(request, (url, headers) => this.#sendOnce(request, url, headers));
+    const sendOnce: SendOnce = (url, headers) => this.#sendOnce(request, url, headers);
+    return followRedirects(request, sendOnce, this.#secrets);
   }
 
   close(): void {
@@ -1625,9 +1739,11 @@ class Transport {
     forwarder?.markAnswered();
     if (forwarder && isFromProxy(incoming)) {
       outgoing.destroy();
-      throw proxyRefusal(forwarder.url, doing, incoming);
+      throw forwarder.refusal(doing, incoming);
     }
     tidyHeaders(incoming.headers);
+    const { "content-type": type = "" } = incoming.headers; // it may be shown, and cut at a length
+    if (type.length > 64) incoming.headers["content-type"] = this.#secrets.strikeWords(type);
     return incoming;
   }
 
@@ -1636,7 +1752,7 @@ class Transport {
     const proxyUrl = proxyFor(url, this.#settings.environment);
     if (!proxyUrl) return undefined;
 
-    const proxy = this.#proxies.get(proxyUrl.href) ?? new ProxyServer(proxyUrl);
+    const proxy = this.#proxies.get(proxyUrl.href) ?? new ProxyServer(proxyUrl, this.#secrets);
     this.#proxies.set(proxyUrl.href, proxy);
     return proxy;
   }
@@ -1791,11 +1907,16 @@ function limitSlowness(incoming: http.IncomingMessage, periodMs: number, doing: 
 type SendOnce = (url: URL, headers: Record<string, string>) => Promise<http.IncomingMessage>;
 
 /** Follows redirects by hand: relative ones too, at most ten, never from https to http, never with a secret body. */
-async function followRedirects(request: HttpRequest, sendOnce: SendOnce): Promise<Answer> {
+async function followRedirects(
+  request: HttpRequest,
+  sendOnce: SendOnce,
+  secrets: Secrets,
+): Promise<Answer> {
   let { url } = request;
 
   for (let hops = 0; ; hops += 1) {
     const authorization = await request.authorizationFor(url.origin);
+    secrets.add(authorization?.replace(/^\S+ /, ""));
     const response = await sendOnce(url, {
       "User-Agent": `imgpull/${IMGPULL_VERSION}`,
       "Accept-Encoding": "identity",
@@ -1809,12 +1930,18 @@ async function followRedirects(request: HttpRequest, sendOnce: SendOnce): Promis
 
     const isRedirect = [301, 302, 303, 307, 308].includes(status) && request.body === undefined;
     if (!isRedirect || headers.location === undefined)
-      return { ...answer, words: await readWords(response) };
+      return { ...answer, words: printable(secrets.strikeWords(await readWords(response))) };
 
     dropBody(response);
     if (hops >= LIMITS.redirects)
       fail("PROTOCOL", `${redactUrl(url)}: more than ${LIMITS.redirects} redirects`);
     url = redirectTarget(url, headers.location);
+    secrets.addSigned(url);
+    if (request.mayAsk?.(url) === false)
+      fail(
+        "PROTOCOL",
+        `${redactUrl(request.url)} redirects to ${redactUrl(url)}: not followed there`,
+      );
   }
 }
 
@@ -1822,15 +1949,23 @@ async function followRedirects(request: HttpRequest, sendOnce: SendOnce): Promis
 function redirectTarget(from: URL, location: string): URL {
   if (!URL.canParse(location, from)) fail("PROTOCOL", `${redactUrl(from)} redirects to no URL`);
 
-  const target = new URL(location, from);
+  const target = new URL(decodeLatin1(location), from);
   const isFollowed =
     target.protocol === "https:" || (target.protocol === "http:" && from.protocol === "http:");
   if (isFollowed) return target;
 
+  const way = `from ${from.protocol} to ${target.protocol}`;
   return fail(
     "PROTOCOL",
-    `${redactUrl(from)} redirects to ${redactUrl(target)}: not followed from https to ${target.protocol}`,
+    `${redactUrl(from)} redirects to ${redactUrl(target)}: not followed ${way}`,
   );
+}
+
+/** Node reads header bytes as Latin-1; in a Location there may be bytes of UTF-8, as they are. */
+function decodeLatin1(text: string): string {
+  const bytes = Buffer.from(text, "latin1");
+  const decoded = bytes.toString("utf8");
+  return decoded.includes("\ufffd") ? text : decoded;
 }
 
 // ------ Bodies ------
@@ -1882,7 +2017,7 @@ async function readBody(
   return Buffer.concat(chunks);
 }
 
-/** The words of a refusal, fit to be shown; none where they cannot be read. */
+/** The words of a refusal, as they are; none where they cannot be read. */
 async function readWords(response: http.IncomingMessage): Promise<string> {
   try {
     return wordsOfError(await readBody(response, LIMITS.errorBodyBytes, "the error's body"));
@@ -1897,7 +2032,7 @@ function wordsOfError(body: Buffer): string {
   const json = parseJson(body);
   if (!isRecord(json)) {
     const text = String(body);
-    return printable(/^[\s\ufeff]*</.test(text) ? wordsOfXml(text) : text);
+    return /^[\s\ufeff]*</.test(text) ? wordsOfXml(text) : text;
   }
 
   const first: unknown = Array.isArray(json.errors) ? json.errors[0] : undefined;
@@ -1911,7 +2046,7 @@ function wordsOfError(body: Buffer): string {
     json.error,
   ];
   const words = candidates.filter((word) => typeof word === "string" && word !== "");
-  return printable(words.slice(0, 2).join(": "));
+  return words.slice(0, 2).join(": ");
 }
 
 /** What S3 and Azure say where they refuse: `<Error><Code>…</Code><Message>…</Message>`. Other markup is a web page. */
@@ -1993,6 +2128,7 @@ interface Session {
   readonly registries: Map<string, Registry>;
   readonly budget: Budget;
   readonly warn: (message: string) => void;
+  readonly secrets: Secrets;
 }
 
 /** Runs `attempt` until it succeeds. `gotOn` says whether the failed one brought us forward: the count starts anew. */
@@ -2282,16 +2418,18 @@ function runCredentialHelper(
   const { status, stdout, stderr, error } = load("node:child_process").spawnSync(source, ["get"], {
     input: server,
     env: { ...environment },
-    timeout: 60_000,
+    timeout: LIMITS.helperMs,
+    killSignal: "SIGKILL", // what it may trap or ignore does not end it
     maxBuffer: LIMITS.tokenBytes,
     encoding: "utf8",
   });
   if (errorCodeOf(error) === "ENOENT") refuse("cannot be run: it is not on the PATH");
-  if (error) refuse(`cannot be run: ${errorCodeOf(error)}`);
+  // EPIPE: it has ended without reading its stdin, which says nothing of its answer.
+  if (error && errorCodeOf(error) !== "EPIPE") refuse(`cannot be run: ${errorCodeOf(error)}`);
 
-  const words = printable(stdout || stderr) || `exit code ${status}`;
-  if (status !== 0 && /credentials not found/i.test(words)) return undefined;
-  if (status !== 0) refuse(`failed: ${words}`);
+  if (status !== 0 && /credentials not found/i.test(`${stdout}${stderr}`)) return undefined;
+  // Of its stdout nothing is shown: a Secret may be in it.
+  if (status !== 0) refuse(`failed: ${printable(stderr) || `exit code ${status}`}`);
 
   if (stdout.trim() === "") return undefined; // as `{}`: it has none
   const answer = parseJson(stdout);
@@ -2634,7 +2772,9 @@ class Authorizer {
   async #credentialFor(origin: string): Promise<Credential | undefined> {
     if (this.#refusedCredential || origin !== this.#registryOrigin) return undefined;
     this.#lookup ??= findCredential(this.#session.settings, this.#owner);
-    return this.#lookup;
+    const credential = await this.#lookup;
+    this.#session.secrets.add(credential?.secret);
+    return credential;
   }
 
   #goAnonymous(refused: Credential, reason: string): void {
@@ -3196,16 +3336,18 @@ class Registry {
     refusal: ImgpullError,
   ): Promise<Answer> {
     let failure = refusal;
+    const mayAsk = (url: URL) => url.protocol === "https:" && !leadsInside(url, this.origin);
 
     const usable = urls.filter((url) => URL.canParse(url)).map((url) => new URL(url));
     for (const url of usable) {
-      if (url.protocol !== "https:" || leadsInside(url, this.origin)) continue;
+      if (!mayAsk(url)) continue;
       const answer = await this.#session.transport.send({
         method: "GET",
         url,
         headers,
         signal,
         isBlob: true,
+        mayAsk,
         authorizationFor: async () => undefined,
         roleOf: () => "other",
       });
@@ -7447,17 +7589,20 @@ async function withSession<T>(
   const { signal } = stopping;
   setMaxListeners(0, signal);
   const callbacks = new Callbacks(stopping);
-  const warn = callbacks.guard(options.onWarning);
+  const secrets = new Secrets();
+  secrets.add(settings.password, settings.token);
+  const sendWarning = callbacks.guard(options.onWarning);
+  const warn = (message: string) => sendWarning(secrets.strike(message));
   const onProgress = callbacks.guard(options.onProgress);
 
   // A listener that is taken off again: AbortSignal.any() keeps what it made as long as a signal lives.
   const stop = () => stopping.abort();
   options.signal?.addEventListener("abort", stop);
   if (options.signal?.aborted) stop();
-  const transport = new Transport(settings);
+  const transport = new Transport(settings, secrets);
   try {
     if (signal.aborted) fail("ABORTED", "stopped");
-    const owned = { challenges: new Map(), registries: new Map(), budget: new Budget() };
+    const owned = { challenges: new Map(), registries: new Map(), budget: new Budget(), secrets };
     const state = { clock: systemClock, ...owned };
     const session = { settings, transport, signal, warn, ...state, ...replaced };
     const result = await run(session, onProgress);
@@ -7465,6 +7610,7 @@ async function withSession<T>(
     return result;
   } catch (error) {
     callbacks.throwFailure();
+    secrets.strikeError(error);
     if (!options.signal?.aborted) throw error;
     throw new ImgpullError("ABORTED", "stopped", { cause: options.signal.reason });
   } finally {
@@ -10093,7 +10239,8 @@ async function readImageList(
 
 /** --parsed: what the command line says, in the library's words where it has them; no secret is shown. */
 function showCommand({ stdout }: CommandIO, { options, ...rest }: Command): void {
-  const shown: Record<string, unknown> = { ...rest, ...options };
+  const images = rest.images.map(withoutUser);
+  const shown: Record<string, unknown> = { ...rest, ...options, images };
   for (const { option, isSecret } of OPTIONS) {
     if (isSecret && option && option in shown) shown[option] = "***";
   }
@@ -10342,6 +10489,7 @@ async function main(argv: readonly string[], io: CommandIO = process): Promise<n
 const internals = Object.freeze({
   LIMITS,
   OPTIONS,
+  Secrets,
   TUNING,
   defaultDestination,
   encodeTarHeader,

@@ -59,6 +59,9 @@ var LIMITS = Object.freeze({
 	referrerDepth: 4,
 	referrerManifestBytes: 64 * MIB,
 	headerBytes: MIB,
+	secretLength: 4,
+	signaturesKept: 64,
+	helperMs: 6e4,
 	diagnosisMs: 2e3,
 	redirects: 10,
 	redirectBodyBytes: 64 * 1024,
@@ -120,9 +123,87 @@ function printable(text, maximum = 300) {
 }
 function redactUrl(url) {
 	const {protocol, host, pathname, searchParams} = new URL(url)
+	const path2 = pathname.replace(/(;|%3b|%3f).*$/i, "$1***")
 	const namespace = searchParams.get("ns")
 	const query = namespace === null ? "" : `?ns=${namespace}`
-	return printable(`${protocol}//${host}${pathname}${query}`)
+	return printable(`${protocol}//${host}${path2}${query}`)
+}
+var withoutUser = text => text.replace(/^.*@(?!sha(256|512):)/s, "***@")
+function base64Forms(secret) {
+	const forms = [0, 1, 2].map(shift => {
+		const bytes = Buffer.from(" ".repeat(shift) + secret)
+		const text = bytes.toString("base64").replace(/=+$/, "")
+		const isOpen = bytes.length % 3 > 0
+		return text.slice(shift === 0 ? 0 : shift + 1, isOpen ? -1 : void 0)
+	})
+	const forUrls = forms.map(form => form.replaceAll("+", "-").replaceAll("/", "_"))
+	return [...forms, ...forUrls, ...forms.map(encodeURIComponent)]
+}
+function formsOf(secret) {
+	const text = Buffer.from(secret).toString("utf8")
+	const percent = encodeURIComponent(text)
+	const strict = percent.replace(/[!'()*~.-]/g, sign => `%${sign.charCodeAt(0).toString(16)}`)
+	const inForms = percent.replaceAll("%20", "+")
+	const percents = [percent, strict, inForms].flatMap(form => [
+		form,
+		form.replace(/%../g, digits => digits.toLowerCase()),
+		form.replace(/%../g, digits => digits.toUpperCase())
+	])
+	const inJson = JSON.stringify(text).slice(1, -1)
+	const inHtml = text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll('"', "&quot;")
+	return [text, inJson, inHtml, ...percents, ...base64Forms(text)]
+}
+var Secrets = class {
+	#secrets = /* @__PURE__ */ new Set()
+	#forms = /* @__PURE__ */ new Set()
+	#signatures = []
+	#patterns
+	add(...secrets) {
+		for (const secret of secrets) {
+			if (!secret || this.#secrets.has(secret)) continue
+			this.#secrets.add(secret)
+			for (const form of formsOf(secret)) this.#forms.add(form)
+			this.#patterns = void 0
+		}
+	}
+	addSigned({searchParams}) {
+		for (const [name, value] of searchParams)
+			if (/sig|token|cred|secret|key|auth|policy/i.test(name)) this.#signatures.push(value)
+		this.#signatures.splice(0, this.#signatures.length - LIMITS.signaturesKept)
+		this.#patterns = void 0
+	}
+	strikeWords(text) {
+		const struck = text.replace(this.#compile().inWords, "***")
+		return struck.replace(/([?&;][\w.~%-]+=)[^\s&;"'<>)]+/g, "$1***")
+	}
+	strike(text) {
+		return text.replace(this.#compile().anywhere, "***")
+	}
+	strikeError(error) {
+		const seen = /* @__PURE__ */ new Set()
+		for (let each = error; each instanceof Error && !seen.has(each); each = each.cause) {
+			seen.add(each)
+			for (const name of ["message", "stack"]) {
+				const text = each[name]
+				if (text !== void 0 && this.strike(text) !== text) each[name] = this.strike(text)
+			}
+		}
+	}
+	#compile() {
+		if (this.#patterns) return this.#patterns
+		const forms = /* @__PURE__ */ new Set([...this.#forms, ...this.#signatures.flatMap(formsOf)])
+		const inWords = anyOf(forms, LIMITS.secretLength)
+		const anywhere = anyOf(forms, 2 * LIMITS.secretLength)
+		this.#patterns = {inWords, anywhere}
+		return this.#patterns
+	}
+}
+function anyOf(texts, leastLength) {
+	const patterns = [...texts]
+		.filter(({length}) => length >= leastLength)
+		.sort((left, right) => right.length - left.length)
+		.map(text => text.replace(/[\\^$.*+?()[\]{}|]/g, "\\$&"))
+	return new RegExp(patterns.join("|") || "(?!)", "g")
 }
 function certificateNames({host = "", cert}) {
 	const names = (cert?.subjectaltname ?? "")
@@ -377,8 +458,7 @@ function faultOfReference(text) {
 function parseReference(text) {
 	const fault = faultOfReference(text)
 	if (fault !== void 0) {
-		const shown = printable(text.replace(/:.*@(?!sha(256|512):)/, ":***@"))
-		fail("BAD_REFERENCE", `bad image reference "${shown}": ${fault}`)
+		fail("BAD_REFERENCE", `bad image reference "${printable(withoutUser(text))}": ${fault}`)
 	}
 	const {host, repository, tag, digest} = splitReference(text)
 	const defaultTag = digest === void 0 ? "latest" : void 0
@@ -417,7 +497,7 @@ function parseMirror(text, scheme) {
 	const [, written = scheme, host = "", prefix = ""] = parts
 	const isPlace = isHost(host) && (prefix === "" || REPOSITORY.test(prefix))
 	if (isPlace) return {scheme: written.toLowerCase() === "http" ? "http" : "https", host, prefix}
-	const shown = printable(text.replace(/^.*@/, "***@"))
+	const shown = printable(withoutUser(text))
 	return fail("BAD_OPTION", `\`mirrors\`: "${shown}" is not HOST[:PORT][/PREFIX]`)
 }
 var SOCKET_OPTIONS = {
@@ -593,15 +673,6 @@ function proxyHeaders({username, password}) {
 	const authorization = basicAuthorization(percentDecode(username), percentDecode(password))
 	return {"Proxy-Authorization": authorization}
 }
-function proxyRefusal(proxy, what, response) {
-	const {statusCode: status = 0, statusMessage = "", headers} = response
-	const retryAfterMs = parseRetryAfter(headers["retry-after"], Date.now())
-	const isPassing = status === 429 || status >= 500
-	const said = `${proxyName(proxy)} refused ${what}: ${status} ${printable(statusMessage)}`
-	const remedy = status === 401 || status === 407 ? PROXY_REMEDY : ""
-	const details = {status, retryAfterMs: isPassing ? retryAfterMs : void 0}
-	return new ImgpullError("PROXY", `${said}${remedy}`, details)
-}
 function isFromProxy({statusCode: status = 0, headers}) {
 	if (status === 407) return true
 	if (status < 400 || headers["docker-distribution-api-version"] !== void 0) return false
@@ -649,12 +720,25 @@ function answersTls(address) {
 var ProxyServer = class {
 	url
 	#hasAnswered = false
+	#secrets
 	#diagnosis
-	constructor(url) {
+	constructor(url, secrets) {
 		this.url = url
+		this.#secrets = secrets
+		secrets.add(percentDecode(url.password), proxyHeaders(url)["Proxy-Authorization"]?.slice(6))
 	}
 	markAnswered() {
 		this.#hasAnswered = true
+	}
+	refusal(what, response) {
+		const {statusCode: status = 0, statusMessage = "", headers} = response
+		const retryAfterMs = parseRetryAfter(headers["retry-after"], Date.now())
+		const isPassing = status === 429 || status >= 500
+		const reason = printable(this.#secrets.strikeWords(statusMessage))
+		const remedy = status === 401 || status === 407 ? PROXY_REMEDY : ""
+		const details = {status, retryAfterMs: isPassing ? retryAfterMs : void 0}
+		const said = `${proxyName(this.url)} refused ${what}: ${status} ${reason}`
+		return new ImgpullError("PROXY", `${said}${remedy}`, details)
 	}
 	async explain(error, doing) {
 		const where = doing === void 0 ? proxyName(this.url) : `${proxyName(this.url)}, ${doing}`
@@ -708,7 +792,7 @@ function connectThrough({proxy, options, timeoutMs}, target, done) {
 		const isTlsPort = /HTTP request.* (to|on) (an? )?HTTPS/i.test(String(head))
 		const mistake = `${proxyName(proxy.url)}: ${speaks("TLS", "https", proxy.url)}`
 		if (isTlsPort) done(new ImgpullError("PROXY", mistake))
-		else done(proxyRefusal(proxy.url, `CONNECT ${authority}`, response))
+		else done(proxy.refusal(`CONNECT ${authority}`, response))
 	})
 	connect2.end()
 }
@@ -775,13 +859,16 @@ var Transport = class {
 	#agents
 	#patience
 	#proxies = /* @__PURE__ */ new Map()
-	constructor(settings) {
+	#secrets
+	constructor(settings, secrets) {
 		this.#settings = settings
+		this.#secrets = secrets
 		this.#agents = new AgentPool(settings)
 		this.#patience = new Patience(settings.timeoutMs)
 	}
 	send(request) {
-		return followRedirects(request, (url, headers) => this.#sendOnce(request, url, headers))
+		const sendOnce = (url, headers) => this.#sendOnce(request, url, headers)
+		return followRedirects(request, sendOnce, this.#secrets)
 	}
 	close() {
 		this.#agents.close()
@@ -828,15 +915,17 @@ var Transport = class {
 		forwarder?.markAnswered()
 		if (forwarder && isFromProxy(incoming)) {
 			outgoing.destroy()
-			throw proxyRefusal(forwarder.url, doing, incoming)
+			throw forwarder.refusal(doing, incoming)
 		}
 		tidyHeaders(incoming.headers)
+		const {"content-type": type = ""} = incoming.headers
+		if (type.length > 64) incoming.headers["content-type"] = this.#secrets.strikeWords(type)
 		return incoming
 	}
 	#proxyFor(url) {
 		const proxyUrl = proxyFor(url, this.#settings.environment)
 		if (!proxyUrl) return void 0
-		const proxy = this.#proxies.get(proxyUrl.href) ?? new ProxyServer(proxyUrl)
+		const proxy = this.#proxies.get(proxyUrl.href) ?? new ProxyServer(proxyUrl, this.#secrets)
 		this.#proxies.set(proxyUrl.href, proxy)
 		return proxy
 	}
@@ -929,10 +1018,11 @@ function limitSlowness(incoming, periodMs, doing) {
 	const timer = setInterval(judge2, periodMs)
 	incoming.once("close", () => clearInterval(timer))
 }
-async function followRedirects(request, sendOnce) {
+async function followRedirects(request, sendOnce, secrets) {
 	let {url} = request
 	for (let hops = 0; ; hops += 1) {
 		const authorization = await request.authorizationFor(url.origin)
+		secrets.add(authorization?.replace(/^\S+ /, ""))
 		const response = await sendOnce(url, {
 			"User-Agent": `imgpull/${"1.0.0"}`,
 			"Accept-Encoding": "identity",
@@ -943,21 +1033,28 @@ async function followRedirects(request, sendOnce) {
 		const answer = {status, headers, url, authorization, words: ""}
 		if (status >= 200 && status < 300) return {...answer, body: response}
 		const isRedirect = [301, 302, 303, 307, 308].includes(status) && request.body === void 0
-		if (!isRedirect || headers.location === void 0) return {...answer, words: await readWords(response)}
+		if (!isRedirect || headers.location === void 0)
+			return {...answer, words: printable(secrets.strikeWords(await readWords(response)))}
 		dropBody(response)
 		if (hops >= LIMITS.redirects) fail("PROTOCOL", `${redactUrl(url)}: more than ${LIMITS.redirects} redirects`)
 		url = redirectTarget(url, headers.location)
+		secrets.addSigned(url)
+		if (request.mayAsk?.(url) === false)
+			fail("PROTOCOL", `${redactUrl(request.url)} redirects to ${redactUrl(url)}: not followed there`)
 	}
 }
 function redirectTarget(from, location) {
 	if (!URL.canParse(location, from)) fail("PROTOCOL", `${redactUrl(from)} redirects to no URL`)
-	const target = new URL(location, from)
+	const target = new URL(decodeLatin1(location), from)
 	const isFollowed = target.protocol === "https:" || (target.protocol === "http:" && from.protocol === "http:")
 	if (isFollowed) return target
-	return fail(
-		"PROTOCOL",
-		`${redactUrl(from)} redirects to ${redactUrl(target)}: not followed from https to ${target.protocol}`
-	)
+	const way = `from ${from.protocol} to ${target.protocol}`
+	return fail("PROTOCOL", `${redactUrl(from)} redirects to ${redactUrl(target)}: not followed ${way}`)
+}
+function decodeLatin1(text) {
+	const bytes = Buffer.from(text, "latin1")
+	const decoded = bytes.toString("utf8")
+	return decoded.includes("�") ? text : decoded
 }
 function dropBody(response) {
 	let length = 0
@@ -1005,13 +1102,13 @@ function wordsOfError(body) {
 	const json = parseJson(body)
 	if (!isRecord(json)) {
 		const text = String(body)
-		return printable(/^[\s\ufeff]*</.test(text) ? wordsOfXml(text) : text)
+		return /^[\s\ufeff]*</.test(text) ? wordsOfXml(text) : text
 	}
 	const first = Array.isArray(json.errors) ? json.errors[0] : void 0
 	const {code, message} = isRecord(first) ? first : {}
 	const candidates = [code, message, json.details, json.message, json.error_description, json.error]
 	const words = candidates.filter(word => typeof word === "string" && word !== "")
-	return printable(words.slice(0, 2).join(": "))
+	return words.slice(0, 2).join(": ")
 }
 function wordsOfXml(text) {
 	if (!/<Error[\s>]/.test(text)) return ""
@@ -1189,15 +1286,15 @@ function runCredentialHelper(name, server, environment) {
 	const {status, stdout, stderr, error} = load("node:child_process").spawnSync(source, ["get"], {
 		input: server,
 		env: {...environment},
-		timeout: 6e4,
+		timeout: LIMITS.helperMs,
+		killSignal: "SIGKILL",
 		maxBuffer: LIMITS.tokenBytes,
 		encoding: "utf8"
 	})
 	if (errorCodeOf(error) === "ENOENT") refuse("cannot be run: it is not on the PATH")
-	if (error) refuse(`cannot be run: ${errorCodeOf(error)}`)
-	const words = printable(stdout || stderr) || `exit code ${status}`
-	if (status !== 0 && /credentials not found/i.test(words)) return void 0
-	if (status !== 0) refuse(`failed: ${words}`)
+	if (error && errorCodeOf(error) !== "EPIPE") refuse(`cannot be run: ${errorCodeOf(error)}`)
+	if (status !== 0 && /credentials not found/i.test(`${stdout}${stderr}`)) return void 0
+	if (status !== 0) refuse(`failed: ${printable(stderr) || `exit code ${status}`}`)
 	if (stdout.trim() === "") return void 0
 	const answer = parseJson(stdout)
 	if (!isRecord(answer)) return refuse("answered what is not a JSON object")
@@ -1431,7 +1528,9 @@ var Authorizer = class {
 	async #credentialFor(origin) {
 		if (this.#refusedCredential || origin !== this.#registryOrigin) return void 0
 		this.#lookup ??= findCredential(this.#session.settings, this.#owner)
-		return this.#lookup
+		const credential = await this.#lookup
+		this.#session.secrets.add(credential?.secret)
+		return credential
 	}
 	#goAnonymous(refused, reason) {
 		this.#refusedCredential = refused
@@ -1838,15 +1937,17 @@ var Registry = class {
 	}
 	async #foreignBlob({urls = []}, headers, signal, refusal) {
 		let failure = refusal
+		const mayAsk = url => url.protocol === "https:" && !leadsInside(url, this.origin)
 		const usable = urls.filter(url => URL.canParse(url)).map(url => new URL(url))
 		for (const url of usable) {
-			if (url.protocol !== "https:" || leadsInside(url, this.origin)) continue
+			if (!mayAsk(url)) continue
 			const answer = await this.#session.transport.send({
 				method: "GET",
 				url,
 				headers,
 				signal,
 				isBlob: true,
+				mayAsk,
 				authorizationFor: async () => void 0,
 				roleOf: () => "other"
 			})
@@ -4771,15 +4872,23 @@ async function withSession(options, run, replaced = {}) {
 	const {signal} = stopping
 	setMaxListeners(0, signal)
 	const callbacks = new Callbacks(stopping)
-	const warn = callbacks.guard(options.onWarning)
+	const secrets = new Secrets()
+	secrets.add(settings.password, settings.token)
+	const sendWarning = callbacks.guard(options.onWarning)
+	const warn = message => sendWarning(secrets.strike(message))
 	const onProgress = callbacks.guard(options.onProgress)
 	const stop = () => stopping.abort()
 	options.signal?.addEventListener("abort", stop)
 	if (options.signal?.aborted) stop()
-	const transport = new Transport(settings)
+	const transport = new Transport(settings, secrets)
 	try {
 		if (signal.aborted) fail("ABORTED", "stopped")
-		const owned = {challenges: /* @__PURE__ */ new Map(), registries: /* @__PURE__ */ new Map(), budget: new Budget()}
+		const owned = {
+			challenges: /* @__PURE__ */ new Map(),
+			registries: /* @__PURE__ */ new Map(),
+			budget: new Budget(),
+			secrets
+		}
 		const state = {clock: systemClock, ...owned}
 		const session = {settings, transport, signal, warn, ...state, ...replaced}
 		const result = await run(session, onProgress)
@@ -4787,6 +4896,7 @@ async function withSession(options, run, replaced = {}) {
 		return result
 	} catch (error) {
 		callbacks.throwFailure()
+		secrets.strikeError(error)
 		if (!options.signal?.aborted) throw error
 		throw new ImgpullError("ABORTED", "stopped", {cause: options.signal.reason})
 	} finally {
@@ -6520,6 +6630,7 @@ function planCommand(line) {
 var internals = Object.freeze({
 	LIMITS,
 	OPTIONS,
+	Secrets,
 	TUNING,
 	defaultDestination,
 	encodeTarHeader,

@@ -891,7 +891,7 @@ const HELPERS: HelperCase[] = [
   {
     name: "a helper that fails",
     config: () => ({ credsStore: "test" }),
-    script: "echo the keychain is locked; exit 1",
+    script: "echo not to be shown; echo the keychain is locked >&2; exit 1",
     auth: { anonymous: "welcome" },
     fails: /docker-credential-test failed: the keychain is locked/,
   },
