@@ -2655,6 +2655,7 @@ class Authorizer {
   readonly #registryOrigin: string;
   readonly #authorizations = new Map<string, Authorization>(); // by origin
   readonly #renewals = new Map<string, Promise<boolean>>(); // by origin, while they are under way
+  readonly #taken = new WeakSet<Authorization>(); // those that have opened something
   #lookup: Promise<Credential | undefined> | undefined;
   #fate: CredentialFate = "unsent";
   #refusedCredential: Credential | undefined; // once there is one, later requests are anonymous
@@ -2682,40 +2683,69 @@ class Authorizer {
     return this.#authorizations.get(origin)?.header;
   }
 
-  /** Keeps the challenge that a registry's first answer brings, for all that is asked of it after that. */
-  hearFirst(answer: Answer): void {
+  /** Learns from every answer: that a token was taken, and from a registry's first refusal how to get one. */
+  hear(answer: Answer): void {
     const { origin } = answer.url;
+    const isRedirected = origin !== this.#registryOrigin;
+    const ours = this.#authorizations.get(this.#registryOrigin);
+    const theirs = this.#authorizations.get(origin);
+    if (isRedirected && ours) this.#taken.add(ours);
+    if (answer.body && theirs && theirs.header === answer.authorization) this.#taken.add(theirs);
+
     const challenges = challengesOf(answer);
     const isNews = answer.status === 401 && !this.#session.challenges.has(origin);
     if (isNews && hasUsable(challenges)) this.#session.challenges.set(origin, challenges);
   }
 
-  /** Whether `answer` was a refusal after which another attempt may go better. `round` counts those before it. */
-  async canGoOnAfter(answer: Answer, round: number): Promise<boolean> {
-    const { url, authorization: sent, status } = answer;
-    const { origin } = url;
-    const challenges = challengesOf(answer);
-    if (origin === this.#registryOrigin && isSilentRefusal(answer, challenges)) {
+  /** Whether `answer` was a refusal after which another attempt may go better. */
+  async canGoOnAfter(answer: Answer): Promise<boolean> {
+    const { origin } = answer.url;
+    if (origin === this.#registryOrigin && isSilentRefusal(answer)) {
       this.#offer ??= this.#offerCredential(origin);
       return this.#offer;
     }
     if (!isAboutAuthorization(answer)) return false;
 
-    const isRenewedMeanwhile = this.#authorizations.get(origin)?.header !== sent;
-    if (isRenewedMeanwhile) return true;
+    // Requests are refused side by side: what one of them has begun, the others wait for.
+    const underWay = this.#renewals.get(origin);
+    if (underWay) return underWay;
+    if (this.#isReplaced(answer)) return true;
 
-    // nvcr.io names another realm, of no use to us, once a token has expired: the one that served goes first.
-    const isRenewal = round === 0 && sent !== undefined && this.#session.challenges.has(origin);
-    if (challenges.length > 0 && !isRenewal) this.#session.challenges.set(origin, challenges);
+    const isStale = this.#isStale(answer);
+    this.#learnChallenge(answer, isStale);
+    if (isStale || answer.authorization === undefined) return this.#renew(origin);
+    return this.#replaceRefused(answer);
+  }
 
-    const isFreshOneRefused =
-      status === 403 || (round > 0 && sent !== undefined) || sent?.startsWith("Basic ");
-    if (isFreshOneRefused && !this.#takeOtherScope(origin, challenges)) {
-      const credential = await this.#credentialFor(origin);
-      if (!credential?.stored) return false;
-      this.#goAnonymous(credential, `${redactUrl(url)}: ${status}`);
-    }
-    return this.#renew(origin);
+  #isReplaced({ url, authorization: sent }: Answer): boolean {
+    return this.#authorizations.get(url.origin)?.header !== sent;
+  }
+
+  /** Whether a token that was taken before is refused now: its time is over. */
+  #isStale({ url, status }: Answer): boolean {
+    const current = this.#authorizations.get(url.origin);
+    if (!current || status === 403 || current.header.startsWith("Basic ")) return false;
+    return this.#taken.has(current);
+  }
+
+  /** nvcr.io names another realm, of no use to us, once a token has expired: the one that served goes first. */
+  #learnChallenge(answer: Answer, isStale: boolean): void {
+    const { origin } = answer.url;
+    const challenges = challengesOf(answer);
+    const isKnown = isStale && this.#session.challenges.has(origin);
+    if (challenges.length > 0 && !isKnown) this.#session.challenges.set(origin, challenges);
+  }
+
+  /** What was sent opens nothing: the other scope, or no credential at all, may. */
+  async #replaceRefused(answer: Answer): Promise<boolean> {
+    const { url, status } = answer;
+    if (this.#takeOtherScope(url.origin, challengesOf(answer))) return this.#renew(url.origin);
+
+    const credential = await this.#credentialFor(url.origin);
+    if (this.#isReplaced(answer)) return true;
+    if (!credential?.stored) return false;
+    this.#goAnonymous(credential, `${redactUrl(url)}: ${status}`);
+    return this.#renew(url.origin);
   }
 
   /**
@@ -2888,12 +2918,10 @@ function otherScope(scopes = "", repository: string): string | undefined {
 }
 
 /** A refusal of a request without credentials that does not say how to show any. */
-function isSilentRefusal(
-  { status, authorization: sent }: Answer,
-  challenges: Challenge[],
-): boolean {
+function isSilentRefusal(answer: Answer): boolean {
+  const { status, authorization: sent } = answer;
   if (sent !== undefined) return false;
-  return status === 403 || status === 404 || (status === 401 && !hasUsable(challenges));
+  return status === 403 || status === 404 || (status === 401 && !hasUsable(challengesOf(answer)));
 }
 
 /** ECR Public answers a stale token with 400, GHCR a stale credential for a public image with 403. */
@@ -3059,7 +3087,7 @@ class Endpoint {
       }
 
       const isLast = round === 3;
-      if (isLast || !(await this.#authorizer.canGoOnAfter(answer, round)))
+      if (isLast || !(await this.#authorizer.canGoOnAfter(answer)))
         throw await this.#refusal(answer, kind, name);
     }
   }
@@ -3080,11 +3108,11 @@ class Endpoint {
     if (!isFirst) await this.#firstContact;
 
     const startedAt = performance.now();
-    const sending = this.#session.transport.send(request);
-    if (isFirst) {
-      const hearing = sending.then((answer) => this.#authorizer.hearFirst(answer));
-      this.#firstContact = hearing.catch(ignore);
-    }
+    const sending = this.#session.transport.send(request).then((answer) => {
+      this.#authorizer.hear(answer);
+      return answer;
+    });
+    if (isFirst) this.#firstContact = sending.catch(ignore);
     const answer = await sending;
     if (kind === "manifest")
       this.latencyMs = Math.min(this.latencyMs, performance.now() - startedAt);

@@ -1459,6 +1459,7 @@ var Authorizer = class {
 	#registryOrigin
 	#authorizations = /* @__PURE__ */ new Map()
 	#renewals = /* @__PURE__ */ new Map()
+	#taken = /* @__PURE__ */ new WeakSet()
 	#lookup
 	#fate = "unsent"
 	#refusedCredential
@@ -1481,32 +1482,54 @@ var Authorizer = class {
 		if (isWanted && isExpired) await this.#renew(origin)
 		return this.#authorizations.get(origin)?.header
 	}
-	hearFirst(answer) {
+	hear(answer) {
 		const {origin} = answer.url
+		const isRedirected = origin !== this.#registryOrigin
+		const ours = this.#authorizations.get(this.#registryOrigin)
+		const theirs = this.#authorizations.get(origin)
+		if (isRedirected && ours) this.#taken.add(ours)
+		if (answer.body && theirs && theirs.header === answer.authorization) this.#taken.add(theirs)
 		const challenges = challengesOf(answer)
 		const isNews = answer.status === 401 && !this.#session.challenges.has(origin)
 		if (isNews && hasUsable(challenges)) this.#session.challenges.set(origin, challenges)
 	}
-	async canGoOnAfter(answer, round) {
-		const {url, authorization: sent, status} = answer
-		const {origin} = url
-		const challenges = challengesOf(answer)
-		if (origin === this.#registryOrigin && isSilentRefusal(answer, challenges)) {
+	async canGoOnAfter(answer) {
+		const {origin} = answer.url
+		if (origin === this.#registryOrigin && isSilentRefusal(answer)) {
 			this.#offer ??= this.#offerCredential(origin)
 			return this.#offer
 		}
 		if (!isAboutAuthorization(answer)) return false
-		const isRenewedMeanwhile = this.#authorizations.get(origin)?.header !== sent
-		if (isRenewedMeanwhile) return true
-		const isRenewal = round === 0 && sent !== void 0 && this.#session.challenges.has(origin)
-		if (challenges.length > 0 && !isRenewal) this.#session.challenges.set(origin, challenges)
-		const isFreshOneRefused = status === 403 || (round > 0 && sent !== void 0) || sent?.startsWith("Basic ")
-		if (isFreshOneRefused && !this.#takeOtherScope(origin, challenges)) {
-			const credential = await this.#credentialFor(origin)
-			if (!credential?.stored) return false
-			this.#goAnonymous(credential, `${redactUrl(url)}: ${status}`)
-		}
-		return this.#renew(origin)
+		const underWay = this.#renewals.get(origin)
+		if (underWay) return underWay
+		if (this.#isReplaced(answer)) return true
+		const isStale = this.#isStale(answer)
+		this.#learnChallenge(answer, isStale)
+		if (isStale || answer.authorization === void 0) return this.#renew(origin)
+		return this.#replaceRefused(answer)
+	}
+	#isReplaced({url, authorization: sent}) {
+		return this.#authorizations.get(url.origin)?.header !== sent
+	}
+	#isStale({url, status}) {
+		const current = this.#authorizations.get(url.origin)
+		if (!current || status === 403 || current.header.startsWith("Basic ")) return false
+		return this.#taken.has(current)
+	}
+	#learnChallenge(answer, isStale) {
+		const {origin} = answer.url
+		const challenges = challengesOf(answer)
+		const isKnown = isStale && this.#session.challenges.has(origin)
+		if (challenges.length > 0 && !isKnown) this.#session.challenges.set(origin, challenges)
+	}
+	async #replaceRefused(answer) {
+		const {url, status} = answer
+		if (this.#takeOtherScope(url.origin, challengesOf(answer))) return this.#renew(url.origin)
+		const credential = await this.#credentialFor(url.origin)
+		if (this.#isReplaced(answer)) return true
+		if (!credential?.stored) return false
+		this.#goAnonymous(credential, `${redactUrl(url)}: ${status}`)
+		return this.#renew(url.origin)
 	}
 	async #offerCredential(origin) {
 		if (!(await this.#credentialFor(origin))) return false
@@ -1639,9 +1662,10 @@ function otherScope(scopes = "", repository) {
 	}
 	return void 0
 }
-function isSilentRefusal({status, authorization: sent}, challenges) {
+function isSilentRefusal(answer) {
+	const {status, authorization: sent} = answer
 	if (sent !== void 0) return false
-	return status === 403 || status === 404 || (status === 401 && !hasUsable(challenges))
+	return status === 403 || status === 404 || (status === 401 && !hasUsable(challengesOf(answer)))
 }
 function isAboutAuthorization({status, authorization: sent}) {
 	if (status === 401) return true
@@ -1758,7 +1782,7 @@ var Endpoint = class {
 				return this.request(method, kind, name, more)
 			}
 			const isLast = round === 3
-			if (isLast || !(await this.#authorizer.canGoOnAfter(answer, round))) throw await this.#refusal(answer, kind, name)
+			if (isLast || !(await this.#authorizer.canGoOnAfter(answer))) throw await this.#refusal(answer, kind, name)
 		}
 	}
 	isForgiven(error) {
@@ -1772,11 +1796,11 @@ var Endpoint = class {
 		const isFirst = this.#firstContact === void 0
 		if (!isFirst) await this.#firstContact
 		const startedAt = performance.now()
-		const sending = this.#session.transport.send(request)
-		if (isFirst) {
-			const hearing = sending.then(answer2 => this.#authorizer.hearFirst(answer2))
-			this.#firstContact = hearing.catch(ignore)
-		}
+		const sending = this.#session.transport.send(request).then(answer2 => {
+			this.#authorizer.hear(answer2)
+			return answer2
+		})
+		if (isFirst) this.#firstContact = sending.catch(ignore)
 		const answer = await sending
 		if (kind === "manifest") this.latencyMs = Math.min(this.latencyMs, performance.now() - startedAt)
 		return answer

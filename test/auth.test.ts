@@ -986,6 +986,24 @@ const REFUSALS: [name: string, options: (host: string) => PullOptions, words: Re
   ["a file's", (host) => stored({ [host]: WRONG }), /DOCKER_AUTH_CONFIG|stored credentials/],
 ];
 
+test("stored credentials that are refused to many requests at once are warned of once", async (t) => {
+  const { registry, reference } = await serve(t, { mode: "none" });
+  registry.add(makeImage({ seed: "other" }), "team/app", "2.0");
+  const challenge = { "www-authenticate": 'Basic realm="test"' };
+  const isFirst = { where: ({ kind }: { kind: string }) => kind === "manifest", times: 1 };
+  registry.on(isFirst, { status: 401, headers: challenge });
+  registry.on(
+    { where: ({ headers }) => headers.authorization !== undefined },
+    { status: 401, headers: challenge },
+  );
+  const tar = join(temporaryFolder(t), "all.tar");
+  const env = { DOCKER_AUTH_CONFIG: authFile({ [registry.host]: WRONG }) };
+  const images = [reference, reference.replace("1.0", "2.0")];
+  const args = ["--scheme", "http", "--platform", "linux/amd64"];
+  const { stderr } = await runCommand([...images, tar, ...args], { env });
+  assert.equal(stderr.split("trying without any").length, 2, stderr);
+});
+
 test("a private image: the error says which credentials were tried, and asks no more than that takes", async (t) => {
   for (const mode of ["basic", "bearer"] as const) {
     for (const [name, options, words] of REFUSALS) {
@@ -1154,6 +1172,23 @@ describe("a repository that the registry knows by another name", () => {
       });
     }
   }
+
+  test("three images at once: each scope is asked for once", async (t) => {
+    const auth = { mode: "bearer", scope: "repository:team/app:pull" } as const;
+    const registry = await startRegistry({ auth, prefix: "proxy/" }, t);
+    const references = ["1", "2", "3"].map((tag) =>
+      registry.add(makeImage({ seed: tag }), "team/app", tag),
+    );
+    registry.on(asksFor(OURS), { body: '{"token":"of-no-use"}' });
+    const tar = join(temporaryFolder(t), "all.tar");
+    const env = { DOCKER_AUTH_CONFIG: authFile({ [registry.host]: SECRETS.password }) };
+    const args = ["--scheme", "http", "--platform", "linux/amd64"];
+    const { exitCode, stderr } = await runCommand([...references, tar, ...args], { env });
+    assert.equal(exitCode, 0, stderr);
+    assert.doesNotMatch(stderr, /credentials/);
+    const scopes = registry.tokenRequests().map(({ query }) => query.get("scope"));
+    assert.deepEqual(scopes, [OURS, "repository:team/app:pull"]);
+  });
 
   test("a scope of another kind, as ECR Public's", async (t) => {
     const { registry, reference } = await serve(t, { mode: "none" });
