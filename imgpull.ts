@@ -5435,15 +5435,6 @@ async function takeFile(
   return false;
 }
 
-/** A name that only one run uses, by its id. */
-const isAsideName = (name: string): boolean => /\.[0-9a-f]{16}(\.(old|copy))?$/.test(name);
-
-/** Removes what runs that were killed between two steps have left under names of their own. */
-async function sweep(folder: string, isLitter: (name: string) => boolean): Promise<void> {
-  const names = await listOptional(folder);
-  for (const name of names.filter(isLitter)) await removeQuietly(path.join(folder, name));
-}
-
 // ------ Who is at work ------
 
 /** A run, as it signs its lock and its journal. A process number means something only within `space`, the boot of a
@@ -5640,6 +5631,11 @@ class Lock {
     return owner !== undefined && owner !== "unreadable" && owner.id === this.owner.id;
   }
 
+  async assertOurs(dest: string): Promise<void> {
+    if (await this.isOurs()) return;
+    fail("DISK", `cannot write ${dest}: another imgpull took it over; run it again`);
+  }
+
   /** Whether nobody has taken the lock over. One that looked at it may have it in hand for a moment. */
   async isOurs(): Promise<boolean> {
     for (let attempt = 0; attempt < 3; attempt += 1) {
@@ -5767,6 +5763,43 @@ class Journal {
     await this.#handle.close();
     if (isSameFile(await statAt(this.#file), stats)) await removeQuietly(this.#file);
   }
+}
+
+// ------ Fence ------
+
+/** FILE.partial.ID is what one run alone uses, by its id; of a journal and a lock likewise. */
+const ASIDE_NAME = /^(.*\.partial)(\.journal|\.lock)?\.([0-9a-f]{16})(\.old|\.copy)?$/;
+
+type Fenced = Readonly<{
+  folder: string;
+  /** Whether a `FILE.partial` there is of this destination. */
+  isOurs: (partial: string) => boolean;
+  deadId: string | undefined;
+  lock: Lock;
+}>;
+
+/** Whoever had the lock before, and sleeps, can no longer give anything a name: what it made under names of its own is
+ *  removed, and it looks for its lock only once that is there. What a run left that is certainly over is taken up. */
+async function fenceOff({ folder, isOurs, deadId, lock }: Fenced): Promise<void> {
+  const names = await listOptional(folder);
+  await lock.assertOurs(folder); // whoever takes it over from now on makes files that are not on this list
+  for (const name of names) {
+    const [, partial = "", kind, id, ending] = ASIDE_NAME.exec(name) ?? [];
+    if (!isOurs(partial) || id === lock.owner.id) continue;
+    const file = path.join(folder, name);
+    const isLeft = id === deadId && kind === undefined && ending === undefined;
+    if (isLeft) await fs.rename(file, path.join(folder, partial)).catch(ignore);
+    else await removeQuietly(file);
+  }
+}
+
+/** The run whose journal lies there, if it is certainly over. */
+async function findDeadId(
+  journalFile: string,
+  { model, owner }: Lock,
+): Promise<string | undefined> {
+  const before = (await Journal.read(journalFile, model)).owner;
+  return before && (await fateOf(before, owner)) === "dead" ? before.id : undefined;
 }
 
 // ------ The transfer ------
@@ -6287,7 +6320,7 @@ async function replaceByCopy(file: string): Promise<fs.FileHandle | undefined> {
     return (await openRegular(file, O_RDWR))?.handle;
   } catch {
     await removeQuietly(copy);
-    await fs.unlink(file);
+    await removeQuietly(file);
     return undefined;
   }
 }
@@ -6356,13 +6389,10 @@ class PartialTar {
 
   /** Takes what is there to a name of this run's own. What another plan left becomes DEST.partial.old. */
   async #claim(): Promise<void> {
-    const { owner, model } = this.#lock;
-    const before = await Journal.read(this.#journalFile, model);
-    const isDead = before.owner && (await fateOf(before.owner, owner)) === "dead";
-    const deadAside = `${this.file}.${before.owner?.id}`; // where it was killed between two steps
-    this.#isTaken =
-      (isDead && (await moveFile(deadAside, this.#aside))) ||
-      (await moveFile(this.file, this.#aside));
+    const { model } = this.#lock;
+    await this.#lock.assertOurs(this.#dest);
+    this.#isTaken = await moveFile(this.file, this.#aside);
+    if (this.#isTaken) await this.#lock.assertOurs(this.#dest); // otherwise it is another's, and put back
     const found = this.#isTaken ? await openTaken(this.#aside, model) : undefined;
     this.#isTaken = found !== undefined;
     if (!found) return;
@@ -6385,14 +6415,10 @@ class PartialTar {
       !owner ||
       (notes.partial === identityOf(stats) &&
         (notes.isClosed || (await fateOf(owner, this.#lock.owner)) === "dead"));
-    this.#handle = handle;
-    this.#inPlace = notes.inPlace;
-    if (isAbandoned) return;
-
-    await handle.close();
-    this.#handle = await replaceByCopy(this.#aside);
+    if (!isAbandoned) await handle.close();
+    this.#handle = isAbandoned ? handle : await replaceByCopy(this.#aside);
     this.#isTaken = this.#handle !== undefined;
-    if (!this.#isTaken) this.#inPlace = new Map();
+    if (this.#isTaken) this.#inPlace = notes.inPlace;
   }
 
   async #checkSpace(): Promise<void> {
@@ -6414,6 +6440,7 @@ class PartialTar {
       partial: identityOf(await this.#handle.stat({ bigint: true })),
       inPlace: this.#inPlace,
     });
+    await this.#lock.assertOurs(this.#dest);
     await replaceFile(this.#aside, this.file);
     await writeFrame(this.#handle, this.#plan);
   }
@@ -6428,17 +6455,21 @@ class PartialTar {
     const isTaken = await takeFile(this.file, this.#aside, isWhole);
     if (!isTaken || !(await this.#lock.isOurs())) {
       if (isTaken) await putBack(this.#aside, this.file);
-      const words = `${this.file} was replaced or cut, or another imgpull took it over`;
-      fail("DISK", `cannot write ${this.#dest}: ${words}; run it again`);
+      this.#failTaken();
     }
 
     const isOneStep = await this.#giveName().catch(async (error: unknown) => {
-      await putBack(this.#aside, this.file);
+      await putBack(this.#aside, this.file).catch(ignore);
       throw error;
     });
     await this.handle.close();
     await this.journal.remove();
     return isOneStep;
+  }
+
+  #failTaken(cause?: unknown): never {
+    const words = `${this.file} was replaced or cut, or another imgpull took it over`;
+    return fail("DISK", `cannot write ${this.#dest}: ${words}; run it again`, { cause });
   }
 
   async #giveName(): Promise<boolean> {
@@ -6447,6 +6478,7 @@ class PartialTar {
       await syncFolder(path.dirname(this.#dest));
       return true;
     } catch (error) {
+      if (errorCodeOf(error) === "ENOENT") this.#failTaken(error);
       if (errorCodeOf(error) !== "EBUSY") throw error;
     }
     await this.#writeInPlace();
@@ -6542,14 +6574,17 @@ async function fillTar(job: PullJob, dest: string, lock: Lock): Promise<Transfer
 
 async function pullToTar(job: PullJob, dest: string): Promise<Transfer> {
   const partial = `${dest}.partial`;
+  const journalFile = `${partial}.journal`;
   const lock = await Lock.acquire(`${partial}.lock`, dest);
   try {
+    const deadId = await findDeadId(journalFile, lock);
+    const isOurs = (name: string) => name === path.basename(partial);
+    await fenceOff({ folder: path.dirname(dest), isOurs, deadId, lock });
+
     const unchanged = await keepUnchanged(job, dest);
     const transfer = unchanged ?? (await fillTar(job, dest, lock));
-    const leftovers = unchanged ? [partial, `${partial}.journal`] : [];
+    const leftovers = unchanged ? [partial, journalFile] : [];
     for (const file of [...leftovers, `${partial}.old`]) await removeQuietly(file);
-    const stem = `${path.basename(partial)}.`;
-    await sweep(path.dirname(dest), (name) => name.startsWith(stem) && isAsideName(name));
     return transfer;
   } finally {
     await lock.release();
@@ -6558,23 +6593,20 @@ async function pullToTar(job: PullJob, dest: string): Promise<Transfer> {
 
 // ------ A folder ------
 
-/** The files of blobs, each of its own. While one is written to, its name has its run's id (`FILE.ID.partial`), which
+/** The files of blobs, each of its own. While one is written to, its name has its run's id (`FILE.partial.ID`), which
  *  nobody takes from a run that may be alive; afterwards it is `FILE.partial`, and once verified FILE. */
 class BlobFiles {
   readonly #nameOf: (blob: BlobState) => string;
   readonly #lock: Lock;
-  readonly #deadId: string | undefined;
   readonly #files = new Map<BlobState, Promise<fs.FileHandle>>();
 
-  /** `deadId`: of the run before, where that is certainly over. */
-  constructor(nameOf: (blob: BlobState) => string, lock: Lock, deadId: string | undefined) {
+  constructor(nameOf: (blob: BlobState) => string, lock: Lock) {
     this.#nameOf = nameOf;
     this.#lock = lock;
-    this.#deadId = deadId;
   }
 
   #asideOf(blob: BlobState): string {
-    return `${this.#nameOf(blob)}.${this.#lock.owner.id}.partial`;
+    return `${this.#nameOf(blob)}.partial.${this.#lock.owner.id}`;
   }
 
   open = (blob: BlobState): Promise<fs.FileHandle> => {
@@ -6584,15 +6616,10 @@ class BlobFiles {
   };
 
   async #open(blob: BlobState): Promise<fs.FileHandle> {
-    const name = this.#nameOf(blob);
     const aside = this.#asideOf(blob);
-    const left = this.#deadId ? [`${name}.${this.#deadId}.partial`] : [];
-    for (const file of [...left, `${name}.partial`]) {
-      const isTaken = await moveFile(file, aside);
-      const found = isTaken ? await openTaken(aside, this.#lock.model) : undefined;
-      if (found) return found.handle;
-    }
-    return createFile(aside);
+    const isTaken = await moveFile(`${this.#nameOf(blob)}.partial`, aside);
+    const found = isTaken ? await openTaken(aside, this.#lock.model) : undefined;
+    return found?.handle ?? createFile(aside);
   }
 
   seal = async (blob: BlobState): Promise<void> => {
@@ -6644,42 +6671,50 @@ type FolderJob = Readonly<{
 
 /** Each blob as a file of its own under `folder`; those that are there already are verified and kept. */
 async function pullToFolder(job: FolderJob): Promise<Transfer> {
-  const base = path.join(job.folder, ".imgpull.partial");
-  const lock = await Lock.acquire(`${base}.lock`, job.folder);
+  const { blobs, folder, nameOf } = job;
+  const base = path.join(folder, ".imgpull.partial");
+  const lock = await Lock.acquire(`${base}.lock`, folder);
   try {
+    const deadId = await findDeadId(`${base}.journal`, lock);
+    const isBlob = (name: string) => /^[0-9a-f]{64,128}\.partial$/.test(name);
+    const isDocument = (name: string) => FOLDER_PARTIALS.includes(name);
+    const isOurs = (name: string) => isBlob(name) || isDocument(name);
+    const blobFolders = blobs.map(({ descriptor }) =>
+      path.join(folder, path.dirname(nameOf(descriptor.digest))),
+    );
+    const folders = [...new Set([folder, ...blobFolders])];
+    for (const place of folders) await fenceOff({ folder: place, isOurs, deadId, lock });
+
     const transfer = await fillFolder(job, lock);
     const isWritten = (await job.seal?.(lock)) ?? false;
     if (transfer.blobs.length === 0 && !isWritten) transfer.markUnchanged();
 
+    // What a tag had that has moved on would stay for ever.
     await removeQuietly(`${base}.journal`);
-    const isBlobPartial = (name: string) =>
-      /^[0-9a-f]{64,128}(\.[0-9a-f]{16})?\.partial$/.test(name);
-    const folders = new Set(
-      job.blobs.map(({ descriptor }) => path.dirname(job.nameOf(descriptor.digest))),
-    );
-    for (const folder of folders) await sweep(path.join(job.folder, folder), isBlobPartial);
-    await sweep(job.folder, (name) => name.startsWith(".imgpull.partial.") && isAsideName(name));
+    for (const place of folders)
+      for (const name of await listOptional(place))
+        if (isOurs(name)) await removeQuietly(path.join(place, name));
     return transfer;
   } finally {
     await lock.release();
   }
 }
 
+/** What lies in a folder beside its blobs, while it is written. */
+const FOLDER_PARTIALS = [".imgpull.partial", "index.json.partial", "oci-layout.partial"];
+
 async function fillFolder(job: FolderJob, lock: Lock): Promise<Transfer> {
   const { session, blobs, folder, nameOf, observe } = job;
-  const { owner, model } = lock;
-  const journalFile = path.join(folder, ".imgpull.partial.journal");
-  const before = await Journal.read(journalFile, model);
-  const isDead = before.owner && (await fateOf(before.owner, owner)) === "dead";
   const pathOf = ({ descriptor }: BlobState) => path.join(folder, nameOf(descriptor.digest));
-  const files = new BlobFiles(pathOf, lock, isDead ? before.owner?.id : undefined);
-
+  const files = new BlobFiles(pathOf, lock);
   const missing: BlobState[] = [];
   for (const blob of blobs) if (!(await files.has(blob, session.signal))) missing.push(blob);
   await checkFreeSpace(folder, folder, sizeOf(missing));
 
-  const notes = { planId: "folder", partial: "", inPlace: before.inPlace };
-  const journal = await Journal.begin(journalFile, owner, notes);
+  const journalFile = path.join(folder, ".imgpull.partial.journal");
+  const { inPlace } = await Journal.read(journalFile, lock.model);
+  const notes = { planId: "folder", partial: "", inPlace };
+  const journal = await Journal.begin(journalFile, lock.owner, notes);
   try {
     const { open, seal } = files;
     const keptBytes = sizeOf(blobs) - sizeOf(missing);
@@ -6745,16 +6780,17 @@ async function makeLayoutFolders(folder: string, names: Iterable<string>): Promi
 }
 
 /** A document of a layout, in one step. One that is there with the same bytes is left alone. */
-async function writeLayoutFile(file: string, bytes: Buffer, { owner }: Lock): Promise<boolean> {
+async function writeLayoutFile(file: string, bytes: Buffer, lock: Lock): Promise<boolean> {
   const before = await openRegular(file).catch(ignore);
   const there = await before?.handle.readFile().finally(() => before.handle.close());
   if (there?.equals(bytes)) return false;
 
-  const aside = `${file}.${owner.id}.partial`;
+  const aside = `${file}.partial.${lock.owner.id}`;
   const handle = await createFile(aside);
   try {
     await writeAll(handle, [bytes], 0);
     await syncQuietly(handle);
+    await lock.assertOurs(file);
     await replaceFile(aside, file);
     return true;
   } catch (error) {
@@ -6781,7 +6817,6 @@ async function sealLayout(
 
   const merged = mergeIndex(before, ours);
   if (merged !== before) {
-    if (!(await lock.isOurs())) fail("DISK", `another imgpull took ${folder} over; run it again`);
     await writeLayoutFile(path.join(folder, "index.json"), encodeJson(merged), lock);
     isWritten = true;
   }

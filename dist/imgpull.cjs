@@ -3364,11 +3364,6 @@ async function takeFile(file, aside, isMeant) {
 	await putBack(aside, file)
 	return false
 }
-var isAsideName = name => /\.[0-9a-f]{16}(\.(old|copy))?$/.test(name)
-async function sweep(folder, isLitter) {
-	const names = await listOptional(folder)
-	for (const name of names.filter(isLitter)) await removeQuietly(path.join(folder, name))
-}
 async function startOf(pid) {
 	const text = (await readOptional(`/proc/${pid}/stat`)) ?? ""
 	const [state, ...fields] = text.slice(text.lastIndexOf(")") + 2).split(" ")
@@ -3515,6 +3510,10 @@ var Lock = class _Lock {
 		const owner = (await readLock(file))?.owner
 		return owner !== void 0 && owner !== "unreadable" && owner.id === this.owner.id
 	}
+	async assertOurs(dest) {
+		if (await this.isOurs()) return
+		fail("DISK", `cannot write ${dest}: another imgpull took it over; run it again`)
+	}
 	async isOurs() {
 		for (let attempt = 0; attempt < 3; attempt += 1) {
 			if (await this.#isOwn(this.#file)) return true
@@ -3607,6 +3606,23 @@ by ${partial || "-"} ${JSON.stringify(owner)}
 		await this.#handle.close()
 		if (isSameFile(await statAt(this.#file), stats)) await removeQuietly(this.#file)
 	}
+}
+var ASIDE_NAME = /^(.*\.partial)(\.journal|\.lock)?\.([0-9a-f]{16})(\.old|\.copy)?$/
+async function fenceOff({folder, isOurs, deadId, lock}) {
+	const names = await listOptional(folder)
+	await lock.assertOurs(folder)
+	for (const name of names) {
+		const [, partial = "", kind, id, ending] = ASIDE_NAME.exec(name) ?? []
+		if (!isOurs(partial) || id === lock.owner.id) continue
+		const file = path.join(folder, name)
+		const isLeft = id === deadId && kind === void 0 && ending === void 0
+		if (isLeft) await import_node_fs.promises.rename(file, path.join(folder, partial)).catch(ignore)
+		else await removeQuietly(file)
+	}
+}
+async function findDeadId(journalFile, {model, owner}) {
+	const before = (await Journal.read(journalFile, model)).owner
+	return before && (await fateOf(before, owner)) === "dead" ? before.id : void 0
 }
 function judgeLine() {
 	const before = performance.eventLoopUtilization()
@@ -3974,7 +3990,7 @@ async function replaceByCopy(file) {
 		return (await openRegular(file, O_RDWR))?.handle
 	} catch {
 		await removeQuietly(copy)
-		await import_node_fs.promises.unlink(file)
+		await removeQuietly(file)
 		return void 0
 	}
 }
@@ -4030,11 +4046,10 @@ var PartialTar = class _PartialTar {
 		}
 	}
 	async #claim() {
-		const {owner, model} = this.#lock
-		const before = await Journal.read(this.#journalFile, model)
-		const isDead = before.owner && (await fateOf(before.owner, owner)) === "dead"
-		const deadAside = `${this.file}.${before.owner?.id}`
-		this.#isTaken = (isDead && (await moveFile(deadAside, this.#aside))) || (await moveFile(this.file, this.#aside))
+		const {model} = this.#lock
+		await this.#lock.assertOurs(this.#dest)
+		this.#isTaken = await moveFile(this.file, this.#aside)
+		if (this.#isTaken) await this.#lock.assertOurs(this.#dest)
 		const found = this.#isTaken ? await openTaken(this.#aside, model) : void 0
 		this.#isTaken = found !== void 0
 		if (!found) return
@@ -4050,13 +4065,10 @@ var PartialTar = class _PartialTar {
 		const isAbandoned =
 			!owner ||
 			(notes.partial === identityOf(stats) && (notes.isClosed || (await fateOf(owner, this.#lock.owner)) === "dead"))
-		this.#handle = handle
-		this.#inPlace = notes.inPlace
-		if (isAbandoned) return
-		await handle.close()
-		this.#handle = await replaceByCopy(this.#aside)
+		if (!isAbandoned) await handle.close()
+		this.#handle = isAbandoned ? handle : await replaceByCopy(this.#aside)
 		this.#isTaken = this.#handle !== void 0
-		if (!this.#isTaken) this.#inPlace = /* @__PURE__ */ new Map()
+		if (this.#isTaken) this.#inPlace = notes.inPlace
 	}
 	async #checkSpace() {
 		const {blocks = 0} = (await this.#handle?.stat()) ?? {}
@@ -4074,6 +4086,7 @@ var PartialTar = class _PartialTar {
 			partial: identityOf(await this.#handle.stat({bigint: true})),
 			inPlace: this.#inPlace
 		})
+		await this.#lock.assertOurs(this.#dest)
 		await replaceFile(this.#aside, this.file)
 		await writeFrame(this.#handle, this.#plan)
 	}
@@ -4084,16 +4097,19 @@ var PartialTar = class _PartialTar {
 		const isTaken = await takeFile(this.file, this.#aside, isWhole)
 		if (!isTaken || !(await this.#lock.isOurs())) {
 			if (isTaken) await putBack(this.#aside, this.file)
-			const words = `${this.file} was replaced or cut, or another imgpull took it over`
-			fail("DISK", `cannot write ${this.#dest}: ${words}; run it again`)
+			this.#failTaken()
 		}
 		const isOneStep = await this.#giveName().catch(async error => {
-			await putBack(this.#aside, this.file)
+			await putBack(this.#aside, this.file).catch(ignore)
 			throw error
 		})
 		await this.handle.close()
 		await this.journal.remove()
 		return isOneStep
+	}
+	#failTaken(cause) {
+		const words = `${this.file} was replaced or cut, or another imgpull took it over`
+		return fail("DISK", `cannot write ${this.#dest}: ${words}; run it again`, {cause})
 	}
 	async #giveName() {
 		try {
@@ -4101,6 +4117,7 @@ var PartialTar = class _PartialTar {
 			await syncFolder(path.dirname(this.#dest))
 			return true
 		} catch (error) {
+			if (errorCodeOf(error) === "ENOENT") this.#failTaken(error)
 			if (errorCodeOf(error) !== "EBUSY") throw error
 		}
 		await this.#writeInPlace()
@@ -4182,14 +4199,16 @@ async function fillTar(job, dest, lock) {
 }
 async function pullToTar(job, dest) {
 	const partial = `${dest}.partial`
+	const journalFile = `${partial}.journal`
 	const lock = await Lock.acquire(`${partial}.lock`, dest)
 	try {
+		const deadId = await findDeadId(journalFile, lock)
+		const isOurs = name => name === path.basename(partial)
+		await fenceOff({folder: path.dirname(dest), isOurs, deadId, lock})
 		const unchanged = await keepUnchanged(job, dest)
 		const transfer = unchanged ?? (await fillTar(job, dest, lock))
-		const leftovers = unchanged ? [partial, `${partial}.journal`] : []
+		const leftovers = unchanged ? [partial, journalFile] : []
 		for (const file of [...leftovers, `${partial}.old`]) await removeQuietly(file)
-		const stem = `${path.basename(partial)}.`
-		await sweep(path.dirname(dest), name => name.startsWith(stem) && isAsideName(name))
 		return transfer
 	} finally {
 		await lock.release()
@@ -4198,15 +4217,13 @@ async function pullToTar(job, dest) {
 var BlobFiles = class {
 	#nameOf
 	#lock
-	#deadId
 	#files = /* @__PURE__ */ new Map()
-	constructor(nameOf, lock, deadId) {
+	constructor(nameOf, lock) {
 		this.#nameOf = nameOf
 		this.#lock = lock
-		this.#deadId = deadId
 	}
 	#asideOf(blob) {
-		return `${this.#nameOf(blob)}.${this.#lock.owner.id}.partial`
+		return `${this.#nameOf(blob)}.partial.${this.#lock.owner.id}`
 	}
 	open = blob => {
 		const file = this.#files.get(blob) ?? this.#open(blob)
@@ -4214,15 +4231,10 @@ var BlobFiles = class {
 		return file
 	}
 	async #open(blob) {
-		const name = this.#nameOf(blob)
 		const aside = this.#asideOf(blob)
-		const left = this.#deadId ? [`${name}.${this.#deadId}.partial`] : []
-		for (const file of [...left, `${name}.partial`]) {
-			const isTaken = await moveFile(file, aside)
-			const found = isTaken ? await openTaken(aside, this.#lock.model) : void 0
-			if (found) return found.handle
-		}
-		return createFile(aside)
+		const isTaken = await moveFile(`${this.#nameOf(blob)}.partial`, aside)
+		const found = isTaken ? await openTaken(aside, this.#lock.model) : void 0
+		return found?.handle ?? createFile(aside)
 	}
 	seal = async blob => {
 		const name = this.#nameOf(blob)
@@ -4256,35 +4268,40 @@ var BlobFiles = class {
 	}
 }
 async function pullToFolder(job) {
-	const base = path.join(job.folder, ".imgpull.partial")
-	const lock = await Lock.acquire(`${base}.lock`, job.folder)
+	const {blobs, folder, nameOf} = job
+	const base = path.join(folder, ".imgpull.partial")
+	const lock = await Lock.acquire(`${base}.lock`, folder)
 	try {
+		const deadId = await findDeadId(`${base}.journal`, lock)
+		const isBlob = name => /^[0-9a-f]{64,128}\.partial$/.test(name)
+		const isDocument = name => FOLDER_PARTIALS.includes(name)
+		const isOurs = name => isBlob(name) || isDocument(name)
+		const blobFolders = blobs.map(({descriptor}) => path.join(folder, path.dirname(nameOf(descriptor.digest))))
+		const folders = [.../* @__PURE__ */ new Set([folder, ...blobFolders])]
+		for (const place of folders) await fenceOff({folder: place, isOurs, deadId, lock})
 		const transfer = await fillFolder(job, lock)
 		const isWritten = (await job.seal?.(lock)) ?? false
 		if (transfer.blobs.length === 0 && !isWritten) transfer.markUnchanged()
 		await removeQuietly(`${base}.journal`)
-		const isBlobPartial = name => /^[0-9a-f]{64,128}(\.[0-9a-f]{16})?\.partial$/.test(name)
-		const folders = new Set(job.blobs.map(({descriptor}) => path.dirname(job.nameOf(descriptor.digest))))
-		for (const folder of folders) await sweep(path.join(job.folder, folder), isBlobPartial)
-		await sweep(job.folder, name => name.startsWith(".imgpull.partial.") && isAsideName(name))
+		for (const place of folders)
+			for (const name of await listOptional(place)) if (isOurs(name)) await removeQuietly(path.join(place, name))
 		return transfer
 	} finally {
 		await lock.release()
 	}
 }
+var FOLDER_PARTIALS = [".imgpull.partial", "index.json.partial", "oci-layout.partial"]
 async function fillFolder(job, lock) {
 	const {session, blobs, folder, nameOf, observe} = job
-	const {owner, model} = lock
-	const journalFile = path.join(folder, ".imgpull.partial.journal")
-	const before = await Journal.read(journalFile, model)
-	const isDead = before.owner && (await fateOf(before.owner, owner)) === "dead"
 	const pathOf = ({descriptor}) => path.join(folder, nameOf(descriptor.digest))
-	const files = new BlobFiles(pathOf, lock, isDead ? before.owner?.id : void 0)
+	const files = new BlobFiles(pathOf, lock)
 	const missing = []
 	for (const blob of blobs) if (!(await files.has(blob, session.signal))) missing.push(blob)
 	await checkFreeSpace(folder, folder, sizeOf(missing))
-	const notes = {planId: "folder", partial: "", inPlace: before.inPlace}
-	const journal = await Journal.begin(journalFile, owner, notes)
+	const journalFile = path.join(folder, ".imgpull.partial.journal")
+	const {inPlace} = await Journal.read(journalFile, lock.model)
+	const notes = {planId: "folder", partial: "", inPlace}
+	const journal = await Journal.begin(journalFile, lock.owner, notes)
 	try {
 		const {open, seal} = files
 		const keptBytes = sizeOf(blobs) - sizeOf(missing)
@@ -4333,15 +4350,16 @@ async function makeLayoutFolders(folder, names) {
 			fail("DISK", `${place} is a link that leads out of ${folder}`)
 	}
 }
-async function writeLayoutFile(file, bytes, {owner}) {
+async function writeLayoutFile(file, bytes, lock) {
 	const before = await openRegular(file).catch(ignore)
 	const there = await before?.handle.readFile().finally(() => before.handle.close())
 	if (there?.equals(bytes)) return false
-	const aside = `${file}.${owner.id}.partial`
+	const aside = `${file}.partial.${lock.owner.id}`
 	const handle = await createFile(aside)
 	try {
 		await writeAll(handle, [bytes], 0)
 		await syncQuietly(handle)
+		await lock.assertOurs(file)
 		await replaceFile(aside, file)
 		return true
 	} catch (error) {
@@ -4361,7 +4379,6 @@ async function sealLayout(folder, documents, lock) {
 	}
 	const merged = mergeIndex(before, ours)
 	if (merged !== before) {
-		if (!(await lock.isOurs())) fail("DISK", `another imgpull took ${folder} over; run it again`)
 		await writeLayoutFile(path.join(folder, "index.json"), encodeJson(merged), lock)
 		isWritten = true
 	}

@@ -121,7 +121,7 @@ export async function pull(
   options: PullOptions = {},
 ): Promise<Pulled> {
   const talk: Talk = { warnings: [], waitsMs: [] };
-  const job = { reference, name: NAME, dest };
+  const job = { reference, name: options.name ?? NAME, dest };
   const { counts } = await run(job, { scheme: "http", ...options }, talk);
   return { fetchedBytes: counts.fetchedBytes, ...talk };
 }
