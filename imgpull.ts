@@ -1592,6 +1592,7 @@ class AgentPool {
 
   constructor(settings: Settings) {
     this.#settings = settings;
+    setMaxListeners(0, this.#closing.signal); // one for each tunnel that is being asked for
   }
 
   agentFor(url: URL, role: Role, proxy?: ProxyServer): Promise<http.Agent> {

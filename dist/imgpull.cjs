@@ -829,6 +829,7 @@ var AgentPool = class {
 	#commonContext
 	constructor(settings) {
 		this.#settings = settings
+		;(0, import_node_events.setMaxListeners)(0, this.#closing.signal)
 	}
 	agentFor(url, role, proxy) {
 		const key = `${url.origin} ${role} ${proxy?.url.href}`

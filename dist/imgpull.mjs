@@ -803,6 +803,7 @@ var AgentPool = class {
 	#commonContext
 	constructor(settings) {
 		this.#settings = settings
+		setMaxListeners(0, this.#closing.signal)
 	}
 	agentFor(url, role, proxy) {
 		const key = `${url.origin} ${role} ${proxy?.url.href}`

@@ -10,6 +10,7 @@ import { internals } from "../imgpull.ts";
 import { makeAuthority } from "./support/certificates.ts";
 import type { TestScope } from "./support/command.ts";
 import { makeImage } from "./support/image.ts";
+import { startProxy as startTestProxy } from "./support/proxy.ts";
 import { assertFailed, assertPulled, type PullOptions, tryPull } from "./support/pull.ts";
 import { relay, startRawServer } from "./support/raw.ts";
 import { startRegistry } from "./support/registry.ts";
@@ -233,4 +234,28 @@ describe("what is no proxy of the kind that its URL says: told at once, not aske
     assert.equal(outcome.waitsMs.length, 1);
     assert.equal(proxy.connections, proxy.requests.length, "nothing but requests");
   });
+});
+
+// ====== Many at once ======
+
+test("32 connections at once give Node nothing to warn of, whatever the way", async (t) => {
+  const many = makeImage({ seed: "many", layers: Array(40).fill(100_000) });
+  const warnings: Error[] = [];
+  const note = (warning: Error) => warnings.push(warning);
+  process.on("warning", note);
+  t.after(() => process.off("warning", note));
+
+  for (const scheme of ["http", "https"] as const) {
+    const registry = await startRegistry({ auth: "bearer", ...(scheme === "https" && { tls }) }, t);
+    const direct = registry.add(many, "team/app", "1.0");
+    registry.on({ kind: "layer" }, { redirect: "storage" });
+    const { url } = await startTestProxy(t, { hosts: { "registry.test": "127.0.0.1" } });
+    const environment = { HTTP_PROXY: url, HTTPS_PROXY: url };
+    for (const reference of [direct, direct.replace("127.0.0.1", "registry.test")]) {
+      const given = { scheme, environment, insecure: true, concurrency: 32 };
+      assertPulled(await tryPull(t, reference, given), many);
+    }
+  }
+  await new Promise(setImmediate);
+  assert.deepEqual(warnings, []);
 });

@@ -1,5 +1,6 @@
 // Bytes in place: whatever a line, a registry or a disk does to a pull, DEST is right or as it was. SPEC §5, §6.
 import assert from "node:assert/strict";
+import { once } from "node:events";
 import {
   existsSync,
   readdirSync,
@@ -8,7 +9,7 @@ import {
   statSync,
   writeFileSync,
 } from "node:fs";
-import type { Socket } from "node:net";
+import { type AddressInfo, createServer, type Socket } from "node:net";
 import { join } from "node:path";
 import { type TestContext, test } from "node:test";
 import { type ErrorCode, internals, type Progress, Puller } from "../imgpull.ts";
@@ -732,6 +733,34 @@ test("foreign layers come from their urls where it does not, by https and withou
   assert.equal(drop.hits, 1);
   assert.deepEqual(host.requests.map(({ headers }) => headers.authorization).filter(Boolean), []);
   assert.ok(host.requests.every(({ path }) => !path.endsWith("plain")));
+});
+
+test("foreign layers are not followed to an address inside a network, nor to plain HTTP", async (t) => {
+  const { host, pulling } = await serveForeign(t, (name) => [foreignUrl(name)], false);
+  const connections: string[] = [];
+  const inside = createServer((socket) => {
+    connections.push(String(socket.remoteAddress));
+    socket.destroy();
+  }).listen(0, "127.0.0.2");
+  await once(inside, "listening");
+  t.after(() => inside.close());
+  const { port } = inside.address() as AddressInfo;
+
+  const targets = [
+    `https://127.0.0.2:${port}/`,
+    `https://[::ffff:127.0.0.2]:${port}/`,
+    "https://169.254.169.254/latest/meta-data",
+    "https://[fe80::1]/",
+    host.url.replace("https:", "http:"),
+  ];
+  for (const target of targets) {
+    const rule = host.on({ digest: FOREIGN.digest, times: 1 }, { redirect: target });
+    const error = await failure(pulling());
+    assert.equal(error.code, "PROTOCOL");
+    assert.match(error.message, /redirects to .*: not followed/);
+    assert.equal(rule.hits, 1);
+  }
+  assert.deepEqual(connections, []);
 });
 
 test("foreign layers that nobody has are an error that names them", async (t) => {

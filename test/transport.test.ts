@@ -128,6 +128,59 @@ describe("redirects", () => {
     assertPulled(await tryPull(t, reference, { ...HTTP, ...trust(t) }), image);
   });
 
+  test("what is not followed is told with both schemes", async (t) => {
+    for (const [location, words] of [
+      ["file:///etc/passwd", "not followed from http: to file:"],
+      ["ftp://127.0.0.1/layer", "not followed from http: to ftp:"],
+    ] as const) {
+      const { registry, reference } = await serve(t);
+      registry.on({ kind: "layer" }, { redirect: location });
+      assertFailed(await tryPull(t, reference, HTTP), "PROTOCOL", words);
+    }
+  });
+
+  test("bytes of UTF-8 in Location, as they are", async (t) => {
+    const { registry, reference } = await serve(t);
+    const paths: string[] = [];
+    const digest = image.config.digest;
+    const storage = createHttpServer(({ url = "" }, response) => {
+      paths.push(url);
+      response.end(image.blobs.get(digest));
+    }).listen(0, "127.0.0.1");
+    await once(storage, "listening");
+    t.after(() => storage.close().closeAllConnections());
+    const base = `http://127.0.0.1:${(storage.address() as AddressInfo).port}`;
+
+    const wanted: [written: Buffer, asked: string][] = [
+      [Buffer.from("/größe/图?q=ü"), "/gr%C3%B6%C3%9Fe/%E5%9B%BE?q=%C3%BC"],
+      [Buffer.from("/gr%C3%B6%C3%9Fe"), "/gr%C3%B6%C3%9Fe"],
+      [Buffer.from("/caf\xe9", "latin1"), "/caf%C3%A9"],
+    ];
+    for (const [written, asked] of wanted) {
+      registry.on(
+        { kind: "config", digest, times: 1 },
+        { redirect: `${base}${written.toString("latin1")}` },
+      );
+      assertPulled(await tryPull(t, reference, HTTP), image);
+      assert.equal(paths.at(-1), asked);
+    }
+  });
+
+  test("to an address inside a network: for a registry's layers without credentials", async (t) => {
+    const inside = createHttpServer(({ headers, url = "" }, response) => {
+      shown.push(headers.authorization);
+      response.end(image.blobs.get(url.slice(1)));
+    }).listen(0, "127.0.0.2");
+    const shown: (string | undefined)[] = [];
+    await once(inside, "listening");
+    t.after(() => inside.close().closeAllConnections());
+    const { registry, reference } = await serve(t, { auth: "basic" });
+    const base = `http://127.0.0.2:${(inside.address() as AddressInfo).port}`;
+    registry.on({ kind: "layer" }, { redirect: ({ digest }) => `${base}/${digest}` });
+    assertPulled(await tryPull(t, reference, { ...HTTP, ...GIVEN }), image);
+    assert.deepEqual(shown, [undefined, undefined]);
+  });
+
   const BAD_LOCATIONS = [
     "http://",
     "ftp://127.0.0.1/layer",
