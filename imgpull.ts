@@ -129,17 +129,30 @@ const LIMITS = Object.freeze({
 
 /** Speed: measured, and free to change. No promise depends on them. */
 const TUNING = Object.freeze({
+  batchMs: 1000, // how long bytes may wait for more of them before they are written, and recorded
   batchBytes: MIB, // one write to disk: fewer trips to Node's thread pool than one for each chunk
   journalBytes: MIB, // how much a kill -9 may cost each blob, beside what a connection has gathered
   syncBytes: 32 * MIB, // the disk works while the line does, and little is left for the sync at the end
-  splitBytes: MIB, // neither half of a range that is cut in two is smaller,
-  nearSplitBytes: 16 * MIB, // nor on a near line, where a server has megabytes under way that a cut throws away
-  busyLoop: 0.4, // share of Node's event loop that is in use, over judgeMs:
+  splitBytes: MIB, // no range is worth a request of its own below that,
+  worthMs: 50, // nor where its connection would be done in less
+  unitBytes: 8 * MIB, // ranges of one blob side by side: the hash is at most so many units behind
+  smallBytes: MIB / 16, // a blob that may be asked for twice, to see whether a cache has it by then
+  earlyBytes: 16 * MIB, // what may wait in memory for its turn to be hashed; what else came early is read back
+  firstConnections: 8, // at first, before anything was measured
+  growth: 2.5, // times as many are tried next
+  noise: 0.1, // a trial has to bring more than that
+  trialChances: 2, // stretches in which it can show that
+  firstMeasureMs: 40, // stretches over which bytes are counted, the very first one
+  measureMs: 80, // and all others
+  trialPauseMs: 2000, // before the next trial, after one that brought nothing; then twice as long
+  worthTryingMs: 500, // of work that is left
+  promptMs: 20, // answers that are later than three times the quickest, and that, had to be fetched first
+  lateMs: 500, // and five times the quickest: a range that is not answered by then is left to its neighbour
+  busyLoop: 0.85, // share of Node's event loop that is in use, over judgeMs:
   judgeMs: 100, // from there on the processor is the limit
+  tickMs: 20, // how often all this is looked at
   addressMs: 3000, // for each of a host's addresses but the last: one lost packet on a slow line is no reason to give up
-  farLatencyMs: 20, // from here on a line is worth several connections before its speed is known
   readerPollMs: 50, // DEST that is a pipe: how soon we see that somebody reads it
-  streamUnitBytes: 4 * MIB, // DEST `-`: one request's share of a large blob
   streamWindowBytes: 32 * MIB, // DEST `-`: how far the line may be ahead of the reader
   headerReadBytes: 64 * 1024, // of a tar: small entries stand side by side
   unpackBytes: 256 * 1024, // at once: fewer trips to Node's thread pool
@@ -239,7 +252,7 @@ interface PullOptions {
    */
   mirrors?: Readonly<Record<string, readonly string[]>> | undefined;
 
-  /** Connections used at once, 1 to 64; default 8. */
+  /** The most connections used at once, 1 to 64; default 16. Fewer are used where more do not help. */
   concurrency?: number | undefined;
   /** Attempts after the first, 0 to 100; default 5. */
   retries?: number | undefined;
@@ -1161,6 +1174,8 @@ interface Answer {
   readonly authorization: string | undefined;
   readonly body?: http.IncomingMessage;
   readonly words: string;
+  /** From when the request had a connection to the headers of what answered it. */
+  readonly waitedMs: number;
 }
 
 /** For every request, CONNECT included. Peers take what Node's strict parser refuses (a length beside chunks, LF alone,
@@ -1688,11 +1703,7 @@ class Transport {
     this.#agents.close();
   }
 
-  async #sendOnce(
-    request: HttpRequest,
-    url: URL,
-    headers: Record<string, string>,
-  ): Promise<http.IncomingMessage> {
+  async #sendOnce(request: HttpRequest, url: URL, headers: Record<string, string>): Promise<Sent> {
     const { timeoutMs } = this.#settings;
     const { method, signal, body, isBlob = false } = request;
     const proxy = this.#proxyFor(url);
@@ -1719,6 +1730,10 @@ class Transport {
     limitBody(outgoing, { timeoutMs, isBlob, doing });
     outgoing.end(body);
 
+    let sentAtMs = performance.now();
+    whenConnected(outgoing, () => {
+      sentAtMs = performance.now();
+    });
     let incoming: http.IncomingMessage;
     try {
       // With the signal: while a proxy says nothing, there is no socket yet whose end could tell.
@@ -1745,7 +1760,7 @@ class Transport {
     tidyHeaders(incoming.headers);
     const { "content-type": type = "" } = incoming.headers; // it may be shown, and cut at a length
     if (type.length > 64) incoming.headers["content-type"] = this.#secrets.strikeWords(type);
-    return incoming;
+    return { response: incoming, waitedMs: performance.now() - sentAtMs };
   }
 
   /** The proxy that the environment names for a URL, the same one each time. */
@@ -1905,7 +1920,9 @@ function limitSlowness(incoming: http.IncomingMessage, periodMs: number, doing: 
 
 // ------ Redirects ------
 
-type SendOnce = (url: URL, headers: Record<string, string>) => Promise<http.IncomingMessage>;
+/** A response's headers are there, `waitedMs` after its request had a connection. */
+type Sent = Readonly<{ response: http.IncomingMessage; waitedMs: number }>;
+type SendOnce = (url: URL, headers: Record<string, string>) => Promise<Sent>;
 
 /** Follows redirects by hand: relative ones too, at most ten, never from https to http, never with a secret body. */
 async function followRedirects(
@@ -1918,7 +1935,7 @@ async function followRedirects(
   for (let hops = 0; ; hops += 1) {
     const authorization = await request.authorizationFor(url.origin);
     secrets.add(authorization?.replace(/^\S+ /, ""));
-    const response = await sendOnce(url, {
+    const { response, waitedMs } = await sendOnce(url, {
       "User-Agent": `imgpull/${IMGPULL_VERSION}`,
       "Accept-Encoding": "identity",
       ...request.headers,
@@ -1926,7 +1943,7 @@ async function followRedirects(
     });
 
     const { statusCode: status = 0, headers } = response;
-    const answer = { status, headers, url, authorization, words: "" };
+    const answer = { status, headers, url, authorization, words: "", waitedMs };
     if (status >= 200 && status < 300) return { ...answer, body: response };
 
     const isRedirect = [301, 302, 303, 307, 308].includes(status) && request.body === undefined;
@@ -2950,7 +2967,6 @@ class Endpoint {
   readonly origin: string;
   readonly role: Role;
   acceptsRanges = true; // false once it has answered a range with the whole
-  latencyMs = NEVER; // of the quickest manifest so far: how far away it is
   isPassedOver = false; // a mirror that cannot give what it should
   isToldOf = false; // each has one warning
   readonly #session: Session;
@@ -3075,7 +3091,7 @@ class Endpoint {
     };
 
     for (let round = 0; ; round += 1) {
-      const answer = await this.#sendInTurn(request, kind);
+      const answer = await this.#sendInTurn(request);
       if (answer.body) {
         this.#hasServed = true;
         return answer;
@@ -3104,20 +3120,16 @@ class Endpoint {
   }
 
   /** The first request for a repository goes alone: the challenge that it meets serves all the others. */
-  async #sendInTurn(request: HttpRequest, kind: ContentKind): Promise<Answer> {
+  async #sendInTurn(request: HttpRequest): Promise<Answer> {
     const isFirst = this.#firstContact === undefined;
     if (!isFirst) await this.#firstContact;
 
-    const startedAt = performance.now();
     const sending = this.#session.transport.send(request).then((answer) => {
       this.#authorizer.hear(answer);
       return answer;
     });
     if (isFirst) this.#firstContact = sending.catch(ignore);
-    const answer = await sending;
-    if (kind === "manifest")
-      this.latencyMs = Math.min(this.latencyMs, performance.now() - startedAt);
-    return answer;
+    return sending;
   }
 
   /** A refusal in the user's terms. */
@@ -3181,9 +3193,6 @@ class Registry {
 
   get origin(): string {
     return this.#home.origin;
-  }
-  get latencyMs(): number {
-    return this.#first.latencyMs;
   }
   get acceptsRanges(): boolean {
     return this.#first.acceptsRanges;
@@ -4872,13 +4881,6 @@ function missingRanges(ranges: Ranges, [from, to]: Range): Ranges {
   return missing;
 }
 
-/** A range in pieces of at most `unitBytes`. */
-function cutRange([from, to]: Range, unitBytes: number): Ranges {
-  const pieces: Range[] = [];
-  for (let at = from; at < to; at += unitBytes) pieces.push([at, Math.min(to, at + unitBytes)]);
-  return pieces;
-}
-
 // ------ The state of a blob ------
 // Fetched → in place → recorded, and hashed in order beside that. Nothing but the methods below changes any of it.
 
@@ -4891,6 +4893,20 @@ const nothingOf = (digest: string) => ({
   unrecordedBytes: 0,
 });
 
+/** Memory for bytes that came before their turn to be hashed. */
+class EarlyRoom {
+  #leftBytes: number = TUNING.earlyBytes;
+
+  take(sizeBytes: number): boolean {
+    if (sizeBytes > this.#leftBytes) return false;
+    this.#leftBytes -= sizeBytes;
+    return true;
+  }
+  giveBack(sizeBytes: number): void {
+    this.#leftBytes += sizeBytes;
+  }
+}
+
 class BlobState {
   readonly descriptor: Descriptor;
   readonly registry: Registry;
@@ -4901,7 +4917,9 @@ class BlobState {
   readonly #sources: Place[];
   #restartsLeft = 1; // fetches from the start, after the registry's bytes turned out wrong
   #isDone = false;
+  #recordedAtMs = 0;
   #now: ReturnType<typeof nothingOf>;
+  readonly #early = new Map<number, Buffer>(); // by position
 
   constructor(descriptor: Descriptor, registry: Registry, offset = 0, tars: Tars = []) {
     this.descriptor = descriptor;
@@ -4949,22 +4967,38 @@ class BlobState {
   }
 
   /** Bytes came: gives back those that had not come before, each piece with its position. */
-  accept(position: number, bytes: Buffer): [position: number, bytes: Buffer][] {
+  accept(position: number, bytes: Buffer, room?: EarlyRoom): [position: number, bytes: Buffer][] {
     const isNew = this.missing([position, position + bytes.length]);
     return isNew.map(([from, to]) => {
       const piece = bytes.subarray(from - position, to - position);
-      this.hashInOrder(from, piece);
+      if (from > this.#now.hashedTo && room?.take(piece.length)) this.#early.set(from, piece);
+      else this.hashInOrder(from, piece, room);
       this.#now.come = addRange(this.#now.come, [from, to]);
       return [from, piece];
     });
   }
 
-  /** Takes bytes into the hash where their turn has come: others are read back later. */
-  hashInOrder(position: number, bytes: Buffer): void {
+  /** Takes bytes into the hash where their turn has come, and what waits in memory behind them. */
+  hashInOrder(position: number, bytes: Buffer, room?: EarlyRoom): void {
     const known = this.#now.hashedTo - position;
     if (known < 0 || known >= bytes.length) return;
     this.#now.hash.update(bytes.subarray(known));
     this.#now.hashedTo = position + bytes.length;
+
+    const next = this.#early.get(this.#now.hashedTo);
+    if (!next) return;
+    this.#early.delete(this.#now.hashedTo);
+    room?.giveBack(next.length);
+    this.hashInOrder(this.#now.hashedTo, next, room);
+  }
+
+  /** What is in place, and neither hashed nor in memory, where the hash goes on. */
+  toReadBack(): Range | undefined {
+    const { hashedTo, inPlace } = this.#now;
+    const [from, to] = inPlace.find(([, end]) => end > hashedTo) ?? [NEVER, NEVER];
+    if (from > hashedTo) return undefined;
+    const ahead = [...this.#early.keys()].filter((position) => position > hashedTo);
+    return [hashedTo, Math.min(to, ...ahead)];
   }
 
   markWritten(position: number, sizeBytes: number): void {
@@ -4972,8 +5006,16 @@ class BlobState {
     this.#now.unrecordedBytes += sizeBytes;
   }
 
-  markRecorded(): void {
+  /** Whether so much has been written since it was last recorded, or so long ago, that it should be again. */
+  isRecordDue(nowMs: number): boolean {
+    const { unrecordedBytes } = this.#now;
+    const isOld = nowMs - this.#recordedAtMs >= TUNING.batchMs / 2;
+    return unrecordedBytes >= TUNING.journalBytes || (unrecordedBytes > 0 && isOld);
+  }
+
+  markRecorded(nowMs: number): void {
     this.#now.unrecordedBytes = 0;
+    this.#recordedAtMs = nowMs;
   }
 
   /** Whether all of it was hashed, and came to its digest. The hash can be asked once. */
@@ -4999,7 +5041,12 @@ class BlobState {
    * Its bytes were wrong and are forgotten. Says whose they were, and whether it may be fetched once more; that it came
    * from a mirror costs the registry no restart.
    */
-  restart(isFromMirror: boolean): { liar: "source" | "registry"; isLast: boolean } {
+  restart(
+    isFromMirror: boolean,
+    room?: EarlyRoom,
+  ): { liar: "source" | "registry"; isLast: boolean } {
+    for (const bytes of this.#early.values()) room?.giveBack(bytes.length);
+    this.#early.clear();
     this.#now = nothingOf(this.descriptor.digest);
     if (this.#sources.shift()) return { liar: "source", isLast: false };
     if (!isFromMirror) this.#restartsLeft -= 1;
@@ -5020,21 +5067,139 @@ const blobsOf = ({ entries }: Plan, tars: Tars, isOwnFile = false): BlobState[] 
     blob ? [new BlobState(blob.descriptor, blob.registry, isOwnFile ? 0 : offset, tars)] : [],
   );
 
+// ------ How many connections ------
+// Decided by what is measured, not by how far away a registry is. Neither this part nor the next one knows a network, a
+// clock or a file: test/lines.test.ts drives both over lines of its own.
+
+/** What there is to go by at one moment. */
+type Sample = Readonly<{
+  nowMs: number;
+  /** All that has come so far, and all that is to come. */
+  cameBytes: number;
+  leftBytes: number;
+  /** Connections that are in use, and those of them that bring bytes. */
+  open: number;
+  flowing: number;
+  /** How long an answer takes. */
+  waitMs: number;
+  isProcessorFull: boolean;
+}>;
+
+/** What so many connections brought in a stretch of time. */
+type Measured = Readonly<{ connections: number; bytesPerMs: number }>;
+
+/** More connections were opened: is the line faster than with those before? */
+type Trial = { readonly against: Measured; readonly sinceMs: number; chances: number };
+
+/** How many connections are worth having. A few at first. More are tried as long as that makes the whole faster by more
+ *  than noise; where it does not, we go back to what there was before, and try again later, or once the line is slower. */
+class Pace {
+  readonly most: number;
+  readonly #few: number;
+  #wanted: number;
+  #maySplit = false;
+  #start: Sample | undefined; // of the stretch that is being measured
+  #held: Measured | undefined; // what the last trial came to
+  #trial: Trial | undefined;
+  #nextTrialMs = 0;
+  #pauseMs: number = TUNING.trialPauseMs;
+
+  constructor(most: number) {
+    this.most = most;
+    this.#few = Math.min(most, TUNING.firstConnections);
+    this.#wanted = this.#few;
+  }
+
+  /** How many connections may be in use. */
+  get wanted(): number {
+    return this.#wanted;
+  }
+  /** Whether blobs may be cut into ranges, so that there is work for all of them. */
+  get maySplit(): boolean {
+    return this.#maySplit;
+  }
+  /** What one connection brings; 0 while that is unknown. */
+  get bytesPerMsEach(): number {
+    return this.#held ? this.#held.bytesPerMs / this.#held.connections : 0;
+  }
+
+  observe(sample: Sample): void {
+    const start = this.#start;
+    if (!start || start.flowing === 0 || this.#isSettling(sample)) {
+      this.#start = sample;
+      return;
+    }
+    const elapsedMs = sample.nowMs - start.nowMs;
+    if (elapsedMs < (this.#held ? TUNING.measureMs : TUNING.firstMeasureMs)) return;
+
+    this.#start = sample; // the next stretch
+    const bytesPerMs = (sample.cameBytes - start.cameBytes) / elapsedMs;
+    this.#judge({ connections: sample.open, bytesPerMs }, sample);
+  }
+
+  /** New connections have to be made and answered before they can be judged. */
+  #isSettling({ open, flowing, waitMs, nowMs }: Sample): boolean {
+    const trial = this.#trial;
+    if (!trial || trial.chances < TUNING.trialChances) return false;
+    const isLongEnough = nowMs - trial.sinceMs > 6 * waitMs + TUNING.measureMs;
+    const isUnderWay = open > trial.against.connections && flowing >= 0.75 * open;
+    return !isUnderWay && !isLongEnough;
+  }
+
+  #judge(measured: Measured, sample: Sample): void {
+    if (this.#trial) this.#judgeTrial(measured, sample.nowMs);
+    else this.#held ??= measured;
+
+    const { bytesPerMs } = this.#held as Measured;
+    const isSlower = measured.bytesPerMs < 0.6 * bytesPerMs;
+    if (isSlower) this.#held = measured;
+    if (!this.#trial && (isSlower || sample.nowMs >= this.#nextTrialMs))
+      this.#try(measured, sample);
+  }
+
+  #judgeTrial(measured: Measured, nowMs: number): void {
+    const trial = this.#trial as Trial;
+    const isFaster = measured.bytesPerMs > trial.against.bytesPerMs * (1 + TUNING.noise);
+    trial.chances -= 1;
+    if (!isFaster && trial.chances > 0) return;
+
+    this.#trial = undefined;
+    this.#held = measured;
+    if (isFaster) return;
+    // Whole blobs side by side cost no request more: a few of them may always be under way.
+    this.#wanted = Math.min(this.#wanted, Math.max(trial.against.connections, this.#few));
+    this.#maySplit = false;
+    this.#nextTrialMs = nowMs + this.#pauseMs;
+    this.#pauseMs *= 2;
+  }
+
+  #try(measured: Measured, { nowMs, open, leftBytes, isProcessorFull }: Sample): void {
+    const leftMs = leftBytes / measured.bytesPerMs;
+    if (open >= this.most || isProcessorFull || leftMs < TUNING.worthTryingMs) return;
+    const more = Math.max(this.#few, Math.ceil(open * TUNING.growth));
+    this.#wanted = Math.min(this.most, more);
+    this.#maySplit = true;
+    this.#trial = { against: measured, sinceMs: nowMs, chances: TUNING.trialChances };
+  }
+}
+
 // ------ Scheduling ------
-// Which connection fetches what. It knows no network, no clock and no file.
+// Which connection fetches what. A blob begins with one plain GET of the whole. Where more connections help, others take
+// units out of what lies ahead of it, in order, so that the hash keeps up; at the end, half of what another has left.
 
 /** A range that one connection fetches: `at` is the next byte. Its end moves when another takes over, or gives back. */
 class Segment {
   readonly blob: BlobState;
-  readonly isTakeover: boolean;
   at: number;
   to: number;
+  /** Waiting: between two requests. */
+  state: "waiting" | "asked" | "flowing" = "waiting";
+  askedAtMs = 0;
 
-  constructor(blob: BlobState, [at, to]: Range, isTakeover = false) {
+  constructor(blob: BlobState, [at, to]: Range) {
     this.blob = blob;
     this.at = at;
     this.to = to;
-    this.isTakeover = isTakeover;
   }
   get remainingBytes(): number {
     return this.to - this.at;
@@ -5042,130 +5207,419 @@ class Segment {
   get isComplete(): boolean {
     return this.at >= this.to;
   }
+  get isFlowing(): boolean {
+    return this.state === "flowing";
+  }
+  /** Where it begins in the tar. */
+  get place(): number {
+    return this.blob.offset + this.at;
+  }
 }
 
 const longestFirst = (left: Segment, right: Segment): number =>
   right.remainingBytes - left.remainingBytes;
 
-const isFar = ({ registry }: BlobState): boolean => registry.latencyMs >= TUNING.farLatencyMs;
+const inOrder = (left: Segment, right: Segment): number => left.place - right.place;
 
-/** Whether several ranges of a blob can be asked for. */
-const canSplit = ({ registry, source }: BlobState): boolean =>
-  registry.acceptsRanges && source === undefined;
+/** How a registry, or what stands between it and us, takes to ranges. A cache that has to fetch a blob first may fetch
+ *  the whole of it for each range, or keep nothing of what it was asked for in ranges. It is known by its answers, which
+ *  come much later than those of what it has: such blobs are heard to their end by one plain GET. */
+class RangeManners {
+  isWelcome = true;
+  secondLook: "not taken" | "under way" | "taken" | "impossible" = "not taken";
+  #quickestMs = NEVER;
+  #hasGivenOne = false;
 
-/** The longest range that is worth cutting: neither half may be so small that a request costs more than it brings. */
-function longestRange(segments: Iterable<Segment>): Segment | undefined {
-  const isWorthIt = ({ blob, remainingBytes }: Segment) =>
-    canSplit(blob) &&
-    remainingBytes >= 2 * (isFar(blob) ? TUNING.splitBytes : TUNING.nearSplitBytes);
-  return [...segments].filter(isWorthIt).sort(longestFirst)[0];
-}
-
-function cutInHalf(segment: Segment): Segment {
-  const { blob, at, to, remainingBytes } = segment;
-  segment.to = at + Math.ceil(remainingBytes / 2);
-  return new Segment(blob, [segment.to, to], true);
-}
-
-class Schedule {
-  readonly #isInOrder: boolean;
-  readonly #isLineSlow: () => boolean;
-  #connections: number;
-  #pending: Segment[] = []; // what nobody fetches yet
-  readonly #active = new Set<Segment>();
-
-  /** `isInOrder`: bytes are wanted in their order, as on a stream. `isLineSlow`: more connections would help. */
-  constructor(connections: number, isInOrder: boolean, isLineSlow: () => boolean) {
-    this.#connections = connections;
-    this.#isInOrder = isInOrder;
-    this.#isLineSlow = isLineSlow;
+  answered(waitMs: number, isRange: boolean): void {
+    this.#quickestMs = Math.min(this.#quickestMs, waitMs);
+    if (isRange) this.#hasGivenOne = true;
   }
 
+  get waitMs(): number {
+    return Number.isFinite(this.#quickestMs) ? this.#quickestMs : 0;
+  }
+
+  /** Whether the answer took so long that someone had to fetch it first. */
+  isCold(waitMs: number): boolean {
+    return waitMs > 3 * this.#quickestMs + TUNING.promptMs;
+  }
+
+  /** Whether it is known how soon an answer comes that nobody has to fetch first. Where all are prompt there is nothing to
+   *  tell apart; elsewhere something small is asked for once more. */
+  get isKnown(): boolean {
+    return this.#quickestMs < TUNING.promptMs || this.secondLook === "taken";
+  }
+
+  /** Ranges that may wait for their answers at once. */
+  get mostUnanswered(): number {
+    if (!this.isWelcome) return 0;
+    if (this.isKnown || this.#hasGivenOne) return NEVER;
+    return this.secondLook === "impossible" ? 1 : 0;
+  }
+}
+
+/** How an answer came: its first bytes, after its request had a connection. */
+type LineAnswer = Readonly<{ waitMs: number; isRange: boolean; isMiss: boolean }>;
+
+type ScheduleOptions = Readonly<{
+  /** The most connections. */
+  most: number;
+  /** Where bytes are wanted in order: how far into the tar one may begin now. */
+  horizon?: () => number;
+}>;
+
+class Schedule {
+  readonly #pace: Pace;
+  readonly #horizon: (() => number) | undefined;
+  readonly #queued: Segment[] = []; // what nobody fetches yet
+  readonly #active = new Set<Segment>();
+  readonly #manners = new Map<Registry, RangeManners>();
+  readonly #waits = new Map<BlobState, number>(); // how long the plain GET's answer took
+  readonly #units = new Map<BlobState, number>(); // of blobs that are cut
+  readonly #limits = new Map<string, ConnectionLimit>(); // by origin
+  readonly #abandoned: Segment[] = []; // left to another while they were asked for
+  #nowMs = 0;
+  #cameBytes = 0;
+
+  constructor({ most, horizon }: ScheduleOptions) {
+    this.#pace = new Pace(most);
+    this.#horizon = horizon;
+  }
+
+  get isOver(): boolean {
+    return this.#queued.length + this.#active.size === 0;
+  }
   /** The blobs that are under way. */
   get activeBlobs(): Set<BlobState> {
     return new Set([...this.#active].map(({ blob }) => blob));
   }
-
-  /** Whether one more connection may stay: there is work, or there may be some again, and the server takes it. */
-  get wantsConnection(): boolean {
-    const isWork = this.#pending.length + this.#active.size > 0;
-    return isWork && this.#active.size < this.#connections;
+  get connections(): number {
+    return this.#active.size;
+  }
+  /** All bytes that have come. */
+  get cameBytes(): number {
+    return this.#cameBytes;
   }
 
   /** Queues what a blob lacks; nothing but its check, where that is nothing. */
-  add(blob: BlobState): void {
-    const missing = blob.missing();
-    const isCut = this.#isInOrder && canSplit(blob) && isFar(blob);
-    const pieces = isCut
-      ? missing.flatMap((range) => cutRange(range, TUNING.streamUnitBytes))
-      : missing;
-    for (const range of pieces.length > 0 ? pieces : [[0, 0] as const])
-      this.#pending.push(new Segment(blob, range));
+  add(...blobs: BlobState[]): void {
+    for (const blob of blobs) {
+      this.#units.delete(blob);
+      const missing = blob.missing();
+      for (const range of missing.length > 0 ? missing : [[0, 0] as const])
+        this.#queued.push(new Segment(blob, range));
+    }
+    this.#queued.sort(this.#horizon ? inOrder : longestFirst);
   }
 
-  /** A far line is worth several connections before its speed is known: closed ranges from the start waste nothing. */
-  spread(): void {
-    if (this.#isInOrder) return;
-    const longest = () => longestRange(this.#pending.filter(({ blob }) => isFar(blob)));
-    for (let next = longest(); next && this.#pending.length < this.#connections; next = longest())
-      this.#pending.push(cutInHalf(next));
-    this.#pending.sort(longestFirst);
-  }
-
-  /** What a connection without work fetches: what is queued, or half of what another has left. */
+  /** What one more connection fetches now; undefined where there is none wanted, or nothing for it. */
   next(): Segment | undefined {
-    const segment = this.#pending.shift() ?? this.#takeOver();
-    if (segment) this.#active.add(segment);
+    if (this.#active.size >= this.#pace.wanted) return undefined;
+    const segment = this.#horizon ? this.#nextInOrder() : (this.#takeQueued() ?? this.#cut());
+    if (!segment) return undefined;
+
+    this.#active.add(segment);
     return segment;
   }
 
-  #takeOver(): Segment | undefined {
-    const longest = this.#isInOrder ? undefined : longestRange(this.#active);
-    return longest && this.#isLineSlow() ? cutInHalf(longest) : undefined;
+  /** The first of the tar that is near enough, be it queued or a part of what another fetches. */
+  #nextInOrder(): Segment | undefined {
+    const horizon = this.#horizon?.() ?? NEVER;
+    const longest = this.#longest();
+    const cutPlace = longest ? longest.place + this.#kept(longest) : NEVER;
+    const [queued] = this.#queued;
+    if (Math.min(cutPlace, queued?.place ?? NEVER) >= horizon) return undefined;
+    return queued && queued.place < cutPlace ? this.#takeQueued() : this.#cut();
+  }
+
+  #takeQueued(): Segment | undefined {
+    const queued = this.#queued.find(({ blob }) => this.#hasRoom(blob));
+    if (!queued) return undefined;
+
+    const unit = this.#pace.maySplit ? (this.#units.get(queued.blob) ?? NEVER) : NEVER;
+    if (queued.remainingBytes > 1.5 * unit) {
+      const first = new Segment(queued.blob, [queued.at, queued.at + unit]);
+      queued.at = first.to;
+      return first;
+    }
+    this.#queued.splice(this.#queued.indexOf(queued), 1);
+    return queued;
+  }
+
+  /** A part of the longest range under way: the unit behind what its own connection keeps, or all that is left behind it. */
+  #cut(): Segment | undefined {
+    const longest = this.#longest();
+    if (!longest) return undefined;
+    const { blob, at, to } = longest;
+    const unit = this.#unitOf(longest);
+    const from = at + this.#kept(longest);
+    const end = to - from > 1.5 * unit ? from + unit : to;
+
+    longest.to = from;
+    if (end < to) {
+      this.#queued.unshift(new Segment(blob, [end, to]));
+      this.#queued.sort(this.#horizon ? inOrder : longestFirst);
+    }
+    return new Segment(blob, [from, end]);
+  }
+
+  /** What a connection keeps of its range when that is cut. */
+  #kept(segment: Segment): number {
+    return Math.min(this.#unitOf(segment), Math.ceil(segment.remainingBytes / 2));
+  }
+
+  /** A blob's share for each connection, but not so much that its hash falls far behind. */
+  #unitOf({ blob, remainingBytes }: Segment): number {
+    const known = this.#units.get(blob);
+    if (known !== undefined) return known;
+    const share = Math.ceil(remainingBytes / this.#pace.most);
+    const most = this.#horizon
+      ? Math.ceil(TUNING.streamWindowBytes / this.#pace.most)
+      : TUNING.unitBytes;
+    const unit = Math.max(this.#worthBytes(blob), Math.min(share, most));
+    this.#units.set(blob, unit);
+    return unit;
+  }
+
+  /** The longest range that may be cut, and is worth a request of its own. */
+  #longest(): Segment | undefined {
+    if (!this.#pace.maySplit) return undefined;
+    const isWorthIt = (segment: Segment) =>
+      segment.isFlowing && segment.remainingBytes >= 2 * this.#worthBytes(segment.blob);
+    const candidates = [...this.#active].filter(isWorthIt);
+    const cuttable = candidates.filter(({ blob }) => this.#maySplit(blob) && this.#hasRoom(blob));
+    return cuttable.sort(this.#horizon ? inOrder : longestFirst)[0];
+  }
+
+  /** Less is not worth a request: the connection would wait for longer than it works. */
+  #worthBytes({ registry }: BlobState): number {
+    const leastMs = Math.max(TUNING.worthMs, 4 * this.#mannersOf(registry).waitMs);
+    return Math.ceil(Math.max(TUNING.splitBytes, this.#pace.bytesPerMsEach * leastMs));
+  }
+
+  #maySplit(blob: BlobState): boolean {
+    const { registry, source } = blob;
+    const manners = this.#mannersOf(registry);
+    if (source || !registry.acceptsRanges) return false;
+    if (manners.isCold(this.#waits.get(blob) ?? 0)) return false;
+
+    const isUnanswered = (other: Segment) =>
+      other.blob.registry === registry && other.at > 0 && !other.isFlowing;
+    return [...this.#active].filter(isUnanswered).length < manners.mostUnanswered;
+  }
+
+  #mannersOf(registry: Registry): RangeManners {
+    const known = this.#manners.get(registry) ?? new RangeManners();
+    this.#manners.set(registry, known);
+    return known;
+  }
+
+  /** Whether a registry takes one more connection. */
+  #hasRoom({ registry }: BlobState): boolean {
+    const limit = this.#limits.get(registry.origin)?.at(this.#nowMs) ?? NEVER;
+    return this.#connectionsTo(registry.origin) < limit;
+  }
+
+  #connectionsTo(origin: string): number {
+    return [...this.#active].filter(({ blob }) => blob.registry.origin === origin).length;
+  }
+
+  // What happens on the line.
+
+  asked(segment: Segment, nowMs: number): void {
+    segment.state = "asked";
+    segment.askedAtMs = nowMs;
+  }
+
+  /** The first bytes of an answer are there. `isMiss`: a cache says that it had to fetch them. */
+  answered(segment: Segment, answer?: LineAnswer): void {
+    segment.state = "flowing";
+    if (!answer) return; // a tar at hand
+    const { waitMs, isRange, isMiss } = answer;
+    this.#mannersOf(segment.blob.registry).answered(waitMs, isRange);
+    if (!isRange) this.#waits.set(segment.blob, isMiss ? NEVER : waitMs);
+  }
+
+  /** Bytes came. Where the answer holds more than the range, it goes on with what lies behind that and has not come to
+   *  anything yet: that costs no request. */
+  advance(segment: Segment, sizeBytes: number, answeredTo: number): void {
+    segment.at += sizeBytes;
+    this.#cameBytes += sizeBytes;
+    if (!segment.isComplete || segment.at >= answeredTo) return;
+    const isBehind = (other: Segment) =>
+      other.blob === segment.blob && other.at === segment.to && !other.isComplete;
+    const behind = this.#queued.find(isBehind);
+    if (behind) {
+      this.#takeBehind(segment, behind, answeredTo);
+      return;
+    }
+
+    const idle = [...this.#active].find((other) => isBehind(other) && !other.isFlowing);
+    if (!idle) return;
+    segment.to = idle.to;
+    idle.to = idle.at;
+    this.#abandoned.push(idle);
+  }
+
+  #takeBehind(segment: Segment, behind: Segment, answeredTo: number): void {
+    const unit = this.#pace.maySplit ? (this.#units.get(segment.blob) ?? NEVER) : NEVER;
+    segment.to = Math.min(behind.to, behind.at + unit, answeredTo);
+    behind.at = segment.to;
+    if (behind.isComplete) this.#queued.splice(this.#queued.indexOf(behind), 1);
+  }
+
+  /** Its request has ended, whether all of it came or not. */
+  paused(segment: Segment): void {
+    segment.state = "waiting";
   }
 
   /** Whether nothing else of its blob is queued or under way. */
   isLast(segment: Segment): boolean {
     const isOther = (other: Segment) => other !== segment && other.blob === segment.blob;
-    return ![...this.#pending, ...this.#active].some(isOther);
+    return ![...this.#queued, ...this.#active].some(isOther);
   }
 
   end(segment: Segment): void {
     this.#active.delete(segment);
   }
 
-  /** Leaves a range to the connection that fetches what lies before it, if there is one. */
+  observe(nowMs: number, isProcessorFull: boolean): void {
+    this.#nowMs = nowMs;
+    const active = [...this.#active];
+    const waits = active.map(({ blob }) => this.#mannersOf(blob.registry).waitMs);
+    this.#pace.observe({
+      nowMs,
+      cameBytes: this.#cameBytes,
+      leftBytes: sumOf([...this.#queued, ...active], ({ remainingBytes }) => remainingBytes),
+      open: active.length,
+      flowing: active.filter(({ isFlowing }) => isFlowing).length,
+      waitMs: Math.max(0, ...waits),
+      isProcessorFull,
+    });
+  }
+
+  /** A registry whose ranges would help, if it were known how it takes to them. */
+  registryToLookAt(): Registry | undefined {
+    if (!this.#pace.maySplit || this.#active.size >= this.#pace.wanted) return undefined;
+    for (const { blob, isFlowing, remainingBytes } of this.#active) {
+      const { isKnown, secondLook } = this.#mannersOf(blob.registry);
+      const isOpen = !isKnown && secondLook === "not taken" && !blob.source;
+      if (isOpen && isFlowing && remainingBytes >= 2 * TUNING.splitBytes) return blob.registry;
+    }
+    return undefined;
+  }
+
+  /** Something small was asked for once more: undefined where there was nothing. */
+  lookedAgain(registry: Registry, look: "under way" | { waitMs: number } | undefined): void {
+    const manners = this.#mannersOf(registry);
+    if (look === "under way") manners.secondLook = look;
+    else manners.secondLook = look ? "taken" : "impossible";
+    if (typeof look === "object") manners.answered(look.waitMs, false);
+  }
+
+  /** Requests that nobody waits for any more. */
+  takeAbandoned(nowMs: number): Segment[] {
+    for (const segment of this.#active)
+      if (this.#isLate(segment, nowMs)) this.#abandonLate(segment);
+    return this.#abandoned.splice(0);
+  }
+
+  /** A range that has no answer while the rest of its blob flows: it is left to the connection before it, and the blob is
+   *  heard to its end. If it was the first one there, no more are tried. */
+  #abandonLate(segment: Segment): void {
+    const manners = this.#mannersOf(segment.blob.registry);
+    if (manners.mostUnanswered <= 1) manners.isWelcome = false;
+    this.#waits.set(segment.blob, NEVER);
+    if (this.giveBack(segment)) this.#abandoned.push(segment);
+  }
+
+  #isLate({ blob, at, askedAtMs, state }: Segment, nowMs: number): boolean {
+    if (at === 0 || state !== "asked") return false;
+    const { waitMs } = this.#mannersOf(blob.registry);
+    if (nowMs - askedAtMs < 5 * waitMs + TUNING.lateMs) return false;
+    return [...this.#active].some((other) => other.blob === blob && other.isFlowing);
+  }
+
+  /** Leaves what has not come of a range to the connection that fetches what lies before it. False where there is none. */
   giveBack(segment: Segment): boolean {
-    const isBefore = (other: Segment) =>
-      other.blob === segment.blob && other.to <= segment.at && !other.isComplete;
-    const neighbour = [...this.#active].filter(isBefore).sort((a, b) => b.to - a.to)[0];
+    const [missing] = segment.blob.missing([segment.at, segment.to]);
+    segment.at = missing ? missing[0] : segment.to;
+    if (segment.isComplete) return true;
+
+    const neighbour = this.#lastBefore(segment.blob, segment.at, segment);
     if (!neighbour) return false;
-    neighbour.to = segment.to;
+    neighbour.to = Math.max(neighbour.to, segment.to);
     segment.to = segment.at;
     return true;
   }
 
-  /** The registry gives only whole blobs: one connection for each. */
+  /** The last of a blob's ranges under way that has not gone beyond a place. */
+  #lastBefore(blob: BlobState, place: number, but?: Segment): Segment | undefined {
+    const isBefore = (other: Segment) =>
+      other !== but && other.blob === blob && other.at <= place && !other.isComplete;
+    return [...this.#active].filter(isBefore).sort((left, right) => right.at - left.at)[0];
+  }
+
+  /** The registry gives only whole blobs: one connection takes all of this one along that nobody has begun. */
   stopRanges(segment: Segment): "left to another" | "has to fetch the whole" {
-    segment.blob.registry.acceptsRanges = false;
-    if (this.giveBack(segment)) return "left to another";
-    this.#absorbQueued(segment);
-    return "has to fetch the whole";
+    const { blob } = segment;
+    blob.registry.acceptsRanges = false;
+    const isLeft = this.giveBack(segment);
+    const heir = isLeft ? this.#lastBefore(blob, blob.descriptor.size) : segment;
+    if (heir) this.#absorbQueued(heir);
+    return isLeft ? "left to another" : "has to fetch the whole";
   }
 
-  /** Takes along what nobody has begun. */
   #absorbQueued(segment: Segment): void {
-    const isAbsorbed = ({ blob, at }: Segment) => blob === segment.blob && at >= segment.to;
-    const absorbed = this.#pending.filter(isAbsorbed);
-    this.#pending = this.#pending.filter((queued) => !absorbed.includes(queued));
-    segment.to = Math.max(segment.to, ...absorbed.map(({ to }) => to));
+    const isAbsorbed = ({ blob, at }: Segment) => blob === segment.blob && at >= segment.at;
+    for (const queued of this.#queued.filter(isAbsorbed)) {
+      segment.to = Math.max(segment.to, queued.to);
+      this.#queued.splice(this.#queued.indexOf(queued), 1);
+    }
   }
 
-  /** The registry takes no more connections than there are. False where the range cannot be left to another. */
-  crowded(segment: Segment): boolean {
-    if (!segment.isTakeover || !this.giveBack(segment)) return false;
-    this.#connections = Math.max(1, this.#active.size - 1);
+  /** The registry takes no more connections than there are besides this one: what was to come over it is queued again,
+   *  and fetched by the first of them that is free. False where it was the only one. */
+  crowded(segment: Segment, nowMs: number): boolean {
+    const { origin } = segment.blob.registry;
+    const isOther = (other: Segment) =>
+      other !== segment && other.state !== "waiting" && other.blob.registry.origin === origin;
+    const others = [...this.#active].filter(isOther).length;
+    if (others === 0) return false;
+
+    const limit = this.#limits.get(origin) ?? new ConnectionLimit();
+    this.#limits.set(origin, limit);
+    limit.lower(others, nowMs);
     return true;
+  }
+
+  /** Leaves a range to its neighbour, or to the first connection that is free. */
+  yieldSegment(segment: Segment): void {
+    if (this.giveBack(segment)) return;
+    this.#queued.unshift(new Segment(segment.blob, [segment.at, segment.to]));
+    segment.to = segment.at;
+  }
+}
+
+/** How many connections an origin takes, once it has refused one: one more is tried from time to time, less and less
+ *  often, since what it refused may have been a moment's trouble. */
+class ConnectionLimit {
+  #most = NEVER;
+  #raiseAtMs = 0;
+  #pauseMs: number = TUNING.trialPauseMs;
+
+  lower(most: number, nowMs: number): void {
+    this.#most = Math.min(most, this.#most);
+    this.#raiseAtMs = nowMs + this.#pauseMs;
+    this.#pauseMs *= 2;
+  }
+
+  at(nowMs: number): number {
+    if (nowMs >= this.#raiseAtMs) {
+      this.#most += 1;
+      this.#raiseAtMs = nowMs + this.#pauseMs;
+    }
+    return this.#most;
   }
 }
 
@@ -5204,7 +5658,20 @@ class Change {
 // ------ One request for a range ------
 
 /** Bytes of a blob as they come: [position, end) of it. `doing` is what an error says of it. */
-type Opened = Readonly<{ stream: Readable; doing: string; position: number; end: number }>;
+type Line = Readonly<{ waitedMs: number; openedAtMs: number; isRange: boolean; isMiss: boolean }>;
+type Opened = Readonly<{
+  stream: Readable;
+  doing: string;
+  position: number;
+  end: number;
+  /** How the line answered; a tar at hand does not. */
+  line?: Line;
+}>;
+
+/** What nginx, squid, Varnish's and the CDNs' words for it have in common. */
+const CACHE_HEADERS = ["x-cache", "x-cache-status", "x-proxy-cache", "cf-cache-status"];
+const isCacheMiss = ({ headers }: Pick<Answer, "headers">): boolean =>
+  CACHE_HEADERS.some((name) => /\bmiss\b/i.test(String(headers[name] ?? "")));
 
 /** What an answer to a request for a range of a blob holds, by its status and headers; or what is wrong with it. */
 function judgeAnswer(
@@ -5234,6 +5701,13 @@ function judgeAnswer(
     return { code: "SIZE_MISMATCH", reason: `${length} bytes, not ${end - position}` };
   return { position, end };
 }
+
+/** The first bytes are there. */
+const untilNow = ({ waitedMs, openedAtMs, isRange, isMiss }: Line): LineAnswer => ({
+  waitMs: waitedMs + performance.now() - openedAtMs,
+  isRange,
+  isMiss,
+});
 
 function openSource({ handle, offset }: Place, { at, to }: Segment): Opened {
   const stream = Readable.from(readPlace(handle, offset + at, offset + to));
@@ -5277,7 +5751,10 @@ async function openSegment(
   }
 
   const { position, end } = judged;
-  return { stream: decodeBody(body, end - position), doing, position, end };
+  const { waitedMs } = answer;
+  const isRange = status === 206;
+  const line = { waitedMs, openedAtMs: performance.now(), isRange, isMiss: isCacheMiss(answer) };
+  return { stream: decodeBody(body, end - position), doing, position, end, line };
 }
 
 // ------ The batch writer ------
@@ -5292,6 +5769,7 @@ class BatchWriter {
   #batchBytes = 0;
   #underWay = 0;
   #writing: Promise<unknown> = Promise.resolve();
+  #age: NodeJS.Timeout | undefined;
 
   constructor(stream: Readable, write: (position: number, chunks: Buffer[]) => Promise<void>) {
     this.#stream = stream;
@@ -5302,6 +5780,7 @@ class BatchWriter {
     const follows = position === this.#position + this.#batchBytes;
     if (!follows && this.#batchBytes > 0) this.#flush();
     if (!follows) this.#position = position;
+    this.#age ??= setTimeout(() => this.#flush(), TUNING.batchMs);
     this.#batch.push(chunk);
     this.#batchBytes += chunk.length;
     if (this.#batchBytes >= TUNING.batchBytes) this.#flush();
@@ -5314,6 +5793,8 @@ class BatchWriter {
   }
 
   #flush(): void {
+    clearTimeout(this.#age);
+    this.#age = undefined;
     const written = this.#write(this.#position, this.#batch).finally(() => {
       this.#underWay -= 1;
       this.#stream.resume();
@@ -5736,7 +6217,7 @@ class Journal {
 
   /** At once, for a line takes microseconds: one that queued behind the blobs' own writes would come too late. */
   record(blob: BlobState): void {
-    blob.markRecorded();
+    blob.markRecorded(performance.now());
     this.#recordRanges(blob.descriptor.digest, blob.inPlace);
   }
 
@@ -5809,11 +6290,11 @@ async function findDeadId(
 
 /** Where bytes go. It writes, and decides nothing. */
 type Sink = Readonly<{
-  /** Bytes are wanted in the order of the plan. */
-  isInOrder: boolean;
+  /** Bytes are wanted in the order of the plan: how far into the tar one may begin now. */
+  horizon?: () => number;
   write: (blob: BlobState, position: number, chunks: Buffer[]) => Promise<void>;
-  /** What was written from `from` on. A stream has none: what went out is verified on its way. */
-  readBack?: (blob: BlobState, from: number) => AsyncIterable<Buffer>;
+  /** What was written. A stream has none: what went out is verified on its way. */
+  readBack?: (blob: BlobState, range: Range) => AsyncIterable<Buffer>;
   /** The blob is verified: its file may have its name. */
   seal?: (blob: BlobState) => Promise<void>;
   /** All blobs are there. */
@@ -5833,13 +6314,24 @@ type TransferOptions = Readonly<{
   keptBytes?: number;
 }>;
 
-/** Says whether it is the line that is slow, once there was time to judge: where Node is busy, the processor is. */
-function judgeLine(): () => boolean {
-  const before = performance.eventLoopUtilization();
+/** Says whether Node had hardly a moment to spare: then it is not the line that is slow. */
+function watchProcessor(): () => boolean {
+  let before = performance.eventLoopUtilization();
+  let isFull = false;
   return () => {
     const { active, idle, utilization } = performance.eventLoopUtilization(before);
-    return active + idle > TUNING.judgeMs && utilization < TUNING.busyLoop;
+    if (active + idle < TUNING.judgeMs) return isFull;
+    before = performance.eventLoopUtilization();
+    isFull = utilization > TUNING.busyLoop;
+    return isFull;
   };
+}
+
+/** Whether a server may have refused one connection more than it takes. */
+function isPushback(error: unknown): error is ImgpullError {
+  if (!(error instanceof ImgpullError)) return false;
+  const { code, status, cause } = error;
+  return code === "RATE_LIMITED" || status === 503 || (code === "NETWORK" && cause !== undefined);
 }
 
 class Transfer {
@@ -5855,6 +6347,13 @@ class Transfer {
   readonly #schedule: Schedule;
   readonly #change = new Change();
   readonly #stopping = new AbortController();
+  readonly #isProcessorFull = watchProcessor();
+  readonly #room: EarlyRoom | undefined;
+  readonly #running = new Set<Promise<void>>();
+  readonly #requests = new Map<Segment, AbortController>();
+  readonly #catchingUp = new Map<BlobState, Promise<void>>();
+  readonly #crowded = new Set<string>(); // origins that were told of
+  #failures: PromiseRejectedResult[] = [];
   #fetchedBytes = 0;
   #reusedBytes: number;
   #isUnchanged = false;
@@ -5868,9 +6367,12 @@ class Transfer {
     this.resumedBytes = sumOf(blobs, ({ doneBytes }) => doneBytes);
     this.#reusedBytes = keptBytes;
     this.#sink = sink;
+    this.#room = sink.readBack && new EarlyRoom();
     this.#observe = observe;
     this.#journal = journal;
-    this.#schedule = new Schedule(session.settings.concurrency, sink.isInOrder, judgeLine());
+    const { horizon } = sink;
+    const most = session.settings.concurrency;
+    this.#schedule = new Schedule({ most, ...(horizon && { horizon }) });
   }
 
   /** What came over the line, and from tars at hand. */
@@ -5909,29 +6411,66 @@ class Transfer {
   /** To the end of all blobs, or to the first error with every connection closed. */
   async run(): Promise<void> {
     this.#observe(this);
-    for (const blob of this.blobs) this.#schedule.add(blob);
-    this.#schedule.spread();
+    this.#schedule.add(...this.blobs);
+    while (!this.#schedule.isOver && !this.signal.aborted) {
+      this.#lookRound();
+      await this.#change.next(this.signal, TUNING.tickMs);
+    }
 
-    const { concurrency } = this.#session.settings;
-    const connect = () => this.#runConnection().catch(this.stop);
-    settled(await Promise.allSettled(Array.from({ length: concurrency }, connect)));
+    await Promise.all(this.#running);
+    settled(this.#failures);
     if (this.signal.aborted) fail("ABORTED", "stopped");
     await this.#sink.end?.();
   }
 
-  async #runConnection(): Promise<void> {
-    while (!this.signal.aborted && this.#schedule.wantsConnection) {
-      const segment = this.#schedule.next();
-      if (!segment) {
-        await this.#change.next(this.signal, 20); // by then there may be something to judge by
-        continue;
-      }
+  /** What has changed, and what follows from it. */
+  #lookRound(): void {
+    const nowMs = performance.now();
+    this.#schedule.observe(nowMs, this.#isProcessorFull());
+    for (const segment of this.#schedule.takeAbandoned(nowMs)) this.#requests.get(segment)?.abort();
+    const registry = this.#schedule.registryToLookAt();
+    if (registry) this.#lookAgain(registry);
 
-      await this.#fetch(segment);
-      if (this.#schedule.isLast(segment)) await this.#finishBlob(segment.blob);
-      this.#schedule.end(segment);
+    for (let next = this.#schedule.next(); next; next = this.#schedule.next()) this.#start(next);
+  }
+
+  /** Asks once more for something small that has come already: a cache has it now, and answers sooner than before. */
+  #lookAgain(registry: Registry): void {
+    const isSmall = ({ descriptor, registry: its }: BlobState) =>
+      its === registry && descriptor.size > 0 && descriptor.size <= TUNING.smallBytes;
+    const small = this.blobs.find((blob) => isSmall(blob) && !blob.source);
+    if (!small) this.#schedule.lookedAgain(registry, undefined);
+    if (!small?.isDone) return; // soon
+
+    this.#schedule.lookedAgain(registry, "under way");
+    const { descriptor } = small;
+    const looking = registry.blob(descriptor, 0, descriptor.size, this.signal);
+    looking.then(
+      ({ body, waitedMs }) => {
+        body?.on("error", ignore).resume();
+        this.#schedule.lookedAgain(registry, { waitMs: waitedMs });
+        this.#change.announce();
+      },
+      () => this.#schedule.lookedAgain(registry, undefined),
+    );
+  }
+
+  #start(segment: Segment): void {
+    const running = this.#serve(segment).catch((reason: unknown) => {
+      this.#failures.push({ status: "rejected", reason });
+      this.#stopping.abort();
+    });
+    this.#running.add(running);
+    running.then(() => {
+      this.#running.delete(running);
       this.#change.announce();
-    }
+    });
+  }
+
+  async #serve(segment: Segment): Promise<void> {
+    await this.#fetch(segment);
+    if (this.#schedule.isLast(segment)) await this.#finishBlob(segment.blob);
+    this.#schedule.end(segment);
   }
 
   /** Fetches a range to its end, however many answers that takes. */
@@ -5946,44 +6485,73 @@ class Transfer {
     };
 
     const attempt = async () => {
-      while (!segment.isComplete) await this.#receiveOrGiveBack(segment);
+      while (!segment.isComplete) await this.#receiveOrYield(segment);
     };
     return withRetries(this.#session, attempt, gotOn);
   }
 
-  /** A registry that takes no more connections gets fewer: the range goes back to where it was taken from. */
-  async #receiveOrGiveBack(segment: Segment): Promise<void> {
+  /** A server that refuses one connection while others move gets fewer: that costs no attempt. When it says to come back
+   *  later, that is waited for all the same. */
+  async #receiveOrYield(segment: Segment): Promise<void> {
+    const { at } = segment;
+    const request = new AbortController();
+    this.#requests.set(segment, request);
+    this.#schedule.asked(segment, performance.now());
     try {
-      await this.#receive(segment);
+      await this.#receive(segment, anySignal(this.signal, request.signal));
     } catch (error) {
-      const isCrowded = error instanceof ImgpullError && error.code === "RATE_LIMITED";
-      if (isCrowded && this.#schedule.crowded(segment)) return;
+      if (segment.isComplete) return; // left to another meanwhile
+      const isRefused = isPushback(error) && segment.at === at && !this.signal.aborted;
+      if (isRefused && (await this.#isExcused(segment, error))) return;
       const { registry, descriptor, source } = segment.blob;
       if (source || !registry.canAskElsewhere(descriptor.digest, error)) throw error;
+    } finally {
+      this.#requests.delete(segment);
+      this.#schedule.paused(segment);
     }
   }
 
+  /** Whether others move, so that this is no failure. */
+  async #isExcused(segment: Segment, { retryAfterMs = 0 }: ImgpullError): Promise<boolean> {
+    if (retryAfterMs > LIMITS.retryAfterMs) return false;
+    if (!this.#schedule.crowded(segment, performance.now())) return false;
+    this.#tellOfCrowd(segment.blob.registry);
+    this.#schedule.paused(segment);
+    if (retryAfterMs > 0) await this.#session.clock.sleep(retryAfterMs, this.signal).catch(ignore);
+    else this.#schedule.yieldSegment(segment);
+    return true;
+  }
+
+  #tellOfCrowd({ origin }: Registry): void {
+    if (this.#crowded.has(origin)) return;
+    this.#crowded.add(origin);
+    this.#session.warn(`${origin} refuses more connections: going on with fewer`);
+  }
+
   /** One request for what a segment still lacks, and its bytes into the sink. */
-  async #receive(segment: Segment): Promise<void> {
+  async #receive(segment: Segment, signal: AbortSignal): Promise<void> {
     const { blob } = segment;
-    const opened = await openSegment(this.#schedule, segment, this.signal);
+    const opened = await openSegment(this.#schedule, segment, signal);
     if (!opened) return;
 
-    const { stream, doing, end } = opened;
+    const { stream, doing, end, line } = opened;
     let { position } = opened;
     const writer = new BatchWriter(stream, (at, chunks) => this.#write(blob, at, chunks));
     // Events rather than an iterator, which makes promises for each chunk.
     stream.on("data", (chunk: Buffer) => {
-      const skipped = Math.min(chunk.length, Math.max(0, segment.at - position));
-      const wanted = chunk.subarray(skipped, skipped + segment.remainingBytes);
+      if (!segment.isFlowing) this.#schedule.answered(segment, line && untilNow(line));
+      const start = position;
       position += chunk.length;
-      const pieces = this.#accept(segment, wanted);
+      // Its end may move on while it takes the chunk in.
+      while (!segment.isComplete && segment.at >= start && segment.at < position) {
+        const wanted = chunk.subarray(segment.at - start).subarray(0, segment.remainingBytes);
+        for (const piece of this.#accept(segment, wanted, end)) writer.add(...piece);
+      }
       // More than belongs there, or another connection has taken the rest over: no need to hear it to its end.
       if (position > end || (segment.isComplete && position < end)) stream.destroy();
-      for (const piece of pieces) writer.add(...piece);
     });
 
-    const cause = await finished(stream, { signal: this.signal }).then(ignore, (error) => error);
+    const cause = await finished(stream, { signal }).then(ignore, (error) => error);
     stream.destroy();
     await writer.end();
     if (position > end)
@@ -5997,10 +6565,10 @@ class Transfer {
     }
   }
 
-  #accept(segment: Segment, bytes: Buffer) {
+  #accept(segment: Segment, bytes: Buffer, answeredTo: number) {
     const { blob } = segment;
-    const pieces = blob.accept(segment.at, bytes);
-    segment.at += bytes.length;
+    const pieces = blob.accept(segment.at, bytes, this.#room);
+    this.#schedule.advance(segment, bytes.length, answeredTo);
     const newBytes = sumOf(pieces, ([, piece]) => piece.length);
     if (blob.source) this.#reusedBytes += newBytes;
     else this.#fetchedBytes += newBytes;
@@ -6012,7 +6580,31 @@ class Transfer {
     const sizeBytes = sumOf(chunks, ({ length }) => length);
     await this.#sink.write(blob, position, chunks);
     blob.markWritten(position, sizeBytes);
-    if (blob.unrecordedBytes >= TUNING.journalBytes) this.#journal?.record(blob);
+    if (blob.isRecordDue(performance.now())) this.#journal?.record(blob);
+    this.#catchUp(blob);
+  }
+
+  /** Hashes what came out of order and is in place by now, while the line works. */
+  #catchUp(blob: BlobState): void {
+    if (this.#catchingUp.has(blob) || !blob.toReadBack()) return;
+    const catchingUp = this.#readBack(blob).catch((reason: unknown) => {
+      this.#failures.push({ status: "rejected", reason });
+      this.#stopping.abort();
+    });
+    this.#catchingUp.set(blob, catchingUp);
+    catchingUp.then(() => this.#catchingUp.delete(blob));
+  }
+
+  async #readBack(blob: BlobState): Promise<void> {
+    const { readBack } = this.#sink;
+    if (!readBack) return;
+    for (let range = blob.toReadBack(); range; range = blob.toReadBack()) {
+      let [position] = range;
+      for await (const piece of readBack(blob, range)) {
+        blob.hashInOrder(position, piece, this.#room);
+        position += piece.length;
+      }
+    }
   }
 
   /** All bytes of a blob were written: are they the right ones? */
@@ -6028,9 +6620,8 @@ class Transfer {
 
   async #isVerified(blob: BlobState): Promise<boolean> {
     if (!this.#sink.readBack) return true;
-    // What came out of order is not hashed yet.
-    for await (const piece of this.#sink.readBack(blob, blob.hashedTo))
-      blob.hashInOrder(blob.hashedTo, piece);
+    await this.#catchingUp.get(blob);
+    await this.#readBack(blob);
     if (!blob.verify()) return false;
 
     await this.#sink.seal?.(blob);
@@ -6044,7 +6635,7 @@ class Transfer {
     const words = `${descriptor.digest}: the bytes have another digest`;
     const lie = new ImgpullError("DIGEST_MISMATCH", words);
     const isFromMirror = !blob.source && registry.canAskElsewhere(descriptor.digest, lie);
-    const { liar, isLast } = blob.restart(isFromMirror);
+    const { liar, isLast } = blob.restart(isFromMirror, this.#room);
     if (liar === "source" || isFromMirror) return;
 
     if (isLast) {
@@ -6206,16 +6797,14 @@ type OpenPlace = (blob: BlobState) => Promise<fs.FileHandle>;
 function fileSink(open: OpenPlace, seal?: (blob: BlobState) => Promise<void>): Sink {
   const sync = new BackgroundSync();
   return {
-    isInOrder: false,
     write: async (blob, position, chunks) => {
       const handle = await open(blob);
       await writeAll(handle, chunks, blob.offset + position);
       const sizeBytes = sumOf(chunks, ({ length }) => length);
       await sync.written(handle, sizeBytes);
     },
-    readBack: async function* (blob, from) {
-      const { offset, descriptor } = blob;
-      yield* readPlace(await open(blob), offset + from, offset + descriptor.size);
+    readBack: async function* (blob, [from, to]) {
+      yield* readPlace(await open(blob), blob.offset + from, blob.offset + to);
     },
     seal: async (blob) => seal?.(blob),
     end: () => sync.end(),
@@ -6276,7 +6865,7 @@ async function hasFrame(handle: fs.FileHandle, plan: Plan): Promise<boolean> {
 }
 
 /** For a transfer that finds all in its place. */
-const NO_SINK: Sink = { isInOrder: false, write: () => Promise.resolve() };
+const NO_SINK: Sink = { write: () => Promise.resolve() };
 
 /** DEST that is to the byte what the plan gives is left alone: who watches it sees no change, and no second copy needs
  *  room. Undefined where it has to be written. */
@@ -6847,9 +7436,14 @@ class ReadAhead {
   readonly #change = new Change();
   #cursor = 0;
 
+  /** How far the line may be. */
+  get horizon(): number {
+    return this.#cursor + TUNING.streamWindowBytes;
+  }
+
   /** Waits while the place is too far ahead of the reader. */
   async put(place: number, bytes: Buffer, signal: AbortSignal): Promise<void> {
-    const isNear = () => place < this.#cursor + TUNING.streamWindowBytes;
+    const isNear = () => place < this.horizon;
     await this.#change.until(isNear, signal);
     this.#early.set(place, bytes);
     this.#change.announce();
@@ -6907,7 +7501,7 @@ async function pullToStream(job: PullJob, output: NodeJS.WritableStream): Promis
   const { session, plan, tars, observe } = job;
   const readAhead = new ReadAhead();
   const sink: Sink = {
-    isInOrder: true,
+    horizon: () => readAhead.horizon,
     write: ({ offset }, position, chunks) =>
       readAhead.put(offset + position, Buffer.concat(chunks), transfer.signal),
   };
@@ -7597,7 +8191,7 @@ function settingsOf(
     environment: environment ?? options.environment ?? process.env,
     certsDirectory,
     timeoutMs: integerOption(options, "timeoutMs", 30_000, [1, 86_400_000]),
-    concurrency: integerOption(options, "concurrency", 8, [1, 64]),
+    concurrency: integerOption(options, "concurrency", 16, [1, 64]),
     retries: integerOption(options, "retries", 5, [0, 100]),
     wanted: wantedOf(options),
     mirrors: parseMirrors(options.mirrors ?? {}, scheme),
@@ -9832,7 +10426,7 @@ const REGISTRY_OPTIONS = {
   concurrency: {
     short: "j",
     value: "N",
-    help: "connections used at once; default 8",
+    help: "the most connections used at once; default 16",
     option: "concurrency",
     convert: (typed: string) => parseNumber("concurrency", typed),
   },
@@ -10551,6 +11145,9 @@ async function main(argv: readonly string[], io: CommandIO = process): Promise<n
 // ====== 17. Exports ======
 /** @internal for the tests */
 const internals = Object.freeze({
+  BlobState,
+  EarlyRoom,
+  Schedule,
   LIMITS,
   OPTIONS,
   Secrets,

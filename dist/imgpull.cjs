@@ -101,17 +101,30 @@ var LIMITS = Object.freeze({
 	lockBytes: 4096
 })
 var TUNING = Object.freeze({
+	batchMs: 1e3,
 	batchBytes: MIB,
 	journalBytes: MIB,
 	syncBytes: 32 * MIB,
 	splitBytes: MIB,
-	nearSplitBytes: 16 * MIB,
-	busyLoop: 0.4,
+	worthMs: 50,
+	unitBytes: 8 * MIB,
+	smallBytes: MIB / 16,
+	earlyBytes: 16 * MIB,
+	firstConnections: 8,
+	growth: 2.5,
+	noise: 0.1,
+	trialChances: 2,
+	firstMeasureMs: 40,
+	measureMs: 80,
+	trialPauseMs: 2e3,
+	worthTryingMs: 500,
+	promptMs: 20,
+	lateMs: 500,
+	busyLoop: 0.85,
 	judgeMs: 100,
+	tickMs: 20,
 	addressMs: 3e3,
-	farLatencyMs: 20,
 	readerPollMs: 50,
-	streamUnitBytes: 4 * MIB,
 	streamWindowBytes: 32 * MIB,
 	headerReadBytes: 64 * 1024,
 	unpackBytes: 256 * 1024,
@@ -921,6 +934,10 @@ var Transport = class {
 		this.#patience.limitHeaders(outgoing, request.url, doing)
 		limitBody(outgoing, {timeoutMs, isBlob, doing})
 		outgoing.end(body)
+		let sentAtMs = performance.now()
+		whenConnected(outgoing, () => {
+			sentAtMs = performance.now()
+		})
 		let incoming
 		try {
 			;[incoming] = await (0, import_node_events.once)(outgoing, "response", {signal})
@@ -947,7 +964,7 @@ var Transport = class {
 		tidyHeaders(incoming.headers)
 		const {"content-type": type = ""} = incoming.headers
 		if (type.length > 64) incoming.headers["content-type"] = this.#secrets.strikeWords(type)
-		return incoming
+		return {response: incoming, waitedMs: performance.now() - sentAtMs}
 	}
 	#proxyFor(url) {
 		const proxyUrl = proxyFor(url, this.#settings.environment)
@@ -1050,14 +1067,14 @@ async function followRedirects(request, sendOnce, secrets) {
 	for (let hops = 0; ; hops += 1) {
 		const authorization = await request.authorizationFor(url.origin)
 		secrets.add(authorization?.replace(/^\S+ /, ""))
-		const response = await sendOnce(url, {
+		const {response, waitedMs} = await sendOnce(url, {
 			"User-Agent": `imgpull/${"1.0.0"}`,
 			"Accept-Encoding": "identity",
 			...request.headers,
 			...dropEmpty({Authorization: authorization})
 		})
 		const {statusCode: status = 0, headers} = response
-		const answer = {status, headers, url, authorization, words: ""}
+		const answer = {status, headers, url, authorization, words: "", waitedMs}
 		if (status >= 200 && status < 300) return {...answer, body: response}
 		const isRedirect = [301, 302, 303, 307, 308].includes(status) && request.body === void 0
 		if (!isRedirect || headers.location === void 0)
@@ -1679,7 +1696,6 @@ var Endpoint = class {
 	origin
 	role
 	acceptsRanges = true
-	latencyMs = NEVER
 	isPassedOver = false
 	isToldOf = false
 	#session
@@ -1773,7 +1789,7 @@ var Endpoint = class {
 			headers: {Accept: kind === "manifest" ? this.#manifestTypes : ANY_TYPE, ...more.headers}
 		}
 		for (let round = 0; ; round += 1) {
-			const answer = await this.#sendInTurn(request, kind)
+			const answer = await this.#sendInTurn(request)
 			if (answer.body) {
 				this.#hasServed = true
 				return answer
@@ -1793,18 +1809,15 @@ var Endpoint = class {
 		const most = Math.min(LIMITS.mirrorFailures, this.#session.settings.retries)
 		return retryDelayMs(error, this.#failures, most, 1) !== void 0
 	}
-	async #sendInTurn(request, kind) {
+	async #sendInTurn(request) {
 		const isFirst = this.#firstContact === void 0
 		if (!isFirst) await this.#firstContact
-		const startedAt = performance.now()
-		const sending = this.#session.transport.send(request).then(answer2 => {
-			this.#authorizer.hear(answer2)
-			return answer2
+		const sending = this.#session.transport.send(request).then(answer => {
+			this.#authorizer.hear(answer)
+			return answer
 		})
 		if (isFirst) this.#firstContact = sending.catch(ignore)
-		const answer = await sending
-		if (kind === "manifest") this.latencyMs = Math.min(this.latencyMs, performance.now() - startedAt)
-		return answer
+		return sending
 	}
 	async #refusal(answer, kind, name) {
 		const who = answer.url.origin === this.origin ? `the ${this.role}` : STORAGE_HOST
@@ -1855,9 +1868,6 @@ var Registry = class {
 	}
 	get origin() {
 		return this.#home.origin
-	}
-	get latencyMs() {
-		return this.#first.latencyMs
 	}
 	get acceptsRanges() {
 		return this.#first.acceptsRanges
@@ -2964,11 +2974,6 @@ function missingRanges(ranges, [from, to]) {
 	if (at < to) missing.push([at, to])
 	return missing
 }
-function cutRange([from, to], unitBytes) {
-	const pieces = []
-	for (let at = from; at < to; at += unitBytes) pieces.push([at, Math.min(to, at + unitBytes)])
-	return pieces
-}
 var nothingOf = digest => ({
 	hash: newHash(digest),
 	hashedTo: 0,
@@ -2976,6 +2981,17 @@ var nothingOf = digest => ({
 	inPlace: [],
 	unrecordedBytes: 0
 })
+var EarlyRoom = class {
+	#leftBytes = TUNING.earlyBytes
+	take(sizeBytes) {
+		if (sizeBytes > this.#leftBytes) return false
+		this.#leftBytes -= sizeBytes
+		return true
+	}
+	giveBack(sizeBytes) {
+		this.#leftBytes += sizeBytes
+	}
+}
 var BlobState = class {
 	descriptor
 	registry
@@ -2983,7 +2999,9 @@ var BlobState = class {
 	#sources
 	#restartsLeft = 1
 	#isDone = false
+	#recordedAtMs = 0
 	#now
+	#early = /* @__PURE__ */ new Map()
 	constructor(descriptor, registry, offset = 0, tars = []) {
 		this.descriptor = descriptor
 		this.registry = registry
@@ -3022,27 +3040,46 @@ var BlobState = class {
 		this.#sources.length = 0
 		this.#restartsLeft += 1
 	}
-	accept(position, bytes) {
+	accept(position, bytes, room) {
 		const isNew = this.missing([position, position + bytes.length])
 		return isNew.map(([from, to]) => {
 			const piece = bytes.subarray(from - position, to - position)
-			this.hashInOrder(from, piece)
+			if (from > this.#now.hashedTo && room?.take(piece.length)) this.#early.set(from, piece)
+			else this.hashInOrder(from, piece, room)
 			this.#now.come = addRange(this.#now.come, [from, to])
 			return [from, piece]
 		})
 	}
-	hashInOrder(position, bytes) {
+	hashInOrder(position, bytes, room) {
 		const known = this.#now.hashedTo - position
 		if (known < 0 || known >= bytes.length) return
 		this.#now.hash.update(bytes.subarray(known))
 		this.#now.hashedTo = position + bytes.length
+		const next = this.#early.get(this.#now.hashedTo)
+		if (!next) return
+		this.#early.delete(this.#now.hashedTo)
+		room?.giveBack(next.length)
+		this.hashInOrder(this.#now.hashedTo, next, room)
+	}
+	toReadBack() {
+		const {hashedTo, inPlace} = this.#now
+		const [from, to] = inPlace.find(([, end]) => end > hashedTo) ?? [NEVER, NEVER]
+		if (from > hashedTo) return void 0
+		const ahead = [...this.#early.keys()].filter(position => position > hashedTo)
+		return [hashedTo, Math.min(to, ...ahead)]
 	}
 	markWritten(position, sizeBytes) {
 		this.#now.inPlace = addRange(this.#now.inPlace, [position, position + sizeBytes])
 		this.#now.unrecordedBytes += sizeBytes
 	}
-	markRecorded() {
+	isRecordDue(nowMs) {
+		const {unrecordedBytes} = this.#now
+		const isOld = nowMs - this.#recordedAtMs >= TUNING.batchMs / 2
+		return unrecordedBytes >= TUNING.journalBytes || (unrecordedBytes > 0 && isOld)
+	}
+	markRecorded(nowMs) {
 		this.#now.unrecordedBytes = 0
+		this.#recordedAtMs = nowMs
 	}
 	verify() {
 		const {hash, hashedTo} = this.#now
@@ -3056,7 +3093,9 @@ var BlobState = class {
 		this.#now.inPlace = this.#now.come
 		this.#isDone = true
 	}
-	restart(isFromMirror) {
+	restart(isFromMirror, room) {
+		for (const bytes of this.#early.values()) room?.giveBack(bytes.length)
+		this.#early.clear()
 		this.#now = nothingOf(this.descriptor.digest)
 		if (this.#sources.shift()) return {liar: "source", isLast: false}
 		if (!isFromMirror) this.#restartsLeft -= 1
@@ -3071,16 +3110,89 @@ var blobsOf = ({entries}, tars, isOwnFile = false) =>
 	entries.flatMap(({blob, offset}) =>
 		blob ? [new BlobState(blob.descriptor, blob.registry, isOwnFile ? 0 : offset, tars)] : []
 	)
+var Pace = class {
+	most
+	#few
+	#wanted
+	#maySplit = false
+	#start
+	#held
+	#trial
+	#nextTrialMs = 0
+	#pauseMs = TUNING.trialPauseMs
+	constructor(most) {
+		this.most = most
+		this.#few = Math.min(most, TUNING.firstConnections)
+		this.#wanted = this.#few
+	}
+	get wanted() {
+		return this.#wanted
+	}
+	get maySplit() {
+		return this.#maySplit
+	}
+	get bytesPerMsEach() {
+		return this.#held ? this.#held.bytesPerMs / this.#held.connections : 0
+	}
+	observe(sample) {
+		const start = this.#start
+		if (!start || start.flowing === 0 || this.#isSettling(sample)) {
+			this.#start = sample
+			return
+		}
+		const elapsedMs = sample.nowMs - start.nowMs
+		if (elapsedMs < (this.#held ? TUNING.measureMs : TUNING.firstMeasureMs)) return
+		this.#start = sample
+		const bytesPerMs = (sample.cameBytes - start.cameBytes) / elapsedMs
+		this.#judge({connections: sample.open, bytesPerMs}, sample)
+	}
+	#isSettling({open, flowing, waitMs, nowMs}) {
+		const trial = this.#trial
+		if (!trial || trial.chances < TUNING.trialChances) return false
+		const isLongEnough = nowMs - trial.sinceMs > 6 * waitMs + TUNING.measureMs
+		const isUnderWay = open > trial.against.connections && flowing >= 0.75 * open
+		return !isUnderWay && !isLongEnough
+	}
+	#judge(measured, sample) {
+		if (this.#trial) this.#judgeTrial(measured, sample.nowMs)
+		else this.#held ??= measured
+		const {bytesPerMs} = this.#held
+		const isSlower = measured.bytesPerMs < 0.6 * bytesPerMs
+		if (isSlower) this.#held = measured
+		if (!this.#trial && (isSlower || sample.nowMs >= this.#nextTrialMs)) this.#try(measured, sample)
+	}
+	#judgeTrial(measured, nowMs) {
+		const trial = this.#trial
+		const isFaster = measured.bytesPerMs > trial.against.bytesPerMs * (1 + TUNING.noise)
+		trial.chances -= 1
+		if (!isFaster && trial.chances > 0) return
+		this.#trial = void 0
+		this.#held = measured
+		if (isFaster) return
+		this.#wanted = Math.min(this.#wanted, Math.max(trial.against.connections, this.#few))
+		this.#maySplit = false
+		this.#nextTrialMs = nowMs + this.#pauseMs
+		this.#pauseMs *= 2
+	}
+	#try(measured, {nowMs, open, leftBytes, isProcessorFull}) {
+		const leftMs = leftBytes / measured.bytesPerMs
+		if (open >= this.most || isProcessorFull || leftMs < TUNING.worthTryingMs) return
+		const more = Math.max(this.#few, Math.ceil(open * TUNING.growth))
+		this.#wanted = Math.min(this.most, more)
+		this.#maySplit = true
+		this.#trial = {against: measured, sinceMs: nowMs, chances: TUNING.trialChances}
+	}
+}
 var Segment = class {
 	blob
-	isTakeover
 	at
 	to
-	constructor(blob, [at, to], isTakeover = false) {
+	state = "waiting"
+	askedAtMs = 0
+	constructor(blob, [at, to]) {
 		this.blob = blob
 		this.at = at
 		this.to = to
-		this.isTakeover = isTakeover
 	}
 	get remainingBytes() {
 		return this.to - this.at
@@ -3088,91 +3200,307 @@ var Segment = class {
 	get isComplete() {
 		return this.at >= this.to
 	}
+	get isFlowing() {
+		return this.state === "flowing"
+	}
+	get place() {
+		return this.blob.offset + this.at
+	}
 }
 var longestFirst = (left, right) => right.remainingBytes - left.remainingBytes
-var isFar = ({registry}) => registry.latencyMs >= TUNING.farLatencyMs
-var canSplit = ({registry, source}) => registry.acceptsRanges && source === void 0
-function longestRange(segments) {
-	const isWorthIt = ({blob, remainingBytes}) =>
-		canSplit(blob) && remainingBytes >= 2 * (isFar(blob) ? TUNING.splitBytes : TUNING.nearSplitBytes)
-	return [...segments].filter(isWorthIt).sort(longestFirst)[0]
-}
-function cutInHalf(segment) {
-	const {blob, at, to, remainingBytes} = segment
-	segment.to = at + Math.ceil(remainingBytes / 2)
-	return new Segment(blob, [segment.to, to], true)
+var inOrder = (left, right) => left.place - right.place
+var RangeManners = class {
+	isWelcome = true
+	secondLook = "not taken"
+	#quickestMs = NEVER
+	#hasGivenOne = false
+	answered(waitMs, isRange) {
+		this.#quickestMs = Math.min(this.#quickestMs, waitMs)
+		if (isRange) this.#hasGivenOne = true
+	}
+	get waitMs() {
+		return Number.isFinite(this.#quickestMs) ? this.#quickestMs : 0
+	}
+	isCold(waitMs) {
+		return waitMs > 3 * this.#quickestMs + TUNING.promptMs
+	}
+	get isKnown() {
+		return this.#quickestMs < TUNING.promptMs || this.secondLook === "taken"
+	}
+	get mostUnanswered() {
+		if (!this.isWelcome) return 0
+		if (this.isKnown || this.#hasGivenOne) return NEVER
+		return this.secondLook === "impossible" ? 1 : 0
+	}
 }
 var Schedule = class {
-	#isInOrder
-	#isLineSlow
-	#connections
-	#pending = []
+	#pace
+	#horizon
+	#queued = []
 	#active = /* @__PURE__ */ new Set()
-	constructor(connections, isInOrder, isLineSlow) {
-		this.#connections = connections
-		this.#isInOrder = isInOrder
-		this.#isLineSlow = isLineSlow
+	#manners = /* @__PURE__ */ new Map()
+	#waits = /* @__PURE__ */ new Map()
+	#units = /* @__PURE__ */ new Map()
+	#limits = /* @__PURE__ */ new Map()
+	#abandoned = []
+	#nowMs = 0
+	#cameBytes = 0
+	constructor({most, horizon}) {
+		this.#pace = new Pace(most)
+		this.#horizon = horizon
+	}
+	get isOver() {
+		return this.#queued.length + this.#active.size === 0
 	}
 	get activeBlobs() {
 		return new Set([...this.#active].map(({blob}) => blob))
 	}
-	get wantsConnection() {
-		const isWork = this.#pending.length + this.#active.size > 0
-		return isWork && this.#active.size < this.#connections
+	get connections() {
+		return this.#active.size
 	}
-	add(blob) {
-		const missing = blob.missing()
-		const isCut = this.#isInOrder && canSplit(blob) && isFar(blob)
-		const pieces = isCut ? missing.flatMap(range => cutRange(range, TUNING.streamUnitBytes)) : missing
-		for (const range of pieces.length > 0 ? pieces : [[0, 0]]) this.#pending.push(new Segment(blob, range))
+	get cameBytes() {
+		return this.#cameBytes
 	}
-	spread() {
-		if (this.#isInOrder) return
-		const longest = () => longestRange(this.#pending.filter(({blob}) => isFar(blob)))
-		for (let next = longest(); next && this.#pending.length < this.#connections; next = longest())
-			this.#pending.push(cutInHalf(next))
-		this.#pending.sort(longestFirst)
+	add(...blobs) {
+		for (const blob of blobs) {
+			this.#units.delete(blob)
+			const missing = blob.missing()
+			for (const range of missing.length > 0 ? missing : [[0, 0]]) this.#queued.push(new Segment(blob, range))
+		}
+		this.#queued.sort(this.#horizon ? inOrder : longestFirst)
 	}
 	next() {
-		const segment = this.#pending.shift() ?? this.#takeOver()
-		if (segment) this.#active.add(segment)
+		if (this.#active.size >= this.#pace.wanted) return void 0
+		const segment = this.#horizon ? this.#nextInOrder() : (this.#takeQueued() ?? this.#cut())
+		if (!segment) return void 0
+		this.#active.add(segment)
 		return segment
 	}
-	#takeOver() {
-		const longest = this.#isInOrder ? void 0 : longestRange(this.#active)
-		return longest && this.#isLineSlow() ? cutInHalf(longest) : void 0
+	#nextInOrder() {
+		const horizon = this.#horizon?.() ?? NEVER
+		const longest = this.#longest()
+		const cutPlace = longest ? longest.place + this.#kept(longest) : NEVER
+		const [queued] = this.#queued
+		if (Math.min(cutPlace, queued?.place ?? NEVER) >= horizon) return void 0
+		return queued && queued.place < cutPlace ? this.#takeQueued() : this.#cut()
+	}
+	#takeQueued() {
+		const queued = this.#queued.find(({blob}) => this.#hasRoom(blob))
+		if (!queued) return void 0
+		const unit = this.#pace.maySplit ? (this.#units.get(queued.blob) ?? NEVER) : NEVER
+		if (queued.remainingBytes > 1.5 * unit) {
+			const first = new Segment(queued.blob, [queued.at, queued.at + unit])
+			queued.at = first.to
+			return first
+		}
+		this.#queued.splice(this.#queued.indexOf(queued), 1)
+		return queued
+	}
+	#cut() {
+		const longest = this.#longest()
+		if (!longest) return void 0
+		const {blob, at, to} = longest
+		const unit = this.#unitOf(longest)
+		const from = at + this.#kept(longest)
+		const end = to - from > 1.5 * unit ? from + unit : to
+		longest.to = from
+		if (end < to) {
+			this.#queued.unshift(new Segment(blob, [end, to]))
+			this.#queued.sort(this.#horizon ? inOrder : longestFirst)
+		}
+		return new Segment(blob, [from, end])
+	}
+	#kept(segment) {
+		return Math.min(this.#unitOf(segment), Math.ceil(segment.remainingBytes / 2))
+	}
+	#unitOf({blob, remainingBytes}) {
+		const known = this.#units.get(blob)
+		if (known !== void 0) return known
+		const share = Math.ceil(remainingBytes / this.#pace.most)
+		const most = this.#horizon ? Math.ceil(TUNING.streamWindowBytes / this.#pace.most) : TUNING.unitBytes
+		const unit = Math.max(this.#worthBytes(blob), Math.min(share, most))
+		this.#units.set(blob, unit)
+		return unit
+	}
+	#longest() {
+		if (!this.#pace.maySplit) return void 0
+		const isWorthIt = segment => segment.isFlowing && segment.remainingBytes >= 2 * this.#worthBytes(segment.blob)
+		const candidates = [...this.#active].filter(isWorthIt)
+		const cuttable = candidates.filter(({blob}) => this.#maySplit(blob) && this.#hasRoom(blob))
+		return cuttable.sort(this.#horizon ? inOrder : longestFirst)[0]
+	}
+	#worthBytes({registry}) {
+		const leastMs = Math.max(TUNING.worthMs, 4 * this.#mannersOf(registry).waitMs)
+		return Math.ceil(Math.max(TUNING.splitBytes, this.#pace.bytesPerMsEach * leastMs))
+	}
+	#maySplit(blob) {
+		const {registry, source} = blob
+		const manners = this.#mannersOf(registry)
+		if (source || !registry.acceptsRanges) return false
+		if (manners.isCold(this.#waits.get(blob) ?? 0)) return false
+		const isUnanswered = other => other.blob.registry === registry && other.at > 0 && !other.isFlowing
+		return [...this.#active].filter(isUnanswered).length < manners.mostUnanswered
+	}
+	#mannersOf(registry) {
+		const known = this.#manners.get(registry) ?? new RangeManners()
+		this.#manners.set(registry, known)
+		return known
+	}
+	#hasRoom({registry}) {
+		const limit = this.#limits.get(registry.origin)?.at(this.#nowMs) ?? NEVER
+		return this.#connectionsTo(registry.origin) < limit
+	}
+	#connectionsTo(origin) {
+		return [...this.#active].filter(({blob}) => blob.registry.origin === origin).length
+	}
+	asked(segment, nowMs) {
+		segment.state = "asked"
+		segment.askedAtMs = nowMs
+	}
+	answered(segment, answer) {
+		segment.state = "flowing"
+		if (!answer) return
+		const {waitMs, isRange, isMiss} = answer
+		this.#mannersOf(segment.blob.registry).answered(waitMs, isRange)
+		if (!isRange) this.#waits.set(segment.blob, isMiss ? NEVER : waitMs)
+	}
+	advance(segment, sizeBytes, answeredTo) {
+		segment.at += sizeBytes
+		this.#cameBytes += sizeBytes
+		if (!segment.isComplete || segment.at >= answeredTo) return
+		const isBehind = other => other.blob === segment.blob && other.at === segment.to && !other.isComplete
+		const behind = this.#queued.find(isBehind)
+		if (behind) {
+			this.#takeBehind(segment, behind, answeredTo)
+			return
+		}
+		const idle = [...this.#active].find(other => isBehind(other) && !other.isFlowing)
+		if (!idle) return
+		segment.to = idle.to
+		idle.to = idle.at
+		this.#abandoned.push(idle)
+	}
+	#takeBehind(segment, behind, answeredTo) {
+		const unit = this.#pace.maySplit ? (this.#units.get(segment.blob) ?? NEVER) : NEVER
+		segment.to = Math.min(behind.to, behind.at + unit, answeredTo)
+		behind.at = segment.to
+		if (behind.isComplete) this.#queued.splice(this.#queued.indexOf(behind), 1)
+	}
+	paused(segment) {
+		segment.state = "waiting"
 	}
 	isLast(segment) {
 		const isOther = other => other !== segment && other.blob === segment.blob
-		return ![...this.#pending, ...this.#active].some(isOther)
+		return ![...this.#queued, ...this.#active].some(isOther)
 	}
 	end(segment) {
 		this.#active.delete(segment)
 	}
+	observe(nowMs, isProcessorFull) {
+		this.#nowMs = nowMs
+		const active = [...this.#active]
+		const waits = active.map(({blob}) => this.#mannersOf(blob.registry).waitMs)
+		this.#pace.observe({
+			nowMs,
+			cameBytes: this.#cameBytes,
+			leftBytes: sumOf([...this.#queued, ...active], ({remainingBytes}) => remainingBytes),
+			open: active.length,
+			flowing: active.filter(({isFlowing}) => isFlowing).length,
+			waitMs: Math.max(0, ...waits),
+			isProcessorFull
+		})
+	}
+	registryToLookAt() {
+		if (!this.#pace.maySplit || this.#active.size >= this.#pace.wanted) return void 0
+		for (const {blob, isFlowing, remainingBytes} of this.#active) {
+			const {isKnown, secondLook} = this.#mannersOf(blob.registry)
+			const isOpen = !isKnown && secondLook === "not taken" && !blob.source
+			if (isOpen && isFlowing && remainingBytes >= 2 * TUNING.splitBytes) return blob.registry
+		}
+		return void 0
+	}
+	lookedAgain(registry, look) {
+		const manners = this.#mannersOf(registry)
+		if (look === "under way") manners.secondLook = look
+		else manners.secondLook = look ? "taken" : "impossible"
+		if (typeof look === "object") manners.answered(look.waitMs, false)
+	}
+	takeAbandoned(nowMs) {
+		for (const segment of this.#active) if (this.#isLate(segment, nowMs)) this.#abandonLate(segment)
+		return this.#abandoned.splice(0)
+	}
+	#abandonLate(segment) {
+		const manners = this.#mannersOf(segment.blob.registry)
+		if (manners.mostUnanswered <= 1) manners.isWelcome = false
+		this.#waits.set(segment.blob, NEVER)
+		if (this.giveBack(segment)) this.#abandoned.push(segment)
+	}
+	#isLate({blob, at, askedAtMs, state}, nowMs) {
+		if (at === 0 || state !== "asked") return false
+		const {waitMs} = this.#mannersOf(blob.registry)
+		if (nowMs - askedAtMs < 5 * waitMs + TUNING.lateMs) return false
+		return [...this.#active].some(other => other.blob === blob && other.isFlowing)
+	}
 	giveBack(segment) {
-		const isBefore = other => other.blob === segment.blob && other.to <= segment.at && !other.isComplete
-		const neighbour = [...this.#active].filter(isBefore).sort((a, b) => b.to - a.to)[0]
+		const [missing] = segment.blob.missing([segment.at, segment.to])
+		segment.at = missing ? missing[0] : segment.to
+		if (segment.isComplete) return true
+		const neighbour = this.#lastBefore(segment.blob, segment.at, segment)
 		if (!neighbour) return false
-		neighbour.to = segment.to
+		neighbour.to = Math.max(neighbour.to, segment.to)
 		segment.to = segment.at
 		return true
 	}
+	#lastBefore(blob, place, but) {
+		const isBefore = other => other !== but && other.blob === blob && other.at <= place && !other.isComplete
+		return [...this.#active].filter(isBefore).sort((left, right) => right.at - left.at)[0]
+	}
 	stopRanges(segment) {
-		segment.blob.registry.acceptsRanges = false
-		if (this.giveBack(segment)) return "left to another"
-		this.#absorbQueued(segment)
-		return "has to fetch the whole"
+		const {blob} = segment
+		blob.registry.acceptsRanges = false
+		const isLeft = this.giveBack(segment)
+		const heir = isLeft ? this.#lastBefore(blob, blob.descriptor.size) : segment
+		if (heir) this.#absorbQueued(heir)
+		return isLeft ? "left to another" : "has to fetch the whole"
 	}
 	#absorbQueued(segment) {
-		const isAbsorbed = ({blob, at}) => blob === segment.blob && at >= segment.to
-		const absorbed = this.#pending.filter(isAbsorbed)
-		this.#pending = this.#pending.filter(queued => !absorbed.includes(queued))
-		segment.to = Math.max(segment.to, ...absorbed.map(({to}) => to))
+		const isAbsorbed = ({blob, at}) => blob === segment.blob && at >= segment.at
+		for (const queued of this.#queued.filter(isAbsorbed)) {
+			segment.to = Math.max(segment.to, queued.to)
+			this.#queued.splice(this.#queued.indexOf(queued), 1)
+		}
 	}
-	crowded(segment) {
-		if (!segment.isTakeover || !this.giveBack(segment)) return false
-		this.#connections = Math.max(1, this.#active.size - 1)
+	crowded(segment, nowMs) {
+		const {origin} = segment.blob.registry
+		const isOther = other => other !== segment && other.state !== "waiting" && other.blob.registry.origin === origin
+		const others = [...this.#active].filter(isOther).length
+		if (others === 0) return false
+		const limit = this.#limits.get(origin) ?? new ConnectionLimit()
+		this.#limits.set(origin, limit)
+		limit.lower(others, nowMs)
 		return true
+	}
+	yieldSegment(segment) {
+		if (this.giveBack(segment)) return
+		this.#queued.unshift(new Segment(segment.blob, [segment.at, segment.to]))
+		segment.to = segment.at
+	}
+}
+var ConnectionLimit = class {
+	#most = NEVER
+	#raiseAtMs = 0
+	#pauseMs = TUNING.trialPauseMs
+	lower(most, nowMs) {
+		this.#most = Math.min(most, this.#most)
+		this.#raiseAtMs = nowMs + this.#pauseMs
+		this.#pauseMs *= 2
+	}
+	at(nowMs) {
+		if (nowMs >= this.#raiseAtMs) {
+			this.#most += 1
+			this.#raiseAtMs = nowMs + this.#pauseMs
+		}
+		return this.#most
 	}
 }
 var Change = class {
@@ -3201,6 +3529,8 @@ var Change = class {
 		}
 	}
 }
+var CACHE_HEADERS = ["x-cache", "x-cache-status", "x-proxy-cache", "cf-cache-status"]
+var isCacheMiss = ({headers}) => CACHE_HEADERS.some(name => /\bmiss\b/i.test(String(headers[name] ?? "")))
 function judgeAnswer({status, headers}, [at, to], sizeBytes) {
 	let position = 0
 	let end = sizeBytes
@@ -3223,6 +3553,11 @@ function judgeAnswer({status, headers}, [at, to], sizeBytes) {
 		return {code: "SIZE_MISMATCH", reason: `${length} bytes, not ${end - position}`}
 	return {position, end}
 }
+var untilNow = ({waitedMs, openedAtMs, isRange, isMiss}) => ({
+	waitMs: waitedMs + performance.now() - openedAtMs,
+	isRange,
+	isMiss
+})
 function openSource({handle, offset}, {at, to}) {
 	const stream = import_node_stream.Readable.from(readPlace(handle, offset + at, offset + to))
 	return {stream, doing: "reading a tar at hand", position: at, end: to}
@@ -3255,7 +3590,10 @@ async function openSegment(schedule, segment, signal) {
 		return void 0
 	}
 	const {position, end} = judged
-	return {stream: decodeBody(body, end - position), doing, position, end}
+	const {waitedMs} = answer
+	const isRange = status === 206
+	const line = {waitedMs, openedAtMs: performance.now(), isRange, isMiss: isCacheMiss(answer)}
+	return {stream: decodeBody(body, end - position), doing, position, end, line}
 }
 var BatchWriter = class {
 	#stream
@@ -3265,6 +3603,7 @@ var BatchWriter = class {
 	#batchBytes = 0
 	#underWay = 0
 	#writing = Promise.resolve()
+	#age
 	constructor(stream, write) {
 		this.#stream = stream
 		this.#write = write
@@ -3273,6 +3612,7 @@ var BatchWriter = class {
 		const follows = position === this.#position + this.#batchBytes
 		if (!follows && this.#batchBytes > 0) this.#flush()
 		if (!follows) this.#position = position
+		this.#age ??= setTimeout(() => this.#flush(), TUNING.batchMs)
 		this.#batch.push(chunk)
 		this.#batchBytes += chunk.length
 		if (this.#batchBytes >= TUNING.batchBytes) this.#flush()
@@ -3282,6 +3622,8 @@ var BatchWriter = class {
 		await this.#writing
 	}
 	#flush() {
+		clearTimeout(this.#age)
+		this.#age = void 0
 		const written = this.#write(this.#position, this.#batch).finally(() => {
 			this.#underWay -= 1
 			this.#stream.resume()
@@ -3586,7 +3928,7 @@ by ${partial || "-"} ${JSON.stringify(owner)}
 		return this.#inPlace.get(digest) ?? []
 	}
 	record(blob) {
-		blob.markRecorded()
+		blob.markRecorded(performance.now())
 		this.#recordRanges(blob.descriptor.digest, blob.inPlace)
 	}
 	#recordRanges(digest, ranges) {
@@ -3625,12 +3967,21 @@ async function findDeadId(journalFile, {model, owner}) {
 	const before = (await Journal.read(journalFile, model)).owner
 	return before && (await fateOf(before, owner)) === "dead" ? before.id : void 0
 }
-function judgeLine() {
-	const before = performance.eventLoopUtilization()
+function watchProcessor() {
+	let before = performance.eventLoopUtilization()
+	let isFull = false
 	return () => {
 		const {active, idle, utilization} = performance.eventLoopUtilization(before)
-		return active + idle > TUNING.judgeMs && utilization < TUNING.busyLoop
+		if (active + idle < TUNING.judgeMs) return isFull
+		before = performance.eventLoopUtilization()
+		isFull = utilization > TUNING.busyLoop
+		return isFull
 	}
+}
+function isPushback(error) {
+	if (!(error instanceof ImgpullError)) return false
+	const {code, status, cause} = error
+	return code === "RATE_LIMITED" || status === 503 || (code === "NETWORK" && cause !== void 0)
 }
 var Transfer = class {
 	blobs
@@ -3644,6 +3995,13 @@ var Transfer = class {
 	#schedule
 	#change = new Change()
 	#stopping = new AbortController()
+	#isProcessorFull = watchProcessor()
+	#room
+	#running = /* @__PURE__ */ new Set()
+	#requests = /* @__PURE__ */ new Map()
+	#catchingUp = /* @__PURE__ */ new Map()
+	#crowded = /* @__PURE__ */ new Set()
+	#failures = []
 	#fetchedBytes = 0
 	#reusedBytes
 	#isUnchanged = false
@@ -3656,9 +4014,12 @@ var Transfer = class {
 		this.resumedBytes = sumOf(blobs, ({doneBytes}) => doneBytes)
 		this.#reusedBytes = keptBytes
 		this.#sink = sink
+		this.#room = sink.readBack && new EarlyRoom()
 		this.#observe = observe
 		this.#journal = journal
-		this.#schedule = new Schedule(session.settings.concurrency, sink.isInOrder, judgeLine())
+		const {horizon} = sink
+		const most = session.settings.concurrency
+		this.#schedule = new Schedule({most, ...(horizon && {horizon})})
 	}
 	get fetchedBytes() {
 		return this.#fetchedBytes
@@ -3686,26 +4047,57 @@ var Transfer = class {
 	}
 	async run() {
 		this.#observe(this)
-		for (const blob of this.blobs) this.#schedule.add(blob)
-		this.#schedule.spread()
-		const {concurrency} = this.#session.settings
-		const connect2 = () => this.#runConnection().catch(this.stop)
-		settled(await Promise.allSettled(Array.from({length: concurrency}, connect2)))
+		this.#schedule.add(...this.blobs)
+		while (!this.#schedule.isOver && !this.signal.aborted) {
+			this.#lookRound()
+			await this.#change.next(this.signal, TUNING.tickMs)
+		}
+		await Promise.all(this.#running)
+		settled(this.#failures)
 		if (this.signal.aborted) fail("ABORTED", "stopped")
 		await this.#sink.end?.()
 	}
-	async #runConnection() {
-		while (!this.signal.aborted && this.#schedule.wantsConnection) {
-			const segment = this.#schedule.next()
-			if (!segment) {
-				await this.#change.next(this.signal, 20)
-				continue
-			}
-			await this.#fetch(segment)
-			if (this.#schedule.isLast(segment)) await this.#finishBlob(segment.blob)
-			this.#schedule.end(segment)
+	#lookRound() {
+		const nowMs = performance.now()
+		this.#schedule.observe(nowMs, this.#isProcessorFull())
+		for (const segment of this.#schedule.takeAbandoned(nowMs)) this.#requests.get(segment)?.abort()
+		const registry = this.#schedule.registryToLookAt()
+		if (registry) this.#lookAgain(registry)
+		for (let next = this.#schedule.next(); next; next = this.#schedule.next()) this.#start(next)
+	}
+	#lookAgain(registry) {
+		const isSmall = ({descriptor: descriptor2, registry: its}) =>
+			its === registry && descriptor2.size > 0 && descriptor2.size <= TUNING.smallBytes
+		const small = this.blobs.find(blob => isSmall(blob) && !blob.source)
+		if (!small) this.#schedule.lookedAgain(registry, void 0)
+		if (!small?.isDone) return
+		this.#schedule.lookedAgain(registry, "under way")
+		const {descriptor} = small
+		const looking = registry.blob(descriptor, 0, descriptor.size, this.signal)
+		looking.then(
+			({body, waitedMs}) => {
+				body?.on("error", ignore).resume()
+				this.#schedule.lookedAgain(registry, {waitMs: waitedMs})
+				this.#change.announce()
+			},
+			() => this.#schedule.lookedAgain(registry, void 0)
+		)
+	}
+	#start(segment) {
+		const running = this.#serve(segment).catch(reason => {
+			this.#failures.push({status: "rejected", reason})
+			this.#stopping.abort()
+		})
+		this.#running.add(running)
+		running.then(() => {
+			this.#running.delete(running)
 			this.#change.announce()
-		}
+		})
+	}
+	async #serve(segment) {
+		await this.#fetch(segment)
+		if (this.#schedule.isLast(segment)) await this.#finishBlob(segment.blob)
+		this.#schedule.end(segment)
 	}
 	#fetch(segment) {
 		let before = segment.at
@@ -3716,36 +4108,60 @@ var Transfer = class {
 			return isEnough
 		}
 		const attempt = async () => {
-			while (!segment.isComplete) await this.#receiveOrGiveBack(segment)
+			while (!segment.isComplete) await this.#receiveOrYield(segment)
 		}
 		return withRetries(this.#session, attempt, gotOn)
 	}
-	async #receiveOrGiveBack(segment) {
+	async #receiveOrYield(segment) {
+		const {at} = segment
+		const request = new AbortController()
+		this.#requests.set(segment, request)
+		this.#schedule.asked(segment, performance.now())
 		try {
-			await this.#receive(segment)
+			await this.#receive(segment, anySignal(this.signal, request.signal))
 		} catch (error) {
-			const isCrowded = error instanceof ImgpullError && error.code === "RATE_LIMITED"
-			if (isCrowded && this.#schedule.crowded(segment)) return
+			if (segment.isComplete) return
+			const isRefused = isPushback(error) && segment.at === at && !this.signal.aborted
+			if (isRefused && (await this.#isExcused(segment, error))) return
 			const {registry, descriptor, source} = segment.blob
 			if (source || !registry.canAskElsewhere(descriptor.digest, error)) throw error
+		} finally {
+			this.#requests.delete(segment)
+			this.#schedule.paused(segment)
 		}
 	}
-	async #receive(segment) {
+	async #isExcused(segment, {retryAfterMs = 0}) {
+		if (retryAfterMs > LIMITS.retryAfterMs) return false
+		if (!this.#schedule.crowded(segment, performance.now())) return false
+		this.#tellOfCrowd(segment.blob.registry)
+		this.#schedule.paused(segment)
+		if (retryAfterMs > 0) await this.#session.clock.sleep(retryAfterMs, this.signal).catch(ignore)
+		else this.#schedule.yieldSegment(segment)
+		return true
+	}
+	#tellOfCrowd({origin}) {
+		if (this.#crowded.has(origin)) return
+		this.#crowded.add(origin)
+		this.#session.warn(`${origin} refuses more connections: going on with fewer`)
+	}
+	async #receive(segment, signal) {
 		const {blob} = segment
-		const opened = await openSegment(this.#schedule, segment, this.signal)
+		const opened = await openSegment(this.#schedule, segment, signal)
 		if (!opened) return
-		const {stream, doing, end} = opened
+		const {stream, doing, end, line} = opened
 		let {position} = opened
 		const writer = new BatchWriter(stream, (at, chunks) => this.#write(blob, at, chunks))
 		stream.on("data", chunk => {
-			const skipped = Math.min(chunk.length, Math.max(0, segment.at - position))
-			const wanted = chunk.subarray(skipped, skipped + segment.remainingBytes)
+			if (!segment.isFlowing) this.#schedule.answered(segment, line && untilNow(line))
+			const start = position
 			position += chunk.length
-			const pieces = this.#accept(segment, wanted)
+			while (!segment.isComplete && segment.at >= start && segment.at < position) {
+				const wanted = chunk.subarray(segment.at - start).subarray(0, segment.remainingBytes)
+				for (const piece of this.#accept(segment, wanted, end)) writer.add(...piece)
+			}
 			if (position > end || (segment.isComplete && position < end)) stream.destroy()
-			for (const piece of pieces) writer.add(...piece)
 		})
-		const cause = await (0, import_promises.finished)(stream, {signal: this.signal}).then(ignore, error => error)
+		const cause = await (0, import_promises.finished)(stream, {signal}).then(ignore, error => error)
 		stream.destroy()
 		await writer.end()
 		if (position > end) fail("SIZE_MISMATCH", `${doing}: more than the ${end} bytes that belong there`)
@@ -3757,10 +4173,10 @@ var Transfer = class {
 			fail("NETWORK", `${doing}: ${reason}`, {cause})
 		}
 	}
-	#accept(segment, bytes) {
+	#accept(segment, bytes, answeredTo) {
 		const {blob} = segment
-		const pieces = blob.accept(segment.at, bytes)
-		segment.at += bytes.length
+		const pieces = blob.accept(segment.at, bytes, this.#room)
+		this.#schedule.advance(segment, bytes.length, answeredTo)
 		const newBytes = sumOf(pieces, ([, piece]) => piece.length)
 		if (blob.source) this.#reusedBytes += newBytes
 		else this.#fetchedBytes += newBytes
@@ -3771,7 +4187,28 @@ var Transfer = class {
 		const sizeBytes = sumOf(chunks, ({length}) => length)
 		await this.#sink.write(blob, position, chunks)
 		blob.markWritten(position, sizeBytes)
-		if (blob.unrecordedBytes >= TUNING.journalBytes) this.#journal?.record(blob)
+		if (blob.isRecordDue(performance.now())) this.#journal?.record(blob)
+		this.#catchUp(blob)
+	}
+	#catchUp(blob) {
+		if (this.#catchingUp.has(blob) || !blob.toReadBack()) return
+		const catchingUp = this.#readBack(blob).catch(reason => {
+			this.#failures.push({status: "rejected", reason})
+			this.#stopping.abort()
+		})
+		this.#catchingUp.set(blob, catchingUp)
+		catchingUp.then(() => this.#catchingUp.delete(blob))
+	}
+	async #readBack(blob) {
+		const {readBack} = this.#sink
+		if (!readBack) return
+		for (let range = blob.toReadBack(); range; range = blob.toReadBack()) {
+			let [position] = range
+			for await (const piece of readBack(blob, range)) {
+				blob.hashInOrder(position, piece, this.#room)
+				position += piece.length
+			}
+		}
 	}
 	async #finishBlob(blob) {
 		if (await this.#isVerified(blob)) {
@@ -3784,7 +4221,8 @@ var Transfer = class {
 	}
 	async #isVerified(blob) {
 		if (!this.#sink.readBack) return true
-		for await (const piece of this.#sink.readBack(blob, blob.hashedTo)) blob.hashInOrder(blob.hashedTo, piece)
+		await this.#catchingUp.get(blob)
+		await this.#readBack(blob)
 		if (!blob.verify()) return false
 		await this.#sink.seal?.(blob)
 		this.#journal?.record(blob)
@@ -3795,7 +4233,7 @@ var Transfer = class {
 		const words = `${descriptor.digest}: the bytes have another digest`
 		const lie = new ImgpullError("DIGEST_MISMATCH", words)
 		const isFromMirror = !blob.source && registry.canAskElsewhere(descriptor.digest, lie)
-		const {liar, isLast} = blob.restart(isFromMirror)
+		const {liar, isLast} = blob.restart(isFromMirror, this.#room)
 		if (liar === "source" || isFromMirror) return
 		if (isLast) {
 			this.#journal?.record(blob)
@@ -3900,16 +4338,14 @@ var BackgroundSync = class {
 function fileSink(open, seal) {
 	const sync = new BackgroundSync()
 	return {
-		isInOrder: false,
 		write: async (blob, position, chunks) => {
 			const handle = await open(blob)
 			await writeAll(handle, chunks, blob.offset + position)
 			const sizeBytes = sumOf(chunks, ({length}) => length)
 			await sync.written(handle, sizeBytes)
 		},
-		readBack: async function* (blob, from) {
-			const {offset, descriptor} = blob
-			yield* readPlace(await open(blob), offset + from, offset + descriptor.size)
+		readBack: async function* (blob, [from, to]) {
+			yield* readPlace(await open(blob), blob.offset + from, blob.offset + to)
 		},
 		seal: async blob => seal?.(blob),
 		end: () => sync.end()
@@ -3950,7 +4386,7 @@ async function hasFrame(handle, plan) {
 	}
 	return isThere(plan.trailer, plan.sizeBytes - plan.trailer.length)
 }
-var NO_SINK = {isInOrder: false, write: () => Promise.resolve()}
+var NO_SINK = {write: () => Promise.resolve()}
 async function keepUnchanged(job, dest) {
 	const {session, plan, observe} = job
 	const opened = await openRegular(dest).catch(ignore)
@@ -4401,8 +4837,11 @@ var ReadAhead = class {
 	#early = /* @__PURE__ */ new Map()
 	#change = new Change()
 	#cursor = 0
+	get horizon() {
+		return this.#cursor + TUNING.streamWindowBytes
+	}
 	async put(place, bytes, signal) {
-		const isNear = () => place < this.#cursor + TUNING.streamWindowBytes
+		const isNear = () => place < this.horizon
 		await this.#change.until(isNear, signal)
 		this.#early.set(place, bytes)
 		this.#change.announce()
@@ -4444,7 +4883,7 @@ async function pullToStream(job, output) {
 	const {session, plan, tars, observe} = job
 	const readAhead = new ReadAhead()
 	const sink = {
-		isInOrder: true,
+		horizon: () => readAhead.horizon,
 		write: ({offset}, position, chunks) => readAhead.put(offset + position, Buffer.concat(chunks), transfer.signal)
 	}
 	const blobs = blobsOf(plan, tars)
@@ -4908,7 +5347,7 @@ function settingsOf(options, environment, certsDirectory = "/etc/docker/certs.d"
 		environment: environment ?? options.environment ?? process.env,
 		certsDirectory,
 		timeoutMs: integerOption(options, "timeoutMs", 3e4, [1, 864e5]),
-		concurrency: integerOption(options, "concurrency", 8, [1, 64]),
+		concurrency: integerOption(options, "concurrency", 16, [1, 64]),
 		retries: integerOption(options, "retries", 5, [0, 100]),
 		wanted: wantedOf(options),
 		mirrors: parseMirrors(options.mirrors ?? {}, scheme),
@@ -6458,7 +6897,7 @@ var REGISTRY_OPTIONS = {
 	concurrency: {
 		short: "j",
 		value: "N",
-		help: "connections used at once; default 8",
+		help: "the most connections used at once; default 16",
 		option: "concurrency",
 		convert: typed => parseNumber("concurrency", typed)
 	},
@@ -7015,6 +7454,9 @@ async function main(argv, io = process) {
 	}
 }
 var internals = Object.freeze({
+	BlobState,
+	EarlyRoom,
+	Schedule,
 	LIMITS,
 	OPTIONS,
 	Secrets,

@@ -78,7 +78,7 @@ interface PullOptions {
      * `[http[s]://]HOST[:PORT][/PREFIX]`: `{ "docker.io": ["mirror.corp:5000/hub"] }`.
      */
     mirrors?: Readonly<Record<string, readonly string[]>> | undefined;
-    /** Connections used at once, 1 to 64; default 8. */
+    /** The most connections used at once, 1 to 64; default 16. Fewer are used where more do not help. */
     concurrency?: number | undefined;
     /** Attempts after the first, 0 to 100; default 5. */
     retries?: number | undefined;

@@ -12,7 +12,7 @@ import {
 import { type AddressInfo, createServer, type Socket } from "node:net";
 import { join } from "node:path";
 import { type TestContext, test } from "node:test";
-import { type ErrorCode, internals, type Progress, Puller } from "../imgpull.ts";
+import { type ErrorCode, type Progress, Puller } from "../imgpull.ts";
 import { makeAuthority } from "./support/certificates.ts";
 import { cleanEnvironment, SECRETS, temporaryFolder, USER } from "./support/command.ts";
 import {
@@ -34,7 +34,7 @@ import {
   childOf,
   failure,
   LINUX,
-  makeFar,
+  makeSlow,
   pull,
   pullWhole,
   serve,
@@ -351,7 +351,8 @@ for (const [name, fault, requests] of [
     test(`requests of a pull that fails: ${name} (${matcher.kind ?? "layer"})`, async (t) => {
       const served = await serve(t, APP);
       served.registry.on(matcher, fault);
-      await failure(pull(served.reference, served.dest, { retries: 2 }));
+      // Over one connection: while others get on, a refusal is no failure.
+      await failure(pull(served.reference, served.dest, { retries: 2, concurrency: 1 }));
       assert.equal(served.registry.seen(matcher).length, requests);
     });
   }
@@ -527,101 +528,165 @@ test("one connection is enough where the user says so, and is kept alive", async
   assert.deepEqual([registry.requests.length, registry.connections()], [5, 1]);
 });
 
-test("far away, a large layer comes over several connections, each byte once", {
-  timeout: 30_000,
-}, async (t) => {
-  // Quarters of 1.9 times the smallest half: too small to be cut in two once more.
-  const sizeBytes = Math.floor(7.6 * internals.TUNING.splitBytes);
-  const content = makeMultiPlatform(["linux/amd64"], { seed: "far", layers: [sizeBytes] });
-  const [{ digest }] = layersOf(childOf(content));
-  const served = await serve(t, content);
-  const { registry } = served;
-  makeFar(registry);
-  // Nobody gets a byte before four have asked: with fewer connections the pull would not end.
-  const pause = registry.on({ digest }, { wait: registry.arrived({ digest }, 4) });
-  await pull(served.reference, served.dest);
-  await registry.settled();
-  assert.equal(pause.hits, 4);
-  const asked = registry.blobRequests(digest);
-  const ranges = asked.map(({ range = "" }) =>
-    (/^bytes=(\d+)-(\d+)$/.exec(range) ?? []).slice(1).map(Number),
-  );
-  const sorted = ranges.sort(([left = 0], [right = 0]) => left - right);
-  assert.deepEqual(
-    sorted.map(([from]) => from),
-    [0, ...sorted.slice(0, -1).map(([, to = 0]) => to + 1)],
-  );
-  assert.equal(sorted.at(-1)?.[1], sizeBytes - 1);
-  assert.equal(registry.bytesServed(digest), sizeBytes);
-  assert.equal(new Set(asked.map(({ connection }) => connection)).size, 4);
-  await assertRight(t, served, content);
-});
+// ====== Several connections ======
+// A blob begins with one plain GET. A line over which it comes slowly is worth more connections.
 
-test("idle connections take over part of a large layer that comes slowly", {
+const rangesOf = (registry: Registry, digest: string): (string | undefined)[] =>
+  registry.blobRequests(digest).map(({ range }) => range);
+
+test("a large layer that comes slowly is fetched over several connections, by closed ranges", {
   timeout: 30_000,
 }, async (t) => {
   const served = await serve(t, SEVERAL_MIB);
   const [{ digest }] = layersOf(childOf(SEVERAL_MIB));
   const { registry } = served;
-  makeFar(registry);
-  const slow = registry.on(
-    { digest, times: 1 },
-    { pause: { after: 300_000, until: registry.arrived({ digest }, 2) } },
-  );
-  await pull(served.reference, served.dest, { concurrency: 2 });
+  const slow = makeSlow(registry, digest);
+  const { fetchedBytes } = await pull(served.reference, served.dest);
   assert.equal(slow.hits, 1);
-  const [first, ...others] = registry.blobRequests(digest);
-  assert.equal(first?.range, undefined);
-  for (const { range = "" } of others) assert.match(range, /^bytes=\d+-\d+$/, "closed");
+  const [first, ...others] = rangesOf(registry, digest);
+  assert.equal(first, undefined);
+  assert.ok(others.length > 0);
+  for (const range of others) assert.match(range ?? "", /^bytes=\d+-\d+$/);
+  assert.equal(fetchedBytes, blobBytes(childOf(SEVERAL_MIB)));
   await assertRight(t, served, SEVERAL_MIB);
 });
 
-for (const [name, fault] of Object.entries({
-  "ignores ranges": { ignoreRange: true },
-  "answers ranges with 200 and no length": { ignoreRange: true, contentLength: "chunked" },
-} as Record<string, Fault>)) {
-  test(`far away, a registry that ${name} loses nothing`, { timeout: 30_000 }, async (t) => {
+test("ranges that nobody answers are taken back by the connection before them, byte by byte", {
+  timeout: 30_000,
+}, async (t) => {
+  const served = await serve(t, SEVERAL_MIB);
+  const [{ digest }] = layersOf(childOf(SEVERAL_MIB));
+  const { registry } = served;
+  makeSlow(registry, digest);
+  const silent = registry.on({ digest, ranged: true }, { wait: new Promise(() => {}) });
+  const { fetchedBytes, warnings } = await pull(served.reference, served.dest);
+  assert.ok(silent.hits > 0);
+  assert.equal(rangesOf(registry, digest).filter((range) => range === undefined).length, 1);
+  assert.deepEqual([fetchedBytes, warnings], [blobBytes(childOf(SEVERAL_MIB)), []]);
+  await assertRight(t, served, SEVERAL_MIB);
+});
+
+for (const concurrency of [1, 2, 3]) {
+  test(`no more than ${concurrency} at once where the user says so`, async (t) => {
     const served = await serve(t, SEVERAL_MIB);
-    const { registry } = served;
     const [{ digest }] = layersOf(childOf(SEVERAL_MIB));
-    makeFar(registry);
-    const rule = registry.on({ digest }, fault);
-    await pull(served.reference, served.dest);
-    assert.ok(rule.hits > 1, "several connections were tried");
+    const { registry } = served;
+    let open = 0;
+    let most = 0;
+    const count = registry.on(
+      { kind: "blob" },
+      {
+        handler: async (_request, response, next) => {
+          open += 1;
+          most = Math.max(most, open);
+          response.once("close", () => (open -= 1));
+          await next();
+        },
+      },
+    );
+    if (concurrency > 1) count.remove();
+    if (concurrency > 1) makeSlow(registry, digest);
+    await pull(served.reference, served.dest, { concurrency });
+    assert.ok(most <= concurrency, `${most}`);
+    assert.ok(registry.connections() <= concurrency);
     await assertRight(t, served, SEVERAL_MIB);
   });
 }
 
-test("a registry that takes one connection at a time gets one", { timeout: 30_000 }, async (t) => {
-  const served = await serve(t, SEVERAL_MIB);
-  const { registry } = served;
-  const [{ digest }] = layersOf(childOf(SEVERAL_MIB));
-  makeFar(registry);
-  const tried = gate();
-  let free = gate();
-  let isBusy = false;
-  registry.on(
-    { digest },
-    {
-      handler: async (_request, response, next) => {
-        if (isBusy) {
-          response.writeHead(429).end();
-          tried.open();
-          return;
-        }
-        isBusy = true;
-        free = gate();
-        response.once("close", () => {
-          isBusy = false;
-          free.open();
-        });
-        await tried.promise;
-        await next();
-      },
+for (const [name, fault] of Object.entries({
+  "ignores ranges": { ignoreRange: true },
+  "answers ranges with 200 and no length": { ignoreRange: true, contentLength: "chunked" },
+  "refuses ranges": { status: 416 },
+} as Record<string, Fault>)) {
+  test(`over a slow line, a registry that ${name} loses nothing`, {
+    timeout: 30_000,
+  }, async (t) => {
+    const served = await serve(t, SEVERAL_MIB);
+    const { registry } = served;
+    const [{ digest }] = layersOf(childOf(SEVERAL_MIB));
+    makeSlow(registry, digest);
+    const rule = registry.on({ digest, ranged: true }, fault);
+    await pull(served.reference, served.dest);
+    assert.ok(rule.hits > 0, "ranges were tried");
+    const whole = rangesOf(registry, digest).filter((range) => range === undefined);
+    assert.equal(whole.length, 1, "what was under way was gone on with");
+    await assertRight(t, served, SEVERAL_MIB);
+  });
+}
+
+// ====== A server that admits three connections ======
+// It gets fewer, and that costs no attempt while others get on (nerdctl#4428, moby#22443).
+
+const MANY_SMALL = makeMultiPlatform(["linux/amd64"], {
+  seed: "many",
+  layers: Array.from({ length: 16 }, (_, layer) => 30_000 + layer),
+});
+
+/** Takes so many requests at a time, and lets none of them end before it has refused one. */
+function admit(registry: Registry, matcher: Matcher, most: number, refusal: Fault) {
+  const { status = 0, headers = {} } = refusal;
+  const full = gate();
+  const told = { refused: 0, isFull: full.promise };
+  let open = 0;
+  registry.on(matcher, {
+    handler: async (_request, response, next) => {
+      if (open >= most) {
+        told.refused += 1;
+        full.open();
+        if (refusal.reset) response.socket?.destroy();
+        else response.writeHead(status, headers as Record<string, string>).end();
+        return;
+      }
+      open += 1;
+      response.once("close", () => (open -= 1));
+      await full.promise;
+      await next();
     },
-  );
-  await pull(served.reference, served.dest, { onSleep: () => free.promise });
-  await assertRight(t, served, SEVERAL_MIB);
+  });
+  return told;
+}
+
+const CROWDED: Record<string, Fault> = {
+  "429": { status: 429 },
+  "503": { status: 503 },
+  "a reset": { reset: true },
+  "429 and Retry-After": { status: 429, headers: { "retry-after": "3" } },
+};
+for (const [name, refusal] of Object.entries(CROWDED)) {
+  test(`three connections and no more (${name}), and many small blobs`, async (t) => {
+    const served = await serve(t, MANY_SMALL);
+    const told = admit(served.registry, { kind: "blob" }, 3, refusal);
+    const { warnings, waitsMs } = await pull(served.reference, served.dest, { retries: 0 });
+    // Eight are tried at first: five are refused, and the number comes down to what is taken.
+    assert.ok(told.refused >= 1 && told.refused <= 5 + 3, `${told.refused} refused`);
+    assert.equal(warnings.filter((warning) => /fewer/.test(warning)).length, 1);
+    assert.equal(warnings.filter((warning) => /trying again/.test(warning)).length, 0);
+    assert.deepEqual(new Set(waitsMs), new Set(refusal.headers ? [3000] : []));
+    await assertRight(t, served, MANY_SMALL);
+  });
+
+  test(`three connections and no more (${name}), and one large blob`, async (t) => {
+    const served = await serve(t, SEVERAL_MIB);
+    const [{ digest }] = layersOf(childOf(SEVERAL_MIB));
+    const { registry } = served;
+    const told = admit(registry, { digest, ranged: true }, 2, refusal);
+    registry.on({ digest, times: 1 }, { pause: { after: 300_000, until: told.isFull } });
+    const { warnings, fetchedBytes } = await pull(served.reference, served.dest, { retries: 0 });
+    assert.ok(told.refused >= 1 && told.refused <= 5 + 3, `${told.refused} refused`);
+    assert.equal(warnings.filter((warning) => /trying again/.test(warning)).length, 0);
+    assert.equal(fetchedBytes, blobBytes(childOf(SEVERAL_MIB)));
+    await assertRight(t, served, SEVERAL_MIB);
+  });
+}
+
+test("a server that refuses all of them is down: attempts are counted", async (t) => {
+  const served = await serve(t, MANY_SMALL);
+  writeFileSync(served.dest, "precious");
+  const down = served.registry.on({ kind: "blob" }, { status: 503 });
+  const error = await failure(pull(served.reference, served.dest, { retries: 2 }));
+  assert.match(error.message, /503/);
+  assert.ok(down.hits <= 8 + 2 * 8, `${down.hits} requests`);
+  assertUntouched(served);
 });
 
 // ====== Layers of other kinds ======
@@ -664,7 +729,7 @@ test("sha512 digests: pulled to blobs/sha512, and verified", async (t) => {
   await pull(reference, dest);
   checkTar(readFileSync(dest), image);
   assert.equal(
-    readTar(readFileSync(dest)).filter(({ name }) => name.startsWith("blobs/sha512/")).length,
+    readTar(readFileSync(dest)).filter(({ name }) => /^blobs\/sha512\/./.test(name)).length,
     4,
   );
   const [first] = layersOf(image);

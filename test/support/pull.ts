@@ -20,7 +20,7 @@ import {
   type TestImage,
   type TestIndex,
 } from "./image.ts";
-import { type Registry, type RegistryOptions, startRegistry } from "./registry.ts";
+import { type Registry, type RegistryOptions, type Rule, startRegistry } from "./registry.ts";
 
 /** The name that every image gets, so that tars pulled from registries on several ports can be compared. */
 export const NAME = "example.com/team/app:1.0";
@@ -185,19 +185,11 @@ export async function tryPull(
   return outcome;
 }
 
-/** Answers a manifest only after the line has been silent for a while: this is what "far" means to the module. */
-export function makeFar(registry: Registry): void {
-  registry.on(
-    { kind: "manifest" },
-    {
-      handler: async (_request, _response, next) => {
-        const since = performance.now();
-        while (performance.now() - since < 3 * internals.TUNING.farLatencyMs)
-          await new Promise(setImmediate);
-        await next();
-      },
-    },
-  );
+/** The first connection for a blob stops after so many bytes until there is another: this is what a line is to the
+ *  module that is worth several connections. */
+export function makeSlow(registry: Registry, digest: string, after = 300_000): Rule {
+  const until = registry.arrived({ digest }, 2);
+  return registry.on({ digest, times: 1 }, { pause: { after, until } });
 }
 
 /** The error that something ends with; anything but an ImgpullError would be a stack trace for the user. */
