@@ -3047,13 +3047,7 @@ class Endpoint {
     let url: URL | undefined = this.#urlOf("referrer", digest);
 
     while (url) {
-      const page: { bytes: Buffer; next?: URL } | undefined = await this.#page(digest, url).catch(
-        (error: unknown) => {
-          if (pages.length === 0 || !isWithoutEndpoint(error)) throw error;
-          return undefined; // it has no more
-        },
-      );
-      if (!page) break;
+      const page: { bytes: Buffer; next?: URL } = await this.#page(digest, url);
       pages.push(page.bytes);
       if (pages.length > LIMITS.referrerPages)
         fail("TOO_LARGE", `${redactUrl(url)}: more than ${LIMITS.referrerPages} pages`);
@@ -3068,6 +3062,10 @@ class Endpoint {
       const { body, headers } = await this.request("GET", "referrer", digest, { url });
       const what = `the list of referrers ${redactUrl(url)}`;
       const bytes = await readBody(body as http.IncomingMessage, LIMITS.manifestBytes, what);
+      const json = parseJson(bytes);
+      // GHCR and others answer every path with some page: that is no endpoint, as peers see it.
+      const isList = isRecord(json) && Array.isArray(json.manifests);
+      if (!isList) fail("NOT_FOUND", `${what} is none`, { status: 404 });
       return { bytes, ...dropEmpty({ next: nextPage(headers.link, url) }) };
     });
   }
@@ -3103,7 +3101,7 @@ class Endpoint {
         return this.request(method, kind, name, more);
       }
 
-      const isLast = round === 3;
+      const isLast = round === 3 || (kind === "referrer" && isDeniedForGood(answer, round));
       if (isLast || !(await this.#authorizer.canGoOnAfter(answer)))
         throw await this.#refusal(answer, kind, name);
     }
@@ -3180,6 +3178,7 @@ class Registry {
   readonly #session: Session;
   readonly #mirrors: readonly Endpoint[];
   readonly #home: Endpoint;
+  #isDenialTold = false;
   readonly #manifests = new Map<string, Promise<FetchedManifest>>(); // by digest: each is read once
   readonly #mirrorAnswers = new Map<string, { mirror: Endpoint; hasFailed: boolean }[]>(); // by the blob's digest
 
@@ -3262,9 +3261,18 @@ class Registry {
     try {
       return await this.#ask(wanted, (endpoint) => endpoint.referrers(digest));
     } catch (error) {
-      if (isWithoutEndpoint(error)) return undefined;
-      throw error;
+      if (!isWithoutEndpoint(error)) throw error;
+      this.#warnOfDenial(error);
+      return undefined;
     }
+  }
+
+  /** That a list is denied may mean that there is one. */
+  #warnOfDenial({ message, status = 0 }: ImgpullError): void {
+    if (this.#isDenialTold || ![401, 403].includes(status)) return;
+    this.#isDenialTold = true;
+    const [said] = message.split("\n");
+    this.#session.warn(`${said}; asking for the tag that stands for its list of referrers`);
   }
 
   /** One answer, with a body, to a request for a blob's bytes [from, to). The caller checks what comes. */
@@ -3406,9 +3414,17 @@ const OUR_OWN: readonly ErrorCode[] = ["ABORTED", "DISK", "CREDENTIALS"];
 const isMirrorsFailure = (error: unknown): error is ImgpullError =>
   error instanceof ImgpullError && !OUR_OWN.includes(error.code);
 
-/** A registry without the referrers endpoint says 404, or with less sense 400 or 405. */
-const isWithoutEndpoint = (error: unknown): boolean =>
-  error instanceof ImgpullError && [400, 404, 405].includes(error.status ?? 0);
+/** A registry without the referrers endpoint says 404; with less sense 400, 405, 406 (Artifactory, go-containerregistry#2026)
+ *  or even 401 (Harbor 2.7, harbor#18305). */
+const isWithoutEndpoint = (error: unknown): error is ImgpullError =>
+  error instanceof ImgpullError && [400, 401, 403, 404, 405, 406].includes(error.status ?? 0);
+
+/** A denied list says nothing of the credentials, which have just given a manifest; but a token may have expired. */
+function isDeniedForGood({ status, authorization: sent }: Answer, round: number): boolean {
+  if (sent === undefined || ![401, 403].includes(status)) return false;
+  const isToken = sent.startsWith("Bearer ");
+  return !(isToken && status === 401 && round === 0);
+}
 
 /** Whether it may be the Range that a server or its storage host does not like: what it answers is about as varied as
  *  servers are. Statuses that mean the same with and without one are left out. */

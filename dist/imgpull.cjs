@@ -1757,11 +1757,7 @@ var Endpoint = class {
 		const pages = []
 		let url = this.#urlOf("referrer", digest)
 		while (url) {
-			const page = await this.#page(digest, url).catch(error => {
-				if (pages.length === 0 || !isWithoutEndpoint(error)) throw error
-				return void 0
-			})
-			if (!page) break
+			const page = await this.#page(digest, url)
 			pages.push(page.bytes)
 			if (pages.length > LIMITS.referrerPages)
 				fail("TOO_LARGE", `${redactUrl(url)}: more than ${LIMITS.referrerPages} pages`)
@@ -1774,6 +1770,9 @@ var Endpoint = class {
 			const {body, headers} = await this.request("GET", "referrer", digest, {url})
 			const what = `the list of referrers ${redactUrl(url)}`
 			const bytes = await readBody(body, LIMITS.manifestBytes, what)
+			const json = parseJson(bytes)
+			const isList = isRecord(json) && Array.isArray(json.manifests)
+			if (!isList) fail("NOT_FOUND", `${what} is none`, {status: 404})
 			return {bytes, ...dropEmpty({next: nextPage(headers.link, url)})}
 		})
 	}
@@ -1798,7 +1797,7 @@ var Endpoint = class {
 				this.#manifestTypes = ANY_TYPE
 				return this.request(method, kind, name, more)
 			}
-			const isLast = round === 3
+			const isLast = round === 3 || (kind === "referrer" && isDeniedForGood(answer, round))
 			if (isLast || !(await this.#authorizer.canGoOnAfter(answer))) throw await this.#refusal(answer, kind, name)
 		}
 	}
@@ -1857,6 +1856,7 @@ var Registry = class {
 	#session
 	#mirrors
 	#home
+	#isDenialTold = false
 	#manifests = /* @__PURE__ */ new Map()
 	#mirrorAnswers = /* @__PURE__ */ new Map()
 	constructor(session, reference) {
@@ -1919,9 +1919,16 @@ var Registry = class {
 		try {
 			return await this.#ask(wanted, endpoint => endpoint.referrers(digest))
 		} catch (error) {
-			if (isWithoutEndpoint(error)) return void 0
-			throw error
+			if (!isWithoutEndpoint(error)) throw error
+			this.#warnOfDenial(error)
+			return void 0
 		}
+	}
+	#warnOfDenial({message, status = 0}) {
+		if (this.#isDenialTold || ![401, 403].includes(status)) return
+		this.#isDenialTold = true
+		const [said] = message.split("\n")
+		this.#session.warn(`${said}; asking for the tag that stands for its list of referrers`)
 	}
 	async blob(descriptor, from, to, signal) {
 		const {digest, size} = descriptor
@@ -2021,7 +2028,13 @@ var Registry = class {
 }
 var OUR_OWN = ["ABORTED", "DISK", "CREDENTIALS"]
 var isMirrorsFailure = error => error instanceof ImgpullError && !OUR_OWN.includes(error.code)
-var isWithoutEndpoint = error => error instanceof ImgpullError && [400, 404, 405].includes(error.status ?? 0)
+var isWithoutEndpoint = error =>
+	error instanceof ImgpullError && [400, 401, 403, 404, 405, 406].includes(error.status ?? 0)
+function isDeniedForGood({status, authorization: sent}, round) {
+	if (sent === void 0 || ![401, 403].includes(status)) return false
+	const isToken = sent.startsWith("Bearer ")
+	return !(isToken && status === 401 && round === 0)
+}
 function isRangeRefusal(error) {
 	if (!(error instanceof ImgpullError)) return false
 	const {status = 0, retryAfterMs = 0} = error

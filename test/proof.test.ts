@@ -6,7 +6,7 @@ import { join } from "node:path";
 import { Readable } from "node:stream";
 import { type TestContext, test } from "node:test";
 import { internals, Puller } from "../imgpull.ts";
-import { runCommand, temporaryFolder } from "./support/command.ts";
+import { runCommand, SECRETS, temporaryFolder, USER } from "./support/command.ts";
 import {
   digestOf,
   MEDIA,
@@ -580,7 +580,7 @@ test("without referrers the tar is that of a pull without --referrers", async (t
   }
 });
 
-for (const status of [400, 404, 405]) {
+for (const status of [400, 404, 405, 406]) {
   test(`an endpoint that answers ${status} is none`, async (t) => {
     const served = await serveWith(t, []);
     addFallbackTag(served.registry, REPOSITORY, image, [makeSbom(image)]);
@@ -590,19 +590,54 @@ for (const status of [400, 404, 405]) {
   });
 }
 
-for (const [status, code] of [
-  [401, "UNAUTHORIZED"],
-  [403, "FORBIDDEN"],
-  [500, "NETWORK"],
+for (const [name, answer] of [
+  ["a page for people", { status: 200, body: "<html>Log in</html>" }],
+  ["a JSON of its own", { status: 200, body: '{"status":"ok"}' }],
 ] as const) {
-  test(`an endpoint that answers ${status} is no empty list`, async (t) => {
-    const served = await serveWith(t, []);
-    served.registry.on({ path: /referrers/ }, { status });
-    const { error } = await pullProof(t, served);
-    assert(error, `${status} was taken for nothing`);
-    assert.match(error.message, new RegExp(`${status}`), code);
+  test(`an endpoint that answers ${name} is none`, async (t) => {
+    const served = await serveWith(t, [], {});
+    addFallbackTag(served.registry, REPOSITORY, image, [makeSbom(image)]);
+    served.registry.on({ path: /referrers/ }, answer);
+    const outcome = await pullProof(t, served);
+    assertHolds(filesIn(outcome), makeSbom(image));
+    assert.deepEqual(outcome.warnings.length, 1, "only of loaders");
   });
 }
+
+for (const auth of ["basic", "bearer"] as const) {
+  for (const status of [401, 403]) {
+    test(`${auth}: a list that is denied (${status}) costs no credential, and is said`, async (t) => {
+      const served = await serveWith(t, [], { auth });
+      addFallbackTag(served.registry, REPOSITORY, image, [makeSbom(image)]);
+      const rule = served.registry.on({ path: /referrers/ }, { status });
+      const docker = temporaryFolder(t);
+      const login = Buffer.from(`${USER}:${SECRETS.password}`).toString("base64");
+      const auths = { [served.registry.host]: { auth: login } };
+      writeFileSync(join(docker, "config.json"), JSON.stringify({ auths }));
+      const outcome = await pullProof(t, served, { environment: { DOCKER_CONFIG: docker } });
+      assertHolds(filesIn(outcome), image, makeSbom(image));
+      assert(rule.hits > 0);
+      const told = outcome.warnings.filter((line) => line.includes(String(status)));
+      assert.equal(told.length, 1, outcome.warnings.join("\n"));
+      assert.doesNotMatch(outcome.warnings.join(), /credentials/);
+    });
+  }
+}
+
+test("a list that fails otherwise is no empty one", async (t) => {
+  const served = await serveWith(t, []);
+  served.registry.on({ path: /referrers/ }, { status: 500 });
+  const { error } = await pullProof(t, served);
+  assert.match(String(error), /500/);
+});
+
+test("a list whose second page is not there is no short one", async (t) => {
+  const sboms = Array.from({ length: 3 }, (_, at) => makeSbom(image, `sbom ${at}`));
+  const served = await serveWith(t, sboms, { referrersPage: 2 });
+  served.registry.on({ path: /referrers/, skip: 1, times: 1 }, { status: 500 });
+  const { error } = await pullProof(t, served);
+  assert.match(String(error), /500/);
+});
 
 test("what a list names and the registry has not is a warning", async (t) => {
   const [here, gone] = [makeSbom(image, "here"), makeSbom(image, "gone")];

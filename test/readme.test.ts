@@ -18,6 +18,7 @@ import {
 } from "./support/command.ts";
 import { digestOf, MEDIA, makeImage, makeManifest, makeMultiPlatform } from "./support/image.ts";
 import { installedPackage } from "./support/package.ts";
+import { makePayloadLayer, makeSignatureTag, makeSigner, sigTag } from "./support/proof.ts";
 import { startProxy } from "./support/proxy.ts";
 import { filesOf } from "./support/pull.ts";
 import { IMAGES, makeReader, type Reader, readmeBlocks } from "./support/readme.ts";
@@ -204,6 +205,26 @@ const RUN: Record<string, Case> = {
   "imgpull quay.io/curl/curl:8.10.1 curl.tar --mirror quay.io=mirror.corp.example": {
     gives: hasCurl,
   },
+  // Signed here as cosign does; that cosign agrees is in interop-proof.test.ts.
+  "cosign sign --key cosign.key quay.io/org/app:1.4": {
+    given: ({ folder, registries }) => {
+      const signer = makeSigner("P-256");
+      const image = IMAGES["quay.io"]["org/app:1.4"];
+      const signature = makeSignatureTag(makePayloadLayer(image, signer));
+      registries["quay.io"].add(signature, "org/app", sigTag(image));
+      writeFileSync(join(folder, "cosign.pub"), signer.pem);
+    },
+    gives: (reader, stdout) => {
+      assert.match(stdout, /all is right, and signed by a key given/);
+      assert.ok(existsSync(join(reader.folder, "app/index.json")));
+      assert.deepEqual(
+        reader.calls().map((call) => call.split(" ", 2).join(" ")),
+        ["cosign sign", "cosign verify"],
+      );
+    },
+  },
+  "oras cp -r --from-oci-layout-path app.tar quay.io/org/app:1.4 registry.there.example/org/app:1.4":
+    { gives: (reader) => assert.equal(reader.calls().length, 1) },
   "imgpull alpine:3.22 busybox:1.37 tools.tar > images.lock": {
     gives: (reader) => {
       checkTar(read(reader, "tools.tar"), {

@@ -61,7 +61,10 @@ export const IMAGES = {
     "library/busybox:1.37": multiPlatform("busybox", [40_000, 7000]),
     "library/hello-world:latest": multiPlatform("hello", [7000]),
   },
-  "quay.io": { "prometheus/node-exporter:v1.8.2": multiPlatform("exporter", [50_000, 9000]) },
+  "quay.io": {
+    "org/app:1.4": multiPlatform("signed app", [20_000]),
+    "prometheus/node-exporter:v1.8.2": multiPlatform("exporter", [50_000, 9000]),
+  },
   "registry.corp.example": { "team/app:1.4": makeImage({ seed: "app", platform: "linux/amd64" }) },
   "mirror.corp.example": { "curl/curl:8.10.1": multiPlatform("curl", [30_000]) },
 } satisfies Record<string, Record<string, TestContent>>;
@@ -201,6 +204,8 @@ export async function makeReader(t: TestScope, nodePath = process.execPath): Pro
     ["docker", STAND_IN],
     ["podman", STAND_IN],
     ["ssh", STAND_IN],
+    ["cosign", STAND_IN],
+    ["oras", STAND_IN],
     ["curl", CURL],
   ] as const) {
     if (name === "curl" && isOnPath("curl")) continue;

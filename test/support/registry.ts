@@ -653,7 +653,7 @@ export class Registry {
     const { url = "/", method = "GET", headers } = request;
     const mark = url.indexOf("?");
     const path = mark < 0 ? url : url.slice(0, mark);
-    const named = /^\/v2\/(.+)\/(manifests|blobs)\/([^/]+)$/.exec(path);
+    const named = /^\/v2\/(.+)\/(manifests|blobs|referrers)\/([^/]+)$/.exec(path);
     const reference = decodeURIComponent(named?.[3] ?? /^\/store\/([^/]+)$/.exec(path)?.[1] ?? "");
     const { prefix = "" } = this.#options;
     const fullName = named?.[1] ?? "";
@@ -664,6 +664,7 @@ export class Registry {
       if (path.startsWith("/store/")) return "storage";
       if (!named) return path.endsWith("/token") ? "token" : "other";
       if (named[2] === "manifests") return "manifest";
+      if (named[2] === "referrers") return "other";
       return this.#repositories.get(repository)?.configs.has(reference) ? "config" : "layer";
     };
     const common = socket.getPeerCertificate?.().subject?.CN;
