@@ -97,7 +97,7 @@ const LIMITS = Object.freeze({
   unpackFloorBytes: 1024 * MIB, // nor has what is beyond this much besides
   mirrorFailures: 2, // what passes by itself: of more, another place has it sooner
   indexDepth: 4, // an index inside an index; real ones are one or two deep
-  indexEntries: 1024, // with `--platform all` each entry is a request
+  indexEntries: 1024, // with `platforms` "all" each entry is a request
   manifests: 2048, // of one reference, all its indexes together
   layers: 100_000, // of one reference: real images have a hundred
   documentBytes: 80 * MIB, // manifests and configs of one pull: a thousand images have 50
@@ -699,7 +699,7 @@ function certificateNames({ host = "", cert }: ConnectionCause): string {
 }
 
 const CLIENT_CERTIFICATE_REMEDY =
-  "it may want a client certificate, one that it knows: --cert FILE --key FILE";
+  "it may want a client certificate, one that it knows: `tlsCert` and `tlsKey`";
 
 /** An https client that meets plain HTTP reads "HTTP/1.1" as a TLS record of an absurd version or length. */
 const PLAIN_HTTP =
@@ -711,19 +711,19 @@ const CONNECTION_FAULTS: readonly ConnectionFault[] = [
     pattern: PLAIN_HTTP,
     code: "TLS",
     words: "the server answers plain HTTP on this port",
-    remedy: "try --scheme http",
+    remedy: "try `scheme` http",
   },
   {
     pattern: /^(UNABLE_TO|SELF_SIGNED|DEPTH_ZERO)/,
     code: "TLS",
     remedy:
-      "its certificate authority is not known here: --cacert FILE gives it, --insecure goes without",
+      "its certificate authority is not known here: `caCert` gives it, `insecure` goes without",
   },
   {
     pattern: /^ERR_TLS_CERT_ALTNAME_INVALID/,
     code: "TLS",
     words: certificateNames,
-    remedy: "use a name that it is for; --insecure goes without the check",
+    remedy: "use a name that it is for; `insecure` goes without the check",
   },
   {
     // The alerts with which a server refuses a certificate of ours, or the lack of one.
@@ -1031,7 +1031,7 @@ function splitReference(text: string) {
 /** Why a text is no reference; undefined where it is one. */
 function faultOfReference(text: string): string | undefined {
   if (text === "") return "it is empty";
-  if (/^[a-z]+:\/\//i.test(text)) return "write it without the scheme (use --scheme for http)";
+  if (/^[a-z]+:\/\//i.test(text)) return "write it without the scheme (use `scheme` for http)";
   if (/[^\x21-\x7e]/.test(text)) return "it has a character that is not printable ASCII";
   if (text.split("@").length > 2) return "it has more than one @";
 
@@ -1327,15 +1327,15 @@ async function makeSecureContext(
   registryFolders?: readonly string[],
 ): Promise<tls.SecureContext> {
   const ca = await systemCertificates(environment);
-  if (caCert !== undefined) ca.push(...(await readAuthorities("--cacert", caCert)));
+  if (caCert !== undefined) ca.push(...(await readAuthorities("`caCert`", caCert)));
 
   let cert: string[] = [];
   let key: string[] = [];
   if (registryFolders !== undefined) {
     const own = await readCertsFolders(registryFolders);
     ca.push(...own.ca);
-    cert = tlsCert === undefined ? [...own.cert] : [await readPem("--cert", tlsCert)];
-    key = tlsKey === undefined ? [...own.key] : [await readKey("--key", tlsKey)];
+    cert = tlsCert === undefined ? [...own.cert] : [await readPem("`tlsCert`", tlsCert)];
+    key = tlsKey === undefined ? [...own.key] : [await readKey("`tlsKey`", tlsKey)];
   }
 
   try {
@@ -2178,7 +2178,7 @@ async function withRetries<T>(
 }
 
 // ====== 8. Credentials and tokens ======
-// Challenges (RFC 9110 §11.6.1), docker's and podman's files, helpers, the distribution token protocol. SPEC §6, §7.
+// Challenges (RFC 9110 §11.6.1), docker's and podman's files, helpers, the distribution token protocol.
 // Invariant: a credential is for one registry; it goes there and to the token endpoint which that registry names.
 
 // ------ Challenges ------
@@ -2251,7 +2251,7 @@ function runtimeDirectory({ XDG_RUNTIME_DIR }: Environment): string | undefined 
 }
 
 /**
- * The places in SPEC §7's order; the first that knows the registry is taken. A new credential file is one line here.
+ * The places in the order of precedence; the first that knows the registry is taken. A new credential file is one line here.
  * A file that a `variable` names has to be there; the others may be missing.
  */
 const CREDENTIAL_PLACES: readonly CredentialPlace[] = [
@@ -2299,9 +2299,9 @@ async function findCredential(
 
 function credentialOfOptions({ token, username, password }: Settings): Credential | undefined {
   const common = { kind: "basic", username: username ?? "", stored: false } as const;
-  if (token !== undefined) return { ...common, secret: token, source: "--token" };
+  if (token !== undefined) return { ...common, secret: token, source: "`token`" };
   if (username === undefined) return undefined;
-  return { ...common, secret: password ?? "", source: "--user and --password" };
+  return { ...common, secret: password ?? "", source: "`username` and `password`" };
 }
 
 /** Undefined where there is none; one that a variable names has to be there. */
@@ -2494,7 +2494,7 @@ function remedyFor({ status, words }: Answer, waitMs: number | undefined, now: n
   if (status === 407) return PROXY_REMEDY;
   if (status === 429) return `\n  too many requests: ${whenToComeBack(waitMs, now)}`;
   const isHttpsPort = /HTTP request (was sent )?to (an )?HTTPS/i.test(words);
-  return isHttpsPort ? "\n  this port is https: try without --scheme http" : "";
+  return isHttpsPort ? "\n  this port is https: try without `scheme` http" : "";
 }
 
 function whenToComeBack(waitMs: number | undefined, now: number): string {
@@ -2658,7 +2658,7 @@ function parseToken(body: Buffer, now: number): Authorization | undefined {
 }
 
 // ====== 9. Registry ======
-// One repository of one registry: manifests and blobs from an offset, with whatever handshake it wants. SPEC §6.
+// One repository of one registry: manifests and blobs from an offset, with whatever handshake it wants.
 // Invariant: what is asked for by digest has that digest before anyone sees it; a blob's bytes its reader checks.
 
 // ------ Handshake ------
@@ -2808,7 +2808,7 @@ class Authorizer {
 
     const credential = await this.#credentialFor(this.#registryOrigin);
     if (!credential)
-      return "no credentials were found (--user, --token, docker login); a repository that does not exist looks the same";
+      return "no credentials were found (`username`, `token`, docker login); a repository that does not exist looks the same";
     if (this.#fate === "unsent")
       return `the credentials of ${credential.source} were not sent: the registry asks for none of their kind`;
     return isAccepted
@@ -3489,7 +3489,7 @@ function sniffMediaType(bytes: Buffer, contentType = ""): string | undefined {
 }
 
 // ====== 10. Manifests and platforms ======
-// One shape for Docker and OCI. Everything that a registry says of digests and sizes is checked here. SPEC §3.
+// One shape for Docker and OCI. Everything that a registry says of digests and sizes is checked here.
 
 // ------ Manifests ------
 
@@ -3937,8 +3937,8 @@ async function findPlatform(
   const names = images.map(({ platform }) => formatPlatform(platform)).filter(Boolean);
   const choices =
     names.length > 0
-      ? `it has: ${printable([...new Set(names)].join(", "), 1000)} (--platform)`
-      : "it has none for any platform, but cache or artifacts: --platform all takes them";
+      ? `it has: ${printable([...new Set(names)].join(", "), 1000)} (\`platforms\`)`
+      : "it has none for any platform, but cache or artifacts: `platforms` all takes them";
   return fail("NO_PLATFORM", `${where} has no image for ${formatPlatform(host)}\n  ${choices}`);
 }
 
@@ -4844,7 +4844,7 @@ function problemWords(problem: TarProblem): string {
     case "damaged":
       return `${entry} is damaged`;
     case "missing":
-      return `${entry} is missing (a --since tar needs its base)`;
+      return `${entry} is missing (a tar made with \`since\` needs its base)`;
     case "size":
       return `${entry} has ${problem.actualBytes} bytes, not ${problem.expectedBytes}`;
     case "document":
@@ -4866,7 +4866,7 @@ function problemWords(problem: TarProblem): string {
 
 // ====== 12. Pull ======
 // Plan → bytes in place → verify → rename. Blobs come side by side, each hashed in order as it comes; a connection
-// without work takes over half of the longest range that is under way. SPEC §5.
+// without work takes over half of the longest range that is under way.
 // Invariant: nothing has DEST's name before every byte of it was hashed and compared.
 
 // ------ Ranges ------
@@ -7570,7 +7570,7 @@ async function pullToDevice(job: PullJob, file: string): Promise<Transfer> {
 }
 
 // ====== 13. Proof ======
-// What refers to an image (signatures, attestations, SBOMs), and whether a given key has signed it. SPEC §11.
+// What refers to an image (signatures, attestations, SBOMs), and whether a given key has signed it.
 // Invariant: a list's word is no proof. What a referrer is stands in its own manifest, and what it says of an image
 // counts once one of the keys has signed just that.
 
@@ -10315,7 +10315,6 @@ async function openTar(source: TarSource, options: LookOptions = {}): Promise<Ta
 
 // ====== 16. Command line ======
 // One table of options, from which parsing, help, --parsed and the README's come. stdout is data, stderr is talk.
-// SPEC §1, §8.
 
 // ------ The table of options ------
 

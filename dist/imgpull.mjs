@@ -226,25 +226,25 @@ function certificateNames({host = "", cert}) {
 	const listed = names.slice(0, 8).join(", ") + (names.length > 8 ? " …" : "")
 	return printable(`its certificate is not for ${host} but for ${listed || "no name at all"}`)
 }
-var CLIENT_CERTIFICATE_REMEDY = "it may want a client certificate, one that it knows: --cert FILE --key FILE"
+var CLIENT_CERTIFICATE_REMEDY = "it may want a client certificate, one that it knows: `tlsCert` and `tlsKey`"
 var PLAIN_HTTP = /wrong version number|packet length too long|unknown protocol|record layer failure/i
 var CONNECTION_FAULTS = [
 	{
 		pattern: PLAIN_HTTP,
 		code: "TLS",
 		words: "the server answers plain HTTP on this port",
-		remedy: "try --scheme http"
+		remedy: "try `scheme` http"
 	},
 	{
 		pattern: /^(UNABLE_TO|SELF_SIGNED|DEPTH_ZERO)/,
 		code: "TLS",
-		remedy: "its certificate authority is not known here: --cacert FILE gives it, --insecure goes without"
+		remedy: "its certificate authority is not known here: `caCert` gives it, `insecure` goes without"
 	},
 	{
 		pattern: /^ERR_TLS_CERT_ALTNAME_INVALID/,
 		code: "TLS",
 		words: certificateNames,
-		remedy: "use a name that it is for; --insecure goes without the check"
+		remedy: "use a name that it is for; `insecure` goes without the check"
 	},
 	{
 		pattern:
@@ -452,7 +452,7 @@ function splitReference(text) {
 }
 function faultOfReference(text) {
 	if (text === "") return "it is empty"
-	if (/^[a-z]+:\/\//i.test(text)) return "write it without the scheme (use --scheme for http)"
+	if (/^[a-z]+:\/\//i.test(text)) return "write it without the scheme (use `scheme` for http)"
 	if (/[^\x21-\x7e]/.test(text)) return "it has a character that is not printable ASCII"
 	if (text.split("@").length > 2) return "it has more than one @"
 	const {host, repository, name, tag, digest} = splitReference(text)
@@ -613,14 +613,14 @@ async function readCertsFolders(folders) {
 }
 async function makeSecureContext({caCert, tlsCert, tlsKey, environment}, registryFolders) {
 	const ca = await systemCertificates(environment)
-	if (caCert !== void 0) ca.push(...(await readAuthorities("--cacert", caCert)))
+	if (caCert !== void 0) ca.push(...(await readAuthorities("`caCert`", caCert)))
 	let cert = []
 	let key = []
 	if (registryFolders !== void 0) {
 		const own = await readCertsFolders(registryFolders)
 		ca.push(...own.ca)
-		cert = tlsCert === void 0 ? [...own.cert] : [await readPem("--cert", tlsCert)]
-		key = tlsKey === void 0 ? [...own.key] : [await readKey("--key", tlsKey)]
+		cert = tlsCert === void 0 ? [...own.cert] : [await readPem("`tlsCert`", tlsCert)]
+		key = tlsKey === void 0 ? [...own.key] : [await readKey("`tlsKey`", tlsKey)]
 	}
 	try {
 		return load("node:tls").createSecureContext({
@@ -1233,9 +1233,9 @@ async function findCredential(settings, owner) {
 }
 function credentialOfOptions({token, username, password}) {
 	const common = {kind: "basic", username: username ?? "", stored: false}
-	if (token !== void 0) return {...common, secret: token, source: "--token"}
+	if (token !== void 0) return {...common, secret: token, source: "`token`"}
 	if (username === void 0) return void 0
-	return {...common, secret: password ?? "", source: "--user and --password"}
+	return {...common, secret: password ?? "", source: "`username` and `password`"}
 }
 async function readCredentialFile(file, variable) {
 	const what = variable === void 0 ? `the credential file ${file}` : `${variable} names ${file}`
@@ -1348,7 +1348,7 @@ function remedyFor({status, words}, waitMs, now) {
 		return `
   too many requests: ${whenToComeBack(waitMs, now)}`
 	const isHttpsPort = /HTTP request (was sent )?to (an )?HTTPS/i.test(words)
-	return isHttpsPort ? "\n  this port is https: try without --scheme http" : ""
+	return isHttpsPort ? "\n  this port is https: try without `scheme` http" : ""
 }
 function whenToComeBack(waitMs, now) {
 	if (waitMs === void 0) return "try again later"
@@ -1559,7 +1559,7 @@ var Authorizer = class {
 		}
 		const credential = await this.#credentialFor(this.#registryOrigin)
 		if (!credential)
-			return "no credentials were found (--user, --token, docker login); a repository that does not exist looks the same"
+			return "no credentials were found (`username`, `token`, docker login); a repository that does not exist looks the same"
 		if (this.#fate === "unsent")
 			return `the credentials of ${credential.source} were not sent: the registry asks for none of their kind`
 		return isAccepted
@@ -2295,8 +2295,8 @@ async function findPlatform(session, readChild, where, top) {
 	const names = images.map(({platform}) => formatPlatform(platform)).filter(Boolean)
 	const choices =
 		names.length > 0
-			? `it has: ${printable([...new Set(names)].join(", "), 1e3)} (--platform)`
-			: "it has none for any platform, but cache or artifacts: --platform all takes them"
+			? `it has: ${printable([...new Set(names)].join(", "), 1e3)} (\`platforms\`)`
+			: "it has none for any platform, but cache or artifacts: `platforms` all takes them"
 	return fail(
 		"NO_PLATFORM",
 		`${where} has no image for ${formatPlatform(host)}
@@ -2923,7 +2923,7 @@ function problemWords(problem) {
 		case "damaged":
 			return `${entry} is damaged`
 		case "missing":
-			return `${entry} is missing (a --since tar needs its base)`
+			return `${entry} is missing (a tar made with \`since\` needs its base)`
 		case "size":
 			return `${entry} has ${problem.actualBytes} bytes, not ${problem.expectedBytes}`
 		case "document":

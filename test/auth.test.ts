@@ -349,7 +349,7 @@ test("an outside token is sent as it is, with the first request, and is never ex
     assertFailed(
       await tryPull(t, reference, { ...HTTP, token: "b3V0ZGF0ZWQ=" }),
       "UNAUTHORIZED",
-      "--token",
+      "`token`",
     );
     assert.deepEqual(
       registry.requests.map(({ kind }) => kind),
@@ -982,7 +982,7 @@ test("stored credentials refused for a public image: one warning with their sour
 
 const REFUSALS: [name: string, options: (host: string) => PullOptions, words: RegExp][] = [
   ["none", () => HTTP, /no credentials were found/],
-  ["--user", () => ({ ...HTTP, username: USER, password: WRONG }), /--user/],
+  ["--user", () => ({ ...HTTP, username: USER, password: WRONG }), /`username`/],
   ["a file's", (host) => stored({ [host]: WRONG }), /DOCKER_AUTH_CONFIG|stored credentials/],
 ];
 
@@ -1079,7 +1079,7 @@ describe("a registry that does not ask for credentials, of which some are at han
       const { error, warnings } = await tryPull(t, reference, { ...HTTP, ...GIVEN });
       assert.equal(error?.status, fault.status);
       assert.doesNotMatch(error?.message ?? "", /refused/);
-      if (fault.status !== 404) assert.match(error?.message ?? "", /--user .* were not sent/);
+      if (fault.status !== 404) assert.match(error?.message ?? "", /`username` .* were not sent/);
       assert.deepEqual(warnings, []);
       assert.deepEqual(kindsOf(registry), ["manifest", "ping"]);
       assert.deepEqual(new Set(sentTo(registry)), new Set([undefined]));
@@ -1120,7 +1120,8 @@ describe("a registry that refuses a token which its token service has given for 
       refused(registry, status);
       const { error } = await tryPull(t, reference, { ...HTTP, ...GIVEN });
       assert.equal(error?.status, status);
-      const words = /credentials of --user and --password are right, but may not pull .*team\/app$/;
+      const words =
+        /credentials of `username` and `password` are right, but may not pull .*team\/app$/;
       assert.match(error?.message ?? "", words);
       assert.doesNotMatch(error?.message ?? "", /refused/);
       assert(registry.requests.length <= 5, `${registry.requests.length} requests`);

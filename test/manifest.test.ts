@@ -328,7 +328,7 @@ test("an entry with an empty platform matches if it is the only one, as if it ha
       { content: image, fields },
       { content: other, fields },
     ]);
-    assertRefused(await pull(t, two, opted("linux/amd64")), "NO_PLATFORM", /--platform all/);
+    assertRefused(await pull(t, two, opted("linux/amd64")), "NO_PLATFORM", /`platforms` all/);
   }
 });
 
@@ -733,7 +733,7 @@ test("BuildKit's cache: all takes its layers as blobs; for a platform there is n
   }
 
   const pulled = await pull(t, cache, opted("linux/amd64"));
-  assertRefused(pulled, "NO_PLATFORM", /cache or artifacts: --platform all/);
+  assertRefused(pulled, "NO_PLATFORM", /cache or artifacts: `platforms` all/);
   assert.equal(pulled.registry.requests.length, 1);
 });
 

@@ -232,7 +232,7 @@ describe("the server's certificate", () => {
     [
       "an authority that nobody knows",
       makeAuthority("stranger").issueServer(),
-      /--cacert FILE.*--insecure/,
+      /`caCert`.*`insecure`/,
     ],
     [
       "one that has expired",
@@ -308,7 +308,7 @@ describe("the server's certificate", () => {
   test("SSL_CERT_FILE stands in place of the system's bundle, --cacert comes on top", async (t) => {
     const { reference } = await serve(t, { tls });
     const environment = { SSL_CERT_FILE: pemFiles(t, { junk: second.cert }).junk };
-    assertFailed(await tryPull(t, reference, { environment }), "TLS", "--cacert");
+    assertFailed(await tryPull(t, reference, { environment }), "TLS", "`caCert`");
     assertPulled(await tryPull(t, reference, { environment, ...trust(t) }), image);
   });
 
@@ -339,7 +339,7 @@ describe("the server's certificate", () => {
     }
     const refused = await runCommand([reference, `${folder}/refused.tar`]);
     assert.equal(refused.exitCode, 1);
-    assert.match(refused.stderr, /--cacert FILE.*--insecure/);
+    assert.match(refused.stderr, /--cacert gives it, --insecure goes/);
     assert(!existsSync(`${folder}/refused.tar`));
   });
 });
@@ -349,12 +349,12 @@ test("plain HTTP on an https port, and https on an http port, with the way out",
   await once(plain, "listening");
   t.after(() => plain.close().closeAllConnections());
   const outcome = await tryPull(t, `127.0.0.1:${(plain.address() as AddressInfo).port}/team/app:1`);
-  assertFailed(outcome, "TLS", "plain HTTP", "--scheme http");
+  assertFailed(outcome, "TLS", "plain HTTP", "`scheme` http");
   assert.deepEqual(outcome.waitsMs, []);
   // The words of Go's net/http, and so of docker-registry.
   const { registry, reference } = await serve(t);
   registry.on({}, { status: 400, body: "Client sent an HTTP request to an HTTPS server.\n" });
-  assertFailed(await tryPull(t, reference, HTTP), "PROTOCOL", "400", "--scheme http");
+  assertFailed(await tryPull(t, reference, HTTP), "PROTOCOL", "400", "`scheme` http");
 });
 
 describe("client certificates", () => {
@@ -399,7 +399,7 @@ describe("client certificates", () => {
     assertFailed(
       await tryPull(t, reference, { ...trust(t), retries: 0 }),
       "TLS",
-      "--cert FILE --key FILE",
+      "`tlsCert` and `tlsKey`",
     );
     assert.equal(registry.requests.length, 0);
   });
@@ -422,7 +422,7 @@ describe("client certificates", () => {
       assertFailed(
         await tryPull(t, reference, { tlsCert, tlsKey, ...trust(t) }),
         "TLS",
-        /certificate|--cert|--key|PEM/,
+        /certificate|`tlsCert`|`tlsKey`|PEM/,
       );
     }
   });
@@ -464,7 +464,7 @@ describe("certs.d", () => {
   test("another host's is not used, and a broken one is named", async (t) => {
     const { registry, reference } = await serve(t, { tls });
     const other = certsFolder(t, "127.0.0.1:1", { "ca.crt": authority.cert });
-    assertFailed(await tryPull(t, reference, other), "TLS", "--cacert");
+    assertFailed(await tryPull(t, reference, other), "TLS", "`caCert`");
     const broken = certsFolder(t, registry.host, { "ca.crt": "none" });
     assertFailed(
       await tryPull(t, reference, broken),
