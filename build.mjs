@@ -99,7 +99,21 @@ function formatScript(file) {
   writeFileSync(file, stdout);
 }
 
+/** The owner stands at one place, package.json's `repository`: the other addresses follow it. */
+function nameOwner() {
+  const { repository } = JSON.parse(readFileSync("package.json", "utf8"));
+  const [, owner] = /github\.com\/([^/]+)\/imgpull/.exec(repository.url);
+  for (const file of ["package.json", "README.md"].filter((name) => existsSync(name))) {
+    const text = readFileSync(file, "utf8");
+    const named = text
+      .replace(/(github\.com\/)[^/]+(\/imgpull\b)/g, `$1${owner}$2`)
+      .replace(/(--repo\s+)[^/\s]+(\/imgpull\b)/g, `$1${owner}$2`);
+    if (named !== text) writeFileSync(file, named);
+  }
+}
+
 async function buildDist() {
+  nameOwner();
   emitScript();
   await esbuild.build({
     ...common,

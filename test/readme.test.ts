@@ -21,8 +21,9 @@ import { installedPackage } from "./support/package.ts";
 import { makePayloadLayer, makeSignatureTag, makeSigner, sigTag } from "./support/proof.ts";
 import { startProxy } from "./support/proxy.ts";
 import { filesOf } from "./support/pull.ts";
-import { IMAGES, makeReader, type Reader, readmeBlocks } from "./support/readme.ts";
+import { IMAGES, LATEST, makeReader, type Reader, readmeBlocks } from "./support/readme.ts";
 import { type Registry, type RegistryOptions, startRegistry } from "./support/registry.ts";
+import { speedPicture } from "./support/speed.ts";
 
 const readme = readFileSync("README.md", "utf8");
 
@@ -79,7 +80,8 @@ function checkTar(tar: Buffer, images: Partial<Record<Name, string>>): void {
     ({ annotations }: { annotations: Record<string, string> }) =>
       annotations["org.opencontainers.image.ref.name"],
   );
-  assert.deepEqual(names, Object.values(images));
+  // What has no name is the proof of those before it.
+  assert.deepEqual(names.filter(Boolean), Object.values(images));
   for (const [at, name] of (Object.keys(images) as Name[]).entries()) {
     const content = CONTENT[name];
     const digests =
@@ -138,7 +140,7 @@ const RUN: Record<string, Case> = {
         .trimEnd()
         .split("\n")
         .map((row) => row.trim().split(/ +/));
-      assert.equal(rows.length, 7);
+      assert.equal(rows.length, 9);
       for (const [name = "", offset, size = ""] of rows) {
         const shown = name.replace(/^blobs\/sha256\/(.{12}).*/, "$1");
         assert.match(
@@ -149,20 +151,20 @@ const RUN: Record<string, Case> = {
       assert.match(readme, new RegExp(`of ${/in all ([\d,]+) bytes/.exec(stdout)?.[1]} bytes`));
     },
   },
-  'curl -fsSL --remote-name-all "$RELEASE/imgpull-linux-x64.tar.gz" "$RELEASE/SHA256SUMS"': {
+  "curl -fsSL LATEST/imgpull-linux-x64.tar.gz | tar -xz": {
+    gives: (reader) => {
+      hasAlpine(reader);
+      assert.deepEqual(reader.calls(), ["docker load -i alpine.tar"]);
+    },
+  },
+  "curl -fsSL --remote-name-all LATEST/{imgpull-linux-x64.tar.gz,SHA256SUMS}": {
     gives: (reader, stdout) => {
       assert.match(stdout, /^imgpull-linux-x64\.tar\.gz: OK$/m);
       hasAlpine(reader);
     },
   },
-  'curl -fsSL "$RELEASE/imgpull.cjs" | node - alpine:3.22 alpine.tar': { gives: hasAlpine },
-  'curl -fsSL --remote-name-all "$RELEASE/imgpull.cjs" "$RELEASE/SHA256SUMS"': {
-    gives: (reader, stdout) => {
-      assert.match(stdout, /^imgpull\.cjs: OK$/m);
-      hasAlpine(reader);
-    },
-  },
-  "npx --yes imgpull alpine:3.22 alpine.tar": { gives: hasAlpine },
+  "curl -fsSLo imgpull LATEST/imgpull.cjs": { gives: hasAlpine },
+  "set -o pipefail": { gives: hasAlpine },
   "npm install --global imgpull": {
     gives: (reader) => {
       assert.ok(existsSync(join(reader.folder, "../global/bin/imgpull")));
@@ -242,22 +244,21 @@ const NOT_RUN: Record<string, string> = {
   "npm cit": "it is what runs this test",
   "npm ci":
     "the rebuild of dist/ is in dist.test.ts, that of the binaries in the test of the binaries",
-  'curl -fsSL "$RELEASE/imgpull.cjs" | node --permission --allow-net --allow-fs-read=. --allow-fs-write=. \\':
-    "it needs Node 26: node-versions.test.ts runs it",
+  "curl -fsSLO LATEST/imgpull.cjs": "it needs Node 26: node-versions.test.ts runs it",
 };
 
 describe("every command block", { concurrency: 2 }, () => {
   test("is run here, or listed with the reason why not", () => {
-    const blocks = readmeBlocks("sh").map(({ firstLine }) => firstLine);
+    const blocks = readmeBlocks("sh").map(({ firstLine }) => firstLine.replace(LATEST, "LATEST"));
     assert.deepEqual(blocks.sort(), [...Object.keys(RUN), ...Object.keys(NOT_RUN)].sort());
     const shells = [...readme.matchAll(/^```(\w*)$/gm)]
       .map(([, language = ""]) => language)
       .filter(Boolean);
-    assert.deepEqual([...new Set(shells)].sort(), ["sh", "text", "ts"]);
+    assert.deepEqual([...new Set(shells)].sort(), ["powershell", "sh", "text", "ts", "yaml"]);
   });
 
   for (const { firstLine, text } of readmeBlocks("sh")) {
-    const { given, gives } = RUN[firstLine] ?? {};
+    const { given, gives } = RUN[firstLine.replace(LATEST, "LATEST")] ?? {};
     if (!gives) continue;
     test(firstLine, async (t) => {
       const reader = await makeReader(t);
@@ -269,6 +270,71 @@ describe("every command block", { concurrency: 2 }, () => {
       assert.deepEqual(left, []);
     });
   }
+});
+
+/** The commands of a CI step: what `run: |` or `script:` has. */
+function stepsOf(yaml: string): string {
+  const [, block = ""] = /(?:run: \|\n|script:\n)((?: {4}.*\n?)+)/.exec(yaml) ?? [];
+  return block.replace(/^ {4}(- )?/gm, "");
+}
+
+describe("the steps for CI", () => {
+  for (const { firstLine, text } of readmeBlocks("yaml")) {
+    const steps = stepsOf(text);
+
+    test(`${firstLine} gives the image`, async (t) => {
+      const reader = await makeReader(t);
+      const { exitCode, stderr } = await reader.runStep(steps);
+      assert.equal(exitCode, 0, stderr);
+      hasAlpine(reader);
+    });
+
+    test(`${firstLine} is red without the script, or without the image`, async (t) => {
+      const reader = await makeReader(t);
+      const broken = [
+        steps.replace("imgpull.cjs", "imgpull.cjs.not-there").replaceAll(LATEST, `${LATEST}/no`),
+        steps.replace("alpine:3.22", "alpine:0.0"),
+      ];
+      for (const step of broken) {
+        const { exitCode } = await reader.runStep(step);
+        assert.notEqual(exitCode, 0, step);
+        assert.ok(!existsSync(join(reader.folder, "alpine.tar")));
+      }
+    });
+  }
+});
+
+test("the bars are those of the table", () => {
+  assert.equal(readFileSync(".github/speed.svg", "utf8"), speedPicture(readme));
+});
+
+test("the owner is that of package.json", () => {
+  const { repository, homepage, bugs } = JSON.parse(readFileSync("package.json", "utf8"));
+  const [, owner = ""] = /github\.com\/([^/]+)\/imgpull/.exec(repository.url) ?? [];
+  const texts = [readme, homepage, bugs.url];
+  const owners = texts.flatMap((text) => [...text.matchAll(/github\.com\/([^/]+)\/imgpull/g)]);
+  assert.ok(owners.length > 5);
+  assert.deepEqual([...new Set(owners.map(([, name]) => name))], [owner]);
+});
+
+test("what --list-tar prints is described, field by field", async (t) => {
+  const reader = await makeReader(t);
+  const { stdout } = await reader.run(
+    "imgpull -q alpine:3.22 a.tar > /dev/null; imgpull --list-tar a.tar",
+  );
+  const [line = ""] = String(stdout).split("\n");
+  const listed = JSON.parse(line);
+  const [, section = ""] = readme.split("### What --list-tar prints");
+  const fields = [...(section.split("\n## ")[0] ?? "").matchAll(/^\| `(\w+)` \| (\w+) \|/gm)];
+  assert.deepEqual(
+    fields.map(([, name = "", type]) => [name, type]),
+    Object.entries(listed).map(([name, value]) => [
+      name,
+      Array.isArray(value) ? "array" : typeof value,
+    ]),
+  );
+  for (const name of Object.keys(listed.layers[0]))
+    assert.ok(section.includes(`"${name}": `), name);
 });
 
 test("the library's example runs as it stands there", async (t) => {

@@ -44,6 +44,12 @@ export function readmeBlocks(language: string): Block[] {
   return blocks.map(([, , text = ""]) => ({ text, firstLine: text.split("\n")[0] ?? "" }));
 }
 
+/** Where the page says that the newest release's files are. */
+export const [LATEST = ""] =
+  /https:\/\/github\.com\/[^/]+\/imgpull\/releases\/latest\/download/.exec(
+    readFileSync("README.md", "utf8"),
+  ) ?? [];
+
 // ====== The reader's machine ======
 
 const PLATFORMS = [...new Set(["amd64", "arm64", process.arch === "x64" ? "amd64" : process.arch])];
@@ -76,6 +82,8 @@ export interface Reader {
   env: Record<string, string>;
   /** Runs lines in a shell that stops at the first one that fails, in a pipe too. */
   run: (text: string, env?: Record<string, string>) => Promise<CommandResult>;
+  /** The same as CI runs a step: `bash -e`. */
+  runStep: (text: string) => Promise<CommandResult>;
   /** What the stand-ins were called with: `docker load -i a.tar`, in order. */
   calls: () => string[];
   /** What a stand-in read from its stdin the last time. */
@@ -153,16 +161,19 @@ while [ $# -gt 0 ]; do
 done
 `;
 const CURL = `#!/usr/bin/env node
-// Of curl, what the page uses: -f, -s, -S, -L, -O and --remote-name-all.
+// Of curl, what the page uses: -f, -s, -S, -L, -O, -o FILE and --remote-name-all.
 const { writeFileSync } = require("node:fs");
 const args = process.argv.slice(2);
+const at = args.findIndex((arg) => /^-[a-zA-Z]*o$/.test(arg));
+const [file] = at < 0 ? [] : args.splice(at + 1, 1);
 const isKept = args.some((arg) => /^-[a-zA-Z]*O/.test(arg) || arg === "--remote-name-all");
 (async () => {
   for (const url of args.filter((arg) => !arg.startsWith("-"))) {
     const answer = await fetch(url);
     if (!answer.ok) process.exit(22);
     const bytes = Buffer.from(await answer.arrayBuffer());
-    if (isKept) writeFileSync(url.slice(url.lastIndexOf("/") + 1), bytes);
+    if (file) writeFileSync(file, bytes);
+    else if (isKept) writeFileSync(url.slice(url.lastIndexOf("/") + 1), bytes);
     else process.stdout.write(bytes);
   }
 })();
@@ -229,18 +240,21 @@ export async function makeReader(t: TestScope, nodePath = process.execPath): Pro
     npm_config_fund: "false",
     npm_config_audit: "false",
   };
+  // As it stands there, but for the address of the release.
+  const runIn = (flags: string[], text: string, changes: Record<string, string> = {}) =>
+    runCommand([], {
+      command: ["bash", "--norc", ...flags, "-c", text.replaceAll(LATEST, env.RELEASE)],
+      cwd: folder,
+      env: { ...env, ...changes },
+      guardMs: 120_000,
+    });
   const calls = join(standIns, "calls");
   return {
     folder,
     env,
     registries: registries as Reader["registries"],
-    run: (text, changes = {}) =>
-      runCommand([], {
-        command: ["bash", "--norc", "-euo", "pipefail", "-c", text],
-        cwd: folder,
-        env: { ...env, ...changes },
-        guardMs: 120_000,
-      }),
+    run: (text, changes = {}) => runIn(["-euo", "pipefail"], text, changes),
+    runStep: (text) => runIn(["-e"], text),
     calls: () => (existsSync(calls) ? readFileSync(calls, "utf8").trimEnd().split("\n") : []),
     stdinOf: (program) => readFileSync(join(standIns, `${program}.stdin`)),
   };
