@@ -441,6 +441,31 @@ interface TarImage {
   platforms?: { here: number; named: number };
 }
 
+/** Why a program does not load a tar. `entry` is the name of a file in it. */
+interface LoaderFault {
+  kind:
+    | "no-manifest-json"
+    | "no-layout"
+    /** Of its images one at least has no name by which this program finds it. */
+    | "no-name"
+    | "several"
+    | "bad-name"
+    | "same-name"
+    | "no-image"
+    | "nested-index"
+    | "partial-index"
+    | "rooted-names"
+    | "link"
+    | "windows"
+    | "too-many-layers"
+    | "encrypted"
+    | "no-tar"
+    | "trailing-bytes"
+    | "label"
+    | "packing";
+  entry?: string;
+}
+
 /** Whether a program loads a tar. */
 interface TarLoader {
   program: "docker" | "podman" | "ctr" | "skopeo docker-archive" | "skopeo oci-archive";
@@ -449,6 +474,8 @@ interface TarLoader {
   sinceVersion?: number;
   /** One image at a time, which must be named. */
   needsName?: boolean;
+  /** Empty where it takes it. */
+  reasons: LoaderFault[];
 }
 
 /** What a tar was found to be. */
@@ -4327,6 +4354,8 @@ function layOut(files: ReadonlyMap<string, FileContent>) {
 
 type TarHeader = Readonly<{
   name: string;
+  /** Its name begins with a slash, which some loaders do not take away. */
+  isRooted: boolean;
   /** As stored: a sparse file is longer. */
   sizeBytes: number;
   /** "0" a file, "1" a hard link, "2" a symbolic link, "5" a folder, "S" a file with holes. */
@@ -4532,6 +4561,7 @@ class TarDecoder {
     const isEmpty = isFolder || "123456".includes(type); // links, devices and folders, whatever size they state
     const header: TarHeader = {
       name,
+      isRooted: name.startsWith("/"),
       sizeBytes: isEmpty ? 0 : storedBytes,
       type: isFolder ? "5" : type,
       linkName,
@@ -4713,7 +4743,8 @@ class TarNames {
   }
 
   /** The file behind a name: docker save makes a link of a layer that occurs twice. */
-  file(name: string): TarEntry | undefined {
+  file(rawName: string): TarEntry | undefined {
+    const name = resolveName(rawName);
     const { type = "", linkName = "" } = this.entries.get(name) ?? {};
     if (type === "2" && linkName.startsWith("/")) return undefined;
     const isLink = type === "1" || type === "2";
@@ -8991,6 +9022,8 @@ function openFile(where: string, handle: fs.FileHandle, sizeBytes: number): Open
   };
 }
 
+const PLAIN_FILE = { type: "0", linkName: "", isRooted: false, offset: 0 };
+
 /** Of a folder only what the image layout specification names is looked at. */
 async function openFolder(folder: string): Promise<OpenTarSource> {
   const files = ["oci-layout", "index.json", "manifest.json"];
@@ -9001,8 +9034,7 @@ async function openFolder(folder: string): Promise<OpenTarSource> {
   const entries: TarEntry[] = [];
   for (const name of files) {
     const stats = await fs.stat(path.join(folder, name)).catch(ignore);
-    if (stats?.isFile())
-      entries.push({ name, sizeBytes: stats.size, type: "0", linkName: "", offset: 0 });
+    if (stats?.isFile()) entries.push({ ...PLAIN_FILE, name, sizeBytes: stats.size });
   }
 
   async function* contentOf({ name, sizeBytes }: TarEntry): AsyncGenerator<Buffer> {
@@ -9230,22 +9262,29 @@ class Digests {
 class TarCheck {
   readonly #decoder = new TarDecoder();
   #block: Buffer = Buffer.alloc(0);
-  #skipBytes = 0;
+  #contentBytes = 0;
+  #paddingBytes = 0;
   #isBroken = false;
 
   push(chunk: Buffer): void {
     let at = 0;
     while (at < chunk.length && !this.#isBroken && !this.#decoder.isAtEnd) {
-      if (this.#skipBytes > 0) {
-        const skippedBytes = Math.min(this.#skipBytes, chunk.length - at);
-        this.#skipBytes -= skippedBytes;
-        at += skippedBytes;
-      } else at += this.#gather(chunk, at);
+      const passed = this.#passOver(chunk.length - at);
+      at += passed > 0 ? passed : this.#gather(chunk, at);
     }
   }
 
   isTar(): boolean {
-    return !this.#isBroken && this.#skipBytes < BLOCK && this.#block.length === 0;
+    return !this.#isBroken && this.#contentBytes === 0 && this.#block.length === 0;
+  }
+
+  /** Content and padding of the entry before. */
+  #passOver(availableBytes: number): number {
+    const contentBytes = Math.min(this.#contentBytes, availableBytes);
+    const paddingBytes = Math.min(this.#paddingBytes, availableBytes - contentBytes);
+    this.#contentBytes -= contentBytes;
+    this.#paddingBytes -= paddingBytes;
+    return contentBytes + paddingBytes;
   }
 
   /** Says how many bytes it took. */
@@ -9262,7 +9301,8 @@ class TarCheck {
     this.#block = Buffer.alloc(0);
     try {
       const header = this.#decoder.take(block);
-      if (header) this.#skipBytes = header.sizeBytes + paddingOf(header.sizeBytes);
+      this.#contentBytes = header?.sizeBytes ?? 0;
+      this.#paddingBytes = paddingOf(this.#contentBytes);
     } catch (error) {
       if (!(error instanceof ImgpullError)) throw error;
       this.#isBroken = true;
@@ -9530,7 +9570,13 @@ function mayBeDocument(entry: TarEntry, firstPiece: Buffer): boolean {
 // ------ Documents ------
 
 /** How many of the platforms that an index names are here, and how many manifests, attestations too, are not. */
-type PlatformCount = Readonly<{ here: number; named: number; absentManifests: number }>;
+type PlatformCount = Readonly<{
+  here: number;
+  named: number;
+  absentManifests: number;
+  /** Of an index of images 1, of an index in an index 2. */
+  depth: number;
+}>;
 
 /** The manifests, indexes and configs of a tar: each is parsed once, and what is wrong with it is said once. */
 class TarDocuments {
@@ -9539,6 +9585,7 @@ class TarDocuments {
   readonly #manifests = new Map<string, ImageManifest | IndexManifest | undefined>();
   readonly #configs = new Map<string, ConfigWords | undefined>();
   readonly #platforms = new Map<string, PlatformCount>();
+  readonly #encrypted = new Set<string>();
 
   constructor(contents: TarContents) {
     this.#contents = contents;
@@ -9556,6 +9603,24 @@ class TarDocuments {
   file(name: string): SeenFile | undefined {
     const entry = this.#contents.names.file(name);
     return entry && this.#contents.files.get(entry.name);
+  }
+
+  /** What stands under a name: "0" a file, "1" a hard link, "2" a symbolic one. */
+  typeOf(name: string): string | undefined {
+    return this.#contents.names.entries.get(resolveName(name))?.type;
+  }
+
+  hasRootedNames(): boolean {
+    return [...this.#contents.names.entries.values()].some(({ isRooted }) => isRooted);
+  }
+
+  /** manifest.json does not say of a layer that it is encrypted: a manifest does. */
+  isEncrypted(name: string): boolean {
+    return this.#encrypted.has(resolveName(name));
+  }
+
+  markEncrypted(name: string): void {
+    this.#encrypted.add(name);
   }
 
   /** The JSON of a file; undefined where it is not there, is damaged (which is said elsewhere) or is no JSON. */
@@ -9589,12 +9654,13 @@ class TarDocuments {
     const manifest = depth > LIMITS.indexDepth ? undefined : this.manifest(descriptor);
     if (known || manifest?.kind !== "index") return known;
 
-    const counts = { here: 0, named: 0, absentManifests: 0 };
+    const counts = { here: 0, named: 0, absentManifests: 0, depth: 1 };
     this.#platforms.set(descriptor.digest, counts);
     for (const child of manifest.manifests) {
       const isHere = this.file(blobPath(child.digest)) !== undefined;
       const inner = isHere ? this.platformsOf(child, depth + 1) : undefined;
       const isPlatform = inner === undefined && isManifestType(child) && !isAttestation(child);
+      counts.depth = Math.max(counts.depth, 1 + (inner?.depth ?? 0));
       counts.here += inner?.here ?? Number(isPlatform && isHere);
       counts.named += inner?.named ?? Number(isPlatform);
       counts.absentManifests += inner?.absentManifests ?? Number(!isHere);
@@ -9668,25 +9734,34 @@ type HeldImage = Readonly<{
 type IndexEntry = Readonly<{
   descriptor: Descriptor;
   name: string;
+  /** The name by which skopeo finds it. */
+  refName: string;
   /** No image, but what refers to one, or the index that this proof is of. */
   isCompanion: boolean;
 }>;
 
+/** What it leads to besides. */
+type HeldEntry = IndexEntry &
+  Readonly<{
+    images: readonly Omit<HeldImage, "name">[];
+    platforms: PlatformCount | undefined;
+  }>;
+
+/** An entry of manifest.json, with its RepoTags as they stand there. */
+type ListedImage = HeldImage & Readonly<{ tags: readonly string[] }>;
+
 /** What a tar names: by index.json, and by manifest.json. */
 type HeldImages = Readonly<{
-  entries: readonly IndexEntry[];
+  entries: readonly HeldEntry[];
   indexed: readonly HeldImage[];
   /** Signatures, SBOMs and the like, which count as no image. */
   companions: readonly HeldImage[];
-  listed: readonly HeldImage[];
-  /** RepoTags of manifest.json, as they stand there. */
-  tags: readonly string[];
+  listed: readonly ListedImage[];
   /** Blobs that an index names as they are, such as a build's cache. */
   blobs: readonly HeldPart[];
   /** Of each index that is no proof. */
   indexes: readonly PlatformCount[];
   isLayout: boolean;
-  isDockerArchive: boolean;
 }>;
 
 class ImageFinder {
@@ -9703,12 +9778,14 @@ class ImageFinder {
   }
 
   run(): HeldImages {
-    const entries = this.#readIndex();
-    const found = entries.flatMap(({ descriptor, name, isCompanion }) => {
-      const images = this.#imagesOf(descriptor);
-      const platforms = this.#documents.platformsOf(descriptor);
-      return images.map((image) => ({ name, isCompanion, platforms, ...image }));
+    const entries = this.#readIndex().map((entry): HeldEntry => {
+      const images = this.#imagesOf(entry.descriptor);
+      const platforms = this.#documents.platformsOf(entry.descriptor);
+      return { ...entry, images, platforms };
     });
+    const found = entries.flatMap(({ name, isCompanion, platforms, images }) =>
+      images.map((image) => ({ name, isCompanion, platforms, ...image })),
+    );
     const indexes = new Map(
       entries
         .filter(({ isCompanion }) => !isCompanion)
@@ -9724,12 +9801,10 @@ class ImageFinder {
       entries,
       indexed: found.filter(({ isCompanion }) => !isCompanion),
       companions: found.filter(({ isCompanion }) => isCompanion),
-      listed: listed.map(({ image }) => image),
-      tags: listed.flatMap(({ tags }) => tags),
+      listed,
       blobs: [...this.#blobs.values()],
       indexes: [...indexes.values()].filter((index) => index !== undefined),
       isLayout,
-      isDockerArchive: listed.length > 0,
     };
   }
 
@@ -9750,8 +9825,9 @@ class ImageFinder {
       const annotations = isRecord(value) && isRecord(value.annotations) ? value.annotations : {};
       const names = NAME_KEYS.map((key) => annotations[key]);
       const name = names.find((each) => typeof each === "string") ?? "";
+      const refName = typeof names[1] === "string" ? names[1] : "";
       const isCompanion = name === "" && isProof(descriptor, annotations);
-      entries.push({ descriptor, name: printable(name), isCompanion });
+      entries.push({ descriptor, name: printable(name), refName, isCompanion });
     }
     return entries;
   }
@@ -9821,6 +9897,8 @@ class ImageFinder {
     if (!this.#count(layers.length + 1)) return undefined;
     const hasImageConfig = CONFIG_TYPES.includes(config.mediaType);
     const words = hasImageConfig ? this.#documents.config(blobPath(config.digest)) : undefined;
+    for (const { digest, mediaType } of layers)
+      if (mediaType.endsWith("+encrypted")) this.#documents.markEncrypted(blobPath(digest));
     const platform = words ? words.platform : formatPlatform(stated);
     return {
       platform,
@@ -9832,9 +9910,9 @@ class ImageFinder {
   }
 
   /** The images of manifest.json, the list of `docker load`. */
-  #readDockerList(): { image: HeldImage; tags: readonly string[] }[] {
+  #readDockerList(): ListedImage[] {
     const json = this.#documents.json("manifest.json") ?? [];
-    const images: { image: HeldImage; tags: readonly string[] }[] = [];
+    const images: ListedImage[] = [];
     for (const value of Array.isArray(json) ? json : [json]) {
       const entry = parseDockerEntry(value);
       if (!entry) {
@@ -9851,16 +9929,16 @@ class ImageFinder {
       const config = this.#documents.config(entry.config);
       const layerCount = entry.layers.length;
       const platform = config?.platform ?? "";
-      const image = {
+      images.push({
         name: printable(entry.tags.join(" ")),
+        tags: entry.tags,
         digest: "",
         platform,
         config,
         isImage: config !== undefined && hasOneDiffIdEach(config, layerCount),
         hasDiffIds: needsDiffIds(config, true, layerCount),
         parts,
-      };
-      images.push({ image, tags: entry.tags });
+      });
     }
     return images;
   }
@@ -9920,14 +9998,9 @@ class PartCheck {
   readonly #documents: TarDocuments;
   /** Each pair of a file and a diff_id is compared once. */
   readonly #compared = new Set<string>();
-  /** manifest.json does not say which layers are encrypted. */
-  readonly #encrypted: ReadonlySet<string>;
 
-  constructor(documents: TarDocuments, images: readonly HeldImage[]) {
+  constructor(documents: TarDocuments) {
     this.#documents = documents;
-    const parts = images.flatMap((image) => image.parts);
-    const encrypted = parts.filter(({ mediaType }) => mediaType.endsWith("+encrypted"));
-    this.#encrypted = new Set(encrypted.map(({ entry }) => entry));
   }
 
   checkImage({ parts, config, hasDiffIds }: HeldImage): void {
@@ -9967,7 +10040,7 @@ class PartCheck {
     // Before Node 26 the first of several zstd frames is the last (nodejs/node#64741).
     const isPartial = packing === "zstd" && outcome === "whole" && hasRest;
     if (outcome === "endless") return; // which is said of the file
-    if (this.#encrypted.has(entry)) this.#skip("encrypted");
+    if (this.#documents.isEncrypted(entry)) this.#skip("encrypted");
     else if (outcome === "whole" && isSame) this.unpackedLayers += 1;
     else if (outcome === "not-unpacked" || isPartial) this.#skip(packing ?? "unknown");
     else if (isOtherAlgorithm) this.#skip(algorithmOf(diffId));
@@ -9981,31 +10054,224 @@ class PartCheck {
 
 // ------ Judging loaders ------
 
-/** What decides on which loaders take a tar. */
-type LoaderFacts = Readonly<{
-  images: readonly HeldImage[];
-  held: HeldImages;
-  /** Of a part of an image. */
-  seen: (part: HeldPart) => SeenFile | undefined;
-}>;
+// Tried with docker 20.10, podman 4.3, containerd 1.6 and skopeo 1.9, on tars that have one of these faults each.
 
-function judgeLoaders({ images, held }: LoaderFacts): TarLoader[] {
-  const { isDockerArchive, isLayout } = held;
-  const types = images.flatMap(({ parts }) => parts.map(({ mediaType }) => mediaType));
-  const hasZstd = types.some((type) => type.includes("zstd"));
-  const since = (version: number) => (hasZstd ? { sinceVersion: version } : {});
-  const isForPodman =
-    images.some(({ isImage }) => isImage) && (isDockerArchive || images.length === 1);
-  const isForContainerd = images.some(({ name, digest }) => name && (digest || isDockerArchive));
-  const byName = { needsName: images.length > 1 };
-  const byEntry = { needsName: held.entries.length > 1 };
-  return [
-    { program: "docker", takes: isDockerArchive, ...since(23) },
-    { program: "podman", takes: isForPodman, ...since(4) },
-    { program: "ctr", takes: isForContainerd },
-    { program: "skopeo docker-archive", takes: isDockerArchive, ...byName },
-    { program: "skopeo oci-archive", takes: isLayout, ...byEntry },
-  ];
+/** docker's layer store is no deeper. */
+const MOST_DOCKER_LAYERS = 125;
+
+class LoaderJudge {
+  readonly #held: HeldImages;
+  readonly #documents: TarDocuments;
+  readonly #isRooted: boolean;
+
+  constructor(held: HeldImages, documents: TarDocuments) {
+    this.#held = held;
+    this.#documents = documents;
+    this.#isRooted = documents.hasRootedNames();
+  }
+
+  run(): TarLoader[] {
+    const { entries, listed } = this.#held;
+    const ofArchive = this.#faultsOfArchive();
+    const ofLayout = this.#faultsOfLayout();
+    const isForPodman =
+      this.#faultsOfPodmanArchive().length === 0 || this.#faultsOfPodmanLayout().length === 0;
+    const ofPodman =
+      listed.length > 0 ? this.#faultsOfPodmanArchive() : this.#faultsOfPodmanLayout();
+    return [
+      this.#verdict("docker", this.#faultsOfDocker(), { zstdSince: 23 }),
+      this.#verdict("podman", isForPodman ? [] : ofPodman, { zstdSince: 4 }),
+      this.#verdict("ctr", this.#faultsOfContainerd()),
+      this.#verdict("skopeo docker-archive", ofArchive, { needsName: listed.length > 1 }),
+      this.#verdict("skopeo oci-archive", ofLayout, { needsName: entries.length > 1 }),
+    ];
+  }
+
+  #verdict(
+    program: TarLoader["program"],
+    reasons: LoaderFault[],
+    { zstdSince, needsName }: { zstdSince?: number; needsName?: boolean } = {},
+  ): TarLoader {
+    const takes = reasons.length === 0;
+    const sinceVersion = takes && this.#hasZstd() ? zstdSince : undefined;
+    return {
+      program,
+      takes,
+      ...(sinceVersion !== undefined && { sinceVersion }),
+      ...(needsName !== undefined && { needsName }),
+      reasons,
+    };
+  }
+
+  #hasZstd(): boolean {
+    const { indexed, listed } = this.#held;
+    const layers = [...indexed, ...listed].flatMap(({ parts }) => parts.slice(1));
+    return layers.some(
+      (part) => part.mediaType.includes("zstd") || this.#unpacked(part)?.packing === "zstd",
+    );
+  }
+
+  #unpacked({ entry }: HeldPart): Unpacked | undefined {
+    return this.#documents.file(entry)?.unpacked;
+  }
+
+  /** It loads all that manifest.json lists, or nothing. */
+  #faultsOfDocker(): LoaderFault[] {
+    const { listed } = this.#held;
+    if (listed.length === 0) return [{ kind: "no-manifest-json" }];
+    const faults = listed.flatMap((image) => this.#faultsOfImage(image));
+    for (const { platform, parts } of listed) {
+      const entry = parts[0]?.entry ?? "";
+      if (platform.startsWith("windows")) faults.push({ kind: "windows", entry });
+      if (parts.length - 1 > MOST_DOCKER_LAYERS) faults.push({ kind: "too-many-layers", entry });
+    }
+    return [...faults, ...this.#faultsOfTags()];
+  }
+
+  #faultsOfTags(): LoaderFault[] {
+    const isRight = this.#held.listed.every(({ tags }) => tags.every(isTaggedName));
+    return isRight ? [] : [{ kind: "bad-name", entry: "manifest.json" }];
+  }
+
+  /** podman tries the tar as an OCI archive of one image, and as docker's. */
+  #faultsOfPodmanArchive(): LoaderFault[] {
+    const { listed } = this.#held;
+    if (listed.length === 0) return [{ kind: "no-manifest-json" }];
+    const faults = listed.flatMap((image) => this.#faultsOfImage(image));
+    const ofLinks = this.#faultsOfLinks(listed.flatMap(namesOfParts), "1");
+    return [...faults, ...this.#faultsOfTags(), ...ofLinks, ...this.#faultsOfNames()];
+  }
+
+  #faultsOfPodmanLayout(): LoaderFault[] {
+    const { entries, isLayout } = this.#held;
+    const [entry] = entries;
+    if (!isLayout || !entry) return [{ kind: "no-layout" }];
+    if (entries.length > 1) return [{ kind: "several" }];
+    const images = entry.images.filter((image) => !isUnknown(image));
+    return [...faultsOfTree(entry), ...images.flatMap((image) => this.#faultsOfImage(image))];
+  }
+
+  /** It goes by index.json, or by manifest.json where there is no layout; it unpacks each image that has a name. */
+  #faultsOfContainerd(): LoaderFault[] {
+    const { entries, listed, isLayout } = this.#held;
+    if (!isLayout && listed.length === 0) return [{ kind: "no-layout" }];
+    const named = entries.filter(({ name, isCompanion }) => name !== "" && !isCompanion);
+    const tagged = listed.filter(({ tags }) => tags.length > 0);
+    if ((isLayout ? named : tagged).length === 0) return [{ kind: "no-name" }];
+
+    const images = isLayout ? named.flatMap(({ images }) => images) : tagged;
+    const unpacked = images.filter((image) => !isUnknown(image));
+    const faults = unpacked.flatMap((image) => this.#faultsOfImage(image));
+    const parts = unpacked.flatMap((image) => image.parts.slice(1));
+    faults.push(...parts.flatMap((part) => this.#faultsOfLabel(part)));
+
+    const names = images.flatMap(namesOfParts);
+    const ofList = isLayout ? faultsOfSameName(named) : this.#faultsOfTags();
+    const ofLinks = isLayout
+      ? this.#faultsOfLinks([...DOCUMENT_NAMES, ...names], "12")
+      : this.#faultsOfLinks(names, "1");
+    return [...faults, ...ofList, ...ofLinks, ...this.#faultsOfNames()];
+  }
+
+  /** Of the names, those that are links of these types. */
+  #faultsOfLinks(names: readonly string[], types: string): LoaderFault[] {
+    const links = [...new Set(names)].filter((name) => {
+      const type = this.#documents.typeOf(name);
+      return type !== undefined && types.includes(type);
+    });
+    return links.map((entry) => ({ kind: "link", entry }));
+  }
+
+  #faultsOfArchive(): LoaderFault[] {
+    const { listed } = this.#held;
+    if (listed.length === 0) return [{ kind: "no-manifest-json" }];
+    const isNameless = listed.length > 1 && listed.some(({ tags }) => tags.length === 0);
+    const faults: LoaderFault[] = isNameless ? [{ kind: "no-name" }] : [];
+    for (const image of listed) {
+      const ofImage = this.#faultsOfImage(image);
+      faults.push(...ofImage.filter(({ kind }) => kind !== "no-tar")); // it is not unpacked here
+    }
+    const names = ["manifest.json", ...listed.flatMap(namesOfParts)];
+    return [...faults, ...this.#faultsOfLinks(names, "1"), ...this.#faultsOfNames()];
+  }
+
+  /** It finds one entry without a name, and several by their names if their types are OCI's. */
+  #faultsOfLayout(): LoaderFault[] {
+    const { entries, isLayout } = this.#held;
+    if (!isLayout) return [{ kind: "no-layout" }];
+    if (entries.length === 1) return entries.flatMap(faultsOfTree);
+    return entries
+      .filter(({ isCompanion }) => !isCompanion)
+      .flatMap((entry) => {
+        const isOci = [OCI_MANIFEST, OCI_INDEX].includes(entry.descriptor.mediaType);
+        const isFound = entry.refName !== "" && isOci;
+        return isFound ? faultsOfTree(entry) : [{ kind: "no-name" as const }];
+      });
+  }
+
+  #faultsOfNames(): LoaderFault[] {
+    return this.#isRooted ? [{ kind: "rooted-names" }] : [];
+  }
+
+  #faultsOfImage(image: Omit<HeldImage, "name">): LoaderFault[] {
+    if (!image.isImage) return [{ kind: "no-image", entry: image.parts[0]?.entry ?? "" }];
+    return image.parts.slice(1).flatMap((part) => this.#faultsOfLayer(part));
+  }
+
+  /** Their unpackers meet what is no tar, and what follows a gzip member that is none. */
+  #faultsOfLayer(part: HeldPart): LoaderFault[] {
+    const { entry } = part;
+    if (this.#documents.isEncrypted(entry)) return [{ kind: "encrypted", entry }];
+    const unpacked = this.#unpacked(part);
+    const isUnknown = unpacked?.outcome === "not-unpacked" && unpacked.packing !== "zstd";
+    if (isUnknown) return [{ kind: "packing", entry }];
+    if (!unpacked || unpacked.outcome === "not-unpacked") return [];
+    const hasRest = unpacked.packing === "gzip" && unpacked.hasRest;
+    if (hasRest) return [{ kind: "trailing-bytes", entry }];
+    const isPartial = unpacked.packing === "zstd" && unpacked.hasRest;
+    return unpacked.isTar || isPartial ? [] : [{ kind: "no-tar", entry }];
+  }
+
+  /** It believes OCI's type for a plain layer (containerd/containerd#9981). */
+  #faultsOfLabel(part: HeldPart): LoaderFault[] {
+    const { entry, mediaType } = part;
+    const packing = this.#unpacked(part)?.packing;
+    const isPlainType = /^application\/vnd\.oci\.image\.layer\..*\.tar$/.test(mediaType);
+    return isPlainType && packing ? [{ kind: "label", entry }] : [];
+  }
+}
+
+const namesOfParts = ({ parts }: Pick<HeldImage, "parts">): string[] =>
+  parts.map(({ entry }) => entry);
+
+/** An index in an index, or one of which platforms are not here, which other machines want. */
+function faultsOfTree({ descriptor, platforms }: HeldEntry): LoaderFault[] {
+  if (!platforms) return [];
+  const entry = blobPath(descriptor.digest);
+  if (platforms.depth > 1) return [{ kind: "nested-index", entry }];
+  return platforms.here < platforms.named ? [{ kind: "partial-index", entry }] : [];
+}
+
+/** The second of two images under one name takes the place of the first, whose content containerd then removes. */
+function faultsOfSameName(entries: readonly HeldEntry[]): LoaderFault[] {
+  const digests = new Map<string, string>();
+  for (const { name, descriptor } of entries) {
+    const before = digests.get(name) ?? descriptor.digest;
+    if (before !== descriptor.digest) return [{ kind: "same-name", entry: "index.json" }];
+    digests.set(name, before);
+  }
+  return [];
+}
+
+/** As docker reads RepoTags: a name with a tag. */
+function isTaggedName(text: string): boolean {
+  if (!/^[^@]*:[^:/@]+(@|$)/.test(text)) return false;
+  try {
+    parseReference(text);
+    return true;
+  } catch {
+    return false;
+  }
 }
 
 // ------ Signatures in a tar ------
@@ -10186,7 +10452,7 @@ async function inspectTar(
   const held = finder.run();
   const images = imagesOf(held);
   const named = [...held.indexed, ...held.listed, ...held.companions];
-  const check = new PartCheck(documents, named);
+  const check = new PartCheck(documents);
   for (const image of named) check.checkImage(image);
   for (const blob of held.blobs) check.checkPart(blob);
 
@@ -10194,7 +10460,6 @@ async function inspectTar(
   const isWhole = problems.length === 0;
   if (isWhole && signers.length > 0)
     requireSignatures(nameOfSource(source), documents, held, signers);
-  const seen = ({ entry }: HeldPart) => documents.file(entry);
   return {
     images: images.map((image) => describeImage(image, documents)),
     blobs: blobCount,
@@ -10205,7 +10470,7 @@ async function inspectTar(
       named: sumOf(held.indexes, ({ named }) => named),
     },
     absentManifests: sumOf(held.indexes, ({ absentManifests }) => absentManifests),
-    loaders: judgeLoaders({ images, held, seen }),
+    loaders: new LoaderJudge(held, documents).run(),
     problems: uniqueProblems(problems),
   };
 }
@@ -10972,7 +11237,31 @@ function formatTarReport(report: TarReport, isSigned: boolean): string {
   ];
   const taking = loaders.filter(({ takes }) => takes);
   const judgement = isSigned ? "all is right, and signed by a key given" : "all is right";
-  return `${counts.join(", ")}: ${judgement}\nloads in ${taking.map(formatLoader).join(", ")}`;
+  const places = taking.map(formatLoader).join(", ") || "no program that is known here";
+  const refusals = loaders.flatMap(formatRefusal);
+  return [`${counts.join(", ")}: ${judgement}`, `loads in ${places}`, ...refusals].join("\n");
+}
+
+/** What keeps a program from a tar that is made for it; not that the tar is made for others. */
+const FAULT_WORDS: Readonly<Partial<Record<LoaderFault["kind"], string>>> = {
+  "bad-name": "has a name that is none, or that has no tag",
+  "rooted-names": "names begin with a slash",
+  link: "is a link",
+  windows: "is for Windows",
+  "too-many-layers": `has more than ${MOST_DOCKER_LAYERS} layers`,
+  encrypted: "is encrypted",
+  "no-tar": "is no tar",
+  "trailing-bytes": "has bytes after what is compressed",
+  label: "is compressed, and its type says that it is not",
+  packing: "is compressed in a way that cannot be checked here",
+  "same-name": "has one name for several images",
+};
+
+function formatRefusal({ program, reasons }: TarLoader): string[] {
+  const [telling] = reasons.filter(({ kind }) => kind in FAULT_WORDS);
+  if (!telling) return [];
+  const words = `${telling.entry ?? ""} ${FAULT_WORDS[telling.kind]}`;
+  return [`not in ${program}: ${printable(words, 1000)}`];
 }
 
 function formatLoader({ program, needsName, sinceVersion }: TarLoader): string {
@@ -11198,6 +11487,7 @@ export type {
   Descriptor,
   ErrorCode,
   ImageList,
+  LoaderFault,
   LookOptions,
   ManifestHolder,
   OutputStream,

@@ -2718,6 +2718,7 @@ var TarDecoder = class {
 		const isEmpty = isFolder || "123456".includes(type)
 		const header = {
 			name,
+			isRooted: name.startsWith("/"),
 			sizeBytes: isEmpty ? 0 : storedBytes,
 			type: isFolder ? "5" : type,
 			linkName
@@ -2853,7 +2854,8 @@ var TarNames = class {
 		this.entries.set(name, entry)
 		return void 0
 	}
-	file(name) {
+	file(rawName) {
+		const name = resolveName(rawName)
 		const {type = "", linkName = ""} = this.entries.get(name) ?? {}
 		if (type === "2" && linkName.startsWith("/")) return void 0
 		const isLink = type === "1" || type === "2"
@@ -5905,6 +5907,7 @@ function openFile(where, handle, sizeBytes) {
 		close: () => handle.close()
 	}
 }
+var PLAIN_FILE = {type: "0", linkName: "", isRooted: false, offset: 0}
 async function openFolder(folder) {
 	const files = ["oci-layout", "index.json", "manifest.json"]
 	for (const algorithm of await listFolder(path.join(folder, "blobs")))
@@ -5912,7 +5915,7 @@ async function openFolder(folder) {
 	const entries = []
 	for (const name of files) {
 		const stats = await import_node_fs.promises.stat(path.join(folder, name)).catch(ignore)
-		if (stats?.isFile()) entries.push({name, sizeBytes: stats.size, type: "0", linkName: "", offset: 0})
+		if (stats?.isFile()) entries.push({...PLAIN_FILE, name, sizeBytes: stats.size})
 	}
 	async function* contentOf({name, sizeBytes}) {
 		const handle = await import_node_fs.promises.open(path.join(folder, name), "r")
@@ -6076,20 +6079,25 @@ var Digests = class {
 var TarCheck = class {
 	#decoder = new TarDecoder()
 	#block = Buffer.alloc(0)
-	#skipBytes = 0
+	#contentBytes = 0
+	#paddingBytes = 0
 	#isBroken = false
 	push(chunk) {
 		let at = 0
 		while (at < chunk.length && !this.#isBroken && !this.#decoder.isAtEnd) {
-			if (this.#skipBytes > 0) {
-				const skippedBytes = Math.min(this.#skipBytes, chunk.length - at)
-				this.#skipBytes -= skippedBytes
-				at += skippedBytes
-			} else at += this.#gather(chunk, at)
+			const passed = this.#passOver(chunk.length - at)
+			at += passed > 0 ? passed : this.#gather(chunk, at)
 		}
 	}
 	isTar() {
-		return !this.#isBroken && this.#skipBytes < BLOCK && this.#block.length === 0
+		return !this.#isBroken && this.#contentBytes === 0 && this.#block.length === 0
+	}
+	#passOver(availableBytes) {
+		const contentBytes2 = Math.min(this.#contentBytes, availableBytes)
+		const paddingBytes = Math.min(this.#paddingBytes, availableBytes - contentBytes2)
+		this.#contentBytes -= contentBytes2
+		this.#paddingBytes -= paddingBytes
+		return contentBytes2 + paddingBytes
 	}
 	#gather(chunk, at) {
 		const missingBytes = this.#decoder.wantedBytes - this.#block.length
@@ -6103,7 +6111,8 @@ var TarCheck = class {
 		this.#block = Buffer.alloc(0)
 		try {
 			const header = this.#decoder.take(block)
-			if (header) this.#skipBytes = header.sizeBytes + paddingOf(header.sizeBytes)
+			this.#contentBytes = header?.sizeBytes ?? 0
+			this.#paddingBytes = paddingOf(this.#contentBytes)
 		} catch (error) {
 			if (!(error instanceof ImgpullError)) throw error
 			this.#isBroken = true
@@ -6312,6 +6321,7 @@ var TarDocuments = class {
 	#manifests = /* @__PURE__ */ new Map()
 	#configs = /* @__PURE__ */ new Map()
 	#platforms = /* @__PURE__ */ new Map()
+	#encrypted = /* @__PURE__ */ new Set()
 	constructor(contents) {
 		this.#contents = contents
 	}
@@ -6323,6 +6333,18 @@ var TarDocuments = class {
 	file(name) {
 		const entry = this.#contents.names.file(name)
 		return entry && this.#contents.files.get(entry.name)
+	}
+	typeOf(name) {
+		return this.#contents.names.entries.get(resolveName(name))?.type
+	}
+	hasRootedNames() {
+		return [...this.#contents.names.entries.values()].some(({isRooted}) => isRooted)
+	}
+	isEncrypted(name) {
+		return this.#encrypted.has(resolveName(name))
+	}
+	markEncrypted(name) {
+		this.#encrypted.add(name)
 	}
 	json(name) {
 		const seen = this.file(name)
@@ -6348,12 +6370,13 @@ var TarDocuments = class {
 		const known = this.#platforms.get(descriptor.digest)
 		const manifest = depth > LIMITS.indexDepth ? void 0 : this.manifest(descriptor)
 		if (known || manifest?.kind !== "index") return known
-		const counts = {here: 0, named: 0, absentManifests: 0}
+		const counts = {here: 0, named: 0, absentManifests: 0, depth: 1}
 		this.#platforms.set(descriptor.digest, counts)
 		for (const child of manifest.manifests) {
 			const isHere = this.file(blobPath(child.digest)) !== void 0
 			const inner = isHere ? this.platformsOf(child, depth + 1) : void 0
 			const isPlatform = inner === void 0 && isManifestType(child) && !isAttestation(child)
+			counts.depth = Math.max(counts.depth, 1 + (inner?.depth ?? 0))
 			counts.here += inner?.here ?? Number(isPlatform && isHere)
 			counts.named += inner?.named ?? Number(isPlatform)
 			counts.absentManifests += inner?.absentManifests ?? Number(!isHere)
@@ -6403,12 +6426,14 @@ var ImageFinder = class {
 		this.#documents = documents
 	}
 	run() {
-		const entries = this.#readIndex()
-		const found = entries.flatMap(({descriptor, name, isCompanion}) => {
-			const images = this.#imagesOf(descriptor)
-			const platforms = this.#documents.platformsOf(descriptor)
-			return images.map(image => ({name, isCompanion, platforms, ...image}))
+		const entries = this.#readIndex().map(entry => {
+			const images = this.#imagesOf(entry.descriptor)
+			const platforms = this.#documents.platformsOf(entry.descriptor)
+			return {...entry, images, platforms}
 		})
+		const found = entries.flatMap(({name, isCompanion, platforms, images}) =>
+			images.map(image => ({name, isCompanion, platforms, ...image}))
+		)
 		const indexes = new Map(
 			entries
 				.filter(({isCompanion}) => !isCompanion)
@@ -6423,12 +6448,10 @@ var ImageFinder = class {
 			entries,
 			indexed: found.filter(({isCompanion}) => !isCompanion),
 			companions: found.filter(({isCompanion}) => isCompanion),
-			listed: listed.map(({image}) => image),
-			tags: listed.flatMap(({tags}) => tags),
+			listed,
 			blobs: [...this.#blobs.values()],
 			indexes: [...indexes.values()].filter(index => index !== void 0),
-			isLayout,
-			isDockerArchive: listed.length > 0
+			isLayout
 		}
 	}
 	#readIndex() {
@@ -6445,8 +6468,9 @@ var ImageFinder = class {
 			const annotations = isRecord(value) && isRecord(value.annotations) ? value.annotations : {}
 			const names = NAME_KEYS.map(key => annotations[key])
 			const name = names.find(each => typeof each === "string") ?? ""
+			const refName = typeof names[1] === "string" ? names[1] : ""
 			const isCompanion = name === "" && isProof(descriptor, annotations)
-			entries.push({descriptor, name: printable(name), isCompanion})
+			entries.push({descriptor, name: printable(name), refName, isCompanion})
 		}
 		return entries
 	}
@@ -6501,6 +6525,8 @@ var ImageFinder = class {
 		if (!this.#count(layers.length + 1)) return void 0
 		const hasImageConfig = CONFIG_TYPES.includes(config.mediaType)
 		const words = hasImageConfig ? this.#documents.config(blobPath(config.digest)) : void 0
+		for (const {digest, mediaType} of layers)
+			if (mediaType.endsWith("+encrypted")) this.#documents.markEncrypted(blobPath(digest))
 		const platform = words ? words.platform : formatPlatform(stated)
 		return {
 			platform,
@@ -6528,16 +6554,16 @@ var ImageFinder = class {
 			const config = this.#documents.config(entry.config)
 			const layerCount = entry.layers.length
 			const platform = config?.platform ?? ""
-			const image = {
+			images.push({
 				name: printable(entry.tags.join(" ")),
+				tags: entry.tags,
 				digest: "",
 				platform,
 				config,
 				isImage: config !== void 0 && hasOneDiffIdEach(config, layerCount),
 				hasDiffIds: needsDiffIds(config, true, layerCount),
 				parts
-			}
-			images.push({image, tags: entry.tags})
+			})
 		}
 		return images
 	}
@@ -6579,12 +6605,8 @@ var PartCheck = class {
 	unpackedLayers = 0
 	#documents
 	#compared = /* @__PURE__ */ new Set()
-	#encrypted
-	constructor(documents, images) {
+	constructor(documents) {
 		this.#documents = documents
-		const parts = images.flatMap(image => image.parts)
-		const encrypted = parts.filter(({mediaType}) => mediaType.endsWith("+encrypted"))
-		this.#encrypted = new Set(encrypted.map(({entry}) => entry))
 	}
 	checkImage({parts, config, hasDiffIds}) {
 		const layerCount = parts.length - 1
@@ -6617,7 +6639,7 @@ var PartCheck = class {
 		const isOtherAlgorithm = !digests.some(each => algorithmOf(each) === algorithmOf(diffId))
 		const isPartial = packing === "zstd" && outcome === "whole" && hasRest
 		if (outcome === "endless") return
-		if (this.#encrypted.has(entry)) this.#skip("encrypted")
+		if (this.#documents.isEncrypted(entry)) this.#skip("encrypted")
 		else if (outcome === "whole" && isSame) this.unpackedLayers += 1
 		else if (outcome === "not-unpacked" || isPartial) this.#skip(packing ?? "unknown")
 		else if (isOtherAlgorithm) this.#skip(algorithmOf(diffId))
@@ -6627,22 +6649,178 @@ var PartCheck = class {
 		this.notUnpacked.set(reason, (this.notUnpacked.get(reason) ?? 0) + 1)
 	}
 }
-function judgeLoaders({images, held}) {
-	const {isDockerArchive, isLayout} = held
-	const types = images.flatMap(({parts}) => parts.map(({mediaType}) => mediaType))
-	const hasZstd = types.some(type => type.includes("zstd"))
-	const since = version => (hasZstd ? {sinceVersion: version} : {})
-	const isForPodman = images.some(({isImage: isImage2}) => isImage2) && (isDockerArchive || images.length === 1)
-	const isForContainerd = images.some(({name, digest}) => name && (digest || isDockerArchive))
-	const byName = {needsName: images.length > 1}
-	const byEntry = {needsName: held.entries.length > 1}
-	return [
-		{program: "docker", takes: isDockerArchive, ...since(23)},
-		{program: "podman", takes: isForPodman, ...since(4)},
-		{program: "ctr", takes: isForContainerd},
-		{program: "skopeo docker-archive", takes: isDockerArchive, ...byName},
-		{program: "skopeo oci-archive", takes: isLayout, ...byEntry}
-	]
+var MOST_DOCKER_LAYERS = 125
+var LoaderJudge = class {
+	#held
+	#documents
+	#isRooted
+	constructor(held, documents) {
+		this.#held = held
+		this.#documents = documents
+		this.#isRooted = documents.hasRootedNames()
+	}
+	run() {
+		const {entries, listed} = this.#held
+		const ofArchive = this.#faultsOfArchive()
+		const ofLayout = this.#faultsOfLayout()
+		const isForPodman = this.#faultsOfPodmanArchive().length === 0 || this.#faultsOfPodmanLayout().length === 0
+		const ofPodman = listed.length > 0 ? this.#faultsOfPodmanArchive() : this.#faultsOfPodmanLayout()
+		return [
+			this.#verdict("docker", this.#faultsOfDocker(), {zstdSince: 23}),
+			this.#verdict("podman", isForPodman ? [] : ofPodman, {zstdSince: 4}),
+			this.#verdict("ctr", this.#faultsOfContainerd()),
+			this.#verdict("skopeo docker-archive", ofArchive, {needsName: listed.length > 1}),
+			this.#verdict("skopeo oci-archive", ofLayout, {needsName: entries.length > 1})
+		]
+	}
+	#verdict(program, reasons, {zstdSince, needsName} = {}) {
+		const takes = reasons.length === 0
+		const sinceVersion = takes && this.#hasZstd() ? zstdSince : void 0
+		return {
+			program,
+			takes,
+			...(sinceVersion !== void 0 && {sinceVersion}),
+			...(needsName !== void 0 && {needsName}),
+			reasons
+		}
+	}
+	#hasZstd() {
+		const {indexed, listed} = this.#held
+		const layers = [...indexed, ...listed].flatMap(({parts}) => parts.slice(1))
+		return layers.some(part => part.mediaType.includes("zstd") || this.#unpacked(part)?.packing === "zstd")
+	}
+	#unpacked({entry}) {
+		return this.#documents.file(entry)?.unpacked
+	}
+	#faultsOfDocker() {
+		const {listed} = this.#held
+		if (listed.length === 0) return [{kind: "no-manifest-json"}]
+		const faults = listed.flatMap(image => this.#faultsOfImage(image))
+		for (const {platform, parts} of listed) {
+			const entry = parts[0]?.entry ?? ""
+			if (platform.startsWith("windows")) faults.push({kind: "windows", entry})
+			if (parts.length - 1 > MOST_DOCKER_LAYERS) faults.push({kind: "too-many-layers", entry})
+		}
+		return [...faults, ...this.#faultsOfTags()]
+	}
+	#faultsOfTags() {
+		const isRight = this.#held.listed.every(({tags}) => tags.every(isTaggedName))
+		return isRight ? [] : [{kind: "bad-name", entry: "manifest.json"}]
+	}
+	#faultsOfPodmanArchive() {
+		const {listed} = this.#held
+		if (listed.length === 0) return [{kind: "no-manifest-json"}]
+		const faults = listed.flatMap(image => this.#faultsOfImage(image))
+		const ofLinks = this.#faultsOfLinks(listed.flatMap(namesOfParts), "1")
+		return [...faults, ...this.#faultsOfTags(), ...ofLinks, ...this.#faultsOfNames()]
+	}
+	#faultsOfPodmanLayout() {
+		const {entries, isLayout} = this.#held
+		const [entry] = entries
+		if (!isLayout || !entry) return [{kind: "no-layout"}]
+		if (entries.length > 1) return [{kind: "several"}]
+		const images = entry.images.filter(image => !isUnknown(image))
+		return [...faultsOfTree(entry), ...images.flatMap(image => this.#faultsOfImage(image))]
+	}
+	#faultsOfContainerd() {
+		const {entries, listed, isLayout} = this.#held
+		if (!isLayout && listed.length === 0) return [{kind: "no-layout"}]
+		const named = entries.filter(({name, isCompanion}) => name !== "" && !isCompanion)
+		const tagged = listed.filter(({tags}) => tags.length > 0)
+		if ((isLayout ? named : tagged).length === 0) return [{kind: "no-name"}]
+		const images = isLayout ? named.flatMap(({images: images2}) => images2) : tagged
+		const unpacked = images.filter(image => !isUnknown(image))
+		const faults = unpacked.flatMap(image => this.#faultsOfImage(image))
+		const parts = unpacked.flatMap(image => image.parts.slice(1))
+		faults.push(...parts.flatMap(part => this.#faultsOfLabel(part)))
+		const names = images.flatMap(namesOfParts)
+		const ofList = isLayout ? faultsOfSameName(named) : this.#faultsOfTags()
+		const ofLinks = isLayout
+			? this.#faultsOfLinks([...DOCUMENT_NAMES, ...names], "12")
+			: this.#faultsOfLinks(names, "1")
+		return [...faults, ...ofList, ...ofLinks, ...this.#faultsOfNames()]
+	}
+	#faultsOfLinks(names, types) {
+		const links = [...new Set(names)].filter(name => {
+			const type = this.#documents.typeOf(name)
+			return type !== void 0 && types.includes(type)
+		})
+		return links.map(entry => ({kind: "link", entry}))
+	}
+	#faultsOfArchive() {
+		const {listed} = this.#held
+		if (listed.length === 0) return [{kind: "no-manifest-json"}]
+		const isNameless = listed.length > 1 && listed.some(({tags}) => tags.length === 0)
+		const faults = isNameless ? [{kind: "no-name"}] : []
+		for (const image of listed) {
+			const ofImage = this.#faultsOfImage(image)
+			faults.push(...ofImage.filter(({kind}) => kind !== "no-tar"))
+		}
+		const names = ["manifest.json", ...listed.flatMap(namesOfParts)]
+		return [...faults, ...this.#faultsOfLinks(names, "1"), ...this.#faultsOfNames()]
+	}
+	#faultsOfLayout() {
+		const {entries, isLayout} = this.#held
+		if (!isLayout) return [{kind: "no-layout"}]
+		if (entries.length === 1) return entries.flatMap(faultsOfTree)
+		return entries
+			.filter(({isCompanion}) => !isCompanion)
+			.flatMap(entry => {
+				const isOci = [OCI_MANIFEST, OCI_INDEX].includes(entry.descriptor.mediaType)
+				const isFound = entry.refName !== "" && isOci
+				return isFound ? faultsOfTree(entry) : [{kind: "no-name"}]
+			})
+	}
+	#faultsOfNames() {
+		return this.#isRooted ? [{kind: "rooted-names"}] : []
+	}
+	#faultsOfImage(image) {
+		if (!image.isImage) return [{kind: "no-image", entry: image.parts[0]?.entry ?? ""}]
+		return image.parts.slice(1).flatMap(part => this.#faultsOfLayer(part))
+	}
+	#faultsOfLayer(part) {
+		const {entry} = part
+		if (this.#documents.isEncrypted(entry)) return [{kind: "encrypted", entry}]
+		const unpacked = this.#unpacked(part)
+		const isUnknown2 = unpacked?.outcome === "not-unpacked" && unpacked.packing !== "zstd"
+		if (isUnknown2) return [{kind: "packing", entry}]
+		if (!unpacked || unpacked.outcome === "not-unpacked") return []
+		const hasRest = unpacked.packing === "gzip" && unpacked.hasRest
+		if (hasRest) return [{kind: "trailing-bytes", entry}]
+		const isPartial = unpacked.packing === "zstd" && unpacked.hasRest
+		return unpacked.isTar || isPartial ? [] : [{kind: "no-tar", entry}]
+	}
+	#faultsOfLabel(part) {
+		const {entry, mediaType} = part
+		const packing = this.#unpacked(part)?.packing
+		const isPlainType = /^application\/vnd\.oci\.image\.layer\..*\.tar$/.test(mediaType)
+		return isPlainType && packing ? [{kind: "label", entry}] : []
+	}
+}
+var namesOfParts = ({parts}) => parts.map(({entry}) => entry)
+function faultsOfTree({descriptor, platforms}) {
+	if (!platforms) return []
+	const entry = blobPath(descriptor.digest)
+	if (platforms.depth > 1) return [{kind: "nested-index", entry}]
+	return platforms.here < platforms.named ? [{kind: "partial-index", entry}] : []
+}
+function faultsOfSameName(entries) {
+	const digests = /* @__PURE__ */ new Map()
+	for (const {name, descriptor} of entries) {
+		const before = digests.get(name) ?? descriptor.digest
+		if (before !== descriptor.digest) return [{kind: "same-name", entry: "index.json"}]
+		digests.set(name, before)
+	}
+	return []
+}
+function isTaggedName(text) {
+	if (!/^[^@]*:[^:/@]+(@|$)/.test(text)) return false
+	try {
+		parseReference(text)
+		return true
+	} catch {
+		return false
+	}
 }
 function manifestsIn(documents, {entries}) {
 	const held = /* @__PURE__ */ new Map()
@@ -6761,13 +6939,12 @@ async function inspectTar(source, options, signers) {
 	const held = finder.run()
 	const images = imagesOf(held)
 	const named = [...held.indexed, ...held.listed, ...held.companions]
-	const check = new PartCheck(documents, named)
+	const check = new PartCheck(documents)
 	for (const image of named) check.checkImage(image)
 	for (const blob of held.blobs) check.checkPart(blob)
 	problems.push(...documents.problems, ...finder.problems, ...check.problems)
 	const isWhole = problems.length === 0
 	if (isWhole && signers.length > 0) requireSignatures(nameOfSource(source), documents, held, signers)
-	const seen = ({entry}) => documents.file(entry)
 	return {
 		images: images.map(image => describeImage(image, documents)),
 		blobs: blobCount,
@@ -6778,7 +6955,7 @@ async function inspectTar(source, options, signers) {
 			named: sumOf(held.indexes, ({named: named2}) => named2)
 		},
 		absentManifests: sumOf(held.indexes, ({absentManifests}) => absentManifests),
-		loaders: judgeLoaders({images, held, seen}),
+		loaders: new LoaderJudge(held, documents).run(),
 		problems: uniqueProblems(problems)
 	}
 }
@@ -7312,8 +7489,28 @@ function formatTarReport(report, isSigned) {
 	]
 	const taking = loaders.filter(({takes}) => takes)
 	const judgement = isSigned ? "all is right, and signed by a key given" : "all is right"
-	return `${counts.join(", ")}: ${judgement}
-loads in ${taking.map(formatLoader).join(", ")}`
+	const places = taking.map(formatLoader).join(", ") || "no program that is known here"
+	const refusals = loaders.flatMap(formatRefusal)
+	return [`${counts.join(", ")}: ${judgement}`, `loads in ${places}`, ...refusals].join("\n")
+}
+var FAULT_WORDS = {
+	"bad-name": "has a name that is none, or that has no tag",
+	"rooted-names": "names begin with a slash",
+	link: "is a link",
+	windows: "is for Windows",
+	"too-many-layers": `has more than ${MOST_DOCKER_LAYERS} layers`,
+	encrypted: "is encrypted",
+	"no-tar": "is no tar",
+	"trailing-bytes": "has bytes after what is compressed",
+	label: "is compressed, and its type says that it is not",
+	packing: "is compressed in a way that cannot be checked here",
+	"same-name": "has one name for several images"
+}
+function formatRefusal({program, reasons}) {
+	const [telling] = reasons.filter(({kind}) => kind in FAULT_WORDS)
+	if (!telling) return []
+	const words = `${telling.entry ?? ""} ${FAULT_WORDS[telling.kind]}`
+	return [`not in ${program}: ${printable(words, 1e3)}`]
 }
 function formatLoader({program, needsName, sinceVersion}) {
 	const place = needsName ? "FILE:NAME" : "FILE"

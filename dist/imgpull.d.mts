@@ -298,6 +298,13 @@ interface TarImage {
         named: number;
     };
 }
+/** Why a program does not load a tar. `entry` is the name of a file in it. */
+interface LoaderFault {
+    kind: "no-manifest-json" | "no-layout"
+    /** Of its images one at least has no name by which this program finds it. */
+     | "no-name" | "several" | "bad-name" | "same-name" | "no-image" | "nested-index" | "partial-index" | "rooted-names" | "link" | "windows" | "too-many-layers" | "encrypted" | "no-tar" | "trailing-bytes" | "label" | "packing";
+    entry?: string;
+}
 /** Whether a program loads a tar. */
 interface TarLoader {
     program: "docker" | "podman" | "ctr" | "skopeo docker-archive" | "skopeo oci-archive";
@@ -306,6 +313,8 @@ interface TarLoader {
     sinceVersion?: number;
     /** One image at a time, which must be named. */
     needsName?: boolean;
+    /** Empty where it takes it. */
+    reasons: LoaderFault[];
 }
 /** What a tar was found to be. */
 interface TarReport {
@@ -423,5 +432,5 @@ declare class TarReader {
 }
 /** Opens a tar or an OCI layout folder, to read what is in it. To be closed. */
 declare function openTar(source: TarSource, options?: LookOptions): Promise<TarReader>;
-export type { BlobProgress, Descriptor, ErrorCode, ImageList, LookOptions, ManifestHolder, OutputStream, Platform, Progress, PulledImage, PullerOpts, PullOptions, PullReport, PullResult, Reference, TarFile, TarImage, TarLayer, TarLoader, TarProblem, TarReader, TarReport, TarSource, VerifyOptions, };
+export type { BlobProgress, Descriptor, ErrorCode, ImageList, LoaderFault, LookOptions, ManifestHolder, OutputStream, Platform, Progress, PulledImage, PullerOpts, PullOptions, PullReport, PullResult, Reference, TarFile, TarImage, TarLayer, TarLoader, TarProblem, TarReader, TarReport, TarSource, VerifyOptions, };
 export { ImgpullError, listTar, newPullerOpts, openTar, Puller, parseImageList, parseReference, pullImages, verifyTar,  };
