@@ -10,7 +10,9 @@
  * Every request that is made:
  *   GET and HEAD /v2/REPOSITORY/manifests/…, GET /v2/REPOSITORY/blobs/…, and what these redirect to (sections 6, 9)
  *   with --referrers or --signed-by also GET /v2/REPOSITORY/referrers/… (sections 9, 13)
+ *   GET /v2/, where a registry refuses without a word on how to show the credential that is at hand (section 9)
  *   GET or POST to the token endpoint that the registry names (section 8)
+ *   all of these to the mirrors of --mirror, each as a registry of its own (section 9)
  *   CONNECT to a proxy that the environment names, and where it only closes, once the beginning of SOCKS and of TLS (section 6)
  *   GET of the `urls` of a foreign layer that the registry does not have, without any credential (section 9)
  *
@@ -2994,8 +2996,6 @@ class Endpoint {
   readonly origin: string;
   readonly role: Role;
   acceptsRanges = true; // false once it has answered a range with the whole
-  isPassedOver = false; // a mirror that cannot give what it should
-  isToldOf = false; // each has one warning
   readonly #session: Session;
   readonly #reference: Reference; // as this place knows it
   readonly #namespace: string | undefined;
@@ -3206,6 +3206,8 @@ class Registry {
   readonly #mirrors: readonly Endpoint[];
   readonly #home: Endpoint;
   #isDenialTold = false;
+  readonly #passedOver = new Set<Endpoint>(); // mirrors that cannot give what they should
+  readonly #toldOf = new Set<Endpoint>(); // each has one warning
   readonly #manifests = new Map<string, Promise<FetchedManifest>>(); // by digest: each is read once
   readonly #mirrorAnswers = new Map<string, { mirror: Endpoint; hasFailed: boolean }[]>(); // by the blob's digest
 
@@ -3228,7 +3230,7 @@ class Registry {
   }
   /** The place that is asked first, as things stand. */
   get #first(): Endpoint {
-    return this.#mirrors.find(({ isPassedOver }) => !isPassedOver) ?? this.#home;
+    return this.#mirrors.find((mirror) => !this.#passedOver.has(mirror)) ?? this.#home;
   }
 
   manifest(tagOrDigest: string): Promise<FetchedManifest> {
@@ -3343,7 +3345,7 @@ class Registry {
     if (!failed) return false;
     failed.hasFailed = true;
     const { mirror } = failed;
-    if (mirror.isPassedOver) return true; // another connection has met the same
+    if (this.#passedOver.has(mirror)) return true; // another connection has met the same
     if (mirror.isForgiven(error)) return false;
     this.#passOver(mirror, error);
     return true;
@@ -3358,7 +3360,7 @@ class Registry {
   /** From the first place that can give it. */
   async #ask<T>(wanted: Wanted, attempt: (endpoint: Endpoint) => Promise<T>): Promise<T> {
     for (const mirror of this.#mirrors) {
-      if (mirror.isPassedOver) continue;
+      if (this.#passedOver.has(mirror)) continue;
       try {
         return await attempt(mirror);
       } catch (error) {
@@ -3387,17 +3389,17 @@ class Registry {
   }
 
   #passOver(mirror: Endpoint, error: ImgpullError): void {
-    mirror.isPassedOver = true;
+    this.#passedOver.add(mirror);
     this.#tellOf(mirror, error);
   }
 
   /** One warning for each mirror, whatever more it does. */
   #tellOf(mirror: Endpoint, { message }: ImgpullError): void {
-    if (mirror.isToldOf) return;
-    mirror.isToldOf = true;
+    if (this.#toldOf.has(mirror)) return;
+    this.#toldOf.add(mirror);
     const [said] = message.split("\n");
     const later = this.#mirrors.slice(this.#mirrors.indexOf(mirror) + 1);
-    const next = later.find(({ isPassedOver }) => !isPassedOver) ?? this.#home;
+    const next = later.find((each) => !this.#passedOver.has(each)) ?? this.#home;
     this.#session.warn(`the mirror ${mirror.name}: ${said}; asking ${next.name} instead`);
   }
 
@@ -3991,19 +3993,25 @@ async function pathTo(
   from: FetchedManifest,
   readChild: ChildReader,
   where: string,
-  depth = 0,
 ): Promise<FetchedManifest[] | undefined> {
-  checkDepth(depth, where);
-  const manifest = parseManifest(from, where);
-  if (manifest.kind === "image") return undefined;
-  if (manifest.manifests.some((entry) => entry.digest === digest)) return [from];
+  return search(from, 0);
 
-  for (const entry of manifest.manifests.filter(isIndex)) {
-    const child = await readChild(entry);
-    const path = child && (await pathTo(digest, child, readChild, where, depth + 1));
-    if (path) return [from, ...path];
+  async function search(
+    fetched: FetchedManifest,
+    depth: number,
+  ): Promise<FetchedManifest[] | undefined> {
+    checkDepth(depth, where);
+    const manifest = parseManifest(fetched, where);
+    if (manifest.kind === "image") return undefined;
+    if (manifest.manifests.some((entry) => entry.digest === digest)) return [fetched];
+
+    for (const entry of manifest.manifests.filter(isIndex)) {
+      const child = await readChild(entry);
+      const path = child && (await search(child, depth + 1));
+      if (path) return [fetched, ...path];
+    }
+    return undefined;
   }
-  return undefined;
 }
 
 /** The images for several platforms, under the index that names them, which is kept as it is. */
@@ -9658,8 +9666,9 @@ class TarDocuments {
     this.#platforms.set(descriptor.digest, counts);
     for (const child of manifest.manifests) {
       const isHere = this.file(blobPath(child.digest)) !== undefined;
-      const inner = isHere ? this.platformsOf(child, depth + 1) : undefined;
-      const isPlatform = inner === undefined && isManifestType(child) && !isAttestation(child);
+      const isManifest = isManifestType(child);
+      const inner = isHere && isManifest ? this.platformsOf(child, depth + 1) : undefined;
+      const isPlatform = inner === undefined && isManifest && !isAttestation(child);
       counts.depth = Math.max(counts.depth, 1 + (inner?.depth ?? 0));
       counts.here += inner?.here ?? Number(isPlatform && isHere);
       counts.named += inner?.named ?? Number(isPlatform);

@@ -1669,8 +1669,6 @@ var Endpoint = class {
 	origin
 	role
 	acceptsRanges = true
-	isPassedOver = false
-	isToldOf = false
 	#session
 	#reference
 	#namespace
@@ -1830,6 +1828,8 @@ var Registry = class {
 	#mirrors
 	#home
 	#isDenialTold = false
+	#passedOver = /* @__PURE__ */ new Set()
+	#toldOf = /* @__PURE__ */ new Set()
 	#manifests = /* @__PURE__ */ new Map()
 	#mirrorAnswers = /* @__PURE__ */ new Map()
 	constructor(session, reference) {
@@ -1849,7 +1849,7 @@ var Registry = class {
 		this.#first.acceptsRanges = value
 	}
 	get #first() {
-		return this.#mirrors.find(({isPassedOver}) => !isPassedOver) ?? this.#home
+		return this.#mirrors.find(mirror => !this.#passedOver.has(mirror)) ?? this.#home
 	}
 	manifest(tagOrDigest) {
 		if (!isDigest(tagOrDigest)) return this.#fetchManifest(tagOrDigest)
@@ -1931,7 +1931,7 @@ var Registry = class {
 		if (!failed) return false
 		failed.hasFailed = true
 		const {mirror} = failed
-		if (mirror.isPassedOver) return true
+		if (this.#passedOver.has(mirror)) return true
 		if (mirror.isForgiven(error)) return false
 		this.#passOver(mirror, error)
 		return true
@@ -1943,7 +1943,7 @@ var Registry = class {
 	}
 	async #ask(wanted, attempt) {
 		for (const mirror of this.#mirrors) {
-			if (mirror.isPassedOver) continue
+			if (this.#passedOver.has(mirror)) continue
 			try {
 				return await attempt(mirror)
 			} catch (error) {
@@ -1966,15 +1966,15 @@ var Registry = class {
 		return true
 	}
 	#passOver(mirror, error) {
-		mirror.isPassedOver = true
+		this.#passedOver.add(mirror)
 		this.#tellOf(mirror, error)
 	}
 	#tellOf(mirror, {message}) {
-		if (mirror.isToldOf) return
-		mirror.isToldOf = true
+		if (this.#toldOf.has(mirror)) return
+		this.#toldOf.add(mirror)
 		const [said] = message.split("\n")
 		const later = this.#mirrors.slice(this.#mirrors.indexOf(mirror) + 1)
-		const next = later.find(({isPassedOver}) => !isPassedOver) ?? this.#home
+		const next = later.find(each => !this.#passedOver.has(each)) ?? this.#home
 		this.#session.warn(`the mirror ${mirror.name}: ${said}; asking ${next.name} instead`)
 	}
 	async #foreignBlob({urls = []}, headers, signal, refusal) {
@@ -2311,17 +2311,20 @@ function loneEntry(entries) {
 	if (entries.length !== 1 || !entry || isIndex(entry)) return void 0
 	return formatPlatform(entry.platform) === "" ? entry : void 0
 }
-async function pathTo(digest, from, readChild, where, depth = 0) {
-	checkDepth(depth, where)
-	const manifest = parseManifest(from, where)
-	if (manifest.kind === "image") return void 0
-	if (manifest.manifests.some(entry => entry.digest === digest)) return [from]
-	for (const entry of manifest.manifests.filter(isIndex)) {
-		const child = await readChild(entry)
-		const path2 = child && (await pathTo(digest, child, readChild, where, depth + 1))
-		if (path2) return [from, ...path2]
+async function pathTo(digest, from, readChild, where) {
+	return search(from, 0)
+	async function search(fetched, depth) {
+		checkDepth(depth, where)
+		const manifest = parseManifest(fetched, where)
+		if (manifest.kind === "image") return void 0
+		if (manifest.manifests.some(entry => entry.digest === digest)) return [fetched]
+		for (const entry of manifest.manifests.filter(isIndex)) {
+			const child = await readChild(entry)
+			const path2 = child && (await search(child, depth + 1))
+			if (path2) return [fetched, ...path2]
+		}
+		return void 0
 	}
-	return void 0
 }
 async function findImagesFor(session, source, platforms) {
 	const {registry, where, asked: top} = source
@@ -6344,8 +6347,9 @@ var TarDocuments = class {
 		this.#platforms.set(descriptor.digest, counts)
 		for (const child of manifest.manifests) {
 			const isHere = this.file(blobPath(child.digest)) !== void 0
-			const inner = isHere ? this.platformsOf(child, depth + 1) : void 0
-			const isPlatform = inner === void 0 && isManifestType(child) && !isAttestation(child)
+			const isManifest = isManifestType(child)
+			const inner = isHere && isManifest ? this.platformsOf(child, depth + 1) : void 0
+			const isPlatform = inner === void 0 && isManifest && !isAttestation(child)
 			counts.depth = Math.max(counts.depth, 1 + (inner?.depth ?? 0))
 			counts.here += inner?.here ?? Number(isPlatform && isHere)
 			counts.named += inner?.named ?? Number(isPlatform)
