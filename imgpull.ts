@@ -3771,13 +3771,14 @@ interface ImageContent {
   readonly configBytes?: Buffer;
 }
 
-/** What travels with an image and is none: what refers to `subject`, or the index that such proof is of. */
+/** What travels with an image and is none: what refers to `subject`, or the index above it that such proof is of. */
 type Companion = Readonly<{
   registry: Registry;
   top: FetchedManifest;
   manifests: readonly FetchedManifest[];
   contents: readonly ImageContent[];
-  subject?: string;
+  subject: string;
+  isIndex?: boolean;
   artifactType?: string;
   kind?: string;
 }>;
@@ -7963,7 +7964,15 @@ async function addProof(
   const path = await pathTo(top.digest, asked, childrenOf(registry, where), where);
   const indexes = (path ?? []).map((index): Companion => {
     const mark = dropEmpty({ kind: index === asked ? kind : undefined });
-    return { registry, top: index, manifests: [index], contents: [], ...mark };
+    return {
+      registry,
+      top: index,
+      manifests: [index],
+      contents: [],
+      subject: top.digest,
+      isIndex: true,
+      ...mark,
+    };
   });
   return { ...image, companions: [...indexes, ...referrers] };
 }
@@ -7991,7 +8000,7 @@ function planExtras(images: readonly ResolvedImage[]): Required<PlanExtras> {
   };
 }
 
-const isReferrer = ({ subject }: Companion): boolean => subject !== undefined;
+const isReferrer = ({ isIndex = false }: Companion): boolean => !isIndex;
 
 /** Where docker 29.1 and containerd 2.2 read what an entry of index.json refers to. */
 const SUBJECT_KEY = "io.containerd.manifest.subject";
@@ -7999,16 +8008,14 @@ const SUBJECT_KEY = "io.containerd.manifest.subject";
 /** As BuildKit's attestations have it: ctr leaves out what does not match, and does not miss an index's other images. */
 const UNMATCHED: Platform = { architecture: "unknown", os: "unknown" };
 
-/** It has no name, so that nobody takes it for an image; docker and containerd read what it refers to. */
-function companionEntry({ top, subject, kind, artifactType }: Companion): unknown {
-  const annotations = dropEmpty({ [SUBJECT_KEY]: subject, kind });
-  const isAnnotated = Object.keys(annotations).length > 0;
+/** It has no name and says that it belongs to an image, so that nobody takes it for one: docker would list it. */
+function companionEntry({ top, subject, kind, artifactType, isIndex }: Companion): unknown {
   return {
     mediaType: top.mediaType,
     digest: top.digest,
     size: top.bytes.length,
-    ...(isAnnotated && { annotations }),
-    ...dropEmpty({ artifactType, platform: subject === undefined ? UNMATCHED : undefined }),
+    annotations: { [SUBJECT_KEY]: subject, ...dropEmpty({ kind }) },
+    ...dropEmpty({ artifactType, platform: isIndex && UNMATCHED }),
   };
 }
 
@@ -8035,7 +8042,7 @@ async function requireSignature(
   signers: readonly SignerKey[],
 ): Promise<void> {
   const layers = referrers
-    .filter(({ subject = "" }) => digests.includes(subject))
+    .filter(({ subject }) => digests.includes(subject))
     .flatMap(({ contents }) => contents.flatMap(({ manifest }) => manifest.layers))
     .filter(isSignature);
   const { signatures } = LIMITS;

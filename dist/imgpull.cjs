@@ -5168,7 +5168,15 @@ async function addProof(session, image, signers) {
 	const path2 = await pathTo(top.digest, asked, childrenOf(registry, where), where)
 	const indexes = (path2 ?? []).map(index => {
 		const mark = dropEmpty({kind: index === asked ? kind : void 0})
-		return {registry, top: index, manifests: [index], contents: [], ...mark}
+		return {
+			registry,
+			top: index,
+			manifests: [index],
+			contents: [],
+			subject: top.digest,
+			isIndex: true,
+			...mark
+		}
 	})
 	return {...image, companions: [...indexes, ...referrers]}
 }
@@ -5189,18 +5197,16 @@ function planExtras(images) {
 		)
 	}
 }
-var isReferrer = ({subject}) => subject !== void 0
+var isReferrer = ({isIndex: isIndex2 = false}) => !isIndex2
 var SUBJECT_KEY = "io.containerd.manifest.subject"
 var UNMATCHED = {architecture: "unknown", os: "unknown"}
-function companionEntry({top, subject, kind, artifactType}) {
-	const annotations = dropEmpty({[SUBJECT_KEY]: subject, kind})
-	const isAnnotated = Object.keys(annotations).length > 0
+function companionEntry({top, subject, kind, artifactType, isIndex: isIndex2}) {
 	return {
 		mediaType: top.mediaType,
 		digest: top.digest,
 		size: top.bytes.length,
-		...(isAnnotated && {annotations}),
-		...dropEmpty({artifactType, platform: subject === void 0 ? UNMATCHED : void 0})
+		annotations: {[SUBJECT_KEY]: subject, ...dropEmpty({kind})},
+		...dropEmpty({artifactType, platform: isIndex2 && UNMATCHED})
 	}
 }
 var isReferredTo = ({digest}, referrers) => referrers.some(({subject}) => subject === digest)
@@ -5213,7 +5219,7 @@ function cosignKind(signed, referrers) {
 }
 async function requireSignature(session, {registry, where, digests}, referrers, signers) {
 	const layers = referrers
-		.filter(({subject = ""}) => digests.includes(subject))
+		.filter(({subject}) => digests.includes(subject))
 		.flatMap(({contents}) => contents.flatMap(({manifest}) => manifest.layers))
 		.filter(isSignature)
 	const {signatures} = LIMITS

@@ -421,7 +421,7 @@ test("a signature of the index vouches for the platform, and its bytes come alon
     ]),
     [
       [index.children[0]?.digest, undefined, undefined],
-      [index.digest, "dev.cosignproject.cosign/image", undefined],
+      [index.digest, "dev.cosignproject.cosign/image", index.children[0]?.digest],
       [proof.digest, undefined, index.digest],
     ],
   );
