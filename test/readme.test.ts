@@ -238,7 +238,34 @@ const RUN: Record<string, Case> = {
       assert.match(second, /^docker\.io\/library\/busybox:1\.37@sha256:[0-9a-f]{64}$/);
     },
   },
+  "imgpull --from images.txt --dry-run | diff images.lock -": {
+    given: async ({ folder, run, env }) => {
+      writeFileSync(join(folder, "images.txt"), "alpine:3.22\nbusybox:1.37\n");
+      await run("imgpull --from images.txt tools.tar > images.lock");
+      writeFileSync(join(env.STAND_INS ?? "", "helm.stdout"), CHART);
+    },
+    gives: (reader) => {
+      assert.deepEqual(reader.calls(), ["helm template ./chart"]);
+      checkTar(read(reader, "chart.tar"), {
+        "alpine:3.22": "registry.there.example/hub/library/alpine:3.22",
+        ...EXPORTER,
+      });
+    },
+  },
 };
+
+/** As helm prints a chart with two images. */
+const CHART = `---
+# Source: chart/templates/deployment.yaml
+kind: Deployment
+spec:
+  template:
+    spec:
+      containers:
+        - name: web
+          image: "alpine:3.22"
+        - {name: metrics, image: 'quay.io/prometheus/node-exporter:v1.8.2'}
+`;
 
 const NOT_RUN: Record<string, string> = {
   "npm cit": "it is what runs this test",
@@ -254,7 +281,7 @@ describe("every command block", { concurrency: 2 }, () => {
     const shells = [...readme.matchAll(/^```(\w*)$/gm)]
       .map(([, language = ""]) => language)
       .filter(Boolean);
-    assert.deepEqual([...new Set(shells)].sort(), ["powershell", "sh", "text", "ts", "yaml"]);
+    assert.deepEqual([...new Set(shells)].sort(), ["js", "powershell", "sh", "text", "yaml"]);
   });
 
   for (const { firstLine, text } of readmeBlocks("sh")) {
@@ -337,23 +364,110 @@ test("what --list-tar prints is described, field by field", async (t) => {
     assert.ok(section.includes(`"${name}": `), name);
 });
 
-test("the library's example runs as it stands there", async (t) => {
-  const [block] = readmeBlocks("ts");
-  assert.ok(block);
-  const reader = await makeReader(t);
-  cpSync(join(await installedPackage(), "node_modules"), join(reader.folder, "node_modules"), {
-    recursive: true,
-    verbatimSymlinks: true,
-  });
-  writeFileSync(
-    join(reader.folder, "example.mjs"),
-    `${block.text}console.log(digest, platform, sizeBytes);\n`,
+// ====== The library's programs ======
+
+/** By their first line: what has to be there before, and what each prints. */
+const PROGRAMS: Record<string, Case> = {
+  "// One image into a tar.": {
+    gives: (reader, stdout) => {
+      const tar = read(reader, "hello-world.tar");
+      filesOf(tar);
+      assert.match(stdout, new RegExp(`^sha256:[0-9a-f]{64} linux/\\w+ ${tar.length}\n$`));
+    },
+  },
+  "// A list of images into one tar, with a progress bar: imgpull --from images.txt bundle.tar > images.lock":
+    {
+      given: ({ folder }) => {
+        const list = "alpine:3.22\nquay.io/prometheus/node-exporter:v1.8.2 # metrics\n";
+        writeFileSync(join(folder, "images.txt"), list);
+      },
+      gives: async (reader, stdout) => {
+        const tar = read(reader, "bundle.tar");
+        checkTar(tar, { ...ALPINE, ...EXPORTER });
+        const command = await reader.run("imgpull --from images.txt other.tar 2>/dev/null");
+        assert.equal(String(command.stdout), stdout);
+        assert.ok(read(reader, "other.tar").equals(tar));
+      },
+    },
+  "// Straight into docker, without a file.": {
+    gives: (reader) => {
+      assert.deepEqual(reader.calls(), ["docker load"]);
+      checkTar(reader.stdinOf("docker"), ALPINE);
+    },
+  },
+  "// What a tar holds. openTar() reads the files in it, blobs by their digest.": {
+    given: ({ run }) => run(BUNDLE),
+    gives: (_reader, stdout) =>
+      assert.match(
+        stdout,
+        /^docker\.io\/library\/alpine:3\.22 linux\/\w+ \d+ 1\nquay\.io\/.*:v1\.8\.2 linux\/\w+ \d+ 2\n$/,
+      ),
+  },
+  "// A gate for CI: exit code 1, and each problem as a value.": {
+    given: ({ run }) => run(BUNDLE),
+    gives: async (reader, stdout) => {
+      assert.match(stdout, /^2 images, for docker, podman, ctr, /);
+      const tar = read(reader, "bundle.tar");
+      const [name = "", bytes = Buffer.alloc(0)] = [...filesOf(tar)].at(-1) ?? [];
+      tar.writeUInt8(bytes.readUInt8(9) ^ 1, tar.indexOf(bytes) + 9);
+      writeFileSync(join(reader.folder, "bundle.tar"), tar);
+      const { exitCode, stderr } = await reader.run("node program.?js");
+      assert.deepEqual([exitCode, stderr], [1, `damaged ${name}\n`]);
+    },
+  },
+  "// Which tags have moved since the lock file was written? Nothing is fetched but manifests.": {
+    given: async ({ run, registries }) => {
+      await run("imgpull alpine:3.22 busybox:1.37 tools.tar > images.lock");
+      registries["docker.io"].add(CONTENT["alpine:3.23"], "library/alpine", "3.22");
+    },
+    gives: (reader, stdout) => {
+      assert.match(stdout, /^moved: docker\.io\/library\/alpine:3\.22@sha256:[0-9a-f]{64}\n$/);
+      assert.ok(!existsSync(join(reader.folder, "bundle.tar")));
+    },
+  },
+};
+
+/** The same program as a CommonJS file has it. */
+function withRequire(program: string): string {
+  const imports = /^import (\{.*\}) from ("[^"]+");$/gm;
+  const body = program.replace(imports, "").trim();
+  const required = Array.from(
+    program.matchAll(imports),
+    ([, names, module]) => `const ${names} = require(${module});\n`,
   );
-  const { exitCode, stdout, stderr } = await reader.run("node example.mjs");
-  assert.deepEqual([exitCode, stderr], [0, ""]);
-  const tar = read(reader, "hello-world.tar");
-  filesOf(tar);
-  assert.match(String(stdout), new RegExp(`^sha256:[0-9a-f]{64} linux/\\w+ ${tar.length}\n$`));
+  return `${required.join("")}(async () => {\n${body}\n})();\n`;
+}
+
+describe("every program of the library", { concurrency: 2 }, () => {
+  const programs = readmeBlocks("js");
+  test("is run here", () =>
+    assert.deepEqual(
+      programs.map(({ firstLine }) => firstLine),
+      Object.keys(PROGRAMS),
+    ));
+
+  for (const { firstLine, text } of programs) {
+    for (const [file, program] of [
+      ["program.mjs", text],
+      ["program.cjs", withRequire(text)],
+    ] as const) {
+      test(`${firstLine} ${file}`, async (t) => {
+        const { given, gives } = PROGRAMS[firstLine] ?? assert.fail();
+        const reader = await makeReader(t);
+        const modules = join(await installedPackage(), "node_modules");
+        cpSync(modules, join(reader.folder, "node_modules"), {
+          recursive: true,
+          verbatimSymlinks: true,
+        });
+        writeFileSync(join(reader.folder, file), program);
+        await given?.(reader);
+        const { exitCode, stdout, stderr } = await reader.run(`node ${file}`);
+        assert.equal(exitCode, 0, stderr);
+        assert.match(stderr, /^(\r\[#* *\])*$/);
+        await gives(reader, String(stdout));
+      });
+    }
+  }
 });
 
 // ====== The messages ======

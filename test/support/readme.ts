@@ -150,11 +150,12 @@ async function serveFiles(t: TestScope, release: string): Promise<string> {
   return `http://127.0.0.1:${(server.address() as AddressInfo).port}`;
 }
 
-/** Notes how it was called and all of its stdin; a tar that `-i` names has to be there. */
+/** Notes how it was called and all of its stdin, and prints what a test has put there for it; a tar that `-i` names has to be there. */
 const STAND_IN = `#!/bin/sh
 program=$(basename "$0")
 echo "$program $*" >> "$STAND_INS/calls"
 cat > "$STAND_INS/$program.stdin"
+if [ -f "$STAND_INS/$program.stdout" ]; then cat "$STAND_INS/$program.stdout"; fi
 while [ $# -gt 0 ]; do
   if [ "$1" = -i ]; then test -s "$2" || exit 1; fi
   shift
@@ -217,6 +218,7 @@ export async function makeReader(t: TestScope, nodePath = process.execPath): Pro
     ["ssh", STAND_IN],
     ["cosign", STAND_IN],
     ["oras", STAND_IN],
+    ["helm", STAND_IN],
     ["curl", CURL],
   ] as const) {
     if (name === "curl" && isOnPath("curl")) continue;
