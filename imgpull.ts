@@ -6190,6 +6190,7 @@ class Lock {
     const aside = `${this.#aside}.old`; // on Windows the name that it was made under goes with its handle only
     const isOwn = () => this.#isOwn(aside);
     const isTaken = await takeFile(this.#file, aside, isOwn).catch(ignore);
+    if (!isTaken) await this.#handle.truncate().catch(ignore); // one without a word holds nobody
     await this.#handle.close().catch(ignore);
     if (isTaken) await removeQuietly(aside);
   }
@@ -6815,14 +6816,14 @@ async function checkFreeSpace(dest: string, place: string, neededBytes: number):
   fail("DISK", `cannot write ${dest}: the disk is full, ${words}`);
 }
 
-/** A file system without inodes says that it is full, though it may have any room. */
+/** A file system without inodes says that it is full, though it may have any room. Those that we gave back do not count. */
 const tellOfInodes =
   (folder: string) =>
   async (error: unknown): Promise<never> => {
-    if (errorCodeOf(error) !== "ENOSPC") throw error;
-    const counts = await fs.statfs(folder).catch(ignore);
-    if (!counts || counts.files === 0 || counts.ffree > 0) throw error;
-    throw Object.assign(error as Error, { code: "NO_INODES" });
+    const counts =
+      errorCodeOf(error) === "ENOSPC" ? await fs.statfs(folder).catch(ignore) : undefined;
+    const isWithoutInodes = counts && counts.files > 0 && counts.ffree < 16 && counts.bavail > 0;
+    throw isWithoutInodes ? Object.assign(error as Error, { code: "NO_INODES" }) : error;
   };
 
 /** Syncs in the background, so that the disk works while the line does and little is left for the end. One after the

@@ -3888,6 +3888,7 @@ var Lock = class _Lock {
 		const aside = `${this.#aside}.old`
 		const isOwn2 = () => this.#isOwn(aside)
 		const isTaken = await takeFile(this.#file, aside, isOwn2).catch(ignore)
+		if (!isTaken) await this.#handle.truncate().catch(ignore)
 		await this.#handle.close().catch(ignore)
 		if (isTaken) await removeQuietly(aside)
 	}
@@ -4332,10 +4333,9 @@ async function checkFreeSpace(dest, place, neededBytes) {
 	fail("DISK", `cannot write ${dest}: the disk is full, ${words}`)
 }
 var tellOfInodes = folder => async error => {
-	if (errorCodeOf(error) !== "ENOSPC") throw error
-	const counts = await import_node_fs.promises.statfs(folder).catch(ignore)
-	if (!counts || counts.files === 0 || counts.ffree > 0) throw error
-	throw Object.assign(error, {code: "NO_INODES"})
+	const counts = errorCodeOf(error) === "ENOSPC" ? await import_node_fs.promises.statfs(folder).catch(ignore) : void 0
+	const isWithoutInodes = counts && counts.files > 0 && counts.ffree < 16 && counts.bavail > 0
+	throw isWithoutInodes ? Object.assign(error, {code: "NO_INODES"}) : error
 }
 var BackgroundSync = class {
 	#unsyncedBytes = 0

@@ -2,14 +2,17 @@
 import assert from "node:assert/strict";
 import { spawnSync } from "node:child_process";
 import {
+  appendFileSync,
   chmodSync,
   existsSync,
+  lstatSync,
   mkdirSync,
   mkdtempSync,
   readdirSync,
   readFileSync,
   readlinkSync,
   rmSync,
+  statfsSync,
   statSync,
   symlinkSync,
   writeFileSync,
@@ -20,6 +23,7 @@ import { join } from "node:path";
 import { type TestContext, test } from "node:test";
 import { runCommand, temporaryFolder } from "./support/command.ts";
 import { makeImage, makeLayer, makeMultiPlatform } from "./support/image.ts";
+import { flip, OPTIONS } from "./support/interrupt.ts";
 import {
   assertRight,
   assertUntouched,
@@ -39,29 +43,27 @@ const APP = makeMultiPlatform(["linux/amd64"], {
 const LARGE = childOf(APP).layers[0]?.digest ?? "";
 
 const MIB = 1024 * 1024;
+const AMD64 = ["--scheme", "http", "--platform", "linux/amd64", "-q"];
 
 // ====== Disks ======
 
-/** A file system of its own, or undefined (and the test skipped) where we may not mount one. */
-function mountSmallDisk(t: TestContext, options: string): string | undefined {
+/** An empty folder in which something is mounted, or undefined (and the test skipped) where we may not. */
+function mountIn(t: TestContext, mountAt: (folder: string) => string[]): string | undefined {
   const folder = mkdtempSync(join(tmpdir(), "imgpull-disk-"));
+  const words = mountAt(folder);
   t.after(() => {
-    spawnSync("umount", [folder]);
+    spawnSync("umount", words.slice(-1));
     rmSync(folder, { recursive: true, force: true });
   });
-  const { status, stderr, error } = spawnSync("mount", [
-    "-t",
-    "tmpfs",
-    "-o",
-    options,
-    "tmpfs",
-    folder,
-  ]);
+  const { status, stderr, error } = spawnSync("mount", words);
   if (status === 0) return folder;
-  t.skip(
-    `NOT TESTED: no tmpfs can be mounted here (${error?.message ?? stderr.toString().trim()})`,
-  );
+  t.skip(`NOT TESTED: nothing can be mounted here (${error?.message ?? stderr.toString().trim()})`);
   return undefined;
+}
+
+/** A file system of its own. */
+function mountSmallDisk(t: TestContext, options: string, type = "tmpfs"): string | undefined {
+  return mountIn(t, (folder) => ["-t", type, "-o", options, type, folder]);
 }
 
 test("a disk known to be too small is refused before a layer moves", async (t) => {
@@ -171,6 +173,196 @@ test("what a sync in the background says of the disk is not lost", async (t) => 
   assert.ok(existsSync(served.dest));
 });
 
+for (const [type, options] of [
+  ["ramfs", "mode=755"],
+  ["tmpfs", "size=0"],
+] as const) {
+  test(`a file system that reports no blocks is not full: ${type}`, async (t) => {
+    const folder = mountSmallDisk(t, options, type);
+    if (folder === undefined) return;
+    assert.equal(statfsSync(folder).blocks, 0);
+    const { reference } = await serve(t, APP);
+    await pull(reference, join(folder, "app.tar"));
+    await pull(reference, join(folder, "layout/"));
+    await assertRight(t, { folder, dest: join(folder, "app.tar") }, APP, ["app.tar", "layout"]);
+  });
+}
+
+for (const dest of ["app.tar", "layout/"]) {
+  test(`used-up inodes are told as such: ${dest}`, async (t) => {
+    const folder = mountSmallDisk(t, "size=20m,nr_inodes=8");
+    if (folder === undefined) return;
+    const { reference } = await serve(t, APP);
+    const count = 6;
+    for (let at = 0; at < count; at += 1) writeFileSync(join(folder, `file${at}`), "");
+    const { code, message } = await failure(pull(reference, join(folder, dest)));
+    assert.equal(code, "DISK");
+    assert.match(message, /inodes/);
+    assert.doesNotMatch(message, /no such file|disk is full/);
+  });
+}
+
+// ====== DEST that cannot be renamed onto ======
+
+/** A folder in which app.tar is a file of elsewhere, mounted there by itself. */
+function mountDest(t: TestContext, outside: string): string | undefined {
+  return mountIn(t, (folder) => {
+    writeFileSync(join(folder, "app.tar"), "");
+    return ["--bind", outside, join(folder, "app.tar")];
+  });
+}
+
+for (const [what, before] of [
+  ["empty", Buffer.alloc(0)],
+  ["longer", Buffer.alloc(9_000_000, "x")],
+] as const) {
+  test(`DEST that is mounted by itself is written in place: ${what} before`, async (t) => {
+    const { reference } = await serve(t, APP);
+    const outside = join(temporaryFolder(t), "outside.tar");
+    writeFileSync(outside, before);
+    const { ino } = statSync(outside);
+    const folder = mountDest(t, outside);
+    if (folder === undefined) return;
+    const dest = join(folder, "app.tar");
+    const { warnings } = await pull(reference, dest);
+    assert.match(warnings.join("\n"), /mounted by itself.*in place.*not one step/);
+    assert.equal(statSync(outside).ino, ino);
+    assert.ok(readFileSync(outside).equals(await undisturbedTar(t, APP)));
+    await assertRight(t, { folder, dest }, APP);
+
+    const again = await pull(reference, dest);
+    assert.deepEqual(again.warnings, []);
+  });
+}
+
+test("a mounted DEST without room for the tar stays as it is, and the partial too", async (t) => {
+  const { reference } = await serve(t, APP);
+  const disk = mountSmallDisk(t, "size=2m");
+  if (disk === undefined) return;
+  const outside = join(disk, "outside.tar");
+  writeFileSync(outside, "precious");
+  const folder = mountDest(t, outside);
+  if (folder === undefined) return;
+  const dest = join(folder, "app.tar");
+  const { code, message } = await failure(pull(reference, dest));
+  assert.equal(code, "DISK");
+  assert.match(message, /disk is full.*6\.0 MB are needed/);
+  assertUntouched({ folder, dest });
+  assert.ok(readdirSync(folder).includes("app.tar.partial"));
+  spawnSync("umount", [dest]);
+});
+
+test("a folder that takes no renames: what is told is the reason, not what came of it", async (t) => {
+  const served = await serve(t, APP);
+  if (spawnSync("chattr", ["+a", served.folder]).status !== 0) {
+    t.skip("NOT TESTED: no folder can be made append-only here");
+    return;
+  }
+  t.after(() => spawnSync("chattr", ["-a", served.folder]));
+  const { code, message } = await failure(pull(served.reference, served.dest));
+  assert.equal(code, "DISK");
+  assert.match(message, /app\.tar.*permission denied/);
+  spawnSync("chattr", ["-a", served.folder]);
+  await pull(served.reference, served.dest);
+  await assertRight(t, served, APP);
+});
+
+// ====== DEST that is right already ======
+
+const stampOf = (file: string): string => {
+  const { ino, mtimeNs } = lstatSync(file, { bigint: true });
+  return `${ino} ${mtimeNs}`;
+};
+
+function stampsBelow(folder: string): Record<string, string> {
+  const names = readdirSync(folder, { recursive: true }) as string[];
+  const files = names.filter((name) => lstatSync(join(folder, name)).isFile());
+  return Object.fromEntries(files.map((name) => [name, stampOf(join(folder, name))]));
+}
+
+test("DEST that is right already is left alone, and the last line says so", async (t) => {
+  const { registry, reference, folder, dest } = await serve(t, APP);
+  const args = [...OPTIONS, reference, dest];
+  const first = await runCommand(args);
+  const before = stampOf(dest);
+  registry.forget();
+  const second = await runCommand(args);
+  assert.equal(second.exitCode, 0, second.stderr);
+  assert.match(
+    second.stderr,
+    /1 image, 6\.0 MB in \S+app\.tar: unchanged, 0 B fetched, [\d.]+ s\n$/,
+  );
+  assert.equal(String(second.stdout), String(first.stdout));
+  assert.equal(stampOf(dest), before);
+  assert.equal(registry.blobRequests().filter(({ digest }) => digest === LARGE).length, 0);
+  await assertRight(t, { folder, dest }, APP);
+});
+
+test("a second copy's room is not needed to see that DEST is right", async (t) => {
+  const folder = mountSmallDisk(t, "size=7m");
+  if (folder === undefined) return;
+  const { reference } = await serve(t, APP);
+  const dest = join(folder, "app.tar");
+  await pull(reference, dest);
+  const before = stampOf(dest);
+  await pull(reference, dest);
+  assert.equal(stampOf(dest), before);
+});
+
+test("what an older pull left beside a DEST that is right goes away", async (t) => {
+  const served = await serve(t, APP);
+  await pull(served.reference, served.dest);
+  const before = stampOf(served.dest);
+  for (const suffix of [".partial", ".partial.journal", ".partial.old"])
+    writeFileSync(`${served.dest}${suffix}`, "x");
+  await pull(served.reference, served.dest);
+  assert.equal(stampOf(served.dest), before);
+  await assertRight(t, served, APP);
+});
+
+for (const [what, spoil] of Object.entries({
+  "a bit of a layer": (dest: string) => flip(dest, statSync(dest).size - 200_000),
+  "a bit of a header": (dest: string) => flip(dest, 3),
+  "its last byte": (dest: string) => flip(dest, statSync(dest).size - 1),
+  "a byte too many": (dest: string) => appendFileSync(dest, "x"),
+})) {
+  test(`DEST that is nearly right is written anew: ${what}`, async (t) => {
+    const served = await serve(t, APP);
+    await pull(served.reference, served.dest);
+    spoil(served.dest);
+    const { ino } = statSync(served.dest);
+    await pull(served.reference, served.dest);
+    assert.notEqual(statSync(served.dest).ino, ino);
+    await assertRight(t, served, APP);
+  });
+}
+
+test("a layout that has all of it is left alone, whatever else it has", async (t) => {
+  const { registry, reference, folder } = await serve(t, APP);
+  const other = registry.add(makeImage({ seed: "beside" }), "team/beside", "1.0");
+  const layout = join(folder, "layout");
+  for (const image of [reference, other])
+    assert.equal((await runCommand([...AMD64, image, `${layout}/`])).exitCode, 0);
+  const before = stampsBelow(layout);
+  const again = await runCommand([...AMD64.slice(0, -1), reference, `${layout}/`]);
+  assert.match(again.stderr, /unchanged, 0 B fetched/);
+  assert.deepEqual(stampsBelow(layout), before);
+});
+
+test("what a tag had that has moved on does not stay in a layout for ever", async (t) => {
+  const { registry, reference, folder } = await serve(t, APP);
+  const layout = join(folder, "layout");
+  const { remove } = registry.on({ digest: LARGE }, { dropAfter: 1_000_000 });
+  await failure(pull(reference, `${layout}/`, { retries: 0 }));
+  remove();
+  const partials = () =>
+    Object.keys(stampsBelow(layout)).filter((name) => name.includes("partial"));
+  assert.ok(partials().length > 0, "something is left to go on from");
+  registry.add(makeMultiPlatform(["linux/amd64"], { seed: "moved on" }), "team/app", "1.0");
+  await pull(reference, `${layout}/`);
+  assert.deepEqual(partials(), []);
+});
+
 // ====== Links and modes ======
 
 test("a symbolic link at DEST stays one, and what it points at is replaced", async (t) => {
@@ -195,8 +387,31 @@ test("a link that leads nowhere yet, in a folder that is itself a link, is follo
   assert.equal(readlinkSync(join(folder, "b/c/x.tar")), "../y.tar");
 });
 
+test("a loop of links at DEST is an error, and none of them is replaced", async (t) => {
+  const { registry, reference, folder } = await serve(t, APP);
+  symlinkSync("b.tar", join(folder, "a.tar"));
+  symlinkSync("a.tar", join(folder, "b.tar"));
+  symlinkSync("self.tar", join(folder, "self.tar"));
+  for (const name of ["a.tar", "self.tar"]) {
+    const { code, message } = await failure(pull(reference, join(folder, name)));
+    assert.equal(code, "DISK");
+    assert.match(message, new RegExp(`${name}.*loop of links`));
+  }
+  assert.equal(registry.requests.length, 0);
+  for (const name of readdirSync(folder)) assert.ok(lstatSync(join(folder, name)).isSymbolicLink());
+});
+
+test("a link to a link that leads nowhere yet: both stay", async (t) => {
+  const { reference, folder } = await serve(t, APP);
+  symlinkSync("b.tar", join(folder, "a.tar"));
+  symlinkSync("c.tar", join(folder, "b.tar"));
+  await pull(reference, join(folder, "a.tar"));
+  assert.equal(readlinkSync(join(folder, "a.tar")), "b.tar");
+  assert.equal(readlinkSync(join(folder, "b.tar")), "c.tar");
+  assert.ok(readFileSync(join(folder, "c.tar")).equals(await undisturbedTar(t, APP)));
+});
+
 const IMAGE = makeImage();
-const AMD64 = ["--scheme", "http", "--platform", "linux/amd64", "-q"];
 
 test("a link at DEST to a file that is not there yet stays a link", async (t) => {
   const registry = await startRegistry({}, t);
