@@ -770,6 +770,35 @@ test("a layer's media type alone makes a signature of nothing", () => {
   );
 });
 
+test("what is too large for a signature is not asked for", async (t) => {
+  const proof = bundle();
+  const json = JSON.parse(String(proof.bytes));
+  json.layers[0].size = 20_000_000;
+  const claimed = makeManifest(MEDIA.ociManifest, json);
+  const served = await serveWith(t, [{ ...claimed, blobs: proof.blobs, configs: proof.configs }]);
+  assertFailed(await pullProof(t, served, SIGNED_BY), "SIGNATURE", /no form that is known/);
+  const [layer] = [...proof.blobs.keys()].filter((digest) => !proof.configs.has(digest));
+  assert(!served.registry.requests.some(({ reference }) => reference === layer));
+});
+
+test("more signatures than the bound are refused by name", async (t) => {
+  const one = makePayloadLayer(image, stranger);
+  const layers = Array.from({ length: LIMITS.signatures + 1 }, () => one);
+  const served = await serveWith(t, [[makeSignatureTag(...layers), sigTag(image)]]);
+  assertFailed(
+    await pullProof(t, served, SIGNED_BY),
+    "TOO_LARGE",
+    `${LIMITS.signatures} signatures`,
+  );
+});
+
+test("attestations that are large are no part of what a pull may keep in memory", async (t) => {
+  const seeds = Array.from({ length: 12 }, (_, at) => `heavy ${at}`);
+  const heavy = seeds.map((seed) => makeBundle(image, Buffer.alloc(8 * 1024 * 1024, seed)));
+  const served = await serveWith(t, [...heavy, bundle()]);
+  assertHolds(filesIn(await pullProof(t, served, SIGNED_BY)), ...heavy);
+});
+
 // ====== What is no pull of a tar ======
 
 const CALLS: [name: string, call: (puller: Puller) => Promise<unknown>][] = [
