@@ -384,6 +384,8 @@ interface VerifyOptions extends LookOptions {
    * what the tar itself holds.
    */
   signedBy?: readonly string[] | undefined;
+  /** The path of the tar that this one was made `since`: layers that are missing here are looked for there. */
+  since?: string | undefined;
 }
 
 /** One thing that is wrong with a tar. `entry` is the name of a file in it. */
@@ -452,6 +454,8 @@ interface LoaderFault {
     | "several"
     | "bad-name"
     | "same-name"
+    /** A delta's base has the layer, but not on top of the same ones. */
+    | "not-at-bottom"
     | "no-image"
     | "nested-index"
     | "partial-index"
@@ -485,6 +489,8 @@ interface TarReport {
   /** Files whose names have digests: all of them were hashed. */
   blobs: number;
   unpackedLayers: number;
+  /** Layers that the base has, and this one lacks. */
+  baseLayers: number;
   /** Layers that cannot be unpacked here, for each reason: how they are compressed, or `encrypted`. */
   notUnpacked: { reason: string; layers: number }[];
   /** Of the indexes that are here: how many of the platforms they name are here too. */
@@ -9597,6 +9603,37 @@ type PlatformCount = Readonly<{
   depth: number;
 }>;
 
+/** What the tar holds that a delta was made since. */
+class BaseTar {
+  readonly #files = new Map<string, SeenFile>();
+  /** The layers of each image that docker loads from it, from the bottom. */
+  readonly #chains: readonly (readonly string[])[];
+
+  constructor(contents: TarContents) {
+    for (const seen of contents.files.values()) {
+      const digest = digestInName(seen.entry.name);
+      if (digest !== undefined && seen.isIntact) this.#files.set(digest, seen);
+    }
+    const list = new TarDocuments(contents).json("manifest.json");
+    const images = Array.isArray(list) ? list.map(parseDockerEntry) : [];
+    this.#chains = images.map((image) =>
+      (image?.layers ?? []).map((layer) => digestInName(layer) ?? ""),
+    );
+  }
+
+  layer(name: string): SeenFile | undefined {
+    const digest = digestInName(name);
+    return digest === undefined ? undefined : this.#files.get(digest);
+  }
+
+  /** Whether docker has these layers when it has loaded the base: it knows each by all those below it. */
+  hasChain(layers: readonly string[]): boolean {
+    return this.#chains.some((chain) =>
+      layers.every((layer, at) => digestInName(layer) === chain[at]),
+    );
+  }
+}
+
 /** The manifests, indexes and configs of a tar: each is parsed once, and what is wrong with it is said once. */
 class TarDocuments {
   readonly problems: TarProblem[] = [];
@@ -9605,9 +9642,12 @@ class TarDocuments {
   readonly #configs = new Map<string, ConfigWords | undefined>();
   readonly #platforms = new Map<string, PlatformCount>();
   readonly #encrypted = new Set<string>();
+  /** Of a delta. */
+  readonly base: BaseTar | undefined;
 
-  constructor(contents: TarContents) {
+  constructor(contents: TarContents, base?: BaseTar) {
     this.#contents = contents;
+    this.base = base;
   }
 
   /** The bytes under a digest, where they have it. */
@@ -9622,6 +9662,11 @@ class TarDocuments {
   file(name: string): SeenFile | undefined {
     const entry = this.#contents.names.file(name);
     return entry && this.#contents.files.get(entry.name);
+  }
+
+  /** A layer, which may be the base's. */
+  layer(name: string): SeenFile | undefined {
+    return this.file(name) ?? this.base?.layer(name);
   }
 
   /** What stands under a name: "0" a file, "1" a hard link, "2" a symbolic one. */
@@ -9943,7 +9988,7 @@ class ImageFinder {
       if (!this.#count(entry.layers.length + 1)) break;
 
       const parts = [entry.config, ...entry.layers].map((name) => {
-        const file = this.#documents.file(name);
+        const file = this.#documents.layer(name);
         return { entry: name, size: file ? lengthOfEntry(file.entry) : 0, mediaType: "" };
       });
       const config = this.#documents.config(entry.config);
@@ -10015,6 +10060,7 @@ class PartCheck {
   readonly problems: TarProblem[] = [];
   readonly notUnpacked = new Map<string, number>();
   unpackedLayers = 0;
+  readonly layersOfBase = new Set<string>();
   readonly #documents: TarDocuments;
   /** Each pair of a file and a diff_id is compared once. */
   readonly #compared = new Set<string>();
@@ -10030,14 +10076,16 @@ class PartCheck {
       this.problems.push({ kind: "diff-ids", entry: parts[0]?.entry ?? "" });
 
     for (const [at, part] of parts.entries()) {
-      const seen = this.checkPart(part);
+      const seen = this.checkPart(part, at > 0);
       const diffId = at > 0 && hasRightIds ? String(config.diffIds?.[at - 1]) : undefined;
       if (seen && diffId) this.#compare(seen, part, diffId);
     }
   }
 
-  checkPart({ entry, size }: HeldPart): SeenFile | undefined {
-    const seen = this.#documents.file(entry);
+  checkPart({ entry, size }: HeldPart, isLayer = false): SeenFile | undefined {
+    const own = this.#documents.file(entry);
+    const seen = own ?? (isLayer ? this.#documents.layer(entry) : undefined);
+    if (seen && !own) this.layersOfBase.add(resolveName(entry));
     if (!seen) {
       this.problems.push({ kind: "missing", entry });
       return undefined;
@@ -10132,7 +10180,7 @@ class LoaderJudge {
   }
 
   #unpacked({ entry }: HeldPart): Unpacked | undefined {
-    return this.#documents.file(entry)?.unpacked;
+    return this.#documents.layer(entry)?.unpacked;
   }
 
   /** It loads all that manifest.json lists, or nothing. */
@@ -10145,7 +10193,17 @@ class LoaderJudge {
       if (platform.startsWith("windows")) faults.push({ kind: "windows", entry });
       if (parts.length - 1 > MOST_DOCKER_LAYERS) faults.push({ kind: "too-many-layers", entry });
     }
-    return [...faults, ...this.#faultsOfTags()];
+    return [...faults, ...this.#faultsOfTags(), ...this.#faultsOfBase()];
+  }
+
+  /** What is left out must stand at the bottom of an image of the base, in the same order. */
+  #faultsOfBase(): LoaderFault[] {
+    return this.#held.listed.flatMap(({ parts }) => {
+      const layers = parts.slice(1).map(({ entry }) => entry);
+      const last = layers.findLastIndex((layer) => this.#documents.file(layer) === undefined);
+      const isThere = last < 0 || this.#documents.base?.hasChain(layers.slice(0, last + 1));
+      return isThere ? [] : [{ kind: "not-at-bottom" as const, entry: layers[last] ?? "" }];
+    });
   }
 
   #faultsOfTags(): LoaderFault[] {
@@ -10405,6 +10463,7 @@ const LOOK_OPTION_KINDS = {
 const VERIFY_OPTION_KINDS = {
   ...LOOK_OPTION_KINDS,
   signedBy: "a list of strings",
+  since: "a string",
 } as const satisfies Record<keyof VerifyOptions, OptionKind>;
 
 function checkLook(
@@ -10447,9 +10506,10 @@ async function verifyTar(source: TarSource, options: VerifyOptions = {}): Promis
 /** A whole report, whatever is wrong. */
 async function inspectTar(
   source: TarSource,
-  options: LookOptions,
+  options: VerifyOptions,
   signers: readonly SignerKey[],
 ): Promise<TarReport> {
+  const base = options.since === undefined ? undefined : await readBase(options.since, options);
   const contents = await lookThrough(source, true, options);
   const files = [...contents.files.values()];
   const problems = [...files.flatMap(problemsOfFile), ...contents.problems];
@@ -10460,6 +10520,7 @@ async function inspectTar(
       images: [],
       blobs: blobCount,
       unpackedLayers: 0,
+      baseLayers: 0,
       notUnpacked: [],
       platforms: { here: 0, named: 0 },
       absentManifests: 0,
@@ -10467,7 +10528,7 @@ async function inspectTar(
       problems,
     };
 
-  const documents = new TarDocuments(contents);
+  const documents = new TarDocuments(contents, base);
   const finder = new ImageFinder(documents);
   const held = finder.run();
   const images = imagesOf(held);
@@ -10484,6 +10545,7 @@ async function inspectTar(
     images: images.map((image) => describeImage(image, documents)),
     blobs: blobCount,
     unpackedLayers: check.unpackedLayers,
+    baseLayers: check.layersOfBase.size,
     notUnpacked: [...check.notUnpacked].map(([reason, layers]) => ({ reason, layers })),
     platforms: {
       here: sumOf(held.indexes, ({ here }) => here),
@@ -10493,6 +10555,14 @@ async function inspectTar(
     loaders: new LoaderJudge(held, documents).run(),
     problems: uniqueProblems(problems),
   };
+}
+
+/** The base of a delta; what is wrong with its files is as bad as if they stood in the delta. */
+async function readBase(file: string, { signal }: LookOptions): Promise<BaseTar> {
+  const contents = await lookThrough(file, true, { signal });
+  const files = [...contents.files.values()];
+  refuseProblems(file, [...files.flatMap(problemsOfFile), ...contents.problems]);
+  return new BaseTar(contents);
 }
 
 function problemsOfFile({ entry, isIntact, unpacked }: SeenFile): TarProblem[] {
@@ -10509,7 +10579,7 @@ function describeImage(image: HeldImage, documents: TarDocuments): TarImage {
   const layers = image.parts.slice(1).map(({ entry, size }) => ({
     digest: digestInName(entry) ?? printable(entry),
     size,
-    present: documents.file(entry) !== undefined,
+    present: documents.layer(entry) !== undefined,
   }));
   const { name, digest, platform, isImage } = image;
   const { here = 0, named = 0 } = image.platforms ?? {};
@@ -10665,7 +10735,12 @@ const PULL_OPTIONS = {
     isRepeatable: true,
     option: "reuse",
   },
-  since: { value: "TAR", help: "leave out layers that this tar holds", option: "since" },
+  since: {
+    value: "TAR",
+    help: "leave out layers TAR holds; of --verify: its base",
+    option: "since",
+    tasks: ["pull", "verify"],
+  },
   referrers: { help: "bring signatures, attestations and SBOMs along", option: "referrers" },
   "signed-by": {
     value: "KEY",
@@ -11244,13 +11319,15 @@ const formatPlatformCount = ({ here, named }: { here: number; named: number }): 
 
 /** What --verify says of a tar in which all is right. */
 function formatTarReport(report: TarReport, isSigned: boolean): string {
-  const { images, blobs, unpackedLayers, notUnpacked, absentManifests, loaders } = report;
+  const { images, blobs, unpackedLayers, baseLayers, notUnpacked, absentManifests, loaders } =
+    report;
   const { here, named } = report.platforms;
   const others = absentManifests - (named - here);
   const counts = [
     counted(images.length, "image"),
     `${counted(blobs, "blob")} hashed`,
     `${counted(unpackedLayers, "layer")} unpacked`,
+    ...(baseLayers > 0 ? [`${counted(baseLayers, "layer")} of the base`] : []),
     ...notUnpacked.map(({ reason, layers }) => `${layers} (${reason}) not`),
     ...(here < named ? [formatPlatformCount({ here, named })] : []),
     ...(others > 0 ? [`${others} more of an index not here`] : []),
@@ -11274,6 +11351,7 @@ const FAULT_WORDS: Readonly<Partial<Record<LoaderFault["kind"], string>>> = {
   "trailing-bytes": "has bytes after what is compressed",
   label: "is compressed, and its type says that it is not",
   packing: "is compressed in a way that cannot be checked here",
+  "not-at-bottom": "stands on other layers in the base",
   "same-name": "has one name for several images",
 };
 
@@ -11319,13 +11397,14 @@ type TarCheckCommand = Readonly<{
   signal: AbortSignal;
   isQuiet: boolean;
   signedBy: readonly string[];
+  since: string | undefined;
 }>;
 
 /** --verify, with progress on a terminal. */
 async function showTarReport(
   io: CommandIO,
   file: string,
-  { signal, isQuiet, signedBy }: TarCheckCommand,
+  { signal, isQuiet, signedBy, since }: TarCheckCommand,
 ): Promise<void> {
   const display = new Display(io, isQuiet || !io.stderr.isTTY);
   const onProgress: LookOptions["onProgress"] = ({ doneBytes, totalBytes = doneBytes }) =>
@@ -11337,7 +11416,8 @@ async function showTarReport(
       fetchedBytes: doneBytes,
     });
   try {
-    const report = await verifyTar(tarSource(io, file), { signal, signedBy, onProgress });
+    const options = { signal, signedBy, since, onProgress };
+    const report = await verifyTar(tarSource(io, file), options);
     display.stop();
     io.stdout.write(`${file}: ${formatTarReport(report, signedBy.length > 0)}\n`);
   } finally {
@@ -11402,7 +11482,8 @@ async function runCommand(
   if (verified !== undefined) {
     const { isQuiet } = command;
     const { "signed-by": signedBy = [] } = line.lists;
-    return showTarReport(io, verified, { signal, isQuiet, signedBy });
+    const { since } = line.values;
+    return showTarReport(io, verified, { signal, isQuiet, signedBy, since });
   }
 
   const { destination, manifest } = command;

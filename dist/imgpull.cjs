@@ -6324,6 +6324,26 @@ function mayBeDocument(entry, firstPiece) {
 	const beginning = firstPiece.toString("latin1", 0, 64).trimStart()
 	return DOCUMENT_NAMES.includes(entry.name) || beginning.startsWith("{") || beginning.startsWith("[")
 }
+var BaseTar = class {
+	#files = /* @__PURE__ */ new Map()
+	#chains
+	constructor(contents) {
+		for (const seen of contents.files.values()) {
+			const digest = digestInName(seen.entry.name)
+			if (digest !== void 0 && seen.isIntact) this.#files.set(digest, seen)
+		}
+		const list = new TarDocuments(contents).json("manifest.json")
+		const images = Array.isArray(list) ? list.map(parseDockerEntry) : []
+		this.#chains = images.map(image => (image?.layers ?? []).map(layer => digestInName(layer) ?? ""))
+	}
+	layer(name) {
+		const digest = digestInName(name)
+		return digest === void 0 ? void 0 : this.#files.get(digest)
+	}
+	hasChain(layers) {
+		return this.#chains.some(chain => layers.every((layer, at) => digestInName(layer) === chain[at]))
+	}
+}
 var TarDocuments = class {
 	problems = []
 	#contents
@@ -6331,8 +6351,10 @@ var TarDocuments = class {
 	#configs = /* @__PURE__ */ new Map()
 	#platforms = /* @__PURE__ */ new Map()
 	#encrypted = /* @__PURE__ */ new Set()
-	constructor(contents) {
+	base
+	constructor(contents, base) {
 		this.#contents = contents
+		this.base = base
 	}
 	bytes(digest) {
 		const seen = this.file(blobPath(digest))
@@ -6342,6 +6364,9 @@ var TarDocuments = class {
 	file(name) {
 		const entry = this.#contents.names.file(name)
 		return entry && this.#contents.files.get(entry.name)
+	}
+	layer(name) {
+		return this.file(name) ?? this.base?.layer(name)
 	}
 	typeOf(name) {
 		return this.#contents.names.entries.get(resolveName(name))?.type
@@ -6558,7 +6583,7 @@ var ImageFinder = class {
 			}
 			if (!this.#count(entry.layers.length + 1)) break
 			const parts = [entry.config, ...entry.layers].map(name => {
-				const file = this.#documents.file(name)
+				const file = this.#documents.layer(name)
 				return {entry: name, size: file ? lengthOfEntry(file.entry) : 0, mediaType: ""}
 			})
 			const config = this.#documents.config(entry.config)
@@ -6613,6 +6638,7 @@ var PartCheck = class {
 	problems = []
 	notUnpacked = /* @__PURE__ */ new Map()
 	unpackedLayers = 0
+	layersOfBase = /* @__PURE__ */ new Set()
 	#documents
 	#compared = /* @__PURE__ */ new Set()
 	constructor(documents) {
@@ -6623,13 +6649,15 @@ var PartCheck = class {
 		const hasRightIds = config !== void 0 && hasOneDiffIdEach(config, layerCount)
 		if (hasDiffIds && !hasRightIds) this.problems.push({kind: "diff-ids", entry: parts[0]?.entry ?? ""})
 		for (const [at, part] of parts.entries()) {
-			const seen = this.checkPart(part)
+			const seen = this.checkPart(part, at > 0)
 			const diffId = at > 0 && hasRightIds ? String(config.diffIds?.[at - 1]) : void 0
 			if (seen && diffId) this.#compare(seen, part, diffId)
 		}
 	}
-	checkPart({entry, size}) {
-		const seen = this.#documents.file(entry)
+	checkPart({entry, size}, isLayer = false) {
+		const own = this.#documents.file(entry)
+		const seen = own ?? (isLayer ? this.#documents.layer(entry) : void 0)
+		if (seen && !own) this.layersOfBase.add(resolveName(entry))
 		if (!seen) {
 			this.problems.push({kind: "missing", entry})
 			return void 0
@@ -6700,7 +6728,7 @@ var LoaderJudge = class {
 		return layers.some(part => part.mediaType.includes("zstd") || this.#unpacked(part)?.packing === "zstd")
 	}
 	#unpacked({entry}) {
-		return this.#documents.file(entry)?.unpacked
+		return this.#documents.layer(entry)?.unpacked
 	}
 	#faultsOfDocker() {
 		const {listed} = this.#held
@@ -6711,7 +6739,15 @@ var LoaderJudge = class {
 			if (platform.startsWith("windows")) faults.push({kind: "windows", entry})
 			if (parts.length - 1 > MOST_DOCKER_LAYERS) faults.push({kind: "too-many-layers", entry})
 		}
-		return [...faults, ...this.#faultsOfTags()]
+		return [...faults, ...this.#faultsOfTags(), ...this.#faultsOfBase()]
+	}
+	#faultsOfBase() {
+		return this.#held.listed.flatMap(({parts}) => {
+			const layers = parts.slice(1).map(({entry}) => entry)
+			const last = layers.findLastIndex(layer => this.#documents.file(layer) === void 0)
+			const isThere = last < 0 || this.#documents.base?.hasChain(layers.slice(0, last + 1))
+			return isThere ? [] : [{kind: "not-at-bottom", entry: layers[last] ?? ""}]
+		})
 	}
 	#faultsOfTags() {
 		const isRight = this.#held.listed.every(({tags}) => tags.every(isTaggedName))
@@ -6900,7 +6936,8 @@ var LOOK_OPTION_KINDS = {
 }
 var VERIFY_OPTION_KINDS = {
 	...LOOK_OPTION_KINDS,
-	signedBy: "a list of strings"
+	signedBy: "a list of strings",
+	since: "a string"
 }
 function checkLook(source, options, kinds = LOOK_OPTION_KINDS) {
 	checkKinds(options, kinds)
@@ -6928,6 +6965,7 @@ async function verifyTar(source, options = {}) {
 	return report
 }
 async function inspectTar(source, options, signers) {
+	const base = options.since === void 0 ? void 0 : await readBase(options.since, options)
 	const contents = await lookThrough(source, true, options)
 	const files = [...contents.files.values()]
 	const problems = [...files.flatMap(problemsOfFile), ...contents.problems]
@@ -6938,13 +6976,14 @@ async function inspectTar(source, options, signers) {
 			images: [],
 			blobs: blobCount,
 			unpackedLayers: 0,
+			baseLayers: 0,
 			notUnpacked: [],
 			platforms: {here: 0, named: 0},
 			absentManifests: 0,
 			loaders: [],
 			problems
 		}
-	const documents = new TarDocuments(contents)
+	const documents = new TarDocuments(contents, base)
 	const finder = new ImageFinder(documents)
 	const held = finder.run()
 	const images = imagesOf(held)
@@ -6959,6 +6998,7 @@ async function inspectTar(source, options, signers) {
 		images: images.map(image => describeImage(image, documents)),
 		blobs: blobCount,
 		unpackedLayers: check.unpackedLayers,
+		baseLayers: check.layersOfBase.size,
 		notUnpacked: [...check.notUnpacked].map(([reason, layers]) => ({reason, layers})),
 		platforms: {
 			here: sumOf(held.indexes, ({here}) => here),
@@ -6968,6 +7008,12 @@ async function inspectTar(source, options, signers) {
 		loaders: new LoaderJudge(held, documents).run(),
 		problems: uniqueProblems(problems)
 	}
+}
+async function readBase(file, {signal}) {
+	const contents = await lookThrough(file, true, {signal})
+	const files = [...contents.files.values()]
+	refuseProblems(file, [...files.flatMap(problemsOfFile), ...contents.problems])
+	return new BaseTar(contents)
 }
 function problemsOfFile({entry, isIntact: isIntact2, unpacked}) {
 	const isEndless2 = unpacked?.outcome === "endless"
@@ -6979,7 +7025,7 @@ function describeImage(image, documents) {
 	const layers = image.parts.slice(1).map(({entry, size}) => ({
 		digest: digestInName(entry) ?? printable(entry),
 		size,
-		present: documents.file(entry) !== void 0
+		present: documents.layer(entry) !== void 0
 	}))
 	const {name, digest, platform, isImage: isImage2} = image
 	const {here = 0, named = 0} = image.platforms ?? {}
@@ -7037,7 +7083,12 @@ var PULL_OPTIONS = {
 		isRepeatable: true,
 		option: "reuse"
 	},
-	since: {value: "TAR", help: "leave out layers that this tar holds", option: "since"},
+	since: {
+		value: "TAR",
+		help: "leave out layers TAR holds; of --verify: its base",
+		option: "since",
+		tasks: ["pull", "verify"]
+	},
 	referrers: {help: "bring signatures, attestations and SBOMs along", option: "referrers"},
 	"signed-by": {
 		value: "KEY",
@@ -7486,13 +7537,14 @@ function formatForecast(report, place) {
 var isStdout = destination => destination === "-" || destination === "/dev/stdout"
 var formatPlatformCount = ({here, named}) => `${here} of ${counted(named, "platform")}`
 function formatTarReport(report, isSigned) {
-	const {images, blobs, unpackedLayers, notUnpacked, absentManifests, loaders} = report
+	const {images, blobs, unpackedLayers, baseLayers, notUnpacked, absentManifests, loaders} = report
 	const {here, named} = report.platforms
 	const others = absentManifests - (named - here)
 	const counts = [
 		counted(images.length, "image"),
 		`${counted(blobs, "blob")} hashed`,
 		`${counted(unpackedLayers, "layer")} unpacked`,
+		...(baseLayers > 0 ? [`${counted(baseLayers, "layer")} of the base`] : []),
 		...notUnpacked.map(({reason, layers}) => `${layers} (${reason}) not`),
 		...(here < named ? [formatPlatformCount({here, named})] : []),
 		...(others > 0 ? [`${others} more of an index not here`] : [])
@@ -7514,6 +7566,7 @@ var FAULT_WORDS = {
 	"trailing-bytes": "has bytes after what is compressed",
 	label: "is compressed, and its type says that it is not",
 	packing: "is compressed in a way that cannot be checked here",
+	"not-at-bottom": "stands on other layers in the base",
 	"same-name": "has one name for several images"
 }
 function formatRefusal({program, reasons}) {
@@ -7546,7 +7599,7 @@ async function showTarList(io, file, signal) {
 `)
 	}
 }
-async function showTarReport(io, file, {signal, isQuiet, signedBy}) {
+async function showTarReport(io, file, {signal, isQuiet, signedBy, since}) {
 	const display = new Display(io, isQuiet || !io.stderr.isTTY)
 	const onProgress = ({doneBytes, totalBytes = doneBytes}) =>
 		display.show({
@@ -7557,7 +7610,8 @@ async function showTarReport(io, file, {signal, isQuiet, signedBy}) {
 			fetchedBytes: doneBytes
 		})
 	try {
-		const report = await verifyTar(tarSource(io, file), {signal, signedBy, onProgress})
+		const options = {signal, signedBy, since, onProgress}
+		const report = await verifyTar(tarSource(io, file), options)
 		display.stop()
 		io.stdout.write(`${file}: ${formatTarReport(report, signedBy.length > 0)}
 `)
@@ -7617,7 +7671,8 @@ async function runCommand(argv, io, signal) {
 	if (verified !== void 0) {
 		const {isQuiet} = command
 		const {"signed-by": signedBy = []} = line.lists
-		return showTarReport(io, verified, {signal, isQuiet, signedBy})
+		const {since} = line.values
+		return showTarReport(io, verified, {signal, isQuiet, signedBy, since})
 	}
 	const {destination, manifest} = command
 	const {say} = new Display(io, true)

@@ -199,6 +199,8 @@ interface VerifyOptions extends LookOptions {
      * what the tar itself holds.
      */
     signedBy?: readonly string[] | undefined;
+    /** The path of the tar that this one was made `since`: layers that are missing here are looked for there. */
+    since?: string | undefined;
 }
 /** One thing that is wrong with a tar. `entry` is the name of a file in it. */
 type TarProblem = 
@@ -302,7 +304,9 @@ interface TarImage {
 interface LoaderFault {
     kind: "no-manifest-json" | "no-layout"
     /** Of its images one at least has no name by which this program finds it. */
-     | "no-name" | "several" | "bad-name" | "same-name" | "no-image" | "nested-index" | "partial-index" | "rooted-names" | "link" | "windows" | "too-many-layers" | "encrypted" | "no-tar" | "trailing-bytes" | "label" | "packing";
+     | "no-name" | "several" | "bad-name" | "same-name"
+    /** A delta's base has the layer, but not on top of the same ones. */
+     | "not-at-bottom" | "no-image" | "nested-index" | "partial-index" | "rooted-names" | "link" | "windows" | "too-many-layers" | "encrypted" | "no-tar" | "trailing-bytes" | "label" | "packing";
     entry?: string;
 }
 /** Whether a program loads a tar. */
@@ -322,6 +326,8 @@ interface TarReport {
     /** Files whose names have digests: all of them were hashed. */
     blobs: number;
     unpackedLayers: number;
+    /** Layers that the base has, and this one lacks. */
+    baseLayers: number;
     /** Layers that cannot be unpacked here, for each reason: how they are compressed, or `encrypted`. */
     notUnpacked: {
         reason: string;

@@ -311,6 +311,47 @@ test("--since leaves out what stands at the bottom of an image that the base loa
   }
 });
 
+test("--verify of a delta with its base: the pair is checked", async (t) => {
+  const served = await serve(t, V1);
+  const { registry, reference, dest, folder } = served;
+  await succeed([reference, dest]);
+  const base = join(folder, "base.tar");
+  renameSync(dest, base);
+  registry.add(V2, "team/app", "2.0");
+  const delta = join(folder, "delta.tar");
+  await succeed(["--since", base, reference.replace("1.0", "2.0"), delta]);
+
+  const alone = await runCommand(["--verify", delta]);
+  assert.equal(alone.exitCode, 1);
+  const { exitCode, stdout, stderr } = await runCommand(["--verify", delta, "--since", base]);
+  assert.deepEqual([exitCode, stderr], [0, ""]);
+  assert.match(
+    String(stdout),
+    /3 layers unpacked, 2 layers of the base: all is right\nloads in docker/,
+  );
+
+  // A base that is damaged, of another image, or has the layers in another place.
+  const other = join(folder, "other.tar");
+  const [first, second] = BASE.map(({ digest }) => digest) as [string, string];
+  copyFileSync(base, other);
+  flip(other, readFileSync(base).length - 60_000);
+  const damaged = await runCommand(["--verify", delta, "--since", other]);
+  assert.match(damaged.stderr, /other\.tar: blobs\/sha256\/\w+ is damaged/);
+  registry.add(makeImage({ seed: "stranger" }), "team/app", "3.0");
+  await succeed([reference.replace("1.0", "3.0"), other]);
+  const stranger = await runCommand(["--verify", delta, "--since", other]);
+  assert.equal(stranger.exitCode, 1);
+  assert.ok(
+    [first, second].every((digest) => stranger.stderr.includes(`${blobName(digest)} is missing`)),
+  );
+  registry.add(makeImage({ seed: "turned", layers: BASE.toReversed() }), "team/app", "4.0");
+  await succeed([reference.replace("1.0", "4.0"), other]);
+  const turned = await runCommand(["--verify", delta, "--since", other]);
+  assert.equal(turned.exitCode, 0, turned.stderr);
+  assert.doesNotMatch(String(turned.stdout), /loads in docker/);
+  assert.match(String(turned.stdout), /not in docker: .* stands on other layers in the base/);
+});
+
 test("--since never leaves out configs or manifests, and the delta of the same image has no layers", async (t) => {
   const served = await serve(t, V1);
   const { reference, dest, folder } = served;
