@@ -1,7 +1,7 @@
 // What refers to an image comes along, and --signed-by takes only what a key has signed (SPEC §11).
 import assert from "node:assert/strict";
 import { generateKeyPairSync } from "node:crypto";
-import { mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { Readable } from "node:stream";
 import { type TestContext, test } from "node:test";
@@ -1157,4 +1157,105 @@ test("the command says that a tar is signed, and by whom it is not", async (t) =
   );
   const listed = await runCommand(["--list-tar", tar, "--signed-by", good]);
   assert.equal(listed.exitCode, 2, "it would have been no check");
+});
+
+// ====== Like everything else ======
+
+/** A registry with two images, each signed, and a key file for the command. */
+async function serveTwo(t: TestContext) {
+  const [proof, second] = [bundle(), makeBundle(other, makeBundleBytes(other, signer))];
+  const { registry, reference } = await serveWith(t, [proof, second, makeSbom(other)]);
+  const folder = temporaryFolder(t);
+  const key = join(folder, "cosign.pub");
+  writeFileSync(key, signer.pem);
+  const references = [reference, registry.add(other, REPOSITORY, "2.0")];
+  const flags = ["--scheme", "http", "--signed-by", key];
+  const pulled = join(folder, "bundle.tar");
+  return { registry, references, folder, flags, pulled, proofs: [proof, second, makeSbom(other)] };
+}
+
+test("several images in one tar, on stdout too, and again by their lock lines", async (t) => {
+  const { references, folder, flags, pulled, proofs } = await serveTwo(t);
+  const first = await runCommand([...references, pulled, ...flags]);
+  assert.equal(first.exitCode, 0, first.stderr);
+  const tar = readFileSync(pulled);
+  const files = filesOf(tar);
+  assertHolds(files, image, other, ...proofs);
+  const nameless = namelessIn(files).map(({ digest }) => digest);
+  assert.deepEqual(nameless, proofs.map(({ digest }) => digest).sort());
+
+  const streamed = await runCommand([...references, "-", ...flags]);
+  assert.equal(streamed.exitCode, 0, streamed.stderr);
+  assert(streamed.stdout.equals(tar));
+
+  const lock = join(folder, "images.lock");
+  writeFileSync(lock, first.stdout);
+  const again = join(folder, "again.tar");
+  const { exitCode, stderr } = await runCommand(["--from", lock, again, ...flags]);
+  assert.equal(exitCode, 0, stderr);
+  assert(readFileSync(again).equals(tar));
+});
+
+test("one image that is not signed stops the whole bundle, and is named", async (t) => {
+  const { registry, references, flags, pulled } = await serveTwo(t);
+  const unsigned = registry.add(makeImage({ seed: "third" }), REPOSITORY, "3.0");
+  const { exitCode, stderr } = await runCommand([...references, unsigned, pulled, ...flags]);
+  assert.equal(exitCode, 1);
+  assert.match(stderr, /team\/app:3\.0@sha256:\w+ is not signed/);
+  assert.doesNotMatch(stderr, /team\/app:[12]\.0@/);
+  assert(!existsSync(pulled) && !existsSync(`${pulled}.partial`));
+});
+
+test("a pull that broke off goes on with its proof, to the same bytes", async (t) => {
+  const heavy = makeArtifact({
+    artifactType: "application/spdx+json",
+    subject: image,
+    layers: [{ mediaType: "application/spdx+json", bytes: Buffer.alloc(3_000_000, "sbom") }],
+  });
+  const served = await serveWith(t, [heavy, bundle()]);
+  const folder = temporaryFolder(t);
+  const [whole, broken] = [join(folder, "whole.tar"), join(folder, "broken.tar")];
+  await pull(served.reference, whole, SIGNED_BY);
+
+  const [layer = ""] = [...heavy.blobs.keys()].filter((digest) => !heavy.configs.has(digest));
+  const rule = served.registry.on({ digest: layer }, { dropAfter: 1_000_000 });
+  const options = { ...SIGNED_BY, retries: 0, concurrency: 1 };
+  await failure(pull(served.reference, broken, options));
+  assert(rule.hits > 0);
+  rule.remove();
+  const { fetchedBytes } = await pull(served.reference, broken, options);
+  assert(fetchedBytes < 2_500_000, `${fetchedBytes} bytes were fetched again`);
+  assert(readFileSync(broken).equals(readFileSync(whole)));
+});
+
+test("proof that a tar at hand has is not fetched", async (t) => {
+  const served = await serveWith(t, [makeSbom(image)]);
+  const folder = temporaryFolder(t);
+  const [old, next] = [join(folder, "old.tar"), join(folder, "next.tar")];
+  await pull(served.reference, old, { referrers: true });
+  const { fetchedBytes } = await pull(served.reference, next, { referrers: true, reuse: [old] });
+  assert.equal(fetchedBytes, 0);
+  assert(readFileSync(next).equals(readFileSync(old)));
+});
+
+test("a dry run checks signatures and writes nothing", async (t) => {
+  const { registry, references, flags, pulled, folder } = await serveTwo(t);
+  const right = await runCommand([...references, pulled, "--dry-run", ...flags]);
+  assert.equal(right.exitCode, 0, right.stderr);
+  const unsigned = registry.add(makeImage({ seed: "third" }), REPOSITORY, "3.0");
+  const wrong = await runCommand([unsigned, pulled, "--dry-run", ...flags]);
+  assert.equal(wrong.exitCode, 1);
+  assert.match(wrong.stderr, /is not signed/);
+  assert.deepEqual(readdirSync(folder), ["cosign.pub"]);
+});
+
+test("a delta has its proof whole: --since leaves out layers of images only", async (t) => {
+  const served = await serveWith(t, [makeSbom(image), bundle()]);
+  const folder = temporaryFolder(t);
+  const [base, delta] = [join(folder, "base.tar"), join(folder, "delta.tar")];
+  await pull(served.reference, base, { referrers: true });
+  await pull(served.reference, delta, { referrers: true, since: base });
+  const files = filesOf(readFileSync(delta));
+  assertHolds(files, makeSbom(image));
+  for (const { digest } of image.layers) assert(!files.has(blobName(digest)));
 });

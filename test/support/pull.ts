@@ -86,7 +86,15 @@ interface Job {
 /** Waits cost nothing unless `onSleep` says so; `talk` is filled as the pull goes on. */
 async function run({ reference, name, dest }: Job, options: PullOptions, talk: Talk) {
   const { environment: changes = {}, certsDirectory, now = Date.now, onSleep, ...rest } = options;
-  const { referrers = false, signers = [], isAll = false, several, ...opts } = rest;
+  const {
+    referrers = false,
+    signers = [],
+    isAll = false,
+    several,
+    reuse = [],
+    since,
+    ...opts
+  } = rest;
   const clock = {
     now,
     random: () => 1,
@@ -101,7 +109,7 @@ async function run({ reference, name, dest }: Job, options: PullOptions, talk: T
   };
   const images = [{ reference: internals.parseReference(reference), name }];
   const what = { images, destination: dest, isAll, platforms: several };
-  const request = { ...what, reuse: [], referrers, signers };
+  const request = { ...what, reuse, since, referrers, signers };
   const environment = { ...cleanEnvironment(), ...changes };
   return await internals.withSession(
     { url: reference, osType: "linux", archType: "amd64", onWarning, ...opts },
