@@ -3008,7 +3008,6 @@ class Endpoint {
   #manifestTypes = MANIFEST_TYPES.join(", "); // what it takes as Accept
   #firstContact: Promise<unknown> | undefined;
   #hasServed = false;
-  #failures = 0;
 
   constructor(session: Session, reference: Reference, mirror?: Mirror) {
     const { scheme, namespace } = session.settings;
@@ -3139,16 +3138,6 @@ class Endpoint {
     }
   }
 
-  /** Whether a mirror that failed may be asked again: what passes by itself is forgiven a few times, once it has served. */
-  isForgiven(error: ImgpullError): boolean {
-    this.#failures += 1;
-    const isLie = error.code === "DIGEST_MISMATCH" || error.code === "SIZE_MISMATCH";
-    if (!this.#hasServed || isLie) return false;
-
-    const most = Math.min(LIMITS.mirrorFailures, this.#session.settings.retries);
-    return retryDelayMs(error, this.#failures, most, 1) !== undefined;
-  }
-
   /** The first request for a repository goes alone: the challenge that it meets serves all the others. */
   async #sendInTurn(request: HttpRequest): Promise<Answer> {
     const isFirst = this.#firstContact === undefined;
@@ -3213,6 +3202,7 @@ class Registry {
   #isDenialTold = false;
   readonly #passedOver = new Set<Endpoint>(); // mirrors that cannot give what they should
   readonly #toldOf = new Set<Endpoint>(); // each has one warning
+  #forgiven = 0; // failures of mirrors
   readonly #manifests = new Map<string, Promise<FetchedManifest>>(); // by digest: each is read once
   readonly #mirrorAnswers = new Map<string, { mirror: Endpoint; hasFailed: boolean }[]>(); // by the blob's digest
 
@@ -3360,7 +3350,7 @@ class Registry {
     failed.hasFailed = true;
     const { mirror } = failed;
     if (this.#passedOver.has(mirror)) return true; // another connection has met the same
-    if (mirror.isForgiven(error)) return false;
+    if (this.#isForgiven(mirror, error)) return false;
     this.#passOver(mirror, error);
     return true;
   }
@@ -3397,8 +3387,21 @@ class Registry {
     }
 
     if (isRanged && mirror.acceptsRanges && isRangeRefusal(error)) return false;
-    if (mirror.isForgiven(error)) return false;
+    if (this.#isForgiven(mirror, error)) return false;
     this.#passOver(mirror, error);
+    return true;
+  }
+
+  /**
+   * Whether a mirror that failed is asked again: what passes by itself is forgiven a few times, once the mirror has
+   * served. That costs an attempt, of which the next places need some.
+   */
+  #isForgiven(mirror: Endpoint, error: ImgpullError): boolean {
+    const isLie = error.code === "DIGEST_MISMATCH" || error.code === "SIZE_MISMATCH";
+    const isForGood = retryDelayMs(error, 1, 1, 1) === undefined;
+    const most = Math.min(LIMITS.mirrorFailures, Math.floor(this.#session.settings.retries / 2));
+    if (!mirror.hasServed || isLie || isForGood || this.#forgiven >= most) return false;
+    this.#forgiven += 1;
     return true;
   }
 

@@ -1675,7 +1675,6 @@ var Endpoint = class {
 	#manifestTypes = MANIFEST_TYPES.join(", ")
 	#firstContact
 	#hasServed = false
-	#failures = 0
 	constructor(session, reference, mirror) {
 		const {scheme, namespace} = session.settings
 		const place = mirror ?? {scheme, host: reference.host, prefix: ""}
@@ -1771,13 +1770,6 @@ var Endpoint = class {
 			if (isLast || !(await this.#authorizer.canGoOnAfter(answer))) throw await this.#refusal(answer, kind, name)
 		}
 	}
-	isForgiven(error) {
-		this.#failures += 1
-		const isLie = error.code === "DIGEST_MISMATCH" || error.code === "SIZE_MISMATCH"
-		if (!this.#hasServed || isLie) return false
-		const most = Math.min(LIMITS.mirrorFailures, this.#session.settings.retries)
-		return retryDelayMs(error, this.#failures, most, 1) !== void 0
-	}
 	async #sendInTurn(request) {
 		const isFirst = this.#firstContact === void 0
 		if (!isFirst) await this.#firstContact
@@ -1829,6 +1821,7 @@ var Registry = class {
 	#isDenialTold = false
 	#passedOver = /* @__PURE__ */ new Set()
 	#toldOf = /* @__PURE__ */ new Set()
+	#forgiven = 0
 	#manifests = /* @__PURE__ */ new Map()
 	#mirrorAnswers = /* @__PURE__ */ new Map()
 	constructor(session, reference) {
@@ -1937,7 +1930,7 @@ var Registry = class {
 		failed.hasFailed = true
 		const {mirror} = failed
 		if (this.#passedOver.has(mirror)) return true
-		if (mirror.isForgiven(error)) return false
+		if (this.#isForgiven(mirror, error)) return false
 		this.#passOver(mirror, error)
 		return true
 	}
@@ -1966,8 +1959,16 @@ var Registry = class {
 			return true
 		}
 		if (isRanged && mirror.acceptsRanges && isRangeRefusal(error)) return false
-		if (mirror.isForgiven(error)) return false
+		if (this.#isForgiven(mirror, error)) return false
 		this.#passOver(mirror, error)
+		return true
+	}
+	#isForgiven(mirror, error) {
+		const isLie = error.code === "DIGEST_MISMATCH" || error.code === "SIZE_MISMATCH"
+		const isForGood = retryDelayMs(error, 1, 1, 1) === void 0
+		const most = Math.min(LIMITS.mirrorFailures, Math.floor(this.#session.settings.retries / 2))
+		if (!mirror.hasServed || isLie || isForGood || this.#forgiven >= most) return false
+		this.#forgiven += 1
 		return true
 	}
 	#passOver(mirror, error) {

@@ -216,6 +216,13 @@ describe("a mirror that", () => {
     assert.equal(rule.hits, 1);
   });
 
+  test("fails now and then, one after the other: no attempts are left to run out", async (t) => {
+    const { reference, mirrors, options } = await serve(t, [{}, {}, {}]);
+    for (const mirror of mirrors) mirror.on({ kind: "layer" }, { dropAfter: 100 });
+    for (const retries of [0, 1, 2, 5])
+      assertPulled(await tryPull(t, reference, { ...options, concurrency: 1, retries }), image);
+  });
+
   test("fails before a registry that fails: the error is the registry's", async (t) => {
     const { registry, reference, mirrors, options } = await serve(t, [{}]);
     mirrors[0]?.on({ kind: "manifest" }, { status: 404 });
