@@ -134,18 +134,18 @@ const TUNING = Object.freeze({
   batchBytes: MIB, // one write to disk: fewer trips to Node's thread pool than one for each chunk
   journalBytes: MIB, // how much a kill -9 may cost each blob, beside what a connection has gathered
   syncBytes: 32 * MIB, // the disk works while the line does, and little is left for the sync at the end
-  splitBytes: MIB, // no range is worth a request of its own below that,
+  splitBytes: MIB / 2, // no range is worth a request of its own below that,
   worthMs: 50, // nor where its connection would be done in less
   unitBytes: 8 * MIB, // ranges of one blob side by side: the hash is at most so many units behind
   smallBytes: MIB / 16, // a blob that may be asked for twice, to see whether a cache has it by then
   earlyBytes: 16 * MIB, // what may wait in memory for its turn to be hashed; what else came early is read back
   firstConnections: 8, // at first, before anything was measured
-  growth: 2.5, // times as many are tried next
+  growth: 4, // times as many are tried next
   noise: 0.1, // a trial has to bring more than that
   trialChances: 2, // stretches in which it can show that
   firstMeasureMs: 40, // stretches over which bytes are counted, the very first one
   measureMs: 80, // and all others
-  trialPauseMs: 2000, // before the next trial, after one that brought nothing; then twice as long
+  trialPauseMs: 2000, // before the next trial, after one that brought nothing; then four times as long
   worthTryingMs: 500, // of work that is left
   promptMs: 20, // answers that are later than three times the quickest, and that, had to be fetched first
   lateMs: 500, // and five times the quickest: a range that is not answered by then is left to its neighbour
@@ -5243,7 +5243,7 @@ class Pace {
     this.#wanted = Math.min(this.#wanted, Math.max(trial.against.connections, this.#few));
     this.#maySplit = false;
     this.#nextTrialMs = nowMs + this.#pauseMs;
-    this.#pauseMs *= 2;
+    this.#pauseMs *= 4;
   }
 
   #try(measured: Measured, { nowMs, open, leftBytes, isProcessorFull }: Sample): void {
@@ -5466,7 +5466,7 @@ class Schedule {
 
   /** Less is not worth a request: the connection would wait for longer than it works. */
   #worthBytes({ registry }: BlobState): number {
-    const leastMs = Math.max(TUNING.worthMs, 4 * this.#mannersOf(registry).waitMs);
+    const leastMs = Math.max(TUNING.worthMs, 2 * this.#mannersOf(registry).waitMs);
     return Math.ceil(Math.max(TUNING.splitBytes, this.#pace.bytesPerMsEach * leastMs));
   }
 

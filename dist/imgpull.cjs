@@ -104,13 +104,13 @@ var TUNING = Object.freeze({
 	batchBytes: MIB,
 	journalBytes: MIB,
 	syncBytes: 32 * MIB,
-	splitBytes: MIB,
+	splitBytes: MIB / 2,
 	worthMs: 50,
 	unitBytes: 8 * MIB,
 	smallBytes: MIB / 16,
 	earlyBytes: 16 * MIB,
 	firstConnections: 8,
-	growth: 2.5,
+	growth: 4,
 	noise: 0.1,
 	trialChances: 2,
 	firstMeasureMs: 40,
@@ -3196,7 +3196,7 @@ var Pace = class {
 		this.#wanted = Math.min(this.#wanted, Math.max(trial.against.connections, this.#few))
 		this.#maySplit = false
 		this.#nextTrialMs = nowMs + this.#pauseMs
-		this.#pauseMs *= 2
+		this.#pauseMs *= 4
 	}
 	#try(measured, {nowMs, open, leftBytes, isProcessorFull}) {
 		const leftMs = leftBytes / measured.bytesPerMs
@@ -3354,7 +3354,7 @@ var Schedule = class {
 		return cuttable.sort(this.#horizon ? inOrder : longestFirst)[0]
 	}
 	#worthBytes({registry}) {
-		const leastMs = Math.max(TUNING.worthMs, 4 * this.#mannersOf(registry).waitMs)
+		const leastMs = Math.max(TUNING.worthMs, 2 * this.#mannersOf(registry).waitMs)
 		return Math.ceil(Math.max(TUNING.splitBytes, this.#pace.bytesPerMsEach * leastMs))
 	}
 	#maySplit(blob) {
