@@ -8188,39 +8188,47 @@ function checkKinds(options: object, kinds: Readonly<Record<string, OptionKind>>
   }
 }
 
+function checkOption(isRight: boolean, reason: string): void {
+  if (!isRight) fail("BAD_OPTION", reason);
+}
+
 /** Options that contradict each other, lack each other, or cannot be right by themselves. */
 function checkOptions(options: PullOptions): void {
   checkKinds(options, OPTION_KINDS);
-  const { scheme, tlsCert, tlsKey, username, password, token, namespace, platforms } = options;
+  checkConnection(options);
+  checkPlatforms(options);
   const { name, renames = {} } = options;
-  const check = (isRight: boolean, reason: string): void => {
-    if (!isRight) fail("BAD_OPTION", reason);
-  };
-
-  const isScheme = scheme === undefined || scheme === "https" || scheme === "http";
-  check(isScheme, `\`scheme\` is https or http, not "${printable(String(scheme))}"`);
-  const isPair = (tlsCert === undefined) === (tlsKey === undefined);
-  check(isPair, "`tlsCert` and `tlsKey` go together: a certificate and its key");
-  check(username === undefined || password !== undefined, "`username` needs `password`");
-  check(password === undefined || username !== undefined, "`password` needs `username`");
-  check(token === undefined || username === undefined, "`token` and `username` exclude each other");
-  const isHeader = token === undefined || /^[\x21-\x7e]+$/.test(token);
-  check(isHeader, "`token` has characters that no header can carry");
-  const isNamespace = namespace === undefined || isHost(namespace);
-  check(isNamespace, `\`namespace\` is a host, not "${printable(namespace ?? "")}"`);
-
-  const isOnePlatform = options.osType ?? options.archType ?? options.variant;
-  const isEither = platforms === undefined || isOnePlatform === undefined;
-  check(isEither, "`platforms` excludes `osType`, `archType` and `variant`");
-  for (const platform of platforms === "all" ? [] : (platforms ?? []))
-    check(
-      /^[^/]+\/[^/]+(\/[^/]+)?$/.test(platform),
-      `\`platforms\` are OS/ARCH or OS/ARCH/VARIANT, or all, not "${printable(platform)}"`,
-    );
-  check(platforms?.length !== 0, "`platforms` is an empty list");
   const hasRenames = Object.keys(renames).length > 0;
-  check(name === undefined || !hasRenames, "`name` and `renames` exclude each other");
-  check(!name?.includes("@"), "`name` is NAME or NAME:TAG: a digest cannot be given");
+  checkOption(name === undefined || !hasRenames, "`name` and `renames` exclude each other");
+  checkOption(!name?.includes("@"), "`name` is NAME or NAME:TAG: a digest cannot be given");
+}
+
+function checkConnection(options: PullOptions): void {
+  const { scheme, tlsCert, tlsKey, username, password, token, namespace } = options;
+  const isScheme = scheme === undefined || scheme === "https" || scheme === "http";
+  checkOption(isScheme, `\`scheme\` is https or http, not "${printable(String(scheme))}"`);
+  const isPair = (tlsCert === undefined) === (tlsKey === undefined);
+  checkOption(isPair, "`tlsCert` and `tlsKey` go together: a certificate and its key");
+  checkOption(username === undefined || password !== undefined, "`username` needs `password`");
+  checkOption(password === undefined || username !== undefined, "`password` needs `username`");
+  const isOneKind = token === undefined || username === undefined;
+  checkOption(isOneKind, "`token` and `username` exclude each other");
+  const isHeader = token === undefined || /^[\x21-\x7e]+$/.test(token);
+  checkOption(isHeader, "`token` has characters that no header can carry");
+  const isNamespace = namespace === undefined || isHost(namespace);
+  checkOption(isNamespace, `\`namespace\` is a host, not "${printable(namespace ?? "")}"`);
+}
+
+function checkPlatforms({ platforms, osType, archType, variant }: PullOptions): void {
+  const isAlone = platforms === undefined || (osType ?? archType ?? variant) === undefined;
+  checkOption(isAlone, "`platforms` excludes `osType`, `archType` and `variant`");
+  if (platforms === undefined || platforms === "all") return;
+  checkOption(platforms.length > 0, "`platforms` is an empty list");
+  for (const platform of platforms) {
+    const isPlatform = /^[^/]+\/[^/]+(\/[^/]+)?$/.test(platform);
+    const quoted = `"${printable(platform)}"`;
+    checkOption(isPlatform, `\`platforms\`: ${quoted} is not OS/ARCH or OS/ARCH/VARIANT`);
+  }
 }
 
 /** A whole number within bounds, or the default. */
@@ -8236,6 +8244,11 @@ function integerOption(
   const bounds = `a whole number from ${minimum} to ${maximum}${unit}`;
   if (!isRight) fail("BAD_OPTION", `\`${name}\` is ${bounds}, not ${value}`);
   return value;
+}
+
+function choiceOf({ platforms = [] }: PullOptions): PlatformChoice {
+  if (platforms === "all") return "all";
+  return platforms.length > 1 ? platforms.map(splitPlatform) : "one";
 }
 
 /** The one platform that is wanted; with several, or all of them, none. */
@@ -8311,45 +8324,57 @@ class Callbacks {
   };
 }
 
-/** Everything that one call opens is closed when it ends, and whatever stops it gets the caller's words. */
+/** A call that its caller's signal and callbacks can stop. Whatever stops it, the caller gets his own words for it. */
+async function stoppable<T>(
+  callersSignal: AbortSignal | undefined,
+  run: (signal: AbortSignal, callbacks: Callbacks) => Promise<T>,
+): Promise<T> {
+  const stopping = new AbortController();
+  const { signal } = stopping;
+  setMaxListeners(0, signal);
+  const callbacks = new Callbacks(stopping);
+  // A listener that is taken off again: AbortSignal.any() keeps what it made as long as a signal lives.
+  const stop = () => stopping.abort();
+  callersSignal?.addEventListener("abort", stop);
+  try {
+    if (callersSignal?.aborted) fail("ABORTED", "stopped");
+    const result = await run(signal, callbacks);
+    callbacks.throwFailure();
+    return result;
+  } catch (error) {
+    callbacks.throwFailure();
+    if (!callersSignal?.aborted) throw error;
+    throw new ImgpullError("ABORTED", "stopped", { cause: callersSignal.reason });
+  } finally {
+    callersSignal?.removeEventListener("abort", stop);
+  }
+}
+
+/** Everything that one call opens is closed when it ends, and no secret of its is in an error or a warning. */
 async function withSession<T>(
   options: PullOptions | PullerOpts,
   run: (session: Session, onProgress: (progress: Progress) => void) => Promise<T>,
   replaced: Partial<Session & Settings> = {},
 ): Promise<T> {
   const settings = settingsOf(options, replaced.environment, replaced.certsDirectory);
-  const stopping = new AbortController();
-  const { signal } = stopping;
-  setMaxListeners(0, signal);
-  const callbacks = new Callbacks(stopping);
   const secrets = new Secrets();
   secrets.add(settings.password, settings.token);
-  const sendWarning = callbacks.guard(options.onWarning);
-  const warn = (message: string) => sendWarning(secrets.strike(message));
-  const onProgress = callbacks.guard(options.onProgress);
-
-  // A listener that is taken off again: AbortSignal.any() keeps what it made as long as a signal lives.
-  const stop = () => stopping.abort();
-  options.signal?.addEventListener("abort", stop);
-  if (options.signal?.aborted) stop();
-  const transport = new Transport(settings, secrets);
-  try {
-    if (signal.aborted) fail("ABORTED", "stopped");
+  return stoppable(options.signal, async (signal, callbacks) => {
+    const sendWarning = callbacks.guard(options.onWarning);
+    const warn = (message: string) => sendWarning(secrets.strike(message));
+    const transport = new Transport(settings, secrets);
     const owned = { challenges: new Map(), registries: new Map(), budget: new Budget(), secrets };
     const state = { clock: systemClock, ...owned };
     const session = { settings, transport, signal, warn, ...state, ...replaced };
-    const result = await run(session, onProgress);
-    callbacks.throwFailure();
-    return result;
-  } catch (error) {
-    callbacks.throwFailure();
-    secrets.strikeError(error);
-    if (!options.signal?.aborted) throw error;
-    throw new ImgpullError("ABORTED", "stopped", { cause: options.signal.reason });
-  } finally {
-    options.signal?.removeEventListener("abort", stop);
-    transport.close();
-  }
+    try {
+      return await run(session, callbacks.guard(options.onProgress));
+    } catch (error) {
+      secrets.strikeError(error);
+      throw error;
+    } finally {
+      transport.close();
+    }
+  });
 }
 
 const NO_PROGRESS: Progress = Object.freeze({
@@ -8613,9 +8638,8 @@ function warnOfRenames(
 type PullRequest = Readonly<{
   images: readonly NamedImage[];
   destination: string | NodeJS.WritableStream | undefined;
-  isAll?: boolean;
-  /** Several platforms, under the index that names them; default: the one that the settings want. */
-  platforms?: readonly Partial<Platform>[] | undefined;
+  /** Which images of an index; default: the one that is wanted. */
+  choice?: PlatformChoice;
   reuse?: readonly string[];
   since?: string | undefined;
   isDryRun?: boolean;
@@ -8728,8 +8752,7 @@ async function estimate(
 
 /** References to DEST, within one session. */
 async function runPull(session: Session, request: PullRequest, observe: Observer) {
-  const { images: wanted, isAll = false, reuse = [], since, signers = [] } = request;
-  const choice = isAll ? "all" : (request.platforms ?? "one");
+  const { images: wanted, choice = "one", reuse = [], since, signers = [] } = request;
   const isProofWanted = request.referrers === true || signers.length > 0;
   const named = typeof request.destination === "string" ? request.destination : "the stream";
   const destination =
@@ -8792,7 +8815,7 @@ async function pullImages(
 ): Promise<PullReport> {
   checkOptions(options);
   if (!isListOfStrings(references)) fail("BAD_OPTION", "`references` has to be a list of strings");
-  const { dryRun: isDryRun = false, platforms, referrers = false, reuse = [], since } = options;
+  const { dryRun: isDryRun = false, referrers = false, reuse = [], since } = options;
   if (dest === undefined && !isDryRun) fail("BAD_OPTION", "`dest` is missing");
   const images = await nameImages(references, options);
   const signers = await readSigners(options.signedBy);
@@ -8800,11 +8823,8 @@ async function pullImages(
   return withSession(options, async (session, onProgress) => {
     const { observe, finish } = progressReporter(onProgress);
     warnOfRenames(session, images, options);
-    const isAll = platforms === "all";
-    const isSeveral = platforms !== undefined && !isAll && platforms.length > 1;
-    const several = isSeveral ? platforms.map(splitPlatform) : undefined;
     const destination = dest as string | NodeJS.WritableStream | undefined;
-    const what = { images, destination, isAll, platforms: several, isDryRun };
+    const what = { images, destination, choice: choiceOf(options), isDryRun };
     const pulled = await runPull(session, { ...what, reuse, since, referrers, signers }, observe);
     if (pulled.transfer) finish(pulled.transfer);
     const { fetchedBytes, reusedBytes, resumedBytes } = pulled.counts;
@@ -10443,19 +10463,17 @@ async function lookThrough(
   withContent: boolean,
   options: LookOptions,
 ): Promise<TarContents> {
-  const where = nameOfSource(source);
-  const look = async (): Promise<TarContents> => {
-    const opened = await openTarSource(source, options.signal);
-    try {
-      return await new Look(opened, options).run(withContent);
-    } finally {
-      await opened.close();
-    }
-  };
-  return onDisk(`cannot read ${where}`, look()).catch((error: unknown) => {
-    if (options.signal?.aborted) fail("ABORTED", "stopped", { cause: options.signal.reason });
-    throw error;
-  });
+  const look = () =>
+    stoppable(options.signal, async (signal, callbacks) => {
+      const opened = await openTarSource(source, signal);
+      const onProgress = callbacks.guard(options.onProgress);
+      try {
+        return await new Look(opened, { ...options, signal, onProgress }).run(withContent);
+      } finally {
+        await opened.close();
+      }
+    });
+  return onDisk(`cannot read ${nameOfSource(source)}`, look());
 }
 
 const LOOK_OPTION_KINDS = {

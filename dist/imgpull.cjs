@@ -5314,36 +5314,43 @@ function checkKinds(options, kinds) {
 		if (value !== void 0 && !IS_OF_KIND[kind](value)) fail("BAD_OPTION", `\`${name}\` has to be ${kind}`)
 	}
 }
+function checkOption(isRight, reason) {
+	if (!isRight) fail("BAD_OPTION", reason)
+}
 function checkOptions(options) {
 	checkKinds(options, OPTION_KINDS)
-	const {scheme, tlsCert, tlsKey, username, password, token, namespace, platforms} = options
+	checkConnection(options)
+	checkPlatforms(options)
 	const {name, renames = {}} = options
-	const check = (isRight, reason) => {
-		if (!isRight) fail("BAD_OPTION", reason)
-	}
-	const isScheme = scheme === void 0 || scheme === "https" || scheme === "http"
-	check(isScheme, `\`scheme\` is https or http, not "${printable(String(scheme))}"`)
-	const isPair = (tlsCert === void 0) === (tlsKey === void 0)
-	check(isPair, "`tlsCert` and `tlsKey` go together: a certificate and its key")
-	check(username === void 0 || password !== void 0, "`username` needs `password`")
-	check(password === void 0 || username !== void 0, "`password` needs `username`")
-	check(token === void 0 || username === void 0, "`token` and `username` exclude each other")
-	const isHeader = token === void 0 || /^[\x21-\x7e]+$/.test(token)
-	check(isHeader, "`token` has characters that no header can carry")
-	const isNamespace = namespace === void 0 || isHost(namespace)
-	check(isNamespace, `\`namespace\` is a host, not "${printable(namespace ?? "")}"`)
-	const isOnePlatform = options.osType ?? options.archType ?? options.variant
-	const isEither = platforms === void 0 || isOnePlatform === void 0
-	check(isEither, "`platforms` excludes `osType`, `archType` and `variant`")
-	for (const platform of platforms === "all" ? [] : (platforms ?? []))
-		check(
-			/^[^/]+\/[^/]+(\/[^/]+)?$/.test(platform),
-			`\`platforms\` are OS/ARCH or OS/ARCH/VARIANT, or all, not "${printable(platform)}"`
-		)
-	check(platforms?.length !== 0, "`platforms` is an empty list")
 	const hasRenames = Object.keys(renames).length > 0
-	check(name === void 0 || !hasRenames, "`name` and `renames` exclude each other")
-	check(!name?.includes("@"), "`name` is NAME or NAME:TAG: a digest cannot be given")
+	checkOption(name === void 0 || !hasRenames, "`name` and `renames` exclude each other")
+	checkOption(!name?.includes("@"), "`name` is NAME or NAME:TAG: a digest cannot be given")
+}
+function checkConnection(options) {
+	const {scheme, tlsCert, tlsKey, username, password, token, namespace} = options
+	const isScheme = scheme === void 0 || scheme === "https" || scheme === "http"
+	checkOption(isScheme, `\`scheme\` is https or http, not "${printable(String(scheme))}"`)
+	const isPair = (tlsCert === void 0) === (tlsKey === void 0)
+	checkOption(isPair, "`tlsCert` and `tlsKey` go together: a certificate and its key")
+	checkOption(username === void 0 || password !== void 0, "`username` needs `password`")
+	checkOption(password === void 0 || username !== void 0, "`password` needs `username`")
+	const isOneKind = token === void 0 || username === void 0
+	checkOption(isOneKind, "`token` and `username` exclude each other")
+	const isHeader = token === void 0 || /^[\x21-\x7e]+$/.test(token)
+	checkOption(isHeader, "`token` has characters that no header can carry")
+	const isNamespace = namespace === void 0 || isHost(namespace)
+	checkOption(isNamespace, `\`namespace\` is a host, not "${printable(namespace ?? "")}"`)
+}
+function checkPlatforms({platforms, osType, archType, variant}) {
+	const isAlone = platforms === void 0 || (osType ?? archType ?? variant) === void 0
+	checkOption(isAlone, "`platforms` excludes `osType`, `archType` and `variant`")
+	if (platforms === void 0 || platforms === "all") return
+	checkOption(platforms.length > 0, "`platforms` is an empty list")
+	for (const platform of platforms) {
+		const isPlatform = /^[^/]+\/[^/]+(\/[^/]+)?$/.test(platform)
+		const quoted = `"${printable(platform)}"`
+		checkOption(isPlatform, `\`platforms\`: ${quoted} is not OS/ARCH or OS/ARCH/VARIANT`)
+	}
 }
 function integerOption(options, name, otherwise, [minimum, maximum]) {
 	const value = options[name] ?? otherwise
@@ -5352,6 +5359,10 @@ function integerOption(options, name, otherwise, [minimum, maximum]) {
 	const bounds = `a whole number from ${minimum} to ${maximum}${unit}`
 	if (!isRight) fail("BAD_OPTION", `\`${name}\` is ${bounds}, not ${value}`)
 	return value
+}
+function choiceOf({platforms = []}) {
+	if (platforms === "all") return "all"
+	return platforms.length > 1 ? platforms.map(splitPlatform) : "one"
 }
 function wantedOf({platforms, osType, archType, variant}) {
 	if (platforms === void 0) return dropEmpty({os: osType, architecture: archType, variant})
@@ -5405,23 +5416,34 @@ var Callbacks = class {
 		this.#stopping.abort()
 	}
 }
-async function withSession(options, run, replaced = {}) {
-	const settings = settingsOf(options, replaced.environment, replaced.certsDirectory)
+async function stoppable(callersSignal, run) {
 	const stopping = new AbortController()
 	const {signal} = stopping
 	;(0, import_node_events.setMaxListeners)(0, signal)
 	const callbacks = new Callbacks(stopping)
+	const stop = () => stopping.abort()
+	callersSignal?.addEventListener("abort", stop)
+	try {
+		if (callersSignal?.aborted) fail("ABORTED", "stopped")
+		const result = await run(signal, callbacks)
+		callbacks.throwFailure()
+		return result
+	} catch (error) {
+		callbacks.throwFailure()
+		if (!callersSignal?.aborted) throw error
+		throw new ImgpullError("ABORTED", "stopped", {cause: callersSignal.reason})
+	} finally {
+		callersSignal?.removeEventListener("abort", stop)
+	}
+}
+async function withSession(options, run, replaced = {}) {
+	const settings = settingsOf(options, replaced.environment, replaced.certsDirectory)
 	const secrets = new Secrets()
 	secrets.add(settings.password, settings.token)
-	const sendWarning = callbacks.guard(options.onWarning)
-	const warn = message => sendWarning(secrets.strike(message))
-	const onProgress = callbacks.guard(options.onProgress)
-	const stop = () => stopping.abort()
-	options.signal?.addEventListener("abort", stop)
-	if (options.signal?.aborted) stop()
-	const transport = new Transport(settings, secrets)
-	try {
-		if (signal.aborted) fail("ABORTED", "stopped")
+	return stoppable(options.signal, async (signal, callbacks) => {
+		const sendWarning = callbacks.guard(options.onWarning)
+		const warn = message => sendWarning(secrets.strike(message))
+		const transport = new Transport(settings, secrets)
 		const owned = {
 			challenges: /* @__PURE__ */ new Map(),
 			registries: /* @__PURE__ */ new Map(),
@@ -5430,18 +5452,15 @@ async function withSession(options, run, replaced = {}) {
 		}
 		const state = {clock: systemClock, ...owned}
 		const session = {settings, transport, signal, warn, ...state, ...replaced}
-		const result = await run(session, onProgress)
-		callbacks.throwFailure()
-		return result
-	} catch (error) {
-		callbacks.throwFailure()
-		secrets.strikeError(error)
-		if (!options.signal?.aborted) throw error
-		throw new ImgpullError("ABORTED", "stopped", {cause: options.signal.reason})
-	} finally {
-		options.signal?.removeEventListener("abort", stop)
-		transport.close()
-	}
+		try {
+			return await run(session, callbacks.guard(options.onProgress))
+		} catch (error) {
+			secrets.strikeError(error)
+			throw error
+		} finally {
+			transport.close()
+		}
+	})
 }
 var NO_PROGRESS = Object.freeze({
 	phase: "resolve",
@@ -5689,8 +5708,7 @@ async function estimate({entries}, destination, tars) {
 	return counts
 }
 async function runPull(session, request, observe) {
-	const {images: wanted, isAll = false, reuse = [], since, signers = []} = request
-	const choice = isAll ? "all" : (request.platforms ?? "one")
+	const {images: wanted, choice = "one", reuse = [], since, signers = []} = request
 	const isProofWanted = request.referrers === true || signers.length > 0
 	const named = typeof request.destination === "string" ? request.destination : "the stream"
 	const destination = request.destination === void 0 ? void 0 : await parseDestination(request.destination)
@@ -5735,18 +5753,15 @@ function pulledImage({reference, name, top, platform, contents}) {
 async function pullImages(references, dest, options = {}) {
 	checkOptions(options)
 	if (!isListOfStrings(references)) fail("BAD_OPTION", "`references` has to be a list of strings")
-	const {dryRun: isDryRun = false, platforms, referrers = false, reuse = [], since} = options
+	const {dryRun: isDryRun = false, referrers = false, reuse = [], since} = options
 	if (dest === void 0 && !isDryRun) fail("BAD_OPTION", "`dest` is missing")
 	const images = await nameImages(references, options)
 	const signers = await readSigners(options.signedBy)
 	return withSession(options, async (session, onProgress) => {
 		const {observe, finish} = progressReporter(onProgress)
 		warnOfRenames(session, images, options)
-		const isAll = platforms === "all"
-		const isSeveral = platforms !== void 0 && !isAll && platforms.length > 1
-		const several = isSeveral ? platforms.map(splitPlatform) : void 0
 		const destination = dest
-		const what = {images, destination, isAll, platforms: several, isDryRun}
+		const what = {images, destination, choice: choiceOf(options), isDryRun}
 		const pulled = await runPull(session, {...what, reuse, since, referrers, signers}, observe)
 		if (pulled.transfer) finish(pulled.transfer)
 		const {fetchedBytes, reusedBytes, resumedBytes} = pulled.counts
@@ -6917,19 +6932,17 @@ function requireSignatures(where, documents, held, signers) {
 	}
 }
 async function lookThrough(source, withContent, options) {
-	const where = nameOfSource(source)
-	const look = async () => {
-		const opened = await openTarSource(source, options.signal)
-		try {
-			return await new Look(opened, options).run(withContent)
-		} finally {
-			await opened.close()
-		}
-	}
-	return onDisk(`cannot read ${where}`, look()).catch(error => {
-		if (options.signal?.aborted) fail("ABORTED", "stopped", {cause: options.signal.reason})
-		throw error
-	})
+	const look = () =>
+		stoppable(options.signal, async (signal, callbacks) => {
+			const opened = await openTarSource(source, signal)
+			const onProgress = callbacks.guard(options.onProgress)
+			try {
+				return await new Look(opened, {...options, signal, onProgress}).run(withContent)
+			} finally {
+				await opened.close()
+			}
+		})
+	return onDisk(`cannot read ${nameOfSource(source)}`, look())
 }
 var LOOK_OPTION_KINDS = {
 	signal: "an AbortSignal",

@@ -253,7 +253,7 @@ const REFUSED: [options: Record<string, unknown>, says: RegExp][] = [
   [{ insecure: "no" }, /`insecure` has to be true or false/],
   [{ platforms: "linux/amd64" }, /`platforms` has to be "all" or a list/],
   [{ platforms: [] }, /`platforms` is an empty list/],
-  [{ platforms: ["linux"] }, /`platforms` are OS\/ARCH.*"linux"/],
+  [{ platforms: ["linux"] }, /`platforms`: "linux" is not OS\/ARCH/],
   [{ platforms: ["linux/amd64"], osType: "linux" }, /`platforms` excludes `osType`/],
   [{ reuse: "old.tar" }, /`reuse` has to be a list of strings/],
   [{ renames: { a: 1 } }, /`renames` has to be an object of strings/],

@@ -174,3 +174,16 @@ test("what cannot be read at all: BAD_TAR or DISK; a signal's reason; a callback
   assert.ok(readdirSync("/proc/self/fd").length <= files + 1);
   assert.ok((await failure(verifyTar("no/such.tar"))) instanceof ImgpullError);
 });
+
+test("a callback whose promise rejects ends the look, and nothing is left unhandled", async (t) => {
+  const { tar } = await pulled(t);
+  const unhandled: unknown[] = [];
+  const note = (reason: unknown) => unhandled.push(reason);
+  process.on("unhandledRejection", note);
+  t.after(() => process.off("unhandledRejection", note));
+  const reason = new Error("of the caller's own");
+  const onProgress = async () => Promise.reject(reason);
+  await assert.rejects(verifyTar(tar, { onProgress }), (error) => error === reason);
+  await new Promise(setImmediate);
+  assert.deepEqual(unhandled, []);
+});

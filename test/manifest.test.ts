@@ -109,7 +109,7 @@ async function pullAll(t: TestScope, content: TestContent): Promise<Pulled> {
   const reference = parseReference(`${registry.host}/team/app:1.0`);
   const { result, error } = await caught(async () => {
     const images = [{ reference, name: "example.com/app:1.0" }];
-    const request = { images, destination: join(folder, "app.tar"), isAll: true, reuse: [] };
+    const request = { images, destination: join(folder, "app.tar"), choice: "all" as const };
     return await withSession(
       optsFor(registry, {}),
       async (session) => await runPull(session, request, () => {}),
@@ -378,7 +378,11 @@ test("an index inside itself ends at once: its bytes are not those of the digest
     const folder = temporaryFolder(t);
     const reference = parseReference(`${registry.host}/team/app:1.0`);
     const images = [{ reference, name: "example.com/app:1.0" }];
-    const request = { images, destination: join(folder, "app.tar"), isAll, reuse: [] };
+    const request = {
+      images,
+      destination: join(folder, "app.tar"),
+      choice: isAll ? ("all" as const) : ("one" as const),
+    };
     const { error } = await caught(
       async () =>
         await withSession(
@@ -647,7 +651,7 @@ test("a manifest or config whose bytes are wrong once is asked for once more", a
     const folder = temporaryFolder(t);
     const reference = parseReference(`${registry.host}/team/app:1.0`);
     const images = [{ reference, name: "example.com/app:1.0" }];
-    const request = { images, destination: join(folder, "app.tar"), isAll: false, reuse: [] };
+    const request = { images, destination: join(folder, "app.tar") };
     const opts = optsFor(registry, { ...opted("linux/amd64"), retries: 5 });
     const { error } = await caught(
       async () =>

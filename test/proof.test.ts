@@ -720,7 +720,6 @@ test("a folder gets them too, and keeps those of other images", async (t) => {
       {
         images: [{ reference: registry, name: "example.com/team/other:2.0" }],
         destination: `${folder}/`,
-        isAll: false,
         reuse: [],
         referrers: true,
       },
@@ -893,7 +892,7 @@ test("two tags of one repository: each is named by its own", async (t) => {
   const { registry, reference } = await serveWith(t, []);
   const second = registry.add(other, REPOSITORY, "2.0");
   const [first, last] = [reference, second].map((each) => internals.parseReference(each));
-  for (const options of [{ signers: [keyOf(signer)] }, { platforms: [{ os: "windows" }] }]) {
+  for (const options of [{ signers: [keyOf(signer)] }, { choice: [{ os: "windows" }] }]) {
     const images = [first, last].map((each) => ({
       reference: each as NonNullable<typeof first>,
       name: `example.com/${each?.tag}:1`,

@@ -90,7 +90,7 @@ async function run({ reference, name, dest }: Job, options: PullOptions, talk: T
     referrers = false,
     signers = [],
     isAll = false,
-    several,
+    several = "one" as const,
     reuse = [],
     since,
     ...opts
@@ -108,7 +108,8 @@ async function run({ reference, name, dest }: Job, options: PullOptions, talk: T
     talk.warnings.push(message);
   };
   const images = [{ reference: internals.parseReference(reference), name }];
-  const what = { images, destination: dest, isAll, platforms: several };
+  const choice = isAll ? ("all" as const) : several;
+  const what = { images, destination: dest, choice };
   const request = { ...what, reuse, since, referrers, signers };
   const environment = { ...cleanEnvironment(), ...changes };
   return await internals.withSession(
@@ -145,8 +146,7 @@ export function pullWhole(
   const clock = { now: Date.now, random: () => 0, sleep: async () => undefined };
   return internals.withSession(
     { url: reference, ...LINUX, ...more },
-    (session) =>
-      internals.runPull(session, { images, destination, isAll: false, reuse }, () => undefined),
+    (session) => internals.runPull(session, { images, destination, reuse }, () => undefined),
     { clock, environment: cleanEnvironment() },
   );
 }
