@@ -7970,8 +7970,14 @@ async function addProof(
     await requireSignature(session, { registry, where, digests }, referrers, signers);
 
   const isOfIndex = isReferredTo(asked, referrers) && asked !== top;
-  const kind = cosignKind(isOfIndex ? asked : top, referrers);
-  if (!isOfIndex) return { ...image, companions: referrers, ...dropEmpty({ kind }) };
+  const marked = isOfIndex ? asked : top;
+  const kind = cosignKind(marked, referrers);
+  // cosign takes the first entry of each kind for the one image: signatures of others are not marked.
+  const companions = referrers.map((referrer): Companion => {
+    const { kind: _kind, ...plain } = referrer;
+    return plain.subject === marked.digest ? referrer : plain;
+  });
+  if (!isOfIndex) return { ...image, companions, ...dropEmpty({ kind }) };
 
   // The far side goes from the signature to the index, and from there to the image.
   const path = await pathTo(top.digest, asked, childrenOf(registry, where), where);
@@ -7987,7 +7993,7 @@ async function addProof(
       ...mark,
     };
   });
-  return { ...image, companions: [...indexes, ...referrers] };
+  return { ...image, companions: [...indexes, ...companions] };
 }
 
 /** What the plan of some images takes for their companions, each once: indexes first, then by digest. */
@@ -8068,7 +8074,7 @@ async function requireSignature(
     return bytes ? judge(readSignature(layer, bytes, signers), digests) : "unreadable";
   });
   const pinned = `${where.replace(/@.*/, "")}@${digests[0]}`;
-  if (!verdicts.includes("good")) refuseUnsigned(pinned, verdicts);
+  if (!verdicts.includes("good")) refuseUnsigned(pinned, verdicts, signers);
 }
 
 /** The same without an image that takes them along: its signatures are looked for now. */
@@ -8083,6 +8089,8 @@ async function findSignature(
   await requireSignature(session, unproven, referrers, signers);
 }
 
+const isEd25519 = ({ publicKey }: SignerKey): boolean => publicKey.asymmetricKeyType === "ed25519";
+
 const VERDICT_WORDS: readonly (readonly [verdict: Verdict, words: string])[] = [
   ["other key", "made by another key, or of something that was changed since"],
   ["other subject", "by the key given, but of something else"],
@@ -8091,11 +8099,18 @@ const VERDICT_WORDS: readonly (readonly [verdict: Verdict, words: string])[] = [
 ];
 
 /** What was found in place of a signature. */
-function refuseUnsigned(where: string, verdicts: readonly Verdict[]): never {
+function refuseUnsigned(
+  where: string,
+  verdicts: readonly Verdict[],
+  signers: readonly SignerKey[],
+): never {
   const found = VERDICT_WORDS.flatMap(([verdict, words]) => {
     const count = verdicts.filter((each) => each === verdict).length;
     return count === 0 ? [] : [`${counted(count, "signature")} ${words}`];
   });
+  const isPrehashed = verdicts.includes("other key") && signers.some(isEd25519);
+  if (isPrehashed)
+    found.push("what cosign signs with an Ed25519 key is prehashed, and not checked here");
   const words = found.length === 0 ? "no signature at all" : found.join("; ");
   return fail(
     "SIGNATURE",
@@ -10442,7 +10457,7 @@ function requireSignatures(
   for (const { descriptor, name, isCompanion } of held.entries) {
     const { digest } = descriptor;
     const shown = `${where}: ${name.replace(/@.*/, "")}@${digest}`;
-    if (!isCompanion && !vouched.has(digest)) refuseUnsigned(shown, verdicts(digest));
+    if (!isCompanion && !vouched.has(digest)) refuseUnsigned(shown, verdicts(digest), signers);
   }
 
   const signedConfigs = images
@@ -10451,7 +10466,7 @@ function requireSignatures(
   for (const { name, parts } of held.listed) {
     const config = documents.file(parts[0]?.entry ?? "")?.entry.name ?? ""; // behind a link, where it is one
     const isSigned = signedConfigs.includes(digestInName(config) ?? "");
-    if (!isSigned) refuseUnsigned(`${where}: ${name} of manifest.json`, verdicts(""));
+    if (!isSigned) refuseUnsigned(`${where}: ${name} of manifest.json`, verdicts(""), signers);
   }
 }
 

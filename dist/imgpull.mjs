@@ -5131,8 +5131,13 @@ async function addProof(session, image, signers) {
 	const digests = [.../* @__PURE__ */ new Set([asked.digest, top.digest])]
 	if (signers.length > 0) await requireSignature(session, {registry, where, digests}, referrers, signers)
 	const isOfIndex = isReferredTo(asked, referrers) && asked !== top
-	const kind = cosignKind(isOfIndex ? asked : top, referrers)
-	if (!isOfIndex) return {...image, companions: referrers, ...dropEmpty({kind})}
+	const marked = isOfIndex ? asked : top
+	const kind = cosignKind(marked, referrers)
+	const companions = referrers.map(referrer => {
+		const {kind: _kind, ...plain} = referrer
+		return plain.subject === marked.digest ? referrer : plain
+	})
+	if (!isOfIndex) return {...image, companions, ...dropEmpty({kind})}
 	const path2 = await pathTo(top.digest, asked, childrenOf(registry, where), where)
 	const indexes = (path2 ?? []).map(index => {
 		const mark = dropEmpty({kind: index === asked ? kind : void 0})
@@ -5146,7 +5151,7 @@ async function addProof(session, image, signers) {
 			...mark
 		}
 	})
-	return {...image, companions: [...indexes, ...referrers]}
+	return {...image, companions: [...indexes, ...companions]}
 }
 function planExtras(images) {
 	const named = new Set(images.map(({top}) => top.digest))
@@ -5199,7 +5204,7 @@ async function requireSignature(session, {registry, where, digests}, referrers, 
 		return bytes ? judge(readSignature(layer, bytes, signers), digests) : "unreadable"
 	})
 	const pinned = `${where.replace(/@.*/, "")}@${digests[0]}`
-	if (!verdicts.includes("good")) refuseUnsigned(pinned, verdicts)
+	if (!verdicts.includes("good")) refuseUnsigned(pinned, verdicts, signers)
 }
 async function findSignature(session, unproven, signers) {
 	if (signers.length === 0) return
@@ -5207,17 +5212,20 @@ async function findSignature(session, unproven, signers) {
 	const referrers = await new ReferrerSearch(session, registry, where, digests).run()
 	await requireSignature(session, unproven, referrers, signers)
 }
+var isEd25519 = ({publicKey}) => publicKey.asymmetricKeyType === "ed25519"
 var VERDICT_WORDS = [
 	["other key", "made by another key, or of something that was changed since"],
 	["other subject", "by the key given, but of something else"],
 	["keyless", "keyless, which needs Sigstore's trust root and is not checked here"],
 	["unreadable", "in no form that is known here"]
 ]
-function refuseUnsigned(where, verdicts) {
+function refuseUnsigned(where, verdicts, signers) {
 	const found = VERDICT_WORDS.flatMap(([verdict, words2]) => {
 		const count = verdicts.filter(each => each === verdict).length
 		return count === 0 ? [] : [`${counted(count, "signature")} ${words2}`]
 	})
+	const isPrehashed = verdicts.includes("other key") && signers.some(isEd25519)
+	if (isPrehashed) found.push("what cosign signs with an Ed25519 key is prehashed, and not checked here")
 	const words = found.length === 0 ? "no signature at all" : found.join("; ")
 	return fail(
 		"SIGNATURE",
@@ -6892,13 +6900,13 @@ function requireSignatures(where, documents, held, signers) {
 	for (const {descriptor, name, isCompanion} of held.entries) {
 		const {digest} = descriptor
 		const shown = `${where}: ${name.replace(/@.*/, "")}@${digest}`
-		if (!isCompanion && !vouched.has(digest)) refuseUnsigned(shown, verdicts(digest))
+		if (!isCompanion && !vouched.has(digest)) refuseUnsigned(shown, verdicts(digest), signers)
 	}
 	const signedConfigs = images.filter(({digest}) => vouched.has(digest)).map(({manifest}) => manifest.config.digest)
 	for (const {name, parts} of held.listed) {
 		const config = documents.file(parts[0]?.entry ?? "")?.entry.name ?? ""
 		const isSigned = signedConfigs.includes(digestInName(config) ?? "")
-		if (!isSigned) refuseUnsigned(`${where}: ${name} of manifest.json`, verdicts(""))
+		if (!isSigned) refuseUnsigned(`${where}: ${name} of manifest.json`, verdicts(""), signers)
 	}
 }
 async function lookThrough(source, withContent, options) {

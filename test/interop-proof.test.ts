@@ -34,6 +34,7 @@ const skip = skipWithout(
   "docker",
   "docker-registry",
   "dockerd",
+  "openssl",
   "oras",
   "podman",
   "referrers-registry",
@@ -285,6 +286,51 @@ describe("interop: proof that travels", { skip }, () => {
     const refused = containerd.ctr("images", "import", "--all-platforms", carried.tar);
     await assert.rejects(refused, /not found/, "what stderr says of ctr --all-platforms");
   });
+
+  test("an index of which each image is signed too is checked by cosign as the index", async () => {
+    for (const form of ["bundle", "signature under a tag"] as const) {
+      const registry = await startReferrersRegistry();
+      const name = `${registry.host}/team/app:1.0`;
+      await pushIndex(index, name);
+      for (const { digest } of [...index.children, index])
+        await signWithCosign(`${registry.host}/team/app@${digest}`, keys.key, form);
+      const tar = join(interopFolder("tar"), "app.tar");
+      await imgpull([name, tar, "--signed-by", keys.pub, ...HTTP, "--platform", "all"]);
+      await registry.stop();
+      await cosignVerify(keys.pub, "--local-image", await unpack(tar));
+    }
+  });
+
+  for (const [kind, ...make] of [
+    ["P-384", "genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-384"],
+    ["RSA", "genpkey", "-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:2048"],
+    ["Ed25519", "genpkey", "-algorithm", "ed25519"],
+  ] as const) {
+    test(`what cosign signs with a ${kind} key`, async () => {
+      const folder = interopFolder("keys");
+      await run(["openssl", ...make, "-out", "key.pem"], { cwd: folder });
+      const importing = ["cosign", "import-key-pair", "--key", "key.pem"];
+      await run(importing, { cwd: folder, env: { COSIGN_PASSWORD: "" } });
+      const [key, pub] = ["import-cosign.key", "import-cosign.pub"].map((name) =>
+        join(folder, name),
+      ) as [string, string];
+      const registry = await startReferrersRegistry();
+      for (const [tag, form] of [
+        ["1.0", "bundle"],
+        ["2.0", "signature under a tag"],
+      ] as const) {
+        const signed = makeImage({ seed: `${kind} ${tag}`, platform });
+        const name = `${registry.host}/team/app:${tag}`;
+        await pushImage(signed, name);
+        await signWithCosign(`${registry.host}/team/app@${signed.digest}`, key, form);
+        const pulling = [name, join(folder, `${tag}.tar`), "--signed-by", pub, ...HTTP];
+        const { exitCode, stderr } = await runCommand(pulling);
+        assert.equal(exitCode, kind === "Ed25519" ? 1 : 0, stderr);
+        if (kind === "Ed25519") assert.match(stderr, /Ed25519 key is prehashed/);
+      }
+      await registry.stop();
+    });
+  }
 
   test("a folder is what cosign wants as it is", async () => {
     const registry = await startReferrersRegistry();

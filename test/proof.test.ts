@@ -442,6 +442,24 @@ test("a signature of the index under cosign's tag marks the index as one", async
   }
 });
 
+test("of an index whose images are signed too, only its own signature is marked for cosign", async (t) => {
+  const index = makeMultiPlatform(["linux/amd64", "linux/arm64"]);
+  const tags = [index, ...index.children].map((each): [TestContent, string] => [
+    makeSignatureTag(makePayloadLayer(each, signer)),
+    sigTag(each),
+  ]);
+  const served = await serveWith(t, tags, WITH_ENDPOINT, index);
+  for (const isAll of [false, true]) {
+    const files = filesIn(await pullProof(t, served, { ...SIGNED_BY, isAll }));
+    const entries = namelessIn(files).filter(({ annotations }) => annotations?.kind);
+    const sigs = entries.filter(({ annotations }) => annotations?.kind?.endsWith("/sigs"));
+    assert.deepEqual(
+      sigs.map(({ digest, annotations }) => [digest, annotations?.[SUBJECT]]),
+      [[tags[0]?.[0].digest, index.digest]],
+    );
+  }
+});
+
 test("a signature of one platform does not vouch for the whole index", async (t) => {
   const index = makeMultiPlatform(["linux/amd64", "linux/arm64"]);
   const [child] = index.children as [TestContent];
