@@ -227,6 +227,37 @@ const RUN: Record<string, Case> = {
   },
   "oras cp -r --from-oci-layout-path app.tar quay.io/org/app:1.4 registry.there.example/org/app:1.4":
     { gives: (reader) => assert.equal(reader.calls().length, 1) },
+  "imgpull --list-tar bundle.tar | jq -r .name | while read -r name; do": {
+    given: ({ run }) => run(BUNDLE),
+    gives: (reader) =>
+      assert.deepEqual(
+        reader.calls(),
+        Object.values({ ...ALPINE, ...EXPORTER }).map((name) => {
+          const place = name.replace(/^[^/]*/, "registry.there.example");
+          return `regctl image import --name ${name} ${place} bundle.tar`;
+        }),
+      ),
+  },
+  [`imgpull --list-tar bundle.tar | jq -r '"\\(.name) \\(.digest)"' | while read -r name digest; do`]:
+    {
+      given: ({ run }) => run(BUNDLE),
+      gives: (reader) => {
+        const calls = reader.calls();
+        assert.equal(calls.length, 2);
+        for (const call of calls)
+          assert.match(
+            call,
+            /^oras cp --from-oci-layout bundle\.tar@sha256:[0-9a-f]{64} registry\.there\.example\/\w+\/[\w-]+:/,
+          );
+      },
+    },
+  "imgpull alpine:3.22 busybox:1.37 - | split -b 4G - bundle.tar.": {
+    gives: (reader, stdout) => {
+      assert.match(stdout, /^-: 2 images, .*: all is right\nloads in docker, podman, ctr/);
+      const images = { ...ALPINE, "busybox:1.37": "docker.io/library/busybox:1.37" };
+      checkTar(reader.stdinOf("docker"), images);
+    },
+  },
   "imgpull alpine:3.22 busybox:1.37 tools.tar > images.lock": {
     gives: (reader) => {
       checkTar(read(reader, "tools.tar"), {

@@ -161,6 +161,16 @@ while [ $# -gt 0 ]; do
   shift
 done
 `;
+/** One that does not read stdin, which in a loop has the names that are still to come. */
+const LOOPED_STAND_IN = STAND_IN.replace(/^cat .*\n/m, "");
+const JQ = `#!/usr/bin/env node
+// Of jq, what the page uses.
+const [filter] = process.argv.slice(3);
+for (const line of require("node:fs").readFileSync(0, "utf8").trim().split("\\n")) {
+  const { name, digest } = JSON.parse(line);
+  console.log(filter === ".name" ? name : name + " " + digest);
+}
+`;
 const CURL = `#!/usr/bin/env node
 // Of curl, what the page uses: -f, -s, -S, -L, -O, -o FILE and --remote-name-all.
 const { writeFileSync } = require("node:fs");
@@ -217,11 +227,13 @@ export async function makeReader(t: TestScope, nodePath = process.execPath): Pro
     ["podman", STAND_IN],
     ["ssh", STAND_IN],
     ["cosign", STAND_IN],
-    ["oras", STAND_IN],
+    ["oras", LOOPED_STAND_IN],
+    ["regctl", LOOPED_STAND_IN],
+    ["jq", JQ],
     ["helm", STAND_IN],
     ["curl", CURL],
   ] as const) {
-    if (name === "curl" && isOnPath("curl")) continue;
+    if (["curl", "jq"].includes(name) && isOnPath(name)) continue;
     writeFileSync(join(programs, name), text);
     chmodSync(join(programs, name), 0o755);
   }
