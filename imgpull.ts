@@ -2179,6 +2179,7 @@ interface Session {
   readonly challenges: Map<string, readonly Challenge[]>;
   readonly registries: Map<string, Registry>;
   readonly budget: Budget;
+  readonly mirrorFaults: MirrorFaults;
   readonly warn: (message: string) => void;
   readonly secrets: Secrets;
 }
@@ -3126,7 +3127,7 @@ class Endpoint {
         return answer;
       }
 
-      // Nexus and others mean by it that they have something else (docker_registry2#40): it is looked at when it comes.
+      // It has something of another type (docker_registry2#40), which is looked at when it comes.
       if (answer.status === 406 && request.headers.Accept !== ANY_TYPE) {
         this.#manifestTypes = ANY_TYPE;
         return this.request(method, kind, name, more);
@@ -3193,15 +3194,45 @@ class Budget {
   }
 }
 
+/** What one pull has met at its mirrors, whatever the repository. */
+class MirrorFaults {
+  readonly #outOfOrder = new Set<Mirror>();
+  readonly #told = new Set<Mirror>();
+
+  isOutOfOrder(mirror: Mirror): boolean {
+    return this.#outOfOrder.has(mirror);
+  }
+
+  /** A mirror that cannot be reached, or lies, does so for other repositories too. */
+  note(mirror: Mirror, { code }: ImgpullError): void {
+    if (MIRROR_WIDE.includes(code)) this.#outOfOrder.add(mirror);
+  }
+
+  /** Each mirror has one warning, whatever more it does. */
+  isFirst(mirror: Mirror): boolean {
+    const isFirst = !this.#told.has(mirror);
+    this.#told.add(mirror);
+    return isFirst;
+  }
+}
+
+const MIRROR_WIDE: readonly ErrorCode[] = [
+  "NETWORK",
+  "TIMEOUT",
+  "TLS",
+  "PROXY",
+  "RATE_LIMITED",
+  "DIGEST_MISMATCH",
+];
+
 /** One repository: its mirrors in their order, then its registry. What one place cannot give, the next one is asked. */
 class Registry {
   readonly reference: Reference;
   readonly #session: Session;
-  readonly #mirrors: readonly Endpoint[];
+  readonly #mirrors: ReadonlyMap<Endpoint, Mirror>;
   readonly #home: Endpoint;
   #isDenialTold = false;
   readonly #passedOver = new Set<Endpoint>(); // mirrors that cannot give what they should
-  readonly #toldOf = new Set<Endpoint>(); // each has one warning
   #forgiven = 0; // failures of mirrors
   readonly #manifests = new Map<string, Promise<FetchedManifest>>(); // by digest: each is read once
   readonly #mirrorAnswers = new Map<string, { mirror: Endpoint; hasFailed: boolean }[]>(); // by the blob's digest
@@ -3210,7 +3241,9 @@ class Registry {
     const mirrors = session.settings.mirrors.get(canonicalHost(reference.host)) ?? [];
     this.#session = session;
     this.reference = reference;
-    this.#mirrors = mirrors.map((mirror) => new Endpoint(session, reference, mirror));
+    this.#mirrors = new Map(
+      mirrors.map((mirror) => [new Endpoint(session, reference, mirror), mirror]),
+    );
     this.#home = new Endpoint(session, reference);
   }
 
@@ -3225,7 +3258,14 @@ class Registry {
   }
   /** The place that is asked first, as things stand. */
   get #first(): Endpoint {
-    return this.#mirrors.find((mirror) => !this.#passedOver.has(mirror)) ?? this.#home;
+    return this.#usableMirrors()[0] ?? this.#home;
+  }
+
+  #usableMirrors(): Endpoint[] {
+    const { mirrorFaults } = this.#session;
+    const isUsable = ([endpoint, mirror]: [Endpoint, Mirror]) =>
+      !this.#passedOver.has(endpoint) && !mirrorFaults.isOutOfOrder(mirror);
+    return [...this.#mirrors].filter(isUsable).map(([endpoint]) => endpoint);
   }
 
   manifest(tagOrDigest: string): Promise<FetchedManifest> {
@@ -3349,7 +3389,7 @@ class Registry {
     if (!failed) return false;
     failed.hasFailed = true;
     const { mirror } = failed;
-    if (this.#passedOver.has(mirror)) return true; // another connection has met the same
+    if (!this.#usableMirrors().includes(mirror)) return true; // another connection has met the same
     if (this.#isForgiven(mirror, error)) return false;
     this.#passOver(mirror, error);
     return true;
@@ -3363,8 +3403,7 @@ class Registry {
 
   /** From the first place that can give it. */
   async #ask<T>(wanted: Wanted, attempt: (endpoint: Endpoint) => Promise<T>): Promise<T> {
-    for (const mirror of this.#mirrors) {
-      if (this.#passedOver.has(mirror)) continue;
+    for (const mirror of this.#usableMirrors()) {
       try {
         return await attempt(mirror);
       } catch (error) {
@@ -3405,19 +3444,23 @@ class Registry {
     return true;
   }
 
-  #passOver(mirror: Endpoint, error: ImgpullError): void {
-    this.#passedOver.add(mirror);
-    this.#tellOf(mirror, error);
+  #passOver(endpoint: Endpoint, error: ImgpullError): void {
+    const mirror = this.#mirrors.get(endpoint);
+    this.#passedOver.add(endpoint);
+    if (mirror) this.#session.mirrorFaults.note(mirror, error);
+    this.#tellOf(endpoint, error);
   }
 
-  /** One warning for each mirror, whatever more it does. */
-  #tellOf(mirror: Endpoint, { message }: ImgpullError): void {
-    if (this.#toldOf.has(mirror)) return;
-    this.#toldOf.add(mirror);
+  #tellOf(endpoint: Endpoint, { message }: ImgpullError): void {
+    const { mirrorFaults, warn } = this.#session;
+    const mirror = this.#mirrors.get(endpoint);
+    if (!mirror || !mirrorFaults.isFirst(mirror)) return;
+
     const [said] = message.split("\n");
-    const later = this.#mirrors.slice(this.#mirrors.indexOf(mirror) + 1);
-    const next = later.find((each) => !this.#passedOver.has(each)) ?? this.#home;
-    this.#session.warn(`the mirror ${mirror.name}: ${said}; asking ${next.name} instead`);
+    const endpoints = [...this.#mirrors.keys()];
+    const later = endpoints.slice(endpoints.indexOf(endpoint) + 1);
+    const next = later.find((each) => this.#usableMirrors().includes(each)) ?? this.#home;
+    warn(`the mirror ${endpoint.name}: ${said}; asking ${next.name} instead`);
   }
 
   /** A foreign layer that the registry has not, from its `urls`: over https, and without any credential. */
@@ -8378,7 +8421,13 @@ async function withSession<T>(
     const sendWarning = callbacks.guard(options.onWarning);
     const warn = (message: string) => sendWarning(secrets.strike(message));
     const transport = new Transport(settings, secrets);
-    const owned = { challenges: new Map(), registries: new Map(), budget: new Budget(), secrets };
+    const owned = {
+      challenges: new Map(),
+      registries: new Map(),
+      budget: new Budget(),
+      mirrorFaults: new MirrorFaults(),
+      secrets,
+    };
     const state = { clock: systemClock, ...owned };
     const session = { settings, transport, signal, warn, ...state, ...replaced };
     try {

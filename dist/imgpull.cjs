@@ -1840,6 +1840,22 @@ var Budget = class {
 		fail("TOO_LARGE", `${formatReference(reference)}: manifests and configs are above ${most} in all`)
 	}
 }
+var MirrorFaults = class {
+	#outOfOrder = /* @__PURE__ */ new Set()
+	#told = /* @__PURE__ */ new Set()
+	isOutOfOrder(mirror) {
+		return this.#outOfOrder.has(mirror)
+	}
+	note(mirror, {code}) {
+		if (MIRROR_WIDE.includes(code)) this.#outOfOrder.add(mirror)
+	}
+	isFirst(mirror) {
+		const isFirst = !this.#told.has(mirror)
+		this.#told.add(mirror)
+		return isFirst
+	}
+}
+var MIRROR_WIDE = ["NETWORK", "TIMEOUT", "TLS", "PROXY", "RATE_LIMITED", "DIGEST_MISMATCH"]
 var Registry = class {
 	reference
 	#session
@@ -1847,7 +1863,6 @@ var Registry = class {
 	#home
 	#isDenialTold = false
 	#passedOver = /* @__PURE__ */ new Set()
-	#toldOf = /* @__PURE__ */ new Set()
 	#forgiven = 0
 	#manifests = /* @__PURE__ */ new Map()
 	#mirrorAnswers = /* @__PURE__ */ new Map()
@@ -1855,7 +1870,7 @@ var Registry = class {
 		const mirrors = session.settings.mirrors.get(canonicalHost(reference.host)) ?? []
 		this.#session = session
 		this.reference = reference
-		this.#mirrors = mirrors.map(mirror => new Endpoint(session, reference, mirror))
+		this.#mirrors = new Map(mirrors.map(mirror => [new Endpoint(session, reference, mirror), mirror]))
 		this.#home = new Endpoint(session, reference)
 	}
 	get origin() {
@@ -1868,7 +1883,12 @@ var Registry = class {
 		this.#first.acceptsRanges = value
 	}
 	get #first() {
-		return this.#mirrors.find(mirror => !this.#passedOver.has(mirror)) ?? this.#home
+		return this.#usableMirrors()[0] ?? this.#home
+	}
+	#usableMirrors() {
+		const {mirrorFaults} = this.#session
+		const isUsable = ([endpoint, mirror]) => !this.#passedOver.has(endpoint) && !mirrorFaults.isOutOfOrder(mirror)
+		return [...this.#mirrors].filter(isUsable).map(([endpoint]) => endpoint)
 	}
 	manifest(tagOrDigest) {
 		if (!isDigest(tagOrDigest)) return this.#fetchManifest(tagOrDigest)
@@ -1956,7 +1976,7 @@ var Registry = class {
 		if (!failed) return false
 		failed.hasFailed = true
 		const {mirror} = failed
-		if (this.#passedOver.has(mirror)) return true
+		if (!this.#usableMirrors().includes(mirror)) return true
 		if (this.#isForgiven(mirror, error)) return false
 		this.#passOver(mirror, error)
 		return true
@@ -1967,8 +1987,7 @@ var Registry = class {
 		this.#mirrorAnswers.set(digest, answers)
 	}
 	async #ask(wanted, attempt) {
-		for (const mirror of this.#mirrors) {
-			if (this.#passedOver.has(mirror)) continue
+		for (const mirror of this.#usableMirrors()) {
 			try {
 				return await attempt(mirror)
 			} catch (error) {
@@ -1998,17 +2017,21 @@ var Registry = class {
 		this.#forgiven += 1
 		return true
 	}
-	#passOver(mirror, error) {
-		this.#passedOver.add(mirror)
-		this.#tellOf(mirror, error)
+	#passOver(endpoint, error) {
+		const mirror = this.#mirrors.get(endpoint)
+		this.#passedOver.add(endpoint)
+		if (mirror) this.#session.mirrorFaults.note(mirror, error)
+		this.#tellOf(endpoint, error)
 	}
-	#tellOf(mirror, {message}) {
-		if (this.#toldOf.has(mirror)) return
-		this.#toldOf.add(mirror)
+	#tellOf(endpoint, {message}) {
+		const {mirrorFaults, warn} = this.#session
+		const mirror = this.#mirrors.get(endpoint)
+		if (!mirror || !mirrorFaults.isFirst(mirror)) return
 		const [said] = message.split("\n")
-		const later = this.#mirrors.slice(this.#mirrors.indexOf(mirror) + 1)
-		const next = later.find(each => !this.#passedOver.has(each)) ?? this.#home
-		this.#session.warn(`the mirror ${mirror.name}: ${said}; asking ${next.name} instead`)
+		const endpoints = [...this.#mirrors.keys()]
+		const later = endpoints.slice(endpoints.indexOf(endpoint) + 1)
+		const next = later.find(each => this.#usableMirrors().includes(each)) ?? this.#home
+		warn(`the mirror ${endpoint.name}: ${said}; asking ${next.name} instead`)
 	}
 	async #foreignBlob({urls = []}, headers, signal, refusal) {
 		let failure = refusal
@@ -5456,6 +5479,7 @@ async function withSession(options, run, replaced = {}) {
 			challenges: /* @__PURE__ */ new Map(),
 			registries: /* @__PURE__ */ new Map(),
 			budget: new Budget(),
+			mirrorFaults: new MirrorFaults(),
 			secrets
 		}
 		const state = {clock: systemClock, ...owned}

@@ -240,6 +240,59 @@ describe("a mirror that", () => {
   });
 });
 
+// ====== Many repositories ======
+
+describe("twenty repositories of one registry behind a mirror that", () => {
+  const names = Array.from({ length: 20 }, (_, at) => `team/app${at}`);
+
+  /** One tar of all of them, by the command. */
+  async function pullMany(t: TestScope, prepare: (mirror: Registry) => unknown) {
+    const registry = await startRegistry({}, t);
+    const mirror = await startRegistry({ prefix: "hub/" }, t);
+    const references = names.map((name) => {
+      mirror.add(image, name, "1.0");
+      return registry.add(image, name, "1.0");
+    });
+    await prepare(mirror);
+    const tar = join(temporaryFolder(t), "all.tar");
+    const options = ["--scheme", "http", "--platform", "linux/amd64", "-j", "4"];
+    const place = ["--mirror", `${registry.host}=${mirror.host}/hub`];
+    const { exitCode, stderr } = await runCommand([...references, tar, ...options, ...place]);
+    assert.equal(exitCode, 0, stderr);
+    return { mirror, told: stderr.match(/; asking .* instead$/gm)?.length ?? 0 };
+  }
+
+  test("serves them all", async (t) => {
+    const { told } = await pullMany(t, () => {});
+    assert.equal(told, 0);
+  });
+
+  test("has none of them: each is asked for once, and one warning", async (t) => {
+    const { mirror, told } = await pullMany(t, (each) => each.on({}, { status: 404 }));
+    assert.deepEqual([mirror.requests.length, told], [names.length, 1]);
+  });
+
+  for (const [name, fault] of [
+    ["hangs up", { reset: true }],
+    ["wants no more requests", { status: 429, headers: { "retry-after": "999" } }],
+  ] as const) {
+    test(`${name}: no more are asked for than were under way, and one warning`, async (t) => {
+      const { mirror, told } = await pullMany(t, (each) => each.on({}, fault));
+      assert(mirror.requests.length <= 4, `${mirror.requests.length} requests`);
+      assert.equal(told, 1);
+    });
+  }
+
+  test("lies: it is not believed for another one", async (t) => {
+    const { mirror, told } = await pullMany(t, (each) =>
+      each.on({ kind: "config" }, { corruptAt: 3 }),
+    );
+    assert(mirror.seen({ kind: "config" }).length <= 4);
+    assert.equal(mirror.seen({ kind: "layer" }).length, 0);
+    assert.equal(told, 1);
+  });
+});
+
 // ====== What is shown to whom ======
 
 test("each place gets the credentials that belong to it, and no other", async (t) => {
