@@ -1550,6 +1550,20 @@ class ProxyServer {
     return new ImgpullError("PROXY", `${said}${remedy}`, details);
   }
 
+  /** A web server's TLS port answers what is plain with 400, with words about it (Go, nginx) or without. */
+  async tlsPortError(
+    { statusCode }: http.IncomingMessage,
+    body = "",
+  ): Promise<ImgpullError | undefined> {
+    const isInDoubt = statusCode === 400 && this.url.protocol === "http:" && !this.#hasAnswered;
+    if (!isInDoubt) return undefined;
+
+    const isTold = /HTTP request.* (to|on) (an? )?HTTPS/i.test(body);
+    const mistake = isTold ? speaks("TLS", "https", this.url) : await this.#diagnose();
+    if (mistake === undefined) return undefined;
+    return new ImgpullError("PROXY", `${proxyName(this.url)}: ${mistake}`);
+  }
+
   /** A failure between us and the proxy, told in its name; one that cannot pass is a PROXY error. */
   async explain(error: unknown, doing?: string): Promise<ImgpullError> {
     const where = doing === undefined ? proxyName(this.url) : `${proxyName(this.url)}, ${doing}`;
@@ -1614,18 +1628,16 @@ function connectThrough(
   limitAnswer(connect, timeoutMs, () => proxy.silence(false, timeoutMs));
   connect.once("error", async (error) => done(await proxy.explain(error)));
   connect.once("connect", async (response, socket, head) => {
-    proxy.markAnswered();
     const { statusCode: status = 0 } = response;
     if (status >= 200 && status < 300) {
+      proxy.markAnswered();
       done(null, load("node:tls").connect({ ...target, socket }));
       return;
     }
 
     socket.destroy();
-    const isTlsPort = /HTTP request.* (to|on) (an? )?HTTPS/i.test(String(head)); // Go's words, and nginx's
-    const mistake = `${proxyName(proxy.url)}: ${speaks("TLS", "https", proxy.url)}`;
-    if (isTlsPort) done(new ImgpullError("PROXY", mistake));
-    else done(proxy.refusal(`CONNECT ${authority}`, response));
+    const tlsPortError = await proxy.tlsPortError(response, String(head));
+    done(tlsPortError ?? proxy.refusal(`CONNECT ${authority}`, response));
   });
   connect.end();
 }
@@ -1760,7 +1772,8 @@ class Transport {
         forwarder?.silence(isHandshake, connectMs) ??
         timeoutError(doing, `nothing came for ${connectMs / 1000} s`),
     );
-    this.#patience.limitHeaders(outgoing, request.url, doing);
+    const where = forwarder ? `${proxyName(forwarder.url)}, ${doing}` : doing;
+    this.#patience.limitHeaders(outgoing, request.url, where);
     limitBody(outgoing, { timeoutMs, isBlob, doing });
     outgoing.end(body);
 
@@ -1786,6 +1799,11 @@ class Transport {
       throw connectionError(error, doing);
     }
 
+    const tlsPortError = await forwarder?.tlsPortError(incoming);
+    if (tlsPortError) {
+      outgoing.destroy();
+      throw tlsPortError;
+    }
     forwarder?.markAnswered();
     if (forwarder && isFromProxy(incoming)) {
       outgoing.destroy();

@@ -778,6 +778,14 @@ var ProxyServer = class {
 		const said = `${proxyName(this.url)} refused ${what}: ${status} ${reason}`
 		return new ImgpullError("PROXY", `${said}${remedy}`, details)
 	}
+	async tlsPortError({statusCode}, body = "") {
+		const isInDoubt = statusCode === 400 && this.url.protocol === "http:" && !this.#hasAnswered
+		if (!isInDoubt) return void 0
+		const isTold = /HTTP request.* (to|on) (an? )?HTTPS/i.test(body)
+		const mistake = isTold ? speaks("TLS", "https", this.url) : await this.#diagnose()
+		if (mistake === void 0) return void 0
+		return new ImgpullError("PROXY", `${proxyName(this.url)}: ${mistake}`)
+	}
 	async explain(error, doing) {
 		const where = doing === void 0 ? proxyName(this.url) : `${proxyName(this.url)}, ${doing}`
 		const isClosed = errorCodeOf(error) === "ECONNRESET" && !this.#hasAnswered
@@ -820,17 +828,15 @@ function connectThrough({proxy, options, timeoutMs}, target, done) {
 	limitAnswer(connect2, timeoutMs, () => proxy.silence(false, timeoutMs))
 	connect2.once("error", async error => done(await proxy.explain(error)))
 	connect2.once("connect", async (response, socket, head) => {
-		proxy.markAnswered()
 		const {statusCode: status = 0} = response
 		if (status >= 200 && status < 300) {
+			proxy.markAnswered()
 			done(null, load("node:tls").connect({...target, socket}))
 			return
 		}
 		socket.destroy()
-		const isTlsPort = /HTTP request.* (to|on) (an? )?HTTPS/i.test(String(head))
-		const mistake = `${proxyName(proxy.url)}: ${speaks("TLS", "https", proxy.url)}`
-		if (isTlsPort) done(new ImgpullError("PROXY", mistake))
-		else done(proxy.refusal(`CONNECT ${authority}`, response))
+		const tlsPortError = await proxy.tlsPortError(response, String(head))
+		done(tlsPortError ?? proxy.refusal(`CONNECT ${authority}`, response))
 	})
 	connect2.end()
 }
@@ -930,7 +936,8 @@ var Transport = class {
 			isHandshake =>
 				forwarder?.silence(isHandshake, connectMs) ?? timeoutError(doing, `nothing came for ${connectMs / 1e3} s`)
 		)
-		this.#patience.limitHeaders(outgoing, request.url, doing)
+		const where = forwarder ? `${proxyName(forwarder.url)}, ${doing}` : doing
+		this.#patience.limitHeaders(outgoing, request.url, where)
 		limitBody(outgoing, {timeoutMs, isBlob, doing})
 		outgoing.end(body)
 		let sentAtMs = performance.now()
@@ -954,6 +961,11 @@ var Transport = class {
 					}
 				)
 			throw connectionError(error, doing)
+		}
+		const tlsPortError = await forwarder?.tlsPortError(incoming)
+		if (tlsPortError) {
+			outgoing.destroy()
+			throw tlsPortError
 		}
 		forwarder?.markAnswered()
 		if (forwarder && isFromProxy(incoming)) {
