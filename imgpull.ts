@@ -21,7 +21,9 @@
  *   docker's and podman's credential files (section 8)
  *   --reuse, --since, DEST as it was, and what an earlier run left beside it (section 12)
  *   --from, --signed-by (section 16); the tar or folder to look at (section 15)
- * Every file that is written: DEST, and meanwhile DEST.partial with DEST.partial.journal, .lock and .old (section 12).
+ *   of Linux, what tells one process from another: boot_id, the namespace, its start in /proc/PID/stat (section 12)
+ * Every file that is written: DEST, and meanwhile DEST.partial with DEST.partial.journal, .lock and .old (section 12); each of
+ *   them first under a name with the run's id.
  * Every program that is run: docker-credential-NAME, where a credential file names it (section 8).
  *
  * Every environment variable that is read:
