@@ -16,6 +16,7 @@ import {
   rmSync,
   writeFileSync,
 } from "node:fs";
+import { availableParallelism } from "node:os";
 import { basename, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { gunzipSync, gzipSync } from "node:zlib";
@@ -173,10 +174,12 @@ async function bundle(entryPoints) {
 /** Runs test files side by side, and says how many tests passed, failed or were skipped, and which failed. */
 function runTests(files, flags, environment = {}) {
   if (files.length === 0) return { passed: 0, failed: 0, skipped: 0, failures: [] };
-  const sumFile = "build/test-sum.json";
+  const sumFile = `build/test-sum-${process.pid}.json`;
   rmSync(sumFile, { force: true });
   const hasReporter = flags.some((flag) => flag.startsWith("--test-reporter"));
   const shown = hasReporter ? flags : [...flags, "--test-reporter=spec"];
+  // Node takes one core less than there are: tests wait more than they work.
+  const sideBySide = `--test-concurrency=${Math.max(2, availableParallelism())}`;
   const counted = [
     "--test-reporter-destination=stdout",
     "--test-reporter=./test/support/reporter.mjs",
@@ -184,11 +187,12 @@ function runTests(files, flags, environment = {}) {
   ];
   const { status, error } = spawnSync(
     process.execPath,
-    ["--enable-source-maps", "--test", ...shown, ...counted, ...files],
+    ["--enable-source-maps", "--test", sideBySide, ...shown, ...counted, ...files],
     { stdio: "inherit", env: { ...process.env, ...environment } },
   );
   if (error) throw error;
   const sum = JSON.parse(readFileSync(sumFile, "utf8"));
+  rmSync(sumFile);
   if (status !== 0 && sum.failures.length === 0)
     sum.failures.push({ name: "node --test", reason: `it ended with ${status}` });
   return sum;
