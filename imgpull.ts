@@ -3299,11 +3299,12 @@ class Registry {
     return fetching;
   }
 
-  #fetchManifest(tagOrDigest: string): Promise<FetchedManifest> {
+  async #fetchManifest(tagOrDigest: string): Promise<FetchedManifest> {
     const wanted = { kind: "manifest", name: tagOrDigest } as const;
-    return this.#withinBudget(() =>
-      this.#ask(wanted, (endpoint) => endpoint.manifest(tagOrDigest)),
-    );
+    const ask = () => this.#ask(wanted, (endpoint) => endpoint.manifest(tagOrDigest));
+    const manifest = await this.#withinBudget(ask);
+    this.#manifests.set(manifest.digest, Promise.resolve(manifest));
+    return manifest;
   }
 
   /** A config before its turn, where the platform stands nowhere else. */
@@ -5024,6 +5025,7 @@ function missingRanges(ranges: Ranges, [from, to]: Range): Ranges {
 const nothingOf = (digest: string) => ({
   hash: newHash(digest),
   hashedTo: 0,
+  config: [] as Buffer[], // what is hashed, of an image's config
   come: [] as Ranges,
   inPlace: [] as Ranges,
   unrecordedBytes: 0,
@@ -5118,8 +5120,10 @@ class BlobState {
   hashInOrder(position: number, bytes: Buffer, room?: EarlyRoom): void {
     const known = this.#now.hashedTo - position;
     if (known < 0 || known >= bytes.length) return;
-    this.#now.hash.update(bytes.subarray(known));
+    const fresh = bytes.subarray(known);
+    this.#now.hash.update(fresh);
     this.#now.hashedTo = position + bytes.length;
+    if (CONFIG_TYPES.includes(this.descriptor.mediaType)) this.#now.config.push(fresh);
 
     const next = this.#early.get(this.#now.hashedTo);
     if (!next) return;
@@ -5157,9 +5161,18 @@ class BlobState {
   /** Whether all of it was hashed, and came to its digest. The hash can be asked once. */
   verify(): boolean {
     const { hash, hashedTo } = this.#now;
-    return (
-      hashedTo === this.descriptor.size && hash.digest("hex") === hexOf(this.descriptor.digest)
-    );
+    const { digest, size } = this.descriptor;
+    const isRight = hashedTo === size && hash.digest("hex") === hexOf(digest);
+    if (isRight) this.#checkConfig();
+    return isRight;
+  }
+
+  /** An image's config that is right and makes no sense: nothing would load what is pulled with it. */
+  #checkConfig(): void {
+    const { digest, mediaType } = this.descriptor;
+    if (!CONFIG_TYPES.includes(mediaType)) return;
+    const config = parseJson(Buffer.concat(this.#now.config));
+    if (!isRecord(config)) fail("PROTOCOL", `${digest}: this config is not a JSON object`);
   }
 
   markDone(): void {

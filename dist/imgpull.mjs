@@ -1884,9 +1884,12 @@ var Registry = class {
 		fetching.catch(() => this.#manifests.delete(tagOrDigest))
 		return fetching
 	}
-	#fetchManifest(tagOrDigest) {
+	async #fetchManifest(tagOrDigest) {
 		const wanted = {kind: "manifest", name: tagOrDigest}
-		return this.#withinBudget(() => this.#ask(wanted, endpoint => endpoint.manifest(tagOrDigest)))
+		const ask = () => this.#ask(wanted, endpoint => endpoint.manifest(tagOrDigest))
+		const manifest = await this.#withinBudget(ask)
+		this.#manifests.set(manifest.digest, Promise.resolve(manifest))
+		return manifest
 	}
 	async config({digest, size, data}) {
 		if (data) return data
@@ -3009,6 +3012,7 @@ function missingRanges(ranges, [from, to]) {
 var nothingOf = digest => ({
 	hash: newHash(digest),
 	hashedTo: 0,
+	config: [],
 	come: [],
 	inPlace: [],
 	unrecordedBytes: 0
@@ -3085,8 +3089,10 @@ var BlobState = class {
 	hashInOrder(position, bytes, room) {
 		const known = this.#now.hashedTo - position
 		if (known < 0 || known >= bytes.length) return
-		this.#now.hash.update(bytes.subarray(known))
+		const fresh = bytes.subarray(known)
+		this.#now.hash.update(fresh)
 		this.#now.hashedTo = position + bytes.length
+		if (CONFIG_TYPES.includes(this.descriptor.mediaType)) this.#now.config.push(fresh)
 		const next = this.#early.get(this.#now.hashedTo)
 		if (!next) return
 		this.#early.delete(this.#now.hashedTo)
@@ -3115,7 +3121,16 @@ var BlobState = class {
 	}
 	verify() {
 		const {hash, hashedTo} = this.#now
-		return hashedTo === this.descriptor.size && hash.digest("hex") === hexOf(this.descriptor.digest)
+		const {digest, size} = this.descriptor
+		const isRight = hashedTo === size && hash.digest("hex") === hexOf(digest)
+		if (isRight) this.#checkConfig()
+		return isRight
+	}
+	#checkConfig() {
+		const {digest, mediaType} = this.descriptor
+		if (!CONFIG_TYPES.includes(mediaType)) return
+		const config = parseJson(Buffer.concat(this.#now.config))
+		if (!isRecord(config)) fail("PROTOCOL", `${digest}: this config is not a JSON object`)
 	}
 	markDone() {
 		this.#isDone = true

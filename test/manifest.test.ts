@@ -1,6 +1,6 @@
 // Which image of an index (SPEC §3), what a manifest may say, and the library's methods for manifests (SPEC §9).
 import assert from "node:assert/strict";
-import { readdirSync, readFileSync } from "node:fs";
+import { existsSync, readdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import { describe, test } from "node:test";
 import {
@@ -690,6 +690,30 @@ test("an image whose config is not a JSON object is refused before any layer", a
     assert.match(error?.message ?? "", /config is not a JSON object/);
     assert.equal(registry.seen({ kind: "layer" }).length, 0);
   }
+});
+
+test("an index whose image has such a config is refused when that has come, to whatever DEST", async (t) => {
+  for (const config of ["{", "null", "[]", "\0\0"]) {
+    const index = makeIndex([makeImage({ editConfig: () => Buffer.from(config) })]);
+    for (const platforms of ["all", ["linux/amd64"]] as const) {
+      for (const name of ["app.tar", "layout/"]) {
+        const puller = new Puller(optsFor(await serve(t, index), { platforms }));
+        const dest = `${temporaryFolder(t)}/${name}`;
+        const { error } = await caught(() => puller.pullTar(dest));
+        assert.equal(error?.code, "PROTOCOL", config);
+        assert.match(error?.message ?? "", /config is not a JSON object/);
+        assert.ok(
+          !existsSync(join(dest, "index.json")) && (name !== "app.tar" || !existsSync(dest)),
+        );
+      }
+    }
+  }
+  const index = makeIndex([makeImage({ editConfig: () => Buffer.from("{") })]);
+  const registry = await serve(t, index);
+  const args = [`${registry.host}/team/app:1.0`, "-", "--scheme", "http"];
+  const { exitCode, stderr } = await runCommand([...args, "--platform", "linux/amd64"]);
+  assert.equal(exitCode, 1);
+  assert.match(stderr, /config is not a JSON object/);
 });
 
 /** What BuildKit's registry cache looks like: an index of layers and a config of its own. */
