@@ -2,12 +2,21 @@
 // of each other. Each part runs for its share of IMGPULL_STORM_SECONDS (4 at a developer's, 60 in CI) from a fresh seed;
 // what it prints on a failure, `IMGPULL_STORM_SEED=…`, does the same again.
 import assert from "node:assert/strict";
-import { readFileSync, rmSync, writeFileSync } from "node:fs";
+import { existsSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { Writable } from "node:stream";
 import { type TestContext, test } from "node:test";
 import { setTimeout as pause } from "node:timers/promises";
 import { ImgpullError, verifyTar } from "../imgpull.ts";
 import { type CommandResult, secretForms, startCommand } from "./support/command.ts";
-import { makeImage, makeLayer, makeMultiPlatform, type TestContent } from "./support/image.ts";
+import {
+  digestOf,
+  makeImage,
+  makeLayer,
+  makeMultiPlatform,
+  readTar,
+  type TestContent,
+} from "./support/image.ts";
 import { NAME, type PullOptions, pull, serve, undisturbedTar } from "./support/pull.ts";
 import { Random } from "./support/random.ts";
 import type { Fault, Matcher, Registry } from "./support/registry.ts";
@@ -143,20 +152,86 @@ function assertNoSecret(text: string): void {
   for (const form of secretForms()) assert.ok(!text.includes(form), text);
 }
 
+class Collector extends Writable {
+  readonly #chunks: Buffer[] = [];
+
+  override _write(chunk: Buffer, _encoding: string, done: () => void): void {
+    this.#chunks.push(Buffer.from(chunk));
+    done();
+  }
+
+  get bytes(): Buffer {
+    return Buffer.concat(this.#chunks);
+  }
+}
+
+/** One kind of DEST: what has to be so after a pull that went well, and after one that did not. */
+interface Kind {
+  dest: string | Collector;
+  assertDone: () => void;
+  assertFailed: () => void;
+}
+
+const KINDS_OF_DEST: ((random: Random, folder: string, right: Buffer) => Kind)[] = [
+  function file(random, folder, right) {
+    const dest = join(folder, "app.tar");
+    const before = random.chance(0.5) ? Buffer.from("precious") : undefined;
+    if (before) writeFileSync(dest, before);
+    return {
+      dest,
+      assertDone: () => assert.ok(readOptional(dest)?.equals(right), "DEST is another"),
+      assertFailed: () => assert.deepEqual(readOptional(dest), before, "DEST was touched"),
+    };
+  },
+  function layout(_random, folder) {
+    const dest = join(folder, "layout/");
+    return {
+      dest,
+      assertDone: () => assert.equal(namedIn(dest).length, 1),
+      assertFailed: () => assert.deepEqual(namedIn(dest), []),
+    };
+  },
+  function stream(_random, _folder, right) {
+    const dest = new Collector();
+    return {
+      dest,
+      assertDone: () => assert.ok(dest.bytes.equals(right), "the stream is another"),
+      assertFailed: () => assert.throws(() => readTar(dest.bytes), "it looks whole"),
+    };
+  },
+];
+
+/** What the index of a layout names. Whatever has a blob's own name has its digest. */
+function namedIn(layout: string): string[] {
+  const blobs = join(layout, "blobs/sha256");
+  const files = existsSync(blobs) ? readdirSync(blobs) : [];
+  for (const name of files.filter((file) => /^[0-9a-f]{64}$/.test(file)))
+    assert.equal(digestOf(readFileSync(join(blobs, name))), `sha256:${name}`);
+  const index = readOptional(join(layout, "index.json"));
+  if (!index) return [];
+  const { manifests } = JSON.parse(String(index)) as { manifests: { digest: string }[] };
+  for (const { digest } of manifests) assert.ok(files.includes(digest.slice("sha256:".length)));
+  return manifests.map(({ digest }) => digest);
+}
+
 test("whatever peers answer: DEST is right or as it was, and failures are told in words", async (t) => {
   const right = await undisturbedTar(t, APP);
   await storm(t, 0.35, async (random) => {
     const served = await serve(t, APP, random.chance(0.3) ? { auth: "bearer" } : {});
-    const { registry, reference, dest } = served;
+    const { registry, reference, folder } = served;
     plantFaults(random, registry, APP);
-    const before = random.chance(0.5) ? Buffer.from("precious") : undefined;
-    if (before) writeFileSync(dest, before);
+    const { dest, assertDone, assertFailed } = random.pick(KINDS_OF_DEST)(random, folder, right);
     const options: PullOptions = {
       retries: random.integer(0, 4),
       concurrency: random.integer(1, 9),
       timeoutMs: 150,
       signal: AbortSignal.timeout(20_000),
     };
+    if (random.chance(0.3)) {
+      const lying = join(folder, "at-hand.tar");
+      writeFileSync(lying, mutateTar(random, right));
+      options.reuse = [lying];
+    }
     let outcome = "done";
     try {
       await pull(reference, dest, options);
@@ -166,17 +241,18 @@ test("whatever peers answer: DEST is right or as it was, and failures are told i
       assert.notEqual(error.code, "ABORTED", "it went on for 20 s");
       outcome = error.code;
     }
-    const after = readOptional(dest);
-    if (outcome === "done") assert.ok(after?.equals(right), "DEST is another");
-    else assert.deepEqual(after, before, "DEST was touched");
+    if (outcome === "done") assertDone();
+    else assertFailed();
 
     // What is left beside it is gone on with, once the peers behave.
     await registry.close();
     const again = await serve(t, APP);
-    await pull(again.reference, dest);
-    assert.ok(readFileSync(dest).equals(right), "DEST is another, after what was left");
+    if (typeof dest === "string") {
+      await pull(again.reference, dest);
+      assertDone();
+    }
     await again.registry.close();
-    rmSync(served.folder, { recursive: true, force: true });
+    rmSync(folder, { recursive: true, force: true });
     return outcome;
   });
 });

@@ -80,7 +80,7 @@ interface Job {
   reference: string;
   /** What the image is called in the tar. */
   name: string;
-  dest: string;
+  dest: string | NodeJS.WritableStream;
 }
 
 /** Waits cost nothing unless `onSleep` says so; `talk` is filled as the pull goes on. */
@@ -126,7 +126,7 @@ export interface Pulled extends Talk {
 /** A pull over plain HTTP that is expected to end well: it throws what it fails with. The image is called NAME. */
 export async function pull(
   reference: string,
-  dest: string,
+  dest: string | NodeJS.WritableStream,
   options: PullOptions = {},
 ): Promise<Pulled> {
   const talk: Talk = { warnings: [], waitsMs: [] };
