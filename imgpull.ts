@@ -1726,14 +1726,23 @@ class AgentPool {
 
 // ------ One request ------
 
+/** A request on its way to one place. */
+interface Exchange {
+  readonly request: HttpRequest;
+  readonly url: URL;
+  readonly outgoing: http.ClientRequest;
+  /** The proxy that plain HTTP is handed to; a tunnel is the agent's affair. */
+  readonly forwarder: ProxyServer | undefined;
+  readonly doing: string;
+}
+
 /** Sends requests and follows their redirects. */
 class Transport {
   readonly #settings: Settings;
+  readonly #secrets: Secrets;
   readonly #agents: AgentPool;
   readonly #patience: Patience;
   readonly #proxies = new Map<string, ProxyServer>();
-
-  readonly #secrets: Secrets;
 
   constructor(settings: Settings, secrets: Secrets) {
     this.#settings = settings;
@@ -1752,69 +1761,80 @@ class Transport {
   }
 
   async #sendOnce(request: HttpRequest, url: URL, headers: Record<string, string>): Promise<Sent> {
+    const exchange = await this.#open(request, url, headers);
+    const { outgoing } = exchange;
+    outgoing.end(request.body);
+
+    let sentAtMs = performance.now();
+    whenConnected(outgoing, () => {
+      sentAtMs = performance.now();
+    });
+    let response: http.IncomingMessage;
+    try {
+      // With the signal: while a proxy says nothing, there is no socket yet whose end could tell.
+      [response] = (await once(outgoing, "response", { signal: request.signal })) as [
+        http.IncomingMessage,
+      ];
+    } catch (error) {
+      if (isStaleConnection(outgoing, error)) return this.#sendOnce(request, url, headers);
+      throw await this.#failure(exchange, error);
+    }
+    const waitedMs = performance.now() - sentAtMs;
+
+    const refusal = await proxyRefusal(exchange, response);
+    if (refusal) {
+      outgoing.destroy();
+      throw refusal;
+    }
+    tidyHeaders(response.headers);
+    const { "content-type": type = "" } = response.headers; // it may be shown, and cut at a length
+    if (type.length > 64) response.headers["content-type"] = this.#secrets.strikeWords(type);
+    return { response, waitedMs };
+  }
+
+  /** A request with all its guards, of which nothing is sent yet. */
+  async #open(request: HttpRequest, url: URL, headers: Record<string, string>): Promise<Exchange> {
     const { timeoutMs } = this.#settings;
-    const { method, signal, body, isBlob = false } = request;
+    const { method, signal, isBlob = false } = request;
+    const doing = `${method} ${redactUrl(url)}`;
     const proxy = this.#proxyFor(url);
-    const agent = await this.#agents.agentFor(url, request.roleOf(url.origin), proxy);
     const forwarder = url.protocol === "http:" ? proxy : undefined;
+    const agent = await this.#agents.agentFor(url, request.roleOf(url.origin), proxy);
 
     const options = { ...SOCKET_OPTIONS, method, headers, signal, agent, timeout: timeoutMs };
     const outgoing = forwarder
       ? forwardRequest(forwarder.url, url, options)
       : clientFor(url).request(url, options);
     outgoing.maxHeadersCount = 0; // no bound but the bytes'
-
-    const doing = `${method} ${redactUrl(url)}`;
-    const connectMs = proxy && !forwarder ? 3 * timeoutMs : timeoutMs; // the tunnel's two steps, and TLS in it
     surviveLateErrors(outgoing);
+
+    const isTunnel = proxy !== undefined && forwarder === undefined;
+    const connectMs = isTunnel ? 3 * timeoutMs : timeoutMs; // its two steps, and TLS in it
+    const silence = timeoutError(doing, `nothing came for ${connectMs / 1000} s`);
     limitConnecting(
       outgoing,
       connectMs,
-      (isHandshake) =>
-        forwarder?.silence(isHandshake, connectMs) ??
-        timeoutError(doing, `nothing came for ${connectMs / 1000} s`),
+      (isHandshake) => forwarder?.silence(isHandshake, connectMs) ?? silence,
     );
     const where = forwarder ? `${proxyName(forwarder.url)}, ${doing}` : doing;
     this.#patience.limitHeaders(outgoing, request.url, where);
     limitBody(outgoing, { timeoutMs, isBlob, doing });
-    outgoing.end(body);
+    return { request, url, outgoing, forwarder, doing };
+  }
 
-    let sentAtMs = performance.now();
-    whenConnected(outgoing, () => {
-      sentAtMs = performance.now();
-    });
-    let incoming: http.IncomingMessage;
-    try {
-      // With the signal: while a proxy says nothing, there is no socket yet whose end could tell.
-      [incoming] = (await once(outgoing, "response", { signal })) as [http.IncomingMessage];
-    } catch (error) {
-      if (isStaleConnection(outgoing, error)) return this.#sendOnce(request, url, headers);
-      if (forwarder && !(error instanceof ImgpullError))
-        throw await forwarder.explain(error, doing);
-      // In TLS 1.3 a server refuses our certificate after the handshake, and many only close.
-      const isShown =
-        this.#settings.tlsCert !== undefined && request.roleOf(url.origin) === "registry";
-      if (isShown && !outgoing.reusedSocket && errorCodeOf(error) === "ECONNRESET")
-        fail("NETWORK", `${doing}: connection lost\n  ${CLIENT_CERTIFICATE_REMEDY}`, {
-          cause: error,
-        });
-      throw connectionError(error, doing);
-    }
+  /** Why there was no answer. */
+  async #failure(exchange: Exchange, error: unknown): Promise<ImgpullError> {
+    const { request, url, outgoing, forwarder, doing } = exchange;
+    if (error instanceof ImgpullError) return error;
+    if (forwarder) return forwarder.explain(error, doing);
 
-    const tlsPortError = await forwarder?.tlsPortError(incoming);
-    if (tlsPortError) {
-      outgoing.destroy();
-      throw tlsPortError;
-    }
-    forwarder?.markAnswered();
-    if (forwarder && isFromProxy(incoming)) {
-      outgoing.destroy();
-      throw forwarder.refusal(doing, incoming);
-    }
-    tidyHeaders(incoming.headers);
-    const { "content-type": type = "" } = incoming.headers; // it may be shown, and cut at a length
-    if (type.length > 64) incoming.headers["content-type"] = this.#secrets.strikeWords(type);
-    return { response: incoming, waitedMs: performance.now() - sentAtMs };
+    // In TLS 1.3 a server refuses our certificate after the handshake, and many only close.
+    const { tlsCert } = this.#settings;
+    const isShown = tlsCert !== undefined && request.roleOf(url.origin) === "registry";
+    const isInDoubt = isShown && !outgoing.reusedSocket && errorCodeOf(error) === "ECONNRESET";
+    if (!isInDoubt) return connectionError(error, doing);
+    const words = `${doing}: connection lost\n  ${CLIENT_CERTIFICATE_REMEDY}`;
+    return new ImgpullError("NETWORK", words, { cause: error });
   }
 
   /** The proxy that the environment names for a URL, the same one each time. */
@@ -1826,6 +1846,18 @@ class Transport {
     this.#proxies.set(proxyUrl.href, proxy);
     return proxy;
   }
+}
+
+/** What a proxy answers to a forwarded request in its own name. */
+async function proxyRefusal(
+  { forwarder, doing }: Exchange,
+  response: http.IncomingMessage,
+): Promise<ImgpullError | undefined> {
+  const tlsPortError = await forwarder?.tlsPortError(response);
+  if (tlsPortError) return tlsPortError;
+
+  forwarder?.markAnswered();
+  return forwarder && isFromProxy(response) ? forwarder.refusal(doing, response) : undefined;
 }
 
 /** A kept-alive connection that the server closed, or left bytes of the last answer on: nothing was answered, so the
@@ -1860,6 +1892,7 @@ function surviveLateErrors(outgoing: http.ClientRequest): void {
   outgoing.once("socket", (socket) => socket.off("error", ignore).on("error", ignore));
   // After a 101 that nobody asked for, Node closes without a response or an error.
   outgoing.once("close", () => outgoing.emit("error", new Error("closed without an answer")));
+  outgoing.once("response", (incoming) => incoming.on("error", ignore));
 }
 
 // ------ Deadlines ------

@@ -901,10 +901,10 @@ var AgentPool = class {
 }
 var Transport = class {
 	#settings
+	#secrets
 	#agents
 	#patience
 	#proxies = /* @__PURE__ */ new Map()
-	#secrets
 	constructor(settings, secrets) {
 		this.#settings = settings
 		this.#secrets = secrets
@@ -919,63 +919,62 @@ var Transport = class {
 		this.#agents.close()
 	}
 	async #sendOnce(request, url, headers) {
-		const {timeoutMs} = this.#settings
-		const {method, signal, body, isBlob = false} = request
-		const proxy = this.#proxyFor(url)
-		const agent = await this.#agents.agentFor(url, request.roleOf(url.origin), proxy)
-		const forwarder = url.protocol === "http:" ? proxy : void 0
-		const options = {...SOCKET_OPTIONS, method, headers, signal, agent, timeout: timeoutMs}
-		const outgoing = forwarder ? forwardRequest(forwarder.url, url, options) : clientFor(url).request(url, options)
-		outgoing.maxHeadersCount = 0
-		const doing = `${method} ${redactUrl(url)}`
-		const connectMs = proxy && !forwarder ? 3 * timeoutMs : timeoutMs
-		surviveLateErrors(outgoing)
-		limitConnecting(
-			outgoing,
-			connectMs,
-			isHandshake =>
-				forwarder?.silence(isHandshake, connectMs) ?? timeoutError(doing, `nothing came for ${connectMs / 1e3} s`)
-		)
-		const where = forwarder ? `${proxyName(forwarder.url)}, ${doing}` : doing
-		this.#patience.limitHeaders(outgoing, request.url, where)
-		limitBody(outgoing, {timeoutMs, isBlob, doing})
-		outgoing.end(body)
+		const exchange = await this.#open(request, url, headers)
+		const {outgoing} = exchange
+		outgoing.end(request.body)
 		let sentAtMs = performance.now()
 		whenConnected(outgoing, () => {
 			sentAtMs = performance.now()
 		})
-		let incoming
+		let response
 		try {
-			;[incoming] = await (0, import_node_events.once)(outgoing, "response", {signal})
+			;[response] = await (0, import_node_events.once)(outgoing, "response", {signal: request.signal})
 		} catch (error) {
 			if (isStaleConnection(outgoing, error)) return this.#sendOnce(request, url, headers)
-			if (forwarder && !(error instanceof ImgpullError)) throw await forwarder.explain(error, doing)
-			const isShown = this.#settings.tlsCert !== void 0 && request.roleOf(url.origin) === "registry"
-			if (isShown && !outgoing.reusedSocket && errorCodeOf(error) === "ECONNRESET")
-				fail(
-					"NETWORK",
-					`${doing}: connection lost
-  ${CLIENT_CERTIFICATE_REMEDY}`,
-					{
-						cause: error
-					}
-				)
-			throw connectionError(error, doing)
+			throw await this.#failure(exchange, error)
 		}
-		const tlsPortError = await forwarder?.tlsPortError(incoming)
-		if (tlsPortError) {
+		const waitedMs = performance.now() - sentAtMs
+		const refusal = await proxyRefusal(exchange, response)
+		if (refusal) {
 			outgoing.destroy()
-			throw tlsPortError
+			throw refusal
 		}
-		forwarder?.markAnswered()
-		if (forwarder && isFromProxy(incoming)) {
-			outgoing.destroy()
-			throw forwarder.refusal(doing, incoming)
-		}
-		tidyHeaders(incoming.headers)
-		const {"content-type": type = ""} = incoming.headers
-		if (type.length > 64) incoming.headers["content-type"] = this.#secrets.strikeWords(type)
-		return {response: incoming, waitedMs: performance.now() - sentAtMs}
+		tidyHeaders(response.headers)
+		const {"content-type": type = ""} = response.headers
+		if (type.length > 64) response.headers["content-type"] = this.#secrets.strikeWords(type)
+		return {response, waitedMs}
+	}
+	async #open(request, url, headers) {
+		const {timeoutMs} = this.#settings
+		const {method, signal, isBlob = false} = request
+		const doing = `${method} ${redactUrl(url)}`
+		const proxy = this.#proxyFor(url)
+		const forwarder = url.protocol === "http:" ? proxy : void 0
+		const agent = await this.#agents.agentFor(url, request.roleOf(url.origin), proxy)
+		const options = {...SOCKET_OPTIONS, method, headers, signal, agent, timeout: timeoutMs}
+		const outgoing = forwarder ? forwardRequest(forwarder.url, url, options) : clientFor(url).request(url, options)
+		outgoing.maxHeadersCount = 0
+		surviveLateErrors(outgoing)
+		const isTunnel = proxy !== void 0 && forwarder === void 0
+		const connectMs = isTunnel ? 3 * timeoutMs : timeoutMs
+		const silence = timeoutError(doing, `nothing came for ${connectMs / 1e3} s`)
+		limitConnecting(outgoing, connectMs, isHandshake => forwarder?.silence(isHandshake, connectMs) ?? silence)
+		const where = forwarder ? `${proxyName(forwarder.url)}, ${doing}` : doing
+		this.#patience.limitHeaders(outgoing, request.url, where)
+		limitBody(outgoing, {timeoutMs, isBlob, doing})
+		return {request, url, outgoing, forwarder, doing}
+	}
+	async #failure(exchange, error) {
+		const {request, url, outgoing, forwarder, doing} = exchange
+		if (error instanceof ImgpullError) return error
+		if (forwarder) return forwarder.explain(error, doing)
+		const {tlsCert} = this.#settings
+		const isShown = tlsCert !== void 0 && request.roleOf(url.origin) === "registry"
+		const isInDoubt = isShown && !outgoing.reusedSocket && errorCodeOf(error) === "ECONNRESET"
+		if (!isInDoubt) return connectionError(error, doing)
+		const words = `${doing}: connection lost
+  ${CLIENT_CERTIFICATE_REMEDY}`
+		return new ImgpullError("NETWORK", words, {cause: error})
 	}
 	#proxyFor(url) {
 		const proxyUrl = proxyFor(url, this.#settings.environment)
@@ -984,6 +983,12 @@ var Transport = class {
 		this.#proxies.set(proxyUrl.href, proxy)
 		return proxy
 	}
+}
+async function proxyRefusal({forwarder, doing}, response) {
+	const tlsPortError = await forwarder?.tlsPortError(response)
+	if (tlsPortError) return tlsPortError
+	forwarder?.markAnswered()
+	return forwarder && isFromProxy(response) ? forwarder.refusal(doing, response) : void 0
 }
 function isStaleConnection(outgoing, error) {
 	return outgoing.reusedSocket && /^(ECONNRESET$|HPE_)/.test(errorCodeOf(error))
@@ -1004,6 +1009,7 @@ function surviveLateErrors(outgoing) {
 	outgoing.on("error", ignore)
 	outgoing.once("socket", socket => socket.off("error", ignore).on("error", ignore))
 	outgoing.once("close", () => outgoing.emit("error", new Error("closed without an answer")))
+	outgoing.once("response", incoming => incoming.on("error", ignore))
 }
 function timeoutError(doing, words) {
 	return new ImgpullError("TIMEOUT", `${doing}: ${words}`)

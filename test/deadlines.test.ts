@@ -260,3 +260,26 @@ describe("each of a host's addresses is given seconds", () => {
     });
   }
 });
+
+// ====== Names ======
+
+describe("a name that no server tells", () => {
+  const cases: [code: string, words: RegExp, attempts: number][] = [
+    ["EAI_AGAIN", /no name server answers\n {2}is this machine connected/, 3],
+    ["ENOTFOUND", /no such host/, 1],
+  ];
+  for (const [code, words, attempts] of cases) {
+    test(code, async (t) => {
+      let asked = 0;
+      type Callback = (error: Error) => void;
+      t.mock.method(dns, "lookup", (name: string, _options: object, done: Callback) => {
+        asked += 1;
+        const error = Object.assign(new Error(`getaddrinfo ${code} ${name}`), { code });
+        process.nextTick(done, error);
+      });
+      const outcome = await tryPull(t, "nobody.test/app:1", { ...HTTP, retries: 2 });
+      assertFailed(outcome, "NETWORK", words);
+      assert.equal(asked, attempts);
+    });
+  }
+});

@@ -51,7 +51,7 @@ const WAYS: [
   name: string,
   trust: (t: TestScope, pem: string, host: string) => Partial<PullOptions>,
 ][] = [
-  ["--cacert", (t, pem) => ({ caCert: write(t, "ca.pem", pem) })],
+  ["caCert", (t, pem) => ({ caCert: write(t, "ca.pem", pem) })],
   ["SSL_CERT_FILE", (t, pem) => ({ environment: { SSL_CERT_FILE: write(t, "ca.pem", pem) } })],
   [
     "SSL_CERT_DIR",
@@ -137,7 +137,7 @@ describe("one certificate that cannot be read hides no other", () => {
       assertFailed(
         await tryPull(t, reference, { caCert }),
         "TLS",
-        `--cacert ${caCert} has no certificate that can be read`,
+        `\`caCert\` ${caCert} has no certificate that can be read`,
       );
     }
     const certsDirectory = writeFolder(t, registry.host, { "0.crt": BROKEN, "1.crt": leaf.key });
@@ -162,7 +162,7 @@ describe("a certificate for another name says which it is for, and what to do", 
     test(name, async (t) => {
       const { registry, reference } = await serve(t, authority.issueServer(options));
       const outcome = await tryPull(t, reference, { caCert: write(t, "ca.pem", authority.cert) });
-      assertFailed(outcome, "TLS", words, "use a name that it is for", "--insecure");
+      assertFailed(outcome, "TLS", words, "use a name that it is for", "`insecure`");
       assert.deepEqual([registry.requests.length, outcome.waitsMs], [0, []]);
     });
   }
@@ -233,7 +233,7 @@ describe("client certificates", () => {
       const text = privateKey.export({ ...secret, type }) as string;
       const [tlsCert, tlsKey] = [write(t, "cert.pem", client.cert), write(t, "key.pem", text)];
       const outcome = await tryPull(t, reference, { ...given, tlsCert, tlsKey });
-      assertFailed(outcome, "TLS", `--key ${tlsKey} has a passphrase`, "openssl pkey");
+      assertFailed(outcome, "TLS", `\`tlsKey\` ${tlsKey} has a passphrase`, "openssl pkey");
 
       const files = { "me.cert": client.cert, "me.key": text };
       const certsDirectory = writeFolder(t, registry.host, files);
@@ -260,7 +260,7 @@ describe("client certificates", () => {
     ["a server's", {}, authority.issueServer()],
   ];
   for (const [name, options, client] of refusals) {
-    test(`${name}: the error speaks of --cert`, async (t) => {
+    test(`${name}: the error speaks of it`, async (t) => {
       let requests = 0;
       const server = createServer(
         {
@@ -287,7 +287,7 @@ describe("client certificates", () => {
         retries: 0,
       });
       assert(outcome.error);
-      assert.match(outcome.error.message, /client certificate.*--cert FILE --key FILE/);
+      assert.match(outcome.error.message, /client certificate.*`tlsCert` and `tlsKey`/);
       assert.equal(requests, 0);
     });
   }
