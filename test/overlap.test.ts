@@ -16,9 +16,11 @@ import promises from "node:fs/promises";
 import { syncBuiltinESMExports } from "node:module";
 import { basename, dirname, join } from "node:path";
 import { type TestContext, test } from "node:test";
+import { setTimeout as delay } from "node:timers/promises";
 import { ImgpullError } from "../imgpull.ts";
-import { temporaryFolder } from "./support/command.ts";
+import { runCommand, startCommand, temporaryFolder } from "./support/command.ts";
 import { digestOf, makeImage, type TestImage } from "./support/image.ts";
+import { OPTIONS } from "./support/interrupt.ts";
 import { blobName, failure, pull, undisturbedTar } from "./support/pull.ts";
 import { gate, type Registry, type Rule, startRegistry } from "./support/registry.ts";
 
@@ -327,5 +329,48 @@ for (const [name, story] of Object.entries(STORIES)) {
       }
     };
     await explore({ t, scene, story, check });
+  });
+}
+
+// ====== Processes of their own, killed at any moment ======
+
+const ROUNDS = 12;
+
+for (const dest of ["app.tar", "layout/"]) {
+  test(`runs side by side, killed at any moment, leave nothing wrong and nobody blocked: ${dest}`, async (t) => {
+    const scene = await setTheScene(t, B, dest);
+    const tars = [await undisturbedTar(t, A), await undisturbedTar(t, B)];
+    const random = randomOf(seed);
+    t.diagnostic(`IMGPULL_SEED=${seed}`);
+    const references = Object.values(scene.references);
+    const runOnce = async (): Promise<void> => {
+      await delay(random() * 40);
+      const reference = references[Math.floor(random() * references.length)] ?? "";
+      const { child, result } = startCommand([...OPTIONS, reference, scene.dest]);
+      const timer = setTimeout(() => child.kill("SIGKILL"), random() * 300);
+      const { exitCode, stderr } = await result;
+      clearTimeout(timer);
+      if (exitCode === 1) assert.match(stderr, /another imgpull|was replaced or cut/);
+    };
+
+    for (let round = 0; round < ROUNDS; round += 1) {
+      await Promise.all([runOnce(), runOnce(), runOnce()]);
+      if (dest.endsWith("/") || !existsSync(scene.dest)) continue;
+      const there = readFileSync(scene.dest);
+      assert.ok(
+        tars.some((tar) => tar.equals(there)),
+        "DEST is wrong",
+      );
+    }
+
+    for (const reference of references) {
+      const { exitCode, stderr } = await runCommand([...OPTIONS, reference, scene.dest]);
+      assert.equal(exitCode, 0, stderr);
+    }
+    const names = readdirSync(scene.folder, { recursive: true }) as string[];
+    assert.deepEqual(
+      names.filter((name) => name.includes("partial")),
+      [],
+    );
   });
 }
