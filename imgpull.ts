@@ -6127,12 +6127,15 @@ async function describeSelf(): Promise<Owner> {
     return { ...self, space: `${process.platform} ${os.hostname()}` };
 
   const link = (file: string) => fs.readlink(file).catch(ignore);
-  const boot = (await readOptional("/proc/sys/kernel/random/boot_id"))?.trim();
-  const namespace = await link("/proc/self/ns/pid");
-  const started = await startOf("self");
-  const isOurProc = (await link("/proc/self")) === String(pid); // not that of the namespace around ours
+  const [boot, namespace, started, seenPid] = await Promise.all([
+    readOptional("/proc/sys/kernel/random/boot_id"),
+    link("/proc/self/ns/pid"),
+    startOf("self"),
+    link("/proc/self"),
+  ]);
+  const isOurProc = seenPid === String(pid); // not that of the namespace around ours
   if (!boot || !namespace || !started || !isOurProc) return self;
-  return { ...self, space: `${boot} ${namespace}`, started };
+  return { ...self, space: `${boot.trim()} ${namespace}`, started };
 }
 
 function parseOwner(text: string): Owner | undefined {
@@ -6290,9 +6293,12 @@ class Lock {
     this.#handle.write(JSON.stringify(this.owner), 0).catch(ignore);
   }
 
+  /** Whether the file under a name is the one that we made, and says what we wrote. */
   async #isOwn(file: string): Promise<boolean> {
-    const owner = (await readLock(file))?.owner;
-    return owner !== undefined && owner !== "unreadable" && owner.id === this.owner.id;
+    const stats = await this.#handle.stat({ bigint: true });
+    if (!isSameFile(await statAt(file), stats)) return false;
+    const bytes = await readAt(this.#handle, 0, LIMITS.lockBytes);
+    return parseOwner(bytes.toString("utf8"))?.id === this.owner.id;
   }
 
   async assertOurs(dest: string): Promise<void> {

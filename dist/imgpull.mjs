@@ -3771,12 +3771,15 @@ async function describeSelf() {
 	const self = {id, pid, host: os.hostname(), space: "", started: ""}
 	if (process.platform !== "linux") return {...self, space: `${process.platform} ${os.hostname()}`}
 	const link = file => fs.readlink(file).catch(ignore)
-	const boot = (await readOptional("/proc/sys/kernel/random/boot_id"))?.trim()
-	const namespace = await link("/proc/self/ns/pid")
-	const started = await startOf("self")
-	const isOurProc = (await link("/proc/self")) === String(pid)
+	const [boot, namespace, started, seenPid] = await Promise.all([
+		readOptional("/proc/sys/kernel/random/boot_id"),
+		link("/proc/self/ns/pid"),
+		startOf("self"),
+		link("/proc/self")
+	])
+	const isOurProc = seenPid === String(pid)
 	if (!boot || !namespace || !started || !isOurProc) return self
-	return {...self, space: `${boot} ${namespace}`, started}
+	return {...self, space: `${boot.trim()} ${namespace}`, started}
 }
 function parseOwner(text) {
 	const parsed = parseJson(text)
@@ -3903,8 +3906,10 @@ var Lock = class _Lock {
 		this.#handle.write(JSON.stringify(this.owner), 0).catch(ignore)
 	}
 	async #isOwn(file) {
-		const owner = (await readLock(file))?.owner
-		return owner !== void 0 && owner !== "unreadable" && owner.id === this.owner.id
+		const stats = await this.#handle.stat({bigint: true})
+		if (!isSameFile(await statAt(file), stats)) return false
+		const bytes = await readAt(this.#handle, 0, LIMITS.lockBytes)
+		return parseOwner(bytes.toString("utf8"))?.id === this.owner.id
 	}
 	async assertOurs(dest) {
 		if (await this.isOurs()) return
