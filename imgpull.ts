@@ -9858,6 +9858,14 @@ class TarDocuments {
     return this.#refuse(name, isLeftOut ? NOT_KEPT : NOT_JSON);
   }
 
+  /** The JSON of a file that no digest vouches for: every reader has to read the same in it. */
+  plainJson(name: string): unknown {
+    const json = this.json(name);
+    const bytes = json === undefined ? undefined : this.file(name)?.bytes;
+    if (!bytes || !hasClashingKeys(bytes.toString("utf8"))) return json;
+    return this.#refuse(name, "has two keys in one object that some readers take for the same");
+  }
+
   /** A manifest or index; undefined where it is not there, or something is wrong with it. */
   manifest({ digest, size, mediaType }: Descriptor): ImageManifest | IndexManifest | undefined {
     const bytes = this.bytes(digest);
@@ -9932,6 +9940,37 @@ class TarDocuments {
 
 const NOT_KEPT = "is one document too many to be held at once";
 const NOT_JSON = "is not JSON, or nested too deep or too large to be read";
+
+/**
+ * Whether an object in a JSON text has a key twice, or in two cases: Go's parser, which loaders use, takes `Digest` for
+ * `digest` and the last of several, and joins what is an object in both. The text is valid JSON.
+ */
+function hasClashingKeys(json: string): boolean {
+  const keys: (Set<string> | undefined)[] = []; // of the objects and lists that are open
+  let isKeyNext = false;
+
+  for (let at = 0; at < json.length; at += 1) {
+    const character = json[at] as string;
+    if (character === "{") keys.push(new Set());
+    if (character === "[") keys.push(undefined);
+    if ("}]".includes(character)) keys.pop();
+    if ("{,".includes(character)) isKeyNext = true;
+    if (character !== '"') continue;
+
+    const start = at;
+    for (at += 1; json[at] !== '"'; at += 1) if (json[at] === "\\") at += 1;
+    const known = keys.at(-1);
+    if (!known || !isKeyNext) continue;
+    isKeyNext = false;
+    const key = foldCase(JSON.parse(json.slice(start, at + 1)));
+    if (known.has(key)) return true;
+    known.add(key);
+  }
+  return false;
+}
+
+/** As Go folds it: the Kelvin sign is a k, and a long s an s. */
+const foldCase = (text: string): string => text.toUpperCase().toLowerCase();
 
 // ------ Images ------
 
@@ -10033,7 +10072,7 @@ class ImageFinder {
   }
 
   #readIndex(): IndexEntry[] {
-    const json = this.#documents.json("index.json");
+    const json = this.#documents.plainJson("index.json");
     if (json === undefined) return [];
     if (!isRecord(json) || !Array.isArray(json.manifests)) {
       this.problems.push({ kind: "document", entry: "index.json", reason: "is not an index" });
@@ -10048,12 +10087,19 @@ class ImageFinder {
       if (!descriptor || !this.#count(1)) break; // one that is wrong is reason enough
       const annotations = isRecord(value) && isRecord(value.annotations) ? value.annotations : {};
       const names = NAME_KEYS.map((key) => annotations[key]);
-      const name = names.find((each) => typeof each === "string") ?? "";
+      const name = names.find((each) => typeof each === "string" && each !== "") ?? "";
       const refName = typeof names[1] === "string" ? names[1] : "";
-      const isCompanion = name === "" && isProof(descriptor, annotations);
-      entries.push({ descriptor, name: printable(name), refName, isCompanion });
+      const isNameless = names.every((each) => each === undefined || each === "");
+      const isCompanion = isNameless && this.#isProof(descriptor, annotations);
+      entries.push({ descriptor, name: printable(String(name)), refName, isCompanion });
     }
     return entries;
+  }
+
+  #isProof(descriptor: Descriptor, annotations: Readonly<Record<string, unknown>>): boolean {
+    if (typeof annotations[SUBJECT_KEY] === "string") return true;
+    if (!isCosignProof(annotations)) return false;
+    return !this.#imagesOf(descriptor).some(({ isImage }) => isImage);
   }
 
   /** The images that an entry of index.json leads to, attestations last. */
@@ -10135,7 +10181,7 @@ class ImageFinder {
 
   /** The images of manifest.json, the list of `docker load`. */
   #readDockerList(): ListedImage[] {
-    const json = this.#documents.json("manifest.json") ?? [];
+    const json = this.#documents.plainJson("manifest.json") ?? [];
     const images: ListedImage[] = [];
     for (const value of Array.isArray(json) ? json : [json]) {
       const entry = parseDockerEntry(value);
@@ -10187,10 +10233,8 @@ class ImageFinder {
   }
 }
 
-/** What we and containerd, BuildKit, and cosign mark as such. */
-const isProof = (descriptor: Descriptor, { kind, ...rest }: Record<string, unknown>): boolean =>
-  typeof rest[SUBJECT_KEY] === "string" ||
-  isAttestation(descriptor) ||
+/** What cosign marks as such, and docker before 29.1 lists as an image without a name if it is one. */
+const isCosignProof = ({ kind }: Readonly<Record<string, unknown>>): boolean =>
   COSIGN_TAGS.some((tag) => tag.kind !== undefined && tag.kind === kind);
 
 const isUnknown = ({ platform }: { platform: string }): boolean => platform.startsWith("unknown");

@@ -6475,6 +6475,12 @@ var TarDocuments = class {
 		if (parsed !== void 0) return parsed
 		return this.#refuse(name, isLeftOut ? NOT_KEPT : NOT_JSON)
 	}
+	plainJson(name) {
+		const json = this.json(name)
+		const bytes = json === void 0 ? void 0 : this.file(name)?.bytes
+		if (!bytes || !hasClashingKeys(bytes.toString("utf8"))) return json
+		return this.#refuse(name, "has two keys in one object that some readers take for the same")
+	}
 	manifest({digest, size, mediaType}) {
 		const bytes = this.bytes(digest)
 		if (bytes && bytes.length !== size) {
@@ -6536,6 +6542,28 @@ var TarDocuments = class {
 }
 var NOT_KEPT = "is one document too many to be held at once"
 var NOT_JSON = "is not JSON, or nested too deep or too large to be read"
+function hasClashingKeys(json) {
+	const keys = []
+	let isKeyNext = false
+	for (let at = 0; at < json.length; at += 1) {
+		const character = json[at]
+		if (character === "{") keys.push(/* @__PURE__ */ new Set())
+		if (character === "[") keys.push(void 0)
+		if ("}]".includes(character)) keys.pop()
+		if ("{,".includes(character)) isKeyNext = true
+		if (character !== '"') continue
+		const start = at
+		for (at += 1; json[at] !== '"'; at += 1) if (json[at] === "\\") at += 1
+		const known = keys.at(-1)
+		if (!known || !isKeyNext) continue
+		isKeyNext = false
+		const key = foldCase(JSON.parse(json.slice(start, at + 1)))
+		if (known.has(key)) return true
+		known.add(key)
+	}
+	return false
+}
+var foldCase = text => text.toUpperCase().toLowerCase()
 var ImageFinder = class {
 	problems = []
 	#documents
@@ -6576,7 +6604,7 @@ var ImageFinder = class {
 		}
 	}
 	#readIndex() {
-		const json = this.#documents.json("index.json")
+		const json = this.#documents.plainJson("index.json")
 		if (json === void 0) return []
 		if (!isRecord(json) || !Array.isArray(json.manifests)) {
 			this.problems.push({kind: "document", entry: "index.json", reason: "is not an index"})
@@ -6588,12 +6616,18 @@ var ImageFinder = class {
 			if (!descriptor || !this.#count(1)) break
 			const annotations = isRecord(value) && isRecord(value.annotations) ? value.annotations : {}
 			const names = NAME_KEYS.map(key => annotations[key])
-			const name = names.find(each => typeof each === "string") ?? ""
+			const name = names.find(each => typeof each === "string" && each !== "") ?? ""
 			const refName = typeof names[1] === "string" ? names[1] : ""
-			const isCompanion = name === "" && isProof(descriptor, annotations)
-			entries.push({descriptor, name: printable(name), refName, isCompanion})
+			const isNameless = names.every(each => each === void 0 || each === "")
+			const isCompanion = isNameless && this.#isProof(descriptor, annotations)
+			entries.push({descriptor, name: printable(String(name)), refName, isCompanion})
 		}
 		return entries
+	}
+	#isProof(descriptor, annotations) {
+		if (typeof annotations[SUBJECT_KEY] === "string") return true
+		if (!isCosignProof(annotations)) return false
+		return !this.#imagesOf(descriptor).some(({isImage: isImage2}) => isImage2)
 	}
 	#imagesOf(descriptor) {
 		const {digest} = descriptor
@@ -6658,7 +6692,7 @@ var ImageFinder = class {
 		}
 	}
 	#readDockerList() {
-		const json = this.#documents.json("manifest.json") ?? []
+		const json = this.#documents.plainJson("manifest.json") ?? []
 		const images = []
 		for (const value of Array.isArray(json) ? json : [json]) {
 			const entry = parseDockerEntry(value)
@@ -6705,10 +6739,7 @@ var ImageFinder = class {
 		return false
 	}
 }
-var isProof = (descriptor, {kind, ...rest}) =>
-	typeof rest[SUBJECT_KEY] === "string" ||
-	isAttestation(descriptor) ||
-	COSIGN_TAGS.some(tag => tag.kind !== void 0 && tag.kind === kind)
+var isCosignProof = ({kind}) => COSIGN_TAGS.some(tag => tag.kind !== void 0 && tag.kind === kind)
 var isUnknown = ({platform}) => platform.startsWith("unknown")
 var partOf = ({digest, size, mediaType}) => ({
 	entry: blobPath(digest),

@@ -1081,6 +1081,110 @@ test("an image that is marked as proof, and has a name all the same, is refused"
   }
 });
 
+for (const [name, annotations] of [
+  [
+    "an empty name before the other",
+    {
+      "io.containerd.image.name": "",
+      "org.opencontainers.image.ref.name": "evil:1",
+      [SUBJECT]: image.digest,
+    },
+  ],
+  ["a name that is no text", { "io.containerd.image.name": ["evil:1"], [SUBJECT]: image.digest }],
+  ["no name, but cosign's mark of a signature", { kind: "dev.cosignproject.cosign/sigs" }],
+  ["no name, and no mark", {}],
+] as const) {
+  test(`an unsigned image with ${name} is refused: some loader takes it`, async (t) => {
+    const files = await carried(t);
+    addContent(files, other);
+    changeJson<IndexJson>(files, "index.json", (index) => ({
+      ...index,
+      manifests: [...index.manifests, entryOf(other, annotations)],
+    }));
+    await assertUnsigned(writeFiles(t, files), new RegExp(other.digest));
+  });
+}
+
+for (const [name, change] of [
+  [
+    "a digest in another case",
+    (text: string) => text.replace('"size"', `"Digest":"${other.digest}","size"`),
+  ],
+  [
+    "a digest given twice",
+    (text: string) => text.replace('"digest"', `"digest":"${other.digest}","digest"`),
+  ],
+  [
+    "a digest with an escape in its key",
+    (text: string) => text.replace('"size"', `"d\\u0069gest":"${other.digest}","size"`),
+  ],
+  [
+    "other annotations beside the right ones",
+    (text: string) =>
+      text.replace(
+        '"annotations"',
+        '"Annotations":{"io.containerd.image.name":"evil:1"},"annotations"',
+      ),
+  ],
+  [
+    "a second list",
+    (text: string) => text.replace('"schemaVersion"', '"Manifests":[],"schemaVersion"'),
+  ],
+  [
+    "a Kelvin sign",
+    (text: string) => text.replace('"annotations":{', '"annotations":{"k":"1","\u212a":"2",'),
+  ],
+] as const) {
+  test(`an index.json with ${name} is refused: others may read it otherwise`, async (t) => {
+    const files = await carried(t);
+    addContent(files, other);
+    const before = String(files.get("index.json"));
+    files.set("index.json", Buffer.from(change(before)));
+    assert.notEqual(change(before), before);
+    const error = await failure(verify(writeFiles(t, files), signer));
+    assert.equal(error.code, "BAD_TAR");
+    assert.match(error.message, /index\.json has two keys in one object/);
+  });
+}
+
+test("a manifest.json with its config in two cases is refused", async (t) => {
+  const files = await carried(t);
+  addContent(files, other);
+  const config = `"config":"${blobName(other.config.digest)}","Config"`;
+  files.set(
+    "manifest.json",
+    Buffer.from(String(files.get("manifest.json")).replace('"Config"', config)),
+  );
+  const error = await failure(verify(writeFiles(t, files), signer));
+  assert.match(error.message, /manifest\.json has two keys in one object/);
+});
+
+test("equal keys of different objects, and texts that look like keys, are right", async (t) => {
+  const files = await carried(t);
+  changeJson<IndexJson>(files, "index.json", ({ manifests: [first, ...rest], ...index }) => ({
+    ...index,
+    manifests: [
+      {
+        ...first,
+        annotations: { ...first?.annotations, a: '"digest":"x","digest"', "b\\": "\\", c: "c" },
+      },
+      ...rest,
+    ],
+  }));
+  await verify(writeFiles(t, files), signer);
+});
+
+test("an unsigned image for an unknown platform is refused", async (t) => {
+  const files = await carried(t);
+  addContent(files, other);
+  const platform = { os: "unknown", architecture: "unknown" };
+  changeJson<IndexJson>(files, "index.json", (index) => ({
+    ...index,
+    manifests: [...index.manifests, { ...entryOf(other), platform }],
+  }));
+  await assertUnsigned(writeFiles(t, files), new RegExp(other.digest));
+});
+
 test("an index that nobody signed, around a signed image, is refused", async (t) => {
   const files = await carried(t);
   const around = makeIndex([image, makeImage({ seed: "evil", platform: "linux/arm64" })]);
