@@ -1,6 +1,6 @@
 // Chance against the promises of the front page: odd peers, mutated tars, runs that are killed, stopped and started on top
 // of each other. Each part runs for its share of IMGPULL_STORM_SECONDS (4 at a developer's, 60 in CI) from a fresh seed;
-// what it prints on a failure, `IMGPULL_STORM_SEED=…`, does the same again.
+// what it prints on a failure, `IMGPULL_SEED=…`, does the same again.
 import assert from "node:assert/strict";
 import { existsSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
@@ -21,9 +21,9 @@ import { NAME, type PullOptions, pull, serve, undisturbedTar } from "./support/p
 import { Random } from "./support/random.ts";
 import type { Fault, Matcher, Registry } from "./support/registry.ts";
 
-const SEED = process.env.IMGPULL_STORM_SEED ?? String(Math.floor(Math.random() * 1e9));
+const SEED = process.env.IMGPULL_SEED ?? String(Math.floor(Math.random() * 1e9));
 const SECONDS = Number(process.env.IMGPULL_STORM_SECONDS ?? "4");
-console.log(`storm: IMGPULL_STORM_SEED=${SEED} for ${SECONDS} s`);
+console.log(`storm: IMGPULL_SEED=${SEED} for ${SECONDS} s`);
 
 /** Rounds until its share of the time is over, at least two; each from a seed of its own, which a failure names. */
 async function storm(
@@ -38,7 +38,7 @@ async function storm(
       const outcome = await round(new Random(`${SEED} ${t.name} ${number}`), number);
       outcomes.set(outcome, (outcomes.get(outcome) ?? 0) + 1);
     } catch (error) {
-      const where = `IMGPULL_STORM_SEED=${SEED}, round ${number} of "${t.name}"`;
+      const where = `IMGPULL_SEED=${SEED}, round ${number} of "${t.name}"`;
       throw new Error(`${where}: ${(error as Error).message}`, { cause: error });
     }
   }
