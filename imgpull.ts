@@ -5334,9 +5334,11 @@ class Pace {
 
     const { bytesPerMs } = this.#held as Measured;
     const isSlower = measured.bytesPerMs < 0.6 * bytesPerMs;
-    if (isSlower) this.#held = measured;
-    if (!this.#trial && (isSlower || sample.nowMs >= this.#nextTrialMs))
-      this.#try(measured, sample);
+    if (isSlower) {
+      this.#held = measured;
+      this.#nextTrialMs = sample.nowMs;
+    }
+    if (!this.#trial && sample.nowMs >= this.#nextTrialMs) this.#try(measured, sample);
   }
 
   #judgeTrial(measured: Measured, nowMs: number): void {
@@ -5356,6 +5358,7 @@ class Pace {
   }
 
   #try(measured: Measured, { nowMs, open, leftBytes, isProcessorFull }: Sample): void {
+    if (this.#maySplit && this.#wanted >= this.most) return; // all is tried already
     const leftMs = leftBytes / measured.bytesPerMs;
     if (open >= this.most || isProcessorFull || leftMs < TUNING.worthTryingMs) return;
     const more = Math.max(this.#few, Math.ceil(open * TUNING.growth));
@@ -5404,11 +5407,12 @@ const longestFirst = (left: Segment, right: Segment): number =>
 const inOrder = (left: Segment, right: Segment): number => left.place - right.place;
 
 /** How a registry, or what stands between it and us, takes to ranges. A cache that has to fetch a blob first may fetch
- *  the whole of it for each range, or keep nothing of what it was asked for in ranges. It is known by its answers, which
- *  come much later than those of what it has: such blobs are heard to their end by one plain GET. */
+ *  the whole of it for each range, or keep nothing of what it was asked for in ranges. So where a blob's first bytes were
+ *  long in coming, something small is asked for once more: if that comes much sooner, somebody keeps what he was asked
+ *  for, the blob was not there yet, and is heard to its end by one plain GET. */
 class RangeManners {
   isWelcome = true;
-  secondLook: "not taken" | "under way" | "taken" | "impossible" = "not taken";
+  #look: "not taken" | "under way" | "impossible" | { waitMs: number } = "not taken";
   #quickestMs = NEVER;
   #hasGivenOne = false;
 
@@ -5416,27 +5420,28 @@ class RangeManners {
     this.#quickestMs = Math.min(this.#quickestMs, waitMs);
     if (isRange) this.#hasGivenOne = true;
   }
+  lookedAgain(look: "under way" | "impossible" | { waitMs: number }): void {
+    this.#look = look;
+  }
 
+  /** How soon an answer can come. */
   get waitMs(): number {
     return Number.isFinite(this.#quickestMs) ? this.#quickestMs : 0;
   }
 
-  /** Whether the answer took so long that someone had to fetch it first. */
-  isCold(waitMs: number): boolean {
-    return waitMs > 3 * this.#quickestMs + TUNING.promptMs;
+  /** Whether a blob's plain GET was answered so late that it takes a second look to say why. */
+  wantsLook(plainWaitMs: number): boolean {
+    return plainWaitMs > TUNING.promptMs && this.#look === "not taken";
   }
 
-  /** Whether it is known how soon an answer comes that nobody has to fetch first. Where all are prompt there is nothing to
-   *  tell apart; elsewhere something small is asked for once more. */
-  get isKnown(): boolean {
-    return this.#quickestMs < TUNING.promptMs || this.secondLook === "taken";
-  }
-
-  /** Ranges that may wait for their answers at once. */
-  get mostUnanswered(): number {
-    if (!this.isWelcome) return 0;
-    if (this.isKnown || this.#hasGivenOne) return NEVER;
-    return this.secondLook === "impossible" ? 1 : 0;
+  /** Ranges of a blob that may wait for their answers at once. */
+  mostUnanswered(plainWaitMs: number): number {
+    if (!this.isWelcome || plainWaitMs === NEVER) return 0;
+    if (plainWaitMs <= TUNING.promptMs) return NEVER;
+    if (typeof this.#look === "object")
+      return plainWaitMs > 3 * this.#look.waitMs + TUNING.promptMs ? 0 : NEVER;
+    if (this.#look !== "impossible") return 0;
+    return this.#hasGivenOne ? NEVER : 1;
   }
 }
 
@@ -5581,13 +5586,12 @@ class Schedule {
 
   #maySplit(blob: BlobState): boolean {
     const { registry, source } = blob;
-    const manners = this.#mannersOf(registry);
     if (source || !registry.acceptsRanges) return false;
-    if (manners.isCold(this.#waits.get(blob) ?? 0)) return false;
+    const most = this.#mannersOf(registry).mostUnanswered(this.#waits.get(blob) ?? 0);
 
     const isUnanswered = (other: Segment) =>
       other.blob.registry === registry && other.at > 0 && !other.isFlowing;
-    return [...this.#active].filter(isUnanswered).length < manners.mostUnanswered;
+    return [...this.#active].filter(isUnanswered).length < most;
   }
 
   #mannersOf(registry: Registry): RangeManners {
@@ -5684,19 +5688,16 @@ class Schedule {
   registryToLookAt(): Registry | undefined {
     if (!this.#pace.maySplit || this.#active.size >= this.#pace.wanted) return undefined;
     for (const { blob, isFlowing, remainingBytes } of this.#active) {
-      const { isKnown, secondLook } = this.#mannersOf(blob.registry);
-      const isOpen = !isKnown && secondLook === "not taken" && !blob.source;
-      if (isOpen && isFlowing && remainingBytes >= 2 * TUNING.splitBytes) return blob.registry;
+      const isWorthIt = isFlowing && !blob.source && remainingBytes >= 2 * TUNING.splitBytes;
+      const waitMs = this.#waits.get(blob) ?? 0;
+      if (isWorthIt && this.#mannersOf(blob.registry).wantsLook(waitMs)) return blob.registry;
     }
     return undefined;
   }
 
-  /** Something small was asked for once more: undefined where there was nothing. */
-  lookedAgain(registry: Registry, look: "under way" | { waitMs: number } | undefined): void {
-    const manners = this.#mannersOf(registry);
-    if (look === "under way") manners.secondLook = look;
-    else manners.secondLook = look ? "taken" : "impossible";
-    if (typeof look === "object") manners.answered(look.waitMs, false);
+  /** Something small was asked for once more. Impossible: there was nothing. */
+  lookedAgain(registry: Registry, look: "under way" | "impossible" | { waitMs: number }): void {
+    this.#mannersOf(registry).lookedAgain(look);
   }
 
   /** Requests that nobody waits for any more. */
@@ -5710,7 +5711,7 @@ class Schedule {
    *  heard to its end. If it was the first one there, no more are tried. */
   #abandonLate(segment: Segment): void {
     const manners = this.#mannersOf(segment.blob.registry);
-    if (manners.mostUnanswered <= 1) manners.isWelcome = false;
+    if (manners.mostUnanswered(this.#waits.get(segment.blob) ?? 0) <= 1) manners.isWelcome = false;
     this.#waits.set(segment.blob, NEVER);
     if (this.giveBack(segment)) this.#abandoned.push(segment);
   }
@@ -6628,7 +6629,7 @@ class Transfer {
     const isSmall = ({ descriptor, registry: its }: BlobState) =>
       its === registry && descriptor.size > 0 && descriptor.size <= TUNING.smallBytes;
     const small = this.blobs.find((blob) => isSmall(blob) && !blob.source);
-    if (!small) this.#schedule.lookedAgain(registry, undefined);
+    if (!small) this.#schedule.lookedAgain(registry, "impossible");
     if (!small?.isDone) return; // soon
 
     this.#schedule.lookedAgain(registry, "under way");
@@ -6640,7 +6641,7 @@ class Transfer {
         this.#schedule.lookedAgain(registry, { waitMs: waitedMs });
         this.#change.announce();
       },
-      () => this.#schedule.lookedAgain(registry, undefined),
+      () => this.#schedule.lookedAgain(registry, "impossible"),
     );
   }
 

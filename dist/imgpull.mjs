@@ -3211,8 +3211,11 @@ var Pace = class {
 		else this.#held ??= measured
 		const {bytesPerMs} = this.#held
 		const isSlower = measured.bytesPerMs < 0.6 * bytesPerMs
-		if (isSlower) this.#held = measured
-		if (!this.#trial && (isSlower || sample.nowMs >= this.#nextTrialMs)) this.#try(measured, sample)
+		if (isSlower) {
+			this.#held = measured
+			this.#nextTrialMs = sample.nowMs
+		}
+		if (!this.#trial && sample.nowMs >= this.#nextTrialMs) this.#try(measured, sample)
 	}
 	#judgeTrial(measured, nowMs) {
 		const trial = this.#trial
@@ -3228,6 +3231,7 @@ var Pace = class {
 		this.#pauseMs *= 4
 	}
 	#try(measured, {nowMs, open, leftBytes, isProcessorFull}) {
+		if (this.#maySplit && this.#wanted >= this.most) return
 		const leftMs = leftBytes / measured.bytesPerMs
 		if (open >= this.most || isProcessorFull || leftMs < TUNING.worthTryingMs) return
 		const more = Math.max(this.#few, Math.ceil(open * TUNING.growth))
@@ -3264,26 +3268,28 @@ var longestFirst = (left, right) => right.remainingBytes - left.remainingBytes
 var inOrder = (left, right) => left.place - right.place
 var RangeManners = class {
 	isWelcome = true
-	secondLook = "not taken"
+	#look = "not taken"
 	#quickestMs = NEVER
 	#hasGivenOne = false
 	answered(waitMs, isRange) {
 		this.#quickestMs = Math.min(this.#quickestMs, waitMs)
 		if (isRange) this.#hasGivenOne = true
 	}
+	lookedAgain(look) {
+		this.#look = look
+	}
 	get waitMs() {
 		return Number.isFinite(this.#quickestMs) ? this.#quickestMs : 0
 	}
-	isCold(waitMs) {
-		return waitMs > 3 * this.#quickestMs + TUNING.promptMs
+	wantsLook(plainWaitMs) {
+		return plainWaitMs > TUNING.promptMs && this.#look === "not taken"
 	}
-	get isKnown() {
-		return this.#quickestMs < TUNING.promptMs || this.secondLook === "taken"
-	}
-	get mostUnanswered() {
-		if (!this.isWelcome) return 0
-		if (this.isKnown || this.#hasGivenOne) return NEVER
-		return this.secondLook === "impossible" ? 1 : 0
+	mostUnanswered(plainWaitMs) {
+		if (!this.isWelcome || plainWaitMs === NEVER) return 0
+		if (plainWaitMs <= TUNING.promptMs) return NEVER
+		if (typeof this.#look === "object") return plainWaitMs > 3 * this.#look.waitMs + TUNING.promptMs ? 0 : NEVER
+		if (this.#look !== "impossible") return 0
+		return this.#hasGivenOne ? NEVER : 1
 	}
 }
 var Schedule = class {
@@ -3388,11 +3394,10 @@ var Schedule = class {
 	}
 	#maySplit(blob) {
 		const {registry, source} = blob
-		const manners = this.#mannersOf(registry)
 		if (source || !registry.acceptsRanges) return false
-		if (manners.isCold(this.#waits.get(blob) ?? 0)) return false
+		const most = this.#mannersOf(registry).mostUnanswered(this.#waits.get(blob) ?? 0)
 		const isUnanswered = other => other.blob.registry === registry && other.at > 0 && !other.isFlowing
-		return [...this.#active].filter(isUnanswered).length < manners.mostUnanswered
+		return [...this.#active].filter(isUnanswered).length < most
 	}
 	#mannersOf(registry) {
 		const known = this.#manners.get(registry) ?? new RangeManners()
@@ -3466,17 +3471,14 @@ var Schedule = class {
 	registryToLookAt() {
 		if (!this.#pace.maySplit || this.#active.size >= this.#pace.wanted) return void 0
 		for (const {blob, isFlowing, remainingBytes} of this.#active) {
-			const {isKnown, secondLook} = this.#mannersOf(blob.registry)
-			const isOpen = !isKnown && secondLook === "not taken" && !blob.source
-			if (isOpen && isFlowing && remainingBytes >= 2 * TUNING.splitBytes) return blob.registry
+			const isWorthIt = isFlowing && !blob.source && remainingBytes >= 2 * TUNING.splitBytes
+			const waitMs = this.#waits.get(blob) ?? 0
+			if (isWorthIt && this.#mannersOf(blob.registry).wantsLook(waitMs)) return blob.registry
 		}
 		return void 0
 	}
 	lookedAgain(registry, look) {
-		const manners = this.#mannersOf(registry)
-		if (look === "under way") manners.secondLook = look
-		else manners.secondLook = look ? "taken" : "impossible"
-		if (typeof look === "object") manners.answered(look.waitMs, false)
+		this.#mannersOf(registry).lookedAgain(look)
 	}
 	takeAbandoned(nowMs) {
 		for (const segment of this.#active) if (this.#isLate(segment, nowMs)) this.#abandonLate(segment)
@@ -3484,7 +3486,7 @@ var Schedule = class {
 	}
 	#abandonLate(segment) {
 		const manners = this.#mannersOf(segment.blob.registry)
-		if (manners.mostUnanswered <= 1) manners.isWelcome = false
+		if (manners.mostUnanswered(this.#waits.get(segment.blob) ?? 0) <= 1) manners.isWelcome = false
 		this.#waits.set(segment.blob, NEVER)
 		if (this.giveBack(segment)) this.#abandoned.push(segment)
 	}
@@ -4128,7 +4130,7 @@ var Transfer = class {
 		const isSmall = ({descriptor: descriptor2, registry: its}) =>
 			its === registry && descriptor2.size > 0 && descriptor2.size <= TUNING.smallBytes
 		const small = this.blobs.find(blob => isSmall(blob) && !blob.source)
-		if (!small) this.#schedule.lookedAgain(registry, void 0)
+		if (!small) this.#schedule.lookedAgain(registry, "impossible")
 		if (!small?.isDone) return
 		this.#schedule.lookedAgain(registry, "under way")
 		const {descriptor} = small
@@ -4139,7 +4141,7 @@ var Transfer = class {
 				this.#schedule.lookedAgain(registry, {waitMs: waitedMs})
 				this.#change.announce()
 			},
-			() => this.#schedule.lookedAgain(registry, void 0)
+			() => this.#schedule.lookedAgain(registry, "impossible")
 		)
 	}
 	#start(segment) {
