@@ -3321,20 +3321,32 @@ class Registry {
     return [...this.#mirrors].filter(isUsable).map(([endpoint]) => endpoint);
   }
 
-  manifest(tagOrDigest: string): Promise<FetchedManifest> {
-    if (!isDigest(tagOrDigest)) return this.#fetchManifest(tagOrDigest);
-
-    const known = this.#manifests.get(tagOrDigest);
+  /** `check` throws for what is no manifest that makes sense: a mirror's word for a tag is not taken then. */
+  manifest(
+    tagOrDigest: string,
+    check: (manifest: FetchedManifest) => unknown = ignore,
+  ): Promise<FetchedManifest> {
+    const known = isDigest(tagOrDigest) ? this.#manifests.get(tagOrDigest) : undefined;
     if (known) return known;
-    const fetching = this.#fetchManifest(tagOrDigest);
+
+    const fetching = this.#fetchManifest(tagOrDigest, check);
+    if (!isDigest(tagOrDigest)) return fetching;
     this.#manifests.set(tagOrDigest, fetching);
     fetching.catch(() => this.#manifests.delete(tagOrDigest));
     return fetching;
   }
 
-  async #fetchManifest(tagOrDigest: string): Promise<FetchedManifest> {
+  async #fetchManifest(
+    tagOrDigest: string,
+    check: (manifest: FetchedManifest) => unknown,
+  ): Promise<FetchedManifest> {
     const wanted = { kind: "manifest", name: tagOrDigest } as const;
-    const ask = () => this.#ask(wanted, (endpoint) => endpoint.manifest(tagOrDigest));
+    const ask = () =>
+      this.#ask(wanted, async (endpoint) => {
+        const fetched = await endpoint.manifest(tagOrDigest);
+        if (endpoint !== this.#home) check(fetched);
+        return fetched;
+      });
     const manifest = await this.#withinBudget(ask);
     this.#manifests.set(manifest.digest, Promise.resolve(manifest));
     return manifest;
@@ -3929,8 +3941,9 @@ async function resolveImage(
 ): Promise<ResolvedImage> {
   const where = formatReference(reference);
   const registry = registryOf(session, reference);
-  const asked = await registry.manifest(versionOf(reference));
-  const parsed = parseManifest(asked, where);
+  const parse = (manifest: FetchedManifest) => parseManifest(manifest, where);
+  const asked = await registry.manifest(versionOf(reference), parse);
+  const parsed = parse(asked);
   const source = { registry, where, asked };
   const found = await findImages();
 

@@ -1881,18 +1881,23 @@ var Registry = class {
 		const isUsable = ([endpoint, mirror]) => !this.#passedOver.has(endpoint) && !mirrorFaults.isOutOfOrder(mirror)
 		return [...this.#mirrors].filter(isUsable).map(([endpoint]) => endpoint)
 	}
-	manifest(tagOrDigest) {
-		if (!isDigest(tagOrDigest)) return this.#fetchManifest(tagOrDigest)
-		const known = this.#manifests.get(tagOrDigest)
+	manifest(tagOrDigest, check = ignore) {
+		const known = isDigest(tagOrDigest) ? this.#manifests.get(tagOrDigest) : void 0
 		if (known) return known
-		const fetching = this.#fetchManifest(tagOrDigest)
+		const fetching = this.#fetchManifest(tagOrDigest, check)
+		if (!isDigest(tagOrDigest)) return fetching
 		this.#manifests.set(tagOrDigest, fetching)
 		fetching.catch(() => this.#manifests.delete(tagOrDigest))
 		return fetching
 	}
-	async #fetchManifest(tagOrDigest) {
+	async #fetchManifest(tagOrDigest, check) {
 		const wanted = {kind: "manifest", name: tagOrDigest}
-		const ask = () => this.#ask(wanted, endpoint => endpoint.manifest(tagOrDigest))
+		const ask = () =>
+			this.#ask(wanted, async endpoint => {
+				const fetched = await endpoint.manifest(tagOrDigest)
+				if (endpoint !== this.#home) check(fetched)
+				return fetched
+			})
 		const manifest = await this.#withinBudget(ask)
 		this.#manifests.set(manifest.digest, Promise.resolve(manifest))
 		return manifest
@@ -2241,8 +2246,9 @@ var versionOf = ({tag, digest}) => digest ?? tag
 async function resolveImage(session, reference, name, choice) {
 	const where = formatReference(reference)
 	const registry = registryOf(session, reference)
-	const asked = await registry.manifest(versionOf(reference))
-	const parsed = parseManifest(asked, where)
+	const parse = manifest => parseManifest(manifest, where)
+	const asked = await registry.manifest(versionOf(reference), parse)
+	const parsed = parse(asked)
 	const source = {registry, where, asked}
 	const found = await findImages()
 	const finalName = name.replace(/@.*$/, `@${found.top.digest}`)
