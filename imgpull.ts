@@ -8953,6 +8953,13 @@ function pulledImage({ reference, name, top, platform, contents }: ResolvedImage
   };
 }
 
+function checkDest(dest: unknown, isDryRun: boolean): void {
+  if (dest === undefined && isDryRun) return;
+  const isStream = typeof (dest as { write?: unknown } | null)?.write === "function";
+  const isPath = typeof dest === "string" && dest !== "";
+  checkOption(isStream || isPath, "`dest` has to be a path or a Writable");
+}
+
 /**
  * Pulls images into one tar, folder or stream: `dest` is a file's path, a folder's (one that exists, or a path that ends
  * in `/`: an OCI image layout, to which is added), or a Writable, which gets the tar in order and is not ended. Only
@@ -8966,7 +8973,7 @@ async function pullImages(
   checkOptions(options);
   if (!isListOfStrings(references)) fail("BAD_OPTION", "`references` has to be a list of strings");
   const { dryRun: isDryRun = false, referrers = false, reuse = [], since } = options;
-  if (dest === undefined && !isDryRun) fail("BAD_OPTION", "`dest` is missing");
+  checkDest(dest, isDryRun);
   const images = await nameImages(references, options);
   const signers = await readSigners(options.signedBy);
 
@@ -9039,6 +9046,8 @@ class Puller {
   /** The index ("list") or the platform's manifest ("image"). NOT_FOUND where the registry has no index for it. */
   async pullManifest(type: "list" | "image"): Promise<ManifestHolder> {
     if (type === "image") {
+      const isOne = choiceOf(this.#opts) === "one";
+      checkOption(isOne, "`platforms` names several, and a manifest is of one image");
       return withSession(this.#opts, async (session) => {
         const image = await resolveImage(session, this.#reference, "", "one");
         await this.#checkSigned(session, [image.asked.digest, image.top.digest]);
@@ -9085,6 +9094,8 @@ class Puller {
 
   /** Every blob of an image manifest as `dir/HEX`, verified; those that are there already are kept. */
   async pullBlobs(holder: ManifestHolder, dir: string): Promise<void> {
+    checkOption(holder?.bytes instanceof Uint8Array, "`holder` is what pullManifest() gives");
+    checkDest(dir, false);
     const fetched = { ...holder, bytes: Buffer.from(holder.bytes) };
     const manifest = parseManifest(fetched, holder.imageUrl);
     if (manifest.kind !== "image")

@@ -5795,11 +5795,17 @@ function pulledImage({reference, name, top, platform, contents}) {
 		layers: sumOf(contents, ({manifest}) => manifest.layers.length)
 	}
 }
+function checkDest(dest, isDryRun) {
+	if (dest === void 0 && isDryRun) return
+	const isStream = typeof dest?.write === "function"
+	const isPath = typeof dest === "string" && dest !== ""
+	checkOption(isStream || isPath, "`dest` has to be a path or a Writable")
+}
 async function pullImages(references, dest, options = {}) {
 	checkOptions(options)
 	if (!isListOfStrings(references)) fail("BAD_OPTION", "`references` has to be a list of strings")
 	const {dryRun: isDryRun = false, referrers = false, reuse = [], since} = options
-	if (dest === void 0 && !isDryRun) fail("BAD_OPTION", "`dest` is missing")
+	checkDest(dest, isDryRun)
 	const images = await nameImages(references, options)
 	const signers = await readSigners(options.signedBy)
 	return withSession(options, async (session, onProgress) => {
@@ -5853,6 +5859,8 @@ var Puller = class {
 	}
 	async pullManifest(type) {
 		if (type === "image") {
+			const isOne = choiceOf(this.#opts) === "one"
+			checkOption(isOne, "`platforms` names several, and a manifest is of one image")
 			return withSession(this.#opts, async session => {
 				const image = await resolveImage(session, this.#reference, "", "one")
 				await this.#checkSigned(session, [image.asked.digest, image.top.digest])
@@ -5890,6 +5898,8 @@ var Puller = class {
 		})
 	}
 	async pullBlobs(holder, dir) {
+		checkOption(holder?.bytes instanceof Uint8Array, "`holder` is what pullManifest() gives")
+		checkDest(dir, false)
 		const fetched = {...holder, bytes: Buffer.from(holder.bytes)}
 		const manifest = parseManifest(fetched, holder.imageUrl)
 		if (manifest.kind !== "image") return fail("NOT_AN_IMAGE", `${holder.imageUrl}: a list of manifests has no blobs`)

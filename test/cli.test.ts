@@ -242,6 +242,8 @@ const MISUSED: [args: string, says: RegExp, options?: MainOptions][] = [
   ["--list-tar a.tar --dry-run", /--dry-run does not go with --list-tar/],
   ["alpine -m list --name x", /--name does not go with --manifest/],
   ["alpine -m image --from list.txt", /--from does not go with --manifest/],
+  ["alpine -m image --platform all", /--platform names several/],
+  [`alpine --name x:1@${UNKNOWN_DIGEST} a.tar`, /--name is NAME or NAME:TAG/],
   ["alpine -m image --referrers", /--referrers does not go with --manifest/],
 ];
 
@@ -259,7 +261,9 @@ test("a DEST that could be an IMAGE but says that it is a file is one", async (t
   const registry = await serve(t);
   const cwd = temporaryFolder(t);
   mkdirSync(join(cwd, "out"));
-  for (const dest of ["./busybox:1", "out/busybox:1", "busybox:1.tar", "busybox"]) {
+  mkdirSync(join(cwd, "quay.io"));
+  const files = ["./busybox:1", "out/busybox:1", "quay.io/app:1", "busybox:1.tar", "busybox"];
+  for (const dest of files) {
     const { exitCode, stderr } = await runCommand(
       [`${registry.host}/team/app:1.0`, dest, ...AMD64],
       { cwd },

@@ -287,6 +287,18 @@ test("options are refused by name and kind, and never show a value that may be a
   const list = "alpine" as unknown as string[];
   assert.equal((await failure(pullImages(list, "a.tar"))).code, "BAD_OPTION");
   assert.equal((await failure(pullImages([], "a.tar"))).code, "BAD_REFERENCE");
+  for (const dest of [undefined, "", 5, null, {}] as unknown as string[]) {
+    const error = await failure(pullImages(["alpine"], dest));
+    assert.match(error.message, /`dest` has to be a path or a Writable/, String(dest));
+  }
+  for (const holder of [undefined, {}, { bytes: "{}" }] as never[]) {
+    const error = await failure(new Puller("alpine").pullBlobs(holder, "blobs"));
+    assert.deepEqual([error.code, /`holder`/.test(error.message)], ["BAD_OPTION", true]);
+  }
+  for (const platforms of ["all", ["linux/amd64", "linux/arm64"]] as const) {
+    const error = await failure(new Puller({ url: "alpine", platforms }).pullManifest("image"));
+    assert.deepEqual([error.code, /`platforms`/.test(error.message)], ["BAD_OPTION", true]);
+  }
   assert.equal((await failure(pullImages(["Alpine"], "a.tar"))).code, "BAD_REFERENCE");
 });
 
