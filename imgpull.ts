@@ -89,6 +89,7 @@ const LIMITS = Object.freeze({
   configBytes: 16 * MIB, // image configs are some KiB; a label may hold an SBOM
   tokenBytes: MIB, // tokens are some KiB
   errorBodyBytes: MIB / 16, // a sentence is shown of it
+  keyFileBytes: MIB / 16, // a public key has some hundred bytes
   credentialFileBytes: 4 * MIB, // docker's config.json; this one may be a device or a mistake
   tarMetadataBytes: 16 * MIB, // index.json and the like of a tar that someone else made
   tarExtensionBytes: MIB, // a pax header or the map of a sparse file; Go's reader has the same bound
@@ -8932,14 +8933,32 @@ async function runPull(session: Session, request: PullRequest, observe: Observer
 /** A public key, given as PEM or as the path of a PEM file. */
 async function readSigner(key: string): Promise<SignerKey> {
   if (key.includes("-----BEGIN")) return parsePublicKey(key, "in `signedBy`");
-  const pem = await fs
-    .readFile(key, "utf8")
-    .catch((error) => fail("BAD_OPTION", `cannot read \`signedBy\` ${key}: ${diskWords(error)}`));
-  return parsePublicKey(pem, key);
+  const pem = await readBeginning(key, LIMITS.keyFileBytes).catch((error) =>
+    fail("BAD_OPTION", `cannot read \`signedBy\` ${key}: ${diskWords(error)}`),
+  );
+  return parsePublicKey(pem.toString("utf8"), key);
 }
 
-const readSigners = (keys: readonly string[] | undefined): Promise<SignerKey[]> =>
-  mapConcurrently(keys ?? [], 1, readSigner);
+/** Of a device or a pipe, too, no more than that is read. */
+async function readBeginning(file: string, maximumBytes: number): Promise<Buffer> {
+  const handle = await fs.open(file, "r");
+  try {
+    const buffer = Buffer.alloc(maximumBytes);
+    for (let filled = 0; ; ) {
+      const { bytesRead } = await handle.read(buffer, filled, maximumBytes - filled);
+      filled += bytesRead;
+      if (bytesRead === 0) return buffer.subarray(0, filled);
+    }
+  } finally {
+    await handle.close();
+  }
+}
+
+/** A list without a key is a mistake that would check nothing. */
+async function readSigners(keys: readonly string[] | undefined): Promise<SignerKey[]> {
+  if (keys?.length === 0) fail("BAD_OPTION", "`signedBy` is an empty list");
+  return mapConcurrently(keys ?? [], 1, readSigner);
+}
 
 function pulledImage({ reference, name, top, platform, contents }: ResolvedImage): PulledImage {
   const { digest } = top;
@@ -11622,7 +11641,7 @@ async function showTarList(io: CommandIO, file: string, signal: AbortSignal): Pr
 type TarCheckCommand = Readonly<{
   signal: AbortSignal;
   isQuiet: boolean;
-  signedBy: readonly string[];
+  signedBy: readonly string[] | undefined;
   since: string | undefined;
 }>;
 
@@ -11645,7 +11664,7 @@ async function showTarReport(
     const options = { signal, signedBy, since, onProgress };
     const report = await verifyTar(tarSource(io, file), options);
     display.stop();
-    io.stdout.write(`${file}: ${formatTarReport(report, signedBy.length > 0)}\n`);
+    io.stdout.write(`${file}: ${formatTarReport(report, signedBy !== undefined)}\n`);
   } finally {
     display.stop();
   }
@@ -11707,7 +11726,7 @@ async function runCommand(
   if (listed !== undefined) return showTarList(io, listed, signal);
   if (verified !== undefined) {
     const { isQuiet } = command;
-    const { "signed-by": signedBy = [] } = line.lists;
+    const { "signed-by": signedBy } = line.lists;
     const { since } = line.values;
     return showTarReport(io, verified, { signal, isQuiet, signedBy, since });
   }

@@ -59,6 +59,7 @@ var LIMITS = Object.freeze({
 	configBytes: 16 * MIB,
 	tokenBytes: MIB,
 	errorBodyBytes: MIB / 16,
+	keyFileBytes: MIB / 16,
 	credentialFileBytes: 4 * MIB,
 	tarMetadataBytes: 16 * MIB,
 	tarExtensionBytes: MIB,
@@ -5811,12 +5812,28 @@ async function runPull(session, request, observe) {
 }
 async function readSigner(key) {
 	if (key.includes("-----BEGIN")) return parsePublicKey(key, "in `signedBy`")
-	const pem = await import_node_fs.promises
-		.readFile(key, "utf8")
-		.catch(error => fail("BAD_OPTION", `cannot read \`signedBy\` ${key}: ${diskWords(error)}`))
-	return parsePublicKey(pem, key)
+	const pem = await readBeginning(key, LIMITS.keyFileBytes).catch(error =>
+		fail("BAD_OPTION", `cannot read \`signedBy\` ${key}: ${diskWords(error)}`)
+	)
+	return parsePublicKey(pem.toString("utf8"), key)
 }
-var readSigners = keys => mapConcurrently(keys ?? [], 1, readSigner)
+async function readBeginning(file, maximumBytes) {
+	const handle = await import_node_fs.promises.open(file, "r")
+	try {
+		const buffer = Buffer.alloc(maximumBytes)
+		for (let filled = 0; ; ) {
+			const {bytesRead} = await handle.read(buffer, filled, maximumBytes - filled)
+			filled += bytesRead
+			if (bytesRead === 0) return buffer.subarray(0, filled)
+		}
+	} finally {
+		await handle.close()
+	}
+}
+async function readSigners(keys) {
+	if (keys?.length === 0) fail("BAD_OPTION", "`signedBy` is an empty list")
+	return mapConcurrently(keys ?? [], 1, readSigner)
+}
 function pulledImage({reference, name, top, platform, contents}) {
 	const {digest} = top
 	return {
@@ -7746,7 +7763,7 @@ async function showTarReport(io, file, {signal, isQuiet, signedBy, since}) {
 		const options = {signal, signedBy, since, onProgress}
 		const report = await verifyTar(tarSource(io, file), options)
 		display.stop()
-		io.stdout.write(`${file}: ${formatTarReport(report, signedBy.length > 0)}
+		io.stdout.write(`${file}: ${formatTarReport(report, signedBy !== void 0)}
 `)
 	} finally {
 		display.stop()
@@ -7803,7 +7820,7 @@ async function runCommand(argv, io, signal) {
 	if (listed !== void 0) return showTarList(io, listed, signal)
 	if (verified !== void 0) {
 		const {isQuiet} = command
-		const {"signed-by": signedBy = []} = line.lists
+		const {"signed-by": signedBy} = line.lists
 		const {since} = line.values
 		return showTarReport(io, verified, {signal, isQuiet, signedBy, since})
 	}

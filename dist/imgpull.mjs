@@ -36,6 +36,7 @@ var LIMITS = Object.freeze({
 	configBytes: 16 * MIB,
 	tokenBytes: MIB,
 	errorBodyBytes: MIB / 16,
+	keyFileBytes: MIB / 16,
 	credentialFileBytes: 4 * MIB,
 	tarMetadataBytes: 16 * MIB,
 	tarExtensionBytes: MIB,
@@ -5778,12 +5779,28 @@ async function runPull(session, request, observe) {
 }
 async function readSigner(key) {
 	if (key.includes("-----BEGIN")) return parsePublicKey(key, "in `signedBy`")
-	const pem = await fs
-		.readFile(key, "utf8")
-		.catch(error => fail("BAD_OPTION", `cannot read \`signedBy\` ${key}: ${diskWords(error)}`))
-	return parsePublicKey(pem, key)
+	const pem = await readBeginning(key, LIMITS.keyFileBytes).catch(error =>
+		fail("BAD_OPTION", `cannot read \`signedBy\` ${key}: ${diskWords(error)}`)
+	)
+	return parsePublicKey(pem.toString("utf8"), key)
 }
-var readSigners = keys => mapConcurrently(keys ?? [], 1, readSigner)
+async function readBeginning(file, maximumBytes) {
+	const handle = await fs.open(file, "r")
+	try {
+		const buffer = Buffer.alloc(maximumBytes)
+		for (let filled = 0; ; ) {
+			const {bytesRead} = await handle.read(buffer, filled, maximumBytes - filled)
+			filled += bytesRead
+			if (bytesRead === 0) return buffer.subarray(0, filled)
+		}
+	} finally {
+		await handle.close()
+	}
+}
+async function readSigners(keys) {
+	if (keys?.length === 0) fail("BAD_OPTION", "`signedBy` is an empty list")
+	return mapConcurrently(keys ?? [], 1, readSigner)
+}
 function pulledImage({reference, name, top, platform, contents}) {
 	const {digest} = top
 	return {

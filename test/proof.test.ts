@@ -5,8 +5,8 @@ import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from 
 import { join } from "node:path";
 import { Readable } from "node:stream";
 import { type TestContext, test } from "node:test";
-import { internals, Puller } from "../imgpull.ts";
-import { runCommand, SECRETS, temporaryFolder, USER } from "./support/command.ts";
+import { internals, Puller, pullImages } from "../imgpull.ts";
+import { COMMAND, runCommand, SECRETS, temporaryFolder, USER } from "./support/command.ts";
 import {
   digestOf,
   MEDIA,
@@ -888,6 +888,48 @@ test("the command names a key file that it cannot read or use, as usage", async 
     assert.equal(exitCode, 2, stderr);
     assert.match(stderr, words);
   }
+});
+
+test("a list of keys without a key is refused: it would check nothing", async (t) => {
+  const { reference } = await serveWith(t, [bundle()]);
+  const options = { scheme: "http", signedBy: [] } as const;
+  const tar = join(temporaryFolder(t), "app.tar");
+  for (const call of [
+    () => pullImages([reference], tar, options),
+    () => new Puller({ ...options, url: reference }).getManifest(),
+    () => internals.verifyTar(tar, { signedBy: [] }),
+  ]) {
+    const error = await failure(call());
+    assert.equal(error.code, "BAD_OPTION");
+    assert.match(error.message, /empty list/);
+  }
+});
+
+const skip = process.platform === "win32" && "it has no pipes with a path";
+test("a key may come by a pipe, and of a device no more is read than a key has", {
+  skip,
+}, async (t) => {
+  const { reference } = await serveWith(t, [bundle()]);
+  const folder = temporaryFolder(t);
+  writeFileSync(join(folder, "good.pub"), signer.pem);
+  const pipe = join(folder, "key");
+  const flags = ["--scheme", "http", "--manifest", "image", "--signed-by"];
+  const piped = `mkfifo "$0"; cat good.pub > "$0" & exec "$@"`;
+  const command: [string, ...string[]] = [
+    "sh",
+    "-c",
+    piped,
+    pipe,
+    ...COMMAND,
+    reference,
+    ...flags,
+    pipe,
+  ];
+  const { exitCode, stderr } = await runCommand([], { command, cwd: folder });
+  assert.equal(exitCode, 0, stderr);
+  const zeros = await runCommand([reference, ...flags, "/dev/zero"]);
+  assert.equal(zeros.exitCode, 2);
+  assert.match(zeros.stderr, /no PEM public key/);
 });
 
 test("a referrer that cannot be read is left out, and said", async (t) => {
