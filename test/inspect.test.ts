@@ -1140,13 +1140,24 @@ test("what unpacks without end is refused by name, soon", async () => {
 
 // ====== Bounds ======
 
+/** Says at its end how much memory the command had. The binaries take no options of Node's. */
+const TELL_MEMORY = `process.on("exit", () => {
+  require("node:fs").writeSync(2, "peak " + process.resourceUsage().maxRSS + " KiB\\n");
+});
+`;
+
 async function boundedBy(name: string, tar: Buffer, seconds: number): Promise<string> {
   const file = fileOf(tar);
+  const preload = join(folder, "tell-memory.cjs");
+  writeFileSync(preload, TELL_MEMORY);
+  const env = { NODE_OPTIONS: `--require ${preload}` };
   const startedAt = performance.now();
-  const { exitCode, signal, stdout, stderr } = await runCommand(["--verify", file], {});
+  const { exitCode, signal, stdout, stderr } = await runCommand(["--verify", file], { env });
   assert.ok(exitCode === 0 || exitCode === 1, `${name}: ${signal} ${stderr.slice(0, 500)}`);
   const tookMs = performance.now() - startedAt;
   assert.ok(tookMs < seconds * 1000, `${name} took ${Math.round(tookMs)} ms`);
+  const [, peakKib = "0"] = /^peak (\d+) KiB$/m.exec(stderr) ?? [];
+  assert.ok(Number(peakKib) < 300 * 1024, `${name} took ${peakKib} KiB`);
   return String(stdout) + stderr;
 }
 

@@ -3,20 +3,24 @@
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
 import { once } from "node:events";
-import { readdirSync, readFileSync, rmSync, statSync } from "node:fs";
+import { mkdirSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs";
 import { type AddressInfo, connect, createServer } from "node:net";
 import { join } from "node:path";
 import { pipeline } from "node:stream/promises";
 import { after, before, describe, type TestContext, test } from "node:test";
+import { ociArchive } from "./support/archives.ts";
 import { startCommand } from "./support/command.ts";
 import {
   digestOf,
   type Format,
   MEDIA,
   makeImage,
+  makeImageLookalikes,
   makeLayer,
   readTar,
+  type TestContent,
   type TestImage,
+  type TestLayer,
 } from "./support/image.ts";
 import {
   type Containerd,
@@ -49,6 +53,7 @@ const skip = skipWithout(
   "ctr",
   "podman",
   "skopeo",
+  "oras",
   "tar",
 );
 const HTTP = ["--scheme", "http"];
@@ -95,6 +100,18 @@ function treeOfImage({ layers }: TestImage): Map<string, string> {
 function assertWhole(rootfs: string, image: TestImage): void {
   const [actual, expected] = [treeOf(rootfs), treeOfImage(image)];
   assert.deepEqual(new Map([...expected.keys()].map((path) => [path, actual.get(path)])), expected);
+}
+
+/** By oras, since skopeo pushes no artifacts. */
+async function pushContent(content: TestContent, name: string): Promise<void> {
+  const layout = interopFolder("artifact");
+  for (const [entry, bytes] of ociArchive([content])) {
+    mkdirSync(join(layout, entry, ".."), { recursive: true });
+    if (typeof bytes === "string" || Buffer.isBuffer(bytes))
+      writeFileSync(join(layout, entry), bytes);
+  }
+  const from = ["--from-oci-layout", `${layout}@${content.digest}`];
+  await run(["oras", "cp", ...from, "--to-plain-http", name]);
 }
 
 // ====== Moments ======
@@ -399,5 +416,79 @@ describe("interop across the gap", { skip }, () => {
       assertWhole(await takeFromContainerd(containerd, v2, HOST_ARCHITECTURE), V2);
       await containerd.ctr("images", "rm", "--sync", v1);
     });
+  });
+
+  test("an image and what only looks like one in one tar: every loader takes the image", async (t) => {
+    const name = `${registry.host}/team/lookalike`;
+    await pushImage(V1, `${name}:app`);
+    const lookalikes = Object.entries(makeImageLookalikes());
+    for (const [tag, content] of lookalikes) await pushContent(content, `${name}:${tag}`);
+    const tar = join(interopFolder("pulled"), "lookalike.tar");
+    const others = lookalikes.map(([tag]) => `${name}:${tag}`);
+    for (const order of [
+      [...others, `${name}:app`],
+      [`${name}:app`, ...others],
+    ]) {
+      await imgpull([...order, tar, ...HTTP]);
+      const loaded = `Loaded image: ${name}:app\n`;
+      await t.test("docker load", async () => {
+        assert.equal(await docker.docker("load", "--input", tar), loaded);
+        assertWhole(await takeFromDocker(docker, `${name}:app`), V1);
+      });
+      await t.test("podman load", async () => {
+        assert.equal(await makePodman()("load", "--input", tar), loaded);
+      });
+      await t.test("skopeo, of docker's archive", async () => {
+        await skopeo("copy", `docker-archive:${tar}`, `dir:${interopFolder("copied")}`);
+      });
+    }
+  });
+
+  test("a delta that is not on top of its base's layers: loaded after the base, it is whole", async (t) => {
+    const mediaType = MEDIA.dockerGzip;
+    const layerOf = (seed: string) => ({ ...makeLayer({ seed, sizeBytes: 30_000 }), mediaType });
+    const [os1, os2, lib, own] = ["os1", "os2", "lib", "own"].map(layerOf);
+    const image = (seed: string, layers: unknown[]) =>
+      makeImage({ seed, format: "docker", platform, layers: layers as TestLayer[] });
+    const [rebaseOld, rebaseNew] = [image("old", [os1, lib]), image("new", [os2, lib])];
+    const cases: [how: string, before: TestImage, after: TestImage, omitted: number][] = [
+      ["rebased", rebaseOld, rebaseNew, 0],
+      ["one layer put in the middle", rebaseOld, image("middle", [os1, own, lib]), 1],
+    ];
+    for (const [how, before, next, omitted] of cases) {
+      const name = `${registry.host}/team/${how.replaceAll(" ", "-")}`;
+      await pushImage(before, `${name}:1`);
+      await pushImage(next, `${name}:2`);
+      const folder = interopFolder("delta");
+      const [base, delta] = [join(folder, "base.tar"), join(folder, "delta.tar")];
+      await imgpull([`${name}:1`, base, ...HTTP]);
+      await imgpull([`${name}:2`, delta, "--since", base, ...HTTP]);
+      await imgpull(["--verify", delta, "--since", base]);
+      const held = readTar(readFileSync(delta)).map((entry) => entry.name);
+      const missing = [...next.blobs.keys()].filter(
+        (digest) => !held.some((each) => each.endsWith(digest.slice("sha256:".length))),
+      );
+      assert.equal(missing.length, omitted, how);
+
+      await t.test(`${how}: docker load`, async () => {
+        await docker.docker("load", "--input", base);
+        assert.equal(await docker.docker("load", "--input", delta), `Loaded image: ${name}:2\n`);
+        assertWhole(await takeFromDocker(docker, `${name}:2`), next);
+        await docker.docker("image", "rm", "--force", `${name}:1`);
+      });
+      await t.test(`${how}: podman load`, async () => {
+        const podman = makePodman();
+        await podman("load", "--input", base);
+        await podman("load", "--input", delta);
+        assertWhole((await podman("image", "mount", `${name}:2`)).trim(), next);
+      });
+      await t.test(`${how}: ctr images import`, async () => {
+        for (const tar of [base, delta])
+          await containerd.ctr("images", "import", "--snapshotter", "native", tar);
+        const rootfs = await takeFromContainerd(containerd, `${name}:2`, HOST_ARCHITECTURE);
+        assertWhole(rootfs, next);
+        await containerd.ctr("images", "rm", "--sync", `${name}:1`);
+      });
+    }
   });
 });
