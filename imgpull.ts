@@ -6908,6 +6908,9 @@ async function parseFileDestination(destination: string): Promise<Destination> {
   const folder = path.dirname(destination);
   const checking = fs.access(`${folder}/.`, constants.W_OK);
   await onDisk(`${doing}: the directory ${folder}`, checking);
+  if (!(await fs.stat(folder)).isDirectory())
+    // of a file, Windows has a "." too
+    fail("DISK", `${doing}: the directory ${folder}: ${DISK_WORDS.ENOTDIR}`);
   return { kind: "tar", file: await onDisk(doing, resolveFile(destination)) };
 }
 

@@ -4368,6 +4368,8 @@ async function parseFileDestination(destination) {
 	const folder = path.dirname(destination)
 	const checking = import_node_fs.promises.access(`${folder}/.`, import_node_fs.constants.W_OK)
 	await onDisk(`${doing}: the directory ${folder}`, checking)
+	if (!(await import_node_fs.promises.stat(folder)).isDirectory())
+		fail("DISK", `${doing}: the directory ${folder}: ${DISK_WORDS.ENOTDIR}`)
 	return {kind: "tar", file: await onDisk(doing, resolveFile(destination))}
 }
 async function pullInto(destination, job) {

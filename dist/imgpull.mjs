@@ -4341,6 +4341,7 @@ async function parseFileDestination(destination) {
 	const folder = path.dirname(destination)
 	const checking = fs.access(`${folder}/.`, constants.W_OK)
 	await onDisk(`${doing}: the directory ${folder}`, checking)
+	if (!(await fs.stat(folder)).isDirectory()) fail("DISK", `${doing}: the directory ${folder}: ${DISK_WORDS.ENOTDIR}`)
 	return {kind: "tar", file: await onDisk(doing, resolveFile(destination))}
 }
 async function pullInto(destination, job) {

@@ -205,6 +205,12 @@ describe("interop with Windows", { skip }, () => {
         const missing = await pull(`${windowsFolder}\\no\\such.tar`);
         assert.equal(missing.exitCode, 1);
         assert.match(missing.stderr, /the directory .*no: no such file or directory/);
+        const inFile = await pull("sub\\below.tar\\app.tar");
+        assert.equal(inFile.exitCode, 1);
+        assert.match(
+          inFile.stderr,
+          /the directory sub\\below\.tar: a part of the path is not a directory/,
+        );
       });
 
       test("a name that is a device is refused, and makes no file", async (t) => {
@@ -254,13 +260,20 @@ describe("interop with Windows", { skip }, () => {
         }
       });
 
-      test("lists: with CR, from a file and from stdin", async (t) => {
+      test("lists: with CR, from a file and from stdin, in UTF-16", async (t) => {
         const { folder, reference, run } = await place(t);
         const list = `# images\r\n${reference}\r\n`;
         writeFileSync(join(folder, "images.txt"), list);
         succeed(await run([...OPTIONS, "--from", "images.txt", "a.tar"]));
         succeed(await run([...OPTIONS, "--from", "-", "b.tar"], list));
-        for (const name of ["a.tar", "b.tar"]) checkTar(readFileSync(join(folder, name)), IMAGE);
+        // What `>` of Windows PowerShell writes.
+        writeFileSync(
+          join(folder, "images.lock"),
+          Buffer.from(`\ufeff${reference}\r\n`, "utf16le"),
+        );
+        succeed(await run([...OPTIONS, "--from", "images.lock", "c.tar"]));
+        for (const name of ["a.tar", "b.tar", "c.tar"])
+          checkTar(readFileSync(join(folder, name)), IMAGE);
       });
 
       test("credentials are looked for in the user's own folder", async (t) => {
