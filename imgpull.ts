@@ -11155,8 +11155,7 @@ const HABITS: Readonly<Record<string, string>> = {
 };
 
 function refuseUnknown(rawName: string, name: string): never {
-  const habit = HABITS[name];
-  if (habit !== undefined) usage(`unknown option ${rawName}: ${habit}`);
+  if (Object.hasOwn(HABITS, name)) usage(`unknown option ${rawName}: ${HABITS[name]}`);
   const nearest = nearestName(name, Object.keys(OPTION_TABLE));
   const suggestion = nearest === undefined ? "" : `: did you mean --${nearest}?`;
   return usage(`unknown option ${printable(rawName, 60)}${suggestion}`);
@@ -11235,27 +11234,27 @@ function parseNumber(option: string, typed: string): number {
 
 /** `FROM=TO`, several times. */
 function parsePairs(option: string, typed: readonly string[]): Record<string, string> {
-  const pairs: Record<string, string> = {};
+  const pairs = new Map<string, string>();
   for (const text of typed) {
     const [from = "", to = "", ...more] = text.split("=");
     if (from === "" || to === "" || more.length > 0)
       usage(`--${option} is FROM=TO, not "${printable(text)}"`);
-    if (from in pairs) usage(`--${option} ${printable(from)} is given twice`);
-    pairs[from] = to;
+    if (pairs.has(from)) usage(`--${option} ${printable(from)} is given twice`);
+    pairs.set(from, to);
   }
-  return pairs;
+  return Object.fromEntries(pairs);
 }
 
 /** `HOST=PLACE`, several of each HOST. */
 function parseLists(option: string, typed: readonly string[]): Record<string, string[]> {
-  const lists: Record<string, string[]> = {};
+  const lists = new Map<string, string[]>();
   for (const text of typed) {
     const [, host = "", place = ""] = /^([^=]+)=(.+)$/.exec(text) ?? [];
     if (host === "")
       usage(`--${option} is HOST=PLACE, not "${printable(text.replace(/^.*@/, "***@"))}"`);
-    lists[host] = [...(lists[host] ?? []), place];
+    lists.set(host, [...(lists.get(host) ?? []), place]);
   }
-  return lists;
+  return Object.fromEntries(lists);
 }
 
 /** What is pulled how, in the library's words. */

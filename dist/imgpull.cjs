@@ -7372,8 +7372,7 @@ var HABITS = {
 	authfile: "set REGISTRY_AUTH_FILE=FILE in the environment"
 }
 function refuseUnknown(rawName, name) {
-	const habit = HABITS[name]
-	if (habit !== void 0) usage(`unknown option ${rawName}: ${habit}`)
+	if (Object.hasOwn(HABITS, name)) usage(`unknown option ${rawName}: ${HABITS[name]}`)
 	const nearest = nearestName(name, Object.keys(OPTION_TABLE))
 	const suggestion = nearest === void 0 ? "" : `: did you mean --${nearest}?`
 	return usage(`unknown option ${printable(rawName, 60)}${suggestion}`)
@@ -7433,23 +7432,23 @@ function parseNumber(option, typed) {
 	return Number(typed)
 }
 function parsePairs(option, typed) {
-	const pairs = {}
+	const pairs = /* @__PURE__ */ new Map()
 	for (const text of typed) {
 		const [from = "", to = "", ...more] = text.split("=")
 		if (from === "" || to === "" || more.length > 0) usage(`--${option} is FROM=TO, not "${printable(text)}"`)
-		if (from in pairs) usage(`--${option} ${printable(from)} is given twice`)
-		pairs[from] = to
+		if (pairs.has(from)) usage(`--${option} ${printable(from)} is given twice`)
+		pairs.set(from, to)
 	}
-	return pairs
+	return Object.fromEntries(pairs)
 }
 function parseLists(option, typed) {
-	const lists = {}
+	const lists = /* @__PURE__ */ new Map()
 	for (const text of typed) {
 		const [, host = "", place = ""] = /^([^=]+)=(.+)$/.exec(text) ?? []
 		if (host === "") usage(`--${option} is HOST=PLACE, not "${printable(text.replace(/^.*@/, "***@"))}"`)
-		lists[host] = [...(lists[host] ?? []), place]
+		lists.set(host, [...(lists.get(host) ?? []), place])
 	}
-	return lists
+	return Object.fromEntries(lists)
 }
 function optionsOf({values, lists, switches}) {
 	const options = {}

@@ -133,6 +133,28 @@ test("options stand anywhere among the positionals; -- ends them; --reuse is rep
   assert.doesNotMatch(await parsed(["alpine", "-"]), /error/);
 });
 
+test("names that JavaScript's objects have by themselves are names like others", async () => {
+  const pairs = ["--mirror", "constructor=a.corp", "--mirror", "toString=b.corp"];
+  const renames = ["--rename", "constructor=x", "--rename", "__proto__=y"];
+  const { mirrors, renames: renamed } = JSON.parse(await parsed(["alpine", ...pairs, ...renames]));
+  assert.deepEqual(Object.entries(mirrors), [
+    ["constructor", ["a.corp"]],
+    ["toString", ["b.corp"]],
+  ]);
+  assert.deepEqual(Object.entries(renamed), [
+    ["constructor", "x"],
+    ["__proto__", "y"],
+  ]);
+  for (const name of ["--constructor", "--__proto__", "--toString"]) {
+    const { exitCode, stderr } = await runMain([name, "alpine"]);
+    assert.deepEqual(
+      [exitCode, /^imgpull: unknown option \S+( \(|:)/.test(stderr)],
+      [2, true],
+      stderr,
+    );
+  }
+});
+
 test("--parsed is JSON, shows no secret, and does nothing", async (t) => {
   const registry = await serve(t);
   const secrets = [
