@@ -8091,10 +8091,10 @@ function artifactTypeOf({ bytes }: FetchedManifest): string {
 /** The image with all that refers to it. SIGNATURE where there are signers, and none of them has signed it. */
 async function addProof(
   session: Session,
-  image: ResolvedImage,
+  resolved: ResolvedImage,
   signers: readonly SignerKey[],
 ): Promise<ResolvedImage> {
-  const { reference, registry, asked, top, manifests } = image;
+  const { reference, registry, asked, top, manifests } = resolved;
   const where = formatReference(reference);
   const subjects = [...new Set([asked, ...manifests].map(({ digest }) => digest))];
   const referrers = await new ReferrerSearch(session, registry, where, subjects).run();
@@ -8102,20 +8102,23 @@ async function addProof(
   if (signers.length > 0)
     await requireSignature(session, { registry, where, digests }, referrers, signers);
 
-  const isOfIndex = isReferredTo(asked, referrers) && asked !== top;
-  const marked = isOfIndex ? asked : top;
+  const hasIndex = asked !== top && isReferredTo(asked, referrers);
+  const isIndexMarked =
+    hasIndex && (hasSignature(asked, referrers) || !hasSignature(top, referrers));
+  const marked = isIndexMarked ? asked : top;
   const kind = cosignKind(marked, referrers);
   // cosign takes the first entry of each kind for the one image: signatures of others are not marked.
   const companions = referrers.map((referrer): Companion => {
     const { kind: _kind, ...plain } = referrer;
     return plain.subject === marked.digest ? referrer : plain;
   });
-  if (!isOfIndex) return { ...image, companions, ...dropEmpty({ kind }) };
+  const image = { ...resolved, ...dropEmpty({ kind: isIndexMarked ? undefined : kind }) };
+  if (!hasIndex) return { ...image, companions };
 
   // The far side goes from the signature to the index, and from there to the image.
   const path = await pathTo(top.digest, asked, childrenOf(registry, where), where);
   const indexes = (path ?? []).map((index): Companion => {
-    const mark = dropEmpty({ kind: index === asked ? kind : undefined });
+    const mark = dropEmpty({ kind: isIndexMarked && index === asked ? kind : undefined });
     return {
       registry,
       top: index,
@@ -8173,6 +8176,13 @@ function companionEntry({ top, subject, kind, artifactType, isIndex }: Companion
 
 const isReferredTo = ({ digest }: FetchedManifest, referrers: readonly Companion[]): boolean =>
   referrers.some(({ subject }) => subject === digest);
+
+/** Whether there is a signature, whoever made it. */
+const hasSignature = ({ digest }: FetchedManifest, referrers: readonly Companion[]): boolean =>
+  referrers.some(
+    ({ subject, contents }) =>
+      subject === digest && contents.some(({ manifest }) => manifest.layers.some(isSignature)),
+  );
 
 /** How `cosign save` marks what it signed. For an index that has bundles only, `cosign verify` wants `image` too. */
 function cosignKind(signed: FetchedManifest, referrers: readonly Companion[]): string | undefined {

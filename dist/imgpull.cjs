@@ -5228,24 +5228,26 @@ function artifactTypeOf({bytes}) {
 	const {mediaType} = recordIn(config)
 	return typeof mediaType === "string" && !CONFIG_TYPES.includes(mediaType) ? mediaType : ""
 }
-async function addProof(session, image, signers) {
-	const {reference, registry, asked, top, manifests} = image
+async function addProof(session, resolved, signers) {
+	const {reference, registry, asked, top, manifests} = resolved
 	const where = formatReference(reference)
 	const subjects = [...new Set([asked, ...manifests].map(({digest}) => digest))]
 	const referrers = await new ReferrerSearch(session, registry, where, subjects).run()
 	const digests = [.../* @__PURE__ */ new Set([asked.digest, top.digest])]
 	if (signers.length > 0) await requireSignature(session, {registry, where, digests}, referrers, signers)
-	const isOfIndex = isReferredTo(asked, referrers) && asked !== top
-	const marked = isOfIndex ? asked : top
+	const hasIndex = asked !== top && isReferredTo(asked, referrers)
+	const isIndexMarked = hasIndex && (hasSignature(asked, referrers) || !hasSignature(top, referrers))
+	const marked = isIndexMarked ? asked : top
 	const kind = cosignKind(marked, referrers)
 	const companions = referrers.map(referrer => {
 		const {kind: _kind, ...plain} = referrer
 		return plain.subject === marked.digest ? referrer : plain
 	})
-	if (!isOfIndex) return {...image, companions, ...dropEmpty({kind})}
+	const image = {...resolved, ...dropEmpty({kind: isIndexMarked ? void 0 : kind})}
+	if (!hasIndex) return {...image, companions}
 	const path2 = await pathTo(top.digest, asked, childrenOf(registry, where), where)
 	const indexes = (path2 ?? []).map(index => {
-		const mark = dropEmpty({kind: index === asked ? kind : void 0})
+		const mark = dropEmpty({kind: isIndexMarked && index === asked ? kind : void 0})
 		return {
 			registry,
 			top: index,
@@ -5288,6 +5290,10 @@ function companionEntry({top, subject, kind, artifactType, isIndex: isIndex2}) {
 	}
 }
 var isReferredTo = ({digest}, referrers) => referrers.some(({subject}) => subject === digest)
+var hasSignature = ({digest}, referrers) =>
+	referrers.some(
+		({subject, contents}) => subject === digest && contents.some(({manifest}) => manifest.layers.some(isSignature))
+	)
 function cosignKind(signed, referrers) {
 	const own = referrers.filter(({subject}) => subject === signed.digest)
 	const hasTag = own.some(({kind}) => kind === COSIGN_TAGS[0]?.kind)

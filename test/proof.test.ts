@@ -460,6 +460,27 @@ test("of an index whose images are signed too, only its own signature is marked 
   }
 });
 
+test("of an index with an SBOM and a platform with a signature, the platform is marked for cosign", async (t) => {
+  const index = makeMultiPlatform(["linux/amd64", "linux/arm64"]);
+  const [child] = index.children as [TestContent];
+  const signature = makeSignatureTag(makePayloadLayer(child, signer));
+  const contents: (TestContent | [TestContent, string])[] = [
+    makeSbom(index),
+    [signature, sigTag(child)],
+  ];
+  const served = await serveWith(t, contents, WITH_ENDPOINT, index);
+  const files = filesIn(await pullProof(t, served, SIGNED_BY));
+  assertHolds(files, makeSbom(index), signature);
+  const marks = entriesIn(files).map(({ digest, annotations }) => [digest, annotations?.kind]);
+  assert.deepEqual(
+    marks.filter(([, kind]) => kind !== undefined).sort(),
+    [
+      [child.digest, "dev.cosignproject.cosign/image"],
+      [signature.digest, "dev.cosignproject.cosign/sigs"],
+    ].sort(),
+  );
+});
+
 test("a signature of one platform does not vouch for the whole index", async (t) => {
   const index = makeMultiPlatform(["linux/amd64", "linux/arm64"]);
   const [child] = index.children as [TestContent];
