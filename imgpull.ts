@@ -5445,6 +5445,7 @@ class RangeManners {
 
   /** Whether a blob's plain GET was answered so late that it takes a second look to say why. */
   wantsLook(plainWaitMs: number): boolean {
+    if (plainWaitMs === NEVER) return false; // the cache has said so itself
     return plainWaitMs > TUNING.promptMs && this.#look === "not taken";
   }
 

@@ -3289,6 +3289,7 @@ var RangeManners = class {
 		return Number.isFinite(this.#quickestMs) ? this.#quickestMs : 0
 	}
 	wantsLook(plainWaitMs) {
+		if (plainWaitMs === NEVER) return false
 		return plainWaitMs > TUNING.promptMs && this.#look === "not taken"
 	}
 	mostUnanswered(plainWaitMs) {

@@ -73,6 +73,52 @@ test("kill -9 with eight connections costs at most a few MiB for each", async (t
   assert.ok(againBytes <= 8 * 3 * MIB, `${againBytes} bytes again`);
 });
 
+test("kill -9 over a slow line costs at most two seconds of it", { timeout: 60_000 }, async (t) => {
+  // 200 KB/s over two connections: no batch is full before it is a second old.
+  const bytesPerMs = 200;
+  const served = await serve(t, APP);
+  const { registry } = served;
+  let sentBytes = 0;
+  const slow = registry.on(
+    { kind: "layer" },
+    {
+      handler: async (_request, response, next) => {
+        const write = response.write.bind(response) as (chunk: Buffer) => boolean;
+        response.write = ((chunk: Buffer) => {
+          const pieces = Array.from({ length: Math.ceil(chunk.length / 4096) }, (_, at) =>
+            chunk.subarray(at * 4096, (at + 1) * 4096),
+          );
+          const send = () => {
+            const piece = pieces.shift();
+            if (!piece || response.destroyed) return void response.emit("drain");
+            write(piece);
+            sentBytes += piece.length;
+            setTimeout(send, (2 * piece.length) / bytesPerMs);
+          };
+          send();
+          return false;
+        }) as typeof response.write;
+        await next();
+      },
+    },
+  );
+  const { child, result } = startCommand([...OPTIONS, "-j", "2", served.reference, served.dest]);
+  while (sentBytes < 1_200_000) await new Promise((resolve) => setTimeout(resolve, 10));
+  child.kill("SIGKILL");
+  await result;
+  const servedBytes = sentBytes;
+  await registry.settled();
+  slow.remove();
+  registry.forget();
+
+  await succeed([served.reference, served.dest]);
+  await registry.settled();
+  const againBytes = servedBytes + registry.bytesServed() - APP_BYTES;
+  t.diagnostic(`${againBytes} bytes again`);
+  assert.ok(againBytes <= 2000 * bytesPerMs + 131_072, `${againBytes} bytes again`); // and what the sockets held
+  await assertRight(t, served, APP);
+});
+
 test("killed ten times in a row, it still ends right", async (t) => {
   const served = await serve(t, APP);
   for (let kill = 0; kill < 10; kill += 1)

@@ -534,6 +534,8 @@ export interface SquidOptions {
   account?: Account;
   /** Names that only the proxy can resolve: imgpull never sends loopback through a proxy, so tests need a name. */
   hosts?: Record<string, string>;
+  /** In place of a forward proxy without a cache: a cache before the server on this port of 127.0.0.1. */
+  cacheOf?: number;
 }
 
 export class Squid extends Service {
@@ -554,7 +556,15 @@ export async function startSquid(options: SquidOptions = {}): Promise<Squid> {
   const folder = interopFolder("squid");
   // It gives up root's rights for the user proxy, who writes the access log here and reads what follows.
   chmodSync(folder, 0o777);
-  const { account, hosts = {} } = options;
+  const { account, hosts = {}, cacheOf } = options;
+  const cache =
+    cacheOf === undefined
+      ? "cache deny all\ncache_mem 0"
+      : `cache_peer 127.0.0.1 parent ${cacheOf} 0 no-query originserver
+cache_mem 256 MB
+maximum_object_size_in_memory 128 MB
+maximum_object_size 128 MB`;
+  const accelerates = cacheOf === undefined ? "" : " accel defaultsite=localhost";
   const files = writeFiles(folder, {
     hosts: Object.entries(hosts)
       .map(([name, address]) => `${address} ${name}\n`)
@@ -571,10 +581,9 @@ http_access deny all`
     : "http_access allow all";
   return startOnFreePort((port) => {
     const { "squid.conf": config } = writeFiles(folder, {
-      "squid.conf": `http_port 127.0.0.1:${port}
+      "squid.conf": `http_port 127.0.0.1:${port}${accelerates}
 pid_filename none
-cache deny all
-cache_mem 0
+${cache}
 cache_log /dev/null
 cache_store_log none
 access_log stdio:${join(folder, "access.log")}
@@ -593,7 +602,7 @@ ${access}
     // A name of its own: under squid's usual one, what another has left in /dev/shm makes it fail.
     const sharedMemory = `imgpull${process.pid}x${port}`;
     const command = ["squid", "-N", "-n", sharedMemory, "-d", "1", "-f", config];
-    const ready = /Accepting HTTP Socket/;
+    const ready = /Accepting (reverse-proxy )?HTTP Socket/;
     // SIGTERM keeps it for seconds, whatever its shutdown_lifetime.
     const stopSignal = "SIGKILL";
     return new Squid({ name: "squid", folder, command, ready, stopSignal, sharedMemory }, port);
@@ -608,6 +617,8 @@ export interface NginxOptions {
   htpasswd?: Account;
   /** Further `location` blocks. */
   locations?: string;
+  /** Keeps what it has fetched, as nginx does by default: without a lock, whole for each range. */
+  isCache?: true;
 }
 
 /** A request that nginx answered; whether it came with an Authorization header. */
@@ -665,6 +676,8 @@ export async function startNginx(options: NginxOptions): Promise<Nginx> {
   const temporary = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
     .map((kind) => `${kind}_temp_path ${join(folder, kind)};`)
     .join("\n  ");
+  const cachePath = `proxy_cache_path ${join(folder, "cache")} keys_zone=blobs:1m max_size=1g;`;
+  const cache = "proxy_cache blobs; proxy_cache_valid 200 1h; proxy_buffering on;";
   return startOnFreePort((port) => {
     const { "nginx.conf": config } = writeFiles(folder, {
       "nginx.conf": `daemon off;
@@ -679,6 +692,7 @@ http {
   access_log ${join(folder, "access.log")};
   access_log ${join(folder, "requests.log")} requests;
   ${temporary}
+  ${options.isCache ? cachePath : ""}
   server {
     listen 127.0.0.1:${port}${tls ? " ssl" : ""};
     ${server}
@@ -690,7 +704,7 @@ http {
       proxy_set_header Host $http_host;
       proxy_set_header X-Forwarded-Proto $scheme;
       ${account ? 'proxy_set_header Authorization "";' : ""}
-      proxy_buffering off;
+      ${options.isCache ? cache : "proxy_buffering off;"}
     }
   }
 }
