@@ -11367,7 +11367,9 @@ function isReference(text: string): boolean {
 
 /** `imgpull alpine:3 quay.io/org/app:1` means two images, not a file of that name: unless there is such a folder. */
 async function checkDestinationName(destination: string): Promise<void> {
-  const archive = /\.(tgz|tzst|txz|tbz2?|tar\.\w+)$/i.exec(destination)?.[0];
+  const archive = /\.(tgz|tzst|txz|tbz2?|tar\.(gz|zst|zstd|xz|bz2|lz4|lzma))$/i.exec(
+    destination,
+  )?.[0];
   if (archive !== undefined)
     usage(`DEST is a plain tar, not a ${archive}: layers are compressed already; call it .tar`);
   const isDrive = process.platform === "win32" && /^[A-Za-z]:/.test(destination);

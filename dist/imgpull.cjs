@@ -7532,7 +7532,7 @@ function isReference(text) {
 	}
 }
 async function checkDestinationName(destination) {
-	const archive = /\.(tgz|tzst|txz|tbz2?|tar\.\w+)$/i.exec(destination)?.[0]
+	const archive = /\.(tgz|tzst|txz|tbz2?|tar\.(gz|zst|zstd|xz|bz2|lz4|lzma))$/i.exec(destination)?.[0]
 	if (archive !== void 0) usage(`DEST is a plain tar, not a ${archive}: layers are compressed already; call it .tar`)
 	const isDrive = process.platform === "win32" && /^[A-Za-z]:/.test(destination)
 	if (isDrive || destination.includes("\\") || /\.(tar|oci|img|tgz|zip|gz)$/i.test(destination)) return

@@ -2,7 +2,17 @@
 import assert from "node:assert/strict";
 import { spawn, spawnSync } from "node:child_process";
 import { once } from "node:events";
-import { mkdirSync, readFileSync, rmSync, truncateSync, writeFileSync } from "node:fs";
+import {
+  closeSync,
+  ftruncateSync,
+  mkdirSync,
+  openSync,
+  readFileSync,
+  rmSync,
+  truncateSync,
+  writeFileSync,
+  writeSync,
+} from "node:fs";
 import { join } from "node:path";
 import { after, before, test } from "node:test";
 import { setTimeout as delay } from "node:timers/promises";
@@ -709,6 +719,72 @@ test("two files of one name: programs differ in which they take, so neither is b
   await passes(fileOf(tarOf([["blobs/", { folder: true }], ...entries]))); // folders may be said twice
 });
 
+test("a second list under a name that loaders resolve to the same, or through a link: refused", async () => {
+  const image = makeImage({ seed: "second list" });
+  const entries = ociArchive([image], {
+    annotations: { "io.containerd.image.name": "docker.io/team/app:1" },
+  });
+  const list: Entry = [
+    "manifest.json",
+    json([
+      {
+        Config: blobName(image.config.digest),
+        RepoTags: ["docker.io/team/app:1"],
+        Layers: image.layers.map(({ digest }) => blobName(digest)),
+      },
+    ]),
+  ];
+  const whole = [...entries, list];
+  await passes(fileOf(tarOf(whole)));
+  const evil = "[]";
+  const spelled = ["/N", "./N", "././N", ".//N", "//N", "N/."];
+  for (const document of ["manifest.json", "index.json"]) {
+    const seconds: [why: RegExp, entries: Entry[]][] = [
+      ...spelled.map((name): [RegExp, Entry[]] => [
+        new RegExp(`two entries are called ${document}`),
+        [[name.replace("N", document), evil]],
+      ]),
+      [
+        /two entries are called/,
+        [
+          ["other", evil],
+          [document, { hardlink: "other" }],
+        ],
+      ],
+      [
+        /two entries are called/,
+        [
+          ["other", evil],
+          [document, { symlink: "other" }],
+        ],
+      ],
+      [/two entries are called/, [[document, { folder: true }]]],
+      [/leads through \.\./, [[`x/../${document}`, evil]]],
+      [/leads through \.\./, [[`blobs/../${document}`, evil]]],
+      [
+        /lies below something that is no folder/,
+        [
+          ["x", { symlink: "." }],
+          [`x/${document}`, evil],
+        ],
+      ],
+      [
+        /lies below something that is no folder/,
+        [
+          ["x", { hardlink: "oci-layout" }],
+          [`x/${document}`, evil],
+        ],
+      ],
+    ];
+    for (const [why, second] of seconds)
+      for (const tar of [
+        [...second, ...whole],
+        [...whole, ...second],
+      ])
+        await fails(fileOf(tarOf(tar)), why);
+  }
+});
+
 test("an image whose config names no layers at all", async () => {
   const without = makeImage({
     seed: "no-rootfs",
@@ -1116,6 +1192,51 @@ test("encrypted, xz and bzip2 layers are counted, not called wrong", async () =>
   // Without the word for it, bytes that do not unpack are wrong.
   const mute = makeImage({ layers: [layerOf(MEDIA.ociGzip, pseudoRandom("secret", 5000))] });
   await fails(fileOf(tarOf(ociArchive([mute]))), /does not unpack/);
+});
+
+/** Zeros are left out, so that the file system has holes in their place. */
+function writeWithHoles(file: string, bytes: Buffer): void {
+  const handle = openSync(file, "w");
+  ftruncateSync(handle, bytes.length);
+  for (let at = 0; at < bytes.length; at += 4096) {
+    const piece = bytes.subarray(at, at + 4096);
+    if (piece.some((byte) => byte !== 0)) writeSync(handle, piece, 0, piece.length, at);
+  }
+  closeSync(handle);
+}
+
+test("files with holes, as bsdtar and GNU tar -S write them, are read as what they are", async (t) => {
+  const isGnuTar = /GNU tar/.test(String(spawnSync("tar", ["--version"]).stdout));
+  if (!isGnuTar) return t.skip("GNU tar is not here");
+  const holed = makeLayer({
+    seed: "holes",
+    compression: "none",
+    sizeBytes: 900_096,
+    files: { "data/zeros": Buffer.alloc(800_000) },
+  });
+  const image = makeImage({ seed: "holes", layers: [holed] });
+  const cwd = temporaryFolder(t);
+  for (const [name, content] of ociArchive([image])) {
+    mkdirSync(join(cwd, name, ".."), { recursive: true });
+    if (typeof content === "string") writeFileSync(join(cwd, name), content);
+    if (Buffer.isBuffer(content)) writeWithHoles(join(cwd, name), content);
+  }
+  const forms = [["gnu"], ["pax", "0.0"], ["pax", "0.1"], ["pax", "1.0"]];
+  for (const [format, version] of forms) {
+    const flags = [`--format=${format}`, "--hole-detection=raw"];
+    if (version) flags.push(`--sparse-version=${version}`);
+    const words = ["-cSf", "-", ...flags, "oci-layout", "index.json", "blobs"];
+    const { stdout, status } = spawnSync("tar", words, { cwd });
+    assert.equal(status, 0);
+    assert.ok(stdout.length < 400_000, "it has holes");
+    assert.match(await passes(fileOf(stdout)), /3 blobs hashed, 1 layer unpacked/, flags.join(" "));
+    const piped = await runCommand(["--verify", "-"], { stdin: stdout });
+    assert.deepEqual([piped.exitCode, piped.stderr], [0, ""], flags.join(" "));
+    const [row] = await list(fileOf(stdout));
+    assert.deepEqual(row, rowOf(image, ""));
+    const at = stdout.indexOf(holed.bytes.subarray(0, 512));
+    await fails(fileOf(flipped(stdout, at + 100)), `${blobName(holed.digest)} is damaged`);
+  }
 });
 
 test("what unpacks without end is refused by name, soon", async () => {
