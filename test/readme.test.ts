@@ -1,12 +1,14 @@
 // The front page: what it says of options is the option table, each of its command blocks is run, each message that it
 // explains is one that the program gives.
 import assert from "node:assert/strict";
+import { generateKeyPairSync } from "node:crypto";
 import { once } from "node:events";
 import { cpSync, existsSync, readdirSync, readFileSync, symlinkSync, writeFileSync } from "node:fs";
-import { createServer } from "node:http";
-import type { AddressInfo } from "node:net";
+import { createServer, type IncomingMessage, type ServerResponse } from "node:http";
+import { type AddressInfo, createServer as createTcpServer, type Server } from "node:net";
 import { join, resolve } from "node:path";
 import { after, before, describe, test } from "node:test";
+import { createServer as createTlsServer } from "node:tls";
 import { internals } from "../imgpull.ts";
 import { makeAuthority } from "./support/certificates.ts";
 import {
@@ -22,7 +24,12 @@ import { makePayloadLayer, makeSignatureTag, makeSigner, sigTag } from "./suppor
 import { startProxy } from "./support/proxy.ts";
 import { filesOf } from "./support/pull.ts";
 import { IMAGES, LATEST, makeReader, type Reader, readmeBlocks } from "./support/readme.ts";
-import { type Registry, type RegistryOptions, startRegistry } from "./support/registry.ts";
+import {
+  type Fault,
+  type Registry,
+  type RegistryOptions,
+  startRegistry,
+} from "./support/registry.ts";
 import { speedPicture } from "./support/speed.ts";
 
 const readme = readFileSync("README.md", "utf8");
@@ -522,6 +529,32 @@ interface Message {
   exitCode?: number;
 }
 
+const SECURE = { scheme: "https", cacert: "ca.pem" };
+
+/** An authority, a client's certificate and key, and a key with a passphrase. */
+function writePem(folder: string): CommandOptions {
+  const { cert, key } = authority.issueClient();
+  const { privateKey } = generateKeyPairSync("ec", { namedCurve: "P-256" });
+  const locked = { type: "pkcs8", format: "pem", cipher: "aes-256-cbc", passphrase: "x" } as const;
+  const texts = { "ca.pem": authority.cert, "me.cert": cert, "me.key": key };
+  for (const [name, text] of Object.entries(texts)) writeFileSync(join(folder, name), text);
+  writeFileSync(join(folder, "locked.key"), privateKey.export(locked));
+  return {};
+}
+
+/** A body that never ends, a byte now and then. */
+function trickle(_request: IncomingMessage, response: ServerResponse): void {
+  response.writeHead(200);
+  const timer = setInterval(() => response.write(" "), 20);
+  response.once("close", () => clearInterval(timer));
+}
+
+const answerRaw = (text: string): Fault => ({
+  handler: (_request, response) => {
+    response.socket?.end(text);
+  },
+});
+
 /** What makes the program say it, by the words as they stand in the table. */
 const MESSAGES: Record<string, Message> = {
   // The test registry hangs up instead, which no real one does.
@@ -536,6 +569,24 @@ const MESSAGES: Record<string, Message> = {
   "its certificate authority is not known here": {
     serve: { tls: authority.issueServer() },
     options: { scheme: "https" },
+  },
+  "its certificate is not for … but for": {
+    serve: { tls: authority.issueServer({ dns: ["registry.corp.example"], ip: [] }) },
+    options: SECURE,
+    run: writePem,
+  },
+  "has no certificate that can be read": {
+    options: { ...SECURE, cacert: "me.key" },
+    run: writePem,
+  },
+  "has a passphrase": {
+    options: { ...SECURE, cert: "me.cert", key: "locked.key" },
+    run: writePem,
+  },
+  "it may want a client certificate, one that it knows": {
+    serve: { tls: { ...authority.issueServer(), clientCa: authority.cert } },
+    options: SECURE,
+    run: writePem,
   },
   "answered 401 … no credentials were found": { serve: { auth: "basic" } },
   "answered 401 … refused: the credentials of": {
@@ -583,10 +634,41 @@ const MESSAGES: Record<string, Message> = {
     image: () => "registry.corp.example/team/app:1.0",
     options: { scheme: "https" },
   },
+  "the proxy … refused GET": {
+    image: () => "registry.corp.example/team/app:1.0",
+    options: { retries: "0" },
+    run: () => ({ env: { HTTP_PROXY: `http://${addressOf(gateway)}` } }),
+  },
+  "it speaks TLS on this port": {
+    image: () => "registry.corp.example/team/app:1.0",
+    run: () => ({ env: { HTTP_PROXY: `http://${addressOf(tlsServer)}` } }),
+  },
+  "it speaks SOCKS on this port, which is not supported": {
+    image: () => "registry.corp.example/team/app:1.0",
+    run: () => ({ env: { HTTP_PROXY: `http://${addressOf(socksServer)}` } }),
+  },
   "no such host": { image: () => "registry.invalid/team/app:1.0", options: { scheme: "https" } },
   "nothing came for … s": {
     prepare: (registry) => registry.on({ kind: "layer" }, { stallAfter: 10 }),
     options: { timeout: "0.2", retries: "0" },
+  },
+  "the answer was not whole after … s": {
+    prepare: (registry) => registry.on({ kind: "manifest" }, { handler: trickle }),
+    options: { timeout: "0.2", retries: "0" },
+  },
+  "bytes came in … s": {
+    prepare: (registry) => registry.on({ kind: "layer" }, { handler: trickle }),
+    options: { timeout: "0.2", retries: "0" },
+  },
+  "the answer tells its length twice": {
+    prepare: (registry) =>
+      registry.on(
+        { kind: "manifest" },
+        answerRaw("HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\n{}"),
+      ),
+  },
+  "what answers there does not speak HTTP/1.1": {
+    prepare: (registry) => registry.on({ kind: "manifest" }, answerRaw("SSH-2.0-OpenSSH_9.2\r\n")),
   },
   "cannot be run: it is not on the PATH": {
     serve: { auth: "basic" },
@@ -607,13 +689,26 @@ const MESSAGES: Record<string, Message> = {
 };
 
 const plainServer = createServer((_request, response) => response.end());
+const gateway = createServer((_request, response) => response.writeHead(502).end());
+const tlsServer = createTlsServer(authority.issueServer());
+const socksServer = createTcpServer((socket) => {
+  socket.on("error", () => {});
+  socket.once("data", (bytes) => socket.end(bytes[0] === 5 ? Buffer.from([5, 0]) : ""));
+});
+const servers: Server[] = [plainServer, gateway, tlsServer, socksServer];
 let plainHost = "";
 before(async () => {
-  plainServer.listen(0, "127.0.0.1");
-  await once(plainServer, "listening");
-  plainHost = `127.0.0.1:${(plainServer.address() as AddressInfo).port}`;
+  for (const server of servers) await once(server.listen(0, "127.0.0.1"), "listening");
+  plainHost = addressOf(plainServer);
 });
-after(() => plainServer.close().closeAllConnections());
+after(() => {
+  for (const server of servers) server.close();
+  for (const server of [plainServer, gateway]) server.closeAllConnections();
+});
+
+function addressOf(server: Server): string {
+  return `127.0.0.1:${(server.address() as AddressInfo).port}`;
+}
 
 describe("every message that is explained", { concurrency: 2 }, () => {
   const [, section = ""] = readme.split("## Troubleshooting");
