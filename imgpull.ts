@@ -8625,6 +8625,7 @@ function parseImageList(content: string | Uint8Array): ImageList {
   if (isDocument) {
     const scan = new YamlScan();
     for (const line of text.split(/\r?\n/)) scan.read(line);
+    scan.end();
     return { references: unique(scan.images), format: "yaml", unread: scan.unread };
   }
   const lines = text.split(/\r?\n/).map((line) => line.replace(/(^|\s)#.*$/, "").trim());
@@ -8658,12 +8659,19 @@ class YamlScan {
   #blockColumn: number | undefined;
   /** The quote that ends a text which began on an earlier line. */
   #openQuote: '"' | "'" | undefined;
+  /** Braces or brackets that are not closed yet. */
+  #flow: FlowText | undefined;
 
   read(line: string): void {
     if (this.#openQuote) {
       if (endsQuote(line, this.#openQuote)) this.#openQuote = undefined;
       return;
     }
+    if (this.#flow && !line.startsWith("---")) {
+      this.#readFlow(line);
+      return;
+    }
+    this.end();
     const column = line.search(/\S/);
     const isText = this.#blockColumn !== undefined && column > this.#blockColumn;
     if (column < 0 || isText) return;
@@ -8672,8 +8680,11 @@ class YamlScan {
     const { isImage, value, parentColumn } = parseYamlLine(line);
     if (this.#beginsText(value, parentColumn)) {
       if (isImage) this.unread += 1;
-    } else if (isImage) this.#take(value);
-    else if (/^[[{]/.test(value)) this.#readFlow(value);
+    } else if (isImage && !/^[[{]/.test(value)) this.#take(value);
+    else if (/^[[{]/.test(value)) {
+      if (isImage) this.unread += 1;
+      this.#readFlow(value);
+    }
   }
 
   /** Whether a value goes on in the lines below: a block scalar (`|`, `>`), or a quote that is not closed. */
@@ -8688,11 +8699,23 @@ class YamlScan {
     return true;
   }
 
+  /** No more lines come. */
+  end(): void {
+    if (this.#flow) this.#takeFlow(this.#flow.text);
+    this.#flow = undefined;
+  }
+
+  #readFlow(line: string): void {
+    this.#flow ??= new FlowText();
+    this.#flow.add(line);
+    if (this.#flow.isClosed) this.end();
+  }
+
   /** `{ name: web, image: nginx }`: quoted text is passed over whole. */
-  #readFlow(text: string): void {
-    const entry = /[{,[]\s*(["']?)image\1\s*:\s*("[^"]*"|'[^']*'|[^\s,}\]"'][^,}\]]*)/;
-    const quoted = /"(?:[^"\\]|\\.)*"|'(?:[^']|'')*'/;
-    for (const [, , value] of text.matchAll(new RegExp(`${entry.source}|${quoted.source}`, "g")))
+  #takeFlow(text: string): void {
+    const entry = /[{,[]\s*(["']?)image\1\s*:\s*("[^"]*"|'[^']*'|[^\s,{}[\]"'][^,}\]]*)/;
+    const quoted = /(?<=[[{,:]\s{0,9})(?:"(?:[^"\\]|\\.)*"|'(?:[^']|'')*')/;
+    for (const [, , value] of text.matchAll(new RegExp(`${entry.source}|${quoted.source}`, "gs")))
       if (value !== undefined) this.#take(value);
   }
 
@@ -8706,6 +8729,44 @@ class YamlScan {
   #add(word: string): void {
     const isEmpty = ["", "~", "null"].includes(word);
     if (!isEmpty && !isImageId(word)) this.images.push(word);
+  }
+}
+
+/** YAML's flow style, over as many lines as it takes until its braces and brackets are closed. */
+class FlowText {
+  text = "";
+  #depth = 0;
+  #quote: string | undefined;
+  #mayQuote = true; // a quote within a word is none: it's
+
+  get isClosed(): boolean {
+    return this.#depth <= 0 && this.#quote === undefined;
+  }
+
+  add(line: string): void {
+    const content = this.#quote === undefined ? line.replace(/(^|\s)#[^"']*$/, "") : line;
+    this.text += `${content}\n`;
+    for (let at = 0; at < content.length; at += 1) {
+      const character = content.charAt(at);
+      if (this.#quote === '"' && character === "\\") at += 1;
+      else if (this.#quote !== undefined) this.#endQuote(character);
+      else this.#take(character);
+    }
+  }
+
+  /** A second ' right behind the first begins another text, which is as good. */
+  #endQuote(character: string): void {
+    if (character !== this.#quote) return;
+    this.#quote = undefined;
+    this.#mayQuote = character === "'";
+  }
+
+  #take(character: string): void {
+    if ("\"'".includes(character) && this.#mayQuote) this.#quote = character;
+    if ("{[".includes(character)) this.#depth += 1;
+    if ("}]".includes(character)) this.#depth -= 1;
+    const isSpace = /\s/.test(character);
+    this.#mayQuote = "{[,:".includes(character) || (this.#mayQuote && isSpace);
   }
 }
 

@@ -5570,6 +5570,7 @@ function parseImageList(content) {
 	if (isDocument) {
 		const scan = new YamlScan()
 		for (const line of text.split(/\r?\n/)) scan.read(line)
+		scan.end()
 		return {references: unique(scan.images), format: "yaml", unread: scan.unread}
 	}
 	const lines = text.split(/\r?\n/).map(line => line.replace(/(^|\s)#.*$/, "").trim())
@@ -5593,11 +5594,17 @@ var YamlScan = class {
 	unread = 0
 	#blockColumn
 	#openQuote
+	#flow
 	read(line) {
 		if (this.#openQuote) {
 			if (endsQuote(line, this.#openQuote)) this.#openQuote = void 0
 			return
 		}
+		if (this.#flow && !line.startsWith("---")) {
+			this.#readFlow(line)
+			return
+		}
+		this.end()
 		const column = line.search(/\S/)
 		const isText = this.#blockColumn !== void 0 && column > this.#blockColumn
 		if (column < 0 || isText) return
@@ -5605,8 +5612,11 @@ var YamlScan = class {
 		const {isImage: isImage2, value, parentColumn} = parseYamlLine(line)
 		if (this.#beginsText(value, parentColumn)) {
 			if (isImage2) this.unread += 1
-		} else if (isImage2) this.#take(value)
-		else if (/^[[{]/.test(value)) this.#readFlow(value)
+		} else if (isImage2 && !/^[[{]/.test(value)) this.#take(value)
+		else if (/^[[{]/.test(value)) {
+			if (isImage2) this.unread += 1
+			this.#readFlow(value)
+		}
 	}
 	#beginsText(value, parentColumn) {
 		if (/^(?:[&!]\S+\s+)*[|>][-+\d]*(?:\s+#.*)?$/.test(value)) {
@@ -5618,10 +5628,19 @@ var YamlScan = class {
 		this.#openQuote = quote2
 		return true
 	}
-	#readFlow(text) {
-		const entry = /[{,[]\s*(["']?)image\1\s*:\s*("[^"]*"|'[^']*'|[^\s,}\]"'][^,}\]]*)/
-		const quoted = /"(?:[^"\\]|\\.)*"|'(?:[^']|'')*'/
-		for (const [, , value] of text.matchAll(new RegExp(`${entry.source}|${quoted.source}`, "g")))
+	end() {
+		if (this.#flow) this.#takeFlow(this.#flow.text)
+		this.#flow = void 0
+	}
+	#readFlow(line) {
+		this.#flow ??= new FlowText()
+		this.#flow.add(line)
+		if (this.#flow.isClosed) this.end()
+	}
+	#takeFlow(text) {
+		const entry = /[{,[]\s*(["']?)image\1\s*:\s*("[^"]*"|'[^']*'|[^\s,{}[\]"'][^,}\]]*)/
+		const quoted = /(?<=[[{,:]\s{0,9})(?:"(?:[^"\\]|\\.)*"|'(?:[^']|'')*')/
+		for (const [, , value] of text.matchAll(new RegExp(`${entry.source}|${quoted.source}`, "gs")))
 			if (value !== void 0) this.#take(value)
 	}
 	#take(value) {
@@ -5633,6 +5652,38 @@ var YamlScan = class {
 	#add(word) {
 		const isEmpty = ["", "~", "null"].includes(word)
 		if (!isEmpty && !isImageId(word)) this.images.push(word)
+	}
+}
+var FlowText = class {
+	text = ""
+	#depth = 0
+	#quote
+	#mayQuote = true
+	get isClosed() {
+		return this.#depth <= 0 && this.#quote === void 0
+	}
+	add(line) {
+		const content = this.#quote === void 0 ? line.replace(/(^|\s)#[^"']*$/, "") : line
+		this.text += `${content}
+`
+		for (let at = 0; at < content.length; at += 1) {
+			const character = content.charAt(at)
+			if (this.#quote === '"' && character === "\\") at += 1
+			else if (this.#quote !== void 0) this.#endQuote(character)
+			else this.#take(character)
+		}
+	}
+	#endQuote(character) {
+		if (character !== this.#quote) return
+		this.#quote = void 0
+		this.#mayQuote = character === "'"
+	}
+	#take(character) {
+		if (`"'`.includes(character) && this.#mayQuote) this.#quote = character
+		if ("{[".includes(character)) this.#depth += 1
+		if ("}]".includes(character)) this.#depth -= 1
+		const isSpace = /\s/.test(character)
+		this.#mayQuote = "{[,:".includes(character) || (this.#mayQuote && isSpace)
 	}
 }
 function parseYamlLine(line) {

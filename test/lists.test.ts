@@ -136,6 +136,22 @@ spec:
         six.io/g:7
 `;
 
+/** Flow style over several lines, with quotes that are words and words that look like keys. */
+const FLOW_LINES = `kind: List
+items:
+- spec: {containers: [{name: it's, args: ['x, image: in/a/quote:1',
+      'two
+
+      image: in/lines:2
+
+      end', "an \\" image: in/double:3"], image: one.io/a:1}, # image: in/a/comment:4
+    {image: "two.io/b:2",
+     name: y}]}
+- image: ['[1, image: in/a/list:5']
+- metadata: {image: {tag: x}, name: z}
+- {image: three.io/c:3
+`;
+
 const COMPOSE = `name: shop
 services:
   web:
@@ -222,6 +238,10 @@ const DOCUMENTS: Record<string, [content: string, expected: ImageList]> = {
   "helm, flow style": [
     HELM_FLOW,
     list("yaml", ["one.io/a:1", "two.io/b:2", "two.io/c:3", "three.io/d:4", "four.io/e:5"], 3),
+  ],
+  "flow style over several lines": [
+    FLOW_LINES,
+    list("yaml", ["one.io/a:1", "two.io/b:2", "three.io/c:3"], 1),
   ],
   Compose: [COMPOSE, list("yaml", ["ghcr.io/org/shop:2.1", "postgres:17-alpine", "redis:7"])],
   "kubectl get -o yaml": [KUBECTL_LIST, list("yaml", ["registry.k8s.io/pause:3.10"])],
