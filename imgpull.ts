@@ -7727,18 +7727,12 @@ async function pullToStream(job: PullJob, output: NodeJS.WritableStream): Promis
   return transfer;
 }
 
-/** A pipe or a device, opened so that nothing hangs: a pipe without a reader is asked again and again, since the system
- *  would wait for one where no Ctrl-C reaches. */
-async function openDevice(file: string, signal: AbortSignal): Promise<Writable> {
+/** A pipe, once somebody reads it: asked again and again, for the system would wait where no Ctrl-C reaches. */
+async function openOutputPipe(file: string, signal: AbortSignal): Promise<Writable> {
   for (;;) {
-    signal.throwIfAborted();
     try {
-      const isPipe = (await fs.stat(file)).isFIFO();
       const descriptor = openSync(file, O_WRONLY | O_NONBLOCK);
-      if (isPipe) return new net.Socket({ fd: descriptor, readable: false, writable: true });
-      if (!load("node:tty").isatty(descriptor)) return createWriteStream("", { fd: descriptor });
-      closeSync(descriptor);
-      return fail("BAD_OPTION", `the tar is not written to a terminal (${file})`);
+      return new net.Socket({ fd: descriptor, readable: false, writable: true });
     } catch (error) {
       if (errorCodeOf(error) !== "ENXIO") throw error; // no reader yet
     }
@@ -7746,10 +7740,20 @@ async function openDevice(file: string, signal: AbortSignal): Promise<Writable> 
   }
 }
 
+function openDevice(file: string): Writable {
+  const descriptor = openSync(file, O_WRONLY | O_NONBLOCK);
+  if (!load("node:tty").isatty(descriptor)) return createWriteStream("", { fd: descriptor });
+  closeSync(descriptor);
+  return fail("BAD_OPTION", `the tar is not written to a terminal (${file})`);
+}
+
 /** Onto a pipe or a device, which whoever reads it sees the end of. */
 async function pullToDevice(job: PullJob, file: string): Promise<Transfer> {
-  const output = await openDevice(file, job.session.signal).catch((error: unknown) => {
-    if (job.session.signal.aborted) fail("ABORTED", "stopped", { cause: error });
+  const { signal } = job.session;
+  const isPipe = (await fs.stat(file)).isFIFO();
+  const opening = isPipe ? openOutputPipe(file, signal) : Promise.resolve(openDevice(file));
+  const output = await opening.catch((error: unknown) => {
+    if (signal.aborted) fail("ABORTED", "stopped", { cause: error });
     throw error;
   });
   try {

@@ -4994,25 +4994,29 @@ async function pullToStream(job, output) {
 	settled(await Promise.allSettled([transfer.run().catch(failed), sending.catch(failed)]))
 	return transfer
 }
-async function openDevice(file, signal) {
+async function openOutputPipe(file, signal) {
 	for (;;) {
-		signal.throwIfAborted()
 		try {
-			const isPipe = (await import_node_fs.promises.stat(file)).isFIFO()
 			const descriptor = (0, import_node_fs.openSync)(file, O_WRONLY | O_NONBLOCK)
-			if (isPipe) return new net.Socket({fd: descriptor, readable: false, writable: true})
-			if (!load("node:tty").isatty(descriptor)) return (0, import_node_fs.createWriteStream)("", {fd: descriptor})
-			;(0, import_node_fs.closeSync)(descriptor)
-			return fail("BAD_OPTION", `the tar is not written to a terminal (${file})`)
+			return new net.Socket({fd: descriptor, readable: false, writable: true})
 		} catch (error) {
 			if (errorCodeOf(error) !== "ENXIO") throw error
 		}
 		await (0, import_promises2.setTimeout)(TUNING.readerPollMs, void 0, {signal})
 	}
 }
+function openDevice(file) {
+	const descriptor = (0, import_node_fs.openSync)(file, O_WRONLY | O_NONBLOCK)
+	if (!load("node:tty").isatty(descriptor)) return (0, import_node_fs.createWriteStream)("", {fd: descriptor})
+	;(0, import_node_fs.closeSync)(descriptor)
+	return fail("BAD_OPTION", `the tar is not written to a terminal (${file})`)
+}
 async function pullToDevice(job, file) {
-	const output = await openDevice(file, job.session.signal).catch(error => {
-		if (job.session.signal.aborted) fail("ABORTED", "stopped", {cause: error})
+	const {signal} = job.session
+	const isPipe = (await import_node_fs.promises.stat(file)).isFIFO()
+	const opening = isPipe ? openOutputPipe(file, signal) : Promise.resolve(openDevice(file))
+	const output = await opening.catch(error => {
+		if (signal.aborted) fail("ABORTED", "stopped", {cause: error})
 		throw error
 	})
 	try {

@@ -226,6 +226,29 @@ test("a device as DEST, by a link or not, is written to and stays what it is", {
   assert.deepEqual(readdirSync(folder).sort(), ["app.tar", "null"]);
 });
 
+for (const [name, words] of [
+  ["/dev/full", /full: .*disk is full/],
+  ["/dev/tty", /tty: .*(no such device|ENXIO)/],
+] as const) {
+  test(`a device that takes nothing is told: ${name}`, { skip: isWindows }, async (t) => {
+    const { reference } = await serveStream(t, APP);
+    // Without a terminal of its own, wherever the tests run.
+    const command: [string, ...string[]] = ["setsid", "--wait", ...COMMAND];
+    const { exitCode, stderr } = await runCommand([...OPTIONS, reference, name], { command });
+    assert.equal(exitCode, 1, stderr);
+    assert.match(stderr, words);
+  });
+}
+
+test("a terminal as DEST is a mistake", { skip: isWindows }, async (t) => {
+  const { reference, folder } = await serveStream(t, APP);
+  const words = [...COMMAND, ...OPTIONS, reference, "/dev/tty"].map((word) => `'${word}'`);
+  const args = ["-qec", words.join(" "), "/dev/null"];
+  const { exitCode, stdout } = await runCommand(args, { command: ["script"], cwd: folder });
+  assert.equal(exitCode, 2, String(stdout));
+  assert.match(String(stdout), /not written to a terminal/);
+});
+
 test("a FIFO that nobody reads is waited for until Ctrl-C", { skip: isWindows }, async (t) => {
   const { reference, folder, registry } = await serveStream(t, APP);
   const fifo = makeFifo(folder);
