@@ -8667,28 +8667,32 @@ class YamlScan {
   #flow: FlowText | undefined;
 
   read(line: string): void {
+    if (this.#continues(line)) return;
+    const { isImage, value, parentColumn } = parseYamlLine(line);
+    const isFlow = /^[[{]/.test(value);
+    if (isFlow) this.#readFlow(value);
+    const isPlain = !isFlow && !this.#beginsText(value, parentColumn);
+
+    if (isImage && isPlain) this.#take(value);
+    else if (isImage) this.unread += 1;
+  }
+
+  /** Whether a line belongs to what began above it: a quote, braces, a block scalar. */
+  #continues(line: string): boolean {
     if (this.#openQuote) {
       if (endsQuote(line, this.#openQuote)) this.#openQuote = undefined;
-      return;
+      return true;
     }
     if (this.#flow && !line.startsWith("---")) {
       this.#readFlow(line);
-      return;
+      return true;
     }
     this.end();
     const column = line.search(/\S/);
     const isText = this.#blockColumn !== undefined && column > this.#blockColumn;
-    if (column < 0 || isText) return;
+    if (column < 0 || isText) return true;
     this.#blockColumn = undefined;
-
-    const { isImage, value, parentColumn } = parseYamlLine(line);
-    if (this.#beginsText(value, parentColumn)) {
-      if (isImage) this.unread += 1;
-    } else if (isImage && !/^[[{]/.test(value)) this.#take(value);
-    else if (/^[[{]/.test(value)) {
-      if (isImage) this.unread += 1;
-      this.#readFlow(value);
-    }
+    return false;
   }
 
   /** Whether a value goes on in the lines below: a block scalar (`|`, `>`), or a quote that is not closed. */

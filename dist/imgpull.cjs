@@ -5634,27 +5634,29 @@ var YamlScan = class {
 	#openQuote
 	#flow
 	read(line) {
+		if (this.#continues(line)) return
+		const {isImage: isImage2, value, parentColumn} = parseYamlLine(line)
+		const isFlow = /^[[{]/.test(value)
+		if (isFlow) this.#readFlow(value)
+		const isPlain = !isFlow && !this.#beginsText(value, parentColumn)
+		if (isImage2 && isPlain) this.#take(value)
+		else if (isImage2) this.unread += 1
+	}
+	#continues(line) {
 		if (this.#openQuote) {
 			if (endsQuote(line, this.#openQuote)) this.#openQuote = void 0
-			return
+			return true
 		}
 		if (this.#flow && !line.startsWith("---")) {
 			this.#readFlow(line)
-			return
+			return true
 		}
 		this.end()
 		const column = line.search(/\S/)
 		const isText = this.#blockColumn !== void 0 && column > this.#blockColumn
-		if (column < 0 || isText) return
+		if (column < 0 || isText) return true
 		this.#blockColumn = void 0
-		const {isImage: isImage2, value, parentColumn} = parseYamlLine(line)
-		if (this.#beginsText(value, parentColumn)) {
-			if (isImage2) this.unread += 1
-		} else if (isImage2 && !/^[[{]/.test(value)) this.#take(value)
-		else if (/^[[{]/.test(value)) {
-			if (isImage2) this.unread += 1
-			this.#readFlow(value)
-		}
+		return false
 	}
 	#beginsText(value, parentColumn) {
 		if (/^(?:[&!]\S+\s+)*[|>][-+\d]*(?:\s+#.*)?$/.test(value)) {
