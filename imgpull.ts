@@ -94,6 +94,7 @@ const LIMITS = Object.freeze({
   tarMetadataBytes: 16 * MIB, // index.json and the like of a tar that someone else made
   tarExtensionBytes: MIB, // a pax header or the map of a sparse file; Go's reader has the same bound
   tarEntries: 200_000, // a thousand images in docker's old form have a hundred each
+  tarSmallDocumentBytes: MIB / 4, // most manifests, configs and signatures have less
   tarDocumentBytes: 64 * MIB, // indexes, manifests and configs of a tar that are held at once
   jsonDepth: 100, // of a document in a tar; real ones have five
   jsonValues: 1_000_000, // a few dozen bytes of memory each
@@ -9708,6 +9709,7 @@ class Look {
   readonly #files = new Map<string, SeenFile>();
   readonly #problems: TarProblem[] = [];
   #keptBytes = 0;
+  readonly #largeDocuments: string[] = []; // their names
   #doneBytes = 0;
 
   constructor(source: OpenTarSource, options: LookOptions) {
@@ -9754,7 +9756,7 @@ class Look {
   async #readMember(member: TarMember, withContent: boolean): Promise<void> {
     const { entry } = member;
     const seen = withContent ? await this.#inspect(member) : await this.#readDocument(member);
-    this.#files.set(entry.name, seen);
+    this.#files.set(entry.name, { ...seen, bytes: this.#kept(entry.name, seen.bytes) });
   }
 
   /** A file of which only documents count. */
@@ -9768,7 +9770,7 @@ class Look {
       if (pieces.length === 0 && !mayBeDocument(entry, piece)) break;
       pieces.push(piece);
     }
-    return { ...seen, bytes: this.#keep(pieces) };
+    return { ...seen, bytes: joinedDocument(pieces) };
   }
 
   /** A file that is hashed, and unpacked. */
@@ -9785,16 +9787,30 @@ class Look {
       if (inspection.isEndless()) break;
     }
     const { documentPieces, ...seen } = await inspection.end();
-    return { ...seen, bytes: this.#keep(documentPieces) };
+    return { ...seen, bytes: joinedDocument(documentPieces) };
   }
 
-  /** The bytes of a document, as long as all of them together are few enough to be kept. */
-  #keep(pieces: readonly Buffer[]): Buffer | undefined {
-    const sizeBytes = sumOf(pieces, ({ length }) => length);
-    if (pieces.length === 0 || this.#keptBytes + sizeBytes > LIMITS.tarDocumentBytes)
-      return undefined;
+  /**
+   * The bytes of a document, as long as all of them together are few enough to be kept. For a small one large ones are let
+   * go: manifests and signatures are small, and an SBOM, which nobody asks for here, is JSON too.
+   */
+  #kept(name: string, bytes: Buffer | undefined): Buffer | undefined {
+    if (!bytes) return undefined;
+    const sizeBytes = bytes.length;
+    const isLarge = sizeBytes > LIMITS.tarSmallDocumentBytes;
+    while (!isLarge && this.#keptBytes + sizeBytes > LIMITS.tarDocumentBytes) {
+      const large = this.#largeDocuments.pop();
+      const file = large === undefined ? undefined : this.#files.get(large);
+      if (large === undefined) return undefined;
+      if (!file?.bytes) continue;
+      this.#keptBytes -= file.bytes.length;
+      this.#files.set(large, { ...file, bytes: undefined });
+    }
+    if (this.#keptBytes + sizeBytes > LIMITS.tarDocumentBytes) return undefined;
+
     this.#keptBytes += sizeBytes;
-    return Buffer.concat(pieces);
+    if (isLarge) this.#largeDocuments.push(name);
+    return bytes;
   }
 
   #checkStopped(): void {
@@ -9868,6 +9884,9 @@ class FileInspection {
     };
   }
 }
+
+const joinedDocument = (pieces: readonly Buffer[]): Buffer | undefined =>
+  pieces.length === 0 ? undefined : Buffer.concat(pieces);
 
 /** By its name, or since it begins as JSON does. */
 function mayBeDocument(entry: TarEntry, firstPiece: Buffer): boolean {

@@ -41,6 +41,7 @@ var LIMITS = Object.freeze({
 	tarMetadataBytes: 16 * MIB,
 	tarExtensionBytes: MIB,
 	tarEntries: 2e5,
+	tarSmallDocumentBytes: MIB / 4,
 	tarDocumentBytes: 64 * MIB,
 	jsonDepth: 100,
 	jsonValues: 1e6,
@@ -6341,6 +6342,7 @@ var Look = class {
 	#files = /* @__PURE__ */ new Map()
 	#problems = []
 	#keptBytes = 0
+	#largeDocuments = []
 	#doneBytes = 0
 	constructor(source, options) {
 		this.#source = source
@@ -6381,7 +6383,7 @@ var Look = class {
 	async #readMember(member, withContent) {
 		const {entry} = member
 		const seen = withContent ? await this.#inspect(member) : await this.#readDocument(member)
-		this.#files.set(entry.name, seen)
+		this.#files.set(entry.name, {...seen, bytes: this.#kept(entry.name, seen.bytes)})
 	}
 	async #readDocument({entry, content}) {
 		const seen = {entry, isIntact: true, unpacked: void 0}
@@ -6392,7 +6394,7 @@ var Look = class {
 			if (pieces.length === 0 && !mayBeDocument(entry, piece)) break
 			pieces.push(piece)
 		}
-		return {...seen, bytes: this.#keep(pieces)}
+		return {...seen, bytes: joinedDocument(pieces)}
 	}
 	async #inspect({entry, content}) {
 		const inspection = new FileInspection(entry)
@@ -6407,13 +6409,24 @@ var Look = class {
 			if (inspection.isEndless()) break
 		}
 		const {documentPieces, ...seen} = await inspection.end()
-		return {...seen, bytes: this.#keep(documentPieces)}
+		return {...seen, bytes: joinedDocument(documentPieces)}
 	}
-	#keep(pieces) {
-		const sizeBytes = sumOf(pieces, ({length}) => length)
-		if (pieces.length === 0 || this.#keptBytes + sizeBytes > LIMITS.tarDocumentBytes) return void 0
+	#kept(name, bytes) {
+		if (!bytes) return void 0
+		const sizeBytes = bytes.length
+		const isLarge = sizeBytes > LIMITS.tarSmallDocumentBytes
+		while (!isLarge && this.#keptBytes + sizeBytes > LIMITS.tarDocumentBytes) {
+			const large = this.#largeDocuments.pop()
+			const file = large === void 0 ? void 0 : this.#files.get(large)
+			if (large === void 0) return void 0
+			if (!file?.bytes) continue
+			this.#keptBytes -= file.bytes.length
+			this.#files.set(large, {...file, bytes: void 0})
+		}
+		if (this.#keptBytes + sizeBytes > LIMITS.tarDocumentBytes) return void 0
 		this.#keptBytes += sizeBytes
-		return Buffer.concat(pieces)
+		if (isLarge) this.#largeDocuments.push(name)
+		return bytes
 	}
 	#checkStopped() {
 		const {signal} = this.#options
@@ -6475,6 +6488,7 @@ var FileInspection = class {
 		}
 	}
 }
+var joinedDocument = pieces => (pieces.length === 0 ? void 0 : Buffer.concat(pieces))
 function mayBeDocument(entry, firstPiece) {
 	if (lengthOfEntry(entry) > LIMITS.tarMetadataBytes) return false
 	const beginning = firstPiece.toString("latin1", 0, 64).trimStart()

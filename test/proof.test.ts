@@ -1089,6 +1089,27 @@ test("a folder, and a stream, are accepted like a tar", async (t) => {
   assert.equal((await failure(refused)).code, "SIGNATURE");
 });
 
+test("many large SBOMs, which are JSON too, do not keep the signature from being found", async (t) => {
+  const seeds = Array.from({ length: 12 }, (_, at) => `heavy ${at}`);
+  const heavy = seeds.map((seed) =>
+    makeArtifact({
+      artifactType: "application/spdx+json",
+      subject: image,
+      layers: [
+        {
+          mediaType: "application/spdx+json",
+          bytes: Buffer.from(`{"${seed}":"${" ".repeat(8 * 1024 * 1024)}"}`),
+        },
+      ],
+    }),
+  );
+  const files = await carried(t, {}, image, [...heavy, bundle(), signatureTag()]);
+  const inOrder = [...files].sort(([, left], [, right]) => right.length - left.length);
+  const report = await verify(writeFiles(t, new Map(inOrder)), signer);
+  assert.equal(report.images.length, 1);
+  await verify(writeFiles(t, files), signer);
+});
+
 test("a tar whose signatures were stripped is refused", async (t) => {
   const files = await carried(t);
   changeJson<IndexJson>(files, "index.json", (index) => ({
