@@ -146,6 +146,9 @@ const TUNING = Object.freeze({
   firstConnections: 8, // at first, before anything was measured
   growth: 4, // times as many are tried next
   noise: 0.1, // a trial has to bring more than that
+  fastBytesPerMs: 32_000, // of one connection: from there on a trial has to be worth more,
+  fastNoise: 0.3, // has to bring more,
+  fastMeasureMs: 500, // and does not begin sooner
   trialChances: 2, // stretches in which it can show that
   firstMeasureMs: 40, // stretches over which bytes are counted, the very first one
   measureMs: 80, // and all others
@@ -5288,6 +5291,11 @@ type Measured = Readonly<{ connections: number; bytesPerMs: number }>;
 /** More connections were opened: is the line faster than with those before? */
 type Trial = { readonly against: Measured; readonly sinceMs: number; chances: number };
 
+/** Where one connection brings so much, it is likely the processor, the disk or the server that is full: a trial throws
+ *  megabytes away that are under way, and so it waits for better figures, adds fewer, and has to bring more. */
+const isFast = ({ connections, bytesPerMs }: Measured): boolean =>
+  bytesPerMs / connections > TUNING.fastBytesPerMs;
+
 /** How many connections are worth having. A few at first. More are tried as long as that makes the whole faster by more
  *  than noise; where it does not, we go back to what there was before, and try again later, or once the line is slower. */
 class Pace {
@@ -5298,6 +5306,7 @@ class Pace {
   #start: Sample | undefined; // of the stretch that is being measured
   #held: Measured | undefined; // what the last trial came to
   #trial: Trial | undefined;
+  #sinceMs = 0; // that bytes come
   #nextTrialMs = 0;
   #pauseMs: number = TUNING.trialPauseMs;
 
@@ -5322,6 +5331,7 @@ class Pace {
 
   observe(sample: Sample): void {
     const start = this.#start;
+    if (!start || start.flowing === 0) this.#sinceMs = sample.nowMs;
     if (!start || start.flowing === 0 || this.#isSettling(sample)) {
       this.#start = sample;
       return;
@@ -5347,18 +5357,17 @@ class Pace {
     if (this.#trial) this.#judgeTrial(measured, sample.nowMs);
     else this.#held ??= measured;
 
-    const { bytesPerMs } = this.#held as Measured;
-    const isSlower = measured.bytesPerMs < 0.6 * bytesPerMs;
-    if (isSlower) {
-      this.#held = measured;
-      this.#nextTrialMs = sample.nowMs;
-    }
+    const held = this.#held as Measured;
+    const isSlower = measured.bytesPerMs < 0.6 * held.bytesPerMs;
+    if (isSlower) this.#nextTrialMs = sample.nowMs;
+    if (isSlower || measured.bytesPerMs > held.bytesPerMs) this.#held = measured;
     if (!this.#trial && sample.nowMs >= this.#nextTrialMs) this.#try(measured, sample);
   }
 
   #judgeTrial(measured: Measured, nowMs: number): void {
     const trial = this.#trial as Trial;
-    const isFaster = measured.bytesPerMs > trial.against.bytesPerMs * (1 + TUNING.noise);
+    const noise = isFast(trial.against) ? TUNING.fastNoise : TUNING.noise;
+    const isFaster = measured.bytesPerMs > trial.against.bytesPerMs * (1 + noise);
     trial.chances -= 1;
     if (!isFaster && trial.chances > 0) return;
 
@@ -5366,7 +5375,7 @@ class Pace {
     this.#held = measured;
     if (isFaster) return;
     // Whole blobs side by side cost no request more: a few of them may always be under way.
-    this.#wanted = Math.min(this.#wanted, Math.max(trial.against.connections, this.#few));
+    this.#wanted = Math.max(trial.against.connections, this.#few);
     this.#maySplit = false;
     this.#nextTrialMs = nowMs + this.#pauseMs;
     this.#pauseMs *= 4;
@@ -5376,10 +5385,18 @@ class Pace {
     if (this.#maySplit && this.#wanted >= this.most) return; // all is tried already
     const leftMs = leftBytes / measured.bytesPerMs;
     if (open >= this.most || isProcessorFull || leftMs < TUNING.worthTryingMs) return;
+    const isEarly = nowMs - this.#sinceMs < TUNING.fastMeasureMs;
+    if (isFast(measured) && isEarly) return;
+
     const more = Math.max(this.#few, Math.ceil(open * TUNING.growth));
-    this.#wanted = Math.min(this.most, more);
+    this.#wanted = Math.min(this.most, isFast(measured) ? 2 * open : more);
     this.#maySplit = true;
-    this.#trial = { against: measured, sinceMs: nowMs, chances: TUNING.trialChances };
+    const { bytesPerMs } = this.#held as Measured;
+    this.#trial = {
+      against: { connections: open, bytesPerMs },
+      sinceMs: nowMs,
+      chances: TUNING.trialChances,
+    };
   }
 }
 

@@ -91,6 +91,9 @@ var TUNING = Object.freeze({
 	firstConnections: 8,
 	growth: 4,
 	noise: 0.1,
+	fastBytesPerMs: 32e3,
+	fastNoise: 0.3,
+	fastMeasureMs: 500,
 	trialChances: 2,
 	firstMeasureMs: 40,
 	measureMs: 80,
@@ -3171,6 +3174,7 @@ var blobsOf = ({entries}, tars, isOwnFile = false) =>
 	entries.flatMap(({blob, offset}) =>
 		blob ? [new BlobState(blob.descriptor, blob.registry, isOwnFile ? 0 : offset, tars)] : []
 	)
+var isFast = ({connections, bytesPerMs}) => bytesPerMs / connections > TUNING.fastBytesPerMs
 var Pace = class {
 	most
 	#few
@@ -3179,6 +3183,7 @@ var Pace = class {
 	#start
 	#held
 	#trial
+	#sinceMs = 0
 	#nextTrialMs = 0
 	#pauseMs = TUNING.trialPauseMs
 	constructor(most) {
@@ -3197,6 +3202,7 @@ var Pace = class {
 	}
 	observe(sample) {
 		const start = this.#start
+		if (!start || start.flowing === 0) this.#sinceMs = sample.nowMs
 		if (!start || start.flowing === 0 || this.#isSettling(sample)) {
 			this.#start = sample
 			return
@@ -3217,23 +3223,22 @@ var Pace = class {
 	#judge(measured, sample) {
 		if (this.#trial) this.#judgeTrial(measured, sample.nowMs)
 		else this.#held ??= measured
-		const {bytesPerMs} = this.#held
-		const isSlower = measured.bytesPerMs < 0.6 * bytesPerMs
-		if (isSlower) {
-			this.#held = measured
-			this.#nextTrialMs = sample.nowMs
-		}
+		const held = this.#held
+		const isSlower = measured.bytesPerMs < 0.6 * held.bytesPerMs
+		if (isSlower) this.#nextTrialMs = sample.nowMs
+		if (isSlower || measured.bytesPerMs > held.bytesPerMs) this.#held = measured
 		if (!this.#trial && sample.nowMs >= this.#nextTrialMs) this.#try(measured, sample)
 	}
 	#judgeTrial(measured, nowMs) {
 		const trial = this.#trial
-		const isFaster = measured.bytesPerMs > trial.against.bytesPerMs * (1 + TUNING.noise)
+		const noise = isFast(trial.against) ? TUNING.fastNoise : TUNING.noise
+		const isFaster = measured.bytesPerMs > trial.against.bytesPerMs * (1 + noise)
 		trial.chances -= 1
 		if (!isFaster && trial.chances > 0) return
 		this.#trial = void 0
 		this.#held = measured
 		if (isFaster) return
-		this.#wanted = Math.min(this.#wanted, Math.max(trial.against.connections, this.#few))
+		this.#wanted = Math.max(trial.against.connections, this.#few)
 		this.#maySplit = false
 		this.#nextTrialMs = nowMs + this.#pauseMs
 		this.#pauseMs *= 4
@@ -3242,10 +3247,17 @@ var Pace = class {
 		if (this.#maySplit && this.#wanted >= this.most) return
 		const leftMs = leftBytes / measured.bytesPerMs
 		if (open >= this.most || isProcessorFull || leftMs < TUNING.worthTryingMs) return
+		const isEarly = nowMs - this.#sinceMs < TUNING.fastMeasureMs
+		if (isFast(measured) && isEarly) return
 		const more = Math.max(this.#few, Math.ceil(open * TUNING.growth))
-		this.#wanted = Math.min(this.most, more)
+		this.#wanted = Math.min(this.most, isFast(measured) ? 2 * open : more)
 		this.#maySplit = true
-		this.#trial = {against: measured, sinceMs: nowMs, chances: TUNING.trialChances}
+		const {bytesPerMs} = this.#held
+		this.#trial = {
+			against: {connections: open, bytesPerMs},
+			sinceMs: nowMs,
+			chances: TUNING.trialChances
+		}
 	}
 }
 var Segment = class {

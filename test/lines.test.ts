@@ -203,6 +203,7 @@ const LINES: [name: string, line: Line, sizes: number[], ratio: number][] = [
   ["an office, many layers", OFFICE, MANY, 1.1],
   ["a far office, one layer", { ...OFFICE, roundTripMs: 60 }, ONE, 1.1],
   ["a region, five layers", REGION, TYPICAL, 1.12],
+  ["a region, one large layer", REGION, [1000 * MB], 1.2],
   ["a satellite, one layer", SATELLITE, ONE, 1.5],
   ["far, slow start, one layer", { ...FAR, slowStart: true }, ONE, 2.6],
 ];
@@ -240,6 +241,12 @@ test("a processor that is full gets no ranges at all", () => {
     1000 * MB,
   ]);
   assert.deepEqual([requests, most], [1, 1]);
+});
+
+test("a line that one connection fills, and fast, gets one more for a moment", () => {
+  const { ms, requests } = play({ roundTripMs: 1, all: 400_000 }, [1000 * MB]);
+  assert.ok(ms <= 1.01 * ((1000 * MB) / 400_000), `${ms} ms`);
+  assert.ok(requests <= 1 + 4, `${requests} requests`);
 });
 
 test("a line that becomes slower in mid-pull gets more connections then", () => {
