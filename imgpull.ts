@@ -8354,6 +8354,12 @@ const IS_OF_KIND: Readonly<Record<OptionKind, (value: unknown) => boolean>> = {
   "a function": (value) => typeof value === "function",
 };
 
+/** No path, host or name has one; Node refuses it by a TypeError, when it gets that far. */
+function hasNul(value: unknown): boolean {
+  if (Array.isArray(value)) return value.some(hasNul);
+  return typeof value === "string" && value.includes("\0");
+}
+
 /** Without types nothing else says so. A value is not shown: it may be a secret in the wrong place. */
 function checkKinds(options: object, kinds: Readonly<Record<string, OptionKind>>): void {
   if (!isRecord(options)) fail("BAD_OPTION", "the options are not an object");
@@ -8366,6 +8372,7 @@ function checkKinds(options: object, kinds: Readonly<Record<string, OptionKind>>
     const kind = kinds[name] as OptionKind;
     if (value !== undefined && !IS_OF_KIND[kind](value))
       fail("BAD_OPTION", `\`${name}\` has to be ${kind}`);
+    if (hasNul(value)) fail("BAD_OPTION", `\`${name}\` has a NUL character`);
   }
 }
 
@@ -9076,7 +9083,7 @@ function pulledImage({ reference, name, top, platform, contents }: ResolvedImage
 function checkDest(dest: unknown, isDryRun: boolean): void {
   if (dest === undefined && isDryRun) return;
   const isStream = typeof (dest as { write?: unknown } | null)?.write === "function";
-  const isPath = typeof dest === "string" && dest !== "";
+  const isPath = typeof dest === "string" && dest !== "" && !hasNul(dest);
   checkOption(isStream || isPath, "`dest` has to be a path or a Writable");
 }
 
@@ -10836,7 +10843,8 @@ function checkLook(
   kinds: Readonly<Record<string, OptionKind>> = LOOK_OPTION_KINDS,
 ): void {
   checkKinds(options, kinds);
-  const isSource = typeof source === "string" || Symbol.asyncIterator in Object(source);
+  const isPath = typeof source === "string" && !hasNul(source);
+  const isSource = isPath || Symbol.asyncIterator in Object(source);
   if (!isSource) fail("BAD_OPTION", "a tar is the path of a file or folder, or a stream of bytes");
 }
 

@@ -5406,6 +5406,10 @@ var IS_OF_KIND = {
 	"an AbortSignal": value => value instanceof AbortSignal,
 	"a function": value => typeof value === "function"
 }
+function hasNul(value) {
+	if (Array.isArray(value)) return value.some(hasNul)
+	return typeof value === "string" && value.includes("\0")
+}
 function checkKinds(options, kinds) {
 	if (!isRecord(options)) fail("BAD_OPTION", "the options are not an object")
 	for (const [name, value] of Object.entries(options)) {
@@ -5416,6 +5420,7 @@ function checkKinds(options, kinds) {
 		}
 		const kind = kinds[name]
 		if (value !== void 0 && !IS_OF_KIND[kind](value)) fail("BAD_OPTION", `\`${name}\` has to be ${kind}`)
+		if (hasNul(value)) fail("BAD_OPTION", `\`${name}\` has a NUL character`)
 	}
 }
 function checkOption(isRight, reason) {
@@ -5927,7 +5932,7 @@ function pulledImage({reference, name, top, platform, contents}) {
 function checkDest(dest, isDryRun) {
 	if (dest === void 0 && isDryRun) return
 	const isStream = typeof dest?.write === "function"
-	const isPath = typeof dest === "string" && dest !== ""
+	const isPath = typeof dest === "string" && dest !== "" && !hasNul(dest)
 	checkOption(isStream || isPath, "`dest` has to be a path or a Writable")
 }
 async function pullImages(references, dest, options = {}) {
@@ -7183,7 +7188,8 @@ var VERIFY_OPTION_KINDS = {
 }
 function checkLook(source, options, kinds = LOOK_OPTION_KINDS) {
 	checkKinds(options, kinds)
-	const isSource = typeof source === "string" || Symbol.asyncIterator in Object(source)
+	const isPath = typeof source === "string" && !hasNul(source)
+	const isSource = isPath || Symbol.asyncIterator in Object(source)
 	if (!isSource) fail("BAD_OPTION", "a tar is the path of a file or folder, or a stream of bytes")
 }
 async function listTar(source, options = {}) {

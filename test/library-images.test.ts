@@ -268,6 +268,8 @@ const REFUSED: [options: Record<string, unknown>, says: RegExp][] = [
   [{ username: "x" }, /`username` needs `password`/],
   [{ password: SECRETS.password }, /`password` needs `username`/],
   [{ password: [SECRETS.password] }, /`password` has to be a string$/],
+  [{ caCert: "a\0b" }, /`caCert` has a NUL character/],
+  [{ reuse: ["a.tar", "a\0b"] }, /`reuse` has a NUL character/],
   [{ tlsCert: "a" }, /`tlsCert` and `tlsKey` go together/],
 ];
 
@@ -289,7 +291,7 @@ test("options are refused by name and kind, and never show a value that may be a
   const list = "alpine" as unknown as string[];
   assert.equal((await failure(pullImages(list, "a.tar"))).code, "BAD_OPTION");
   assert.equal((await failure(pullImages([], "a.tar"))).code, "BAD_REFERENCE");
-  for (const dest of [undefined, "", 5, null, {}] as unknown as string[]) {
+  for (const dest of [undefined, "", "a\0b", 5, null, {}] as unknown as string[]) {
     const error = await failure(pullImages(["alpine"], dest));
     assert.match(error.message, /`dest` has to be a path or a Writable/, String(dest));
   }

@@ -166,6 +166,7 @@ test("what cannot be read at all: BAD_TAR or DISK; a signal's reason; a callback
       code: "BAD_OPTION",
       message: /unknown option `onprogress`: did you mean `onProgress`\?/,
     });
+    await assert.rejects(look("a\0b"), { name: "ImgpullError", code: "BAD_OPTION" });
     await assert.rejects(look(5 as unknown as string), {
       name: "ImgpullError",
       code: "BAD_OPTION",
