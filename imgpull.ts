@@ -1397,6 +1397,18 @@ async function makeSecureContext(
   }
 }
 
+/** As Node does it, but that some versions do not know `::1` in `0:0:0:0:0:0:0:1`, which is how they write it. */
+function checkIdentity(host: string, cert: tls.PeerCertificate): Error | undefined {
+  const error = load("node:tls").checkServerIdentity(host, cert);
+  const { subjectaltname: names = "" } = cert;
+  if (!error || !net.isIPv6(host) || names.includes('"')) return error; // quotes hide what a name is not
+
+  const isSame = (address: string) =>
+    net.isIPv6(address) && new URL(`http://[${address}]`).hostname === `[${host}]`;
+  const addresses = names.split(", ").map((name) => name.replace(/^IP Address:/, ""));
+  return addresses.some(isSame) ? undefined : error;
+}
+
 // ------ Proxies ------
 
 const LOOPBACK = "localhost,127.0.0.0/8,::1/128";
@@ -1686,6 +1698,7 @@ class AgentPool {
       ...keepAlive,
       secureContext: await this.#contextFor(url, role),
       rejectUnauthorized: insecure !== true,
+      checkServerIdentity: checkIdentity,
     });
     if (!proxy) return agent;
 
@@ -1699,13 +1712,10 @@ class AgentPool {
    *  needs the address itself, since it would look for `[::1]` in the certificate. */
   async #tlsToProxy(proxy: URL) {
     const host = withoutBrackets(proxy.hostname);
-    const { checkServerIdentity } = load("node:tls");
-    const checkAddress = (_host: string, cert: tls.PeerCertificate) =>
-      checkServerIdentity(host, cert);
     return {
       secureContext: await this.#contextFor(proxy, "other"),
       servername: net.isIP(host) === 0 ? host : "",
-      checkServerIdentity: checkAddress,
+      checkServerIdentity: (_host: string, cert: tls.PeerCertificate) => checkIdentity(host, cert),
     };
   }
 

@@ -641,6 +641,14 @@ async function makeSecureContext({caCert, tlsCert, tlsKey, environment}, registr
 		return fail("TLS", `cannot use the certificates given: ${said}`, {cause})
 	}
 }
+function checkIdentity(host, cert) {
+	const error = load("node:tls").checkServerIdentity(host, cert)
+	const {subjectaltname: names = ""} = cert
+	if (!error || !net.isIPv6(host) || names.includes('"')) return error
+	const isSame = address => net.isIPv6(address) && new URL(`http://[${address}]`).hostname === `[${host}]`
+	const addresses = names.split(", ").map(name => name.replace(/^IP Address:/, ""))
+	return addresses.some(isSame) ? void 0 : error
+}
 var LOOPBACK = "localhost,127.0.0.0/8,::1/128"
 var familyOf = address => (net.isIPv6(address) ? "ipv6" : "ipv4")
 var withoutBrackets = host => host.replace(/^\[|\]$/g, "")
@@ -846,7 +854,8 @@ var AgentPool = class {
 		const agent = new (load("node:https").Agent)({
 			...keepAlive,
 			secureContext: await this.#contextFor(url, role),
-			rejectUnauthorized: insecure !== true
+			rejectUnauthorized: insecure !== true,
+			checkServerIdentity: checkIdentity
 		})
 		if (!proxy) return agent
 		const options = {...proxyTls, agent: false, signal: this.#closing.signal}
@@ -855,12 +864,10 @@ var AgentPool = class {
 	}
 	async #tlsToProxy(proxy) {
 		const host = withoutBrackets(proxy.hostname)
-		const {checkServerIdentity} = load("node:tls")
-		const checkAddress = (_host, cert) => checkServerIdentity(host, cert)
 		return {
 			secureContext: await this.#contextFor(proxy, "other"),
 			servername: net.isIP(host) === 0 ? host : "",
-			checkServerIdentity: checkAddress
+			checkServerIdentity: (_host, cert) => checkIdentity(host, cert)
 		}
 	}
 	async #contextFor(url, role) {
