@@ -1090,15 +1090,19 @@ test("a folder, and a stream, are accepted like a tar", async (t) => {
 });
 
 test("many large SBOMs, which are JSON too, do not keep the signature from being found", async (t) => {
-  const seeds = Array.from({ length: 12 }, (_, at) => `heavy ${at}`);
-  const heavy = seeds.map((seed) =>
+  // Largest first, down to some bytes: they fill whatever room there is.
+  const sizes = [
+    ...Array.from({ length: 8 }, () => 2 ** 23),
+    ...Array.from({ length: 16 }, (_, at) => 2 ** (22 - at)),
+  ];
+  const heavy = sizes.map((size, at) =>
     makeArtifact({
       artifactType: "application/spdx+json",
       subject: image,
       layers: [
         {
           mediaType: "application/spdx+json",
-          bytes: Buffer.from(`{"${seed}":"${" ".repeat(8 * 1024 * 1024)}"}`),
+          bytes: Buffer.from(`{"${at}":"${" ".repeat(size - 20)}"}`),
         },
       ],
     }),
