@@ -135,14 +135,14 @@ const LIMITS = Object.freeze({
 /** Speed: measured, and free to change. No promise depends on them. */
 const TUNING = Object.freeze({
   batchMs: 1000, // how long bytes may wait for more of them before they are written, and recorded
-  batchBytes: MIB, // one write to disk: fewer trips to Node's thread pool than one for each chunk
+  batchBytes: MIB / 2, // one write to disk: fewer trips to Node's thread pool than one for each chunk; sixteen connections hold two each
   journalBytes: MIB, // how much a kill -9 may cost each blob, beside what a connection has gathered
   syncBytes: 32 * MIB, // the disk works while the line does, and little is left for the sync at the end
   splitBytes: MIB / 2, // no range is worth a request of its own below that,
   worthMs: 50, // nor where its connection would be done in less
   unitBytes: 8 * MIB, // ranges of one blob side by side: the hash is at most so many units behind
   smallBytes: MIB / 16, // a blob that may be asked for twice, to see whether a cache has it by then
-  earlyBytes: 16 * MIB, // what may wait in memory for its turn to be hashed; what else came early is read back
+  earlyBytes: 8 * MIB, // what may wait in memory for its turn to be hashed; what else came early is read back
   firstConnections: 8, // at first, before anything was measured
   growth: 4, // times as many are tried next
   noise: 0.1, // a trial has to bring more than that

@@ -80,14 +80,14 @@ var LIMITS = Object.freeze({
 })
 var TUNING = Object.freeze({
 	batchMs: 1e3,
-	batchBytes: MIB,
+	batchBytes: MIB / 2,
 	journalBytes: MIB,
 	syncBytes: 32 * MIB,
 	splitBytes: MIB / 2,
 	worthMs: 50,
 	unitBytes: 8 * MIB,
 	smallBytes: MIB / 16,
-	earlyBytes: 16 * MIB,
+	earlyBytes: 8 * MIB,
 	firstConnections: 8,
 	growth: 4,
 	noise: 0.1,
