@@ -475,7 +475,8 @@ test("zstd layers are unpacked where Node can, and said not to be where it canno
   const wrong = makeLayer({ seed: "wrong-zstd", compression: "zstd" });
   wrong.diffId = digestOf("something else");
   const lying = fileOf(tarOf(ociArchive([makeImage({ layers: [wrong] })])));
-  if (hasZstd) await fails(lying, /does not unpack to/);
+  // A frame that fills the layer up to its size comes after the one that is read.
+  if (hasZstd && readsAllFrames) await fails(lying, /does not unpack to/);
   else assert.match(await passes(lying), /1 \(zstd\) not/);
 });
 
@@ -1137,25 +1138,27 @@ test("damage in a pipe, in a folder and in compressed tars is found", async () =
   await fails(layout, `${name} is missing`);
 });
 
+/** The exit code after Ctrl-C. Nothing tells when it listens for that: one that does not yet is started anew. */
+async function exitCodeAfterInterrupt(args: string[], stdin?: Buffer): Promise<number | null> {
+  for (const waitMs of [300, 2000, 10_000]) {
+    const { child, result } = startCommand(args, stdin ? { stdin: "open" } : {});
+    if (stdin) child.stdin?.write(stdin);
+    await delay(waitMs);
+    child.kill("SIGINT");
+    const { exitCode, signal } = await result;
+    if (signal === null) return exitCode;
+  }
+  return null;
+}
+
 test("a pipe that nobody writes into, or that goes quiet: Ctrl-C ends it at once", async (t) => {
   const pipe = join(temporaryFolder(t), "pipe");
   assert.equal(spawnSync("mkfifo", [pipe]).status, 0);
-  const waiting = startCommand(["--verify", pipe]);
-  await delay(300); // until it waits for a writer: nothing tells
-  waiting.child.kill("SIGINT");
-  assert.equal((await waiting.result).exitCode, 130);
+  assert.equal(await exitCodeAfterInterrupt(["--verify", pipe]), 130);
 
-  const tar = readFileSync(await pull(packed, "quiet"));
-  for (const args of [
-    ["--verify", "-"],
-    ["-l", "-"],
-  ]) {
-    const quiet = startCommand(args, { stdin: "open" });
-    quiet.child.stdin?.write(tar.subarray(0, 5000));
-    await delay(300);
-    quiet.child.kill("SIGINT");
-    assert.equal((await quiet.result).exitCode, 130);
-  }
+  const beginning = readFileSync(await pull(packed, "quiet")).subarray(0, 5000);
+  for (const option of ["--verify", "--list-tar"])
+    assert.equal(await exitCodeAfterInterrupt([option, "-"], beginning), 130, option);
 });
 
 // ====== What cannot be unpacked, or without end ======
