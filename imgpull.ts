@@ -8382,7 +8382,8 @@ function checkKinds(options: object, kinds: Readonly<Record<string, OptionKind>>
     const kind = kinds[name] as OptionKind;
     if (value !== undefined && !IS_OF_KIND[kind](value))
       fail("BAD_OPTION", `\`${name}\` has to be ${kind}`);
-    if (hasNul(value)) fail("BAD_OPTION", `\`${name}\` has a NUL character`);
+    const isPath = name !== "url"; // which is a BAD_REFERENCE, with its own words
+    if (isPath && hasNul(value)) fail("BAD_OPTION", `\`${name}\` has a NUL character`);
   }
 }
 

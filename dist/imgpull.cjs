@@ -5427,7 +5427,8 @@ function checkKinds(options, kinds) {
 		}
 		const kind = kinds[name]
 		if (value !== void 0 && !IS_OF_KIND[kind](value)) fail("BAD_OPTION", `\`${name}\` has to be ${kind}`)
-		if (hasNul(value)) fail("BAD_OPTION", `\`${name}\` has a NUL character`)
+		const isPath = name !== "url"
+		if (isPath && hasNul(value)) fail("BAD_OPTION", `\`${name}\` has a NUL character`)
 	}
 }
 function checkOption(isRight, reason) {
