@@ -357,12 +357,13 @@ describe("the steps for CI", () => {
     test(`${firstLine} is red without the script, or without the image`, async (t) => {
       const reader = await makeReader(t);
       const broken = [
-        steps.replace("imgpull.cjs", "imgpull.cjs.not-there").replaceAll(LATEST, `${LATEST}/no`),
+        steps.replace(`${LATEST}/imgpull.cjs`, `${LATEST}/not-there.cjs`),
         steps.replace("alpine:3.22", "alpine:0.0"),
       ];
       for (const step of broken) {
-        const { exitCode } = await reader.runStep(step);
+        const { exitCode, stderr } = await reader.runStep(step);
         assert.notEqual(exitCode, 0, step);
+        assert.match(stderr, /404|no such tag/);
         assert.ok(!existsSync(join(reader.folder, "alpine.tar")));
       }
     });
