@@ -577,7 +577,7 @@ describe("interop", { skip }, () => {
         "--password",
         "wrong",
       ]);
-      assert.equal(refused.exitCode, 1);
+      assert.equal(refused.exitCode, 1, refused.stderr);
       assert.match(refused.stderr, /401/);
       assert(!existsSync(`${tar}.refused`));
     }
