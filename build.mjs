@@ -16,7 +16,6 @@ import {
   rmSync,
   writeFileSync,
 } from "node:fs";
-import { availableParallelism } from "node:os";
 import { basename, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { gunzipSync, gzipSync } from "node:zlib";
@@ -178,8 +177,6 @@ function runTests(files, flags, environment = {}) {
   rmSync(sumFile, { force: true });
   const hasReporter = flags.some((flag) => flag.startsWith("--test-reporter"));
   const shown = hasReporter ? flags : [...flags, "--test-reporter=spec"];
-  // Node takes one core less than there are: tests wait more than they work.
-  const sideBySide = `--test-concurrency=${Math.max(2, availableParallelism())}`;
   const counted = [
     "--test-reporter-destination=stdout",
     "--test-reporter=./test/support/reporter.mjs",
@@ -187,7 +184,7 @@ function runTests(files, flags, environment = {}) {
   ];
   const { status, error } = spawnSync(
     process.execPath,
-    ["--enable-source-maps", "--test", sideBySide, ...shown, ...counted, ...files],
+    ["--enable-source-maps", "--test", ...shown, ...counted, ...files],
     { stdio: "inherit", env: { ...process.env, ...environment } },
   );
   if (error) throw error;
