@@ -2238,23 +2238,19 @@ function retryDelayMs(
   return Math.max(retryAfterMs, backoffMs);
 }
 
-/** What one pull has in common: the challenge of each origin, a Registry (and so a token) for each repository. */
-interface Session {
+/** What all requests of one pull have in common. */
+interface RequestContext {
   readonly settings: Settings;
   readonly transport: Transport;
   readonly clock: typeof systemClock;
   readonly signal: AbortSignal;
-  readonly challenges: Map<string, readonly Challenge[]>;
-  readonly registries: Map<string, Registry>;
-  readonly budget: Budget;
-  readonly mirrorFaults: MirrorFaults;
   readonly warn: (message: string) => void;
   readonly secrets: Secrets;
 }
 
 /** Runs `attempt` until it succeeds. `gotOn` says whether the failed one brought us forward: the count starts anew. */
 async function withRetries<T>(
-  { clock, settings, signal, warn }: Session,
+  { clock, settings, signal, warn }: RequestContext,
   attempt: () => Promise<T>,
   gotOn = () => false,
 ): Promise<T> {
@@ -2626,10 +2622,10 @@ type TokenRequest = Readonly<{
 const NOBODY = "00000000-0000-0000-0000-000000000000";
 
 /** A token for one repository (distribution specification, "Token Authentication"; OAuth2 for identity tokens). */
-async function fetchToken(session: Session, request: TokenRequest): Promise<Authorization> {
+async function fetchToken(context: RequestContext, request: TokenRequest): Promise<Authorization> {
   const url = parseRealm(request.parameters.realm, request.origin);
   return (
-    (await exchangeIdentityToken(session, url, request)) ?? (await getToken(session, url, request))
+    (await exchangeIdentityToken(context, url, request)) ?? (await getToken(context, url, request))
   );
 }
 
@@ -2673,7 +2669,7 @@ function leadsInside({ hostname }: URL, registryOrigin: string): boolean {
 
 /** By OAuth2's POST. Undefined where there is no identity token, or where the service does not know how. */
 async function exchangeIdentityToken(
-  session: Session,
+  context: RequestContext,
   url: URL,
   request: TokenRequest,
 ): Promise<Authorization | undefined> {
@@ -2687,15 +2683,15 @@ async function exchangeIdentityToken(
     client_id: "imgpull",
     refresh_token: credential.secret,
   };
-  const answer = await session.transport.send({
-    ...tokenHttpRequest(session, url, request),
+  const answer = await context.transport.send({
+    ...tokenHttpRequest(context, url, request),
     method: "POST",
     headers: { "Content-Type": "application/x-www-form-urlencoded" },
     body: String(new URLSearchParams(grant)),
   });
 
   if (isNoOAuth2(answer.status)) return undefined;
-  return readToken(session, url, answer);
+  return readToken(context, url, answer);
 }
 
 /** Services without OAuth2 say so in many ways (containerd#3913); a redirect would want the secret sent elsewhere. */
@@ -2705,7 +2701,11 @@ function isNoOAuth2(status: number): boolean {
 }
 
 /** By GET, with the credential as user and password. */
-async function getToken(session: Session, url: URL, request: TokenRequest): Promise<Authorization> {
+async function getToken(
+  context: RequestContext,
+  url: URL,
+  request: TokenRequest,
+): Promise<Authorization> {
   const { credential, parameters } = request;
   const { service, scope } = parameters;
   const asked = new URL(url);
@@ -2713,14 +2713,14 @@ async function getToken(session: Session, url: URL, request: TokenRequest): Prom
     asked.searchParams.set(name, value);
 
   const header = credential && basicAuthorization(credential.username || NOBODY, credential.secret);
-  const answer = await session.transport.send(tokenHttpRequest(session, asked, request, header));
-  const token = await readToken(session, url, answer);
+  const answer = await context.transport.send(tokenHttpRequest(context, asked, request, header));
+  const token = await readToken(context, url, answer);
   return token ?? fail("PROTOCOL", `${redactUrl(url)} answered without a token`);
 }
 
 /** A request to the token service. The header goes to its own origin only. */
 const tokenHttpRequest = (
-  { signal }: Session,
+  { signal }: RequestContext,
   url: URL,
   { origin, role }: TokenRequest,
   header?: string,
@@ -2735,7 +2735,7 @@ const tokenHttpRequest = (
 
 /** Undefined where a body came that holds no token. */
 async function readToken(
-  { clock }: Session,
+  { clock }: RequestContext,
   url: URL,
   answer: Answer,
 ): Promise<Authorization | undefined> {
@@ -2763,6 +2763,15 @@ function parseToken(body: Buffer, now: number): Authorization | undefined {
 // ====== 9. Registry ======
 // One repository of one registry: manifests and blobs from an offset, with whatever handshake it wants.
 // Invariant: what is asked for by digest has that digest before anyone sees it; a blob's bytes its reader checks.
+
+/** What one pull knows of all its registries: the challenge of each origin, a Registry (and so a token) for each
+ *  repository, what is in memory, and which mirrors fail. */
+interface Session extends RequestContext {
+  readonly challenges: Map<string, readonly Challenge[]>;
+  readonly registries: Map<string, Registry>;
+  readonly budget: Budget;
+  readonly mirrorFaults: MirrorFaults;
+}
 
 // ------ Handshake ------
 
@@ -3069,7 +3078,6 @@ class Endpoint {
   readonly name: string; // as people write it
   readonly origin: string;
   readonly role: Role;
-  acceptsRanges = true; // false once it has answered a range with the whole
   readonly #session: Session;
   readonly #reference: Reference; // as this place knows it
   readonly #namespace: string | undefined;
@@ -3077,6 +3085,7 @@ class Endpoint {
   #manifestTypes = MANIFEST_TYPES.join(", "); // what it takes as Accept
   #firstContact: Promise<unknown> | undefined;
   #hasServed = false;
+  #acceptsRanges = true; // false once it has refused a range, or answered one with the whole
 
   constructor(session: Session, reference: Reference, mirror?: Mirror) {
     const { scheme, namespace } = session.settings;
@@ -3094,6 +3103,15 @@ class Endpoint {
 
   get hasServed(): boolean {
     return this.#hasServed;
+  }
+
+  get acceptsRanges(): boolean {
+    return this.#acceptsRanges;
+  }
+
+  /** It is asked for whole blobs only from now on. */
+  giveUpRanges(): void {
+    this.#acceptsRanges = false;
   }
 
   #urlOf(kind: ContentKind, name: string): URL {
@@ -3318,12 +3336,16 @@ class Registry {
   get origin(): string {
     return this.#home.origin;
   }
+
   get acceptsRanges(): boolean {
     return this.#first.acceptsRanges;
   }
-  set acceptsRanges(value: boolean) {
-    this.#first.acceptsRanges = value;
+
+  /** The place that is asked first has refused a range: it is asked for whole blobs only from now on. */
+  giveUpRanges(): void {
+    this.#first.giveUpRanges();
   }
+
   /** The place that is asked first, as things stand. */
   get #first(): Endpoint {
     return this.#usableMirrors()[0] ?? this.#home;
@@ -5789,7 +5811,7 @@ class Schedule {
   /** The registry gives only whole blobs: one connection takes all of this one along that nobody has begun. */
   stopRanges(segment: Segment): "left to another" | "has to fetch the whole" {
     const { blob } = segment;
-    blob.registry.acceptsRanges = false;
+    blob.registry.giveUpRanges();
     const isLeft = this.giveBack(segment);
     const heir = isLeft ? this.#lastBefore(blob, blob.descriptor.size) : segment;
     if (heir) this.#absorbQueued(heir);
@@ -8549,7 +8571,8 @@ async function stoppable<T>(
   }
 }
 
-/** Everything that one call opens is closed when it ends, and no secret of its is in an error or a warning. */
+/** Everything that one call opens is closed when it ends, and no secret of its is in an error or a warning. Tests give
+ *  `replaced`: a clock of their own, say. */
 async function withSession<T>(
   options: PullOptions | PullerOpts,
   run: (session: Session, onProgress: (progress: Progress) => void) => Promise<T>,
@@ -8562,15 +8585,19 @@ async function withSession<T>(
     const sendWarning = callbacks.guard(options.onWarning);
     const warn = (message: string) => sendWarning(secrets.strike(message));
     const transport = new Transport(settings, secrets);
-    const owned = {
+    const session: Session = {
+      settings,
+      transport,
+      clock: systemClock,
+      signal,
+      warn,
+      secrets,
       challenges: new Map(),
       registries: new Map(),
       budget: new Budget(),
       mirrorFaults: new MirrorFaults(),
-      secrets,
+      ...replaced,
     };
-    const state = { clock: systemClock, ...owned };
-    const session = { settings, transport, signal, warn, ...state, ...replaced };
     try {
       return await run(session, callbacks.guard(options.onProgress));
     } catch (error) {
@@ -11544,7 +11571,8 @@ class Rate {
   }
 
   get bytesPerSecond(): number {
-    const [first, last] = [this.#samples[0], this.#samples.at(-1)];
+    const first = this.#samples[0];
+    const last = this.#samples.at(-1);
     if (!first || !last) return 0;
     return ((last.bytes - first.bytes) * 1000) / Math.max(1, last.atMs - first.atMs);
   }

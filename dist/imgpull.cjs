@@ -1412,9 +1412,9 @@ function whenToComeBack(waitMs, now) {
 	return `come back in ${Math.ceil(waitMs / 1e3)} s, at ${date.toISOString()}`
 }
 var NOBODY = "00000000-0000-0000-0000-000000000000"
-async function fetchToken(session, request) {
+async function fetchToken(context, request) {
 	const url = parseRealm(request.parameters.realm, request.origin)
-	return (await exchangeIdentityToken(session, url, request)) ?? (await getToken(session, url, request))
+	return (await exchangeIdentityToken(context, url, request)) ?? (await getToken(context, url, request))
 }
 function parseRealm(realm, origin) {
 	if (!realm || !URL.canParse(realm, origin)) return fail("PROTOCOL", `${origin} names no usable realm for its tokens`)
@@ -1442,7 +1442,7 @@ function leadsInside({hostname: hostname2}, registryOrigin) {
 	}
 	return blocks.check(address, familyOf(address))
 }
-async function exchangeIdentityToken(session, url, request) {
+async function exchangeIdentityToken(context, url, request) {
 	const {credential, parameters} = request
 	if (credential?.kind !== "identity") return void 0
 	const {service, scope} = parameters
@@ -1452,27 +1452,27 @@ async function exchangeIdentityToken(session, url, request) {
 		client_id: "imgpull",
 		refresh_token: credential.secret
 	}
-	const answer = await session.transport.send({
-		...tokenHttpRequest(session, url, request),
+	const answer = await context.transport.send({
+		...tokenHttpRequest(context, url, request),
 		method: "POST",
 		headers: {"Content-Type": "application/x-www-form-urlencoded"},
 		body: String(new URLSearchParams(grant))
 	})
 	if (isNoOAuth2(answer.status)) return void 0
-	return readToken(session, url, answer)
+	return readToken(context, url, answer)
 }
 function isNoOAuth2(status) {
 	const isForLater = [408, 425, 429].includes(status)
 	return status === 501 || (status >= 300 && status < 500 && !isForLater)
 }
-async function getToken(session, url, request) {
+async function getToken(context, url, request) {
 	const {credential, parameters} = request
 	const {service, scope} = parameters
 	const asked = new URL(url)
 	for (const [name, value] of Object.entries(dropEmpty({service, scope}))) asked.searchParams.set(name, value)
 	const header = credential && basicAuthorization(credential.username || NOBODY, credential.secret)
-	const answer = await session.transport.send(tokenHttpRequest(session, asked, request, header))
-	const token = await readToken(session, url, answer)
+	const answer = await context.transport.send(tokenHttpRequest(context, asked, request, header))
+	const token = await readToken(context, url, answer)
 	return token ?? fail("PROTOCOL", `${redactUrl(url)} answered without a token`)
 }
 var tokenHttpRequest = ({signal}, url, {origin, role}, header) => ({
@@ -1724,7 +1724,6 @@ var Endpoint = class {
 	name
 	origin
 	role
-	acceptsRanges = true
 	#session
 	#reference
 	#namespace
@@ -1732,6 +1731,7 @@ var Endpoint = class {
 	#manifestTypes = MANIFEST_TYPES.join(", ")
 	#firstContact
 	#hasServed = false
+	#acceptsRanges = true
 	constructor(session, reference, mirror) {
 		const {scheme, namespace} = session.settings
 		const place = mirror ?? {scheme, host: reference.host, prefix: ""}
@@ -1747,6 +1747,12 @@ var Endpoint = class {
 	}
 	get hasServed() {
 		return this.#hasServed
+	}
+	get acceptsRanges() {
+		return this.#acceptsRanges
+	}
+	giveUpRanges() {
+		this.#acceptsRanges = false
 	}
 	#urlOf(kind, name) {
 		const url = new URL(`${this.origin}/v2/${this.#reference.repository}/${kind}s/${name}`)
@@ -1909,8 +1915,8 @@ var Registry = class {
 	get acceptsRanges() {
 		return this.#first.acceptsRanges
 	}
-	set acceptsRanges(value) {
-		this.#first.acceptsRanges = value
+	giveUpRanges() {
+		this.#first.giveUpRanges()
 	}
 	get #first() {
 		return this.#usableMirrors()[0] ?? this.#home
@@ -3567,7 +3573,7 @@ var Schedule = class {
 	}
 	stopRanges(segment) {
 		const {blob} = segment
-		blob.registry.acceptsRanges = false
+		blob.registry.giveUpRanges()
 		const isLeft = this.giveBack(segment)
 		const heir = isLeft ? this.#lastBefore(blob, blob.descriptor.size) : segment
 		if (heir) this.#absorbQueued(heir)
@@ -5561,15 +5567,19 @@ async function withSession(options, run, replaced = {}) {
 		const sendWarning = callbacks.guard(options.onWarning)
 		const warn = message => sendWarning(secrets.strike(message))
 		const transport = new Transport(settings, secrets)
-		const owned = {
+		const session = {
+			settings,
+			transport,
+			clock: systemClock,
+			signal,
+			warn,
+			secrets,
 			challenges: /* @__PURE__ */ new Map(),
 			registries: /* @__PURE__ */ new Map(),
 			budget: new Budget(),
 			mirrorFaults: new MirrorFaults(),
-			secrets
+			...replaced
 		}
-		const state = {clock: systemClock, ...owned}
-		const session = {settings, transport, signal, warn, ...state, ...replaced}
 		try {
 			return await run(session, callbacks.guard(options.onProgress))
 		} catch (error) {
@@ -7661,7 +7671,8 @@ var Rate = class {
 		if (this.#samples.length > 50) this.#samples.shift()
 	}
 	get bytesPerSecond() {
-		const [first, last] = [this.#samples[0], this.#samples.at(-1)]
+		const first = this.#samples[0]
+		const last = this.#samples.at(-1)
 		if (!first || !last) return 0
 		return ((last.bytes - first.bytes) * 1e3) / Math.max(1, last.atMs - first.atMs)
 	}
