@@ -121,6 +121,7 @@ const LIMITS = Object.freeze({
   redirectBodyBytes: 64 * 1024, // read, so that the connection can be kept; of a longer one nothing more is taken
   headersWaitFactor: 4, // times the time-out: a cache may have to fetch a layer before it answers
   documentWaitFactor: 4, // times the time-out, for a manifest, config or token to be whole
+  leastAnswerBytes: MIB / 16, // of a blob, from a server that gives less than it was asked for: slivers have no end
   slowBytesPerSecond: 1024, // a blob that comes more slowly, over twice the time-out, does not come at all
   tokenFloorMs: 60_000, // the token specification's default, and more than a skewed clock takes away
   firstBackoffMs: 1000, // most lost connections are back at once
@@ -5921,7 +5922,8 @@ const CACHE_HEADERS = ["x-cache", "x-cache-status", "x-proxy-cache", "cf-cache-s
 const isCacheMiss = ({ headers }: Pick<Answer, "headers">): boolean =>
   CACHE_HEADERS.some((name) => /\bmiss\b/i.test(String(headers[name] ?? "")));
 
-/** What an answer to a request for a range of a blob holds, by its status and headers; or what is wrong with it. */
+/** What of a blob an answer holds, by its status and headers, or what is wrong with it. `[at, to)` is what is needed: the
+ *  answer begins there or before, and has a part of it that is worth a request. */
 function judgeAnswer(
   { status, headers }: Pick<Answer, "status" | "headers">,
   [at, to]: Range,
@@ -5935,7 +5937,8 @@ function judgeAnswer(
     position = Number(first);
     end = Number(last) + 1;
     const isTotal = total === "*" || Number(total) === sizeBytes;
-    const isUseful = position <= at && at < end && end <= sizeBytes; // more than was asked for is not wrong
+    const least = Math.min(to, at + LIMITS.leastAnswerBytes);
+    const isUseful = position <= at && at < end && end >= least && end <= sizeBytes; // more is not wrong
     if (!isTotal || !isUseful) {
       const got = printable(contentRange, 80);
       const reason = `asked for bytes ${at}-${to - 1} of ${sizeBytes}, got "${got}"`;
@@ -5974,9 +5977,9 @@ async function openSegment(
   const { size } = descriptor;
   if (source) return openSource(source, segment);
 
-  const whole: Range = [0, size];
+  const needed: Range = [at, to];
   const isRanged = registry.acceptsRanges && to - at < size;
-  const range: Range = isRanged ? [at, to] : whole;
+  const range: Range = isRanged ? needed : [0, size];
   const asking = registry.blob(descriptor, ...range, signal);
   const answer = await asking.catch((error: unknown) => {
     if (!isRanged || !isRangeRefusal(error)) throw error;
@@ -5986,7 +5989,7 @@ async function openSegment(
 
   const { body, status } = answer;
   const doing = `GET ${redactUrl(answer.url)}`;
-  const judged = judgeAnswer(answer, range, size);
+  const judged = judgeAnswer(answer, needed, size);
   if ("code" in judged) {
     body.destroy();
     if (!isRanged || status !== 206) fail(judged.code, `${doing}: ${judged.reason}`, { status });

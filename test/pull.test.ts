@@ -446,6 +446,59 @@ for (const [name, fault] of Object.entries({
   });
 }
 
+// ====== Slivers ======
+// A server that gives less than it was asked for is asked again for the rest, as long as that gets somewhere.
+
+/** A 206 of so many bytes, from where a range begins or from the start. */
+const sliver = (sizeBytes: number): Fault => ({
+  handler: ({ headers }, response) => {
+    const [, first = "0"] = /^bytes=(\d+)-/.exec(headers.range ?? "") ?? [];
+    const start = Number(first);
+    const end = Math.min(start + sizeBytes, LARGE.bytes.length);
+    response.writeHead(206, { "content-range": `bytes ${start}-${end - 1}/300000` });
+    response.end(LARGE.bytes.subarray(start, end));
+  },
+});
+
+for (const [name, faults, requests] of [
+  ["a byte a time", [[LAYER, sliver(1)]], 1],
+  ["a byte less than is worth a request", [[LAYER, sliver(65_535)]], 1],
+  [
+    "a byte a time, after a connection was lost",
+    [
+      [{ ...LAYER, times: 1 }, { dropAfter: at }],
+      [LAYER, sliver(1)],
+    ],
+    3,
+  ],
+  [
+    "its beginning again and again, and no ranges",
+    [
+      [{ ...LAYER, ranged: true }, { status: 416 }],
+      [LAYER, sliver(100_000)],
+    ],
+    3,
+  ],
+] as [string, [Matcher, Fault][], number][]) {
+  test(`a blob in slivers ends the pull: ${name}`, { timeout: 20_000 }, async (t) => {
+    const served = await serve(t, APP);
+    for (const [matcher, fault] of faults) served.registry.on(matcher, fault);
+    const pulling = pull(served.reference, served.dest, { signal: t.signal });
+    const { code, message } = await failure(pulling);
+    assert.equal(code, "PROTOCOL");
+    assert.match(message, /asked for bytes \d+-299999 of 300000, got "bytes 0-/);
+    assert.equal(served.registry.seen(LAYER).length, requests);
+  });
+}
+
+test("a server that caps its answers is asked for one after the other", async (t) => {
+  const served = await serve(t, APP);
+  served.registry.on(LAYER, sliver(65_536));
+  await pull(served.reference, served.dest);
+  assert.equal(served.registry.seen(LAYER).length, 5);
+  await assertRight(t, served, APP);
+});
+
 test("statuses that mean the same with and without a range are no refusal of one", async (t) => {
   for (const [status, more] of [
     [408, {}],
