@@ -2876,7 +2876,8 @@ class Authorizer {
     if (this.#isReplaced(answer)) return true;
     if (!credential?.stored) return false;
     this.#goAnonymous(credential, `${redactUrl(url)}: ${status}`);
-    return this.#renew(url.origin);
+    await this.#renew(url.origin);
+    return true; // without a token too: a challenge met at another repository need not be this one's
   }
 
   /**

@@ -1004,6 +1004,29 @@ test("stored credentials that are refused to many requests at once are warned of
   assert.equal(stderr.split("trying without any").length, 2, stderr);
 });
 
+for (const status of [401, 403]) {
+  test(`stored credentials that one repository wants do not close a public one beside it (${status})`, async (t) => {
+    const { registry, reference } = await serve(t, { mode: "none" });
+    registry.add(makeImage({ seed: "private" }), "team/private", "1.0");
+    registry.on(
+      { repository: "team/private", where: ({ headers }) => headers.authorization === undefined },
+      { status: 401, headers: { "www-authenticate": 'Basic realm="test"' } },
+    );
+    const refusal = registry.on(
+      { repository: "team/app", where: ({ headers }) => headers.authorization !== undefined },
+      { status },
+    );
+    const tar = join(temporaryFolder(t), "all.tar");
+    const env = { DOCKER_AUTH_CONFIG: authFile({ [registry.host]: WRONG }) };
+    const images = [reference.replace("team/app", "team/private"), reference];
+    const args = ["--scheme", "http", "--platform", "linux/amd64"];
+    const { exitCode, stderr } = await runCommand([...images, tar, ...args], { env });
+    assert.equal(exitCode, 0, stderr);
+    assert(refusal.hits > 0);
+    assert.equal(stderr.split("trying without any").length, 2, stderr);
+  });
+}
+
 test("a private image: the error says which credentials were tried, and asks no more than that takes", async (t) => {
   for (const mode of ["basic", "bearer"] as const) {
     for (const [name, options, words] of REFUSALS) {
