@@ -3632,7 +3632,7 @@ function isRangeRefusal(error: unknown): boolean {
 /** Where a `Link` header has the next page (RFC 8288), which is the registry's own business or nobody's. */
 function nextPage(header: string | string[] | undefined, url: URL): URL | undefined {
   const links = [header ?? []].flat().join(",");
-  const [, target] = /<([^>]*)>[^<]*;\s*rel="?next"?/i.exec(links) ?? [];
+  const [, target] = /<([^<>]*)>[^<]*;\s*rel="?next"?/i.exec(links) ?? [];
   if (target === undefined) return undefined;
 
   const next = URL.canParse(target, url) ? new URL(target, url) : undefined;

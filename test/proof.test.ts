@@ -708,6 +708,23 @@ for (const [name, link] of [
   });
 }
 
+test("a Link header of a megabyte is read at once, whatever it holds", {
+  timeout: 20_000,
+}, async (t) => {
+  for (const link of [
+    "<".repeat(900_000),
+    `<x>${";".repeat(900_000)}`,
+    `<x>${"; ".repeat(450_000)}`,
+  ]) {
+    const served = await serveWith(t, []);
+    served.registry.on(
+      { path: /referrers/ },
+      { status: 200, body: '{"manifests":[]}', headers: { link } },
+    );
+    assert.deepEqual(namelessIn(filesIn(await pullProof(t, served))), []);
+  }
+});
+
 test("pages without end are refused by their number", async (t) => {
   const served = await serveWith(t, []);
   const headers = { link: '<?page=2>; rel="next"' };
