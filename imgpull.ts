@@ -1238,6 +1238,7 @@ const basicAuthorization = (username: string, secret: string): string =>
 function parseRetryAfter(value: string | undefined, now: number): number | undefined {
   if (value === undefined) return undefined;
   if (/^\s*\d+\s*$/.test(value)) return Number(value) * 1000;
+  if (!/[a-z]/i.test(value)) return undefined; // "1.5" would be a day in 2001
 
   const date = Date.parse(value);
   return Number.isNaN(date) ? undefined : Math.max(0, date - now);
@@ -1564,10 +1565,14 @@ class ProxyServer {
     const retryAfterMs = parseRetryAfter(headers["retry-after"], Date.now());
     const isPassing = status === 429 || status >= 500;
     const reason = printable(this.#secrets.strikeWords(statusMessage));
-    const remedy = status === 401 || status === 407 ? PROXY_REMEDY : ""; // 401 is tinyproxy's for a wrong password
-    const details: ErrorDetails = { status, retryAfterMs: isPassing ? retryAfterMs : undefined };
+    const isLogin = status === 401 || status === 407; // 401 is tinyproxy's for a wrong password
+    const waitMs = isPassing ? retryAfterMs : undefined;
+    const remedy = isLogin ? PROXY_REMEDY : remedyForWait(waitMs, Date.now());
     const said = `${proxyName(this.url)} refused ${what}: ${status} ${reason}`;
-    return new ImgpullError("PROXY", `${said}${remedy}`, details);
+    return new ImgpullError("PROXY", `${said}${remedy}`, {
+      status,
+      retryAfterMs: waitMs,
+    } as ErrorDetails);
   }
 
   /** A web server's TLS port answers what is plain with 400, with words about it (Go, nginx) or without. */
@@ -2594,11 +2599,17 @@ function remedyFor({ status, words }: Answer, waitMs: number | undefined, now: n
   if (status === 407) return PROXY_REMEDY;
   if (status === 429) return `\n  too many requests: ${whenToComeBack(waitMs, now)}`;
   const isHttpsPort = /HTTP request (was sent )?to (an )?HTTPS/i.test(words);
-  return isHttpsPort ? "\n  this port is https: try without `scheme` http" : "";
+  return isHttpsPort
+    ? "\n  this port is https: try without `scheme` http"
+    : remedyForWait(waitMs, now);
 }
 
+/** When to come back, where that is later than we wait. */
+const remedyForWait = (waitMs = 0, now: number): string =>
+  waitMs > LIMITS.retryAfterMs ? `\n  ${whenToComeBack(waitMs, now)}` : "";
+
 function whenToComeBack(waitMs: number | undefined, now: number): string {
-  if (waitMs === undefined) return "try again later";
+  if (!waitMs) return "try again later";
   const date = new Date(now + Math.min(waitMs, 1e12)); // later than that is no date
   return `come back in ${Math.ceil(waitMs / 1000)} s, at ${date.toISOString()}`;
 }

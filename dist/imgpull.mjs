@@ -68,6 +68,7 @@ var LIMITS = Object.freeze({
 	redirectBodyBytes: 64 * 1024,
 	headersWaitFactor: 4,
 	documentWaitFactor: 4,
+	leastAnswerBytes: MIB / 16,
 	slowBytesPerSecond: 1024,
 	tokenFloorMs: 6e4,
 	firstBackoffMs: 1e3,
@@ -528,6 +529,7 @@ var basicAuthorization = (username, secret) =>
 function parseRetryAfter(value, now) {
 	if (value === void 0) return void 0
 	if (/^\s*\d+\s*$/.test(value)) return Number(value) * 1e3
+	if (!/[a-z]/i.test(value)) return void 0
 	const date = Date.parse(value)
 	return Number.isNaN(date) ? void 0 : Math.max(0, date - now)
 }
@@ -760,10 +762,14 @@ var ProxyServer = class {
 		const retryAfterMs = parseRetryAfter(headers["retry-after"], Date.now())
 		const isPassing = status === 429 || status >= 500
 		const reason = printable(this.#secrets.strikeWords(statusMessage))
-		const remedy = status === 401 || status === 407 ? PROXY_REMEDY : ""
-		const details = {status, retryAfterMs: isPassing ? retryAfterMs : void 0}
+		const isLogin = status === 401 || status === 407
+		const waitMs = isPassing ? retryAfterMs : void 0
+		const remedy = isLogin ? PROXY_REMEDY : remedyForWait(waitMs, Date.now())
 		const said = `${proxyName(this.url)} refused ${what}: ${status} ${reason}`
-		return new ImgpullError("PROXY", `${said}${remedy}`, details)
+		return new ImgpullError("PROXY", `${said}${remedy}`, {
+			status,
+			retryAfterMs: waitMs
+		})
 	}
 	async tlsPortError({statusCode}, body = "") {
 		const isInDoubt = statusCode === 400 && this.url.protocol === "http:" && !this.#hasAnswered
@@ -1377,10 +1383,15 @@ function remedyFor({status, words}, waitMs, now) {
 		return `
   too many requests: ${whenToComeBack(waitMs, now)}`
 	const isHttpsPort = /HTTP request (was sent )?to (an )?HTTPS/i.test(words)
-	return isHttpsPort ? "\n  this port is https: try without `scheme` http" : ""
+	return isHttpsPort ? "\n  this port is https: try without `scheme` http" : remedyForWait(waitMs, now)
 }
+var remedyForWait = (waitMs = 0, now) =>
+	waitMs > LIMITS.retryAfterMs
+		? `
+  ${whenToComeBack(waitMs, now)}`
+		: ""
 function whenToComeBack(waitMs, now) {
-	if (waitMs === void 0) return "try again later"
+	if (!waitMs) return "try again later"
 	const date = new Date(now + Math.min(waitMs, 1e12))
 	return `come back in ${Math.ceil(waitMs / 1e3)} s, at ${date.toISOString()}`
 }
@@ -1549,7 +1560,8 @@ var Authorizer = class {
 		if (this.#isReplaced(answer)) return true
 		if (!credential?.stored) return false
 		this.#goAnonymous(credential, `${redactUrl(url)}: ${status}`)
-		return this.#renew(url.origin)
+		await this.#renew(url.origin)
+		return true
 	}
 	async #offerCredential(origin) {
 		if (!(await this.#credentialFor(origin))) return false
@@ -2089,7 +2101,7 @@ function isRangeRefusal(error) {
 }
 function nextPage(header, url) {
 	const links = [header ?? []].flat().join(",")
-	const [, target] = /<([^>]*)>[^<]*;\s*rel="?next"?/i.exec(links) ?? []
+	const [, target] = /<([^<>]*)>[^<]*;\s*rel="?next"?/i.exec(links) ?? []
 	if (target === void 0) return void 0
 	const next = URL.canParse(target, url) ? new URL(target, url) : void 0
 	if (next?.origin !== url.origin) return fail("PROTOCOL", `${redactUrl(url)}: its next page is on another host`)
@@ -3629,7 +3641,8 @@ function judgeAnswer({status, headers}, [at, to], sizeBytes) {
 		position = Number(first)
 		end = Number(last) + 1
 		const isTotal = total === "*" || Number(total) === sizeBytes
-		const isUseful = position <= at && at < end && end <= sizeBytes
+		const least = Math.min(to, at + LIMITS.leastAnswerBytes)
+		const isUseful = position <= at && at < end && end >= least && end <= sizeBytes
 		if (!isTotal || !isUseful) {
 			const got = printable(contentRange, 80)
 			const reason = `asked for bytes ${at}-${to - 1} of ${sizeBytes}, got "${got}"`
@@ -3656,9 +3669,9 @@ async function openSegment(schedule, segment, signal) {
 	const {descriptor, registry, source} = blob
 	const {size} = descriptor
 	if (source) return openSource(source, segment)
-	const whole = [0, size]
+	const needed = [at, to]
 	const isRanged = registry.acceptsRanges && to - at < size
-	const range = isRanged ? [at, to] : whole
+	const range = isRanged ? needed : [0, size]
 	const asking = registry.blob(descriptor, ...range, signal)
 	const answer = await asking.catch(error => {
 		if (!isRanged || !isRangeRefusal(error)) throw error
@@ -3667,7 +3680,7 @@ async function openSegment(schedule, segment, signal) {
 	if (!answer?.body) return void 0
 	const {body, status} = answer
 	const doing = `GET ${redactUrl(answer.url)}`
-	const judged = judgeAnswer(answer, range, size)
+	const judged = judgeAnswer(answer, needed, size)
 	if ("code" in judged) {
 		body.destroy()
 		if (!isRanged || status !== 206) fail(judged.code, `${doing}: ${judged.reason}`, {status})

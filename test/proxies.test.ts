@@ -85,7 +85,7 @@ describe("what a proxy refuses for the moment is asked again", () => {
 
       const away = await startProxy(t, Array(9).fill(head(502, "Retry-After: 3600")));
       const ended = await tryPull(t, REFERENCE, options(`http://${away.host}`));
-      assertFailed(ended, "PROXY", "502");
+      assertFailed(ended, "PROXY", "502", /come back in 3600 s, at \d{4}-/);
       assert.deepEqual([away.requests.length, ended.waitsMs], [1, []]);
     });
 

@@ -580,6 +580,9 @@ describe("Retry-After", () => {
       [internals.LIMITS.firstBackoffMs],
     ],
     ["nonsense", "soon", [internals.LIMITS.firstBackoffMs]],
+    ["a fraction, which Date takes for a day in 2001", "90.5", [internals.LIMITS.firstBackoffMs]],
+    ["less than nothing", "-5", [internals.LIMITS.firstBackoffMs]],
+    ["two in one line", "2, 3", [internals.LIMITS.firstBackoffMs]],
     ["the longest that is waited for", "120", [120_000]],
   ];
   for (const [name, header, sleeps] of waits) {
@@ -596,12 +599,26 @@ describe("Retry-After", () => {
 
   test("beyond two minutes the pull ends at once, saying when to come back", async (t) => {
     for (const header of ["3600", new Date(NOW + 3_600_000).toUTCString()]) {
+      for (const [status, code] of [
+        [429, "RATE_LIMITED"],
+        [503, "PROTOCOL"],
+      ] as const) {
+        const { registry, reference } = await serve(t);
+        registry.on({ kind: "manifest" }, { status, headers: { "retry-after": header } });
+        const outcome = await tryPull(t, reference, { ...HTTP, now: () => NOW });
+        assertFailed(outcome, code, "3600 s", "2026-01-01T13:00:00");
+        assert.deepEqual(outcome.waitsMs, []);
+        assert.equal(registry.requests.length, 1);
+      }
+    }
+  });
+
+  test("what is no time to come back is not told as one", async (t) => {
+    for (const header of ["-5", "90.5", "2, 3", "soon", new Date(NOW - 1000).toUTCString(), "0"]) {
       const { registry, reference } = await serve(t);
       registry.on({ kind: "manifest" }, { status: 429, headers: { "retry-after": header } });
-      const outcome = await tryPull(t, reference, { ...HTTP, now: () => NOW });
-      assertFailed(outcome, "RATE_LIMITED", "3600 s", "2026-01-01T13:00:00");
-      assert.deepEqual(outcome.waitsMs, []);
-      assert.equal(registry.requests.length, 1);
+      const outcome = await tryPull(t, reference, { ...HTTP, now: () => NOW, retries: 0 });
+      assertFailed(outcome, "RATE_LIMITED", "try again later");
     }
   });
 });
