@@ -10313,15 +10313,22 @@ class ImageFinder {
       const name = names.find((each) => typeof each === "string" && each !== "") ?? "";
       const refName = typeof names[1] === "string" ? names[1] : "";
       const isNameless = names.every((each) => each === undefined || each === "");
-      const isCompanion = isNameless && this.#isProof(descriptor, annotations);
+      const isAlone = json.manifests.length === 1;
+      const isCompanion = isNameless && this.#isProof(descriptor, annotations, isAlone);
       entries.push({ descriptor, name: printable(String(name)), refName, isCompanion });
     }
     return entries;
   }
 
-  #isProof(descriptor: Descriptor, annotations: Readonly<Record<string, unknown>>): boolean {
-    if (typeof annotations[SUBJECT_KEY] === "string") return true;
-    if (!isCosignProof(annotations)) return false;
+  /** An entry that stands alone is loaded by podman and skopeo, whatever it says that it refers to. */
+  #isProof(
+    descriptor: Descriptor,
+    annotations: Readonly<Record<string, unknown>>,
+    isAlone: boolean,
+  ): boolean {
+    const hasSubject = typeof annotations[SUBJECT_KEY] === "string";
+    if (hasSubject && !isAlone) return true;
+    if (!hasSubject && !isCosignProof(annotations)) return false;
     return !this.#imagesOf(descriptor).some(({ isImage }) => isImage);
   }
 
@@ -10819,7 +10826,7 @@ function vouchedFor(
 
 /**
  * SIGNATURE where an image is not vouched for, by the signatures that the tar itself holds. Its own word for what is
- * proof and what is an image counts only for what no loader takes by a name; and manifest.json, by which docker loads,
+ * proof and what is an image counts only for what no loader takes by a name, or as the only one; and manifest.json, by which docker loads,
  * may name no other config than that of an image which is vouched for.
  */
 function requireSignatures(
@@ -10845,7 +10852,8 @@ function requireSignatures(
   for (const { descriptor, name, isCompanion } of held.entries) {
     const { digest } = descriptor;
     const shown = `${where}: ${name.replace(/@.*/, "")}@${digest}`;
-    if (!isCompanion && !vouched.has(digest)) refuseUnsigned(shown, verdicts(digest), signers);
+    const isLoaded = !isCompanion || held.entries.length === 1;
+    if (isLoaded && !vouched.has(digest)) refuseUnsigned(shown, verdicts(digest), signers);
   }
 
   const signedConfigs = images

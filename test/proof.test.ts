@@ -1301,6 +1301,41 @@ test("an index that nobody signed, around a signed image, is refused", async (t)
   await assertUnsigned(writeFiles(t, files), new RegExp(around.digest));
 });
 
+for (const [name, mark] of [
+  ["a subject", { [SUBJECT]: image.digest }],
+  [
+    "a subject and cosign's kind",
+    { [SUBJECT]: image.digest, kind: "dev.cosignproject.cosign/sigs" },
+  ],
+] as const) {
+  test(`an index alone that is marked as proof by ${name} is refused: podman and skopeo load it`, async (t) => {
+    const files = await carried(t);
+    const { manifests } = JSON.parse(String(files.get("index.json"))) as IndexJson;
+    const evil = makeImage({ seed: "evil" });
+    addContent(files, evil);
+    const proof = manifests.filter(({ digest }) => digest !== image.digest);
+    const around = Buffer.from(
+      JSON.stringify({
+        schemaVersion: 2,
+        mediaType: MEDIA.ociIndex,
+        manifests: [entryOf(evil), entryOf(image), ...proof].map(
+          ({ annotations, ...rest }) => rest,
+        ),
+      }),
+    );
+    const alone = { mediaType: MEDIA.ociIndex, digest: digestOf(around), size: around.length };
+    files.set(blobName(alone.digest), around);
+    changeJson<IndexJson>(files, "index.json", (index) => ({
+      ...index,
+      manifests: [{ ...alone, annotations: mark }],
+    }));
+    const tar = writeFiles(t, files);
+    await assertUnsigned(tar, new RegExp(alone.digest));
+    const { images } = await internals.verifyTar(tar);
+    assert(images.some(({ digest }) => digest === evil.digest));
+  });
+}
+
 test("of two images in a tar, one unsigned is enough to refuse", async (t) => {
   const files = await carried(t);
   addContent(files, other);
