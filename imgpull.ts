@@ -469,6 +469,9 @@ interface LoaderFault {
     | "partial-index"
     | "rooted-names"
     | "link"
+    /** It unpacks the tar first, and fails at an entry that it cannot make a file of. */
+    | "odd-entry"
+    | "odd-link"
     | "windows"
     | "too-many-layers"
     | "encrypted"
@@ -9647,7 +9650,10 @@ class Digests {
   }
 }
 
-/** Whether bytes that go by are a tar, as loaders read one. */
+/** Loaders stop at others: volume labels, GNU's lists of folders, contiguous files. */
+const UNPACKED_TYPES = "0123456S";
+
+/** Whether bytes that go by are a tar, as loaders read and unpack one. */
 class TarCheck {
   readonly #decoder = new TarDecoder();
   #block: Buffer = Buffer.alloc(0);
@@ -9690,6 +9696,7 @@ class TarCheck {
     this.#block = Buffer.alloc(0);
     try {
       const header = this.#decoder.take(block);
+      this.#isBroken = header !== undefined && !UNPACKED_TYPES.includes(header.type);
       this.#contentBytes = header?.sizeBytes ?? 0;
       this.#paddingBytes = paddingOf(this.#contentBytes);
     } catch (error) {
@@ -10056,8 +10063,9 @@ class TarDocuments {
     return this.#contents.names.entries.get(resolveName(name))?.type;
   }
 
-  hasRootedNames(): boolean {
-    return [...this.#contents.names.entries.values()].some(({ isRooted }) => isRooted);
+  /** In the order of the tar. */
+  entries(): IterableIterator<TarEntry> {
+    return this.#contents.names.entries.values();
   }
 
   /** manifest.json does not say of a layer that it is encrypted: a manifest does. */
@@ -10568,7 +10576,7 @@ class LoaderJudge {
   constructor(held: HeldImages, documents: TarDocuments) {
     this.#held = held;
     this.#documents = documents;
-    this.#isRooted = documents.hasRootedNames();
+    this.#isRooted = [...documents.entries()].some(({ isRooted }) => isRooted);
   }
 
   run(): TarLoader[] {
@@ -10626,7 +10634,8 @@ class LoaderJudge {
       if (platform.startsWith("windows")) faults.push({ kind: "windows", entry });
       if (parts.length - 1 > MOST_DOCKER_LAYERS) faults.push({ kind: "too-many-layers", entry });
     }
-    return [...faults, ...this.#faultsOfTags(), ...this.#faultsOfBase()];
+    const ofUnpacking = faultsOfUnpacking(this.#documents.entries());
+    return [...faults, ...this.#faultsOfTags(), ...this.#faultsOfBase(), ...ofUnpacking];
   }
 
   /** What is left out must stand at the bottom of an image of the base, in the same order. */
@@ -10659,7 +10668,8 @@ class LoaderJudge {
     if (!isLayout || !entry) return [{ kind: "no-layout" }];
     if (entries.length > 1) return [{ kind: "several" }];
     const images = entry.images.filter((image) => !isUnknown(image));
-    return [...faultsOfTree(entry), ...images.flatMap((image) => this.#faultsOfImage(image))];
+    const ofImages = images.flatMap((image) => this.#faultsOfImage(image));
+    return [...faultsOfTree(entry), ...ofImages, ...this.#faultsOfUnpackingLayout()];
   }
 
   /** It goes by index.json, or by manifest.json where there is no layout; it unpacks each image that has a name. */
@@ -10710,14 +10720,28 @@ class LoaderJudge {
   #faultsOfLayout(): LoaderFault[] {
     const { entries, isLayout } = this.#held;
     if (!isLayout) return [{ kind: "no-layout" }];
-    if (entries.length === 1) return entries.flatMap(faultsOfTree);
-    return entries
+    const ofUnpacking = this.#faultsOfUnpackingLayout();
+    if (entries.length === 1) return [...entries.flatMap(faultsOfTree), ...ofUnpacking];
+    const ofEntries = entries
       .filter(({ isCompanion }) => !isCompanion)
       .flatMap((entry) => {
         const isOci = [OCI_MANIFEST, OCI_INDEX].includes(entry.descriptor.mediaType);
         const isFound = entry.refName !== "" && isOci;
         return isFound ? faultsOfTree(entry) : [{ kind: "no-name" as const }];
       });
+    return [...ofEntries, ...ofUnpacking];
+  }
+
+  /** podman and skopeo unpack a layout where docker does so behind a root of its own. */
+  #faultsOfUnpackingLayout(): LoaderFault[] {
+    const links = [...this.#documents.entries()].filter(
+      ({ type, name, linkName }) =>
+        type === "2" && path.posix.join(path.posix.dirname(name), linkName).startsWith(".."),
+    );
+    return [
+      ...links.map(({ name: entry }) => ({ kind: "odd-link" as const, entry })),
+      ...faultsOfUnpacking(this.#documents.entries()),
+    ];
   }
 
   #faultsOfNames(): LoaderFault[] {
@@ -10761,6 +10785,19 @@ function faultsOfTree({ descriptor, platforms }: HeldEntry): LoaderFault[] {
   const entry = blobPath(descriptor.digest);
   if (platforms.depth > 1) return [{ kind: "nested-index", entry }];
   return platforms.here < platforms.named ? [{ kind: "partial-index", entry }] : [];
+}
+
+/** Of a tar that is unpacked before it is read: a hard link needs a file before it, and some types are no files. */
+function faultsOfUnpacking(entries: Iterable<TarEntry>): LoaderFault[] {
+  const faults: LoaderFault[] = [];
+  const files = new Set<string>();
+  for (const { name: entry, type, linkName } of entries) {
+    if (!UNPACKED_TYPES.includes(type)) faults.push({ kind: "odd-entry", entry });
+    const isDangling = type === "1" && !files.has(resolveName(linkName));
+    if (isDangling) faults.push({ kind: "odd-link", entry });
+    if (type !== "5") files.add(entry);
+  }
+  return faults;
 }
 
 /** The second of two images under one name takes the place of the first, whose content containerd then removes. */
@@ -11779,6 +11816,8 @@ const FAULT_WORDS: Readonly<Partial<Record<LoaderFault["kind"], string>>> = {
   "bad-name": "has a name that is none, or that has no tag",
   "rooted-names": "names begin with a slash",
   link: "is a link",
+  "odd-entry": "is of a type that is not unpacked",
+  "odd-link": "is a link that leads nowhere",
   windows: "is for Windows",
   "too-many-layers": `has more than ${MOST_DOCKER_LAYERS} layers`,
   encrypted: "is encrypted",

@@ -6321,6 +6321,7 @@ var Digests = class {
 		return this.#hashes.map(([algorithm, hash]) => `${algorithm}:${hash.digest("hex")}`)
 	}
 }
+var UNPACKED_TYPES = "0123456S"
 var TarCheck = class {
 	#decoder = new TarDecoder()
 	#block = Buffer.alloc(0)
@@ -6356,6 +6357,7 @@ var TarCheck = class {
 		this.#block = Buffer.alloc(0)
 		try {
 			const header = this.#decoder.take(block)
+			this.#isBroken = header !== void 0 && !UNPACKED_TYPES.includes(header.type)
 			this.#contentBytes = header?.sizeBytes ?? 0
 			this.#paddingBytes = paddingOf(this.#contentBytes)
 		} catch (error) {
@@ -6620,8 +6622,8 @@ var TarDocuments = class {
 	typeOf(name) {
 		return this.#contents.names.entries.get(resolveName(name))?.type
 	}
-	hasRootedNames() {
-		return [...this.#contents.names.entries.values()].some(({isRooted}) => isRooted)
+	entries() {
+		return this.#contents.names.entries.values()
 	}
 	isEncrypted(name) {
 		return this.#encrypted.has(resolveName(name))
@@ -6782,14 +6784,16 @@ var ImageFinder = class {
 			const name = names.find(each => typeof each === "string" && each !== "") ?? ""
 			const refName = typeof names[1] === "string" ? names[1] : ""
 			const isNameless = names.every(each => each === void 0 || each === "")
-			const isCompanion = isNameless && this.#isProof(descriptor, annotations)
+			const isAlone = json.manifests.length === 1
+			const isCompanion = isNameless && this.#isProof(descriptor, annotations, isAlone)
 			entries.push({descriptor, name: printable(String(name)), refName, isCompanion})
 		}
 		return entries
 	}
-	#isProof(descriptor, annotations) {
-		if (typeof annotations[SUBJECT_KEY] === "string") return true
-		if (!isCosignProof(annotations)) return false
+	#isProof(descriptor, annotations, isAlone) {
+		const hasSubject = typeof annotations[SUBJECT_KEY] === "string"
+		if (hasSubject && !isAlone) return true
+		if (!hasSubject && !isCosignProof(annotations)) return false
 		return !this.#imagesOf(descriptor).some(({isImage: isImage2}) => isImage2)
 	}
 	#imagesOf(descriptor) {
@@ -6975,7 +6979,7 @@ var LoaderJudge = class {
 	constructor(held, documents) {
 		this.#held = held
 		this.#documents = documents
-		this.#isRooted = documents.hasRootedNames()
+		this.#isRooted = [...documents.entries()].some(({isRooted}) => isRooted)
 	}
 	run() {
 		const {entries, listed} = this.#held
@@ -7019,7 +7023,8 @@ var LoaderJudge = class {
 			if (platform.startsWith("windows")) faults.push({kind: "windows", entry})
 			if (parts.length - 1 > MOST_DOCKER_LAYERS) faults.push({kind: "too-many-layers", entry})
 		}
-		return [...faults, ...this.#faultsOfTags(), ...this.#faultsOfBase()]
+		const ofUnpacking = faultsOfUnpacking(this.#documents.entries())
+		return [...faults, ...this.#faultsOfTags(), ...this.#faultsOfBase(), ...ofUnpacking]
 	}
 	#faultsOfBase() {
 		return this.#held.listed.flatMap(({parts}) => {
@@ -7046,7 +7051,8 @@ var LoaderJudge = class {
 		if (!isLayout || !entry) return [{kind: "no-layout"}]
 		if (entries.length > 1) return [{kind: "several"}]
 		const images = entry.images.filter(image => !isUnknown(image))
-		return [...faultsOfTree(entry), ...images.flatMap(image => this.#faultsOfImage(image))]
+		const ofImages = images.flatMap(image => this.#faultsOfImage(image))
+		return [...faultsOfTree(entry), ...ofImages, ...this.#faultsOfUnpackingLayout()]
 	}
 	#faultsOfContainerd() {
 		const {entries, listed, isLayout} = this.#held
@@ -7088,14 +7094,25 @@ var LoaderJudge = class {
 	#faultsOfLayout() {
 		const {entries, isLayout} = this.#held
 		if (!isLayout) return [{kind: "no-layout"}]
-		if (entries.length === 1) return entries.flatMap(faultsOfTree)
-		return entries
+		const ofUnpacking = this.#faultsOfUnpackingLayout()
+		if (entries.length === 1) return [...entries.flatMap(faultsOfTree), ...ofUnpacking]
+		const ofEntries = entries
 			.filter(({isCompanion}) => !isCompanion)
 			.flatMap(entry => {
 				const isOci = [OCI_MANIFEST, OCI_INDEX].includes(entry.descriptor.mediaType)
 				const isFound = entry.refName !== "" && isOci
 				return isFound ? faultsOfTree(entry) : [{kind: "no-name"}]
 			})
+		return [...ofEntries, ...ofUnpacking]
+	}
+	#faultsOfUnpackingLayout() {
+		const links = [...this.#documents.entries()].filter(
+			({type, name, linkName}) => type === "2" && path.posix.join(path.posix.dirname(name), linkName).startsWith("..")
+		)
+		return [
+			...links.map(({name: entry}) => ({kind: "odd-link", entry})),
+			...faultsOfUnpacking(this.#documents.entries())
+		]
 	}
 	#faultsOfNames() {
 		return this.#isRooted ? [{kind: "rooted-names"}] : []
@@ -7129,6 +7146,17 @@ function faultsOfTree({descriptor, platforms}) {
 	const entry = blobPath(descriptor.digest)
 	if (platforms.depth > 1) return [{kind: "nested-index", entry}]
 	return platforms.here < platforms.named ? [{kind: "partial-index", entry}] : []
+}
+function faultsOfUnpacking(entries) {
+	const faults = []
+	const files = /* @__PURE__ */ new Set()
+	for (const {name: entry, type, linkName} of entries) {
+		if (!UNPACKED_TYPES.includes(type)) faults.push({kind: "odd-entry", entry})
+		const isDangling = type === "1" && !files.has(resolveName(linkName))
+		if (isDangling) faults.push({kind: "odd-link", entry})
+		if (type !== "5") files.add(entry)
+	}
+	return faults
 }
 function faultsOfSameName(entries) {
 	const digests = /* @__PURE__ */ new Map()
@@ -7186,7 +7214,8 @@ function requireSignatures(where, documents, held, signers) {
 	for (const {descriptor, name, isCompanion} of held.entries) {
 		const {digest} = descriptor
 		const shown = `${where}: ${name.replace(/@.*/, "")}@${digest}`
-		if (!isCompanion && !vouched.has(digest)) refuseUnsigned(shown, verdicts(digest), signers)
+		const isLoaded = !isCompanion || held.entries.length === 1
+		if (isLoaded && !vouched.has(digest)) refuseUnsigned(shown, verdicts(digest), signers)
 	}
 	const signedConfigs = images.filter(({digest}) => vouched.has(digest)).map(({manifest}) => manifest.config.digest)
 	for (const {name, parts} of held.listed) {
@@ -7838,6 +7867,8 @@ var FAULT_WORDS = {
 	"bad-name": "has a name that is none, or that has no tag",
 	"rooted-names": "names begin with a slash",
 	link: "is a link",
+	"odd-entry": "is of a type that is not unpacked",
+	"odd-link": "is a link that leads nowhere",
 	windows: "is for Windows",
 	"too-many-layers": `has more than ${MOST_DOCKER_LAYERS} layers`,
 	encrypted: "is encrypted",

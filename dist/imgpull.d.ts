@@ -306,7 +306,9 @@ interface LoaderFault {
     /** Of its images one at least has no name by which this program finds it. */
      | "no-name" | "several" | "bad-name" | "same-name"
     /** A delta's base has the layer, but not on top of the same ones. */
-     | "not-at-bottom" | "no-image" | "nested-index" | "partial-index" | "rooted-names" | "link" | "windows" | "too-many-layers" | "encrypted" | "no-tar" | "trailing-bytes" | "label" | "packing";
+     | "not-at-bottom" | "no-image" | "nested-index" | "partial-index" | "rooted-names" | "link"
+    /** It unpacks the tar first, and fails at an entry that it cannot make a file of. */
+     | "odd-entry" | "odd-link" | "windows" | "too-many-layers" | "encrypted" | "no-tar" | "trailing-bytes" | "label" | "packing";
     entry?: string;
 }
 /** Whether a program loads a tar. */

@@ -91,6 +91,8 @@ const textLayer = (mediaType: string, bytes: Buffer, content = bytes): TestLayer
   digest: digestOf(bytes),
   diffId: digestOf(content),
 });
+const tarLayer = (...entries: Entry[]): TestLayer =>
+  textLayer(MEDIA.ociTar, tarOf([...entries, ["file", "content"]]));
 const junkTar = (() => {
   const tar = writeTar([["file", Buffer.from("content")]]);
   tar.write("0000648\0", 100);
@@ -184,6 +186,32 @@ export const TARS: Record<string, () => Entry[]> = {
     ociArchive([good], { annotations: FULL_NAMES }).filter(([name]) => name !== "oci-layout"),
   "names with ./": () => both(good).map(([name, content]): Entry => [`./${name}`, content]),
   "names with /": () => both(good).map(([name, content]): Entry => [`/${name}`, content]),
+  "a volume label": () => [["label", { type: "V" }], ...both(good)],
+  "a contiguous file beside it": () => [...both(good), ["odd", { type: "7" }]],
+  "GNU's list of a folder": () => [["odd/", { type: "D" }], ...both(good)],
+  "devices and a pipe beside it": () => [
+    ...both(good),
+    ["null", { type: "3" }],
+    ["disk", { type: "4" }],
+    ["pipe", { type: "6" }],
+  ],
+  "a hard link to nothing": () => [...both(good), ["odd", { hardlink: "nowhere" }]],
+  "a hard link before its file": () => [["odd", { hardlink: "manifest.json" }], ...both(good)],
+  "a hard link beside it": () => [...both(good), ["odd", { hardlink: "/manifest.json" }]],
+  "a link to nothing": () => [...both(good), ["odd", { symlink: "nowhere" }]],
+  "a link out of the tar": () => [...both(good), ["odd", { symlink: "../../etc/passwd" }]],
+  "a link out of an OCI archive": () => [
+    ...ociArchive([good], { annotations: FULL_NAMES }),
+    ["odd", { symlink: "../../etc/passwd" }],
+  ],
+  "a volume label in an OCI archive": () => [
+    ["label", { type: "V" }],
+    ...ociArchive([good], { annotations: FULL_NAMES }),
+  ],
+  "a layer with a volume label": () => both(imageOf("label", tarLayer(["label", { type: "V" }]))),
+  "a layer with a contiguous file": () => both(imageOf("7", tarLayer(["odd", { type: "7" }]))),
+  "a layer with GNU's list of a folder": () => both(imageOf("D", tarLayer(["odd", { type: "D" }]))),
+  "a layer with a device": () => both(imageOf("3", tarLayer(["null", { type: "3" }]))),
   "gzip labelled plain": () => both(imageOf("labels", { ...layer, mediaType: MEDIA.ociTar })),
   "plain labelled gzip": () => both(imageOf("labels", { ...plainLayer, mediaType: MEDIA.ociGzip })),
   zstd: () => both(imageOf("zstd", { compression: "zstd", seed: "zstd" })),

@@ -6,10 +6,17 @@ export const hexOf = (digest: string): string => digest.slice(digest.indexOf(":"
 
 export type Entry = [
   name: string,
-  content: Buffer | string | { symlink: string } | { hardlink: string } | { folder: true },
+  content:
+    | Buffer
+    | string
+    | { symlink: string }
+    | { hardlink: string }
+    | { folder: true }
+    | { type: string },
 ];
 
 function typeAndTarget(content: Exclude<Entry[1], Buffer | string>): [string, string] {
+  if ("type" in content) return [content.type, ""];
   if ("folder" in content) return ["5", ""];
   return "symlink" in content ? ["2", content.symlink] : ["1", content.hardlink];
 }
