@@ -576,6 +576,9 @@ function fail(code: ErrorCode, message: string, details?: ErrorDetails): never {
   throw new ImgpullError(code, message, details);
 }
 
+/** What was asked to stop has stopped. */
+const stopped = (cause?: unknown): never => fail("ABORTED", "stopped", { cause });
+
 /** Node's code of an error (`ECONNRESET`, `ENOENT`), or nothing. */
 const errorCodeOf = (error: unknown): string =>
   String((error as { code?: unknown } | undefined)?.code ?? "");
@@ -598,6 +601,9 @@ function nearestName(word: string, names: readonly string[]): string | undefined
 const CONTROL_CHARACTERS =
   // biome-ignore lint/suspicious/noControlCharactersInRegex: control characters are what it is about
   /[\u0000-\u001f\u007f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]+/g;
+
+/** What a message says before its remedy, and before the next failure. */
+const firstLineOf = (message: string): string => message.split("\n")[0] ?? "";
 
 /** Text from outside, fit for a terminal: no control characters or escapes, no line breaks, bounded. */
 function printable(text: string, maximum = 300): string {
@@ -889,6 +895,9 @@ const digestOf = (bytes: Uint8Array, like = "sha256:"): string =>
 const isRecord = (value: unknown): value is Record<string, unknown> =>
   typeof value === "object" && value !== null && !Array.isArray(value);
 
+const isStringList = (value: unknown): value is string[] =>
+  Array.isArray(value) && value.every((each) => typeof each === "string");
+
 const encodeJson = (value: unknown): Buffer => Buffer.from(JSON.stringify(value), "utf8");
 
 /** Undefined where it is not JSON, without the parser's words: they quote the text, which may be a secret. */
@@ -1095,6 +1104,8 @@ function faultOfReference(text: string): string | undefined {
   return undefined;
 }
 
+const isReference = (text: string): boolean => faultOfReference(text) === undefined;
+
 /** Throws BAD_REFERENCE with the reason; nothing is asked of any registry for a reference that cannot be right. */
 function parseReference(text: string): Reference {
   const fault = faultOfReference(text);
@@ -1107,10 +1118,14 @@ function parseReference(text: string): Reference {
   return { host, repository, ...dropEmpty({ tag: tag ?? defaultTag, digest }) };
 }
 
-function formatReference({ host, repository, tag, digest }: Reference): string {
+/** A reference without its version. */
+const placeOf = ({ host, repository }: Pick<Reference, "host" | "repository">): string =>
+  `${host}/${repository}`;
+
+function formatReference({ tag, digest, ...place }: Reference): string {
   const tagPart = tag === undefined ? "" : `:${tag}`;
   const digestPart = digest === undefined ? "" : `@${digest}`;
-  return `${host}/${repository}${tagPart}${digestPart}`;
+  return `${placeOf(place)}${tagPart}${digestPart}`;
 }
 
 const apiHost = (host: string): string => (host === "docker.io" ? "registry-1.docker.io" : host);
@@ -1266,7 +1281,9 @@ const CA_DIRECTORIES = ["/etc/ssl/certs", "/etc/pki/tls/certs", "/system/etc/sec
 const readOptional = (file: string): Promise<string | undefined> =>
   fs.readFile(file, "utf8").catch(ignore);
 
-const listOptional = (folder: string): Promise<string[]> => fs.readdir(folder).catch(() => []);
+/** The names in a folder, sorted; none where it cannot be read. */
+const listOptional = async (folder: string): Promise<string[]> =>
+  (await fs.readdir(folder).catch(() => [])).sort();
 
 /** The certificates of a PEM text, one by one: in a whole text OpenSSL stops at the first that it cannot read. */
 const certificatesOf = (text = ""): string[] =>
@@ -1352,7 +1369,7 @@ interface OwnCertificates {
 async function readCertsFolders(folders: readonly string[]): Promise<OwnCertificates> {
   const files: string[] = [];
   for (const folder of folders)
-    files.push(...(await listOptional(folder)).sort().map((name) => path.join(folder, name)));
+    files.push(...(await listOptional(folder)).map((name) => path.join(folder, name)));
 
   const readAll = <T>(suffix: string, read: (what: string, file: string) => Promise<T>) =>
     files.filter((file) => file.endsWith(suffix)).map((file) => read("certificate", file));
@@ -2269,18 +2286,16 @@ async function withRetries<T>(
     try {
       return await attempt();
     } catch (error) {
-      if (signal.aborted) fail("ABORTED", "stopped", { cause: error });
+      if (signal.aborted) stopped(error);
 
       if (gotOn()) failures = 1;
       const waitMs = retryDelayMs(error, failures, retries, clock.random());
       if (waitMs === undefined) throw error;
 
-      const [firstLine] = (error as Error).message.split("\n");
+      const reason = firstLineOf((error as Error).message);
       const seconds = (waitMs / 1000).toFixed(1);
-      warn(`${firstLine}; trying again in ${seconds} s (${failures} of ${retries})`);
-      await clock
-        .sleep(waitMs, signal)
-        .catch((cause: unknown) => fail("ABORTED", "stopped", { cause }));
+      warn(`${reason}; trying again in ${seconds} s (${failures} of ${retries})`);
+      await clock.sleep(waitMs, signal).catch(stopped);
     }
   }
 }
@@ -2446,8 +2461,8 @@ function credentialIn(
   { reference, scheme }: CredentialOwner,
   environment: Environment,
 ): Credential | undefined {
-  const { host, repository } = reference;
-  const wanted = normalizeAuthKey(`${host}/${repository}`, scheme);
+  const { host } = reference;
+  const wanted = normalizeAuthKey(placeOf(reference), scheme);
   const isName = (value: unknown): value is string => typeof value === "string" && value !== "";
   const isFilled = (value: unknown): value is Record<string, unknown> =>
     isRecord(value) && Object.keys(value).length > 0;
@@ -2925,12 +2940,12 @@ class Authorizer {
   }
 
   async #triedWords(): Promise<string> {
-    const { host, repository } = this.#owner.reference;
+    const place = placeOf(this.#owner.reference);
     const isAccepted = this.#fate === "accepted";
     if (this.#refusedCredential) {
       const stored = `the stored credentials (${this.#refusedCredential.source})`;
       return isAccepted
-        ? `${stored} are right, but may not pull ${host}/${repository}, nor may a request without`
+        ? `${stored} are right, but may not pull ${place}, nor may a request without`
         : `${stored} were refused, and so was a request without`;
     }
 
@@ -2940,7 +2955,7 @@ class Authorizer {
     if (this.#fate === "unsent")
       return `the credentials of ${credential.source} were not sent: the registry asks for none of their kind`;
     return isAccepted
-      ? `the credentials of ${credential.source} are right, but may not pull ${host}/${repository}`
+      ? `the credentials of ${credential.source} are right, but may not pull ${place}`
       : `refused: the credentials of ${credential.source}`;
   }
 
@@ -3085,6 +3100,8 @@ interface FetchedManifest {
   readonly bytes: Buffer;
 }
 
+type ManifestHead = Pick<Descriptor, "mediaType" | "digest" | "size">;
+
 type ContentKind = "manifest" | "blob" | "referrer";
 
 const ANY_TYPE = "*/*";
@@ -3162,9 +3179,7 @@ class Endpoint {
   }
 
   /** What HEAD tells of a manifest; undefined where something is left out. */
-  async head(
-    tagOrDigest: string,
-  ): Promise<{ mediaType: string; digest: string; size: number } | undefined> {
+  async head(tagOrDigest: string): Promise<ManifestHead | undefined> {
     const { headers, body } = await this.request("HEAD", "manifest", tagOrDigest);
     body?.resume();
 
@@ -3438,9 +3453,7 @@ class Registry {
   }
 
   /** What HEAD tells of a manifest; undefined where something is left out. */
-  head(
-    tagOrDigest: string,
-  ): Promise<{ mediaType: string; digest: string; size: number } | undefined> {
+  head(tagOrDigest: string): Promise<ManifestHead | undefined> {
     const wanted = { kind: "manifest", name: tagOrDigest } as const;
     return withRetries(this.#session, () =>
       this.#ask(wanted, (endpoint) => endpoint.head(tagOrDigest)),
@@ -3463,8 +3476,8 @@ class Registry {
   #warnOfDenial({ message, status = 0 }: ImgpullError): void {
     if (this.#isDenialTold || ![401, 403].includes(status)) return;
     this.#isDenialTold = true;
-    const [said] = message.split("\n");
-    this.#session.warn(`${said}; asking for the tag that stands for its list of referrers`);
+    const tag = "the tag that stands for its list of referrers";
+    this.#session.warn(`${firstLineOf(message)}; asking for ${tag}`);
   }
 
   /** One answer, with a body, to a request for a blob's bytes [from, to). The caller checks what comes. */
@@ -3575,11 +3588,10 @@ class Registry {
     const mirror = this.#mirrors.get(endpoint);
     if (!mirror || !mirrorFaults.isFirst(mirror)) return;
 
-    const [said] = message.split("\n");
     const endpoints = [...this.#mirrors.keys()];
     const later = endpoints.slice(endpoints.indexOf(endpoint) + 1);
     const next = later.find((each) => this.#usableMirrors().includes(each)) ?? this.#home;
-    warn(`the mirror ${endpoint.name}: ${said}; asking ${next.name} instead`);
+    warn(`the mirror ${endpoint.name}: ${firstLineOf(message)}; asking ${next.name} instead`);
   }
 
   /** A foreign layer that the registry has not, from its `urls`: over https, and without any credential. */
@@ -3660,11 +3672,11 @@ function nextPage(header: string | string[] | undefined, url: URL): URL | undefi
 /** What it is that a registry does not have. */
 function missingWords(
   { words }: Answer,
-  { host, repository }: Reference,
+  reference: Reference,
   kind: ContentKind,
   name: string,
 ): string {
-  const place = `${host}/${repository}`;
+  const place = placeOf(reference);
   if (/NAME_UNKNOWN|repository name not known/i.test(words)) return `repository: ${place}`;
   return isDigest(name) ? `${kind}: ${name}` : `tag: ${place}:${name}`;
 }
@@ -3677,7 +3689,7 @@ function digestByName(bytes: Buffer, header: unknown): string {
 
 /** One for each repository of a session. */
 function registryOf(session: Session, reference: Reference): Registry {
-  const key = `${reference.host}/${reference.repository}`;
+  const key = placeOf(reference);
   const registry = session.registries.get(key) ?? new Registry(session, reference);
   session.registries.set(key, registry);
   return registry;
@@ -3772,14 +3784,13 @@ function parseDescriptor(value: unknown, where: string): Descriptor {
   if (!isSize)
     return refuse(`${digest} has the size ${quote(size)}, which is not a number of bytes`);
 
-  const isUrlList =
-    Array.isArray(urls) && urls.length > 0 && urls.every((url) => typeof url === "string");
+  const isUrlList = isStringList(urls) && urls.length > 0;
   return {
     mediaType: typeof mediaType === "string" ? mediaType : "",
     digest,
     size,
     ...dropEmpty({
-      urls: isUrlList ? (urls as string[]) : undefined,
+      urls: isUrlList ? urls : undefined,
       platform: isRecord(platform) ? parsePlatform(platform) : undefined,
       annotations: isRecord(annotations) ? textsIn(annotations) : undefined,
       data: inlineContent(data, { digest, size }),
@@ -4442,9 +4453,6 @@ function parseDockerEntry(
   return { config, tags, layers };
 }
 
-const isStringList = (list: unknown): list is string[] =>
-  Array.isArray(list) && list.every((each) => typeof each === "string");
-
 /** The files of a plan, each once and in order; the layers that are left out beside them. */
 class PlannedFiles {
   readonly files = new Map<string, FileContent>();
@@ -4836,12 +4844,17 @@ function headerName(block: Buffer): string {
 
 // ------ Reading a tar ------
 
-/** Reads up to `length` bytes; fewer only at the end of the file. */
-async function readAt(handle: fs.FileHandle, position: number, length: number): Promise<Buffer> {
+/** Reads up to `length` bytes; fewer only at the end of the file. Pipes and devices have no other place than "here". */
+async function readAt(
+  handle: fs.FileHandle,
+  position: number | "here",
+  length: number,
+): Promise<Buffer> {
   const buffer = Buffer.allocUnsafe(length);
   let filled = 0;
   while (filled < length) {
-    const { bytesRead } = await handle.read(buffer, filled, length - filled, position + filled);
+    const from = position === "here" ? null : position + filled;
+    const { bytesRead } = await handle.read(buffer, filled, length - filled, from);
     if (bytesRead === 0) break;
     filled += bytesRead;
   }
@@ -5013,13 +5026,17 @@ async function isIntact(
   return hash.digest("hex") === hexOf(digest);
 }
 
-/** The layers of each image that `docker load` takes from a tar, by its manifest.json, from the bottom. */
+/** The layers of each image that a manifest.json lists, from the bottom; empty words for names without a digest. */
+function chainsOf(list: unknown): string[][] {
+  const images = Array.isArray(list) ? list.map(parseDockerEntry) : [];
+  return images.map((image) => (image?.layers ?? []).map((layer) => digestInName(layer) ?? ""));
+}
+
+/** The same for a tar at hand: what `docker load` takes from it. */
 async function dockerChains({ handle, names }: OpenTar): Promise<string[][]> {
   const entry = names.file("manifest.json");
   if (!entry || entry.holes || entry.sizeBytes > LIMITS.tarMetadataBytes) return [];
-  const json = parseJson(await readAt(handle, entry.offset, entry.sizeBytes));
-  const images = Array.isArray(json) ? json.map(parseDockerEntry) : [];
-  return images.map((image) => (image?.layers ?? []).map((layer) => digestInName(layer) ?? ""));
+  return chainsOf(parseJson(await readAt(handle, entry.offset, entry.sizeBytes)));
 }
 
 /** The layers that a receiver who has loaded `chains` need not be sent. docker's classic store knows a layer by all
@@ -5155,14 +5172,14 @@ class BlobState {
   #restartsLeft = 1; // fetches from the start, after the registry's bytes turned out wrong
   #isDone = false;
   #recordedAtMs = 0;
-  #now: ReturnType<typeof nothingOf>;
+  #state: ReturnType<typeof nothingOf>;
   readonly #early = new Map<number, Buffer>(); // by position
 
   constructor(descriptor: Descriptor, registry: Registry, offset = 0, tars: Tars = []) {
     this.descriptor = descriptor;
     this.registry = registry;
     this.offset = offset;
-    this.#now = nothingOf(descriptor.digest);
+    this.#state = nothingOf(descriptor.digest);
     this.#sources = tars.flatMap(({ handle, blobs }) => {
       const entry = blobs.get(descriptor.digest);
       return entry?.sizeBytes === descriptor.size ? [{ handle, offset: entry.offset }] : [];
@@ -5174,30 +5191,30 @@ class BlobState {
   }
   /** Bytes that have come, whether they are in place yet or not. */
   get doneBytes(): number {
-    return lengthOf(this.#now.come);
+    return lengthOf(this.#state.come);
   }
   get isDone(): boolean {
     return this.#isDone;
   }
   get hashedTo(): number {
-    return this.#now.hashedTo;
+    return this.#state.hashedTo;
   }
   get inPlace(): Ranges {
-    return this.#now.inPlace;
+    return this.#state.inPlace;
   }
   get unrecordedBytes(): number {
-    return this.#now.unrecordedBytes;
+    return this.#state.unrecordedBytes;
   }
 
   /** What of a range, or of all, has not come yet. */
   missing(range: Range = [0, this.descriptor.size]): Ranges {
-    return missingRanges(this.#now.come, range);
+    return missingRanges(this.#state.come, range);
   }
 
   /** What an earlier run put in place is gone on with. Where the disk lost it, that is not the registry's fault. */
   resume(ranges: Ranges): void {
-    this.#now.come = ranges;
-    this.#now.inPlace = ranges;
+    this.#state.come = ranges;
+    this.#state.inPlace = ranges;
     if (ranges.length === 0) return;
     this.#sources.length = 0;
     this.#restartsLeft += 1;
@@ -5208,32 +5225,32 @@ class BlobState {
     const isNew = this.missing([position, position + bytes.length]);
     return isNew.map(([from, to]) => {
       const piece = bytes.subarray(from - position, to - position);
-      if (from > this.#now.hashedTo && room?.take(piece.length)) this.#early.set(from, piece);
+      if (from > this.#state.hashedTo && room?.take(piece.length)) this.#early.set(from, piece);
       else this.hashInOrder(from, piece, room);
-      this.#now.come = addRange(this.#now.come, [from, to]);
+      this.#state.come = addRange(this.#state.come, [from, to]);
       return [from, piece];
     });
   }
 
   /** Takes bytes into the hash where their turn has come, and what waits in memory behind them. */
   hashInOrder(position: number, bytes: Buffer, room?: EarlyRoom): void {
-    const known = this.#now.hashedTo - position;
+    const known = this.#state.hashedTo - position;
     if (known < 0 || known >= bytes.length) return;
     const fresh = bytes.subarray(known);
-    this.#now.hash.update(fresh);
-    this.#now.hashedTo = position + bytes.length;
-    if (CONFIG_TYPES.includes(this.descriptor.mediaType)) this.#now.config.push(fresh);
+    this.#state.hash.update(fresh);
+    this.#state.hashedTo = position + bytes.length;
+    if (CONFIG_TYPES.includes(this.descriptor.mediaType)) this.#state.config.push(fresh);
 
-    const next = this.#early.get(this.#now.hashedTo);
+    const next = this.#early.get(this.#state.hashedTo);
     if (!next) return;
-    this.#early.delete(this.#now.hashedTo);
+    this.#early.delete(this.#state.hashedTo);
     room?.giveBack(next.length);
-    this.hashInOrder(this.#now.hashedTo, next, room);
+    this.hashInOrder(this.#state.hashedTo, next, room);
   }
 
   /** What is in place, and neither hashed nor in memory, where the hash goes on. */
   toReadBack(): Range | undefined {
-    const { hashedTo, inPlace } = this.#now;
+    const { hashedTo, inPlace } = this.#state;
     const [from, to] = inPlace.find(([, end]) => end > hashedTo) ?? [NEVER, NEVER];
     if (from > hashedTo) return undefined;
     const ahead = [...this.#early.keys()].filter((position) => position > hashedTo);
@@ -5241,25 +5258,25 @@ class BlobState {
   }
 
   markWritten(position: number, sizeBytes: number): void {
-    this.#now.inPlace = addRange(this.#now.inPlace, [position, position + sizeBytes]);
-    this.#now.unrecordedBytes += sizeBytes;
+    this.#state.inPlace = addRange(this.#state.inPlace, [position, position + sizeBytes]);
+    this.#state.unrecordedBytes += sizeBytes;
   }
 
   /** Whether so much has been written since it was last recorded, or so long ago, that it should be again. */
   isRecordDue(nowMs: number): boolean {
-    const { unrecordedBytes } = this.#now;
+    const { unrecordedBytes } = this.#state;
     const isOld = nowMs - this.#recordedAtMs >= TUNING.batchMs / 2;
     return unrecordedBytes >= TUNING.journalBytes || (unrecordedBytes > 0 && isOld);
   }
 
   markRecorded(nowMs: number): void {
-    this.#now.unrecordedBytes = 0;
+    this.#state.unrecordedBytes = 0;
     this.#recordedAtMs = nowMs;
   }
 
   /** Whether all of it was hashed, and came to its digest. The hash can be asked once. */
   verify(): boolean {
-    const { hash, hashedTo } = this.#now;
+    const { hash, hashedTo } = this.#state;
     const { digest, size } = this.descriptor;
     const isRight = hashedTo === size && hash.digest("hex") === hexOf(digest);
     if (isRight) this.#checkConfig();
@@ -5270,7 +5287,7 @@ class BlobState {
   #checkConfig(): void {
     const { digest, mediaType } = this.descriptor;
     if (!CONFIG_TYPES.includes(mediaType)) return;
-    const config = parseJson(Buffer.concat(this.#now.config));
+    const config = parseJson(Buffer.concat(this.#state.config));
     if (!isRecord(config)) fail("PROTOCOL", `${digest}: this config is not a JSON object`);
   }
 
@@ -5280,8 +5297,8 @@ class BlobState {
 
   /** All of it was there already, and is right. */
   keep(): void {
-    this.#now.come = [[0, this.descriptor.size]];
-    this.#now.inPlace = this.#now.come;
+    this.#state.come = [[0, this.descriptor.size]];
+    this.#state.inPlace = this.#state.come;
     this.#isDone = true;
   }
 
@@ -5295,7 +5312,7 @@ class BlobState {
   ): { liar: "source" | "registry"; isLast: boolean } {
     for (const bytes of this.#early.values()) room?.giveBack(bytes.length);
     this.#early.clear();
-    this.#now = nothingOf(this.descriptor.digest);
+    this.#state = nothingOf(this.descriptor.digest);
     if (this.#sources.shift()) return { liar: "source", isLast: false };
     if (!isFromMirror) this.#restartsLeft -= 1;
     return { liar: "registry", isLast: this.#restartsLeft < 0 };
@@ -5913,7 +5930,7 @@ class Change {
 
   async until(isReady: () => boolean, signal: AbortSignal): Promise<void> {
     while (!isReady()) {
-      if (signal.aborted) fail("ABORTED", "stopped");
+      if (signal.aborted) stopped();
       await this.next(signal);
     }
   }
@@ -6114,6 +6131,9 @@ async function openRegular(file: string, flags = O_RDONLY): Promise<OpenFile | u
   return undefined;
 }
 
+const readAndClose = ({ handle }: OpenFile): Promise<Buffer> =>
+  handle.readFile().finally(() => handle.close());
+
 /** A file that was not there before. */
 const createFile = (file: string, mode = 0o666): Promise<fs.FileHandle> =>
   fs.open(file, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW, mode);
@@ -6128,11 +6148,9 @@ function isOwn(stats: BigIntStats, model: BigIntStats): boolean {
 async function readOwn(file: string, model: BigIntStats): Promise<string | undefined> {
   const opened = await openRegular(file).catch(ignore);
   if (!opened) return undefined;
-  try {
-    return isOwn(opened.stats, model) ? await opened.handle.readFile("utf8") : undefined;
-  } finally {
-    await opened.handle.close();
-  }
+  if (isOwn(opened.stats, model)) return (await readAndClose(opened)).toString("utf8");
+  await opened.handle.close();
+  return undefined;
 }
 
 const removeQuietly = (file: string): Promise<void> => fs.unlink(file).catch(ignore);
@@ -6260,8 +6278,8 @@ async function readLock(file: string): Promise<SeenLock | undefined> {
   try {
     const opened = await openRegular(file);
     if (!opened) return undefined;
-    const bytes = await readAt(opened.handle, 0, LIMITS.lockBytes);
-    await opened.handle.close();
+    const reading = readAt(opened.handle, 0, LIMITS.lockBytes);
+    const bytes = await reading.finally(() => opened.handle.close());
     return { stats: opened.stats, owner: parseOwner(bytes.toString("utf8")) };
   } catch (error) {
     return errorCodeOf(error) === "ENOENT" ? undefined : { stats, owner: "unreadable" };
@@ -6626,7 +6644,7 @@ class Transfer {
   readonly #requests = new Map<Segment, AbortController>();
   readonly #catchingUp = new Map<BlobState, Promise<void>>();
   readonly #crowded = new Set<string>(); // origins that were told of
-  #failures: PromiseRejectedResult[] = [];
+  readonly #failures: PromiseRejectedResult[] = [];
   #fetchedBytes = 0;
   #reusedBytes: number;
   #isUnchanged = false;
@@ -6676,9 +6694,15 @@ class Transfer {
   }
 
   /** Ends all that is under way for an error, and throws that on. */
-  stop = (error: unknown): never => {
+  readonly stop = (error: unknown): never => {
     this.#stopping.abort();
     throw error;
+  };
+
+  /** The same within `run`, which throws it at its end. */
+  readonly #fail = (reason: unknown): void => {
+    this.#failures.push({ status: "rejected", reason });
+    this.#stopping.abort();
   };
 
   /** To the end of all blobs, or to the first error with every connection closed. */
@@ -6692,7 +6716,7 @@ class Transfer {
 
     await Promise.all(this.#running);
     settled(this.#failures);
-    if (this.signal.aborted) fail("ABORTED", "stopped");
+    if (this.signal.aborted) stopped();
     await this.#sink.end?.();
   }
 
@@ -6729,10 +6753,7 @@ class Transfer {
   }
 
   #start(segment: Segment): void {
-    const running = this.#serve(segment).catch((reason: unknown) => {
-      this.#failures.push({ status: "rejected", reason });
-      this.#stopping.abort();
-    });
+    const running = this.#serve(segment).catch(this.#fail);
     this.#running.add(running);
     running.then(() => {
       this.#running.delete(running);
@@ -6830,7 +6851,7 @@ class Transfer {
     if (position > end)
       fail("SIZE_MISMATCH", `${doing}: more than the ${end} bytes that belong there`);
     if (segment.isComplete) return;
-    if (this.signal.aborted) fail("ABORTED", "stopped");
+    if (this.signal.aborted) stopped();
     if (cause instanceof ImgpullError || (cause && blob.source)) throw cause;
     if (position < end) {
       const reason = `the connection ended after ${position} of ${end} bytes`;
@@ -6860,10 +6881,7 @@ class Transfer {
   /** Hashes what came out of order and is in place by now, while the line works. */
   #catchUp(blob: BlobState): void {
     if (this.#catchingUp.has(blob) || !blob.toReadBack()) return;
-    const catchingUp = this.#readBack(blob).catch((reason: unknown) => {
-      this.#failures.push({ status: "rejected", reason });
-      this.#stopping.abort();
-    });
+    const catchingUp = this.#readBack(blob).catch(this.#fail);
     this.#catchingUp.set(blob, catchingUp);
     catchingUp.then(() => this.#catchingUp.delete(blob));
   }
@@ -7161,7 +7179,7 @@ async function keepUnchanged(job: PullJob, dest: string): Promise<Transfer | und
     transfer.markUnchanged();
     return transfer;
   } catch (error) {
-    if (session.signal.aborted) fail("ABORTED", "stopped", { cause: error });
+    if (session.signal.aborted) stopped(error);
     throw error;
   } finally {
     await handle.close();
@@ -7617,7 +7635,7 @@ async function readLayoutFile(file: string): Promise<Buffer | undefined> {
     if (await statAt(file)) fail("DISK", `${file} is in the way: it is not a regular file`);
     return undefined;
   }
-  return opened.handle.readFile().finally(() => opened.handle.close());
+  return readAndClose(opened);
 }
 
 async function readLayoutIndex(folder: string): Promise<Record<string, unknown>> {
@@ -7648,7 +7666,7 @@ async function makeLayoutFolders(folder: string, names: Iterable<string>): Promi
 /** A document of a layout, in one step. One that is there with the same bytes is left alone. */
 async function writeLayoutFile(file: string, bytes: Buffer, lock: Lock): Promise<boolean> {
   const before = await openRegular(file).catch(ignore);
-  const there = await before?.handle.readFile().finally(() => before.handle.close());
+  const there = before && (await readAndClose(before));
   if (there?.equals(bytes)) return false;
 
   const aside = `${file}.partial.${lock.owner.id}`;
@@ -7821,7 +7839,7 @@ async function pullToDevice(job: PullJob, file: string): Promise<Transfer> {
   const isPipe = (await fs.stat(file)).isFIFO();
   const opening = isPipe ? openOutputPipe(file, signal) : Promise.resolve(openDevice(file));
   const output = await opening.catch((error: unknown) => {
-    if (signal.aborted) fail("ABORTED", "stopped", { cause: error });
+    if (signal.aborted) stopped(error);
     throw error;
   });
   try {
@@ -7924,6 +7942,11 @@ const IN_TOTO = "application/vnd.in-toto+json";
 
 const isSignature = ({ mediaType }: Descriptor): boolean =>
   mediaType === SIMPLE_SIGNING || mediaType.startsWith(BUNDLE);
+
+function checkSignatureCount({ length }: readonly Descriptor[], where: string): void {
+  const { signatures } = LIMITS;
+  if (length > signatures) fail("TOO_LARGE", `${where}: more than ${signatures} signatures`);
+}
 
 /** What a layer that may be a signature says. A key is asked first, and then what it has signed. */
 function readSignature(
@@ -8280,8 +8303,7 @@ async function requireSignature(
     .filter(({ subject }) => digests.includes(subject))
     .flatMap(({ contents }) => contents.flatMap(({ manifest }) => manifest.layers))
     .filter(isSignature);
-  const { signatures } = LIMITS;
-  if (layers.length > signatures) fail("TOO_LARGE", `${where}: more than ${signatures} signatures`);
+  checkSignatureCount(layers, where);
 
   const read = (layer: Descriptor) => orMissing(registry.signature(layer));
   const { concurrency } = session.settings;
@@ -8385,8 +8407,6 @@ const OPTION_KINDS = {
   onWarning: "a function",
 } as const satisfies Record<keyof PullerOpts, OptionKind>;
 
-const isListOfStrings = (value: unknown): boolean =>
-  Array.isArray(value) && value.every((item) => typeof item === "string");
 const isStringOrNothing = (value: unknown): boolean =>
   value === undefined || typeof value === "string";
 
@@ -8394,12 +8414,12 @@ const IS_OF_KIND: Readonly<Record<OptionKind, (value: unknown) => boolean>> = {
   "a string": (value) => typeof value === "string",
   "a number": (value) => typeof value === "number",
   "true or false": (value) => typeof value === "boolean",
-  "a list of strings": isListOfStrings,
-  '"all" or a list of strings': (value) => value === "all" || isListOfStrings(value),
+  "a list of strings": isStringList,
+  '"all" or a list of strings': (value) => value === "all" || isStringList(value),
   "an object of strings": (value) =>
     isRecord(value) && Object.values(value).every(isStringOrNothing),
   "an object of lists of strings": (value) =>
-    isRecord(value) && Object.values(value).every(isListOfStrings),
+    isRecord(value) && Object.values(value).every(isStringList),
   "an AbortSignal": (value) => value instanceof AbortSignal,
   "a function": (value) => typeof value === "function",
 };
@@ -8452,7 +8472,7 @@ function checkConnection(options: PullOptions): void {
   checkOption(password === undefined || username !== undefined, "`password` needs `username`");
   const isOneKind = token === undefined || username === undefined;
   checkOption(isOneKind, "`token` and `username` exclude each other");
-  const isHeader = token === undefined || /^[\x21-\x7e]+$/.test(token);
+  const isHeader = token === undefined || isHeaderWord(token);
   checkOption(isHeader, "`token` has characters that no header can carry");
   const isNamespace = namespace === undefined || isHost(namespace);
   checkOption(isNamespace, `\`namespace\` is a host, not "${printable(namespace ?? "")}"`);
@@ -8576,14 +8596,14 @@ async function stoppable<T>(
   const stop = () => stopping.abort();
   callersSignal?.addEventListener("abort", stop);
   try {
-    if (callersSignal?.aborted) fail("ABORTED", "stopped");
+    if (callersSignal?.aborted) stopped();
     const result = await run(signal, callbacks);
     callbacks.throwFailure();
     return result;
   } catch (error) {
     callbacks.throwFailure();
     if (!callersSignal?.aborted) throw error;
-    throw new ImgpullError("ABORTED", "stopped", { cause: callersSignal.reason });
+    return stopped(callersSignal.reason);
   } finally {
     callersSignal?.removeEventListener("abort", stop);
   }
@@ -8884,7 +8904,6 @@ type NamedImage = Readonly<{ reference: Reference; name: string }>;
 /** These belong to one registry, and may not be shown to another. */
 const FOR_ONE_HOST = ["username", "password", "token", "tlsCert", "tlsKey", "namespace"] as const;
 
-const placeOf = ({ host, repository }: Reference): string => `${host}/${repository}`;
 const beginsWith = (name: Reference, segments: string): boolean =>
   `${placeOf(name)}/`.startsWith(`${segments}/`);
 
@@ -9011,7 +9030,7 @@ async function chainsIn(
   return withTars([since], async ([base]) => {
     if (!base) return [];
     if (destination?.kind === "tar") {
-      const target = await fs.stat(destination.file).catch(() => undefined);
+      const target = await fs.stat(destination.file).catch(ignore);
       const { ino, dev } = await base.handle.stat();
       if (target?.ino === ino && target.dev === dev)
         fail(
@@ -9033,7 +9052,7 @@ async function withTars<T>(
     for (const file of files) tars.push(await openTarFile(file));
     return await run(tars);
   } finally {
-    for (const { handle } of tars) await handle.close();
+    await closeTars(tars);
   }
 }
 
@@ -9049,7 +9068,7 @@ async function estimate(
   const isThere = async ({ digest, size }: Descriptor) => {
     if (destination?.kind === "layout") {
       const file = path.join(destination.folder, blobPath(digest));
-      const stats = await fs.stat(file).catch(() => undefined);
+      const stats = await fs.stat(file).catch(ignore);
       if (stats?.size === size) return true;
     }
     return [...tars, ...atHand].some(({ blobs }) => blobs.get(digest)?.sizeBytes === size);
@@ -9061,7 +9080,7 @@ async function estimate(
     const counter = (await isThere(blob.descriptor)) ? "reusedBytes" : "fetchedBytes";
     counts[counter] += blob.descriptor.size;
   }
-  for (const { handle } of atHand) await handle.close();
+  await closeTars(atHand);
   return counts;
 }
 
@@ -9107,12 +9126,7 @@ async function readSigner(key: string): Promise<SignerKey> {
 async function readBeginning(file: string, maximumBytes: number): Promise<Buffer> {
   const handle = await fs.open(file, "r");
   try {
-    const buffer = Buffer.alloc(maximumBytes);
-    for (let filled = 0; ; ) {
-      const { bytesRead } = await handle.read(buffer, filled, maximumBytes - filled);
-      filled += bytesRead;
-      if (bytesRead === 0) return buffer.subarray(0, filled);
-    }
+    return await readAt(handle, "here", maximumBytes);
   } finally {
     await handle.close();
   }
@@ -9154,7 +9168,7 @@ async function pullImages(
   options: PullOptions = {},
 ): Promise<PullReport> {
   checkOptions(options);
-  if (!isListOfStrings(references)) fail("BAD_OPTION", "`references` has to be a list of strings");
+  if (!isStringList(references)) fail("BAD_OPTION", "`references` has to be a list of strings");
   const { dryRun: isDryRun = false, referrers = false, reuse = [], since } = options;
   checkDest(dest, isDryRun);
   const images = await nameImages(references, options);
@@ -9377,8 +9391,7 @@ const readableOf = (source: AsyncIterable<Uint8Array>): Readable =>
 async function openPipe(file: string, signal?: AbortSignal): Promise<Readable> {
   // Opening a pipe ends when it has a writer: to stop, we become that for a moment.
   const letGo = async () => {
-    const flags = constants.O_WRONLY | constants.O_NONBLOCK;
-    const writer = await fs.open(file, flags).catch(ignore);
+    const writer = await fs.open(file, O_WRONLY | O_NONBLOCK).catch(ignore);
     await writer?.close();
   };
   signal?.addEventListener("abort", letGo, { once: true });
@@ -9419,8 +9432,8 @@ const PLAIN_FILE = { type: "0", linkName: "", isRooted: false, offset: 0 };
 /** Of a folder only what the image layout specification names is looked at. */
 async function openFolder(folder: string): Promise<OpenTarSource> {
   const files = ["oci-layout", "index.json", "manifest.json"];
-  for (const algorithm of await listFolder(path.join(folder, "blobs")))
-    for (const name of await listFolder(path.join(folder, "blobs", algorithm)))
+  for (const algorithm of await listOptional(path.join(folder, "blobs")))
+    for (const name of await listOptional(path.join(folder, "blobs", algorithm)))
       files.push(`blobs/${algorithm}/${name}`);
 
   const entries: TarEntry[] = [];
@@ -9449,9 +9462,6 @@ async function openFolder(folder: string): Promise<OpenTarSource> {
     close: async () => undefined,
   };
 }
-
-const listFolder = async (folder: string): Promise<string[]> =>
-  (await fs.readdir(folder).catch(() => [])).sort();
 
 /** A tar that comes in order, compressed or not. */
 async function openStream(
@@ -9899,7 +9909,7 @@ class Look {
 
   #checkStopped(): void {
     const { signal } = this.#options;
-    if (signal?.aborted) fail("ABORTED", "stopped", { cause: signal.reason });
+    if (signal?.aborted) stopped(signal.reason);
   }
 }
 
@@ -10003,11 +10013,7 @@ class BaseTar {
       const digest = digestInName(seen.entry.name);
       if (digest !== undefined && seen.isIntact) this.#files.set(digest, seen);
     }
-    const list = new TarDocuments(contents).json("manifest.json");
-    const images = Array.isArray(list) ? list.map(parseDockerEntry) : [];
-    this.#chains = images.map((image) =>
-      (image?.layers ?? []).map((layer) => digestInName(layer) ?? ""),
-    );
+    this.#chains = chainsOf(new TarDocuments(contents).json("manifest.json"));
   }
 
   layer(name: string): SeenFile | undefined {
@@ -10812,15 +10818,8 @@ function faultsOfSameName(entries: readonly HeldEntry[]): LoaderFault[] {
 }
 
 /** As docker reads RepoTags: a name with a tag. */
-function isTaggedName(text: string): boolean {
-  if (!/^[^@]*:[^:/@]+(@|$)/.test(text)) return false;
-  try {
-    parseReference(text);
-    return true;
-  } catch {
-    return false;
-  }
-}
+const isTaggedName = (text: string): boolean =>
+  /^[^@]*:[^:/@]+(@|$)/.test(text) && isReference(text);
 
 // ------ Signatures in a tar ------
 
@@ -10877,8 +10876,7 @@ function requireSignatures(
     manifest.kind === "image" ? [{ digest, manifest }] : [],
   );
   const layers = images.flatMap(({ manifest }) => manifest.layers.filter(isSignature));
-  const { signatures } = LIMITS;
-  if (layers.length > signatures) fail("TOO_LARGE", `${where}: more than ${signatures} signatures`);
+  checkSignatureCount(layers, where);
 
   const testimonies = layers.map((layer): Testimony => {
     const bytes = documents.bytes(layer.digest);
@@ -11567,15 +11565,6 @@ type Command = ReturnType<typeof planCommand>;
 
 // ------ DEST ------
 
-function isReference(text: string): boolean {
-  try {
-    parseReference(text);
-    return true;
-  } catch {
-    return false;
-  }
-}
-
 /** `imgpull alpine:3 quay.io/org/app:1` means two images, not a file of that name: unless there is such a folder. */
 async function checkDestinationName(destination: string): Promise<void> {
   const archive = /\.(tgz|tzst|txz|tbz2?|tar\.(gz|zst|zstd|xz|bz2|lz4|lzma))$/i.exec(
@@ -12040,13 +12029,10 @@ const internals = Object.freeze({
   matchPlatform,
   openTarFile,
   parseChallenges,
-  parseCommandLine,
   parseManifest,
   parsePublicKey,
   parseReference,
-  planCommand,
   planTar,
-  printable,
   proxyFor,
   readSignature,
   readTar,
