@@ -19,12 +19,13 @@
  * Every file that is read:
  *   --cert, --key, --cacert; the system's certificates; /etc/docker/certs.d/HOST/* (section 6)
  *   docker's and podman's credential files (section 8)
- *   --reuse, --since, DEST as it was, and what an earlier run left beside it (section 12)
- *   --from, --signed-by (section 16); the tar or folder to look at (section 15)
+ *   --reuse, --since, DEST as it was, and what an earlier run left beside it (sections 11, 12)
+ *   --signed-by (section 14); --from, and stdin where - or --password-stdin asks for it (section 16)
+ *   the tar or folder to look at, and the base of --since (section 15)
  *   of Linux, what tells one process from another: boot_id, the namespace, its start in /proc/PID/stat (section 12)
- * Every file that is written: DEST, and meanwhile DEST.partial with DEST.partial.journal, .lock and .old (section 12); each of
- *   them first under a name with the run's id.
- * Every program that is run: docker-credential-NAME, where a credential file names it (section 8).
+ * Every file that is written: DEST, and meanwhile DEST.partial with DEST.partial.journal, .lock and .old (section 12); in a
+ *   folder the same for each blob, and .imgpull.partial.journal and .lock; each of them first under a name with the run's id.
+ * Every program that is run: docker-credential-NAME, where a credential file names it, found by PATH (section 8).
  *
  * Every environment variable that is read:
  *   HOME, DOCKER_CONFIG, DOCKER_AUTH_CONFIG, REGISTRY_AUTH_FILE, XDG_RUNTIME_DIR, XDG_CONFIG_HOME (section 8)
@@ -615,10 +616,10 @@ function printable(text: string, maximum = 300): string {
  *  the path (`;sig=…`) go the same way. */
 function redactUrl(url: URL | string): string {
   const { protocol, host, pathname, searchParams } = new URL(url);
-  const path = pathname.replace(/(;|%3b|%3f).*$/i, "$1***");
+  const place = pathname.replace(/(;|%3b|%3f).*$/i, "$1***");
   const namespace = searchParams.get("ns");
   const query = namespace === null ? "" : `?ns=${namespace}`;
-  return printable(`${protocol}//${host}${path}${query}`);
+  return printable(`${protocol}//${host}${place}${query}`);
 }
 
 /** An image reference or place as it was typed: what stands before an @ that is no digest's may be a password. */
@@ -909,25 +910,6 @@ function parseJson(text: string | Buffer): unknown {
   }
 }
 
-/** JSON of few enough values, and not nested so deep that reading it costs more than its size. */
-function parseShallowJson(bytes: Buffer, maximumValues: number = LIMITS.jsonValues): unknown {
-  let depth = 0;
-  let values = 0;
-  let isInString = false;
-  for (let at = 0; at < bytes.length; at += 1) {
-    const byte = bytes[at];
-    if (isInString) {
-      if (byte === BACKSLASH) at += 1;
-      else if (byte === QUOTE) isInString = false;
-    } else if (byte === QUOTE) isInString = true;
-    else if (byte === OPEN_BRACE || byte === OPEN_BRACKET) depth += 1;
-    else if (byte === CLOSE_BRACE || byte === CLOSE_BRACKET) depth -= 1;
-    else if (byte === COMMA) values += 1;
-    if (depth > LIMITS.jsonDepth || values > maximumValues) return undefined;
-  }
-  return parseJson(bytes);
-}
-
 const QUOTE = 0x22;
 const COMMA = 0x2c;
 const OPEN_BRACKET = 0x5b;
@@ -935,6 +917,28 @@ const BACKSLASH = 0x5c;
 const CLOSE_BRACKET = 0x5d;
 const OPEN_BRACE = 0x7b;
 const CLOSE_BRACE = 0x7d;
+
+/** Where a string of a JSON text, which begins at `start`, has its closing quote; beyond the text if it has none. */
+function endOfString(json: Buffer, start: number): number {
+  let at = start + 1;
+  while (at < json.length && json[at] !== QUOTE) at += json[at] === BACKSLASH ? 2 : 1;
+  return at;
+}
+
+/** JSON of few enough values, and not nested so deep that reading it costs more than its size. */
+function parseShallowJson(json: Buffer, maximumValues: number = LIMITS.jsonValues): unknown {
+  let depth = 0;
+  let values = 0;
+  for (let at = 0; at < json.length; at += 1) {
+    const byte = json[at];
+    if (byte === QUOTE) at = endOfString(json, at);
+    if (byte === OPEN_BRACE || byte === OPEN_BRACKET) depth += 1;
+    if (byte === CLOSE_BRACE || byte === CLOSE_BRACKET) depth -= 1;
+    if (byte === COMMA) values += 1;
+    if (depth > LIMITS.jsonDepth || values > maximumValues) return undefined;
+  }
+  return parseJson(json);
+}
 
 /** The fields that have a value: what is undefined or an empty string is left out. */
 const dropEmpty = <T extends object>(values: T): { [K in keyof T]?: Exclude<T[K], undefined> } =>
@@ -2405,15 +2409,15 @@ async function findCredential(
 
   const { environment } = settings;
   for (const place of CREDENTIAL_PLACES) {
-    const path = place.file?.(environment);
-    const text = path ? await readCredentialFile(path, place.variable) : place.text?.(environment);
+    const file = place.file?.(environment);
+    const text = file ? await readCredentialFile(file, place.variable) : place.text?.(environment);
     if (!text) continue;
 
-    const source = path ?? place.variable ?? "";
+    const source = file ?? place.variable ?? "";
     const json = parseJson(text);
     if (!isRecord(json)) return fail("CREDENTIALS", `${source} is not a JSON object`);
-    const file = place.isAuthsOnly ? { auths: json } : json;
-    const credential = credentialIn({ ...file, source }, owner, environment);
+    const content = place.isAuthsOnly ? { auths: json } : json;
+    const credential = credentialIn({ ...content, source }, owner, environment);
     if (credential) return credential;
   }
 
@@ -4199,8 +4203,8 @@ async function pathTo(
 
     for (const entry of manifest.manifests.filter(isIndex)) {
       const child = await readChild(entry);
-      const path = child && (await search(child, depth + 1));
-      if (path) return [fetched, ...path];
+      const below = child && (await search(child, depth + 1));
+      if (below) return [fetched, ...below];
     }
     return undefined;
   }
@@ -8212,8 +8216,8 @@ async function addProof(
   if (!hasIndex) return { ...image, companions };
 
   // The far side goes from the signature to the index, and from there to the image.
-  const path = await pathTo(top.digest, asked, childrenOf(registry, where), where);
-  const indexes = (path ?? []).map((index): Companion => {
+  const above = await pathTo(top.digest, asked, childrenOf(registry, where), where);
+  const indexes = (above ?? []).map((index): Companion => {
     const mark = dropEmpty({ kind: isIndexMarked && index === asked ? kind : undefined });
     return {
       registry,
@@ -9332,8 +9336,8 @@ class Puller {
     const registry = registryOf(session, this.#reference);
     const where = formatReference(this.#reference);
     const asked = await registry.manifest(versionOf(this.#reference));
-    const path = await pathTo(own, asked, childrenOf(registry, where), where);
-    return path ? [asked.digest, own] : [own];
+    const above = await pathTo(own, asked, childrenOf(registry, where), where);
+    return above ? [asked.digest, own] : [own];
   }
 
   #holder({ mediaType, digest, bytes }: FetchedManifest): ManifestHolder {
@@ -10099,7 +10103,7 @@ class TarDocuments {
   plainJson(name: string): unknown {
     const json = this.json(name);
     const bytes = json === undefined ? undefined : this.file(name)?.bytes;
-    if (!bytes || !hasClashingKeys(bytes.toString("utf8"))) return json;
+    if (!bytes || !hasClashingKeys(bytes)) return json;
     return this.#refuse(name, "has two keys in one object that some readers take for the same");
   }
 
@@ -10182,24 +10186,24 @@ const NOT_JSON = "is not JSON, or nested too deep or too large to be read";
  * Whether an object in a JSON text has a key twice, or in two cases: Go's parser, which loaders use, takes `Digest` for
  * `digest` and the last of several, and joins what is an object in both. The text is valid JSON.
  */
-function hasClashingKeys(json: string): boolean {
+function hasClashingKeys(json: Buffer): boolean {
   const keys: (Set<string> | undefined)[] = []; // of the objects and lists that are open
   let isKeyNext = false;
 
   for (let at = 0; at < json.length; at += 1) {
-    const character = json[at] as string;
-    if (character === "{") keys.push(new Set());
-    if (character === "[") keys.push(undefined);
-    if ("}]".includes(character)) keys.pop();
-    if ("{,".includes(character)) isKeyNext = true;
-    if (character !== '"') continue;
+    const byte = json[at];
+    if (byte === OPEN_BRACE) keys.push(new Set());
+    if (byte === OPEN_BRACKET) keys.push(undefined);
+    if (byte === CLOSE_BRACE || byte === CLOSE_BRACKET) keys.pop();
+    if (byte === OPEN_BRACE || byte === COMMA) isKeyNext = true;
+    if (byte !== QUOTE) continue;
 
     const start = at;
-    for (at += 1; json[at] !== '"'; at += 1) if (json[at] === "\\") at += 1;
+    at = endOfString(json, start);
     const known = keys.at(-1);
     if (!known || !isKeyNext) continue;
     isKeyNext = false;
-    const key = foldCase(JSON.parse(json.slice(start, at + 1)));
+    const key = foldCase(String(parseJson(json.subarray(start, at + 1))));
     if (known.has(key)) return true;
     known.add(key);
   }
@@ -11565,26 +11569,27 @@ type Command = ReturnType<typeof planCommand>;
 
 // ------ DEST ------
 
+/** What people call a compressed tar. */
+const PACKED_TAR = /\.(tgz|tzst|txz|tbz2?|tar\.(gz|zst|zstd|xz|bz2|lz4|lzma))$/i;
+
 /** `imgpull alpine:3 quay.io/org/app:1` means two images, not a file of that name: unless there is such a folder. */
 async function checkDestinationName(destination: string): Promise<void> {
-  const archive = /\.(tgz|tzst|txz|tbz2?|tar\.(gz|zst|zstd|xz|bz2|lz4|lzma))$/i.exec(
-    destination,
-  )?.[0];
-  if (archive !== undefined)
-    usage(`DEST is a plain tar, not a ${archive}: layers are compressed already; call it .tar`);
-  const isDrive = process.platform === "win32" && /^[A-Za-z]:/.test(destination);
-  if (isDrive || destination.includes("\\") || /\.(tar|oci|img|tgz|zip|gz)$/i.test(destination))
-    return;
+  const [packed] = PACKED_TAR.exec(destination) ?? [];
+  if (packed !== undefined)
+    usage(`DEST is a plain tar, not a ${packed}: layers are compressed already; call it .tar`);
+
+  const isDrive = isWindows && /^[A-Za-z]:/.test(destination);
+  const isFileName = destination.includes("\\") || /\.(tar|oci|img|tgz|zip|gz)$/i.test(destination);
+  if (isDrive || isFileName || !isReference(destination)) return;
+
   const hasFolder = destination.includes("/");
-  const isHosted = /^[^/]*[.:]|^localhost\//.test(destination);
+  const isHosted = hasFolder && /^[^/]*[.:]|^localhost\//.test(destination);
   const isTagged = /[:@]/.test(destination);
-  if (!isReference(destination) || !(isTagged || (hasFolder && isHosted))) return;
-  const isFolderThere = () =>
-    fs.access(path.dirname(destination)).then(
-      () => true,
-      () => false,
-    );
-  if (hasFolder && (await isFolderThere())) return;
+  if (!isTagged && !isHosted) return;
+
+  const folder = path.dirname(destination);
+  const isFolderThere = hasFolder && (await fs.stat(folder).catch(ignore)) !== undefined;
+  if (isFolderThere) return;
   usage(`DEST is missing: "${destination}" reads as an IMAGE; say ./${destination} to mean a file`);
 }
 

@@ -150,6 +150,7 @@ var ImgpullError = class extends Error {
 function fail(code, message, details) {
 	throw new ImgpullError(code, message, details)
 }
+var stopped = cause => fail("ABORTED", "stopped", {cause})
 var errorCodeOf = error => String(error?.code ?? "")
 var likeness = (left, right) =>
 	[...`^${left}`].filter((letter, at) => `^${right}$`.includes(letter + (left[at] ?? "$"))).length
@@ -158,16 +159,17 @@ function nearestName(word, names) {
 	return names.filter(isLike).sort((left, right) => likeness(word, right) - likeness(word, left))[0]
 }
 var CONTROL_CHARACTERS = /[\u0000-\u001f\u007f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]+/g
+var firstLineOf = message => message.split("\n")[0] ?? ""
 function printable(text, maximum = 300) {
 	const clean = text.replace(CONTROL_CHARACTERS, " ").trim()
 	return clean.length > maximum ? `${clean.slice(0, maximum)}…` : clean
 }
 function redactUrl(url) {
 	const {protocol, host, pathname, searchParams} = new URL(url)
-	const path2 = pathname.replace(/(;|%3b|%3f).*$/i, "$1***")
+	const place = pathname.replace(/(;|%3b|%3f).*$/i, "$1***")
 	const namespace = searchParams.get("ns")
 	const query = namespace === null ? "" : `?ns=${namespace}`
-	return printable(`${protocol}//${host}${path2}${query}`)
+	return printable(`${protocol}//${host}${place}${query}`)
 }
 var withoutUser = text => text.replace(/^.*@(?!sha(256|512):)/s, "***@")
 function base64Forms(secret) {
@@ -360,6 +362,7 @@ var hexOf = digest => digest.slice(digest.indexOf(":") + 1)
 var newHash = digest => load("node:crypto").createHash(algorithmOf(digest))
 var digestOf = (bytes, like = "sha256:") => `${algorithmOf(like)}:${newHash(like).update(bytes).digest("hex")}`
 var isRecord = value => typeof value === "object" && value !== null && !Array.isArray(value)
+var isStringList = value => Array.isArray(value) && value.every(each => typeof each === "string")
 var encodeJson = value => Buffer.from(JSON.stringify(value), "utf8")
 function parseJson(text) {
 	try {
@@ -368,23 +371,6 @@ function parseJson(text) {
 		return void 0
 	}
 }
-function parseShallowJson(bytes, maximumValues = LIMITS.jsonValues) {
-	let depth = 0
-	let values = 0
-	let isInString = false
-	for (let at = 0; at < bytes.length; at += 1) {
-		const byte = bytes[at]
-		if (isInString) {
-			if (byte === BACKSLASH) at += 1
-			else if (byte === QUOTE) isInString = false
-		} else if (byte === QUOTE) isInString = true
-		else if (byte === OPEN_BRACE || byte === OPEN_BRACKET) depth += 1
-		else if (byte === CLOSE_BRACE || byte === CLOSE_BRACKET) depth -= 1
-		else if (byte === COMMA) values += 1
-		if (depth > LIMITS.jsonDepth || values > maximumValues) return void 0
-	}
-	return parseJson(bytes)
-}
 var QUOTE = 34
 var COMMA = 44
 var OPEN_BRACKET = 91
@@ -392,6 +378,24 @@ var BACKSLASH = 92
 var CLOSE_BRACKET = 93
 var OPEN_BRACE = 123
 var CLOSE_BRACE = 125
+function endOfString(json, start) {
+	let at = start + 1
+	while (at < json.length && json[at] !== QUOTE) at += json[at] === BACKSLASH ? 2 : 1
+	return at
+}
+function parseShallowJson(json, maximumValues = LIMITS.jsonValues) {
+	let depth = 0
+	let values = 0
+	for (let at = 0; at < json.length; at += 1) {
+		const byte = json[at]
+		if (byte === QUOTE) at = endOfString(json, at)
+		if (byte === OPEN_BRACE || byte === OPEN_BRACKET) depth += 1
+		if (byte === CLOSE_BRACE || byte === CLOSE_BRACKET) depth -= 1
+		if (byte === COMMA) values += 1
+		if (depth > LIMITS.jsonDepth || values > maximumValues) return void 0
+	}
+	return parseJson(json)
+}
 var dropEmpty = values =>
 	Object.fromEntries(Object.entries(values).filter(([, value]) => value !== void 0 && value !== ""))
 var sumOf = (items, numberOf) => {
@@ -496,6 +500,7 @@ function faultOfReference(text) {
 	if (`${host}/${repository}`.length > 255) return "host and repository are longer than 255 characters"
 	return void 0
 }
+var isReference = text => faultOfReference(text) === void 0
 function parseReference(text) {
 	const fault = faultOfReference(text)
 	if (fault !== void 0) {
@@ -505,10 +510,11 @@ function parseReference(text) {
 	const defaultTag = digest === void 0 ? "latest" : void 0
 	return {host, repository, ...dropEmpty({tag: tag ?? defaultTag, digest})}
 }
-function formatReference({host, repository, tag, digest}) {
+var placeOf = ({host, repository}) => `${host}/${repository}`
+function formatReference({tag, digest, ...place}) {
 	const tagPart = tag === void 0 ? "" : `:${tag}`
 	const digestPart = digest === void 0 ? "" : `@${digest}`
-	return `${host}/${repository}${tagPart}${digestPart}`
+	return `${placeOf(place)}${tagPart}${digestPart}`
 }
 var apiHost = host => (host === "docker.io" ? "registry-1.docker.io" : host)
 function imageName({host, repository, tag, digest}, namespace) {
@@ -569,7 +575,7 @@ var CA_BUNDLES = [
 ]
 var CA_DIRECTORIES = ["/etc/ssl/certs", "/etc/pki/tls/certs", "/system/etc/security/cacerts"]
 var readOptional = file => import_node_fs.promises.readFile(file, "utf8").catch(ignore)
-var listOptional = folder => import_node_fs.promises.readdir(folder).catch(() => [])
+var listOptional = async folder => (await import_node_fs.promises.readdir(folder).catch(() => [])).sort()
 var certificatesOf = (text = "") =>
 	text.split(/(?=-----BEGIN )/).filter(block => /^-----BEGIN (X509 |TRUSTED )?CERTIFICATE-----/.test(block))
 function isReadable(certificate) {
@@ -630,7 +636,7 @@ async function readKey(what, file) {
 }
 async function readCertsFolders(folders) {
 	const files = []
-	for (const folder of folders) files.push(...(await listOptional(folder)).sort().map(name => path.join(folder, name)))
+	for (const folder of folders) files.push(...(await listOptional(folder)).map(name => path.join(folder, name)))
 	const readAll = (suffix, read) => files.filter(file => file.endsWith(suffix)).map(file => read("certificate", file))
 	const authorities = await Promise.allSettled(readAll(".crt", readAuthorities))
 	const readable = authorities.filter(({status}) => status === "fulfilled")
@@ -1227,14 +1233,14 @@ async function withRetries({clock, settings, signal, warn}, attempt, gotOn = () 
 		try {
 			return await attempt()
 		} catch (error) {
-			if (signal.aborted) fail("ABORTED", "stopped", {cause: error})
+			if (signal.aborted) stopped(error)
 			if (gotOn()) failures = 1
 			const waitMs = retryDelayMs(error, failures, retries, clock.random())
 			if (waitMs === void 0) throw error
-			const [firstLine] = error.message.split("\n")
+			const reason = firstLineOf(error.message)
 			const seconds = (waitMs / 1e3).toFixed(1)
-			warn(`${firstLine}; trying again in ${seconds} s (${failures} of ${retries})`)
-			await clock.sleep(waitMs, signal).catch(cause => fail("ABORTED", "stopped", {cause}))
+			warn(`${reason}; trying again in ${seconds} s (${failures} of ${retries})`)
+			await clock.sleep(waitMs, signal).catch(stopped)
 		}
 	}
 }
@@ -1280,14 +1286,14 @@ async function findCredential(settings, owner) {
 	if (fromOptions) return fromOptions
 	const {environment} = settings
 	for (const place of CREDENTIAL_PLACES) {
-		const path2 = place.file?.(environment)
-		const text = path2 ? await readCredentialFile(path2, place.variable) : place.text?.(environment)
+		const file = place.file?.(environment)
+		const text = file ? await readCredentialFile(file, place.variable) : place.text?.(environment)
 		if (!text) continue
-		const source = path2 ?? place.variable ?? ""
+		const source = file ?? place.variable ?? ""
 		const json = parseJson(text)
 		if (!isRecord(json)) return fail("CREDENTIALS", `${source} is not a JSON object`)
-		const file = place.isAuthsOnly ? {auths: json} : json
-		const credential = credentialIn({...file, source}, owner, environment)
+		const content = place.isAuthsOnly ? {auths: json} : json
+		const credential = credentialIn({...content, source}, owner, environment)
 		if (credential) return credential
 	}
 	return void 0
@@ -1311,8 +1317,8 @@ async function readCredentialFile(file, variable) {
 	return fail("CREDENTIALS", `${what}: too large for a credential file`)
 }
 function credentialIn({source, auths, credHelpers, credsStore}, {reference, scheme}, environment) {
-	const {host, repository} = reference
-	const wanted = normalizeAuthKey(`${host}/${repository}`, scheme)
+	const {host} = reference
+	const wanted = normalizeAuthKey(placeOf(reference), scheme)
 	const isName = value => typeof value === "string" && value !== ""
 	const isFilled = value => isRecord(value) && Object.keys(value).length > 0
 	const helper = longestPath(entriesOfHost(credHelpers, wanted, scheme, isName), wanted)?.value
@@ -1617,12 +1623,12 @@ var Authorizer = class {
 		)
 	}
 	async #triedWords() {
-		const {host, repository} = this.#owner.reference
+		const place = placeOf(this.#owner.reference)
 		const isAccepted = this.#fate === "accepted"
 		if (this.#refusedCredential) {
 			const stored = `the stored credentials (${this.#refusedCredential.source})`
 			return isAccepted
-				? `${stored} are right, but may not pull ${host}/${repository}, nor may a request without`
+				? `${stored} are right, but may not pull ${place}, nor may a request without`
 				: `${stored} were refused, and so was a request without`
 		}
 		const credential = await this.#credentialFor(this.#registryOrigin)
@@ -1631,7 +1637,7 @@ var Authorizer = class {
 		if (this.#fate === "unsent")
 			return `the credentials of ${credential.source} were not sent: the registry asks for none of their kind`
 		return isAccepted
-			? `the credentials of ${credential.source} are right, but may not pull ${host}/${repository}`
+			? `the credentials of ${credential.source} are right, but may not pull ${place}`
 			: `refused: the credentials of ${credential.source}`
 	}
 	async #credentialFor(origin) {
@@ -2001,8 +2007,8 @@ var Registry = class {
 	#warnOfDenial({message, status = 0}) {
 		if (this.#isDenialTold || ![401, 403].includes(status)) return
 		this.#isDenialTold = true
-		const [said] = message.split("\n")
-		this.#session.warn(`${said}; asking for the tag that stands for its list of referrers`)
+		const tag = "the tag that stands for its list of referrers"
+		this.#session.warn(`${firstLineOf(message)}; asking for ${tag}`)
 	}
 	async blob(descriptor, from, to, signal) {
 		const {digest, size} = descriptor
@@ -2083,11 +2089,10 @@ var Registry = class {
 		const {mirrorFaults, warn} = this.#session
 		const mirror = this.#mirrors.get(endpoint)
 		if (!mirror || !mirrorFaults.isFirst(mirror)) return
-		const [said] = message.split("\n")
 		const endpoints = [...this.#mirrors.keys()]
 		const later = endpoints.slice(endpoints.indexOf(endpoint) + 1)
 		const next = later.find(each => this.#usableMirrors().includes(each)) ?? this.#home
-		warn(`the mirror ${endpoint.name}: ${said}; asking ${next.name} instead`)
+		warn(`the mirror ${endpoint.name}: ${firstLineOf(message)}; asking ${next.name} instead`)
 	}
 	async #foreignBlob({urls = []}, headers, signal, refusal) {
 		let failure = refusal
@@ -2136,8 +2141,8 @@ function nextPage(header, url) {
 	if (namespace !== null) next.searchParams.set("ns", namespace)
 	return next
 }
-function missingWords({words}, {host, repository}, kind, name) {
-	const place = `${host}/${repository}`
+function missingWords({words}, reference, kind, name) {
+	const place = placeOf(reference)
 	if (/NAME_UNKNOWN|repository name not known/i.test(words)) return `repository: ${place}`
 	return isDigest(name) ? `${kind}: ${name}` : `tag: ${place}:${name}`
 }
@@ -2146,7 +2151,7 @@ function digestByName(bytes, header) {
 	return isRight ? header : digestOf(bytes)
 }
 function registryOf(session, reference) {
-	const key = `${reference.host}/${reference.repository}`
+	const key = placeOf(reference)
 	const registry = session.registries.get(key) ?? new Registry(session, reference)
 	session.registries.set(key, registry)
 	return registry
@@ -2197,7 +2202,7 @@ function parseDescriptor(value, where) {
 	if (!isDigest(digest)) return refuse(`${quote(digest)} is not a digest that is safe to use`)
 	const isSize = typeof size === "number" && Number.isSafeInteger(size) && size >= 0
 	if (!isSize) return refuse(`${digest} has the size ${quote(size)}, which is not a number of bytes`)
-	const isUrlList = Array.isArray(urls) && urls.length > 0 && urls.every(url => typeof url === "string")
+	const isUrlList = isStringList(urls) && urls.length > 0
 	return {
 		mediaType: typeof mediaType === "string" ? mediaType : "",
 		digest,
@@ -2433,8 +2438,8 @@ async function pathTo(digest, from, readChild, where) {
 		if (manifest.manifests.some(entry => entry.digest === digest)) return [fetched]
 		for (const entry of manifest.manifests.filter(isIndex)) {
 			const child = await readChild(entry)
-			const path2 = child && (await search(child, depth + 1))
-			if (path2) return [fetched, ...path2]
+			const below2 = child && (await search(child, depth + 1))
+			if (below2) return [fetched, ...below2]
 		}
 		return void 0
 	}
@@ -2593,7 +2598,6 @@ function parseDockerEntry(value) {
 	if (typeof config !== "string" || !isStringList(tags) || !isStringList(layers)) return void 0
 	return {config, tags, layers}
 }
-var isStringList = list => Array.isArray(list) && list.every(each => typeof each === "string")
 var PlannedFiles = class {
 	files = /* @__PURE__ */ new Map()
 	omitted = /* @__PURE__ */ new Map()
@@ -2875,7 +2879,8 @@ async function readAt(handle, position, length) {
 	const buffer = Buffer.allocUnsafe(length)
 	let filled = 0
 	while (filled < length) {
-		const {bytesRead} = await handle.read(buffer, filled, length - filled, position + filled)
+		const from = position === "here" ? null : position + filled
+		const {bytesRead} = await handle.read(buffer, filled, length - filled, from)
 		if (bytesRead === 0) break
 		filled += bytesRead
 	}
@@ -2999,12 +3004,14 @@ async function isIntact({handle, offset}, {digest, size}, signal) {
 	}
 	return hash.digest("hex") === hexOf(digest)
 }
+function chainsOf(list) {
+	const images = Array.isArray(list) ? list.map(parseDockerEntry) : []
+	return images.map(image => (image?.layers ?? []).map(layer => digestInName(layer) ?? ""))
+}
 async function dockerChains({handle, names}) {
 	const entry = names.file("manifest.json")
 	if (!entry || entry.holes || entry.sizeBytes > LIMITS.tarMetadataBytes) return []
-	const json = parseJson(await readAt(handle, entry.offset, entry.sizeBytes))
-	const images = Array.isArray(json) ? json.map(parseDockerEntry) : []
-	return images.map(image => (image?.layers ?? []).map(layer => digestInName(layer) ?? ""))
+	return chainsOf(parseJson(await readAt(handle, entry.offset, entry.sizeBytes)))
 }
 function layersToOmit(images, chains) {
 	const omitted = /* @__PURE__ */ new Set()
@@ -3105,13 +3112,13 @@ var BlobState = class {
 	#restartsLeft = 1
 	#isDone = false
 	#recordedAtMs = 0
-	#now
+	#state
 	#early = /* @__PURE__ */ new Map()
 	constructor(descriptor, registry, offset = 0, tars = []) {
 		this.descriptor = descriptor
 		this.registry = registry
 		this.offset = offset
-		this.#now = nothingOf(descriptor.digest)
+		this.#state = nothingOf(descriptor.digest)
 		this.#sources = tars.flatMap(({handle, blobs}) => {
 			const entry = blobs.get(descriptor.digest)
 			return entry?.sizeBytes === descriptor.size ? [{handle, offset: entry.offset}] : []
@@ -3121,26 +3128,26 @@ var BlobState = class {
 		return this.#sources[0]
 	}
 	get doneBytes() {
-		return lengthOf(this.#now.come)
+		return lengthOf(this.#state.come)
 	}
 	get isDone() {
 		return this.#isDone
 	}
 	get hashedTo() {
-		return this.#now.hashedTo
+		return this.#state.hashedTo
 	}
 	get inPlace() {
-		return this.#now.inPlace
+		return this.#state.inPlace
 	}
 	get unrecordedBytes() {
-		return this.#now.unrecordedBytes
+		return this.#state.unrecordedBytes
 	}
 	missing(range = [0, this.descriptor.size]) {
-		return missingRanges(this.#now.come, range)
+		return missingRanges(this.#state.come, range)
 	}
 	resume(ranges) {
-		this.#now.come = ranges
-		this.#now.inPlace = ranges
+		this.#state.come = ranges
+		this.#state.inPlace = ranges
 		if (ranges.length === 0) return
 		this.#sources.length = 0
 		this.#restartsLeft += 1
@@ -3149,47 +3156,47 @@ var BlobState = class {
 		const isNew = this.missing([position, position + bytes.length])
 		return isNew.map(([from, to]) => {
 			const piece = bytes.subarray(from - position, to - position)
-			if (from > this.#now.hashedTo && room?.take(piece.length)) this.#early.set(from, piece)
+			if (from > this.#state.hashedTo && room?.take(piece.length)) this.#early.set(from, piece)
 			else this.hashInOrder(from, piece, room)
-			this.#now.come = addRange(this.#now.come, [from, to])
+			this.#state.come = addRange(this.#state.come, [from, to])
 			return [from, piece]
 		})
 	}
 	hashInOrder(position, bytes, room) {
-		const known = this.#now.hashedTo - position
+		const known = this.#state.hashedTo - position
 		if (known < 0 || known >= bytes.length) return
 		const fresh = bytes.subarray(known)
-		this.#now.hash.update(fresh)
-		this.#now.hashedTo = position + bytes.length
-		if (CONFIG_TYPES.includes(this.descriptor.mediaType)) this.#now.config.push(fresh)
-		const next = this.#early.get(this.#now.hashedTo)
+		this.#state.hash.update(fresh)
+		this.#state.hashedTo = position + bytes.length
+		if (CONFIG_TYPES.includes(this.descriptor.mediaType)) this.#state.config.push(fresh)
+		const next = this.#early.get(this.#state.hashedTo)
 		if (!next) return
-		this.#early.delete(this.#now.hashedTo)
+		this.#early.delete(this.#state.hashedTo)
 		room?.giveBack(next.length)
-		this.hashInOrder(this.#now.hashedTo, next, room)
+		this.hashInOrder(this.#state.hashedTo, next, room)
 	}
 	toReadBack() {
-		const {hashedTo, inPlace} = this.#now
+		const {hashedTo, inPlace} = this.#state
 		const [from, to] = inPlace.find(([, end]) => end > hashedTo) ?? [NEVER, NEVER]
 		if (from > hashedTo) return void 0
 		const ahead = [...this.#early.keys()].filter(position => position > hashedTo)
 		return [hashedTo, Math.min(to, ...ahead)]
 	}
 	markWritten(position, sizeBytes) {
-		this.#now.inPlace = addRange(this.#now.inPlace, [position, position + sizeBytes])
-		this.#now.unrecordedBytes += sizeBytes
+		this.#state.inPlace = addRange(this.#state.inPlace, [position, position + sizeBytes])
+		this.#state.unrecordedBytes += sizeBytes
 	}
 	isRecordDue(nowMs) {
-		const {unrecordedBytes} = this.#now
+		const {unrecordedBytes} = this.#state
 		const isOld = nowMs - this.#recordedAtMs >= TUNING.batchMs / 2
 		return unrecordedBytes >= TUNING.journalBytes || (unrecordedBytes > 0 && isOld)
 	}
 	markRecorded(nowMs) {
-		this.#now.unrecordedBytes = 0
+		this.#state.unrecordedBytes = 0
 		this.#recordedAtMs = nowMs
 	}
 	verify() {
-		const {hash, hashedTo} = this.#now
+		const {hash, hashedTo} = this.#state
 		const {digest, size} = this.descriptor
 		const isRight = hashedTo === size && hash.digest("hex") === hexOf(digest)
 		if (isRight) this.#checkConfig()
@@ -3198,21 +3205,21 @@ var BlobState = class {
 	#checkConfig() {
 		const {digest, mediaType} = this.descriptor
 		if (!CONFIG_TYPES.includes(mediaType)) return
-		const config = parseJson(Buffer.concat(this.#now.config))
+		const config = parseJson(Buffer.concat(this.#state.config))
 		if (!isRecord(config)) fail("PROTOCOL", `${digest}: this config is not a JSON object`)
 	}
 	markDone() {
 		this.#isDone = true
 	}
 	keep() {
-		this.#now.come = [[0, this.descriptor.size]]
-		this.#now.inPlace = this.#now.come
+		this.#state.come = [[0, this.descriptor.size]]
+		this.#state.inPlace = this.#state.come
 		this.#isDone = true
 	}
 	restart(isFromMirror, room) {
 		for (const bytes of this.#early.values()) room?.giveBack(bytes.length)
 		this.#early.clear()
-		this.#now = nothingOf(this.descriptor.digest)
+		this.#state = nothingOf(this.descriptor.digest)
 		if (this.#sources.shift()) return {liar: "source", isLast: false}
 		if (!isFromMirror) this.#restartsLeft -= 1
 		return {liar: "registry", isLast: this.#restartsLeft < 0}
@@ -3652,7 +3659,7 @@ var Change = class {
 	}
 	async until(isReady, signal) {
 		while (!isReady()) {
-			if (signal.aborted) fail("ABORTED", "stopped")
+			if (signal.aborted) stopped()
 			await this.next(signal)
 		}
 	}
@@ -3787,6 +3794,7 @@ async function openRegular(file, flags = O_RDONLY) {
 	await handle.close()
 	return void 0
 }
+var readAndClose = ({handle}) => handle.readFile().finally(() => handle.close())
 var createFile = (file, mode = 438) => import_node_fs.promises.open(file, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW, mode)
 function isOwn(stats, model) {
 	const isOpenToOthers = (stats.mode & 18n & ~model.mode) !== 0n
@@ -3795,11 +3803,9 @@ function isOwn(stats, model) {
 async function readOwn(file, model) {
 	const opened = await openRegular(file).catch(ignore)
 	if (!opened) return void 0
-	try {
-		return isOwn(opened.stats, model) ? await opened.handle.readFile("utf8") : void 0
-	} finally {
-		await opened.handle.close()
-	}
+	if (isOwn(opened.stats, model)) return (await readAndClose(opened)).toString("utf8")
+	await opened.handle.close()
+	return void 0
 }
 var removeQuietly = file => import_node_fs.promises.unlink(file).catch(ignore)
 async function moveFile(from, to) {
@@ -3882,8 +3888,8 @@ async function readLock(file) {
 	try {
 		const opened = await openRegular(file)
 		if (!opened) return void 0
-		const bytes = await readAt(opened.handle, 0, LIMITS.lockBytes)
-		await opened.handle.close()
+		const reading = readAt(opened.handle, 0, LIMITS.lockBytes)
+		const bytes = await reading.finally(() => opened.handle.close())
 		return {stats: opened.stats, owner: parseOwner(bytes.toString("utf8"))}
 	} catch (error) {
 		return errorCodeOf(error) === "ENOENT" ? void 0 : {stats, owner: "unreadable"}
@@ -4180,6 +4186,10 @@ var Transfer = class {
 		this.#stopping.abort()
 		throw error
 	}
+	#fail = reason => {
+		this.#failures.push({status: "rejected", reason})
+		this.#stopping.abort()
+	}
 	async run() {
 		this.#observe(this)
 		this.#schedule.add(...this.blobs)
@@ -4189,7 +4199,7 @@ var Transfer = class {
 		}
 		await Promise.all(this.#running)
 		settled(this.#failures)
-		if (this.signal.aborted) fail("ABORTED", "stopped")
+		if (this.signal.aborted) stopped()
 		await this.#sink.end?.()
 	}
 	#lookRound() {
@@ -4219,10 +4229,7 @@ var Transfer = class {
 		)
 	}
 	#start(segment) {
-		const running = this.#serve(segment).catch(reason => {
-			this.#failures.push({status: "rejected", reason})
-			this.#stopping.abort()
-		})
+		const running = this.#serve(segment).catch(this.#fail)
 		this.#running.add(running)
 		running.then(() => {
 			this.#running.delete(running)
@@ -4301,7 +4308,7 @@ var Transfer = class {
 		await writer.end()
 		if (position > end) fail("SIZE_MISMATCH", `${doing}: more than the ${end} bytes that belong there`)
 		if (segment.isComplete) return
-		if (this.signal.aborted) fail("ABORTED", "stopped")
+		if (this.signal.aborted) stopped()
 		if (cause instanceof ImgpullError || (cause && blob.source)) throw cause
 		if (position < end) {
 			const reason = `the connection ended after ${position} of ${end} bytes`
@@ -4327,10 +4334,7 @@ var Transfer = class {
 	}
 	#catchUp(blob) {
 		if (this.#catchingUp.has(blob) || !blob.toReadBack()) return
-		const catchingUp = this.#readBack(blob).catch(reason => {
-			this.#failures.push({status: "rejected", reason})
-			this.#stopping.abort()
-		})
+		const catchingUp = this.#readBack(blob).catch(this.#fail)
 		this.#catchingUp.set(blob, catchingUp)
 		catchingUp.then(() => this.#catchingUp.delete(blob))
 	}
@@ -4538,7 +4542,7 @@ async function keepUnchanged(job, dest) {
 		transfer.markUnchanged()
 		return transfer
 	} catch (error) {
-		if (session.signal.aborted) fail("ABORTED", "stopped", {cause: error})
+		if (session.signal.aborted) stopped(error)
 		throw error
 	} finally {
 		await handle.close()
@@ -4901,7 +4905,7 @@ async function readLayoutFile(file) {
 		if (await statAt(file)) fail("DISK", `${file} is in the way: it is not a regular file`)
 		return void 0
 	}
-	return opened.handle.readFile().finally(() => opened.handle.close())
+	return readAndClose(opened)
 }
 async function readLayoutIndex(folder) {
 	const index = parseJson((await readLayoutFile(path.join(folder, "index.json"))) ?? "{}")
@@ -4925,7 +4929,7 @@ async function makeLayoutFolders(folder, names) {
 }
 async function writeLayoutFile(file, bytes, lock) {
 	const before = await openRegular(file).catch(ignore)
-	const there = await before?.handle.readFile().finally(() => before.handle.close())
+	const there = before && (await readAndClose(before))
 	if (there?.equals(bytes)) return false
 	const aside = `${file}.partial.${lock.owner.id}`
 	const handle = await createFile(aside)
@@ -5055,7 +5059,7 @@ async function pullToDevice(job, file) {
 	const isPipe = (await import_node_fs.promises.stat(file)).isFIFO()
 	const opening = isPipe ? openOutputPipe(file, signal) : Promise.resolve(openDevice(file))
 	const output = await opening.catch(error => {
-		if (signal.aborted) fail("ABORTED", "stopped", {cause: error})
+		if (signal.aborted) stopped(error)
 		throw error
 	})
 	try {
@@ -5113,6 +5117,10 @@ var BUNDLE = "application/vnd.dev.sigstore.bundle"
 var BUNDLE_VERSIONS = [`${BUNDLE}.v0.3+json`, `${BUNDLE}+json;version=0.3`]
 var IN_TOTO = "application/vnd.in-toto+json"
 var isSignature = ({mediaType}) => mediaType === SIMPLE_SIGNING || mediaType.startsWith(BUNDLE)
+function checkSignatureCount({length}, where) {
+	const {signatures} = LIMITS
+	if (length > signatures) fail("TOO_LARGE", `${where}: more than ${signatures} signatures`)
+}
 function readSignature({mediaType, annotations = {}}, bytes, keys) {
 	const isPayload = mediaType === SIMPLE_SIGNING
 	return isPayload ? readPayload(annotations, bytes, keys) : readBundle(bytes, keys)
@@ -5289,8 +5297,8 @@ async function addProof(session, resolved, signers) {
 	})
 	const image = {...resolved, ...dropEmpty({kind: isIndexMarked ? void 0 : kind})}
 	if (!hasIndex) return {...image, companions}
-	const path2 = await pathTo(top.digest, asked, childrenOf(registry, where), where)
-	const indexes = (path2 ?? []).map(index => {
+	const above = await pathTo(top.digest, asked, childrenOf(registry, where), where)
+	const indexes = (above ?? []).map(index => {
 		const mark = dropEmpty({kind: isIndexMarked && index === asked ? kind : void 0})
 		return {
 			registry,
@@ -5350,8 +5358,7 @@ async function requireSignature(session, {registry, where, digests}, referrers, 
 		.filter(({subject}) => digests.includes(subject))
 		.flatMap(({contents}) => contents.flatMap(({manifest}) => manifest.layers))
 		.filter(isSignature)
-	const {signatures} = LIMITS
-	if (layers.length > signatures) fail("TOO_LARGE", `${where}: more than ${signatures} signatures`)
+	checkSignatureCount(layers, where)
 	const read = layer => orMissing(registry.signature(layer))
 	const {concurrency} = session.settings
 	const verdicts = await mapConcurrently(layers, concurrency, async layer => {
@@ -5419,16 +5426,15 @@ var OPTION_KINDS = {
 	onProgress: "a function",
 	onWarning: "a function"
 }
-var isListOfStrings = value => Array.isArray(value) && value.every(item => typeof item === "string")
 var isStringOrNothing = value => value === void 0 || typeof value === "string"
 var IS_OF_KIND = {
 	"a string": value => typeof value === "string",
 	"a number": value => typeof value === "number",
 	"true or false": value => typeof value === "boolean",
-	"a list of strings": isListOfStrings,
-	'"all" or a list of strings': value => value === "all" || isListOfStrings(value),
+	"a list of strings": isStringList,
+	'"all" or a list of strings': value => value === "all" || isStringList(value),
 	"an object of strings": value => isRecord(value) && Object.values(value).every(isStringOrNothing),
-	"an object of lists of strings": value => isRecord(value) && Object.values(value).every(isListOfStrings),
+	"an object of lists of strings": value => isRecord(value) && Object.values(value).every(isStringList),
 	"an AbortSignal": value => value instanceof AbortSignal,
 	"a function": value => typeof value === "function"
 }
@@ -5472,7 +5478,7 @@ function checkConnection(options) {
 	checkOption(password === void 0 || username !== void 0, "`password` needs `username`")
 	const isOneKind = token === void 0 || username === void 0
 	checkOption(isOneKind, "`token` and `username` exclude each other")
-	const isHeader = token === void 0 || /^[\x21-\x7e]+$/.test(token)
+	const isHeader = token === void 0 || isHeaderWord(token)
 	checkOption(isHeader, "`token` has characters that no header can carry")
 	const isNamespace = namespace === void 0 || isHost(namespace)
 	checkOption(isNamespace, `\`namespace\` is a host, not "${printable(namespace ?? "")}"`)
@@ -5560,14 +5566,14 @@ async function stoppable(callersSignal, run) {
 	const stop = () => stopping.abort()
 	callersSignal?.addEventListener("abort", stop)
 	try {
-		if (callersSignal?.aborted) fail("ABORTED", "stopped")
+		if (callersSignal?.aborted) stopped()
 		const result = await run(signal, callbacks)
 		callbacks.throwFailure()
 		return result
 	} catch (error) {
 		callbacks.throwFailure()
 		if (!callersSignal?.aborted) throw error
-		throw new ImgpullError("ABORTED", "stopped", {cause: callersSignal.reason})
+		return stopped(callersSignal.reason)
 	} finally {
 		callersSignal?.removeEventListener("abort", stop)
 	}
@@ -5788,7 +5794,6 @@ function endsQuote(text, quote2) {
 	return text.replace(escapes, "").includes(quote2)
 }
 var FOR_ONE_HOST = ["username", "password", "token", "tlsCert", "tlsKey", "namespace"]
-var placeOf = ({host, repository}) => `${host}/${repository}`
 var beginsWith = (name, segments) => `${placeOf(name)}/`.startsWith(`${segments}/`)
 function renameImage(name, renames) {
 	const place = placeOf(name)
@@ -5865,7 +5870,7 @@ async function chainsIn(since, destination) {
 	return withTars([since], async ([base]) => {
 		if (!base) return []
 		if (destination?.kind === "tar") {
-			const target = await import_node_fs.promises.stat(destination.file).catch(() => void 0)
+			const target = await import_node_fs.promises.stat(destination.file).catch(ignore)
 			const {ino, dev} = await base.handle.stat()
 			if (target?.ino === ino && target.dev === dev)
 				fail("BAD_OPTION", `\`since\` ${since} is DEST: the delta would take the place of its own base`)
@@ -5879,7 +5884,7 @@ async function withTars(files, run) {
 		for (const file of files) tars.push(await openTarFile(file))
 		return await run(tars)
 	} finally {
-		for (const {handle} of tars) await handle.close()
+		await closeTars(tars)
 	}
 }
 async function estimate({entries}, destination, tars) {
@@ -5887,7 +5892,7 @@ async function estimate({entries}, destination, tars) {
 	const isThere = async ({digest, size}) => {
 		if (destination?.kind === "layout") {
 			const file = path.join(destination.folder, blobPath(digest))
-			const stats = await import_node_fs.promises.stat(file).catch(() => void 0)
+			const stats = await import_node_fs.promises.stat(file).catch(ignore)
 			if (stats?.size === size) return true
 		}
 		return [...tars, ...atHand].some(({blobs}) => blobs.get(digest)?.sizeBytes === size)
@@ -5898,7 +5903,7 @@ async function estimate({entries}, destination, tars) {
 		const counter = (await isThere(blob.descriptor)) ? "reusedBytes" : "fetchedBytes"
 		counts[counter] += blob.descriptor.size
 	}
-	for (const {handle} of atHand) await handle.close()
+	await closeTars(atHand)
 	return counts
 }
 async function runPull(session, request, observe) {
@@ -5935,12 +5940,7 @@ async function readSigner(key) {
 async function readBeginning(file, maximumBytes) {
 	const handle = await import_node_fs.promises.open(file, "r")
 	try {
-		const buffer = Buffer.alloc(maximumBytes)
-		for (let filled = 0; ; ) {
-			const {bytesRead} = await handle.read(buffer, filled, maximumBytes - filled)
-			filled += bytesRead
-			if (bytesRead === 0) return buffer.subarray(0, filled)
-		}
+		return await readAt(handle, "here", maximumBytes)
 	} finally {
 		await handle.close()
 	}
@@ -5968,7 +5968,7 @@ function checkDest(dest, isDryRun) {
 }
 async function pullImages(references, dest, options = {}) {
 	checkOptions(options)
-	if (!isListOfStrings(references)) fail("BAD_OPTION", "`references` has to be a list of strings")
+	if (!isStringList(references)) fail("BAD_OPTION", "`references` has to be a list of strings")
 	const {dryRun: isDryRun = false, referrers = false, reuse = [], since} = options
 	checkDest(dest, isDryRun)
 	const images = await nameImages(references, options)
@@ -6094,8 +6094,8 @@ var Puller = class {
 		const registry = registryOf(session, this.#reference)
 		const where = formatReference(this.#reference)
 		const asked = await registry.manifest(versionOf(this.#reference))
-		const path2 = await pathTo(own, asked, childrenOf(registry, where), where)
-		return path2 ? [asked.digest, own] : [own]
+		const above = await pathTo(own, asked, childrenOf(registry, where), where)
+		return above ? [asked.digest, own] : [own]
 	}
 	#holder({mediaType, digest, bytes}) {
 		return {mediaType, digest, bytes, manifest: parseJson(bytes), imageUrl: this.#opts.url}
@@ -6118,8 +6118,7 @@ var readableOf = source =>
 	source instanceof import_node_stream.Readable ? source : import_node_stream.Readable.from(source, {objectMode: false})
 async function openPipe(file, signal) {
 	const letGo = async () => {
-		const flags = import_node_fs.constants.O_WRONLY | import_node_fs.constants.O_NONBLOCK
-		const writer = await import_node_fs.promises.open(file, flags).catch(ignore)
+		const writer = await import_node_fs.promises.open(file, O_WRONLY | O_NONBLOCK).catch(ignore)
 		await writer?.close()
 	}
 	signal?.addEventListener("abort", letGo, {once: true})
@@ -6155,8 +6154,9 @@ function openFile(where, handle, sizeBytes) {
 var PLAIN_FILE = {type: "0", linkName: "", isRooted: false, offset: 0}
 async function openFolder(folder) {
 	const files = ["oci-layout", "index.json", "manifest.json"]
-	for (const algorithm of await listFolder(path.join(folder, "blobs")))
-		for (const name of await listFolder(path.join(folder, "blobs", algorithm))) files.push(`blobs/${algorithm}/${name}`)
+	for (const algorithm of await listOptional(path.join(folder, "blobs")))
+		for (const name of await listOptional(path.join(folder, "blobs", algorithm)))
+			files.push(`blobs/${algorithm}/${name}`)
 	const entries = []
 	for (const name of files) {
 		const stats = await import_node_fs.promises.stat(path.join(folder, name)).catch(ignore)
@@ -6182,7 +6182,6 @@ async function openFolder(folder) {
 		close: async () => void 0
 	}
 }
-var listFolder = async folder => (await import_node_fs.promises.readdir(folder).catch(() => [])).sort()
 async function openStream(where, stream, signal) {
 	if (signal) (0, import_node_stream.addAbortSignal)(signal, stream)
 	const decoder = new TarDecoder()
@@ -6511,7 +6510,7 @@ var Look = class {
 	}
 	#checkStopped() {
 		const {signal} = this.#options
-		if (signal?.aborted) fail("ABORTED", "stopped", {cause: signal.reason})
+		if (signal?.aborted) stopped(signal.reason)
 	}
 }
 var FileInspection = class {
@@ -6583,9 +6582,7 @@ var BaseTar = class {
 			const digest = digestInName(seen.entry.name)
 			if (digest !== void 0 && seen.isIntact) this.#files.set(digest, seen)
 		}
-		const list = new TarDocuments(contents).json("manifest.json")
-		const images = Array.isArray(list) ? list.map(parseDockerEntry) : []
-		this.#chains = images.map(image => (image?.layers ?? []).map(layer => digestInName(layer) ?? ""))
+		this.#chains = chainsOf(new TarDocuments(contents).json("manifest.json"))
 	}
 	layer(name) {
 		const digest = digestInName(name)
@@ -6643,7 +6640,7 @@ var TarDocuments = class {
 	plainJson(name) {
 		const json = this.json(name)
 		const bytes = json === void 0 ? void 0 : this.file(name)?.bytes
-		if (!bytes || !hasClashingKeys(bytes.toString("utf8"))) return json
+		if (!bytes || !hasClashingKeys(bytes)) return json
 		return this.#refuse(name, "has two keys in one object that some readers take for the same")
 	}
 	manifest({digest, size, mediaType}) {
@@ -6711,18 +6708,18 @@ function hasClashingKeys(json) {
 	const keys = []
 	let isKeyNext = false
 	for (let at = 0; at < json.length; at += 1) {
-		const character = json[at]
-		if (character === "{") keys.push(/* @__PURE__ */ new Set())
-		if (character === "[") keys.push(void 0)
-		if ("}]".includes(character)) keys.pop()
-		if ("{,".includes(character)) isKeyNext = true
-		if (character !== '"') continue
+		const byte = json[at]
+		if (byte === OPEN_BRACE) keys.push(/* @__PURE__ */ new Set())
+		if (byte === OPEN_BRACKET) keys.push(void 0)
+		if (byte === CLOSE_BRACE || byte === CLOSE_BRACKET) keys.pop()
+		if (byte === OPEN_BRACE || byte === COMMA) isKeyNext = true
+		if (byte !== QUOTE) continue
 		const start = at
-		for (at += 1; json[at] !== '"'; at += 1) if (json[at] === "\\") at += 1
+		at = endOfString(json, start)
 		const known = keys.at(-1)
 		if (!known || !isKeyNext) continue
 		isKeyNext = false
-		const key = foldCase(JSON.parse(json.slice(start, at + 1)))
+		const key = foldCase(String(parseJson(json.subarray(start, at + 1))))
 		if (known.has(key)) return true
 		known.add(key)
 	}
@@ -7167,15 +7164,7 @@ function faultsOfSameName(entries) {
 	}
 	return []
 }
-function isTaggedName(text) {
-	if (!/^[^@]*:[^:/@]+(@|$)/.test(text)) return false
-	try {
-		parseReference(text)
-		return true
-	} catch {
-		return false
-	}
-}
+var isTaggedName = text => /^[^@]*:[^:/@]+(@|$)/.test(text) && isReference(text)
 function manifestsIn(documents, {entries}) {
 	const held = /* @__PURE__ */ new Map()
 	const collect = (descriptor, depth) => {
@@ -7203,8 +7192,7 @@ function requireSignatures(where, documents, held, signers) {
 	const manifests = manifestsIn(documents, held)
 	const images = manifests.flatMap(({digest, manifest}) => (manifest.kind === "image" ? [{digest, manifest}] : []))
 	const layers = images.flatMap(({manifest}) => manifest.layers.filter(isSignature))
-	const {signatures} = LIMITS
-	if (layers.length > signatures) fail("TOO_LARGE", `${where}: more than ${signatures} signatures`)
+	checkSignatureCount(layers, where)
 	const testimonies = layers.map(layer => {
 		const bytes = documents.bytes(layer.digest)
 		return bytes ? readSignature(layer, bytes, signers) : "unreadable"
@@ -7672,29 +7660,20 @@ function planCommand(line) {
 		options
 	}
 }
-function isReference(text) {
-	try {
-		parseReference(text)
-		return true
-	} catch {
-		return false
-	}
-}
+var PACKED_TAR = /\.(tgz|tzst|txz|tbz2?|tar\.(gz|zst|zstd|xz|bz2|lz4|lzma))$/i
 async function checkDestinationName(destination) {
-	const archive = /\.(tgz|tzst|txz|tbz2?|tar\.(gz|zst|zstd|xz|bz2|lz4|lzma))$/i.exec(destination)?.[0]
-	if (archive !== void 0) usage(`DEST is a plain tar, not a ${archive}: layers are compressed already; call it .tar`)
-	const isDrive = process.platform === "win32" && /^[A-Za-z]:/.test(destination)
-	if (isDrive || destination.includes("\\") || /\.(tar|oci|img|tgz|zip|gz)$/i.test(destination)) return
+	const [packed] = PACKED_TAR.exec(destination) ?? []
+	if (packed !== void 0) usage(`DEST is a plain tar, not a ${packed}: layers are compressed already; call it .tar`)
+	const isDrive = isWindows && /^[A-Za-z]:/.test(destination)
+	const isFileName = destination.includes("\\") || /\.(tar|oci|img|tgz|zip|gz)$/i.test(destination)
+	if (isDrive || isFileName || !isReference(destination)) return
 	const hasFolder = destination.includes("/")
-	const isHosted = /^[^/]*[.:]|^localhost\//.test(destination)
+	const isHosted = hasFolder && /^[^/]*[.:]|^localhost\//.test(destination)
 	const isTagged = /[:@]/.test(destination)
-	if (!isReference(destination) || !(isTagged || (hasFolder && isHosted))) return
-	const isFolderThere = () =>
-		import_node_fs.promises.access(path.dirname(destination)).then(
-			() => true,
-			() => false
-		)
-	if (hasFolder && (await isFolderThere())) return
+	if (!isTagged && !isHosted) return
+	const folder = path.dirname(destination)
+	const isFolderThere = hasFolder && (await import_node_fs.promises.stat(folder).catch(ignore)) !== void 0
+	if (isFolderThere) return
 	usage(`DEST is missing: "${destination}" reads as an IMAGE; say ./${destination} to mean a file`)
 }
 var formatBlobSizes = ({doneBytes, sizeBytes}) =>
@@ -8055,13 +8034,10 @@ var internals = Object.freeze({
 	matchPlatform,
 	openTarFile,
 	parseChallenges,
-	parseCommandLine,
 	parseManifest,
 	parsePublicKey,
 	parseReference,
-	planCommand,
 	planTar,
-	printable,
 	proxyFor,
 	readSignature,
 	readTar,

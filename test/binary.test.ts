@@ -1,4 +1,4 @@
-// The binaries of `node build.mjs --sea` (SPEC §10): what each holds, its download, the sums; and a pull by each that
+// The binaries of `node build.mjs --sea`: what each holds, its download, the sums; and a pull by each that
 // runs here. IMGPULL_BINARIES names the targets that must be there ("linux-x64 win-x64"), as CI does; without it, those
 // in dist/bin are tested, if they are of this build.
 import assert from "node:assert/strict";

@@ -1,4 +1,4 @@
-// The command line of SPEC §1, the examples of the user's description typed as written, and what bad input gets.
+// The command line: every option, the examples of the user's description typed as written, and what bad input gets.
 import assert from "node:assert/strict";
 import { once } from "node:events";
 import { mkdirSync, readdirSync, readFileSync, symlinkSync, writeFileSync } from "node:fs";

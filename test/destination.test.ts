@@ -1,4 +1,4 @@
-// Where DEST lies: disks that are full, read-only or fail, folders that are none, links, modes. SPEC §5.
+// Where DEST lies: disks that are full, read-only or fail, folders that are none, links, modes.
 import assert from "node:assert/strict";
 import { spawnSync } from "node:child_process";
 import {

@@ -1,4 +1,4 @@
-// What is shipped (SPEC §10): the script, run in each way that people run it, and the library as a consumer
+// What is shipped: the script, run in each way that people run it, and the library as a consumer
 // has it, from the package that npm packs and installs.
 import assert from "node:assert/strict";
 import {
@@ -190,7 +190,7 @@ async function makeConsumer(t: TestScope, files: Record<string, string>): Promis
   return folder;
 }
 
-/** SPEC §9's first example, and the description's second, as they stand there. */
+/** The library's two examples as users were first given them: they have to go on working, word for word. */
 const FIRST = `const puller = new Puller("docker.io/hello-world:latest");
   const pulled = await puller.pullTar("./hello-world.tar");
   console.log(JSON.stringify(pulled));`;

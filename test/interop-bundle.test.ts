@@ -1,5 +1,5 @@
 // Across the gap with real programs: bundles, archives at hand, deltas, and pulls that are killed. What is fetched is
-// counted in the log of docker-registry, and on the line to it. SPEC §5.
+// counted in the log of docker-registry, and on the line to it.
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
 import { once } from "node:events";

@@ -1,4 +1,4 @@
-// DEST is a folder: an OCI image layout that is made, added to, mended and gone on with. SPEC §1, §5.
+// DEST is a folder: an OCI image layout that is made, added to, mended and gone on with.
 import assert from "node:assert/strict";
 import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join, sep } from "node:path";

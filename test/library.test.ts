@@ -1,4 +1,4 @@
-// The library as its user writes it: options, results, progress, abort and errors of each method. SPEC §9.
+// The library as its user writes it: options, results, progress, abort and errors of each method.
 import assert from "node:assert/strict";
 import { existsSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs";
 import { join } from "node:path";

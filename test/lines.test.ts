@@ -1,5 +1,5 @@
 // How connections are chosen, over lines that are only reckoned: no socket, no clock. What a line allows is compared with
-// what Pace and Schedule make of it, and what they ask for is counted. SPEC §5.
+// what Pace and Schedule make of it, and what they ask for is counted.
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import { internals } from "../imgpull.ts";

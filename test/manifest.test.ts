@@ -1,4 +1,4 @@
-// Which image of an index (SPEC §3), what a manifest may say, and the library's methods for manifests (SPEC §9).
+// Which image of an index, what a manifest may say, and the library's methods for manifests.
 import assert from "node:assert/strict";
 import { existsSync, readdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";

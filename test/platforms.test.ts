@@ -1,4 +1,4 @@
-// Several platforms of an index, which is kept byte for byte (SPEC §3).
+// Several platforms of an index, which is kept byte for byte.
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { join } from "node:path";

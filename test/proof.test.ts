@@ -1,4 +1,4 @@
-// What refers to an image comes along, and --signed-by takes only what a key has signed (SPEC §11).
+// What refers to an image comes along, and --signed-by takes only what a key has signed.
 import assert from "node:assert/strict";
 import { generateKeyPairSync } from "node:crypto";
 import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";

@@ -1,4 +1,4 @@
-// Bytes in place: whatever a line, a registry or a disk does to a pull, DEST is right or as it was. SPEC §5, §6.
+// Bytes in place: whatever a line, a registry or a disk does to a pull, DEST is right or as it was.
 import assert from "node:assert/strict";
 import { once } from "node:events";
 import {
@@ -148,7 +148,7 @@ for (const [name, rules] of Object.entries(PASSING)) {
   });
 }
 
-// SPEC §6: "for manifests, tokens, config and layers alike; a digest mismatch once".
+// What passes is tried again for manifests, tokens, configs and layers alike; wrong bytes are asked for once more.
 for (const [kind, content, matcher] of [
   ["a platform's manifest", APP, CHILD],
   ["a layer", APP, LAYER],

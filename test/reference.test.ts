@@ -1,4 +1,4 @@
-// References as SPEC §2 reads them: what is taken, what is refused and why, what is requested, how the image is named.
+// References: what is taken, what is refused and why, what is requested, how the image is named.
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { join } from "node:path";

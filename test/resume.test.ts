@@ -1,4 +1,4 @@
-// The same command after kill -9, Ctrl-C, damage, a full disk: only the rest is fetched; tars are sources. SPEC §5.
+// The same command after kill -9, Ctrl-C, damage, a full disk: only the rest is fetched; tars are sources.
 import assert from "node:assert/strict";
 import {
   existsSync,

@@ -1,4 +1,4 @@
-// Tars at hand: an existing DEST and --reuse are sources that are not believed, --since leaves out layers. SPEC §5.
+// Tars at hand: an existing DEST and --reuse are sources that are not believed, --since leaves out layers.
 import assert from "node:assert/strict";
 import {
   copyFileSync,

@@ -1,4 +1,4 @@
-// DEST is -: the same tar on stdout, in order, with bounded read-ahead; what is no file is not written to. SPEC §5.
+// DEST is -: the same tar on stdout, in order, with bounded read-ahead; what is no file is not written to.
 import assert from "node:assert/strict";
 import { spawn, spawnSync } from "node:child_process";
 import { existsSync, lstatSync, readdirSync, readFileSync, symlinkSync } from "node:fs";

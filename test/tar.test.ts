@@ -1,4 +1,4 @@
-// The tar of SPEC §4: its headers against those of GNU tar, the plan of one larger than any disk here, the bytes of
+// The tar that is written: its headers against those of GNU tar, the plan of one larger than any disk here, the bytes of
 // real pulls, and the reader for tars that other programs made.
 import assert from "node:assert/strict";
 import { spawnSync } from "node:child_process";
