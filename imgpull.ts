@@ -5165,6 +5165,7 @@ class EarlyRoom {
   }
 }
 
+/** One blob: what has come of it, what is in place, recorded and hashed, and how often it may be fetched anew. */
 class BlobState {
   readonly descriptor: Descriptor;
   readonly registry: Registry;
@@ -5557,6 +5558,7 @@ type ScheduleOptions = Readonly<{
   horizon?: () => number;
 }>;
 
+/** Owns what is queued, what is under way, and what was seen of registries on the way; its segments change here only. */
 class Schedule {
   readonly #pace: Pace;
   readonly #horizon: (() => number) | undefined;
@@ -5625,7 +5627,7 @@ class Schedule {
     const queued = this.#queued.find(({ blob }) => this.#hasRoom(blob));
     if (!queued) return undefined;
 
-    const unit = this.#pace.maySplit ? (this.#units.get(queued.blob) ?? NEVER) : NEVER;
+    const unit = this.#knownUnit(queued.blob);
     if (queued.remainingBytes > 1.5 * unit) {
       const first = new Segment(queued.blob, [queued.at, queued.at + unit]);
       queued.at = first.to;
@@ -5655,6 +5657,11 @@ class Schedule {
   /** What a connection keeps of its range when that is cut. */
   #kept(segment: Segment): number {
     return Math.min(this.#unitOf(segment), Math.ceil(segment.remainingBytes / 2));
+  }
+
+  /** How much of a blob is taken at once: all of it, unless it is cut. */
+  #knownUnit(blob: BlobState): number {
+    return this.#pace.maySplit ? (this.#units.get(blob) ?? NEVER) : NEVER;
   }
 
   /** A blob's share for each connection, but not so much that its hash falls far behind. */
@@ -5750,7 +5757,7 @@ class Schedule {
   }
 
   #takeBehind(segment: Segment, behind: Segment, answeredTo: number): void {
-    const unit = this.#pace.maySplit ? (this.#units.get(segment.blob) ?? NEVER) : NEVER;
+    const unit = this.#knownUnit(segment.blob);
     segment.to = Math.min(behind.to, behind.at + unit, answeredTo);
     behind.at = segment.to;
     if (behind.isComplete) this.#queued.splice(this.#queued.indexOf(behind), 1);
@@ -11943,6 +11950,7 @@ async function runCommand(
     stdout.write(`imgpull version: ${IMGPULL_VERSION} build date: ${IMGPULL_BUILD_DATE}\n`);
     return;
   }
+
   const command = planCommand(line);
   if (line.switches.has("parsed")) return showCommand(io, command);
   const { "list-tar": listed, verify: verified } = line.values;
@@ -11961,10 +11969,12 @@ async function runCommand(
   if (destination !== undefined) await checkDestinationName(destination);
   if (stdout.isTTY && isStdout(destination))
     usage("the tar is not written to a terminal: redirect stdout");
+
   const options: PullOptions = { ...command.options, environment, signal };
   if (command.isPasswordOnStdin)
     options.password = String(await readStdin(io)).replace(/\r?\n$/, "");
   if (manifest === undefined) return pullForCommand(io, command, references, options);
+
   const puller = new Puller({ ...options, onWarning: say, url: references[0] ?? "" });
   return printManifest(io, puller, manifest);
 }

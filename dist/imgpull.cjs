@@ -3426,7 +3426,7 @@ var Schedule = class {
 	#takeQueued() {
 		const queued = this.#queued.find(({blob}) => this.#hasRoom(blob))
 		if (!queued) return void 0
-		const unit = this.#pace.maySplit ? (this.#units.get(queued.blob) ?? NEVER) : NEVER
+		const unit = this.#knownUnit(queued.blob)
 		if (queued.remainingBytes > 1.5 * unit) {
 			const first = new Segment(queued.blob, [queued.at, queued.at + unit])
 			queued.at = first.to
@@ -3451,6 +3451,9 @@ var Schedule = class {
 	}
 	#kept(segment) {
 		return Math.min(this.#unitOf(segment), Math.ceil(segment.remainingBytes / 2))
+	}
+	#knownUnit(blob) {
+		return this.#pace.maySplit ? (this.#units.get(blob) ?? NEVER) : NEVER
 	}
 	#unitOf({blob, remainingBytes}) {
 		const known = this.#units.get(blob)
@@ -3519,7 +3522,7 @@ var Schedule = class {
 		this.#abandoned.push(idle)
 	}
 	#takeBehind(segment, behind, answeredTo) {
-		const unit = this.#pace.maySplit ? (this.#units.get(segment.blob) ?? NEVER) : NEVER
+		const unit = this.#knownUnit(segment.blob)
 		segment.to = Math.min(behind.to, behind.at + unit, answeredTo)
 		behind.at = segment.to
 		if (behind.isComplete) this.#queued.splice(this.#queued.indexOf(behind), 1)
