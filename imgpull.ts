@@ -5149,6 +5149,8 @@ const nothingOf = (digest: string) => ({
   come: [] as Ranges,
   inPlace: [] as Ranges,
   unrecordedBytes: 0,
+  resumedBytes: 0, // from an earlier run
+  reusedBytes: 0, // from a tar at hand, or from DEST
 });
 
 /** Memory for bytes that came before their turn to be hashed. */
@@ -5210,6 +5212,12 @@ class BlobState {
   get unrecordedBytes(): number {
     return this.#state.unrecordedBytes;
   }
+  get resumedBytes(): number {
+    return this.#state.resumedBytes;
+  }
+  get reusedBytes(): number {
+    return this.#state.reusedBytes;
+  }
 
   /** What of a range, or of all, has not come yet. */
   missing(range: Range = [0, this.descriptor.size]): Ranges {
@@ -5220,6 +5228,7 @@ class BlobState {
   resume(ranges: Ranges): void {
     this.#state.come = ranges;
     this.#state.inPlace = ranges;
+    this.#state.resumedBytes = lengthOf(ranges);
     if (ranges.length === 0) return;
     this.#sources.length = 0;
     this.#restartsLeft += 1;
@@ -5233,6 +5242,7 @@ class BlobState {
       if (from > this.#state.hashedTo && room?.take(piece.length)) this.#early.set(from, piece);
       else this.hashInOrder(from, piece, room);
       this.#state.come = addRange(this.#state.come, [from, to]);
+      if (this.source) this.#state.reusedBytes += piece.length;
       return [from, piece];
     });
   }
@@ -5304,6 +5314,7 @@ class BlobState {
   keep(): void {
     this.#state.come = [[0, this.descriptor.size]];
     this.#state.inPlace = this.#state.come;
+    this.#state.reusedBytes = this.descriptor.size;
     this.#isDone = true;
   }
 
@@ -6639,7 +6650,6 @@ function isPushback(error: unknown): error is ImgpullError {
 class Transfer {
   readonly blobs: readonly BlobState[];
   readonly totalBytes: number;
-  readonly resumedBytes: number;
   readonly signal: AbortSignal;
 
   readonly #session: Session;
@@ -6657,7 +6667,7 @@ class Transfer {
   readonly #crowded = new Set<string>(); // origins that were told of
   readonly #failures: PromiseRejectedResult[] = [];
   #fetchedBytes = 0;
-  #reusedBytes: number;
+  readonly #keptBytes: number;
   #isUnchanged = false;
 
   constructor(options: TransferOptions) {
@@ -6666,8 +6676,7 @@ class Transfer {
     this.#session = { ...session, signal: this.signal };
     this.blobs = blobs;
     this.totalBytes = sizeOf(blobs);
-    this.resumedBytes = sumOf(blobs, ({ doneBytes }) => doneBytes);
-    this.#reusedBytes = keptBytes;
+    this.#keptBytes = keptBytes;
     this.#sink = sink;
     this.#room = sink.readBack && new EarlyRoom();
     this.#observe = observe;
@@ -6677,12 +6686,15 @@ class Transfer {
     this.#schedule = new Schedule({ most, ...(horizon && { horizon }) });
   }
 
-  /** What came over the line, and from tars at hand. */
+  /** All that came over the line; and of what is in place, what did not have to. */
   get fetchedBytes(): number {
     return this.#fetchedBytes;
   }
   get reusedBytes(): number {
-    return this.#reusedBytes;
+    return this.#keptBytes + sumOf(this.blobs, ({ reusedBytes }) => reusedBytes);
+  }
+  get resumedBytes(): number {
+    return sumOf(this.blobs, ({ resumedBytes }) => resumedBytes);
   }
   get activeBlobs(): Set<BlobState> {
     return this.#schedule.activeBlobs;
@@ -6696,7 +6708,6 @@ class Transfer {
   /** DEST has a blob in its place, and it was verified there. */
   keep(blob: BlobState): void {
     blob.keep();
-    this.#reusedBytes += blob.descriptor.size;
     this.#observe(this);
   }
 
@@ -6874,9 +6885,7 @@ class Transfer {
     const { blob } = segment;
     const pieces = blob.accept(segment.at, bytes, this.#room);
     this.#schedule.advance(segment, bytes.length, answeredTo);
-    const newBytes = sumOf(pieces, ([, piece]) => piece.length);
-    if (blob.source) this.#reusedBytes += newBytes;
-    else this.#fetchedBytes += newBytes;
+    if (!blob.source) this.#fetchedBytes += sumOf(pieces, ([, piece]) => piece.length);
     return pieces;
   }
 

@@ -11,6 +11,7 @@ import {
 import * as fs from "node:fs/promises";
 import { join } from "node:path";
 import { test } from "node:test";
+import { pullImages } from "../imgpull.ts";
 import { runCommand, temporaryFolder } from "./support/command.ts";
 import {
   makeArtifact,
@@ -88,6 +89,38 @@ test("an existing DEST is not believed: a damaged blob is fetched, the others ar
   await succeed([reference, dest]);
   assert.deepEqual(fetchedBlobs(registry), [spoiled]);
   await assertRight(t, served, V1);
+});
+
+test("what a tar at hand or an earlier run had wrong is counted as fetched only", async (t) => {
+  const { reference, folder, dest, registry } = await serve(t, V1);
+  const options = { scheme: "http", osType: "linux", archType: "amd64" } as const;
+  const { blobs, layers } = childOf(V1);
+  const allBytes = [...blobs.values()].reduce((sum, { length }) => sum + length, 0);
+  const spoiled = BASE[0]?.digest ?? "";
+  const old = join(folder, "old.tar");
+  await pullImages([reference], old, options);
+  const { offset = NaN } =
+    readTar(readFileSync(old)).find(({ name }) => name === blobName(spoiled)) ?? {};
+  flip(old, offset + 100_000);
+  copyFileSync(old, dest);
+
+  for (const reuse of [[], [old], [old, old]]) {
+    const target = reuse.length === 0 ? dest : join(folder, `${reuse.length}.tar`);
+    const { fetchedBytes, reusedBytes } = await pullImages([reference], target, {
+      ...options,
+      reuse,
+    });
+    assert.equal(fetchedBytes, 200_000);
+    assert.equal(reusedBytes, allBytes - 200_000);
+  }
+
+  const resumed = join(folder, "resumed.tar");
+  const gone = registry.on({ digest: layers[2]?.digest ?? "" }, { status: 404 });
+  await assert.rejects(pullImages([reference], resumed, { ...options, concurrency: 1 }));
+  gone.remove();
+  flip(`${resumed}.partial`, offset + 100_000);
+  const report = await pullImages([reference], resumed, options);
+  assert.equal(report.fetchedBytes + report.resumedBytes, allBytes);
 });
 
 for (const [name, content] of Object.entries({
