@@ -1090,6 +1090,7 @@ function splitReference(text: string) {
 function faultOfReference(text: string): string | undefined {
   if (text === "") return "it is empty";
   if (/^[a-z]+:\/\//i.test(text)) return "write it without the scheme (use `scheme` for http)";
+  if (text.includes(" ")) return "it has a space, a character that no reference has";
   if (/[^\x21-\x7e]/.test(text)) return "it has a character that is not printable ASCII";
   if (text.split("@").length > 2) return "it has more than one @";
 
@@ -1102,6 +1103,7 @@ function faultOfReference(text: string): string | undefined {
   if (name === "") return "the repository is missing";
   if (name !== name.toLowerCase()) return "a repository is written in lower case";
   if (!REPOSITORY.test(name)) return `"${name}" is not a repository name`;
+  if (tag === "") return "the tag behind the : is empty";
   if (tag !== undefined && !TAG.test(tag)) return `"${tag}" is not a tag`;
   if (`${host}/${repository}`.length > 255)
     return "host and repository are longer than 255 characters";
@@ -11540,6 +11542,9 @@ function checkCombinations(line: CommandLine): void {
   const isPasswordOnStdin = switches.has("password-stdin");
   if (values.password !== undefined && isPasswordOnStdin)
     usage("--password and --password-stdin exclude each other");
+  if (isPasswordOnStdin && values.user === undefined) usage("--password-stdin needs --user");
+  if (values.user !== undefined && values.password === undefined && !isPasswordOnStdin)
+    usage("--user needs --password or --password-stdin");
   if (isPasswordOnStdin && from === "-")
     usage("stdin is asked for twice: --password-stdin and --from -");
 
@@ -11558,6 +11563,16 @@ function splitPositionals({ values: { manifest, from }, positionals }: CommandLi
   return { images: positionals.slice(0, -1), destination: positionals.at(-1) };
 }
 
+/** A DEST in an IMAGE's place. Docker's own images, those of one word, have no such names. */
+function checkImages(images: readonly string[], destination: string | undefined): void {
+  const tar = images.find((image) => /^[^/:@]+\.tar$/i.test(image));
+  if (tar === undefined) return;
+
+  const name = printable(tar);
+  if (destination !== undefined) usage(`${name} is no IMAGE: ${DEST_IS_LAST}`);
+  usage(`IMAGE is missing: ${name} is a DEST; --list-tar ${name} says what it holds`);
+}
+
 /** All that the command line asks for, checked as far as that goes without reading anything. */
 function planCommand(line: CommandLine) {
   checkCombinations(line);
@@ -11566,6 +11581,7 @@ function planCommand(line: CommandLine) {
   const options = optionsOf(line);
   const isPasswordOnStdin = switches.has("password-stdin");
   if (destination === "") usage("DEST is empty");
+  checkImages(images, destination);
   if (values.name !== undefined && (images.length !== 1 || values.from !== undefined))
     usage("--name goes with one IMAGE");
 
@@ -11730,6 +11746,13 @@ class Display {
 
 const readStdin = async ({ stdin }: CommandIO): Promise<Buffer> =>
   Buffer.concat((await Readable.from(stdin).toArray()) as Buffer[]);
+
+/** An empty one is a variable that is not set, or a file that is not there: the registry would only say 401. */
+async function readPassword(io: CommandIO): Promise<string> {
+  const password = String(await readStdin(io)).replace(/\r?\n$/, "");
+  if (password === "") usage("--password-stdin: there is no password on stdin");
+  return password;
+}
 
 /** The images of --from. What is not plain in a document is told, as a bundle without it fails on the other side. */
 async function readImageList(
@@ -11974,14 +11997,13 @@ async function runCommand(
   const { destination, manifest } = command;
   const { say } = new Display(io, true);
   const references = [...command.images, ...(await readImageList(io, command.from, say))];
-  if (references.length === 0) usage("no IMAGE is given");
+  if (references.length === 0) usage(`--from ${command.from}: there is no image in it`);
   if (destination !== undefined) await checkDestinationName(destination);
   if (stdout.isTTY && isStdout(destination))
     usage("the tar is not written to a terminal: redirect stdout");
 
   const options: PullOptions = { ...command.options, environment, signal };
-  if (command.isPasswordOnStdin)
-    options.password = String(await readStdin(io)).replace(/\r?\n$/, "");
+  if (command.isPasswordOnStdin) options.password = await readPassword(io);
   if (manifest === undefined) return pullForCommand(io, command, references, options);
 
   const puller = new Puller({ ...options, onWarning: say, url: references[0] ?? "" });

@@ -232,7 +232,22 @@ const MISUSED: [args: string, says: RegExp, options?: MainOptions][] = [
   ["-c c.pem -k k.pem localhost:1/app localhost:2/app a.tar", /--cert/],
   ["-u me --password-stdin --from - a.tar", /stdin/],
   ["--from - a.tar", /bücher/, { stdin: "alpine\nbücher\n" }],
-  ["--from - a.tar", /IMAGE/, { stdin: "# none\n\n" }],
+  ["--from - a.tar", /--from -: there is no image in it/, { stdin: "# none\n\n" }],
+  ["--from - a.tar", /--from -: there is no image in it/, { stdin: "" }],
+  ["alpine: a.tar", /the tag behind the : is empty/],
+  ["--from - a.tar", /"alpine 3": it has a space/, { stdin: "alpine 3\n" }],
+  ["alpine -u me a.tar", /--user needs --password or --password-stdin/],
+  ["alpine --password-stdin a.tar", /--password-stdin needs --user/],
+  [
+    "alpine -u me --password-stdin a.tar",
+    /--password-stdin: there is no password on stdin/,
+    { stdin: "" },
+  ],
+  ["alpine -u me --password-stdin a.tar", /no password on stdin/, { stdin: "\n" }],
+  // A tar where an IMAGE is wanted.
+  ["a.tar", /IMAGE is missing: a\.tar is a DEST; --list-tar a\.tar says what it holds/],
+  ["a.tar -m list", /IMAGE is missing: a\.tar/],
+  ["alpine a.tar b.tar", /a\.tar is no IMAGE: DEST is the last word/],
   // Words of other programs.
   ["alpine -o x.tar", /-o is --os, and x\.tar is no operating system: DEST is the last word/],
   ["alpine -o=./x", /-o is --os.*DEST is the last word/],
