@@ -485,6 +485,7 @@ function splitReference(text) {
 function faultOfReference(text) {
 	if (text === "") return "it is empty"
 	if (/^[a-z]+:\/\//i.test(text)) return "write it without the scheme (use `scheme` for http)"
+	if (text.includes(" ")) return "it has a space, a character that no reference has"
 	if (/[^\x21-\x7e]/.test(text)) return "it has a character that is not printable ASCII"
 	if (text.split("@").length > 2) return "it has more than one @"
 	const {host, repository, name, tag, digest} = splitReference(text)
@@ -496,6 +497,7 @@ function faultOfReference(text) {
 	if (name === "") return "the repository is missing"
 	if (name !== name.toLowerCase()) return "a repository is written in lower case"
 	if (!REPOSITORY.test(name)) return `"${name}" is not a repository name`
+	if (tag === "") return "the tag behind the : is empty"
 	if (tag !== void 0 && !TAG.test(tag)) return `"${tag}" is not a tag`
 	if (`${host}/${repository}`.length > 255) return "host and repository are longer than 255 characters"
 	return void 0
@@ -3091,7 +3093,9 @@ var nothingOf = digest => ({
 	config: [],
 	come: [],
 	inPlace: [],
-	unrecordedBytes: 0
+	unrecordedBytes: 0,
+	resumedBytes: 0,
+	reusedBytes: 0
 })
 var EarlyRoom = class {
 	#leftBytes = TUNING.earlyBytes
@@ -3142,12 +3146,19 @@ var BlobState = class {
 	get unrecordedBytes() {
 		return this.#state.unrecordedBytes
 	}
+	get resumedBytes() {
+		return this.#state.resumedBytes
+	}
+	get reusedBytes() {
+		return this.#state.reusedBytes
+	}
 	missing(range = [0, this.descriptor.size]) {
 		return missingRanges(this.#state.come, range)
 	}
 	resume(ranges) {
 		this.#state.come = ranges
 		this.#state.inPlace = ranges
+		this.#state.resumedBytes = lengthOf(ranges)
 		if (ranges.length === 0) return
 		this.#sources.length = 0
 		this.#restartsLeft += 1
@@ -3159,6 +3170,7 @@ var BlobState = class {
 			if (from > this.#state.hashedTo && room?.take(piece.length)) this.#early.set(from, piece)
 			else this.hashInOrder(from, piece, room)
 			this.#state.come = addRange(this.#state.come, [from, to])
+			if (this.source) this.#state.reusedBytes += piece.length
 			return [from, piece]
 		})
 	}
@@ -3214,6 +3226,7 @@ var BlobState = class {
 	keep() {
 		this.#state.come = [[0, this.descriptor.size]]
 		this.#state.inPlace = this.#state.come
+		this.#state.reusedBytes = this.descriptor.size
 		this.#isDone = true
 	}
 	restart(isFromMirror, room) {
@@ -4130,7 +4143,6 @@ function isPushback(error) {
 var Transfer = class {
 	blobs
 	totalBytes
-	resumedBytes
 	signal
 	#session
 	#sink
@@ -4147,7 +4159,7 @@ var Transfer = class {
 	#crowded = /* @__PURE__ */ new Set()
 	#failures = []
 	#fetchedBytes = 0
-	#reusedBytes
+	#keptBytes
 	#isUnchanged = false
 	constructor(options) {
 		const {session, blobs, sink, observe, journal, keptBytes = 0} = options
@@ -4155,8 +4167,7 @@ var Transfer = class {
 		this.#session = {...session, signal: this.signal}
 		this.blobs = blobs
 		this.totalBytes = sizeOf(blobs)
-		this.resumedBytes = sumOf(blobs, ({doneBytes}) => doneBytes)
-		this.#reusedBytes = keptBytes
+		this.#keptBytes = keptBytes
 		this.#sink = sink
 		this.#room = sink.readBack && new EarlyRoom()
 		this.#observe = observe
@@ -4169,7 +4180,10 @@ var Transfer = class {
 		return this.#fetchedBytes
 	}
 	get reusedBytes() {
-		return this.#reusedBytes
+		return this.#keptBytes + sumOf(this.blobs, ({reusedBytes}) => reusedBytes)
+	}
+	get resumedBytes() {
+		return sumOf(this.blobs, ({resumedBytes}) => resumedBytes)
 	}
 	get activeBlobs() {
 		return this.#schedule.activeBlobs
@@ -4179,7 +4193,6 @@ var Transfer = class {
 	}
 	keep(blob) {
 		blob.keep()
-		this.#reusedBytes += blob.descriptor.size
 		this.#observe(this)
 	}
 	markUnchanged() {
@@ -4322,9 +4335,7 @@ var Transfer = class {
 		const {blob} = segment
 		const pieces = blob.accept(segment.at, bytes, this.#room)
 		this.#schedule.advance(segment, bytes.length, answeredTo)
-		const newBytes = sumOf(pieces, ([, piece]) => piece.length)
-		if (blob.source) this.#reusedBytes += newBytes
-		else this.#fetchedBytes += newBytes
+		if (!blob.source) this.#fetchedBytes += sumOf(pieces, ([, piece]) => piece.length)
 		return pieces
 	}
 	async #write(blob, position, chunks) {
@@ -7630,6 +7641,9 @@ function checkCombinations(line) {
 	checkTask(task, line)
 	const isPasswordOnStdin = switches.has("password-stdin")
 	if (values.password !== void 0 && isPasswordOnStdin) usage("--password and --password-stdin exclude each other")
+	if (isPasswordOnStdin && values.user === void 0) usage("--password-stdin needs --user")
+	if (values.user !== void 0 && values.password === void 0 && !isPasswordOnStdin)
+		usage("--user needs --password or --password-stdin")
 	if (isPasswordOnStdin && from === "-") usage("stdin is asked for twice: --password-stdin and --from -")
 	const isLooking = task === "verify" || task === "list-tar"
 	if (isLooking && positionals.length > 0) usage(`--${task} takes one tar, and no IMAGE or DEST`)
@@ -7643,6 +7657,13 @@ function splitPositionals({values: {manifest, from}, positionals}) {
 	if (!isDestinationThere) return {images: positionals}
 	return {images: positionals.slice(0, -1), destination: positionals.at(-1)}
 }
+function checkImages(images, destination) {
+	const tar = images.find(image => /^[^/:@]+\.tar$/i.test(image))
+	if (tar === void 0) return
+	const name = printable(tar)
+	if (destination !== void 0) usage(`${name} is no IMAGE: ${DEST_IS_LAST}`)
+	usage(`IMAGE is missing: ${name} is a DEST; --list-tar ${name} says what it holds`)
+}
 function planCommand(line) {
 	checkCombinations(line)
 	const {values, switches} = line
@@ -7650,6 +7671,7 @@ function planCommand(line) {
 	const options = optionsOf(line)
 	const isPasswordOnStdin = switches.has("password-stdin")
 	if (destination === "") usage("DEST is empty")
+	checkImages(images, destination)
 	if (values.name !== void 0 && (images.length !== 1 || values.from !== void 0)) usage("--name goes with one IMAGE")
 	const passwordToCome = isPasswordOnStdin ? {password: ""} : {}
 	new Puller({...options, ...passwordToCome, url: "any/image"})
@@ -7775,6 +7797,11 @@ var Display = class {
 	}
 }
 var readStdin = async ({stdin}) => Buffer.concat(await import_node_stream.Readable.from(stdin).toArray())
+async function readPassword(io) {
+	const password = String(await readStdin(io)).replace(/\r?\n$/, "")
+	if (password === "") usage("--password-stdin: there is no password on stdin")
+	return password
+}
 async function readImageList(io, from, say) {
 	if (from === void 0) return []
 	const refuse = error => usage(`cannot read --from ${from}: ${diskWords(error)}`)
@@ -7969,11 +7996,11 @@ async function runCommand(argv, io, signal) {
 	const {destination, manifest} = command
 	const {say} = new Display(io, true)
 	const references = [...command.images, ...(await readImageList(io, command.from, say))]
-	if (references.length === 0) usage("no IMAGE is given")
+	if (references.length === 0) usage(`--from ${command.from}: there is no image in it`)
 	if (destination !== void 0) await checkDestinationName(destination)
 	if (stdout.isTTY && isStdout(destination)) usage("the tar is not written to a terminal: redirect stdout")
 	const options = {...command.options, environment, signal}
-	if (command.isPasswordOnStdin) options.password = String(await readStdin(io)).replace(/\r?\n$/, "")
+	if (command.isPasswordOnStdin) options.password = await readPassword(io)
 	if (manifest === void 0) return pullForCommand(io, command, references, options)
 	const puller = new Puller({...options, onWarning: say, url: references[0] ?? ""})
 	return printManifest(io, puller, manifest)

@@ -461,6 +461,7 @@ function splitReference(text) {
 function faultOfReference(text) {
 	if (text === "") return "it is empty"
 	if (/^[a-z]+:\/\//i.test(text)) return "write it without the scheme (use `scheme` for http)"
+	if (text.includes(" ")) return "it has a space, a character that no reference has"
 	if (/[^\x21-\x7e]/.test(text)) return "it has a character that is not printable ASCII"
 	if (text.split("@").length > 2) return "it has more than one @"
 	const {host, repository, name, tag, digest} = splitReference(text)
@@ -472,6 +473,7 @@ function faultOfReference(text) {
 	if (name === "") return "the repository is missing"
 	if (name !== name.toLowerCase()) return "a repository is written in lower case"
 	if (!REPOSITORY.test(name)) return `"${name}" is not a repository name`
+	if (tag === "") return "the tag behind the : is empty"
 	if (tag !== void 0 && !TAG.test(tag)) return `"${tag}" is not a tag`
 	if (`${host}/${repository}`.length > 255) return "host and repository are longer than 255 characters"
 	return void 0
@@ -3063,7 +3065,9 @@ var nothingOf = digest => ({
 	config: [],
 	come: [],
 	inPlace: [],
-	unrecordedBytes: 0
+	unrecordedBytes: 0,
+	resumedBytes: 0,
+	reusedBytes: 0
 })
 var EarlyRoom = class {
 	#leftBytes = TUNING.earlyBytes
@@ -3114,12 +3118,19 @@ var BlobState = class {
 	get unrecordedBytes() {
 		return this.#state.unrecordedBytes
 	}
+	get resumedBytes() {
+		return this.#state.resumedBytes
+	}
+	get reusedBytes() {
+		return this.#state.reusedBytes
+	}
 	missing(range = [0, this.descriptor.size]) {
 		return missingRanges(this.#state.come, range)
 	}
 	resume(ranges) {
 		this.#state.come = ranges
 		this.#state.inPlace = ranges
+		this.#state.resumedBytes = lengthOf(ranges)
 		if (ranges.length === 0) return
 		this.#sources.length = 0
 		this.#restartsLeft += 1
@@ -3131,6 +3142,7 @@ var BlobState = class {
 			if (from > this.#state.hashedTo && room?.take(piece.length)) this.#early.set(from, piece)
 			else this.hashInOrder(from, piece, room)
 			this.#state.come = addRange(this.#state.come, [from, to])
+			if (this.source) this.#state.reusedBytes += piece.length
 			return [from, piece]
 		})
 	}
@@ -3186,6 +3198,7 @@ var BlobState = class {
 	keep() {
 		this.#state.come = [[0, this.descriptor.size]]
 		this.#state.inPlace = this.#state.come
+		this.#state.reusedBytes = this.descriptor.size
 		this.#isDone = true
 	}
 	restart(isFromMirror, room) {
@@ -4102,7 +4115,6 @@ function isPushback(error) {
 var Transfer = class {
 	blobs
 	totalBytes
-	resumedBytes
 	signal
 	#session
 	#sink
@@ -4119,7 +4131,7 @@ var Transfer = class {
 	#crowded = /* @__PURE__ */ new Set()
 	#failures = []
 	#fetchedBytes = 0
-	#reusedBytes
+	#keptBytes
 	#isUnchanged = false
 	constructor(options) {
 		const {session, blobs, sink, observe, journal, keptBytes = 0} = options
@@ -4127,8 +4139,7 @@ var Transfer = class {
 		this.#session = {...session, signal: this.signal}
 		this.blobs = blobs
 		this.totalBytes = sizeOf(blobs)
-		this.resumedBytes = sumOf(blobs, ({doneBytes}) => doneBytes)
-		this.#reusedBytes = keptBytes
+		this.#keptBytes = keptBytes
 		this.#sink = sink
 		this.#room = sink.readBack && new EarlyRoom()
 		this.#observe = observe
@@ -4141,7 +4152,10 @@ var Transfer = class {
 		return this.#fetchedBytes
 	}
 	get reusedBytes() {
-		return this.#reusedBytes
+		return this.#keptBytes + sumOf(this.blobs, ({reusedBytes}) => reusedBytes)
+	}
+	get resumedBytes() {
+		return sumOf(this.blobs, ({resumedBytes}) => resumedBytes)
 	}
 	get activeBlobs() {
 		return this.#schedule.activeBlobs
@@ -4151,7 +4165,6 @@ var Transfer = class {
 	}
 	keep(blob) {
 		blob.keep()
-		this.#reusedBytes += blob.descriptor.size
 		this.#observe(this)
 	}
 	markUnchanged() {
@@ -4294,9 +4307,7 @@ var Transfer = class {
 		const {blob} = segment
 		const pieces = blob.accept(segment.at, bytes, this.#room)
 		this.#schedule.advance(segment, bytes.length, answeredTo)
-		const newBytes = sumOf(pieces, ([, piece]) => piece.length)
-		if (blob.source) this.#reusedBytes += newBytes
-		else this.#fetchedBytes += newBytes
+		if (!blob.source) this.#fetchedBytes += sumOf(pieces, ([, piece]) => piece.length)
 		return pieces
 	}
 	async #write(blob, position, chunks) {

@@ -92,14 +92,14 @@ describe("interop: onward into a registry", { skip }, () => {
   }
 
   /** A block of the page, for a folder of our registry, which has no TLS. */
-  function runBlock(pattern: RegExp, folderThere: string): void {
+  function runBlock(pattern: RegExp, folderThere: string, cwd = folder): void {
     const block = readmeBlocks("sh").find(({ text }) => pattern.test(text));
     assert.ok(block, `${pattern}`);
     const script = block.text
       .replaceAll("registry.there.example", `${target.host}/${folderThere}`)
       .replaceAll("regctl image", `regctl --host reg=${target.host},tls=disabled image`)
       .replaceAll("oras cp", "oras cp --to-plain-http");
-    const { status, stderr } = inShell(script, folder);
+    const { status, stderr } = inShell(script, cwd);
     assert.equal(status, 0, `${script}\n${stderr}`);
   }
 
@@ -127,7 +127,7 @@ describe("interop: onward into a registry", { skip }, () => {
   });
 
   test("so does one with oras", async () => {
-    runBlock(/oras cp --from-oci-layout "/, "by-oras");
+    runBlock(/oras cp --from-oci-layout-path bundle/, "by-oras");
     await assertThere("by-oras");
   });
 
@@ -162,6 +162,17 @@ describe("interop: onward into a registry", { skip }, () => {
     await skopeo("copy", "--all", "--dest-tls-verify=false", `oci-archive:${tar}`, there);
     for (const program of ["regctl", "oras", "skopeo"])
       assert.equal(await digestThere(`index/${program}:1`), INDEX.digest, program);
+  });
+
+  test("the loops keep an index with all its platforms, too", async () => {
+    const name = `${source.host}/org/whole:1`;
+    await pushIndex(name);
+    const cwd = interopFolder("whole");
+    await imgpull([name, join(cwd, "bundle.tar"), ...HTTP, "--platform", "all"]);
+    runBlock(/regctl image import/, "whole-by-regctl", cwd);
+    runBlock(/oras cp --from-oci-layout-path bundle/, "whole-by-oras", cwd);
+    for (const program of ["regctl", "oras"])
+      assert.equal(await digestThere(`whole-by-${program}/org/whole:1`), INDEX.digest, program);
   });
 
   test("a tar in parts is verified and loaded from a pipe", async () => {
