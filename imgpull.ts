@@ -37,6 +37,7 @@
  */
 
 // ====== 1. Imports, media types, limits ======
+import type { ExecFileException } from "node:child_process";
 import type { Hash, KeyObject } from "node:crypto";
 import { once, setMaxListeners } from "node:events";
 import {
@@ -2403,9 +2404,10 @@ type CredentialOwner = Readonly<{ reference: Reference; scheme: string; role: Ro
 
 /** The credential for a repository: the options' own, or that of the first place which knows its registry. */
 async function findCredential(
-  settings: Settings,
+  session: Session,
   owner: CredentialOwner,
 ): Promise<Credential | undefined> {
+  const { settings } = session;
   const fromOptions = owner.role === "registry" ? credentialOfOptions(settings) : undefined;
   if (fromOptions) return fromOptions;
 
@@ -2419,7 +2421,7 @@ async function findCredential(
     const json = parseJson(text);
     if (!isRecord(json)) return fail("CREDENTIALS", `${source} is not a JSON object`);
     const content = place.isAuthsOnly ? { auths: json } : json;
-    const credential = credentialIn({ ...content, source }, owner, environment);
+    const credential = await credentialIn({ ...content, source }, owner, session);
     if (credential) return credential;
   }
 
@@ -2462,11 +2464,11 @@ interface CredentialFile {
 }
 
 /** The credential that one file has for a repository: its helper, its store, or an entry of `auths`. */
-function credentialIn(
+async function credentialIn(
   { source, auths, credHelpers, credsStore }: CredentialFile,
   { reference, scheme }: CredentialOwner,
-  environment: Environment,
-): Credential | undefined {
+  session: Session,
+): Promise<Credential | undefined> {
   const { host } = reference;
   const wanted = normalizeAuthKey(placeOf(reference), scheme);
   const isName = (value: unknown): value is string => typeof value === "string" && value !== "";
@@ -2476,7 +2478,7 @@ function credentialIn(
   const helper = longestPath(entriesOfHost(credHelpers, wanted, scheme, isName), wanted)?.value;
   const program = helper ?? credsStore;
   const server = host === "docker.io" ? "https://index.docker.io/v1/" : host;
-  const fromHelper = isName(program) && runCredentialHelper(program, server, environment);
+  const fromHelper = isName(program) && (await askHelperOnce(program, server, session));
   if (fromHelper) return fromHelper;
 
   const entries = entriesOfHost(auths, wanted, scheme, isFilled);
@@ -2551,32 +2553,78 @@ function decodeAuthEntry(entry: Record<string, unknown>, source: string): Creden
 /** Whether a header can carry it as one word; anything else could end the header and begin another. */
 const isHeaderWord = (text: string): boolean => /^[\x21-\x7e]+$/.test(text);
 
-/** docker-credential-NAME: the server on stdin, JSON on stdout (docker/docker-credential-helpers). */
-function runCredentialHelper(
-  name: string,
-  server: string,
-  environment: Environment,
-): Credential | undefined {
-  const source = `docker-credential-${name}`;
-  const refuse = (reason: string): never =>
-    fail("CREDENTIALS", `the credential helper ${printable(source)} ${reason}`);
-  if (!/^[\w.+-]+$/.test(name)) refuse("has a name that is not one");
+/** What a helper said, and why it did not end well. */
+type HelperEnd = Readonly<{
+  stdout: string;
+  stderr: string;
+  failure: ExecFileException | null;
+}>;
 
-  const { status, stdout, stderr, error } = load("node:child_process").spawnSync(source, ["get"], {
-    input: server,
+/** Runs beside us, since it may ask a person: meanwhile Ctrl-C is heard, and the library's caller gets on. */
+function runHelper(
+  program: string,
+  input: string,
+  { environment }: Settings,
+  signal: AbortSignal,
+): Promise<HelperEnd> {
+  const options = {
     env: { ...environment },
     timeout: LIMITS.helperMs,
     killSignal: "SIGKILL", // what it may trap or ignore does not end it
     maxBuffer: LIMITS.tokenBytes,
     encoding: "utf8",
+  } as const;
+  return new Promise((resolve) => {
+    const { execFile } = load("node:child_process");
+    const child = execFile(program, ["get"], options, (failure, stdout, stderr) => {
+      signal.removeEventListener("abort", stop);
+      resolve({ failure, stdout, stderr });
+    });
+    const stop = () => {
+      child.kill("SIGKILL"); // execFile's own signal would send what can be trapped,
+      child.stdout?.destroy(); // and what the helper has started may hold its output open
+      child.stderr?.destroy();
+    };
+    signal.addEventListener("abort", stop);
+    child.stdin?.on("error", ignore).end(input); // it may end without reading it
   });
-  if (errorCodeOf(error) === "ENOENT") refuse("cannot be run: it is not on the PATH");
-  // EPIPE: it has ended without reading its stdin, which says nothing of its answer.
-  if (error && errorCodeOf(error) !== "EPIPE") refuse(`cannot be run: ${errorCodeOf(error)}`);
+}
 
-  if (status !== 0 && /credentials not found/i.test(`${stdout}${stderr}`)) return undefined;
+/** Repositories of one host that are resolved side by side ask once: a person may have to answer. */
+function askHelperOnce(
+  name: string,
+  server: string,
+  session: Session,
+): Promise<Credential | undefined> {
+  const key = `${name} ${server}`;
+  const asking = session.helpers.get(key) ?? askHelper(name, server, session);
+  session.helpers.set(key, asking);
+  return asking;
+}
+
+/** docker-credential-NAME: the server on stdin, JSON on stdout (docker/docker-credential-helpers). */
+async function askHelper(
+  name: string,
+  server: string,
+  { settings, signal }: Session,
+): Promise<Credential | undefined> {
+  const source = `docker-credential-${name}`;
+  const refuse = (reason: string): never =>
+    fail("CREDENTIALS", `the credential helper ${printable(source)} ${reason}`);
+  if (!/^[\w.+-]+$/.test(name)) refuse("has a name that is not one");
+
+  const { stdout, stderr, failure } = await runHelper(source, server, settings, signal);
+  if (signal.aborted) fail("ABORTED", "stopped");
+  const code = failure?.code; // the exit code, or a word of Node's
+  if (typeof code === "string") {
+    if (code === "ENOENT") refuse("cannot be run: it is not on the PATH");
+    refuse(`cannot be run: ${code}`);
+  }
+  if (failure?.killed) refuse(`has not answered in ${LIMITS.helperMs / 1000} s`);
+
+  if (failure && /credentials not found/i.test(`${stdout}${stderr}`)) return undefined;
   // Of its stdout nothing is shown: a Secret may be in it.
-  if (status !== 0) refuse(`failed: ${printable(stderr) || `exit code ${status}`}`);
+  if (failure) refuse(`failed: ${printable(stderr) || `exit code ${code ?? failure.signal}`}`);
 
   if (stdout.trim() === "") return undefined; // as `{}`: it has none
   const answer = parseJson(stdout);
@@ -2804,6 +2852,7 @@ function parseToken(body: Buffer, now: number): Authorization | undefined {
  *  repository, what is in memory, and which mirrors fail. */
 interface Session extends RequestContext {
   readonly challenges: Map<string, readonly Challenge[]>;
+  readonly helpers: Map<string, Promise<Credential | undefined>>; // what credential helpers answer
   readonly registries: Map<string, Registry>;
   readonly budget: Budget;
   readonly mirrorFaults: MirrorFaults;
@@ -2968,7 +3017,7 @@ class Authorizer {
   /** Looked up when a registry asks for it first; storage hosts and other origins never get it. */
   async #credentialFor(origin: string): Promise<Credential | undefined> {
     if (this.#refusedCredential || origin !== this.#registryOrigin) return undefined;
-    this.#lookup ??= findCredential(this.#session.settings, this.#owner);
+    this.#lookup ??= findCredential(this.#session, this.#owner);
     const credential = await this.#lookup;
     this.#session.secrets.add(credential?.secret);
     return credential;
@@ -8653,6 +8702,7 @@ async function withSession<T>(
       warn,
       secrets,
       challenges: new Map(),
+      helpers: new Map(),
       registries: new Map(),
       budget: new Budget(),
       mirrorFaults: new MirrorFaults(),

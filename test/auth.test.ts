@@ -3,12 +3,14 @@ import assert from "node:assert/strict";
 import { chmodSync, existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { describe, test } from "node:test";
+import { setTimeout as delay } from "node:timers/promises";
 import { internals } from "../imgpull.ts";
 import { makeAuthority } from "./support/certificates.ts";
 import {
   cleanEnvironment,
   runCommand,
   SECRETS,
+  startCommand,
   type TestScope,
   temporaryFolder,
   USER,
@@ -954,6 +956,33 @@ describe("credential helpers", () => {
       if (fails) assert.deepEqual(registry.tokenRequests(), []);
     });
   }
+
+  test("Ctrl-C is heard while a helper waits, whatever it traps", async (t) => {
+    const { reference, registry } = await serve(t, { mode: "basic" });
+    const { path, isAsked } = helper(t, "trap '' INT TERM; exec sleep 30");
+    const tar = join(temporaryFolder(t), "image.tar");
+    const env = { PATH: path, DOCKER_AUTH_CONFIG: '{"credsStore":"test"}' };
+    const running = startCommand([reference, tar, "--scheme", "http"], { env, guardMs: 10_000 });
+    while (!isAsked()) await delay(20);
+    running.child.kill("SIGINT");
+    const { exitCode } = await running.result;
+    assert.equal(exitCode, 130);
+    assert.equal(registry.requests.length, 1);
+  });
+
+  test("two repositories of one host ask their helper once", async (t) => {
+    const { reference, registry } = await serve(t, { mode: "basic" });
+    registry.add(makeImage({ seed: "other" }), "team/other", "1.0");
+    const counted = join(temporaryFolder(t), "counted");
+    const { path } = helper(t, `echo x >> ${counted}; ${RIGHT}`);
+    const tar = join(temporaryFolder(t), "image.tar");
+    const env = { PATH: path, DOCKER_AUTH_CONFIG: '{"credsStore":"test"}' };
+    const images = [reference, reference.replace("team/app", "team/other")];
+    const args = ["--scheme", "http", "--platform", "linux/amd64"];
+    const { exitCode, stderr } = await runCommand([...images, tar, ...args], { env });
+    assert.equal(exitCode, 0, stderr);
+    assert.equal(readFileSync(counted, "utf8"), "x\n");
+  });
 
   test("a helper is not run for a registry that asks for nothing", async (t) => {
     const { reference } = await serve(t, { mode: "none" });
