@@ -3815,6 +3815,9 @@ function parseManifest(
   const isOldLabel = mediaType === DOCKER_MANIFEST && OLD_CONFIG_LABELS.includes(config.mediaType);
   if (isOldLabel) config.mediaType = CONFIG_TYPES[0] as string;
   const layers = ((json.layers ?? []) as unknown[]).map((layer) => parseDescriptor(layer, where));
+  const falselyEmpty = [config, ...layers].find(isFalselyEmpty);
+  if (falselyEmpty)
+    refuse("PROTOCOL", `${falselyEmpty.digest} is said to have no bytes, and is not their digest`);
   return { kind: "image", config, layers };
 }
 
@@ -3827,6 +3830,10 @@ function isAmbiguous(json: Record<string, unknown>, mediaType: string): boolean 
   const isOtherType = isKnownType && INDEX_TYPES.includes(mediaType) !== isIndex;
   return isIndex === isImage || (isIndex && hasLayers) || isOtherType;
 }
+
+/** Nothing is asked for where there are no bytes, so nothing but this bounds how many such there can be. */
+const isFalselyEmpty = ({ digest, size }: Descriptor): boolean =>
+  size === 0 && digestOf(Buffer.alloc(0), digest) !== digest;
 
 /** A descriptor whose digest and size can be relied on to be a digest and a size. */
 function parseDescriptor(value: unknown, where: string): Descriptor {

@@ -1256,7 +1256,8 @@ var CREDENTIAL_PLACES = [
 	},
 	{file: environment => below(homeOf(environment), ".dockercfg"), isAuthsOnly: true}
 ]
-async function findCredential(settings, owner) {
+async function findCredential(session, owner) {
+	const {settings} = session
 	const fromOptions = owner.role === "registry" ? credentialOfOptions(settings) : void 0
 	if (fromOptions) return fromOptions
 	const {environment} = settings
@@ -1268,7 +1269,7 @@ async function findCredential(settings, owner) {
 		const json = parseJson(text)
 		if (!isRecord(json)) return fail("CREDENTIALS", `${source} is not a JSON object`)
 		const content = place.isAuthsOnly ? {auths: json} : json
-		const credential = credentialIn({...content, source}, owner, environment)
+		const credential = await credentialIn({...content, source}, owner, session)
 		if (credential) return credential
 	}
 	return void 0
@@ -1290,7 +1291,7 @@ async function readCredentialFile(file, variable) {
 	}
 	return fail("CREDENTIALS", `${what}: too large for a credential file`)
 }
-function credentialIn({source, auths, credHelpers, credsStore}, {reference, scheme}, environment) {
+async function credentialIn({source, auths, credHelpers, credsStore}, {reference, scheme}, session) {
 	const {host} = reference
 	const wanted = normalizeAuthKey(placeOf(reference), scheme)
 	const isName = value => typeof value === "string" && value !== ""
@@ -1298,7 +1299,7 @@ function credentialIn({source, auths, credHelpers, credsStore}, {reference, sche
 	const helper = longestPath(entriesOfHost(credHelpers, wanted, scheme, isName), wanted)?.value
 	const program = helper ?? credsStore
 	const server = host === "docker.io" ? "https://index.docker.io/v1/" : host
-	const fromHelper = isName(program) && runCredentialHelper(program, server, environment)
+	const fromHelper = isName(program) && (await askHelperOnce(program, server, session))
 	if (fromHelper) return fromHelper
 	const entries = entriesOfHost(auths, wanted, scheme, isFilled)
 	const entry = longestPath(entries, wanted) ?? entries[0]
@@ -1339,22 +1340,49 @@ function decodeAuthEntry(entry, source) {
 	return {...common, kind: "basic", secret: password}
 }
 var isHeaderWord = text => /^[\x21-\x7e]+$/.test(text)
-function runCredentialHelper(name, server, environment) {
-	const source = `docker-credential-${name}`
-	const refuse = reason => fail("CREDENTIALS", `the credential helper ${printable(source)} ${reason}`)
-	if (!/^[\w.+-]+$/.test(name)) refuse("has a name that is not one")
-	const {status, stdout, stderr, error} = load("node:child_process").spawnSync(source, ["get"], {
-		input: server,
+function runHelper(program, input, {environment}, signal) {
+	const options = {
 		env: {...environment},
 		timeout: LIMITS.helperMs,
 		killSignal: "SIGKILL",
 		maxBuffer: LIMITS.tokenBytes,
 		encoding: "utf8"
+	}
+	return new Promise(resolve2 => {
+		const {execFile} = load("node:child_process")
+		const child = execFile(program, ["get"], options, (failure, stdout, stderr) => {
+			signal.removeEventListener("abort", stop)
+			resolve2({failure, stdout, stderr})
+		})
+		const stop = () => {
+			child.kill("SIGKILL")
+			child.stdout?.destroy()
+			child.stderr?.destroy()
+		}
+		signal.addEventListener("abort", stop)
+		child.stdin?.on("error", ignore).end(input)
 	})
-	if (errorCodeOf(error) === "ENOENT") refuse("cannot be run: it is not on the PATH")
-	if (error && errorCodeOf(error) !== "EPIPE") refuse(`cannot be run: ${errorCodeOf(error)}`)
-	if (status !== 0 && /credentials not found/i.test(`${stdout}${stderr}`)) return void 0
-	if (status !== 0) refuse(`failed: ${printable(stderr) || `exit code ${status}`}`)
+}
+function askHelperOnce(name, server, session) {
+	const key = `${name} ${server}`
+	const asking = session.helpers.get(key) ?? askHelper(name, server, session)
+	session.helpers.set(key, asking)
+	return asking
+}
+async function askHelper(name, server, {settings, signal}) {
+	const source = `docker-credential-${name}`
+	const refuse = reason => fail("CREDENTIALS", `the credential helper ${printable(source)} ${reason}`)
+	if (!/^[\w.+-]+$/.test(name)) refuse("has a name that is not one")
+	const {stdout, stderr, failure} = await runHelper(source, server, settings, signal)
+	if (signal.aborted) fail("ABORTED", "stopped")
+	const code = failure?.code
+	if (typeof code === "string") {
+		if (code === "ENOENT") refuse("cannot be run: it is not on the PATH")
+		refuse(`cannot be run: ${code}`)
+	}
+	if (failure?.killed) refuse(`has not answered in ${LIMITS.helperMs / 1e3} s`)
+	if (failure && /credentials not found/i.test(`${stdout}${stderr}`)) return void 0
+	if (failure) refuse(`failed: ${printable(stderr) || `exit code ${code ?? failure.signal}`}`)
 	if (stdout.trim() === "") return void 0
 	const answer = parseJson(stdout)
 	if (!isRecord(answer)) return refuse("answered what is not a JSON object")
@@ -1616,7 +1644,7 @@ var Authorizer = class {
 	}
 	async #credentialFor(origin) {
 		if (this.#refusedCredential || origin !== this.#registryOrigin) return void 0
-		this.#lookup ??= findCredential(this.#session.settings, this.#owner)
+		this.#lookup ??= findCredential(this.#session, this.#owner)
 		const credential = await this.#lookup
 		this.#session.secrets.add(credential?.secret)
 		return credential
@@ -2159,6 +2187,8 @@ function parseManifest({bytes, mediaType}, where) {
 	const isOldLabel = mediaType === DOCKER_MANIFEST && OLD_CONFIG_LABELS.includes(config.mediaType)
 	if (isOldLabel) config.mediaType = CONFIG_TYPES[0]
 	const layers = (json.layers ?? []).map(layer => parseDescriptor(layer, where))
+	const falselyEmpty = [config, ...layers].find(isFalselyEmpty)
+	if (falselyEmpty) refuse("PROTOCOL", `${falselyEmpty.digest} is said to have no bytes, and is not their digest`)
 	return {kind: "image", config, layers}
 }
 function isAmbiguous(json, mediaType) {
@@ -2169,6 +2199,7 @@ function isAmbiguous(json, mediaType) {
 	const isOtherType = isKnownType && INDEX_TYPES.includes(mediaType) !== isIndex2
 	return isIndex2 === isImage2 || (isIndex2 && hasLayers) || isOtherType
 }
+var isFalselyEmpty = ({digest, size}) => size === 0 && digestOf(Buffer.alloc(0), digest) !== digest
 function parseDescriptor(value, where) {
 	const refuse = reason => fail("PROTOCOL", `${where}: ${reason}`)
 	if (!isRecord(value)) return refuse("a descriptor is not an object")
@@ -5573,6 +5604,7 @@ async function withSession(options, run, replaced = {}) {
 			warn,
 			secrets,
 			challenges: /* @__PURE__ */ new Map(),
+			helpers: /* @__PURE__ */ new Map(),
 			registries: /* @__PURE__ */ new Map(),
 			budget: new Budget(),
 			mirrorFaults: new MirrorFaults(),

@@ -96,6 +96,13 @@ function nestedIndexes(width: number, depth: number, path = ""): TestContent {
 const many = <T>(count: number, make: (at: number) => T) =>
   Array.from({ length: count }, (_, at) => make(at));
 
+/** A layer without bytes under a digest of its own, which cannot be right. */
+const emptyLayer = (at: number) => ({
+  mediaType: MEDIA.ociGzip,
+  digest: `sha256:${`${at}`.padStart(64, "0")}`,
+  size: 0,
+});
+
 type Member = [name: string, content: () => TestContent, words: RegExp, most: number];
 
 const MEMBERS: Member[] = [
@@ -116,6 +123,17 @@ const MEMBERS: Member[] = [
     () => nestedIndexes(40, 3),
     /its indexes name more than 2048 manifests/,
     2200,
+  ],
+  [
+    "20,000 layers of no bytes",
+    () =>
+      makeManifest(MEDIA.ociManifest, {
+        schemaVersion: 2,
+        config,
+        layers: many(20_000, emptyLayer),
+      }),
+    /is said to have no bytes, and is not their digest/,
+    1,
   ],
   ["an index of 1,025 entries", () => indexOf(many(1025, largeOnce)), /more than 1024 entries/, 1],
 ];
