@@ -151,7 +151,8 @@ const TUNING = Object.freeze({
   noise: 0.1, // a trial has to bring more than that
   fastBytesPerMs: 32_000, // of one connection: from there on a trial has to be worth more,
   fastNoise: 0.3, // has to bring more,
-  fastMeasureMs: 500, // and does not begin sooner
+  fastMeasureMs: 500, // does not begin sooner,
+  fastWorthMs: 3000, // nor with less work left
   trialChances: 2, // stretches in which it can show that
   firstMeasureMs: 40, // stretches over which bytes are counted, the very first one
   measureMs: 80, // and all others
@@ -159,8 +160,7 @@ const TUNING = Object.freeze({
   worthTryingMs: 500, // of work that is left
   promptMs: 20, // answers that are later than three times the quickest, and that, had to be fetched first
   lateMs: 500, // and five times the quickest: a range that is not answered by then is left to its neighbour
-  busyLoop: 0.85, // share of Node's event loop that is in use, over judgeMs:
-  judgeMs: 100, // from there on the processor is the limit
+  busyLoop: 0.95, // share of Node's event loop that can be in use: no trial brings more than what is missing to that
   tickMs: 20, // how often all this is looked at
   addressMs: 3000, // for each of a host's addresses but the last: one lost packet on a slow line is no reason to give up
   readerPollMs: 50, // DEST that is a pipe: how soon we see that somebody reads it
@@ -5421,11 +5421,12 @@ type Sample = Readonly<{
   flowing: number;
   /** How long an answer takes. */
   waitMs: number;
-  isProcessorFull: boolean;
+  /** How long our own processor has been at work so far. */
+  busyMs: number;
 }>;
 
-/** What so many connections brought in a stretch of time. */
-type Measured = Readonly<{ connections: number; bytesPerMs: number }>;
+/** What so many connections brought in a stretch of time, and the share of it in which we were at work. */
+type Measured = Readonly<{ connections: number; bytesPerMs: number; busy: number }>;
 
 /** More connections were opened: is the line faster than with those before? */
 type Trial = { readonly against: Measured; readonly sinceMs: number; chances: number };
@@ -5434,6 +5435,10 @@ type Trial = { readonly against: Measured; readonly sinceMs: number; chances: nu
  *  megabytes away that are under way, and so it waits for better figures, adds fewer, and has to bring more. */
 const isFast = ({ connections, bytesPerMs }: Measured): boolean =>
   bytesPerMs / connections > TUNING.fastBytesPerMs;
+
+/** By how much a trial has to be faster. */
+const noiseOf = (measured: Measured): number =>
+  isFast(measured) ? TUNING.fastNoise : TUNING.noise;
 
 /** How many connections are worth having. A few at first. More are tried as long as that makes the whole faster by more
  *  than noise; where it does not, we go back to what there was before, and try again later, or once the line is slower. */
@@ -5445,6 +5450,7 @@ class Pace {
   #start: Sample | undefined; // of the stretch that is being measured
   #held: Measured | undefined; // what the last trial came to
   #trial: Trial | undefined;
+  #wasSlower = false; // in the last stretch
   #sinceMs = 0; // that bytes come
   #nextTrialMs = 0;
   #pauseMs: number = TUNING.trialPauseMs;
@@ -5480,7 +5486,8 @@ class Pace {
 
     this.#start = sample; // the next stretch
     const bytesPerMs = (sample.cameBytes - start.cameBytes) / elapsedMs;
-    this.#judge({ connections: sample.open, bytesPerMs }, sample);
+    const busy = (sample.busyMs - start.busyMs) / elapsedMs;
+    this.#judge({ connections: sample.open, bytesPerMs, busy }, sample);
   }
 
   /** New connections have to be made and answered before they can be judged. */
@@ -5497,7 +5504,9 @@ class Pace {
     else this.#held ??= measured;
 
     const held = this.#held as Measured;
-    const isSlower = measured.bytesPerMs < 0.6 * held.bytesPerMs;
+    const isSlow = measured.bytesPerMs < 0.6 * held.bytesPerMs;
+    const isSlower = isSlow && this.#wasSlower; // one such stretch may be a hiccup
+    this.#wasSlower = isSlow;
     if (isSlower) this.#nextTrialMs = sample.nowMs;
     if (isSlower || measured.bytesPerMs > held.bytesPerMs) this.#held = measured;
     if (!this.#trial && sample.nowMs >= this.#nextTrialMs) this.#try(measured, sample);
@@ -5505,8 +5514,7 @@ class Pace {
 
   #judgeTrial(measured: Measured, nowMs: number): void {
     const trial = this.#trial as Trial;
-    const noise = isFast(trial.against) ? TUNING.fastNoise : TUNING.noise;
-    const isFaster = measured.bytesPerMs > trial.against.bytesPerMs * (1 + noise);
+    const isFaster = measured.bytesPerMs > trial.against.bytesPerMs * (1 + noiseOf(trial.against));
     trial.chances -= 1;
     if (!isFaster && trial.chances > 0) return;
 
@@ -5520,22 +5528,20 @@ class Pace {
     this.#pauseMs *= 4;
   }
 
-  #try(measured: Measured, { nowMs, open, leftBytes, isProcessorFull }: Sample): void {
+  #try({ busy }: Measured, { nowMs, open, leftBytes }: Sample): void {
     if (this.#maySplit && this.#wanted >= this.most) return; // all is tried already
-    const leftMs = leftBytes / measured.bytesPerMs;
-    if (open >= this.most || isProcessorFull || leftMs < TUNING.worthTryingMs) return;
+    if (open >= this.most) return;
+    const against = { ...(this.#held as Measured), connections: open };
+    if (busy * (1 + noiseOf(against)) > TUNING.busyLoop) return; // our own processor is the limit
+    const leftMs = leftBytes / against.bytesPerMs;
+    if (leftMs < (isFast(against) ? TUNING.fastWorthMs : TUNING.worthTryingMs)) return;
     const isEarly = nowMs - this.#sinceMs < TUNING.fastMeasureMs;
-    if (isFast(measured) && isEarly) return;
+    if (isFast(against) && isEarly) return;
 
     const more = Math.max(this.#few, Math.ceil(open * TUNING.growth));
-    this.#wanted = Math.min(this.most, isFast(measured) ? 2 * open : more);
+    this.#wanted = Math.min(this.most, isFast(against) ? 2 * open : more);
     this.#maySplit = true;
-    const { bytesPerMs } = this.#held as Measured;
-    this.#trial = {
-      against: { connections: open, bytesPerMs },
-      sinceMs: nowMs,
-      chances: TUNING.trialChances,
-    };
+    this.#trial = { against, sinceMs: nowMs, chances: TUNING.trialChances };
   }
 }
 
@@ -5847,7 +5853,7 @@ class Schedule {
     this.#active.delete(segment);
   }
 
-  observe(nowMs: number, isProcessorFull: boolean): void {
+  observe(nowMs: number, busyMs: number): void {
     this.#nowMs = nowMs;
     const active = [...this.#active];
     const waits = active.map(({ blob }) => this.#mannersOf(blob.registry).waitMs);
@@ -5858,7 +5864,7 @@ class Schedule {
       open: active.length,
       flowing: active.filter(({ isFlowing }) => isFlowing).length,
       waitMs: Math.max(0, ...waits),
-      isProcessorFull,
+      busyMs,
     });
   }
 
@@ -6685,19 +6691,6 @@ type TransferOptions = Readonly<{
   keptBytes?: number;
 }>;
 
-/** Says whether Node had hardly a moment to spare: then it is not the line that is slow. */
-function watchProcessor(): () => boolean {
-  let before = performance.eventLoopUtilization();
-  let isFull = false;
-  return () => {
-    const { active, idle, utilization } = performance.eventLoopUtilization(before);
-    if (active + idle < TUNING.judgeMs) return isFull;
-    before = performance.eventLoopUtilization();
-    isFull = utilization > TUNING.busyLoop;
-    return isFull;
-  };
-}
-
 /** Whether a server may have refused one connection more than it takes. */
 function isPushback(error: unknown): error is ImgpullError {
   if (!(error instanceof ImgpullError)) return false;
@@ -6717,7 +6710,6 @@ class Transfer {
   readonly #schedule: Schedule;
   readonly #change = new Change();
   readonly #stopping = new AbortController();
-  readonly #isProcessorFull = watchProcessor();
   readonly #room: EarlyRoom | undefined;
   readonly #running = new Set<Promise<void>>();
   readonly #requests = new Map<Segment, AbortController>();
@@ -6803,7 +6795,7 @@ class Transfer {
   /** What has changed, and what follows from it. */
   #lookRound(): void {
     const nowMs = performance.now();
-    this.#schedule.observe(nowMs, this.#isProcessorFull());
+    this.#schedule.observe(nowMs, performance.eventLoopUtilization().active);
     for (const segment of this.#schedule.takeAbandoned(nowMs)) this.#requests.get(segment)?.abort();
     const registry = this.#schedule.registryToLookAt();
     if (registry) this.#lookAgain(registry);

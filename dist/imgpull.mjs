@@ -94,6 +94,7 @@ var TUNING = Object.freeze({
 	fastBytesPerMs: 32e3,
 	fastNoise: 0.3,
 	fastMeasureMs: 500,
+	fastWorthMs: 3e3,
 	trialChances: 2,
 	firstMeasureMs: 40,
 	measureMs: 80,
@@ -101,8 +102,7 @@ var TUNING = Object.freeze({
 	worthTryingMs: 500,
 	promptMs: 20,
 	lateMs: 500,
-	busyLoop: 0.85,
-	judgeMs: 100,
+	busyLoop: 0.95,
 	tickMs: 20,
 	addressMs: 3e3,
 	readerPollMs: 50,
@@ -3250,6 +3250,7 @@ var blobsOf = ({entries}, tars, isOwnFile = false) =>
 		blob ? [new BlobState(blob.descriptor, blob.registry, isOwnFile ? 0 : offset, tars)] : []
 	)
 var isFast = ({connections, bytesPerMs}) => bytesPerMs / connections > TUNING.fastBytesPerMs
+var noiseOf = measured => (isFast(measured) ? TUNING.fastNoise : TUNING.noise)
 var Pace = class {
 	most
 	#few
@@ -3258,6 +3259,7 @@ var Pace = class {
 	#start
 	#held
 	#trial
+	#wasSlower = false
 	#sinceMs = 0
 	#nextTrialMs = 0
 	#pauseMs = TUNING.trialPauseMs
@@ -3286,7 +3288,8 @@ var Pace = class {
 		if (elapsedMs < (this.#held ? TUNING.measureMs : TUNING.firstMeasureMs)) return
 		this.#start = sample
 		const bytesPerMs = (sample.cameBytes - start.cameBytes) / elapsedMs
-		this.#judge({connections: sample.open, bytesPerMs}, sample)
+		const busy = (sample.busyMs - start.busyMs) / elapsedMs
+		this.#judge({connections: sample.open, bytesPerMs, busy}, sample)
 	}
 	#isSettling({open, flowing, waitMs, nowMs}) {
 		const trial = this.#trial
@@ -3299,15 +3302,16 @@ var Pace = class {
 		if (this.#trial) this.#judgeTrial(measured, sample.nowMs)
 		else this.#held ??= measured
 		const held = this.#held
-		const isSlower = measured.bytesPerMs < 0.6 * held.bytesPerMs
+		const isSlow = measured.bytesPerMs < 0.6 * held.bytesPerMs
+		const isSlower = isSlow && this.#wasSlower
+		this.#wasSlower = isSlow
 		if (isSlower) this.#nextTrialMs = sample.nowMs
 		if (isSlower || measured.bytesPerMs > held.bytesPerMs) this.#held = measured
 		if (!this.#trial && sample.nowMs >= this.#nextTrialMs) this.#try(measured, sample)
 	}
 	#judgeTrial(measured, nowMs) {
 		const trial = this.#trial
-		const noise = isFast(trial.against) ? TUNING.fastNoise : TUNING.noise
-		const isFaster = measured.bytesPerMs > trial.against.bytesPerMs * (1 + noise)
+		const isFaster = measured.bytesPerMs > trial.against.bytesPerMs * (1 + noiseOf(trial.against))
 		trial.chances -= 1
 		if (!isFaster && trial.chances > 0) return
 		this.#trial = void 0
@@ -3318,21 +3322,19 @@ var Pace = class {
 		this.#nextTrialMs = nowMs + this.#pauseMs
 		this.#pauseMs *= 4
 	}
-	#try(measured, {nowMs, open, leftBytes, isProcessorFull}) {
+	#try({busy}, {nowMs, open, leftBytes}) {
 		if (this.#maySplit && this.#wanted >= this.most) return
-		const leftMs = leftBytes / measured.bytesPerMs
-		if (open >= this.most || isProcessorFull || leftMs < TUNING.worthTryingMs) return
+		if (open >= this.most) return
+		const against = {...this.#held, connections: open}
+		if (busy * (1 + noiseOf(against)) > TUNING.busyLoop) return
+		const leftMs = leftBytes / against.bytesPerMs
+		if (leftMs < (isFast(against) ? TUNING.fastWorthMs : TUNING.worthTryingMs)) return
 		const isEarly = nowMs - this.#sinceMs < TUNING.fastMeasureMs
-		if (isFast(measured) && isEarly) return
+		if (isFast(against) && isEarly) return
 		const more = Math.max(this.#few, Math.ceil(open * TUNING.growth))
-		this.#wanted = Math.min(this.most, isFast(measured) ? 2 * open : more)
+		this.#wanted = Math.min(this.most, isFast(against) ? 2 * open : more)
 		this.#maySplit = true
-		const {bytesPerMs} = this.#held
-		this.#trial = {
-			against: {connections: open, bytesPerMs},
-			sinceMs: nowMs,
-			chances: TUNING.trialChances
-		}
+		this.#trial = {against, sinceMs: nowMs, chances: TUNING.trialChances}
 	}
 }
 var Segment = class {
@@ -3553,7 +3555,7 @@ var Schedule = class {
 	end(segment) {
 		this.#active.delete(segment)
 	}
-	observe(nowMs, isProcessorFull) {
+	observe(nowMs, busyMs) {
 		this.#nowMs = nowMs
 		const active = [...this.#active]
 		const waits = active.map(({blob}) => this.#mannersOf(blob.registry).waitMs)
@@ -3564,7 +3566,7 @@ var Schedule = class {
 			open: active.length,
 			flowing: active.filter(({isFlowing}) => isFlowing).length,
 			waitMs: Math.max(0, ...waits),
-			isProcessorFull
+			busyMs
 		})
 	}
 	registryToLookAt() {
@@ -4127,17 +4129,6 @@ async function findDeadId(journalFile, {model, owner}) {
 	const before = (await Journal.read(journalFile, model)).owner
 	return before && (await fateOf(before, owner)) === "dead" ? before.id : void 0
 }
-function watchProcessor() {
-	let before = performance.eventLoopUtilization()
-	let isFull = false
-	return () => {
-		const {active, idle, utilization} = performance.eventLoopUtilization(before)
-		if (active + idle < TUNING.judgeMs) return isFull
-		before = performance.eventLoopUtilization()
-		isFull = utilization > TUNING.busyLoop
-		return isFull
-	}
-}
 function isPushback(error) {
 	if (!(error instanceof ImgpullError)) return false
 	const {code, status, cause} = error
@@ -4154,7 +4145,6 @@ var Transfer = class {
 	#schedule
 	#change = new Change()
 	#stopping = new AbortController()
-	#isProcessorFull = watchProcessor()
 	#room
 	#running = /* @__PURE__ */ new Set()
 	#requests = /* @__PURE__ */ new Map()
@@ -4223,7 +4213,7 @@ var Transfer = class {
 	}
 	#lookRound() {
 		const nowMs = performance.now()
-		this.#schedule.observe(nowMs, this.#isProcessorFull())
+		this.#schedule.observe(nowMs, performance.eventLoopUtilization().active)
 		for (const segment of this.#schedule.takeAbandoned(nowMs)) this.#requests.get(segment)?.abort()
 		const registry = this.#schedule.registryToLookAt()
 		if (registry) this.#lookAgain(registry)

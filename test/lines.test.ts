@@ -24,6 +24,8 @@ interface Line {
   admits?: number;
   /** Between us and the registry: how long it takes to begin with a blob, and with one that it has. */
   cache?: { coldMs: number; warmMs: number; keepsSmall: boolean };
+  /** Hardly anything comes between these two moments. */
+  hiccup?: [fromMs: number, toMs: number];
   /** From then on the line is another one. */
   later?: { fromMs: number; each?: number; all?: number };
 }
@@ -63,7 +65,7 @@ function play(line: Line, sizes: number[], most = 16): Outcome {
   const outcome: Outcome = { ms: 0, requests: 0, refused: 0, most: 0, lookedTwice: false };
   let idle = 1; // the manifest's connection
   let lookMs: number | undefined;
-  let isFull = false;
+  let busyMs = 0;
 
   const start = (segment: Segment, nowMs: number) => {
     const { blob, at, to } = segment;
@@ -103,7 +105,7 @@ function play(line: Line, sizes: number[], most = 16): Outcome {
   };
 
   const round = (nowMs: number) => {
-    schedule.observe(nowMs, isFull);
+    schedule.observe(nowMs, busyMs);
     for (const segment of schedule.takeAbandoned(nowMs))
       for (const flow of flows) if (flow.segment === segment) finish(flow);
     const look = schedule.registryToLookAt();
@@ -124,6 +126,7 @@ function play(line: Line, sizes: number[], most = 16): Outcome {
   for (let nowMs = 0; !schedule.isOver; nowMs += 1) {
     assert.ok(nowMs < 600_000, "it never ends");
     if (nowMs % TUNING.tickMs === 0) round(nowMs);
+    const isHiccup = line.hiccup && nowMs >= line.hiccup[0] && nowMs < line.hiccup[1];
     const { each = Infinity, all = Infinity } =
       line.later && nowMs >= line.later.fromMs ? line.later : line;
 
@@ -147,7 +150,7 @@ function play(line: Line, sizes: number[], most = 16): Outcome {
       const window = line.slowStart
         ? (14_600 * 2 ** Math.min(30, trips)) / line.roundTripMs
         : Infinity;
-      let bytes = Math.max(1, Math.floor(Math.min(each, room, window)));
+      let bytes = isHiccup ? 1 : Math.max(1, Math.floor(Math.min(each, room, window)));
       while (bytes > 0 && !segment.isComplete) {
         const taken = Math.min(bytes, segment.remainingBytes);
         schedule.advance(segment, taken, flow.answeredTo);
@@ -162,7 +165,7 @@ function play(line: Line, sizes: number[], most = 16): Outcome {
         start(segment, nowMs); // it was given back what its answer does not hold
       }
     }
-    isFull = came >= 0.95 * (line.processor ?? Infinity);
+    busyMs += Math.min(1, came / (line.processor ?? Infinity));
     if (hasEnded) round(nowMs);
     outcome.ms = nowMs;
   }
@@ -243,10 +246,28 @@ test("a processor that is full gets no ranges at all", () => {
   assert.deepEqual([requests, most], [1, 1]);
 });
 
+test("a processor that could hardly do more gets no ranges of a fast line", () => {
+  const line = { roundTripMs: 1, all: 200_000, processor: 250_000 };
+  const { requests, most } = play(line, [4000 * MB]);
+  assert.deepEqual([requests, most], [1, 1]);
+});
+
 test("a line that one connection fills, and fast, gets one more for a moment", () => {
-  const { ms, requests } = play({ roundTripMs: 1, all: 400_000 }, [1000 * MB]);
-  assert.ok(ms <= 1.01 * ((1000 * MB) / 400_000), `${ms} ms`);
-  assert.ok(requests <= 1 + 4, `${requests} requests`);
+  const { ms, requests } = play({ roundTripMs: 1, all: 400_000 }, [4000 * MB]);
+  assert.ok(ms <= 1.01 * ((4000 * MB) / 400_000), `${ms} ms`);
+  assert.ok(requests > 1 && requests <= 1 + 2 * 4, `${requests} requests`);
+});
+
+test("a line so fast that little is left is left alone", () => {
+  const { requests, most } = play({ roundTripMs: 1, all: 400_000 }, [1000 * MB]);
+  assert.deepEqual([requests, most], [1, 1]);
+});
+
+test("a hiccup of the line is no reason to try more connections", () => {
+  const once = play({ roundTripMs: 1, all: 400_000, hiccup: [700, 790] }, [1000 * MB]);
+  const slow = { roundTripMs: 1, all: 400_000, later: { fromMs: 700, all: 20_000 } };
+  assert.deepEqual([once.requests, once.most], [1, 1]);
+  assert.ok(play(slow, [1000 * MB]).requests > 1, "a line that stays slow is one");
 });
 
 test("a line that becomes slower in mid-pull gets more connections then", () => {
