@@ -96,6 +96,9 @@ const LIMITS = Object.freeze({
   tarMetadataBytes: 16 * MIB, // index.json and the like of a tar that someone else made
   tarExtensionBytes: MIB, // a pax header or the map of a sparse file; Go's reader has the same bound
   tarEntries: 200_000, // a thousand images in docker's old form have a hundred each
+  tarFolders: 200_000, // that the names of a tar lead through: real ones have two, or one for each layer
+  tarNameBytes: 4096, // of a name in a tar, or a link's target: no file system has longer ones
+  tarNamesBytes: 16 * MIB, // of all of them: a thousand images in the old form have half as much
   tarSmallDocumentBytes: MIB / 4, // most manifests, configs and signatures have less
   tarDocumentBytes: 64 * MIB, // indexes, manifests and configs of a tar that are held at once
   jsonDepth: 100, // of a document in a tar; real ones have five
@@ -4815,6 +4818,9 @@ class TarDecoder {
     const linkName =
       longNames.get("linkpath") || records.get("linkpath") || untilNul(block.subarray(157, 257));
 
+    if (Math.max(name.length, linkName.length) > LIMITS.tarNameBytes)
+      refuseTar("a name in it is too long");
+
     const storedBytes = contentBytes(records, headerBytes);
     const isFolder = type === "5" || (block[156] === 0 && name.endsWith("/"));
     const isEmpty = isFolder || "123456".includes(type); // links, devices and folders, whatever size they state
@@ -4984,6 +4990,7 @@ const resolveName = (name: string): string =>
 class TarNames {
   readonly entries = new Map<string, TarEntry>();
   readonly #folders = new Set<string>();
+  #nameBytes = 0;
 
   /** Adds an entry, or says what is wrong with its name. */
   add(entry: TarEntry): TarProblem | undefined {
@@ -4994,10 +5001,13 @@ class TarNames {
       return { kind: "name-twice", entry: name };
     if (isFolder && (this.entries.get(name)?.type ?? "5") !== "5")
       return { kind: "name-twice", entry: name };
-    if (this.entries.size >= LIMITS.tarEntries) return { kind: "too-many-entries" };
+    this.#nameBytes += name.length + entry.linkName.length;
+    const isFull = this.entries.size >= LIMITS.tarEntries || this.#nameBytes > LIMITS.tarNamesBytes;
+    if (isFull) return { kind: "too-many-entries" };
 
     for (let folder = parentOf(name); folder !== ""; folder = parentOf(folder)) {
       if (this.#folders.has(folder)) break;
+      if (this.#folders.size >= LIMITS.tarFolders) return { kind: "too-many-entries" };
       if (this.entries.has(folder) && this.entries.get(folder)?.type !== "5")
         return { kind: "below-no-folder", entry: name };
       this.#folders.add(folder);
@@ -5046,7 +5056,8 @@ function packingOf(bytes: Buffer): Packing | undefined {
 
 /** A tar at hand. What its names claim of digests is believed only after hashing. */
 async function openTarFile(file: string) {
-  const handle = await onDisk(`cannot read ${file}`, fs.open(file, "r"));
+  // A pipe is not waited for, but refused.
+  const handle = await onDisk(`cannot read ${file}`, fs.open(file, O_RDONLY | O_NONBLOCK));
   const names = new TarNames();
   const blobs = new Map<string, TarEntry>();
   try {
@@ -5131,7 +5142,7 @@ function problemWords(problem: TarProblem): string {
     case "cut-off":
       return "its end is missing: it was cut off";
     case "too-many-entries":
-      return `it has more than ${LIMITS.tarEntries} entries`;
+      return `it has more than ${LIMITS.tarEntries} entries, or too long names`;
     case "too-many-references":
       return `its images name more than ${LIMITS.tarReferences} manifests and layers`;
     case "name-twice":

@@ -40,6 +40,9 @@ var LIMITS = Object.freeze({
 	tarMetadataBytes: 16 * MIB,
 	tarExtensionBytes: MIB,
 	tarEntries: 2e5,
+	tarFolders: 2e5,
+	tarNameBytes: 4096,
+	tarNamesBytes: 16 * MIB,
 	tarSmallDocumentBytes: MIB / 4,
 	tarDocumentBytes: 64 * MIB,
 	jsonDepth: 100,
@@ -2811,6 +2814,7 @@ var TarDecoder = class {
 		this.#forgetExtensions()
 		const name = records.get("GNU.sparse.name") || longNames.get("path") || records.get("path") || headerName(block)
 		const linkName = longNames.get("linkpath") || records.get("linkpath") || untilNul(block.subarray(157, 257))
+		if (Math.max(name.length, linkName.length) > LIMITS.tarNameBytes) refuseTar("a name in it is too long")
 		const storedBytes = contentBytes(records, headerBytes)
 		const isFolder = type === "5" || (block[156] === 0 && name.endsWith("/"))
 		const isEmpty = isFolder || "123456".includes(type)
@@ -2937,15 +2941,19 @@ var resolveName = name =>
 var TarNames = class {
 	entries = /* @__PURE__ */ new Map()
 	#folders = /* @__PURE__ */ new Set()
+	#nameBytes = 0
 	add(entry) {
 		const {name, type} = entry
 		const isFolder = type === "5"
 		if (name.split("/").includes("..")) return {kind: "step-up", entry: name}
 		if (!isFolder && (this.entries.has(name) || this.#folders.has(name))) return {kind: "name-twice", entry: name}
 		if (isFolder && (this.entries.get(name)?.type ?? "5") !== "5") return {kind: "name-twice", entry: name}
-		if (this.entries.size >= LIMITS.tarEntries) return {kind: "too-many-entries"}
+		this.#nameBytes += name.length + entry.linkName.length
+		const isFull = this.entries.size >= LIMITS.tarEntries || this.#nameBytes > LIMITS.tarNamesBytes
+		if (isFull) return {kind: "too-many-entries"}
 		for (let folder = parentOf(name); folder !== ""; folder = parentOf(folder)) {
 			if (this.#folders.has(folder)) break
+			if (this.#folders.size >= LIMITS.tarFolders) return {kind: "too-many-entries"}
 			if (this.entries.has(folder) && this.entries.get(folder)?.type !== "5")
 				return {kind: "below-no-folder", entry: name}
 			this.#folders.add(folder)
@@ -2982,7 +2990,7 @@ function packingOf(bytes) {
 	return PACKING_MAGIC.find(([, magic]) => magic.test(hex))?.[0]
 }
 async function openTarFile(file) {
-	const handle = await onDisk(`cannot read ${file}`, fs.open(file, "r"))
+	const handle = await onDisk(`cannot read ${file}`, fs.open(file, O_RDONLY | O_NONBLOCK))
 	const names = new TarNames()
 	const blobs = /* @__PURE__ */ new Map()
 	try {
@@ -3041,7 +3049,7 @@ function problemWords(problem) {
 		case "cut-off":
 			return "its end is missing: it was cut off"
 		case "too-many-entries":
-			return `it has more than ${LIMITS.tarEntries} entries`
+			return `it has more than ${LIMITS.tarEntries} entries, or too long names`
 		case "too-many-references":
 			return `its images name more than ${LIMITS.tarReferences} manifests and layers`
 		case "name-twice":

@@ -1333,6 +1333,22 @@ test("tars that are made to cost much: read once, in bounded memory, or refused 
         await boundedBy(`deep ${name}`, tarOf([[name, deep]]), 20),
         new RegExp(`${name} is not JSON, or nested too deep`),
       );
+  const longNames = Array.from({ length: 100 }, (_, at) => `x${at}/${"y/".repeat(20_000)}z`);
+  const named = longNames.map((name) => [withPath(name), header512("x")]);
+  assert.match(
+    await boundedBy("names of 20,000 folders", Buffer.concat(named.flat()), 20),
+    /a name in it is too long/,
+  );
+  const folders = Array.from({ length: 36_000 }, (_, at) => header512(`d${at}/e/f/g/h/i/j`));
+  assert.match(
+    await boundedBy("folders", Buffer.concat(folders), 20),
+    /more than 200000 entries, or too long names/,
+  );
+  const targets = Array.from({ length: 4500 }, (_, at) => withPath(`${at}`.padEnd(4000, "n")));
+  assert.match(
+    await boundedBy("names", Buffer.concat(targets.flatMap((each) => [each, header512("x")])), 20),
+    /more than 200000 entries, or too long names/,
+  );
   const wide = `[${"{},".repeat(5_000_000)}{}]`;
   assert.match(
     await boundedBy("wide", tarOf([["manifest.json", wide]]), 20),
@@ -1340,9 +1356,19 @@ test("tars that are made to cost much: read once, in bounded memory, or refused 
   );
 });
 
+const header512 = (name: string): Buffer => writeTar([[name, Buffer.alloc(0)]]).subarray(0, 512);
+
+/** The extended header that gives the entry after it a name. */
+const withPath = (name: string): Buffer =>
+  withType(
+    writeTar([["PaxHeaders/x", Buffer.from(paxRecordOf("path", name))]]).subarray(0, -1024),
+    "x",
+  );
+
 function paxRecordOf(key: string, value: string): string {
   const rest = ` ${key}=${value}\n`;
-  const length = rest.length + String(rest.length + 2).length;
+  let length = rest.length;
+  while (length !== rest.length + String(length).length) length += 1;
   return `${length}${rest}`;
 }
 

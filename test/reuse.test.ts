@@ -1,5 +1,6 @@
 // Tars at hand: an existing DEST and --reuse are sources that are not believed, --since leaves out layers.
 import assert from "node:assert/strict";
+import { spawnSync } from "node:child_process";
 import {
   copyFileSync,
   readdirSync,
@@ -443,6 +444,19 @@ for (const option of ["--reuse", "--since"]) {
     ]);
     assert.equal(exitCode, 1);
     assert.match(stderr, /^imgpull: .* is not a file\n$/);
+  });
+}
+
+for (const option of ["--reuse", "--since"]) {
+  const skip = process.platform === "win32";
+  test(`${option} with a pipe that nobody writes into is an error at once`, { skip }, async (t) => {
+    const folder = temporaryFolder(t);
+    const pipe = join(folder, "pipe");
+    assert.equal(spawnSync("mkfifo", [pipe]).status, 0);
+    const args = ["127.0.0.1:9/app:1", join(folder, "a.tar"), option, pipe, ...AMD64];
+    const { exitCode, stderr } = await runCommand(args, { guardMs: 10_000 });
+    assert.equal(exitCode, 1);
+    assert.match(stderr, /^imgpull: .*pipe: it is not a file\n$/);
   });
 }
 
