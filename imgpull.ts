@@ -141,14 +141,15 @@ const LIMITS = Object.freeze({
 /** Speed: measured, and free to change. No promise depends on them. */
 const TUNING = Object.freeze({
   batchMs: 1000, // how long bytes may wait for more of them before they are written, and recorded
-  batchBytes: MIB / 2, // one write to disk: fewer trips to Node's thread pool than one for each chunk; sixteen connections hold two each
+  batchBytes: MIB / 2, // one write to disk: fewer trips to Node's thread pool than one for each chunk
+  gatherBytes: 4 * MIB, // of all connections together: each has as much under way besides
   journalBytes: MIB, // how much a kill -9 may cost each blob, beside what a connection has gathered
   syncBytes: 32 * MIB, // the disk works while the line does, and little is left for the sync at the end
   splitBytes: MIB / 2, // no range is worth a request of its own below that,
   worthMs: 50, // nor where its connection would be done in less
   unitBytes: 8 * MIB, // ranges of one blob side by side: the hash is at most so many units behind
   smallBytes: MIB / 16, // a blob that may be asked for twice, to see whether a cache has it by then
-  earlyBytes: 8 * MIB, // what may wait in memory for its turn to be hashed; what else came early is read back
+  earlyBytes: 4 * MIB, // what may wait in memory for its turn to be hashed; what else came early is read back
   firstConnections: 8, // at first, before anything was measured
   growth: 4, // times as many are tried next
   noise: 0.1, // a trial has to bring more than that
@@ -6144,6 +6145,7 @@ async function openSegment(
 class BatchWriter {
   readonly #stream: Readable;
   readonly #write: (position: number, chunks: Buffer[]) => Promise<void>;
+  readonly #enoughBytes: () => number;
   #position = 0; // of the batch in the blob
   #batch: Buffer[] = [];
   #batchBytes = 0;
@@ -6151,9 +6153,15 @@ class BatchWriter {
   #writing: Promise<unknown> = Promise.resolve();
   #age: NodeJS.Timeout | undefined;
 
-  constructor(stream: Readable, write: (position: number, chunks: Buffer[]) => Promise<void>) {
+  /** `enoughBytes`: how large a batch may be by now. */
+  constructor(
+    stream: Readable,
+    write: (position: number, chunks: Buffer[]) => Promise<void>,
+    enoughBytes: () => number,
+  ) {
     this.#stream = stream;
     this.#write = write;
+    this.#enoughBytes = enoughBytes;
   }
 
   add(position: number, chunk: Buffer): void {
@@ -6163,7 +6171,7 @@ class BatchWriter {
     this.#age ??= setTimeout(() => this.#flush(), TUNING.batchMs);
     this.#batch.push(chunk);
     this.#batchBytes += chunk.length;
-    if (this.#batchBytes >= TUNING.batchBytes) this.#flush();
+    if (this.#batchBytes >= this.#enoughBytes()) this.#flush();
   }
 
   /** Writes what is left, and throws what the disk said of any of it. */
@@ -6913,7 +6921,8 @@ class Transfer {
 
     const { stream, doing, end, line } = opened;
     let { position } = opened;
-    const writer = new BatchWriter(stream, (at, chunks) => this.#write(blob, at, chunks));
+    const write = (at: number, chunks: Buffer[]) => this.#write(blob, at, chunks);
+    const writer = new BatchWriter(stream, write, () => this.#enoughBytes());
     // Events rather than an iterator, which makes promises for each chunk.
     stream.on("data", (chunk: Buffer) => {
       if (!segment.isFlowing) this.#schedule.answered(segment, line && untilNow(line));
@@ -6948,6 +6957,11 @@ class Transfer {
     this.#schedule.advance(segment, bytes.length, answeredTo);
     if (!blob.source) this.#fetchedBytes += sumOf(pieces, ([, piece]) => piece.length);
     return pieces;
+  }
+
+  /** Of one batch: the more connections there are, the less each of them may gather. */
+  #enoughBytes(): number {
+    return Math.min(TUNING.batchBytes, TUNING.gatherBytes / this.#schedule.connections);
   }
 
   async #write(blob: BlobState, position: number, chunks: Buffer[]): Promise<void> {

@@ -108,13 +108,14 @@ var LIMITS = Object.freeze({
 var TUNING = Object.freeze({
 	batchMs: 1e3,
 	batchBytes: MIB / 2,
+	gatherBytes: 4 * MIB,
 	journalBytes: MIB,
 	syncBytes: 32 * MIB,
 	splitBytes: MIB / 2,
 	worthMs: 50,
 	unitBytes: 8 * MIB,
 	smallBytes: MIB / 16,
-	earlyBytes: 8 * MIB,
+	earlyBytes: 4 * MIB,
 	firstConnections: 8,
 	growth: 4,
 	noise: 0.1,
@@ -3791,15 +3792,17 @@ async function openSegment(schedule, segment, signal) {
 var BatchWriter = class {
 	#stream
 	#write
+	#enoughBytes
 	#position = 0
 	#batch = []
 	#batchBytes = 0
 	#underWay = 0
 	#writing = Promise.resolve()
 	#age
-	constructor(stream, write) {
+	constructor(stream, write, enoughBytes) {
 		this.#stream = stream
 		this.#write = write
+		this.#enoughBytes = enoughBytes
 	}
 	add(position, chunk) {
 		const follows = position === this.#position + this.#batchBytes
@@ -3808,7 +3811,7 @@ var BatchWriter = class {
 		this.#age ??= setTimeout(() => this.#flush(), TUNING.batchMs)
 		this.#batch.push(chunk)
 		this.#batchBytes += chunk.length
-		if (this.#batchBytes >= TUNING.batchBytes) this.#flush()
+		if (this.#batchBytes >= this.#enoughBytes()) this.#flush()
 	}
 	async end() {
 		if (this.#batchBytes > 0) this.#flush()
@@ -4337,7 +4340,8 @@ var Transfer = class {
 		if (!opened) return
 		const {stream, doing, end, line} = opened
 		let {position} = opened
-		const writer = new BatchWriter(stream, (at, chunks) => this.#write(blob, at, chunks))
+		const write = (at, chunks) => this.#write(blob, at, chunks)
+		const writer = new BatchWriter(stream, write, () => this.#enoughBytes())
 		stream.on("data", chunk => {
 			if (!segment.isFlowing) this.#schedule.answered(segment, line && untilNow(line))
 			const start = position
@@ -4366,6 +4370,9 @@ var Transfer = class {
 		this.#schedule.advance(segment, bytes.length, answeredTo)
 		if (!blob.source) this.#fetchedBytes += sumOf(pieces, ([, piece]) => piece.length)
 		return pieces
+	}
+	#enoughBytes() {
+		return Math.min(TUNING.batchBytes, TUNING.gatherBytes / this.#schedule.connections)
 	}
 	async #write(blob, position, chunks) {
 		this.#observe(this)
