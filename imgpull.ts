@@ -8755,9 +8755,9 @@ const NO_PROGRESS: Progress = Object.freeze({
 
 /** Turns what happens into Progress; bytes that are fetched again do not make it fall. */
 function progressReporter(onProgress: (progress: Progress) => void) {
-  const progressOf = ({ descriptor: { digest, size }, doneBytes }: BlobState): BlobProgress => ({
-    digest,
-    sizeBytes: size,
+  const progressOf = ({ descriptor, doneBytes }: BlobState): BlobProgress => ({
+    digest: descriptor.digest,
+    sizeBytes: descriptor.size,
     doneBytes,
   });
   let highestBytes = 0;
@@ -9139,10 +9139,7 @@ async function chainsIn(
 }
 
 /** Tars at hand for as long as `run` takes. */
-async function withTars<T>(
-  files: readonly string[],
-  run: (tars: readonly OpenTar[]) => Promise<T>,
-): Promise<T> {
+async function withTars<T>(files: readonly string[], run: (tars: Tars) => Promise<T>): Promise<T> {
   const tars: OpenTar[] = [];
   try {
     for (const file of files) tars.push(await openTarFile(file));
@@ -9158,7 +9155,7 @@ type Counts = Pick<PullReport, "fetchedBytes" | "reusedBytes" | "resumedBytes">;
 async function estimate(
   { entries }: Plan,
   destination: Destination | undefined,
-  tars: readonly OpenTar[],
+  tars: Tars,
 ): Promise<Counts> {
   const atHand = destination?.kind === "tar" ? await openAtHand([destination.file]) : [];
   const isThere = async ({ digest, size }: Descriptor) => {
@@ -11630,7 +11627,8 @@ function checkCombinations(line: CommandLine): void {
 }
 
 /** Which of the positionals are IMAGEs, and which is DEST: as with cp, the last one. */
-function splitPositionals({ values: { manifest, from }, positionals }: CommandLine) {
+function splitPositionals({ values, positionals }: CommandLine) {
+  const { manifest, from } = values;
   if (manifest !== undefined) return { images: positionals.slice(0, 1) }; // a DEST is ignored
   const isDestinationThere = positionals.length > (from === undefined ? 1 : 0);
   if (!isDestinationThere) return { images: positionals };

@@ -5670,9 +5670,9 @@ var NO_PROGRESS = Object.freeze({
 	moving: []
 })
 function progressReporter(onProgress) {
-	const progressOf = ({descriptor: {digest, size}, doneBytes}) => ({
-		digest,
-		sizeBytes: size,
+	const progressOf = ({descriptor, doneBytes}) => ({
+		digest: descriptor.digest,
+		sizeBytes: descriptor.size,
 		doneBytes
 	})
 	let highestBytes = 0
@@ -7688,7 +7688,8 @@ function checkCombinations(line) {
 	if (from === void 0) usage("IMAGE is missing")
 	if (!switches.has("dry-run")) usage("DEST is missing")
 }
-function splitPositionals({values: {manifest, from}, positionals}) {
+function splitPositionals({values, positionals}) {
+	const {manifest, from} = values
 	if (manifest !== void 0) return {images: positionals.slice(0, 1)}
 	const isDestinationThere = positionals.length > (from === void 0 ? 1 : 0)
 	if (!isDestinationThere) return {images: positionals}

@@ -5635,9 +5635,9 @@ var NO_PROGRESS = Object.freeze({
 	moving: []
 })
 function progressReporter(onProgress) {
-	const progressOf = ({descriptor: {digest, size}, doneBytes}) => ({
-		digest,
-		sizeBytes: size,
+	const progressOf = ({descriptor, doneBytes}) => ({
+		digest: descriptor.digest,
+		sizeBytes: descriptor.size,
 		doneBytes
 	})
 	let highestBytes = 0
