@@ -463,6 +463,8 @@ interface LoaderFault {
   kind:
     | "no-manifest-json"
     | "no-layout"
+    /** The tar as a whole: this program wants it plain. */
+    | "compressed"
     /** Of its images one at least has no name by which this program finds it. */
     | "no-name"
     | "several"
@@ -9454,6 +9456,8 @@ interface OpenTarSource {
   readonly isSeekable: boolean;
   /** Undefined where that is not known before the end. */
   readonly sizeBytes: number | undefined;
+  /** Of the tar as a whole. */
+  readonly packing?: Packing | undefined;
   /** A tar without the blocks that end it was cut off; known when all members were seen. */
   readonly hasTrailer: () => boolean;
   readonly members: () => AsyncGenerator<TarMember>;
@@ -9594,6 +9598,7 @@ async function openStream(
     where,
     isSeekable: false,
     sizeBytes: undefined,
+    packing,
     hasTrailer: () => decoder.hasTrailer,
     members,
     close: async () => {
@@ -9880,6 +9885,7 @@ type SeenFile = Readonly<{
 /** All that was seen of a tar. */
 type TarContents = Readonly<{
   where: string;
+  packing: Packing | undefined;
   names: TarNames;
   files: ReadonlyMap<string, SeenFile>;
   problems: readonly TarProblem[];
@@ -9913,8 +9919,8 @@ class Look {
     });
     const isWhole = this.#problems.length === 0 && this.#names.entries.size > 0;
     if (isWhole && !this.#source.hasTrailer()) this.#problems.push({ kind: "cut-off" });
-    const { where } = this.#source;
-    return { where, names: this.#names, files: this.#files, problems: this.#problems };
+    const { where, packing } = this.#source;
+    return { where, packing, names: this.#names, files: this.#files, problems: this.#problems };
   }
 
   async #readMembers(withContent: boolean): Promise<void> {
@@ -10136,6 +10142,11 @@ class TarDocuments {
   constructor(contents: TarContents, base?: BaseTar) {
     this.#contents = contents;
     this.base = base;
+  }
+
+  /** What the tar as a whole is compressed with. */
+  get packing(): Packing | undefined {
+    return this.#contents.packing;
   }
 
   /** The bytes under a digest, where they have it. */
@@ -10667,6 +10678,9 @@ class PartCheck {
 /** docker's layer store is no deeper. */
 const MOST_DOCKER_LAYERS = 125;
 
+/** These take a tar that is compressed as a whole: gzip was tried, zstd was not. */
+const UNPACKS_GZIP: readonly TarLoader["program"][] = ["docker", "podman", "skopeo oci-archive"];
+
 class LoaderJudge {
   readonly #held: HeldImages;
   readonly #documents: TarDocuments;
@@ -10697,9 +10711,10 @@ class LoaderJudge {
 
   #verdict(
     program: TarLoader["program"],
-    reasons: LoaderFault[],
+    faults: LoaderFault[],
     { zstdSince, needsName }: { zstdSince?: number; needsName?: boolean } = {},
   ): TarLoader {
+    const reasons = [...faults, ...this.#faultsOfPacking(program)];
     const takes = reasons.length === 0;
     const sinceVersion = takes && this.#hasZstd() ? zstdSince : undefined;
     return {
@@ -10709,6 +10724,13 @@ class LoaderJudge {
       ...(needsName !== undefined && { needsName }),
       reasons,
     };
+  }
+
+  #faultsOfPacking(program: TarLoader["program"]): LoaderFault[] {
+    const { packing } = this.#documents;
+    if (packing === undefined) return [];
+    const isUnpacked = packing === "gzip" && UNPACKS_GZIP.includes(program);
+    return isUnpacked ? [] : [{ kind: "compressed" }];
   }
 
   #hasZstd(): boolean {
@@ -11919,6 +11941,7 @@ function formatTarReport(report: TarReport, isSigned: boolean): string {
 /** What keeps a program from a tar that is made for it; not that the tar is made for others. */
 const FAULT_WORDS: Readonly<Partial<Record<LoaderFault["kind"], string>>> = {
   "bad-name": "has a name that is none, or that has no tag",
+  compressed: "the tar is compressed as a whole",
   "rooted-names": "names begin with a slash",
   link: "is a link",
   "odd-entry": "is of a type that is not unpacked",

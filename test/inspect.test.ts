@@ -1045,7 +1045,7 @@ test("names with control characters are printed harmlessly, on a terminal and in
     for (const [args, columns] of [
       [["-l", file], 80],
       [["-l", file]],
-      [["--verify", "--quiet", file], 80], // progress moves the cursor, as it should
+      [["--verify", file, "--quiet"], 80], // progress moves the cursor, as it should
     ] as const) {
       const { exitCode, stdout, stderr } = await runMain(
         [...args],
@@ -1071,6 +1071,19 @@ const zstd = (bytes: Buffer): Buffer =>
   (zlib as unknown as { zstdCompressSync: (bytes: Buffer) => Buffer }).zstdCompressSync(bytes);
 
 /** The same image in every form: as pulled, packed, as a folder of its files. */
+/** What each form has to be said of: what is compressed as a whole ctr and docker-archive do not take. */
+type Form = Readonly<{ bytes: Buffer; loads: string }>;
+
+const GZIP_LOADS = `loads in docker, podman, skopeo oci-archive:FILE
+not in ctr: the tar is compressed as a whole
+not in skopeo docker-archive: the tar is compressed as a whole`;
+const ZSTD_LOADS = [
+  "loads in no program that is known here",
+  ...["docker", "podman", "ctr", "skopeo docker-archive", "skopeo oci-archive"].map(
+    (program) => `not in ${program}: the tar is compressed as a whole`,
+  ),
+].join("\n");
+
 async function formsOf(image: TestImage, tag: string) {
   const tar = readFileSync(await pull(image, tag));
   const folderForm = join(temporaryFolder(scope), "layout");
@@ -1078,36 +1091,40 @@ async function formsOf(image: TestImage, tag: string) {
     mkdirSync(join(folderForm, name, ".."), { recursive: true });
     writeFileSync(join(folderForm, name), bytes);
   }
-  const packed = [zlib.gzipSync(tar), ...(HAS_ZSTD ? [zstd(tar)] : [])];
-  return { tar, streams: [tar, ...packed], files: [...packed.map(fileOf), folderForm] };
+  const packed: Form[] = [{ bytes: zlib.gzipSync(tar), loads: GZIP_LOADS }];
+  if (HAS_ZSTD) packed.push({ bytes: zstd(tar), loads: ZSTD_LOADS });
+  return { tar, packed, folderForm };
 }
 
-test("through gzip and zstd, from stdin, as a folder, from a pipe with a name: the same word", async () => {
+test("through gzip and zstd, from stdin, as a folder, from a pipe with a name: the same count, and its own loaders", async () => {
   const image = makeImage({ seed: "forms", layers: [4096, 700_000] });
-  const { tar, streams, files } = await formsOf(image, "forms");
-  const expected = (await passes(fileOf(tar))).replace(/^.*?: /, "");
+  const { tar, packed, folderForm } = await formsOf(image, "forms");
+  const plain = (await passes(fileOf(tar))).replace(/^.*?: /, "");
+  const [counts, loads = ""] = plain.trimEnd().split(/\n(?=loads in )/);
   const rows = await list(fileOf(tar));
-  for (const file of files) {
-    assert.equal((await passes(file)).replace(/^.*?: /, ""), expected);
-    assert.deepEqual(await list(file), rows);
-  }
-  for (const stdin of streams) {
-    const verified = await runCommand(["--verify", "-"], { stdin });
+
+  assert.equal((await passes(folderForm)).replace(/^.*?: /, ""), plain);
+  assert.deepEqual(await list(folderForm), rows);
+  const pipe = join(temporaryFolder(scope), "pipe");
+  assert.equal(spawnSync("mkfifo", [pipe]).status, 0);
+  for (const form of [{ bytes: tar, loads }, ...packed]) {
+    const expected = `${counts}\n${form.loads}\n`;
+    assert.equal((await passes(fileOf(form.bytes))).replace(/^.*?: /, ""), expected);
+    assert.deepEqual(await list(fileOf(form.bytes)), rows);
+
+    const verified = await runCommand(["--verify", "-"], { stdin: form.bytes });
     assert.deepEqual(
       [verified.exitCode, verified.stderr, String(verified.stdout)],
       [0, "", `-: ${expected}`],
     );
-    const listed = await runCommand(["--list-tar", "-"], { stdin });
+    const listed = await runCommand(["--list-tar", "-"], { stdin: form.bytes });
     assert.deepEqual(JSON.parse(String(listed.stdout)), rows[0]);
-  }
-  const pipe = join(temporaryFolder(scope), "pipe");
-  assert.equal(spawnSync("mkfifo", [pipe]).status, 0);
-  for (const stdin of streams) {
+
     const writer = spawn("sh", ["-c", 'cat >"$0"', pipe], {
       stdio: ["pipe", "inherit", "inherit"],
     });
     const closed = once(writer, "close");
-    writer.stdin.end(stdin);
+    writer.stdin.end(form.bytes);
     assert.equal((await passes(pipe)).replace(/^.*?: /, ""), expected);
     await closed;
   }
@@ -1115,7 +1132,8 @@ test("through gzip and zstd, from stdin, as a folder, from a pipe with a name: t
 
 test("damage in a pipe, in a folder and in compressed tars is found", async () => {
   const image = makeImage({ seed: "forms-damage", layers: [4096, 90_000] });
-  const { tar, files } = await formsOf(image, "forms-damage");
+  const { tar, packed, folderForm } = await formsOf(image, "forms-damage");
+  const files = [...packed.map(({ bytes }) => fileOf(bytes)), folderForm];
   const at = tar.indexOf(image.layers[1]?.bytes.subarray(0, 64) ?? "") + 40_000;
   const name = blobName(image.layers[1]?.digest ?? "");
   const damaged = flipped(tar, at);
