@@ -303,6 +303,8 @@ interface TarImage {
 /** Why a program does not load a tar. `entry` is the name of a file in it. */
 interface LoaderFault {
     kind: "no-manifest-json" | "no-layout"
+    /** The tar as a whole: this program wants it plain. */
+     | "compressed"
     /** Of its images one at least has no name by which this program finds it. */
      | "no-name" | "several" | "bad-name" | "same-name"
     /** A delta's base has the layer, but not on top of the same ones. */

@@ -6231,6 +6231,7 @@ async function openStream(where, stream, signal) {
 		where,
 		isSeekable: false,
 		sizeBytes: void 0,
+		packing,
 		hasTrailer: () => decoder.hasTrailer,
 		members,
 		close: async () => {
@@ -6455,8 +6456,8 @@ var Look = class {
 		})
 		const isWhole = this.#problems.length === 0 && this.#names.entries.size > 0
 		if (isWhole && !this.#source.hasTrailer()) this.#problems.push({kind: "cut-off"})
-		const {where} = this.#source
-		return {where, names: this.#names, files: this.#files, problems: this.#problems}
+		const {where, packing} = this.#source
+		return {where, packing, names: this.#names, files: this.#files, problems: this.#problems}
 	}
 	async #readMembers(withContent) {
 		const lanes = this.#source.isSeekable ? TUNING.unpackLanes : 1
@@ -6622,6 +6623,9 @@ var TarDocuments = class {
 	constructor(contents, base) {
 		this.#contents = contents
 		this.base = base
+	}
+	get packing() {
+		return this.#contents.packing
 	}
 	bytes(digest) {
 		const seen = this.file(blobPath(digest))
@@ -6988,6 +6992,7 @@ var PartCheck = class {
 	}
 }
 var MOST_DOCKER_LAYERS = 125
+var UNPACKS_GZIP = ["docker", "podman", "skopeo oci-archive"]
 var LoaderJudge = class {
 	#held
 	#documents
@@ -7011,7 +7016,8 @@ var LoaderJudge = class {
 			this.#verdict("skopeo oci-archive", ofLayout, {needsName: entries.length > 1})
 		]
 	}
-	#verdict(program, reasons, {zstdSince, needsName} = {}) {
+	#verdict(program, faults, {zstdSince, needsName} = {}) {
+		const reasons = [...faults, ...this.#faultsOfPacking(program)]
 		const takes = reasons.length === 0
 		const sinceVersion = takes && this.#hasZstd() ? zstdSince : void 0
 		return {
@@ -7021,6 +7027,12 @@ var LoaderJudge = class {
 			...(needsName !== void 0 && {needsName}),
 			reasons
 		}
+	}
+	#faultsOfPacking(program) {
+		const {packing} = this.#documents
+		if (packing === void 0) return []
+		const isUnpacked = packing === "gzip" && UNPACKS_GZIP.includes(program)
+		return isUnpacked ? [] : [{kind: "compressed"}]
 	}
 	#hasZstd() {
 		const {indexed, listed} = this.#held
@@ -7578,6 +7590,7 @@ function parseLists(option, typed) {
 }
 var FAULT_WORDS = {
 	"bad-name": "has a name that is none, or that has no tag",
+	compressed: "the tar is compressed as a whole",
 	"rooted-names": "names begin with a slash",
 	link: "is a link",
 	"odd-entry": "is of a type that is not unpacked",
