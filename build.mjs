@@ -1,7 +1,7 @@
-// node build.mjs            dist/: the command, the library and its types, byte-identical on every rebuild
-// node build.mjs --test     bundle test/*.test.ts into build/ and run them (further words go to node --test)
-// node build.mjs --run FILE bundle one TypeScript file into build/ and run it (demo, bench)
-// node build.mjs --sea [TARGET…] [--node PATH]
+// node build.mjs            dist/: the command, the library and its types, byte-identical on every
+// rebuild node build.mjs --test     bundle test/*.test.ts into build/ and run them (further words
+// go to node --test) node build.mjs --run FILE bundle one TypeScript file into build/ and run it
+// (demo, bench) node build.mjs --sea [TARGET…] [--node PATH]
 //                           dist/bin/: the command and a Node in one executable for each target, a .tar.gz of each,
 //                           SHA256SUMS of all that is there. No TARGET: all that a Node is known for, in an empty folder;
 //                           else the files of other targets stay. --node: a Node of one's own for one TARGET
@@ -29,7 +29,10 @@ function fail(message) {
 
 process.chdir(fileURLToPath(new URL(".", import.meta.url)));
 
-/** Version and build date are the top entry of CHANGELOG.md, never the clock: a rebuild gives the same bytes. */
+/**
+ * Version and build date are the top entry of CHANGELOG.md, never the clock: a rebuild gives the
+ * same bytes.
+ */
 function release() {
   const top = /^## (\d+\.\d+\.\d+) \((\d{4}-\d\d-\d\dT[\d:.]+Z)\)$/m.exec(
     readFileSync("CHANGELOG.md", "utf8"),
@@ -51,7 +54,9 @@ const common = {
   },
 };
 
-/** An old Node reads the script to its end, and would then stumble over something that it has not. */
+/**
+ * An old Node reads the script to its end, and would then stumble over something that it has not.
+ */
 const commandBanner = `#!/usr/bin/env node
 if (typeof process.getBuiltinModule !== "function") {
   console.error(\`imgpull: Node 20.19 or later is needed; this is \${process.version}\`);
@@ -68,7 +73,10 @@ function run(command, args, shell = false) {
   if (status !== 0) process.exit(status ?? (signal ? 1 : 0));
 }
 
-/** The module without types and comments: some of these esbuild would keep, and the source is the place to read them. */
+/**
+ * The module without types and comments: some of these esbuild would keep, and the source is the
+ * place to read them.
+ */
 function emitScript() {
   tsc("script", { removeComments: true, rewriteRelativeImportExtensions: true });
 }
@@ -86,7 +94,10 @@ function tsc(folder, compilerOptions) {
   run(process.execPath, [compiler, "--project", `build/tsconfig.${folder}.json`]);
 }
 
-/** What is shipped is read too, and fetched at each CI step of its users: one statement a line, and no byte in vain. */
+/**
+ * What is shipped is read too, and fetched at each CI step of its users: one statement a line, and
+ * no byte in vain.
+ */
 function formatScript(file) {
   const format = ["format", "--indent-style=tab", "--line-width=120", "--semicolons=as-needed"];
   format.push("--arrow-parentheses=as-needed", "--trailing-commas=none", "--bracket-spacing=false");
@@ -145,7 +156,10 @@ async function buildDist() {
   );
 }
 
-/** The module's declarations, and the names of its values: what is @internal is not declared, nor exported. */
+/**
+ * The module's declarations, and the names of its values: what is @internal is not declared, nor
+ * exported.
+ */
 function declareTypes() {
   tsc("types", { declaration: true, emitDeclarationOnly: true });
   const declared = readFileSync("build/types/imgpull.d.ts", "utf8");
@@ -156,7 +170,10 @@ function declareTypes() {
   return { types: declared.replace(exportLine, `export { ${names.join(", ")} };`), names };
 }
 
-/** Each test file becomes one bundle under build/, with source maps, so that it runs on every supported Node. */
+/**
+ * Each test file becomes one bundle under build/, with source maps, so that it runs on every
+ * supported Node.
+ */
 async function bundle(entryPoints) {
   await esbuild.build({
     ...common,
@@ -170,7 +187,10 @@ async function bundle(entryPoints) {
   return entryPoints.map((file) => join("build/test", basename(file).replace(/\.ts$/, ".mjs")));
 }
 
-/** Runs test files side by side, and says how many tests passed, failed or were skipped, and which failed. */
+/**
+ * Runs test files side by side, and says how many tests passed, failed or were skipped, and which
+ * failed.
+ */
 function runTests(files, flags, environment = {}) {
   if (files.length === 0) return { passed: 0, failed: 0, skipped: 0, failures: [] };
   const sumFile = `build/test-sum-${process.pid}.json`;
@@ -233,8 +253,8 @@ async function testAll(words) {
 // ====== Node for the binaries ======
 
 /**
- * The Node in the binaries, and what builds them: npm packages of one executable each, pinned by their SHA-512. There is
- * none for win-arm64: its package has no such version (it ends at 26.7.0).
+ * The Node in the binaries, and what builds them: npm packages of one executable each, pinned by
+ * their SHA-512. There is none for win-arm64: its package has no such version (it ends at 26.7.0).
  */
 const SEA_NODE = "26.10.0";
 const NODE_PACKAGES = {
@@ -296,7 +316,8 @@ const fetchNode = (target) => fetchFromPackage(target, /^package\/bin\/node(\.ex
 
 // ====== Executable files ======
 
-// Offsets of the fields that are used here, in bytes from the start of what their name says; little-endian, 64 bits.
+// Offsets of the fields that are used here, in bytes from the start of what their name says;
+// little-endian, 64 bits.
 const ELF_HEADER = {
   segments: 32,
   sections: 40,
@@ -307,7 +328,10 @@ const ELF_HEADER = {
 const ELF_HEADER_SIZE = 64;
 const ELF_SEGMENT = { fileOffset: 8, fileSize: 32 };
 
-/** The loader needs the segments; symbols and all else come after them, and the table of sections is said to be empty. */
+/**
+ * The loader needs the segments; symbols and all else come after them, and the table of sections is
+ * said to be empty.
+ */
 function stripElf(file) {
   const count = file.readUInt16LE(ELF_HEADER.segmentCount);
   const first = Number(file.readBigUInt64LE(ELF_HEADER.segments));
@@ -370,7 +394,10 @@ function machCommands(file) {
   return commands;
 }
 
-/** Local symbols come first in the table, so it starts after them; --build-sea leaves out what nothing points at. */
+/**
+ * Local symbols come first in the table, so it starts after them; --build-sea leaves out what
+ * nothing points at.
+ */
 function stripMachO(file) {
   const find = (wanted) => machCommands(file).find(({ kind }) => kind === wanted).at;
   const add = (offset, difference) =>
@@ -396,8 +423,9 @@ const isElf = (file) => file.readUInt32BE(0) === 0x7f454c46;
 const isMachO = (file) => file.readUInt32LE(0) === 0xfeedfacf;
 
 /**
- * Takes out what does not run: symbols (a quarter of the file) and a signature that the blob would break. Not by the
- * machine's strip, whose bytes depend on its version; and not after the blob went in, which makes it crash.
+ * Takes out what does not run: symbols (a quarter of the file) and a signature that the blob would
+ * break. Not by the machine's strip, whose bytes depend on its version; and not after the blob went
+ * in, which makes it crash.
  */
 function stripExecutable(file) {
   if (isElf(file)) return stripElf(file);
@@ -406,7 +434,10 @@ function stripExecutable(file) {
 
 // ------ The ad hoc signature of macOS ------
 
-/** xnu's bsd/sys/cs_blobs.h; numbers are big-endian here. As linkers sign: one code directory, and nothing else. */
+/**
+ * xnu's bsd/sys/cs_blobs.h; numbers are big-endian here. As linkers sign: one code directory, and
+ * nothing else.
+ */
 const SIGNED_PAGE_BITS = 12;
 const SIGNED_PAGE = 1 << SIGNED_PAGE_BITS;
 const SUPER_BLOB_SIZE = 20; // magic, length, count, and of the one blob its type and offset
@@ -445,7 +476,10 @@ function codeDirectory(code, identifier, text) {
   return directory;
 }
 
-/** Its segments by name, and where the first section's bytes begin: there has to be room for one command before it. */
+/**
+ * Its segments by name, and where the first section's bytes begin: there has to be room for one
+ * command before it.
+ */
 function machSegments(file) {
   const segments = new Map();
   let firstSection = file.length;
@@ -464,7 +498,10 @@ function machSegments(file) {
   return { segments, firstSection };
 }
 
-/** Processors of Apple run nothing unsigned. It is what linkers put there (Go's gives these bytes), on any machine. */
+/**
+ * Processors of Apple run nothing unsigned. It is what linkers put there (Go's gives these bytes),
+ * on any machine.
+ */
 function signMachO(file, identifier) {
   const { segments, firstSection } = machSegments(file);
   const linkEdit = segments.get("__LINKEDIT");
@@ -535,8 +572,9 @@ function tarHeader(name, mode, sizeBytes) {
 }
 
 /**
- * No code cache: it gains 1 ms of 60 at start-up, its bytes are random, and Node warns on stderr when it rejects it, as
- * with V8 flags in NODE_OPTIONS. No --use-system-ca: it costs 25 ms, and imgpull reads the system's store itself.
+ * No code cache: it gains 1 ms of 60 at start-up, its bytes are random, and Node warns on stderr
+ * when it rejects it, as with V8 flags in NODE_OPTIONS. No --use-system-ca: it costs 25 ms, and
+ * imgpull reads the system's store itself.
  */
 function buildExecutable(target, node) {
   const suffix = target.startsWith("win-") ? ".exe" : "";
@@ -597,7 +635,10 @@ function parseTargets(words) {
   return { targets: targets.length > 0 ? targets : known, nodePath, isAll: targets.length === 0 };
 }
 
-/** Built by the pinned Node itself: --build-sea is its own, and another one's gzip could give other bytes. */
+/**
+ * Built by the pinned Node itself: --build-sea is its own, and another one's gzip could give other
+ * bytes.
+ */
 async function buildBinaries(words) {
   const { targets, nodePath, isAll } = parseTargets(words);
   if (process.version !== `v${SEA_NODE}`) {

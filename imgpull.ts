@@ -1,39 +1,51 @@
 /*
  * imgpull: pull container images from an OCI registry into one verified tar. It only pulls.
  *
- *    1 imports, media types, limits   2 public types   3 errors   4 primitives   5 references   6 transport   7 retry
- *    8 credentials and tokens   9 registry   10 manifests and platforms   11 tar   12 pull   13 proof   14 library
- *   15 looking at a tar   16 command line   17 exports
+ *   1 imports, media types, limits · 2 public types · 3 errors · 4 primitives · 5 references
+ *   6 transport · 7 retry · 8 credentials and tokens · 9 registry · 10 manifests and platforms
+ *   11 tar · 12 pull · 13 proof · 14 library · 15 looking at a tar · 16 command line · 17 exports
  *
- * Data flows one way: options → references → manifests → plan (every entry with its offset) → bytes → DEST.
+ * Data flows one way: options → references → manifests → plan (every entry with its offset) → bytes
+ *   → DEST.
  *
  * Every request that is made:
- *   GET and HEAD /v2/REPOSITORY/manifests/…, GET /v2/REPOSITORY/blobs/…, and what these redirect to (sections 6, 9)
+ *   GET and HEAD /v2/REPOSITORY/manifests/…, GET /v2/REPOSITORY/blobs/…, and what these redirect to
+ *     (sections 6, 9)
  *   with --referrers or --signed-by also GET /v2/REPOSITORY/referrers/… (sections 9, 13)
- *   GET /v2/, where a registry refuses without a word on how to show the credential that is at hand (section 9)
+ *   GET /v2/, where a registry refuses without a word on how to show the credential that is at hand
+ *     (section 9)
  *   GET or POST to the token endpoint that the registry names (section 8)
  *   all of these to the mirrors of --mirror, each as a registry of its own (section 9)
- *   CONNECT to a proxy that the environment names, and where it only closes, once the beginning of SOCKS and of TLS (section 6)
- *   GET of the `urls` of a foreign layer that the registry does not have, without any credential (section 9)
+ *   CONNECT to a proxy that the environment names, and where it only closes, once the beginning of
+ *     SOCKS and of TLS (section 6)
+ *   GET of the `urls` of a foreign layer that the registry does not have, without any credential
+ *     (section 9)
  *
  * Every file that is read:
  *   --cert, --key, --cacert; the system's certificates; /etc/docker/certs.d/HOST/* (section 6)
  *   docker's and podman's credential files (section 8)
  *   --reuse, --since, DEST as it was, and what an earlier run left beside it (sections 11, 12)
- *   --signed-by (section 14); --from, and stdin where - or --password-stdin asks for it (section 16)
+ *   --signed-by (section 14); --from, and stdin where - or --password-stdin asks for it (section
+ *     16)
  *   the tar or folder to look at, and the base of --since (section 15)
- *   of Linux, what tells one process from another: boot_id, the namespace, its start in /proc/PID/stat (section 12)
- * Every file that is written: DEST, and meanwhile DEST.partial with DEST.partial.journal, .lock and .old (section 12); in a
- *   folder the same for each blob, and .imgpull.partial.journal and .lock; each of them first under a name with the run's id.
- * Every program that is run: docker-credential-NAME, where a credential file names it, found by PATH (section 8).
+ *   of Linux, what tells one process from another: boot_id, the namespace, its start in
+ *     /proc/PID/stat (section 12)
+ * Every file that is written: DEST, and meanwhile DEST.partial with DEST.partial.journal, .lock and
+ *   .old (section 12); in a
+ *   folder the same for each blob, and .imgpull.partial.journal and .lock; each of them first under
+ *     a name with the run's id.
+ * Every program that is run: docker-credential-NAME, where a credential file names it, found by
+ *   PATH (section 8).
  *
  * Every environment variable that is read:
- *   HOME, DOCKER_CONFIG, DOCKER_AUTH_CONFIG, REGISTRY_AUTH_FILE, XDG_RUNTIME_DIR, XDG_CONFIG_HOME (section 8)
+ *   HOME, DOCKER_CONFIG, DOCKER_AUTH_CONFIG, REGISTRY_AUTH_FILE, XDG_RUNTIME_DIR, XDG_CONFIG_HOME
+ *     (section 8)
  *   SSL_CERT_FILE, SSL_CERT_DIR, NODE_EXTRA_CA_CERTS (section 6)
  *   HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY, and the same in lower case (section 6)
  *   NO_COLOR, TERM (section 16)
  *
- * Not here on purpose: push, serve, build, run, sign, convert, recompress, schema 1, a cache outside DEST.
+ * Not here on purpose: push, serve, build, run, sign, convert, recompress, schema 1, a cache
+ *   outside DEST.
  */
 
 // ====== 1. Imports, media types, limits ======
@@ -54,15 +66,18 @@ import type * as http from "node:http";
 import * as net from "node:net";
 import * as os from "node:os";
 import * as path from "node:path";
-import { unescape as percentDecode } from "node:querystring"; // decodeURIComponent that does not throw
+// decodeURIComponent that does not throw
+import { unescape as percentDecode } from "node:querystring";
 import { addAbortSignal, Readable, type Transform, type Writable } from "node:stream";
 import { finished, pipeline } from "node:stream/promises";
 import { setTimeout as delay } from "node:timers/promises";
 import type * as tls from "node:tls";
 import { parseArgs } from "node:util";
 
-/** For the modules of Node that take long to load (crypto, http, https, tls, zlib, child_process): each is loaded at
- *  its first use, so that `--version` needs none of them and a pull over http two. */
+/**
+ * For the modules of Node that take long to load (crypto, http, https, tls, zlib, child_process):
+ * each is loaded at its first use, so that `--version` needs none of them and a pull over http two.
+ */
 const load = process.getBuiltinModule;
 
 const isWindows = process.platform === "win32";
@@ -94,9 +109,11 @@ const LIMITS = Object.freeze({
   keyFileBytes: MIB / 16, // a public key has some hundred bytes
   credentialFileBytes: 4 * MIB, // docker's config.json; this one may be a device or a mistake
   tarMetadataBytes: 16 * MIB, // index.json and the like of a tar that someone else made
-  tarExtensionBytes: MIB, // a pax header or the map of a sparse file; Go's reader has the same bound
+  // a pax header or the map of a sparse file; Go's reader has the same bound
+  tarExtensionBytes: MIB,
   tarEntries: 200_000, // a thousand images in docker's old form have a hundred each
-  tarFolders: 200_000, // that the names of a tar lead through: real ones have two, or one for each layer
+  // that the names of a tar lead through: real ones have two, or one for each layer
+  tarFolders: 200_000,
   tarNameBytes: 4096, // of a name in a tar, or a link's target: no file system has longer ones
   tarNamesBytes: 16 * MIB, // of all of them: a thousand images in the old form have half as much
   tarSmallDocumentBytes: MIB / 4, // most manifests, configs and signatures have less
@@ -118,22 +135,29 @@ const LIMITS = Object.freeze({
   referrers: 1000, // of one image, and of its referrers: each is a request
   referrerDepth: 4, // a signature of an attestation of an image is two deep
   headerBytes: MIB, // Google's registry has sent 21 KB; Node's own bound is 16 KiB
-  secretLength: 4, // shorter ones are in every sentence; below twice that, only words from outside are searched
+  // shorter ones are in every sentence; below twice that, only words from outside are searched
+  secretLength: 4,
   signaturesKept: 64, // of signed URLs, to be struck out of what is said of them
   helperMs: 60_000, // a helper may ask a password manager, and that one a person
-  diagnosisMs: 2000, // a proxy that closed without a word is asked once whether it speaks SOCKS or TLS
+  // a proxy that closed without a word is asked once whether it speaks SOCKS or TLS
+  diagnosisMs: 2000,
   redirects: 10, // as browsers and Go have it
-  redirectBodyBytes: 64 * 1024, // read, so that the connection can be kept; of a longer one nothing more is taken
+  // read, so that the connection can be kept; of a longer one nothing more is taken
+  redirectBodyBytes: 64 * 1024,
   headersWaitFactor: 4, // times the time-out: a cache may have to fetch a layer before it answers
   documentWaitFactor: 4, // times the time-out, for a manifest, config or token to be whole
-  leastAnswerBytes: MIB / 16, // of a blob, from a server that gives less than it was asked for: slivers have no end
-  slowBytesPerSecond: 1024, // a blob that comes more slowly, over twice the time-out, does not come at all
-  tokenFloorMs: 60_000, // the token specification's default, and more than a skewed clock takes away
+  // of a blob, from a server that gives less than it was asked for: slivers have no end
+  leastAnswerBytes: MIB / 16,
+  // a blob that comes more slowly, over twice the time-out, does not come at all
+  slowBytesPerSecond: 1024,
+  // the token specification's default, and more than a skewed clock takes away
+  tokenFloorMs: 60_000,
   firstBackoffMs: 1000, // most lost connections are back at once
   backoffMs: 30_000, // and a registry that restarts is back within a minute or two
   retryAfterMs: 120_000, // longer waits are the user's to decide
   lockBeatMs: 10_000, // how often a lock is touched
-  lockStaleMs: 60_000, // a lock that nobody has touched for so long is nobody's: six beats, for disks can stall
+  // a lock that nobody has touched for so long is nobody's: six beats, for disks can stall
+  lockStaleMs: 60_000,
   lockBirthMs: 200, // how long a lock may be there without a word, where it cannot be linked whole
   lockBytes: 4096, // anyone may have written it
 });
@@ -141,15 +165,18 @@ const LIMITS = Object.freeze({
 /** Speed: measured, and free to change. No promise depends on them. */
 const TUNING = Object.freeze({
   batchMs: 1000, // how long bytes may wait for more of them before they are written, and recorded
-  batchBytes: MIB / 2, // one write to disk: fewer trips to Node's thread pool than one for each chunk
+  // one write to disk: fewer trips to Node's thread pool than one for each chunk
+  batchBytes: MIB / 2,
   gatherBytes: 4 * MIB, // of all connections together: each has as much under way besides
   journalBytes: MIB, // how much a kill -9 may cost each blob, beside what a connection has gathered
-  syncBytes: 32 * MIB, // the disk works while the line does, and little is left for the sync at the end
+  // the disk works while the line does, and little is left for the sync at the end
+  syncBytes: 32 * MIB,
   splitBytes: MIB / 2, // no range is worth a request of its own below that,
   worthMs: 50, // nor where its connection would be done in less
   unitBytes: 8 * MIB, // ranges of one blob side by side: the hash is at most so many units behind
   smallBytes: MIB / 16, // a blob that may be asked for twice, to see whether a cache has it by then
-  earlyBytes: 4 * MIB, // what may wait in memory for its turn to be hashed; what else came early is read back
+  // what may wait in memory for its turn to be hashed; what else came early is read back
+  earlyBytes: 4 * MIB,
   firstConnections: 8, // at first, before anything was measured
   growth: 4, // times as many are tried next
   noise: 0.1, // a trial has to bring more than that
@@ -160,13 +187,20 @@ const TUNING = Object.freeze({
   trialChances: 2, // stretches in which it can show that
   firstMeasureMs: 40, // stretches over which bytes are counted, the very first one
   measureMs: 80, // and all others
-  trialPauseMs: 2000, // before the next trial, after one that brought nothing; then four times as long
+  // before the next trial, after one that brought nothing; then four times as long
+  trialPauseMs: 2000,
   worthTryingMs: 500, // of work that is left
-  promptMs: 20, // answers that are later than three times the quickest, and that, had to be fetched first
-  lateMs: 500, // and five times the quickest: a range that is not answered by then is left to its neighbour
-  busyLoop: 0.95, // share of Node's event loop that can be in use: no trial brings more than what is missing to that
+  // answers that are later than three times the quickest, and that, had to be fetched first
+  promptMs: 20,
+  // and five times the quickest: a range that is not answered by then is left to its neighbour
+  lateMs: 500,
+  // share of Node's event loop that can be in use: no trial brings more than what is missing to
+  // that
+  busyLoop: 0.95,
   tickMs: 20, // how often all this is looked at
-  addressMs: 3000, // for each of a host's addresses but the last: one lost packet on a slow line is no reason to give up
+  // for each of a host's addresses but the last: one lost packet on a slow line is no reason to
+  // give up
+  addressMs: 3000,
   readerPollMs: 50, // DEST that is a pipe: how soon we see that somebody reads it
   streamWindowBytes: 32 * MIB, // DEST `-`: how far the line may be ahead of the reader
   headerReadBytes: 64 * 1024, // of a tar: small entries stand side by side
@@ -177,7 +211,10 @@ const TUNING = Object.freeze({
 // ====== 2. Public types ======
 // The library's face. An editor shows each field's comment: shape, unit, default.
 
-/** An operating system and processor in Go's words: `{ os: "linux", architecture: "arm", variant: "v7" }`. */
+/**
+ * An operating system and processor in Go's words: `{ os: "linux", architecture: "arm", variant:
+ * "v7" }`.
+ */
 interface Platform {
   os: string;
   architecture: string;
@@ -200,13 +237,18 @@ interface Descriptor {
   data?: Buffer;
 }
 
-/** Where a tar can be written to: Node's Writables are such (a socket, a child's stdin, process.stdout). */
+/**
+ * Where a tar can be written to: Node's Writables are such (a socket, a child's stdin,
+ * process.stdout).
+ */
 interface OutputStream {
   write(chunk: Uint8Array): boolean;
   on(event: string, listener: (...values: unknown[]) => void): unknown;
 }
 
-/** How images are pulled. All of it is optional, and `undefined` is as if an option was not there. */
+/**
+ * How images are pulled. All of it is optional, and `undefined` is as if an option was not there.
+ */
 interface PullOptions {
   /** How registries are spoken to; default `https`. */
   scheme?: "https" | "http" | undefined;
@@ -218,16 +260,16 @@ interface PullOptions {
   /** Variant of the processor wanted (`v7`); default: the best that suits `archType`. */
   variant?: string | undefined;
   /**
-   * Platforms wanted, as `OS/ARCH` or `OS/ARCH/VARIANT`; `"all"`: every one that there is. With more than one, the
-   * image's index is kept. Excludes `osType`, `archType` and `variant`.
+   * Platforms wanted, as `OS/ARCH` or `OS/ARCH/VARIANT`; `"all"`: every one that there is. With
+   * more than one, the image's index is kept. Excludes `osType`, `archType` and `variant`.
    */
   platforms?: "all" | readonly string[] | undefined;
 
   /** The name that the image gets in DEST; one reference only. Excludes `renames`. */
   name?: string | undefined;
   /**
-   * Names in DEST that begin with a key begin with its value instead: `{ "docker.io": "registry.corp/hub" }`. Whole
-   * path segments count, and the longest key wins.
+   * Names in DEST that begin with a key begin with its value instead: `{ "docker.io":
+   * "registry.corp/hub" }`. Whole path segments count, and the longest key wins.
    */
   renames?: Readonly<Record<string, string>> | undefined;
   /** Paths of tars: blobs that one of them holds are copied from there, and verified. */
@@ -237,14 +279,17 @@ interface PullOptions {
   /** Brings what refers to the images: signatures, attestations, SBOMs; default false. */
   referrers?: boolean | undefined;
   /**
-   * Public keys, each as PEM or as the path of a PEM file: an image that none of them has signed is refused. What refers
-   * to the images comes along.
+   * Public keys, each as PEM or as the path of a PEM file: an image that none of them has signed is
+   * refused. What refers to the images comes along.
    */
   signedBy?: readonly string[] | undefined;
   /** Resolves everything, says what would come, and writes nothing; default false. */
   dryRun?: boolean | undefined;
 
-  /** For basic credentials, with `password`; default: docker's and podman's credential files are asked. */
+  /**
+   * For basic credentials, with `password`; default: docker's and podman's credential files are
+   * asked.
+   */
   username?: string | undefined;
   /** The password of `username`. */
   password?: string | undefined;
@@ -267,7 +312,9 @@ interface PullOptions {
    */
   mirrors?: Readonly<Record<string, readonly string[]>> | undefined;
 
-  /** The most connections used at once, 1 to 64; default 16. Fewer are used where more do not help. */
+  /**
+   * The most connections used at once, 1 to 64; default 16. Fewer are used where more do not help.
+   */
   concurrency?: number | undefined;
   /** Attempts after the first, 0 to 100; default 5. */
   retries?: number | undefined;
@@ -276,11 +323,17 @@ interface PullOptions {
   /** Where proxies, credential files and certificates are looked up; default: `process.env`. */
   environment?: Readonly<Record<string, string | undefined>> | undefined;
 
-  /** Stops everything at once; what is thrown then has the code `ABORTED` and the signal's reason as its cause. */
+  /**
+   * Stops everything at once; what is thrown then has the code `ABORTED` and the signal's reason as
+   * its cause.
+   */
   signal?: AbortSignal | undefined;
   /** Called as bytes arrive. What it throws ends the call, and is thrown from there. */
   onProgress?: ((progress: Progress) => void) | undefined;
-  /** Called with a sentence each: a retry, a fallback, a layer that some loaders refuse. What it throws ends the call. */
+  /**
+   * Called with a sentence each: a retry, a fallback, a layer that some loaders refuse. What it
+   * throws ends the call.
+   */
   onWarning?: ((message: string) => void) | undefined;
 }
 
@@ -333,7 +386,9 @@ interface PullResult {
 interface PulledImage {
   /** What was asked for, host and all: `docker.io/library/alpine:3.22`. */
   reference: string;
-  /** The same, pinned to the digest that DEST now holds: `docker.io/library/alpine:3.22@sha256:…`. */
+  /**
+   * The same, pinned to the digest that DEST now holds: `docker.io/library/alpine:3.22@sha256:…`.
+   */
   pinned: string;
   /** Its name in DEST. */
   name: string;
@@ -377,8 +432,8 @@ interface ManifestHolder {
 }
 
 /**
- * A tar to look at: the path of a file, of a pipe or of an OCI layout folder; or its bytes (Node's Readables are such).
- * It may be compressed.
+ * A tar to look at: the path of a file, of a pipe or of an OCI layout folder; or its bytes (Node's
+ * Readables are such). It may be compressed.
  */
 type TarSource = string | AsyncIterable<Uint8Array>;
 
@@ -386,7 +441,10 @@ type TarSource = string | AsyncIterable<Uint8Array>;
 interface LookOptions {
   /** Stops it; what is thrown then has the code `ABORTED` and the signal's reason as its cause. */
   signal?: AbortSignal | undefined;
-  /** Called as bytes are read, of the tar as it lies there; how many there are is not known of every stream. */
+  /**
+   * Called as bytes are read, of the tar as it lies there; how many there are is not known of every
+   * stream.
+   */
   onProgress?:
     | ((progress: { doneBytes: number; totalBytes: number | undefined }) => void)
     | undefined;
@@ -394,11 +452,14 @@ interface LookOptions {
 
 interface VerifyOptions extends LookOptions {
   /**
-   * Public keys, each as PEM or as the path of a PEM file: SIGNATURE where one of the images is signed by none of them, by
-   * what the tar itself holds.
+   * Public keys, each as PEM or as the path of a PEM file: SIGNATURE where one of the images is
+   * signed by none of them, by what the tar itself holds.
    */
   signedBy?: readonly string[] | undefined;
-  /** The path of the tar that this one was made `since`: layers that are missing here are looked for there. */
+  /**
+   * The path of the tar that this one was made `since`: layers that are missing here are looked for
+   * there.
+   */
   since?: string | undefined;
 }
 
@@ -454,7 +515,9 @@ interface TarImage {
   /** Of the layers. */
   sizeBytes: number;
   layers: TarLayer[];
-  /** Where not all the platforms of its index are here: how many are, and how many the index names. */
+  /**
+   * Where not all the platforms of its index are here: how many are, and how many the index names.
+   */
   platforms?: { here: number; named: number };
 }
 
@@ -510,11 +573,16 @@ interface TarReport {
   unpackedLayers: number;
   /** Layers that the base has, and this one lacks. */
   baseLayers: number;
-  /** Layers that cannot be unpacked here, for each reason: how they are compressed, or `encrypted`. */
+  /**
+   * Layers that cannot be unpacked here, for each reason: how they are compressed, or `encrypted`.
+   */
   notUnpacked: { reason: string; layers: number }[];
   /** Of the indexes that are here: how many of the platforms they name are here too. */
   platforms: { here: number; named: number };
-  /** Manifests of these indexes that are not here: platforms that were left out, and their attestations. */
+  /**
+   * Manifests of these indexes that are not here: platforms that were left out, and their
+   * attestations.
+   */
   absentManifests: number;
   loaders: TarLoader[];
   problems: TarProblem[];
@@ -546,7 +614,8 @@ type ErrorCode =
   | "ABORTED";
 
 // ====== 3. Errors ======
-// One class with a code. The message is what failed, then the request and the registry's words, then the remedy.
+// One class with a code. The message is what failed, then the request and the registry's words,
+// then the remedy.
 
 interface ErrorDetails {
   status?: number | undefined;
@@ -561,7 +630,10 @@ class ImgpullError extends Error {
   readonly code: ErrorCode;
   /** The HTTP status, where there was one. */
   declare readonly status?: number;
-  /** What is wrong with a tar, as values, and what is right with it: of `verifyTar()`, with the code `BAD_TAR`. */
+  /**
+   * What is wrong with a tar, as values, and what is right with it: of `verifyTar()`, with the code
+   * `BAD_TAR`.
+   */
   declare readonly report?: TarReport;
   /** @internal How long the server asks us to stay away. */
   declare readonly retryAfterMs?: number;
@@ -613,14 +685,18 @@ const CONTROL_CHARACTERS =
 /** What a message says before its remedy, and before the next failure. */
 const firstLineOf = (message: string): string => message.split("\n")[0] ?? "";
 
-/** Text from outside, fit for a terminal: no control characters or escapes, no line breaks, bounded. */
+/**
+ * Text from outside, fit for a terminal: no control characters or escapes, no line breaks, bounded.
+ */
 function printable(text: string, maximum = 300): string {
   const clean = text.replace(CONTROL_CHARACTERS, " ").trim();
   return clean.length > maximum ? `${clean.slice(0, maximum)}…` : clean;
 }
 
-/** A URL without user, password and query (which may be a signature); `?ns=` is ours and is kept. Parameters within
- *  the path (`;sig=…`) go the same way. */
+/**
+ * A URL without user, password and query (which may be a signature); `?ns=` is ours and is kept.
+ * Parameters within the path (`;sig=…`) go the same way.
+ */
 function redactUrl(url: URL | string): string {
   const { protocol, host, pathname, searchParams } = new URL(url);
   const place = pathname.replace(/(;|%3b|%3f).*$/i, "$1***");
@@ -629,12 +705,18 @@ function redactUrl(url: URL | string): string {
   return printable(`${protocol}//${host}${place}${query}`);
 }
 
-/** An image reference or place as it was typed: what stands before an @ that is no digest's may be a password. */
+/**
+ * An image reference or place as it was typed: what stands before an @ that is no digest's may be a
+ * password.
+ */
 const withoutUser = (text: string): string => text.replace(/^.*@(?!sha(256|512):)/s, "***@");
 
 // ------ Secrets ------
 
-/** Parts of a Base64 text that has `secret` in it, one for each place where it may begin among groups of three bytes. */
+/**
+ * Parts of a Base64 text that has `secret` in it, one for each place where it may begin among
+ * groups of three bytes.
+ */
 function base64Forms(secret: string): string[] {
   const forms = [0, 1, 2].map((shift) => {
     const bytes = Buffer.from(" ".repeat(shift) + secret);
@@ -662,12 +744,15 @@ function formsOf(secret: string): string[] {
   return [text, inJson, inHtml, ...percents, ...base64Forms(text)];
 }
 
-/** What no output may have: passwords, tokens, signatures. Whoever gets to know one adds it; whoever shows words from
- *  outside has them struck out first, before they are cut to length. */
+/**
+ * What no output may have: passwords, tokens, signatures. Whoever gets to know one adds it; whoever
+ * shows words from outside has them struck out first, before they are cut to length.
+ */
 class Secrets {
   readonly #secrets = new Set<string>();
   readonly #forms = new Set<string>();
-  readonly #signatures: string[] = []; // the last ones: each request for a blob may be redirected to new ones
+  // the last ones: each request for a blob may be redirected to new ones
+  readonly #signatures: string[] = [];
   #patterns: { inWords: RegExp; anywhere: RegExp } | undefined; // made when they are next needed
 
   add(...secrets: readonly (string | undefined)[]): void {
@@ -721,7 +806,9 @@ class Secrets {
   }
 }
 
-/** Matches each of these texts that is long enough, the longest first; nothing where there is none. */
+/**
+ * Matches each of these texts that is long enough, the longest first; nothing where there is none.
+ */
 function anyOf(texts: Iterable<string>, leastLength: number): RegExp {
   const patterns = [...texts]
     .filter(({ length }) => length >= leastLength)
@@ -747,7 +834,10 @@ interface ConnectionCause extends NodeJS.ErrnoException {
   readonly cert?: { readonly subjectaltname?: string };
 }
 
-/** Which names and addresses a certificate is for: `DNS:a.example, IP Address:10.0.0.1` in Node's words. */
+/**
+ * Which names and addresses a certificate is for: `DNS:a.example, IP Address:10.0.0.1` in Node's
+ * words.
+ */
 function certificateNames({ host = "", cert }: ConnectionCause): string {
   const names = (cert?.subjectaltname ?? "")
     .split(", ")
@@ -760,7 +850,10 @@ function certificateNames({ host = "", cert }: ConnectionCause): string {
 const CLIENT_CERTIFICATE_REMEDY =
   "it may want a client certificate, one that it knows: `tlsCert` and `tlsKey`";
 
-/** An https client that meets plain HTTP reads "HTTP/1.1" as a TLS record of an absurd version or length. */
+/**
+ * An https client that meets plain HTTP reads "HTTP/1.1" as a TLS record of an absurd version or
+ * length.
+ */
 const PLAIN_HTTP =
   /wrong version number|packet length too long|unknown protocol|record layer failure/i;
 
@@ -793,7 +886,8 @@ const CONNECTION_FAULTS: readonly ConnectionFault[] = [
   },
   { pattern: /^(CERT_|INVALID_|ERR_TLS|ERR_SSL|EPROTO)/, code: "TLS" },
   {
-    // Node refuses it even where it is lenient, since proxies and servers have been tricked that way.
+    // Node refuses it even where it is lenient, since proxies and servers have been tricked that
+    // way.
     pattern: /^HPE_(UNEXPECTED_CONTENT_LENGTH|INVALID_CONTENT_LENGTH)/,
     code: "PROTOCOL",
     words: "the answer tells its length twice, or in no number (Content-Length): refused",
@@ -833,7 +927,8 @@ function connectionError(error: unknown, doing: string): ImgpullError {
   if (cause.name === "AbortError") return new ImgpullError("ABORTED", "stopped", { cause });
 
   const nodeCode = errorCodeOf(error);
-  // Where a host has several addresses, the message is empty and there is an error for each address.
+  // Where a host has several addresses, the message is empty and there is an error for each
+  // address.
   const nodeWords = printable(cause.message || cause.errors?.[0]?.message || nodeCode);
   const fault =
     CONNECTION_FAULTS.find(({ pattern }) => pattern.test(`${nodeCode} ${nodeWords}`)) ??
@@ -867,7 +962,9 @@ const DISK_WORDS: Readonly<Record<string, string>> = {
 const diskWords = (error: unknown): string =>
   DISK_WORDS[errorCodeOf(error)] ?? printable((error as Error).message);
 
-/** Waits for work on files; what the system refuses becomes a DISK error that says which and why. */
+/**
+ * Waits for work on files; what the system refuses becomes a DISK error that says which and why.
+ */
 function onDisk<T>(doing: string, work: Promise<T>): Promise<T> {
   return work.catch((error: NodeJS.ErrnoException) => {
     const isRefusal = error.syscall !== undefined || errorCodeOf(error) === "ERR_ACCESS_DENIED";
@@ -883,7 +980,10 @@ const ignore = (): undefined => undefined;
 
 // ------ Digests ------
 
-/** A digest is checked here before it touches a path or a URL: algorithm known, lower-case hex, exact length. */
+/**
+ * A digest is checked here before it touches a path or a URL: algorithm known, lower-case hex,
+ * exact length.
+ */
 const isDigest = (text: unknown): text is string =>
   typeof text === "string" && /^(sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})$/.test(text);
 
@@ -908,7 +1008,10 @@ const isStringList = (value: unknown): value is string[] =>
 
 const encodeJson = (value: unknown): Buffer => Buffer.from(JSON.stringify(value), "utf8");
 
-/** Undefined where it is not JSON, without the parser's words: they quote the text, which may be a secret. */
+/**
+ * Undefined where it is not JSON, without the parser's words: they quote the text, which may be a
+ * secret.
+ */
 function parseJson(text: string | Buffer): unknown {
   try {
     return JSON.parse(String(text)) as unknown;
@@ -925,7 +1028,10 @@ const CLOSE_BRACKET = 0x5d;
 const OPEN_BRACE = 0x7b;
 const CLOSE_BRACE = 0x7d;
 
-/** Where a string of a JSON text, which begins at `start`, has its closing quote; beyond the text if it has none. */
+/**
+ * Where a string of a JSON text, which begins at `start`, has its closing quote; beyond the text if
+ * it has none.
+ */
 function endOfString(json: Buffer, start: number): number {
   let at = start + 1;
   while (at < json.length && json[at] !== QUOTE) at += json[at] === BACKSLASH ? 2 : 1;
@@ -984,7 +1090,10 @@ const formatPlatform = ({ os: system, architecture, variant }: Partial<Platform>
 
 // ------ Side by side ------
 
-/** Runs at most `limit` at once, keeps the order, and lets every one end before what failed is thrown. */
+/**
+ * Runs at most `limit` at once, keeps the order, and lets every one end before what failed is
+ * thrown.
+ */
 async function mapConcurrently<T, R>(
   items: readonly T[],
   limit: number,
@@ -1017,7 +1126,10 @@ function settled<R>(results: readonly PromiseSettledResult<R>[]): R[] {
   return values;
 }
 
-/** Several failures as one error that names each, so that a list is mended in one go. Bugs go first, as they are. */
+/**
+ * Several failures as one error that names each, so that a list is mended in one go. Bugs go first,
+ * as they are.
+ */
 function asOneFailure(failures: readonly unknown[]): unknown {
   const errors = failures.filter((failure) => failure instanceof ImgpullError);
   if (errors.length < failures.length)
@@ -1033,7 +1145,9 @@ function asOneFailure(failures: readonly unknown[]): unknown {
   return new ImgpullError(first.code, messages.join("\n"), { status: first.status, cause: first });
 }
 
-/** Aborts with the first of them. That many requests listen to it is no leak, whatever Node warns. */
+/**
+ * Aborts with the first of them. That many requests listen to it is no leak, whatever Node warns.
+ */
 function anySignal(...signals: AbortSignal[]): AbortSignal {
   const signal = AbortSignal.any(signals);
   setMaxListeners(0, signal);
@@ -1041,14 +1155,18 @@ function anySignal(...signals: AbortSignal[]): AbortSignal {
 }
 
 // ====== 5. References ======
-// The grammar of the distribution specification ("Pulling manifests") and of docker's reference package:
+// The grammar of the distribution specification ("Pulling manifests") and of docker's reference
+// package:
 //
 //   reference  = [host "/"] repository [":" tag] ["@" digest]
 //   host       = (label *("." label) | "[" IPv6 "]") [":" port]     docker.io where there is none
 //   repository = component *("/" component)                         lower case
 //   component  = alphanumerics, parted by one ".", one or two "_", or any number of "-"
 
-/** An image reference in its parts. `host` is the name that people use (`docker.io`), not where its API is. */
+/**
+ * An image reference in its parts. `host` is the name that people use (`docker.io`), not where its
+ * API is.
+ */
 interface Reference {
   readonly host: string;
   readonly repository: string;
@@ -1066,7 +1184,10 @@ const COMPONENT = "[a-z0-9]+(?:(?:\\.|_{1,2}|-+)[a-z0-9]+)*";
 const REPOSITORY = new RegExp(`^${COMPONENT}(?:/${COMPONENT})*$`);
 const TAG = /^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$/;
 
-/** Cuts without judging: a first segment with a dot or a port is a host; a tag follows the last colon of the rest. */
+/**
+ * Cuts without judging: a first segment with a dot or a port is a host; a tag follows the last
+ * colon of the rest.
+ */
 const PARTS = /^(?:(?<host>localhost|[^/]*[.:][^/]*)\/)?(?<name>.*?)(?::(?<tag>[^:]*))?$/;
 
 function isHost(text: string): boolean {
@@ -1119,7 +1240,10 @@ function faultOfReference(text: string): string | undefined {
 
 const isReference = (text: string): boolean => faultOfReference(text) === undefined;
 
-/** Throws BAD_REFERENCE with the reason; nothing is asked of any registry for a reference that cannot be right. */
+/**
+ * Throws BAD_REFERENCE with the reason; nothing is asked of any registry for a reference that
+ * cannot be right.
+ */
 function parseReference(text: string): Reference {
   const fault = faultOfReference(text);
   if (fault !== undefined) {
@@ -1143,8 +1267,10 @@ function formatReference({ tag, digest, ...place }: Reference): string {
 
 const apiHost = (host: string): string => (host === "docker.io" ? "registry-1.docker.io" : host);
 
-/** The name an image gets in the tar. A mirror stands for another registry, told by --ns or by the path's first
- *  segment; the tag names, and only a reference without one is named by its digest. */
+/**
+ * The name an image gets in the tar. A mirror stands for another registry, told by --ns or by the
+ * path's first segment; the tag names, and only a reference without one is named by its digest.
+ */
 function imageName({ host, repository, tag, digest }: Reference, namespace?: string): Reference {
   const version = tag === undefined ? `@${digest}` : `:${tag}`;
   if (namespace !== undefined) return parseReference(`${namespace}/${repository}${version}`);
@@ -1198,7 +1324,8 @@ function parseMirror(text: string, scheme: "https" | "http"): Mirror {
 
 // ====== 6. Transport ======
 // One request: certificates, proxy, silence, redirects. It knows no registry and keeps no bytes.
-// Invariant: an Authorization header and a client certificate are chosen anew for each origin, never carried over.
+// Invariant: an Authorization header and a client certificate are chosen anew for each origin,
+// never carried over.
 
 /** @internal */
 type Environment = Readonly<Record<string, string | undefined>>;
@@ -1218,7 +1345,10 @@ type Settings = Readonly<
     }
 >;
 
-/** A registry is shown the client certificate, and what certs.d has for it; a mirror the latter; no other either. */
+/**
+ * A registry is shown the client certificate, and what certs.d has for it; a mirror the latter; no
+ * other either.
+ */
 type Role = "registry" | "mirror" | "other";
 
 /** A request as its maker sees it. */
@@ -1228,7 +1358,9 @@ interface HttpRequest {
   readonly headers: Readonly<Record<string, string>>;
   readonly body?: string;
   readonly signal: AbortSignal;
-  /** The body is a blob's: it may take as long as it moves. Everything else has to be whole in time. */
+  /**
+   * The body is a blob's: it may take as long as it moves. Everything else has to be whole in time.
+   */
   readonly isBlob?: boolean;
   /** Where a redirect may lead; without it, anywhere that is as private. */
   readonly mayAsk?: (url: URL) => boolean;
@@ -1251,9 +1383,11 @@ interface Answer {
   readonly waitedMs: number;
 }
 
-/** For every request, CONNECT included. Peers take what Node's strict parser refuses (a length beside chunks, LF alone,
- *  folded lines, control characters), and digests guard the bytes. Each address of a host is given seconds: Node's
- *  own 250 ms are less than a slow line's round trip. */
+/**
+ * For every request, CONNECT included. Peers take what Node's strict parser refuses (a length
+ * beside chunks, LF alone, folded lines, control characters), and digests guard the bytes. Each
+ * address of a host is given seconds: Node's own 250 ms are less than a slow line's round trip.
+ */
 const SOCKET_OPTIONS = {
   insecureHTTPParser: true,
   maxHeaderSize: LIMITS.headerBytes,
@@ -1277,7 +1411,10 @@ function parseRetryAfter(value: string | undefined, now: number): number | undef
 
 // ------ Certificates ------
 
-/** Where the distributions keep their certificates, in the order in which Go's crypto/x509 looks (root_linux.go). */
+/**
+ * Where the distributions keep their certificates, in the order in which Go's crypto/x509 looks
+ * (root_linux.go).
+ */
 const CA_BUNDLES = [
   "/etc/ssl/certs/ca-certificates.crt",
   "/etc/pki/tls/certs/ca-bundle.crt",
@@ -1298,7 +1435,10 @@ const readOptional = (file: string): Promise<string | undefined> =>
 const listOptional = async (folder: string): Promise<string[]> =>
   (await fs.readdir(folder).catch(() => [])).sort();
 
-/** The certificates of a PEM text, one by one: in a whole text OpenSSL stops at the first that it cannot read. */
+/**
+ * The certificates of a PEM text, one by one: in a whole text OpenSSL stops at the first that it
+ * cannot read.
+ */
 const certificatesOf = (text = ""): string[] =>
   text
     .split(/(?=-----BEGIN )/)
@@ -1313,7 +1453,9 @@ function isReadable(certificate: string): boolean {
   }
 }
 
-/** The system's certificate store, as Go reads it; Node's own roots only where the system has none. */
+/**
+ * The system's certificate store, as Go reads it; Node's own roots only where the system has none.
+ */
 async function systemCertificates(environment: Environment): Promise<string[]> {
   const { SSL_CERT_FILE, SSL_CERT_DIR, NODE_EXTRA_CA_CERTS } = environment;
   const found = new Set<string>();
@@ -1337,7 +1479,10 @@ async function systemCertificates(environment: Environment): Promise<string[]> {
   return [...found];
 }
 
-/** macOS and Windows keep theirs in no file; Node reads them since 22.15. Elsewhere, or before that, Node's own roots. */
+/**
+ * macOS and Windows keep theirs in no file; Node reads them since 22.15. Elsewhere, or before that,
+ * Node's own roots.
+ */
 function nodeCertificates(): readonly string[] {
   const { getCACertificates, rootCertificates = [] }: Partial<typeof tls> = load("node:tls");
   const isKeptByTheSystem = ["darwin", "win32"].includes(process.platform);
@@ -1419,8 +1564,9 @@ async function makeSecureContext(
       ca,
       cert,
       key,
-      // As in Go: an intermediate or the server's own certificate is trust enough, and a server that does not know
-      // RFC 5746 (secure renegotiation) is spoken to, since nothing here renegotiates.
+      // As in Go: an intermediate or the server's own certificate is trust enough, and a server
+      // that does not know RFC 5746 (secure renegotiation) is spoken to, since nothing here
+      // renegotiates.
       allowPartialTrustChain: true,
       secureOptions: load("node:crypto").constants.SSL_OP_LEGACY_SERVER_CONNECT,
     });
@@ -1432,11 +1578,15 @@ async function makeSecureContext(
   }
 }
 
-/** As Node does it, but that some versions do not know `::1` in `0:0:0:0:0:0:0:1`, which is how they write it. */
+/**
+ * As Node does it, but that some versions do not know `::1` in `0:0:0:0:0:0:0:1`, which is how they
+ * write it.
+ */
 function checkIdentity(host: string, cert: tls.PeerCertificate): Error | undefined {
   const error = load("node:tls").checkServerIdentity(host, cert);
   const { subjectaltname: names = "" } = cert;
-  if (!error || !net.isIPv6(host) || names.includes('"')) return error; // quotes hide what a name is not
+  // quotes hide what a name is not
+  if (!error || !net.isIPv6(host) || names.includes('"')) return error;
 
   const isSame = (address: string) =>
     net.isIPv6(address) && new URL(`http://[${address}]`).hostname === `[${host}]`;
@@ -1450,7 +1600,10 @@ const LOOPBACK = "localhost,127.0.0.0/8,::1/128";
 const familyOf = (address: string) => (net.isIPv6(address) ? "ipv6" : "ipv4");
 const withoutBrackets = (host: string): string => host.replace(/^\[|\]$/g, "");
 
-/** NO_PROXY as Go and curl take it: `*`, names with subdomains, ports, addresses, CIDR blocks; loopback always. */
+/**
+ * NO_PROXY as Go and curl take it: `*`, names with subdomains, ports, addresses, CIDR blocks;
+ * loopback always.
+ */
 function isExemptFromProxy(url: URL, noProxy: string): boolean {
   const entries = `${LOOPBACK},${noProxy}`
     .toLowerCase()
@@ -1471,8 +1624,10 @@ function isInBlock(url: URL, block: string): boolean {
   return list.check(host, familyOf(host));
 }
 
-/** Whether `*`, `example.com`, `.example.com`, `*.example.com`, `10.0.0.1` or `[::1]`, each perhaps with `:PORT`, names
- *  the URL's host. A name names its subdomains too. */
+/**
+ * Whether `*`, `example.com`, `.example.com`, `*.example.com`, `10.0.0.1` or `[::1]`, each perhaps
+ * with `:PORT`, names the URL's host. A name names its subdomains too.
+ */
 function isNamedBy(url: URL, entry: string): boolean {
   // A bare IPv6 address has colons of its own, and so no port.
   const withPort = /^(?:\[(?<bracketed>[^\]]*)\]|(?<bare>[^:]*))(?::(?<port>\d+))?$/.exec(entry);
@@ -1516,7 +1671,10 @@ function proxyHeaders({ username, password }: URL): Record<string, string> {
   return { "Proxy-Authorization": authorization };
 }
 
-/** Whether an answer to a forwarded request is the proxy's own: it could not reach the registry, or would not. */
+/**
+ * Whether an answer to a forwarded request is the proxy's own: it could not reach the registry, or
+ * would not.
+ */
 function isFromProxy({ statusCode: status = 0, headers }: http.IncomingMessage): boolean {
   if (status === 407) return true;
   if (status < 400 || headers["docker-distribution-api-version"] !== undefined) return false;
@@ -1532,7 +1690,10 @@ const speaks = (language: string, scheme: string, { host }: URL): string =>
 const SOCKS_WORDS =
   "it speaks SOCKS on this port, which is not supported: an http:// or https:// proxy is needed";
 
-/** What a proxy speaks if it is not what its URL says, by the first bytes that came or OpenSSL's words. */
+/**
+ * What a proxy speaks if it is not what its URL says, by the first bytes that came or OpenSSL's
+ * words.
+ */
 function mistakenProxy(error: unknown, proxy: URL): string | undefined {
   const { rawPacket, message = "" } = error as { rawPacket?: Buffer; message?: string };
   if (proxy.protocol === "https:")
@@ -1546,7 +1707,10 @@ function mistakenProxy(error: unknown, proxy: URL): string | undefined {
   return isSocks ? SOCKS_WORDS : undefined;
 }
 
-/** Whether a server answers a SOCKS greeting (RFC 1928 §3). Most close what is no SOCKS without a word. */
+/**
+ * Whether a server answers a SOCKS greeting (RFC 1928 §3). Most close what is no SOCKS without a
+ * word.
+ */
 function answersSocks(address: net.TcpNetConnectOpts): Promise<boolean> {
   const socket = net.connect(address);
   socket.setTimeout(LIMITS.diagnosisMs, () => socket.destroy());
@@ -1575,7 +1739,10 @@ function answersTls(address: net.TcpNetConnectOpts): Promise<boolean> {
   });
 }
 
-/** A proxy, and whether it has ever answered us: until then it may be something else than its URL says. */
+/**
+ * A proxy, and whether it has ever answered us: until then it may be something else than its URL
+ * says.
+ */
 class ProxyServer {
   readonly url: URL;
   #hasAnswered = false;
@@ -1608,7 +1775,10 @@ class ProxyServer {
     } as ErrorDetails);
   }
 
-  /** A web server's TLS port answers what is plain with 400, with words about it (Go, nginx) or without. */
+  /**
+   * A web server's TLS port answers what is plain with 400, with words about it (Go, nginx) or
+   * without.
+   */
   async tlsPortError(
     { statusCode }: http.IncomingMessage,
     body = "",
@@ -1622,7 +1792,9 @@ class ProxyServer {
     return new ImgpullError("PROXY", `${proxyName(this.url)}: ${mistake}`);
   }
 
-  /** A failure between us and the proxy, told in its name; one that cannot pass is a PROXY error. */
+  /**
+   * A failure between us and the proxy, told in its name; one that cannot pass is a PROXY error.
+   */
   async explain(error: unknown, doing?: string): Promise<ImgpullError> {
     const where = doing === undefined ? proxyName(this.url) : `${proxyName(this.url)}, ${doing}`;
     const isClosed = errorCodeOf(error) === "ECONNRESET" && !this.#hasAnswered;
@@ -1633,7 +1805,10 @@ class ProxyServer {
     return new ImgpullError("PROXY", `${where}: ${mistake}`, { cause: error });
   }
 
-  /** Nothing came in time. A plain proxy waits for a whole line where it is sent the beginning of TLS. */
+  /**
+   * Nothing came in time. A plain proxy waits for a whole line where it is sent the beginning of
+   * TLS.
+   */
   silence(isHandshake: boolean, limitMs: number): ImgpullError {
     const seconds = limitMs / 1000;
     const isDoubtful = isHandshake && this.url.protocol === "https:" && !this.#hasAnswered;
@@ -1702,12 +1877,17 @@ function connectThrough(
 
 // ------ Agents ------
 
-/** Owns the connections, which are kept alive: one agent for each origin, way there, and certificate shown. */
+/**
+ * Owns the connections, which are kept alive: one agent for each origin, way there, and certificate
+ * shown.
+ */
 class AgentPool {
   readonly #settings: Settings;
   readonly #agents = new Map<string, Promise<http.Agent>>();
-  readonly #closing = new AbortController(); // for tunnels that are being asked for: no agent knows them yet
-  #commonContext: Promise<tls.SecureContext> | undefined; // to parse the system's certificates takes long
+  // for tunnels that are being asked for: no agent knows them yet
+  readonly #closing = new AbortController();
+  // to parse the system's certificates takes long
+  #commonContext: Promise<tls.SecureContext> | undefined;
 
   constructor(settings: Settings) {
     this.#settings = settings;
@@ -1747,8 +1927,10 @@ class AgentPool {
     return Object.assign(agent, { createConnection });
   }
 
-  /** Node takes the name to verify from the Host header, which is the target's, unless it is told. For an address it
-   *  needs the address itself, since it would look for `[::1]` in the certificate. */
+  /**
+   * Node takes the name to verify from the Host header, which is the target's, unless it is told.
+   * For an address it needs the address itself, since it would look for `[::1]` in the certificate.
+   */
   async #tlsToProxy(proxy: URL) {
     const host = withoutBrackets(proxy.hostname);
     return {
@@ -1914,13 +2096,18 @@ async function proxyRefusal(
   return forwarder && isFromProxy(response) ? forwarder.refusal(doing, response) : undefined;
 }
 
-/** A kept-alive connection that the server closed, or left bytes of the last answer on: nothing was answered, so the
- *  same request may be sent again at once. */
+/**
+ * A kept-alive connection that the server closed, or left bytes of the last answer on: nothing was
+ * answered, so the same request may be sent again at once.
+ */
 function isStaleConnection(outgoing: http.ClientRequest, error: unknown): boolean {
   return outgoing.reusedSocket && /^(ECONNRESET$|HPE_)/.test(errorCodeOf(error));
 }
 
-/** With a blank before the colon, `Content-Length : 2`, Node's lenient parser takes the blank for a part of the name. */
+/**
+ * With a blank before the colon, `Content-Length : 2`, Node's lenient parser takes the blank for a
+ * part of the name.
+ */
 function tidyHeaders(headers: http.IncomingHttpHeaders): void {
   for (const [name, value] of Object.entries(headers)) {
     const trimmed = name.trimEnd();
@@ -1933,16 +2120,21 @@ function tidyHeaders(headers: http.IncomingHttpHeaders): void {
 /** Plain HTTP goes to the proxy in absolute form (RFC 9112 §3.2.2). */
 function forwardRequest(proxy: URL, url: URL, options: http.RequestOptions): http.ClientRequest {
   const headers = { ...options.headers, Host: url.host, ...proxyHeaders(proxy) };
-  // The proxy's origin, not its URL: Node would make an Authorization header, for the registry, of its password.
+  // The proxy's origin, not its URL: Node would make an Authorization header, for the registry, of
+  // its password.
   return clientFor(proxy).request(proxy.origin, { ...options, path: url.href, headers });
 }
 
 // ------ Socket guards ------
 
-/** Errors are met where the request is awaited, or by the one who reads the body; none may end the process. */
+/**
+ * Errors are met where the request is awaited, or by the one who reads the body; none may end the
+ * process.
+ */
 function surviveLateErrors(outgoing: http.ClientRequest): void {
   outgoing.on("error", ignore);
-  // Between two requests a connection has no listener: until Node 26 an abort at that moment would end the process.
+  // Between two requests a connection has no listener: until Node 26 an abort at that moment would
+  // end the process.
   outgoing.once("socket", (socket) => socket.off("error", ignore).on("error", ignore));
   // After a 101 that nobody asked for, Node closes without a response or an error.
   outgoing.once("close", () => outgoing.emit("error", new Error("closed without an answer")));
@@ -1950,8 +2142,9 @@ function surviveLateErrors(outgoing: http.ClientRequest): void {
 }
 
 // ------ Deadlines ------
-// Node's own time-out starts anew with each byte, so a server that sends one now and then would hold us for ever. Here
-// connecting, headers, and all bodies but a blob's have to be whole in time; a blob has to go on moving.
+// Node's own time-out starts anew with each byte, so a server that sends one now and then would
+// hold us for ever. Here connecting, headers, and all bodies but a blob's have to be whole in time;
+// a blob has to go on moving.
 
 function timeoutError(doing: string, words: string): ImgpullError {
   return new ImgpullError("TIMEOUT", `${doing}: ${words}`);
@@ -1990,8 +2183,10 @@ function limitAnswer(
   for (const end of ["response", "connect", "close"]) outgoing.once(end, () => clearTimeout(timer));
 }
 
-/** How long headers are waited for. A cache may fetch a whole layer before it answers: whoever was silent too long is
- *  given twice as long at the next attempt, up to a bound. */
+/**
+ * How long headers are waited for. A cache may fetch a whole layer before it answers: whoever was
+ * silent too long is given twice as long at the next attempt, up to a bound.
+ */
 class Patience {
   readonly #timeoutMs: number;
   readonly #factors = new Map<string, number>();
@@ -2039,7 +2234,9 @@ function limitBody(outgoing: http.ClientRequest, limits: BodyLimits): void {
   });
 }
 
-/** Silence that we asked for (the disk or the reader is slower than the line) is not the server's. */
+/**
+ * Silence that we asked for (the disk or the reader is slower than the line) is not the server's.
+ */
 const isReaderSlow = (incoming: http.IncomingMessage): boolean => incoming.readableLength > 0;
 
 /** Ends a body that hardly moves: over each period it has to bring some KiB. */
@@ -2065,7 +2262,10 @@ function limitSlowness(incoming: http.IncomingMessage, periodMs: number, doing: 
 type Sent = Readonly<{ response: http.IncomingMessage; waitedMs: number }>;
 type SendOnce = (url: URL, headers: Record<string, string>) => Promise<Sent>;
 
-/** Follows redirects by hand: relative ones too, at most ten, never from https to http, never with a secret body. */
+/**
+ * Follows redirects by hand: relative ones too, at most ten, never from https to http, never with a
+ * secret body.
+ */
 async function followRedirects(
   request: HttpRequest,
   sendOnce: SendOnce,
@@ -2129,7 +2329,9 @@ function decodeLatin1(text: string): string {
 
 // ------ Bodies ------
 
-/** A short body is read, so that the connection can be kept; of a longer one nothing more is taken. */
+/**
+ * A short body is read, so that the connection can be kept; of a longer one nothing more is taken.
+ */
 function dropBody(response: http.IncomingMessage): void {
   let length = 0;
   response.on("error", ignore).on("data", (chunk: Buffer) => {
@@ -2138,8 +2340,11 @@ function dropBody(response: http.IncomingMessage): void {
   });
 }
 
-/** Some front ends compress although `identity` was asked for. Others store a gzip layer with a Content-Encoding that
- *  describes the layer itself: there the length gives it away, and the bytes are what was asked for. */
+/**
+ * Some front ends compress although `identity` was asked for. Others store a gzip layer with a
+ * Content-Encoding that describes the layer itself: there the length gives it away, and the bytes
+ * are what was asked for.
+ */
 function decodeBody(response: http.IncomingMessage, expectedBytes?: number): Readable {
   const { "content-encoding": encoding = "", "content-length": length } = response.headers;
   const isRaw = expectedBytes !== undefined && Number(length) === expectedBytes;
@@ -2186,7 +2391,10 @@ async function readWords(response: http.IncomingMessage): Promise<string> {
   }
 }
 
-/** `errors[]` of the distribution specification, a token service's fields, or plain text; nothing of a web page. */
+/**
+ * `errors[]` of the distribution specification, a token service's fields, or plain text; nothing of
+ * a web page.
+ */
 function wordsOfError(body: Buffer): string {
   const json = parseJson(body);
   if (!isRecord(json)) {
@@ -2208,7 +2416,10 @@ function wordsOfError(body: Buffer): string {
   return words.slice(0, 2).join(": ");
 }
 
-/** What S3 and Azure say where they refuse: `<Error><Code>…</Code><Message>…</Message>`. Other markup is a web page. */
+/**
+ * What S3 and Azure say where they refuse: `<Error><Code>…</Code><Message>…</Message>`. Other
+ * markup is a web page.
+ */
 function wordsOfXml(text: string): string {
   if (!/<Error[\s>]/.test(text)) return "";
   const words = ["Code", "Message"].map((name) => {
@@ -2224,7 +2435,8 @@ function wordsOfXml(text: string): string {
 const XML_ENTITIES: Record<string, string> = { lt: "<", gt: ">", quot: '"', apos: "'", amp: "&" };
 
 // ====== 7. Retry ======
-// Pure but for the clock, which tests replace. Only known passing faults are retried; a bug never is.
+// Pure but for the clock, which tests replace. Only known passing faults are retried; a bug never
+// is.
 
 const sleep = (waitMs: number, signal: AbortSignal): Promise<unknown> =>
   delay(waitMs, undefined, { signal });
@@ -2253,7 +2465,10 @@ function isRetriable(error: unknown): error is ImgpullError {
   return status >= 500 && status !== 501 && status !== 505;
 }
 
-/** How long to wait before the next attempt; undefined where there is none. `failures` counts those so far. */
+/**
+ * How long to wait before the next attempt; undefined where there is none. `failures` counts those
+ * so far.
+ */
 function retryDelayMs(
   error: unknown,
   failures: number,
@@ -2287,7 +2502,10 @@ interface RequestContext {
   readonly secrets: Secrets;
 }
 
-/** Runs `attempt` until it succeeds. `gotOn` says whether the failed one brought us forward: the count starts anew. */
+/**
+ * Runs `attempt` until it succeeds. `gotOn` says whether the failed one brought us forward: the
+ * count starts anew.
+ */
 async function withRetries<T>(
   { clock, settings, signal, warn }: RequestContext,
   attempt: () => Promise<T>,
@@ -2314,8 +2532,9 @@ async function withRetries<T>(
 }
 
 // ====== 8. Credentials and tokens ======
-// Challenges (RFC 9110 §11.6.1), docker's and podman's files, helpers, the distribution token protocol.
-// Invariant: a credential is for one registry; it goes there and to the token endpoint which that registry names.
+// Challenges (RFC 9110 §11.6.1), docker's and podman's files, helpers, the distribution token
+// protocol. Invariant: a credential is for one registry; it goes there and to the token endpoint
+// which that registry names.
 
 // ------ Challenges ------
 
@@ -2324,7 +2543,10 @@ interface Challenge {
   readonly parameters: Record<string, string>;
 }
 
-/** Every challenge of every header line: commas separate both parameters and challenges, and may be inside quotes. */
+/**
+ * Every challenge of every header line: commas separate both parameters and challenges, and may be
+ * inside quotes.
+ */
 function parseChallenges(lines: readonly string[]): Challenge[] {
   const challenges: Challenge[] = [];
   const word = /([\s,]*)([!#$%&'*+.^_`|~0-9A-Za-z/-]+)(?:\s*=\s*("(?:[^"\\]|\\.)*"?|[^\s,"]*))?/gy;
@@ -2353,7 +2575,10 @@ const hasUsable = (challenges: readonly Challenge[]): boolean =>
 
 // ------ Credential files and helpers ------
 
-/** `stored` ones come from a file or a helper: where they are refused, a public image can still be pulled. */
+/**
+ * `stored` ones come from a file or a helper: where they are refused, a public image can still be
+ * pulled.
+ */
 type Credential = Readonly<{
   kind: "basic" | "identity" | "bearer";
   username: string;
@@ -2379,7 +2604,10 @@ const below = (directory: string | undefined, ...names: string[]): string | unde
 /** podman's file, below XDG's directories. */
 const AUTH_JSON = "containers/auth.json";
 
-/** `podman login` without a session of its own (sudo, cron, containers) writes below /run (podman#3752). */
+/**
+ * `podman login` without a session of its own (sudo, cron, containers) writes below /run
+ * (podman#3752).
+ */
 function runtimeDirectory({ XDG_RUNTIME_DIR }: Environment): string | undefined {
   if (XDG_RUNTIME_DIR !== undefined) return below(XDG_RUNTIME_DIR, "containers");
   const userId = process.getuid?.();
@@ -2387,8 +2615,9 @@ function runtimeDirectory({ XDG_RUNTIME_DIR }: Environment): string | undefined 
 }
 
 /**
- * The places in the order of precedence; the first that knows the registry is taken. A new credential file is one line here.
- * A file that a `variable` names has to be there; the others may be missing.
+ * The places in the order of precedence; the first that knows the registry is taken. A new
+ * credential file is one line here. A file that a `variable` names has to be there; the others may
+ * be missing.
  */
 const CREDENTIAL_PLACES: readonly CredentialPlace[] = [
   { variable: "REGISTRY_AUTH_FILE", file: (environment) => environment.REGISTRY_AUTH_FILE },
@@ -2405,10 +2634,16 @@ const CREDENTIAL_PLACES: readonly CredentialPlace[] = [
   { file: (environment) => below(homeOf(environment), ".dockercfg"), isAuthsOnly: true },
 ];
 
-/** Whose credential is looked for. A mirror's is not among the options, which are for the registry alone. */
+/**
+ * Whose credential is looked for. A mirror's is not among the options, which are for the registry
+ * alone.
+ */
 type CredentialOwner = Readonly<{ reference: Reference; scheme: string; role: Role }>;
 
-/** The credential for a repository: the options' own, or that of the first place which knows its registry. */
+/**
+ * The credential for a repository: the options' own, or that of the first place which knows its
+ * registry.
+ */
 async function findCredential(
   session: Session,
   owner: CredentialOwner,
@@ -2469,7 +2704,9 @@ interface CredentialFile {
   readonly credsStore?: unknown;
 }
 
-/** The credential that one file has for a repository: its helper, its store, or an entry of `auths`. */
+/**
+ * The credential that one file has for a repository: its helper, its store, or an entry of `auths`.
+ */
 async function credentialIn(
   { source, auths, credHelpers, credsStore }: CredentialFile,
   { reference, scheme }: CredentialOwner,
@@ -2556,7 +2793,9 @@ function decodeAuthEntry(entry: Record<string, unknown>, source: string): Creden
   return { ...common, kind: "basic", secret: password };
 }
 
-/** Whether a header can carry it as one word; anything else could end the header and begin another. */
+/**
+ * Whether a header can carry it as one word; anything else could end the header and begin another.
+ */
 const isHeaderWord = (text: string): boolean => /^[\x21-\x7e]+$/.test(text);
 
 /** What a helper said, and why it did not end well. */
@@ -2566,7 +2805,10 @@ type HelperEnd = Readonly<{
   failure: ExecFileException | null;
 }>;
 
-/** Runs beside us, since it may ask a person: meanwhile Ctrl-C is heard, and the library's caller gets on. */
+/**
+ * Runs beside us, since it may ask a person: meanwhile Ctrl-C is heard, and the library's caller
+ * gets on.
+ */
 function runHelper(
   program: string,
   input: string,
@@ -2596,7 +2838,9 @@ function runHelper(
   });
 }
 
-/** Repositories of one host that are resolved side by side ask once: a person may have to answer. */
+/**
+ * Repositories of one host that are resolved side by side ask once: a person may have to answer.
+ */
 function askHelperOnce(
   name: string,
   server: string,
@@ -2608,7 +2852,9 @@ function askHelperOnce(
   return asking;
 }
 
-/** docker-credential-NAME: the server on stdin, JSON on stdout (docker/docker-credential-helpers). */
+/**
+ * docker-credential-NAME: the server on stdin, JSON on stdout (docker/docker-credential-helpers).
+ */
 async function askHelper(
   name: string,
   server: string,
@@ -2664,7 +2910,8 @@ function statusError(answer: Answer, now: number, who: string): ImgpullError {
   const remedy = remedyFor(answer, waitMs, now);
   const said = `${redactUrl(url)}: ${who} answered ${status}${words ? ` (${words})` : ""}${remedy}`;
 
-  // A storage host's refusal is a signed URL that has expired: asking the registry again gives a new one.
+  // A storage host's refusal is a signed URL that has expired: asking the registry again gives a
+  // new one.
   const isExpired = who === STORAGE_HOST && [400, 401, 403].includes(status);
   return new ImgpullError(STATUS_CODES[status] ?? "PROTOCOL", said, {
     status,
@@ -2700,7 +2947,10 @@ interface Authorization {
   readonly expiresAt: number;
 }
 
-/** Whose token is asked for: `origin` has named the realm, and `role` says which certificates it may see. */
+/**
+ * Whose token is asked for: `origin` has named the realm, and `role` says which certificates it may
+ * see.
+ */
 type TokenRequest = Readonly<{
   origin: string;
   role: Role;
@@ -2711,7 +2961,10 @@ type TokenRequest = Readonly<{
 /** Azure's registry wants this name with the tokens that it has issued itself. */
 const NOBODY = "00000000-0000-0000-0000-000000000000";
 
-/** A token for one repository (distribution specification, "Token Authentication"; OAuth2 for identity tokens). */
+/**
+ * A token for one repository (distribution specification, "Token Authentication"; OAuth2 for
+ * identity tokens).
+ */
 async function fetchToken(context: RequestContext, request: TokenRequest): Promise<Authorization> {
   const url = parseRealm(request.parameters.realm, request.origin);
   return (
@@ -2719,7 +2972,9 @@ async function fetchToken(context: RequestContext, request: TokenRequest): Promi
   );
 }
 
-/** The token endpoint: relative to the registry, and never less private than the registry itself. */
+/**
+ * The token endpoint: relative to the registry, and never less private than the registry itself.
+ */
 function parseRealm(realm: string | undefined, origin: string): URL {
   if (!realm || !URL.canParse(realm, origin))
     return fail("PROTOCOL", `${origin} names no usable realm for its tokens`);
@@ -2729,13 +2984,17 @@ function parseRealm(realm: string | undefined, origin: string): URL {
   const isPrivateEnough = ["https:", new URL(origin).protocol].includes(url.protocol);
   if (!isPrivateEnough) fail("PROTOCOL", `${named}: not over ${url.protocol}`);
 
-  // A registry could have us ask, with a password, what only we can reach (google/go-containerregistry#2258).
+  // A registry could have us ask, with a password, what only we can reach
+  // (google/go-containerregistry#2258).
   if (leadsInside(url, origin))
     fail("PROTOCOL", `${named}: an address inside a network, where the registry is not`);
   return url;
 }
 
-/** Addresses that are not of the internet: loopback, link-local (where clouds keep metadata), private, unspecified. */
+/**
+ * Addresses that are not of the internet: loopback, link-local (where clouds keep metadata),
+ * private, unspecified.
+ */
 const INSIDE_BLOCKS = [
   "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.168.0.0/16",
   "::/127 fc00::/7 fe80::/10 ff02::/16",
@@ -2757,7 +3016,10 @@ function leadsInside({ hostname }: URL, registryOrigin: string): boolean {
   return blocks.check(address, familyOf(address));
 }
 
-/** By OAuth2's POST. Undefined where there is no identity token, or where the service does not know how. */
+/**
+ * By OAuth2's POST. Undefined where there is no identity token, or where the service does not know
+ * how.
+ */
 async function exchangeIdentityToken(
   context: RequestContext,
   url: URL,
@@ -2784,7 +3046,10 @@ async function exchangeIdentityToken(
   return readToken(context, url, answer);
 }
 
-/** Services without OAuth2 say so in many ways (containerd#3913); a redirect would want the secret sent elsewhere. */
+/**
+ * Services without OAuth2 say so in many ways (containerd#3913); a redirect would want the secret
+ * sent elsewhere.
+ */
 function isNoOAuth2(status: number): boolean {
   const isForLater = [408, 425, 429].includes(status);
   return status === 501 || (status >= 300 && status < 500 && !isForLater);
@@ -2851,11 +3116,14 @@ function parseToken(body: Buffer, now: number): Authorization | undefined {
 }
 
 // ====== 9. Registry ======
-// One repository of one registry: manifests and blobs from an offset, with whatever handshake it wants.
-// Invariant: what is asked for by digest has that digest before anyone sees it; a blob's bytes its reader checks.
+// One repository of one registry: manifests and blobs from an offset, with whatever handshake it
+// wants. Invariant: what is asked for by digest has that digest before anyone sees it; a blob's
+// bytes its reader checks.
 
-/** What one pull knows of all its registries: the challenge of each origin, a Registry (and so a token) for each
- *  repository, what is in memory, and which mirrors fail. */
+/**
+ * What one pull knows of all its registries: the challenge of each origin, a Registry (and so a
+ * token) for each repository, what is in memory, and which mirrors fail.
+ */
 interface Session extends RequestContext {
   readonly challenges: Map<string, readonly Challenge[]>;
   readonly helpers: Map<string, Promise<Credential | undefined>>; // what credential helpers answer
@@ -2866,10 +3134,15 @@ interface Session extends RequestContext {
 
 // ------ Handshake ------
 
-/** What has become of a credential: the token service takes it, and the registry may refuse that token all the same. */
+/**
+ * What has become of a credential: the token service takes it, and the registry may refuse that
+ * token all the same.
+ */
 type CredentialFate = "unsent" | "sent" | "accepted";
 
-/** What is shown to whom, for one repository: it alone looks up a credential, and holds the tokens. */
+/**
+ * What is shown to whom, for one repository: it alone looks up a credential, and holds the tokens.
+ */
 class Authorizer {
   readonly #session: Session;
   readonly #owner: CredentialOwner;
@@ -2881,7 +3154,8 @@ class Authorizer {
   #fate: CredentialFate = "unsent";
   #refusedCredential: Credential | undefined; // once there is one, later requests are anonymous
   #otherScope: string | undefined; // the challenge's, once ours was refused
-  #offer: Promise<boolean> | undefined; // of the credential to a registry that had not asked for one
+  // of the credential to a registry that had not asked for one
+  #offer: Promise<boolean> | undefined;
 
   constructor(session: Session, owner: CredentialOwner, registryOrigin: string) {
     const { token } = session.settings;
@@ -2904,7 +3178,10 @@ class Authorizer {
     return this.#authorizations.get(origin)?.header;
   }
 
-  /** Learns from every answer: that a token was taken, and from a registry's first refusal how to get one. */
+  /**
+   * Learns from every answer: that a token was taken, and from a registry's first refusal how to
+   * get one.
+   */
   hear(answer: Answer): void {
     const { origin } = answer.url;
     const isRedirected = origin !== this.#registryOrigin;
@@ -2949,7 +3226,10 @@ class Authorizer {
     return this.#taken.has(current);
   }
 
-  /** nvcr.io names another realm, of no use to us, once a token has expired: the one that served goes first. */
+  /**
+   * nvcr.io names another realm, of no use to us, once a token has expired: the one that served
+   * goes first.
+   */
   #learnChallenge(answer: Answer, isStale: boolean): void {
     const { origin } = answer.url;
     const challenges = challengesOf(answer);
@@ -2967,12 +3247,14 @@ class Authorizer {
     if (!credential?.stored) return false;
     this.#goAnonymous(credential, `${redactUrl(url)}: ${status}`);
     await this.#renew(url.origin);
-    return true; // without a token too: a challenge met at another repository need not be this one's
+    // without a token too: a challenge met at another repository need not be this one's
+    return true;
   }
 
   /**
-   * Some registries tell nobody that there is more to see (keppel#522), or forget the challenge (harbor#15252): where a
-   * credential is at hand, /v2/ is asked how to show it. False: nothing has changed.
+   * Some registries tell nobody that there is more to see (keppel#522), or forget the challenge
+   * (harbor#15252): where a credential is at hand, /v2/ is asked how to show it. False: nothing has
+   * changed.
    */
   async #offerCredential(origin: string): Promise<boolean> {
     if (!(await this.#credentialFor(origin))) return false;
@@ -3039,7 +3321,10 @@ class Authorizer {
     );
   }
 
-  /** Connections that are refused at the same time get one new token between them. False: we have nothing to show. */
+  /**
+   * Connections that are refused at the same time get one new token between them. False: we have
+   * nothing to show.
+   */
   #renew(origin: string): Promise<boolean> {
     const underWay = this.#renewals.get(origin);
     if (underWay) return underWay;
@@ -3055,7 +3340,10 @@ class Authorizer {
     return authorization !== undefined;
   }
 
-  /** A token, or the credential itself, as the origin wants it; undefined where we have nothing of the kind. */
+  /**
+   * A token, or the credential itself, as the origin wants it; undefined where we have nothing of
+   * the kind.
+   */
   async #answerChallenge(origin: string): Promise<Authorization | undefined> {
     const challenges = this.#session.challenges.get(origin) ?? [];
     const credential = await this.#credentialFor(origin);
@@ -3105,7 +3393,10 @@ class Authorizer {
     }
   }
 
-  /** Exactly one scope. The target of a redirect has repositories of its own, and says which one it wants. */
+  /**
+   * Exactly one scope. The target of a redirect has repositories of its own, and says which one it
+   * wants.
+   */
   #scopeFor(role: Role, theirs: string | undefined): string {
     const ours = `repository:${this.#owner.reference.repository}:pull`;
     if (role !== "other") return this.#otherScope ?? ours;
@@ -3116,7 +3407,10 @@ class Authorizer {
     return origin === this.#registryOrigin ? this.#owner.role : "other";
   }
 
-  /** Where ours was refused: once the scope that the registry's challenge names. False: it names no other. */
+  /**
+   * Where ours was refused: once the scope that the registry's challenge names. False: it names no
+   * other.
+   */
   #takeOtherScope(origin: string, challenges: readonly Challenge[]): boolean {
     if (origin !== this.#registryOrigin || this.#otherScope !== undefined) return false;
 
@@ -3127,8 +3421,9 @@ class Authorizer {
 }
 
 /**
- * The scope of a challenge that is not for our repository: a proxy that rewrites paths knows it by another name
- * (oras-go#650), and ECR Public has scopes of its own kind (oras-dotnet#395). Of actions, we want `pull` only.
+ * The scope of a challenge that is not for our repository: a proxy that rewrites paths knows it by
+ * another name (oras-go#650), and ECR Public has scopes of its own kind (oras-dotnet#395). Of
+ * actions, we want `pull` only.
  */
 function otherScope(scopes = "", repository: string): string | undefined {
   for (const scope of scopes.split(" ").filter(Boolean)) {
@@ -3146,7 +3441,9 @@ function isSilentRefusal(answer: Answer): boolean {
   return status === 403 || status === 404 || (status === 401 && !hasUsable(challengesOf(answer)));
 }
 
-/** ECR Public answers a stale token with 400, GHCR a stale credential for a public image with 403. */
+/**
+ * ECR Public answers a stale token with 400, GHCR a stale credential for a public image with 403.
+ */
 function isAboutAuthorization({ status, authorization: sent }: Answer): boolean {
   if (status === 401) return true;
   if (status === 400) return sent?.startsWith("Bearer ") === true;
@@ -3167,7 +3464,10 @@ type ContentKind = "manifest" | "blob" | "referrer";
 
 const ANY_TYPE = "*/*";
 
-/** One place that may have a repository: its registry, or a mirror of it. Owns what is known of that place. */
+/**
+ * One place that may have a repository: its registry, or a mirror of it. Owns what is known of that
+ * place.
+ */
 class Endpoint {
   readonly name: string; // as people write it
   readonly origin: string;
@@ -3317,7 +3617,10 @@ class Endpoint {
     }
   }
 
-  /** The first request for a repository goes alone: the challenge that it meets serves all the others. */
+  /**
+   * The first request for a repository goes alone: the challenge that it meets serves all the
+   * others.
+   */
   async #sendInTurn(request: HttpRequest): Promise<Answer> {
     const isFirst = this.#firstContact === undefined;
     if (!isFirst) await this.#firstContact;
@@ -3351,7 +3654,9 @@ class Endpoint {
 
 // ------ A repository, wherever it is had from ------
 
-/** The documents of one pull: they are in memory until DEST is written, whatever registries send. */
+/**
+ * The documents of one pull: they are in memory until DEST is written, whatever registries send.
+ */
 class Budget {
   #bytes = 0;
 
@@ -3403,7 +3708,10 @@ const MIRROR_WIDE: readonly ErrorCode[] = [
   "DIGEST_MISMATCH",
 ];
 
-/** One repository: its mirrors in their order, then its registry. What one place cannot give, the next one is asked. */
+/**
+ * One repository: its mirrors in their order, then its registry. What one place cannot give, the
+ * next one is asked.
+ */
 class Registry {
   readonly reference: Reference;
   readonly #session: Session;
@@ -3413,7 +3721,8 @@ class Registry {
   readonly #passedOver = new Set<Endpoint>(); // mirrors that cannot give what they should
   #forgiven = 0; // failures of mirrors
   readonly #manifests = new Map<string, Promise<FetchedManifest>>(); // by digest: each is read once
-  readonly #mirrorAnswers = new Map<string, { mirror: Endpoint; hasFailed: boolean }[]>(); // by the blob's digest
+  // by the blob's digest
+  readonly #mirrorAnswers = new Map<string, { mirror: Endpoint; hasFailed: boolean }[]>();
 
   constructor(session: Session, reference: Reference) {
     const mirrors = session.settings.mirrors.get(canonicalHost(reference.host)) ?? [];
@@ -3433,7 +3742,10 @@ class Registry {
     return this.#first.acceptsRanges;
   }
 
-  /** The place that is asked first has refused a range: it is asked for whole blobs only from now on. */
+  /**
+   * The place that is asked first has refused a range: it is asked for whole blobs only from now
+   * on.
+   */
   giveUpRanges(): void {
     this.#first.giveUpRanges();
   }
@@ -3450,7 +3762,10 @@ class Registry {
     return [...this.#mirrors].filter(isUsable).map(([endpoint]) => endpoint);
   }
 
-  /** `check` throws for what is no manifest that makes sense: a mirror's word for a tag is not taken then. */
+  /**
+   * `check` throws for what is no manifest that makes sense: a mirror's word for a tag is not taken
+   * then.
+   */
   manifest(
     tagOrDigest: string,
     check: (manifest: FetchedManifest) => unknown = ignore,
@@ -3541,7 +3856,10 @@ class Registry {
     this.#session.warn(`${firstLineOf(message)}; asking for ${tag}`);
   }
 
-  /** One answer, with a body, to a request for a blob's bytes [from, to). The caller checks what comes. */
+  /**
+   * One answer, with a body, to a request for a blob's bytes [from, to). The caller checks what
+   * comes.
+   */
   async blob(
     descriptor: Descriptor,
     from: number,
@@ -3567,8 +3885,9 @@ class Registry {
   }
 
   /**
-   * Whether another place is asked for a blob after `error`: what its reader got was wrong, or broke off. A mirror that
-   * gave wrong bytes is not asked again; the registry itself has no other place beside it.
+   * Whether another place is asked for a blob after `error`: what its reader got was wrong, or
+   * broke off. A mirror that gave wrong bytes is not asked again; the registry itself has no other
+   * place beside it.
    */
   canAskElsewhere(digest: string, error: unknown): boolean {
     if (!isMirrorsFailure(error)) return false;
@@ -3606,7 +3925,10 @@ class Registry {
     return attempt(this.#home);
   }
 
-  /** What a mirror's failure means: the next place is asked, or its caller decides as for any registry. */
+  /**
+   * What a mirror's failure means: the next place is asked, or its caller decides as for any
+   * registry.
+   */
   #canGoOnWithout(mirror: Endpoint, { kind, name, isRanged }: Wanted, error: unknown): boolean {
     if (!isMirrorsFailure(error)) return false;
 
@@ -3625,8 +3947,8 @@ class Registry {
   }
 
   /**
-   * Whether a mirror that failed is asked again: what passes by itself is forgiven a few times, once the mirror has
-   * served. That costs an attempt, of which the next places need some.
+   * Whether a mirror that failed is asked again: what passes by itself is forgiven a few times,
+   * once the mirror has served. That costs an attempt, of which the next places need some.
    */
   #isForgiven(mirror: Endpoint, error: ImgpullError): boolean {
     const isLie = error.code === "DIGEST_MISMATCH" || error.code === "SIZE_MISMATCH";
@@ -3655,7 +3977,10 @@ class Registry {
     warn(`the mirror ${endpoint.name}: ${firstLineOf(message)}; asking ${next.name} instead`);
   }
 
-  /** A foreign layer that the registry has not, from its `urls`: over https, and without any credential. */
+  /**
+   * A foreign layer that the registry has not, from its `urls`: over https, and without any
+   * credential.
+   */
   async #foreignBlob(
     { urls = [] }: Descriptor,
     headers: Record<string, string>,
@@ -3689,26 +4014,36 @@ class Registry {
 /** What is asked for, by its tag or digest; of a blob perhaps a part. */
 type Wanted = Readonly<{ kind: ContentKind; name: string; isRanged?: boolean }>;
 
-/** What is no fault of any registry: the end of the pull, our disk, a credential file that is broken. */
+/**
+ * What is no fault of any registry: the end of the pull, our disk, a credential file that is
+ * broken.
+ */
 const OUR_OWN: readonly ErrorCode[] = ["ABORTED", "DISK", "CREDENTIALS"];
 
 const isMirrorsFailure = (error: unknown): error is ImgpullError =>
   error instanceof ImgpullError && !OUR_OWN.includes(error.code);
 
-/** A registry without the referrers endpoint says 404; with less sense 400, 405, 406 (Artifactory, go-containerregistry#2026)
- *  or even 401 (Harbor 2.7, harbor#18305). */
+/**
+ * A registry without the referrers endpoint says 404; with less sense 400, 405, 406 (Artifactory,
+ * go-containerregistry#2026) or even 401 (Harbor 2.7, harbor#18305).
+ */
 const isWithoutEndpoint = (error: unknown): error is ImgpullError =>
   error instanceof ImgpullError && [400, 401, 403, 404, 405, 406].includes(error.status ?? 0);
 
-/** A denied list says nothing of the credentials, which have just given a manifest; but a token may have expired. */
+/**
+ * A denied list says nothing of the credentials, which have just given a manifest; but a token may
+ * have expired.
+ */
 function isDeniedForGood({ status, authorization: sent }: Answer, round: number): boolean {
   if (sent === undefined || ![401, 403].includes(status)) return false;
   const isToken = sent.startsWith("Bearer ");
   return !(isToken && status === 401 && round === 0);
 }
 
-/** Whether it may be the Range that a server or its storage host does not like: what it answers is about as varied as
- *  servers are. Statuses that mean the same with and without one are left out. */
+/**
+ * Whether it may be the Range that a server or its storage host does not like: what it answers is
+ * about as varied as servers are. Statuses that mean the same with and without one are left out.
+ */
 function isRangeRefusal(error: unknown): boolean {
   if (!(error instanceof ImgpullError)) return false;
   const { status = 0, retryAfterMs = 0 } = error;
@@ -3716,7 +4051,10 @@ function isRangeRefusal(error: unknown): boolean {
   return status >= 400 && retryAfterMs === 0; // who says when to come back means the whole as well
 }
 
-/** Where a `Link` header has the next page (RFC 8288), which is the registry's own business or nobody's. */
+/**
+ * Where a `Link` header has the next page (RFC 8288), which is the registry's own business or
+ * nobody's.
+ */
 function nextPage(header: string | string[] | undefined, url: URL): URL | undefined {
   const links = [header ?? []].flat().join(",");
   const [, target] = /<([^<>]*)>[^<]*;\s*rel="?next"?/i.exec(links) ?? [];
@@ -3742,7 +4080,10 @@ function missingWords(
   return isDigest(name) ? `${kind}: ${name}` : `tag: ${place}:${name}`;
 }
 
-/** The digest of what was asked for by its tag, in the algorithm that the registry may know it by alone. */
+/**
+ * The digest of what was asked for by its tag, in the algorithm that the registry may know it by
+ * alone.
+ */
 function digestByName(bytes: Buffer, header: unknown): string {
   const isRight = isDigest(header) && header === digestOf(bytes, header);
   return isRight ? header : digestOf(bytes);
@@ -3756,7 +4097,10 @@ function registryOf(session: Session, reference: Reference): Registry {
   return registry;
 }
 
-/** The media type by the JSON itself, then by the header: registries label manifests text/plain and worse. */
+/**
+ * The media type by the JSON itself, then by the header: registries label manifests text/plain and
+ * worse.
+ */
 function sniffMediaType(bytes: Buffer, contentType = ""): string | undefined {
   const json = parseJson(bytes);
   if (!isRecord(json)) return undefined;
@@ -3770,7 +4114,8 @@ function sniffMediaType(bytes: Buffer, contentType = ""): string | undefined {
 }
 
 // ====== 10. Manifests and platforms ======
-// One shape for Docker and OCI. Everything that a registry says of digests and sizes is checked here.
+// One shape for Docker and OCI. Everything that a registry says of digests and sizes is checked
+// here.
 
 // ------ Manifests ------
 
@@ -3785,7 +4130,10 @@ interface IndexManifest {
   readonly manifests: readonly Descriptor[];
 }
 
-/** Docker takes these for an image's config: registries once said so (distribution/distribution#1621). */
+/**
+ * Docker takes these for an image's config: registries once said so
+ * (distribution/distribution#1621).
+ */
 const OLD_CONFIG_LABELS = ["", "text/html", "application/json", "application/octet-stream"];
 
 function parseManifest(
@@ -3827,7 +4175,10 @@ function parseManifest(
   return { kind: "image", config, layers };
 }
 
-/** Neither an image nor an index, or both: one document that two readers read as two things (CVE-2021-41190). */
+/**
+ * Neither an image nor an index, or both: one document that two readers read as two things
+ * (CVE-2021-41190).
+ */
 function isAmbiguous(json: Record<string, unknown>, mediaType: string): boolean {
   const isIndex = Array.isArray(json.manifests);
   const hasLayers = Array.isArray(json.layers);
@@ -3837,7 +4188,10 @@ function isAmbiguous(json: Record<string, unknown>, mediaType: string): boolean 
   return isIndex === isImage || (isIndex && hasLayers) || isOtherType;
 }
 
-/** Nothing is asked for where there are no bytes, so nothing but this bounds how many such there can be. */
+/**
+ * Nothing is asked for where there are no bytes, so nothing but this bounds how many such there can
+ * be.
+ */
 const isFalselyEmpty = ({ digest, size }: Descriptor): boolean =>
   size === 0 && digestOf(Buffer.alloc(0), digest) !== digest;
 
@@ -3883,15 +4237,18 @@ const textsIn = (value: Record<string, unknown>): Record<string, string> =>
     ),
   );
 
-/** A value from outside as it stands in a sentence; never an object, which may be too deep for JSON.stringify. */
+/**
+ * A value from outside as it stands in a sentence; never an object, which may be too deep for
+ * JSON.stringify.
+ */
 function quote(value: unknown): string {
   const text = typeof value === "object" ? "an object" : (JSON.stringify(value) ?? "none");
   return printable(text, 100);
 }
 
 // ------ What is an image ------
-// Charts, models, signatures, attestations and caches have manifests of the same form. Loaders take images only: one
-// thing in manifest.json that is none, and none of a tar is loaded.
+// Charts, models, signatures, attestations and caches have manifests of the same form. Loaders take
+// images only: one thing in manifest.json that is none, and none of a tar is loaded.
 
 /** docker's and OCI's types of layers, which are tars: plain or compressed, foreign, encrypted. */
 const LAYER_TYPE =
@@ -3961,7 +4318,10 @@ function hostPlatform(): Platform {
   };
 }
 
-/** The platform to look for: what was asked, the rest from this machine (whose variant goes with its processor). */
+/**
+ * The platform to look for: what was asked, the rest from this machine (whose variant goes with its
+ * processor).
+ */
 function wantedPlatform(wanted: Partial<Platform>, host = hostPlatform()): Platform {
   const variant = wanted.variant ?? (wanted.architecture === undefined ? host.variant : undefined);
   return {
@@ -4022,14 +4382,20 @@ const isAttestation = ({ platform }: { platform?: Platform }): boolean =>
 
 // ------ Resolving a reference ------
 
-/** One image of a reference. Its config is read already where the platform had to be looked up in it. */
+/**
+ * One image of a reference. Its config is read already where the platform had to be looked up in
+ * it.
+ */
 interface ImageContent {
   readonly manifest: ImageManifest;
   readonly platform?: Platform;
   readonly configBytes?: Buffer;
 }
 
-/** What travels with an image and is none: what refers to `subject`, or the index above it that such proof is of. */
+/**
+ * What travels with an image and is none: what refers to `subject`, or the index above it that such
+ * proof is of.
+ */
 type Companion = Readonly<{
   registry: Registry;
   top: FetchedManifest;
@@ -4041,7 +4407,10 @@ type Companion = Readonly<{
   kind?: string;
 }>;
 
-/** What one reference came to: the manifests to keep, `top` (what index.json points at) first, and the images. */
+/**
+ * What one reference came to: the manifests to keep, `top` (what index.json points at) first, and
+ * the images.
+ */
 type ResolvedImage = Readonly<{
   reference: Reference;
   name: string;
@@ -4061,10 +4430,16 @@ type ResolvedImage = Readonly<{
 
 const versionOf = ({ tag, digest }: Reference): string => digest ?? (tag as string);
 
-/** Which images of an index: that for the platform wanted, all of them, or those for several platforms. */
+/**
+ * Which images of an index: that for the platform wanted, all of them, or those for several
+ * platforms.
+ */
 type PlatformChoice = "one" | "all" | readonly Partial<Platform>[];
 
-/** The manifests for one reference: the platform's, or several of them with the index that names them. */
+/**
+ * The manifests for one reference: the platform's, or several of them with the index that names
+ * them.
+ */
 async function resolveImage(
   session: Session,
   reference: Reference,
@@ -4079,7 +4454,8 @@ async function resolveImage(
   const source = { registry, where, asked };
   const found = await findImages();
 
-  // What has no tag is named by the digest that DEST holds, so that the printed line gives the same name again.
+  // What has no tag is named by the digest that DEST holds, so that the printed line gives the same
+  // name again.
   const finalName = name.replace(/@.*$/, `@${found.top.digest}`);
   return { reference, registry, name: finalName, asked, ...found };
 
@@ -4119,7 +4495,10 @@ async function findLoneImage(
   return { top, manifests: [top], contents: [content], platform: formatPlatform(platform) };
 }
 
-/** A single image for another platform than the one asked for is an error; than this machine's, a warning. */
+/**
+ * A single image for another platform than the one asked for is an error; than this machine's, a
+ * warning.
+ */
 function checkPlatform({ settings, warn }: Session, where: string, platform: Platform): void {
   const { wanted } = settings;
   const asked = { ...platform, ...wanted };
@@ -4184,8 +4563,9 @@ async function findImageOfIndex(
 }
 
 /**
- * The entry for the wanted platform, of an index or of those inside it, level by level. An operating system that was
- * not asked for may be linux in its stead. NO_PLATFORM names the platforms that there are.
+ * The entry for the wanted platform, of an index or of those inside it, level by level. An
+ * operating system that was not asked for may be linux in its stead. NO_PLATFORM names the
+ * platforms that there are.
  */
 async function findPlatform(
   session: Session,
@@ -4234,13 +4614,16 @@ async function findPlatform(
 const isIndex = ({ mediaType }: Descriptor): boolean => INDEX_TYPES.includes(mediaType);
 
 /**
- * What an index names is a manifest, unless its type says that it is something else: BuildKit lists layers and a config
- * of its own in the index of its cache (containers/image#2210).
+ * What an index names is a manifest, unless its type says that it is something else: BuildKit lists
+ * layers and a config of its own in the index of its cache (containers/image#2210).
  */
 const isManifestType = ({ mediaType }: Descriptor): boolean =>
   mediaType === "" || MANIFEST_TYPES.includes(mediaType) || mediaType.startsWith(DOCKER_SCHEMA_1);
 
-/** An image that is the only entry, and of which no platform is said, or an empty one, is for all of them. */
+/**
+ * An image that is the only entry, and of which no platform is said, or an empty one, is for all of
+ * them.
+ */
 function loneEntry(entries: readonly Descriptor[]): Descriptor | undefined {
   const [entry] = entries;
   if (entries.length !== 1 || !entry || isIndex(entry)) return undefined;
@@ -4328,8 +4711,8 @@ function warnOfPartialIndex(
 }
 
 /**
- * All that an index names, its own manifest first, and the images in it, attestations last. What `readChild` has not
- * is left out.
+ * All that an index names, its own manifest first, and the images in it, attestations last. What
+ * `readChild` has not is left out.
  */
 async function collectAll(
   readChild: ChildReader,
@@ -4373,8 +4756,9 @@ async function collectAll(
 }
 
 // ====== 11. Tar ======
-// POSIX pax: a pure header encoder, the plan of a whole tar before its first byte, a reader for any tar.
-// Invariant: the same digests give the same plan, and the plan gives the same bytes, on every machine.
+// POSIX pax: a pure header encoder, the plan of a whole tar before its first byte, a reader for any
+// tar. Invariant: the same digests give the same plan, and the plan gives the same bytes, on every
+// machine.
 
 // ------ Header ------
 
@@ -4437,7 +4821,10 @@ function encodePaxRecord(key: string, value: string): string {
   return `${rest.length + String(withGuess).length}${rest}`;
 }
 
-/** Header of an entry, a folder where its name ends in "/"; names above 100 bytes and sizes from 8 GiB need a pax extended header before it. */
+/**
+ * Header of an entry, a folder where its name ends in "/"; names above 100 bytes and sizes from 8
+ * GiB need a pax extended header before it.
+ */
 function encodeTarHeader(name: string, sizeBytes: number): Buffer {
   const isLong = name.length > LONGEST_USTAR_NAME;
   const isLarge = sizeBytes > LARGEST_USTAR_SIZE;
@@ -4467,11 +4854,16 @@ type RemoteBlob = Readonly<{ descriptor: Descriptor; registry: Registry }>;
 /** What one file of the tar or folder holds: bytes that are here already, or a blob. */
 type FileContent = Readonly<{ sizeBytes: number; bytes?: Buffer; blob?: RemoteBlob }>;
 
-/** One file of the tar or folder. Its content begins at `offset` of the tar; `lead` is the padding of the entry
- *  before and this one's header. */
+/**
+ * One file of the tar or folder. Its content begins at `offset` of the tar; `lead` is the padding
+ * of the entry before and this one's header.
+ */
 type PlanEntry = FileContent & Readonly<{ name: string; lead: Buffer; offset: number }>;
 
-/** What a plan takes beside the images, as it is: entries of index.json after the images', and what they lead to. */
+/**
+ * What a plan takes beside the images, as it is: entries of index.json after the images', and what
+ * they lead to.
+ */
 type PlanExtras = Readonly<{
   indexEntries?: readonly unknown[];
   documents?: readonly Readonly<{ digest: string; bytes: Buffer }>[];
@@ -4489,7 +4881,10 @@ function indexEntry({ name, top, kind }: ResolvedImage): unknown {
   return { mediaType: top.mediaType, digest: top.digest, size: top.bytes.length, annotations };
 }
 
-/** The one image of a reference that manifest.json lists: classic docker keeps the last of several under one name. */
+/**
+ * The one image of a reference that manifest.json lists: classic docker keeps the last of several
+ * under one name.
+ */
 function dockerImageOf({ contents }: ResolvedImage): ImageContent | undefined {
   const images = contents.filter(isImageContent);
   const usual = images.find(({ platform }) => formatPlatform(platform) === "linux/amd64");
@@ -4560,9 +4955,12 @@ class PlannedFiles {
   }
 }
 
-/** Everything that will be in DEST, known before a byte of a layer: tar, stream and folder are made from it. Two
- *  plans with the same `id` put the same bytes at the same offsets. `omit` has the digests of layers that the receiving
- *  side holds already; those that are left out for it are `omitted`. */
+/**
+ * Everything that will be in DEST, known before a byte of a layer: tar, stream and folder are made
+ * from it. Two plans with the same `id` put the same bytes at the same offsets. `omit` has the
+ * digests of layers that the receiving side holds already; those that are left out for it are
+ * `omitted`.
+ */
 function planTar(
   images: readonly ResolvedImage[],
   omit: ReadonlySet<string> = new Set(),
@@ -4614,8 +5012,8 @@ function layOut(files: ReadonlyMap<string, FileContent>) {
 }
 
 // ------ Decoding headers ------
-// As strict as Go's archive/tar, with which all loaders read: what it refuses, and what it reads otherwise than others
-// would, is refused here too.
+// As strict as Go's archive/tar, with which all loaders read: what it refuses, and what it reads
+// otherwise than others would, is refused here too.
 
 type TarHeader = Readonly<{
   name: string;
@@ -4674,7 +5072,10 @@ function readBinaryNumber(field: Buffer): number {
   return value;
 }
 
-/** The only pax records that are of use here; the rest is checked and dropped, however much of it there is. */
+/**
+ * The only pax records that are of use here; the rest is checked and dropped, however much of it
+ * there is.
+ */
 const PAX_KEYS = [
   "path",
   "linkpath",
@@ -4690,7 +5091,10 @@ const PAX_KEYS = [
 ];
 type PaxRecords = Map<string, string>;
 
-/** The record that begins at a place: its length, which counts itself, a space, KEY=VALUE and a line end. */
+/**
+ * The record that begins at a place: its length, which counts itself, a space, KEY=VALUE and a line
+ * end.
+ */
 function paxRecordAt(body: Buffer, at: number): { key: string; value: Buffer; end: number } {
   const refuse = (): never => refuseTar("a pax record is malformed");
   const space = body.indexOf(SPACE, at);
@@ -4742,8 +5146,11 @@ function sparseMapOf(numbers: readonly number[], realBytes: number): SparseMap {
   return { realBytes, pieces };
 }
 
-/** Reads the headers of one tar: it is given blocks as it wants them, and answers with an entry when one is whole.
- *  The entry's content follows, and its padding; what comes after these is the next thing wanted. */
+/**
+ * Reads the headers of one tar: it is given blocks as it wants them, and answers with an entry when
+ * one is whole. The entry's content follows, and its padding; what comes after these is the next
+ * thing wanted.
+ */
 class TarDecoder {
   /** How many bytes the next call takes. */
   wantedBytes = BLOCK;
@@ -4796,7 +5203,8 @@ class TarDecoder {
       const content = body.subarray(0, sizeBytes);
       const records = "xg".includes(type) ? parsePaxRecords(content) : new Map();
       if (type === "x") this.#records = records;
-      if (type === "g") this.#forgetExtensions(); // global records are not used, and end what came before
+      // global records are not used, and end what came before
+      if (type === "g") this.#forgetExtensions();
       if (type === "L") this.#longNames.set("path", untilNul(content));
       if (type === "K") this.#longNames.set("linkpath", untilNul(content));
     };
@@ -4826,7 +5234,8 @@ class TarDecoder {
 
     const storedBytes = contentBytes(records, headerBytes);
     const isFolder = type === "5" || (block[156] === 0 && name.endsWith("/"));
-    const isEmpty = isFolder || "123456".includes(type); // links, devices and folders, whatever size they state
+    // links, devices and folders, whatever size they state
+    const isEmpty = isFolder || "123456".includes(type);
     const header: TarHeader = {
       name,
       isRooted: name.startsWith("/"),
@@ -4844,7 +5253,10 @@ class TarDecoder {
     return { ...header, holes: sparseMapOf(numbers, realBytes) };
   }
 
-  /** GNU's own: four pieces in the header, and blocks of 21 more as long as each says that another follows. */
+  /**
+   * GNU's own: four pieces in the header, and blocks of 21 more as long as each says that another
+   * follows.
+   */
   #takeOldSparse(block: Buffer, header: TarHeader): TarHeader | undefined {
     const numbers: number[] = [];
     const realBytes = readTarNumber(block, 483, 12);
@@ -4862,7 +5274,10 @@ class TarDecoder {
     return takePieces(block, 386, 4);
   }
 
-  /** The newest form: the map stands before the content, as lines of decimal digits that fill whole blocks. */
+  /**
+   * The newest form: the map stands before the content, as lines of decimal digits that fill whole
+   * blocks.
+   */
   #takeNewSparse(records: PaxRecords, header: TarHeader): TarHeader | undefined {
     const realBytes = Number(records.get("GNU.sparse.realsize") ?? -1);
     let text = "";
@@ -4872,7 +5287,8 @@ class TarDecoder {
         refuseTar("the map of a sparse file is too large");
 
       const [count = "", ...lines] = text.split("\n");
-      const isWhole = lines.length > 2 * Number(count); // the last piece of a split ends with no line end
+      // the last piece of a split ends with no line end
+      const isWhole = lines.length > 2 * Number(count);
       if (!isWhole) return this.#expect(BLOCK, takeLines);
 
       const numbers = lines.slice(0, 2 * Number(count));
@@ -4904,7 +5320,10 @@ function contentBytes(records: PaxRecords, headerBytes: number): number {
 
 const isUstar = (block: Buffer): boolean => block.toString("latin1", 257, 262) === "ustar";
 
-/** The name in the header itself. The prefix is POSIX's; in GNU's and star's headers other things stand there. */
+/**
+ * The name in the header itself. The prefix is POSIX's; in GNU's and star's headers other things
+ * stand there.
+ */
 function headerName(block: Buffer): string {
   const name = untilNul(block.subarray(0, 100));
   const isPosix = block.toString("latin1", 257, 263) === "ustar\0";
@@ -4915,7 +5334,10 @@ function headerName(block: Buffer): string {
 
 // ------ Reading a tar ------
 
-/** Reads up to `length` bytes; fewer only at the end of the file. Pipes and devices have no other place than "here". */
+/**
+ * Reads up to `length` bytes; fewer only at the end of the file. Pipes and devices have no other
+ * place than "here".
+ */
 async function readAt(
   handle: fs.FileHandle,
   position: number | "here",
@@ -4945,7 +5367,10 @@ async function* readPlace(handle: fs.FileHandle, from: number, to: number): Asyn
 const CUT_IN_HEADER = "it ends in the middle of a header";
 const CUT_IN_ENTRY = "it ends in the middle of an entry: it was cut off";
 
-/** The entries of a tar on disk, that anyone made; their content is passed over. The decoder knows how it ended. */
+/**
+ * The entries of a tar on disk, that anyone made; their content is passed over. The decoder knows
+ * how it ended.
+ */
 async function* readTar(
   handle: fs.FileHandle,
   where: string,
@@ -4981,15 +5406,20 @@ async function* readTar(
   }
 }
 
-/** A name as loaders resolve it: without `.`, `//`, and a slash before or after. Steps up (`..`) are left in. */
+/**
+ * A name as loaders resolve it: without `.`, `//`, and a slash before or after. Steps up (`..`) are
+ * left in.
+ */
 const resolveName = (name: string): string =>
   name
     .split("/")
     .filter((part) => part !== "" && part !== ".")
     .join("/");
 
-/** The entries of one tar by their names. Loaders differ in which of two they take, and in what they make of a step up
- *  or of a name below a link: such names are no names here. */
+/**
+ * The entries of one tar by their names. Loaders differ in which of two they take, and in what they
+ * make of a step up or of a name below a link: such names are no names here.
+ */
 class TarNames {
   readonly entries = new Map<string, TarEntry>();
   readonly #folders = new Set<string>();
@@ -5034,7 +5464,10 @@ class TarNames {
 
 const parentOf = (name: string): string => name.slice(0, Math.max(0, name.lastIndexOf("/")));
 
-/** Our tars, OCI archives and new docker ones have blobs/sha256/HEX, crane HEX.tar.gz, skopeo HEX.tar and HEX.json. */
+/**
+ * Our tars, OCI archives and new docker ones have blobs/sha256/HEX, crane HEX.tar.gz, skopeo
+ * HEX.tar and HEX.json.
+ */
 function digestInName(name: string): string | undefined {
   const form =
     /^(?:blobs\/(sha\d+\/[0-9a-f]+)|(?:sha256:)?([0-9a-f]{64})(?:\.json|\.tar|\.tar\.gz)?)$/;
@@ -5102,7 +5535,10 @@ async function isIntact(
   return hash.digest("hex") === hexOf(digest);
 }
 
-/** The layers of each image that a manifest.json lists, from the bottom; empty words for names without a digest. */
+/**
+ * The layers of each image that a manifest.json lists, from the bottom; empty words for names
+ * without a digest.
+ */
 function chainsOf(list: unknown): string[][] {
   const images = Array.isArray(list) ? list.map(parseDockerEntry) : [];
   return images.map((image) => (image?.layers ?? []).map((layer) => digestInName(layer) ?? ""));
@@ -5115,8 +5551,11 @@ async function dockerChains({ handle, names }: OpenTar): Promise<string[][]> {
   return chainsOf(parseJson(await readAt(handle, entry.offset, entry.sizeBytes)));
 }
 
-/** The layers that a receiver who has loaded `chains` need not be sent. docker's classic store knows a layer by all
- *  those below it (moby/moby#18723): so only what stands at the bottom of an image, in the same order, is there. */
+/**
+ * The layers that a receiver who has loaded `chains` need not be sent. docker's classic store knows
+ * a layer by all those below it (moby/moby#18723): so only what stands at the bottom of an image,
+ * in the same order, is there.
+ */
 function layersToOmit(
   images: readonly ResolvedImage[],
   chains: readonly (readonly string[])[],
@@ -5178,12 +5617,13 @@ function problemWords(problem: TarProblem): string {
 }
 
 // ====== 12. Pull ======
-// Plan → bytes in place → verify → rename. Blobs come side by side, each hashed in order as it comes; a connection
-// without work takes over half of the longest range that is under way.
+// Plan → bytes in place → verify → rename. Blobs come side by side, each hashed in order as it
+// comes; a connection without work takes over half of the longest range that is under way.
 // Invariant: nothing has DEST's name before every byte of it was hashed and compared.
 
 // ------ Ranges ------
-// Lists of ranges are sorted, and their members neither overlap nor touch. `to` is the first byte after a range.
+// Lists of ranges are sorted, and their members neither overlap nor touch. `to` is the first byte
+// after a range.
 type Range = readonly [from: number, to: number];
 type Ranges = readonly Range[];
 
@@ -5211,9 +5651,13 @@ function missingRanges(ranges: Ranges, [from, to]: Range): Ranges {
 }
 
 // ------ The state of a blob ------
-// Fetched → in place → recorded, and hashed in order beside that. Nothing but the methods below changes any of it.
+// Fetched → in place → recorded, and hashed in order beside that. Nothing but the methods below
+// changes any of it.
 
-/** What a blob is at first, and again once its bytes were wrong. `hash` has taken in the bytes below `hashedTo`. */
+/**
+ * What a blob is at first, and again once its bytes were wrong. `hash` has taken in the bytes below
+ * `hashedTo`.
+ */
 const nothingOf = (digest: string) => ({
   hash: newHash(digest),
   hashedTo: 0,
@@ -5239,14 +5683,20 @@ class EarlyRoom {
   }
 }
 
-/** One blob: what has come of it, what is in place, recorded and hashed, and how often it may be fetched anew. */
+/**
+ * One blob: what has come of it, what is in place, recorded and hashed, and how often it may be
+ * fetched anew.
+ */
 class BlobState {
   readonly descriptor: Descriptor;
   readonly registry: Registry;
   /** Where its place begins: in the tar, or 0 in a file of its own. */
   readonly offset: number;
 
-  /** Tars at hand that claim to hold it: the first is read in the registry's stead, and dropped if it lied. */
+  /**
+   * Tars at hand that claim to hold it: the first is read in the registry's stead, and dropped if
+   * it lied.
+   */
   readonly #sources: Place[];
   #restartsLeft = 1; // fetches from the start, after the registry's bytes turned out wrong
   #isDone = false;
@@ -5296,7 +5746,10 @@ class BlobState {
     return missingRanges(this.#state.come, range);
   }
 
-  /** What an earlier run put in place is gone on with. Where the disk lost it, that is not the registry's fault. */
+  /**
+   * What an earlier run put in place is gone on with. Where the disk lost it, that is not the
+   * registry's fault.
+   */
   resume(ranges: Ranges): void {
     this.#state.come = ranges;
     this.#state.inPlace = ranges;
@@ -5349,7 +5802,10 @@ class BlobState {
     this.#state.unrecordedBytes += sizeBytes;
   }
 
-  /** Whether so much has been written since it was last recorded, or so long ago, that it should be again. */
+  /**
+   * Whether so much has been written since it was last recorded, or so long ago, that it should be
+   * again.
+   */
   isRecordDue(nowMs: number): boolean {
     const { unrecordedBytes } = this.#state;
     const isOld = nowMs - this.#recordedAtMs >= TUNING.batchMs / 2;
@@ -5370,7 +5826,9 @@ class BlobState {
     return isRight;
   }
 
-  /** An image's config that is right and makes no sense: nothing would load what is pulled with it. */
+  /**
+   * An image's config that is right and makes no sense: nothing would load what is pulled with it.
+   */
   #checkConfig(): void {
     const { digest, mediaType } = this.descriptor;
     if (!CONFIG_TYPES.includes(mediaType)) return;
@@ -5391,8 +5849,8 @@ class BlobState {
   }
 
   /**
-   * Its bytes were wrong and are forgotten. Says whose they were, and whether it may be fetched once more; that it came
-   * from a mirror costs the registry no restart.
+   * Its bytes were wrong and are forgotten. Says whose they were, and whether it may be fetched
+   * once more; that it came from a mirror costs the registry no restart.
    */
   restart(
     isFromMirror: boolean,
@@ -5421,8 +5879,8 @@ const blobsOf = ({ entries }: Plan, tars: Tars, isOwnFile = false): BlobState[] 
   );
 
 // ------ How many connections ------
-// Decided by what is measured, not by how far away a registry is. Neither this part nor the next one knows a network, a
-// clock or a file: test/lines.test.ts drives both over lines of its own.
+// Decided by what is measured, not by how far away a registry is. Neither this part nor the next
+// one knows a network, a clock or a file: test/lines.test.ts drives both over lines of its own.
 
 /** What there is to go by at one moment. */
 type Sample = Readonly<{
@@ -5439,14 +5897,20 @@ type Sample = Readonly<{
   busyMs: number;
 }>;
 
-/** What so many connections brought in a stretch of time, and the share of it in which we were at work. */
+/**
+ * What so many connections brought in a stretch of time, and the share of it in which we were at
+ * work.
+ */
 type Measured = Readonly<{ connections: number; bytesPerMs: number; busy: number }>;
 
 /** More connections were opened: is the line faster than with those before? */
 type Trial = { readonly against: Measured; readonly sinceMs: number; chances: number };
 
-/** Where one connection brings so much, it is likely the processor, the disk or the server that is full: a trial throws
- *  megabytes away that are under way, and so it waits for better figures, adds fewer, and has to bring more. */
+/**
+ * Where one connection brings so much, it is likely the processor, the disk or the server that is
+ * full: a trial throws megabytes away that are under way, and so it waits for better figures, adds
+ * fewer, and has to bring more.
+ */
 const isFast = ({ connections, bytesPerMs }: Measured): boolean =>
   bytesPerMs / connections > TUNING.fastBytesPerMs;
 
@@ -5454,8 +5918,11 @@ const isFast = ({ connections, bytesPerMs }: Measured): boolean =>
 const noiseOf = (measured: Measured): number =>
   isFast(measured) ? TUNING.fastNoise : TUNING.noise;
 
-/** How many connections are worth having. A few at first. More are tried as long as that makes the whole faster by more
- *  than noise; where it does not, we go back to what there was before, and try again later, or once the line is slower. */
+/**
+ * How many connections are worth having. A few at first. More are tried as long as that makes the
+ * whole faster by more than noise; where it does not, we go back to what there was before, and try
+ * again later, or once the line is slower.
+ */
 class Pace {
   readonly most: number;
   readonly #few: number;
@@ -5560,10 +6027,14 @@ class Pace {
 }
 
 // ------ Scheduling ------
-// Which connection fetches what. A blob begins with one plain GET of the whole. Where more connections help, others take
-// units out of what lies ahead of it, in order, so that the hash keeps up; at the end, half of what another has left.
+// Which connection fetches what. A blob begins with one plain GET of the whole. Where more
+// connections help, others take units out of what lies ahead of it, in order, so that the hash
+// keeps up; at the end, half of what another has left.
 
-/** A range that one connection fetches: `at` is the next byte. Its end moves when another takes over, or gives back. */
+/**
+ * A range that one connection fetches: `at` is the next byte. Its end moves when another takes
+ * over, or gives back.
+ */
 class Segment {
   readonly blob: BlobState;
   at: number;
@@ -5597,10 +6068,13 @@ const longestFirst = (left: Segment, right: Segment): number =>
 
 const inOrder = (left: Segment, right: Segment): number => left.place - right.place;
 
-/** How a registry, or what stands between it and us, takes to ranges. A cache that has to fetch a blob first may fetch
- *  the whole of it for each range, or keep nothing of what it was asked for in ranges. So where a blob's first bytes were
- *  long in coming, something small is asked for once more: if that comes much sooner, somebody keeps what he was asked
- *  for, the blob was not there yet, and is heard to its end by one plain GET. */
+/**
+ * How a registry, or what stands between it and us, takes to ranges. A cache that has to fetch a
+ * blob first may fetch the whole of it for each range, or keep nothing of what it was asked for in
+ * ranges. So where a blob's first bytes were long in coming, something small is asked for once
+ * more: if that comes much sooner, somebody keeps what he was asked for, the blob was not there
+ * yet, and is heard to its end by one plain GET.
+ */
 class RangeManners {
   isWelcome = true;
   #look: "not taken" | "under way" | "impossible" | { waitMs: number } = "not taken";
@@ -5647,7 +6121,10 @@ type ScheduleOptions = Readonly<{
   horizon?: () => number;
 }>;
 
-/** Owns what is queued, what is under way, and what was seen of registries on the way; its segments change here only. */
+/**
+ * Owns what is queued, what is under way, and what was seen of registries on the way; its segments
+ * change here only.
+ */
 class Schedule {
   readonly #pace: Pace;
   readonly #horizon: (() => number) | undefined;
@@ -5692,7 +6169,9 @@ class Schedule {
     this.#queued.sort(this.#horizon ? inOrder : longestFirst);
   }
 
-  /** What one more connection fetches now; undefined where there is none wanted, or nothing for it. */
+  /**
+   * What one more connection fetches now; undefined where there is none wanted, or nothing for it.
+   */
   next(): Segment | undefined {
     if (this.#active.size >= this.#pace.wanted) return undefined;
     const segment = this.#horizon ? this.#nextInOrder() : (this.#takeQueued() ?? this.#cut());
@@ -5726,7 +6205,10 @@ class Schedule {
     return queued;
   }
 
-  /** A part of the longest range under way: the unit behind what its own connection keeps, or all that is left behind it. */
+  /**
+   * A part of the longest range under way: the unit behind what its own connection keeps, or all
+   * that is left behind it.
+   */
   #cut(): Segment | undefined {
     const longest = this.#longest();
     if (!longest) return undefined;
@@ -5824,8 +6306,10 @@ class Schedule {
     if (!isRange) this.#waits.set(segment.blob, isMiss ? NEVER : waitMs);
   }
 
-  /** Bytes came. Where the answer holds more than the range, it goes on with what lies behind that and has not come to
-   *  anything yet: that costs no request. */
+  /**
+   * Bytes came. Where the answer holds more than the range, it goes on with what lies behind that
+   * and has not come to anything yet: that costs no request.
+   */
   advance(segment: Segment, sizeBytes: number, answeredTo: number): void {
     segment.at += sizeBytes;
     this.#cameBytes += sizeBytes;
@@ -5905,8 +6389,10 @@ class Schedule {
     return this.#abandoned.splice(0);
   }
 
-  /** A range that has no answer while the rest of its blob flows: it is left to the connection before it, and the blob is
-   *  heard to its end. If it was the first one there, no more are tried. */
+  /**
+   * A range that has no answer while the rest of its blob flows: it is left to the connection
+   * before it, and the blob is heard to its end. If it was the first one there, no more are tried.
+   */
   #abandonLate(segment: Segment): void {
     const manners = this.#mannersOf(segment.blob.registry);
     if (manners.mostUnanswered(this.#waits.get(segment.blob) ?? 0) <= 1) manners.isWelcome = false;
@@ -5921,7 +6407,10 @@ class Schedule {
     return [...this.#active].some((other) => other.blob === blob && other.isFlowing);
   }
 
-  /** Leaves what has not come of a range to the connection that fetches what lies before it. False where there is none. */
+  /**
+   * Leaves what has not come of a range to the connection that fetches what lies before it. False
+   * where there is none.
+   */
   giveBack(segment: Segment): boolean {
     const [missing] = segment.blob.missing([segment.at, segment.to]);
     segment.at = missing ? missing[0] : segment.to;
@@ -5941,7 +6430,10 @@ class Schedule {
     return [...this.#active].filter(isBefore).sort((left, right) => right.at - left.at)[0];
   }
 
-  /** The registry gives only whole blobs: one connection takes all of this one along that nobody has begun. */
+  /**
+   * The registry gives only whole blobs: one connection takes all of this one along that nobody has
+   * begun.
+   */
   stopRanges(segment: Segment): "left to another" | "has to fetch the whole" {
     const { blob } = segment;
     blob.registry.giveUpRanges();
@@ -5959,8 +6451,11 @@ class Schedule {
     }
   }
 
-  /** The registry takes no more connections than there are besides this one: what was to come over it is queued again,
-   *  and fetched by the first of them that is free. False where it was the only one. */
+  /**
+   * The registry takes no more connections than there are besides this one: what was to come over
+   * it is queued again, and fetched by the first of them that is free. False where it was the only
+   * one.
+   */
   crowded(segment: Segment, nowMs: number): boolean {
     const { origin } = segment.blob.registry;
     const isOther = (other: Segment) =>
@@ -5982,8 +6477,10 @@ class Schedule {
   }
 }
 
-/** How many connections an origin takes, once it has refused one: one more is tried from time to time, less and less
- *  often, since what it refused may have been a moment's trouble. */
+/**
+ * How many connections an origin takes, once it has refused one: one more is tried from time to
+ * time, less and less often, since what it refused may have been a moment's trouble.
+ */
 class ConnectionLimit {
   #most = NEVER;
   #raiseAtMs = 0;
@@ -6004,7 +6501,10 @@ class ConnectionLimit {
   }
 }
 
-/** Something changed that another may wait for: who waits looks again. The one way to wait in this section. */
+/**
+ * Something changed that another may wait for: who waits looks again. The one way to wait in this
+ * section.
+ */
 class Change {
   readonly #waiting = new Set<() => void>();
 
@@ -6054,8 +6554,11 @@ const CACHE_HEADERS = ["x-cache", "x-cache-status", "x-proxy-cache", "cf-cache-s
 const isCacheMiss = ({ headers }: Pick<Answer, "headers">): boolean =>
   CACHE_HEADERS.some((name) => /\bmiss\b/i.test(String(headers[name] ?? "")));
 
-/** What of a blob an answer holds, by its status and headers, or what is wrong with it. `[at, to)` is what is needed: the
- *  answer begins there or before, and has a part of it that is worth a request. */
+/**
+ * What of a blob an answer holds, by its status and headers, or what is wrong with it. `[at, to)`
+ * is what is needed: the answer begins there or before, and has a part of it that is worth a
+ * request.
+ */
 function judgeAnswer(
   { status, headers }: Pick<Answer, "status" | "headers">,
   [at, to]: Range,
@@ -6070,7 +6573,8 @@ function judgeAnswer(
     end = Number(last) + 1;
     const isTotal = total === "*" || Number(total) === sizeBytes;
     const least = Math.min(to, at + LIMITS.leastAnswerBytes);
-    const isUseful = position <= at && at < end && end >= least && end <= sizeBytes; // more is not wrong
+    // more is not wrong
+    const isUseful = position <= at && at < end && end >= least && end <= sizeBytes;
     if (!isTotal || !isUseful) {
       const got = printable(contentRange, 80);
       const reason = `asked for bytes ${at}-${to - 1} of ${sizeBytes}, got "${got}"`;
@@ -6097,8 +6601,11 @@ function openSource({ handle, offset }: Place, { at, to }: Segment): Opened {
   return { stream, doing: "reading a tar at hand", position: at, end: to };
 }
 
-/** Asks for what a segment still lacks. Undefined where that gave nothing to read, and what to do next has changed: a
- *  server that refuses a range, or does not keep to it, is asked once for the whole, and no more for ranges. */
+/**
+ * Asks for what a segment still lacks. Undefined where that gave nothing to read, and what to do
+ * next has changed: a server that refuses a range, or does not keep to it, is asked once for the
+ * whole, and no more for ranges.
+ */
 async function openSegment(
   schedule: Schedule,
   segment: Segment,
@@ -6142,8 +6649,10 @@ async function openSegment(
 
 // ------ The batch writer ------
 
-/** Gathers the bytes of one range into batches, and writes them. One batch is on its way to DEST while the next one is
- *  gathered; from there on `stream` waits for the disk. */
+/**
+ * Gathers the bytes of one range into batches, and writes them. One batch is on its way to DEST
+ * while the next one is gathered; from there on `stream` waits for the disk.
+ */
 class BatchWriter {
   readonly #stream: Readable;
   readonly #write: (position: number, chunks: Buffer[]) => Promise<void>;
@@ -6201,9 +6710,10 @@ class BatchWriter {
 }
 
 // ------ Files of our own ------
-// The names beside DEST can be guessed, and planted where others can write: links are not followed, pipes and devices
-// not waited for, and only regular files of our own are gone on with. A file is taken by renaming it to a name that
-// nobody else has: of several that try one succeeds, and looks at what it has got.
+// The names beside DEST can be guessed, and planted where others can write: links are not followed,
+// pipes and devices not waited for, and only regular files of our own are gone on with. A file is
+// taken by renaming it to a name that nobody else has: of several that try one succeeds, and looks
+// at what it has got.
 
 const { O_RDONLY, O_RDWR, O_WRONLY, O_CREAT, O_EXCL } = constants;
 const { O_NOFOLLOW = 0, O_NONBLOCK = 0 } = constants; // Windows has neither
@@ -6220,8 +6730,10 @@ async function statAt(file: string): Promise<BigIntStats | undefined> {
   }
 }
 
-/** Device and number: what tells a file from every other, whatever its name. Under Wine an open file that was renamed has
- *  no device; those that are compared lie in one folder. */
+/**
+ * Device and number: what tells a file from every other, whatever its name. Under Wine an open file
+ * that was renamed has no device; those that are compared lie in one folder.
+ */
 const identityOf = ({ dev, ino }: BigIntStats): string => `${isWindows ? "" : dev}:${ino}`;
 
 const isSameFile = (left: BigIntStats | undefined, right: BigIntStats): boolean =>
@@ -6245,8 +6757,10 @@ const readAndClose = ({ handle }: OpenFile): Promise<Buffer> =>
 const createFile = (file: string, mode = 0o666): Promise<fs.FileHandle> =>
   fs.open(file, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW, mode);
 
-/** Whether a file is like `model`, which this run made: nobody else owns it, can write to it, or has another name for
- *  it. What user we are on a file system is told by the files that we make there. */
+/**
+ * Whether a file is like `model`, which this run made: nobody else owns it, can write to it, or has
+ * another name for it. What user we are on a file system is told by the files that we make there.
+ */
 function isOwn(stats: BigIntStats, model: BigIntStats): boolean {
   const isOpenToOthers = (stats.mode & 0o022n & ~model.mode) !== 0n;
   return stats.isFile() && stats.uid === model.uid && stats.nlink <= 1n && !isOpenToOthers;
@@ -6290,7 +6804,8 @@ async function putBack(aside: string, file: string): Promise<void> {
   try {
     await fs.link(aside, file);
   } catch (error) {
-    if (errorCodeOf(error) !== "EEXIST") return fs.rename(aside, file); // no links on this file system
+    // no links on this file system
+    if (errorCodeOf(error) !== "EEXIST") return fs.rename(aside, file);
   }
   await removeQuietly(aside);
 }
@@ -6310,9 +6825,11 @@ async function takeFile(
 
 // ------ Who is at work ------
 
-/** A run, as it signs its lock and its journal. A process number means something only within `space`, the boot of a
- *  machine and a namespace of processes on it; empty where that is not known. `started` tells a process from a later
- *  one of the same number. */
+/**
+ * A run, as it signs its lock and its journal. A process number means something only within
+ * `space`, the boot of a machine and a namespace of processes on it; empty where that is not known.
+ * `started` tells a process from a later one of the same number.
+ */
 type Owner = Readonly<{
   id: string;
   pid: number;
@@ -6358,8 +6875,10 @@ function parseOwner(text: string): Owner | undefined {
 
 type Fate = "alive" | "dead" | "unknown";
 
-/** Whether a run is still there. What is not certain is "unknown": a process of another machine, or of another
- *  namespace of this one. */
+/**
+ * Whether a run is still there. What is not certain is "unknown": a process of another machine, or
+ * of another namespace of this one.
+ */
 async function fateOf(owner: Owner, self: Owner): Promise<Fate> {
   if (owner.space === "" || owner.space !== self.space) return "unknown";
   try {
@@ -6373,10 +6892,14 @@ async function fateOf(owner: Owner, self: Owner): Promise<Fate> {
 }
 
 // ------ Lock ------
-// Two runs at one DEST would do the work twice: the second stops. That DEST stays right does not hang on the lock, for
-// a process can sleep through the loss of it: what a run writes to and what it gives DEST's name are files of its own.
+// Two runs at one DEST would do the work twice: the second stops. That DEST stays right does not
+// hang on the lock, for a process can sleep through the loss of it: what a run writes to and what
+// it gives DEST's name are files of its own.
 
-/** A lock as it was seen: one that says nothing was left half-written, and one that may not be read is another user's. */
+/**
+ * A lock as it was seen: one that says nothing was left half-written, and one that may not be read
+ * is another user's.
+ */
 type SeenLock = Readonly<{ stats: BigIntStats; owner: Owner | "unreadable" | undefined }>;
 
 async function readLock(file: string): Promise<SeenLock | undefined> {
@@ -6429,13 +6952,17 @@ class Lock {
     }
   }
 
-  /** Until the lock is ours, or is seen to be another's. A bound, since somebody may come first each time. */
+  /**
+   * Until the lock is ours, or is seen to be another's. A bound, since somebody may come first each
+   * time.
+   */
   async #settle(dest: string): Promise<void> {
     for (let attempt = 0; attempt < 8; attempt += 1) {
       if (await this.#isPlaced()) return;
       let seen = await readLock(this.#file);
       if (seen && !seen.owner) {
-        await delay(LIMITS.lockBirthMs); // where there are no links, it is written after it is there
+        // where there are no links, it is written after it is there
+        await delay(LIMITS.lockBirthMs);
         seen = await readLock(this.#file);
       }
       if (!seen) continue;
@@ -6471,8 +6998,11 @@ class Lock {
     }
   }
 
-  /** Who has a lock, in words; undefined where it is left behind. Whoever is not known to live or to be dead lives as
-   *  long as the lock is touched, by the clock of the file system, on which ours is a moment old. */
+  /**
+   * Who has a lock, in words; undefined where it is left behind. Whoever is not known to live or to
+   * be dead lives as long as the lock is touched, by the clock of the file system, on which ours is
+   * a moment old.
+   */
   async #whoHasIt({ stats, owner }: SeenLock): Promise<string | undefined> {
     if (!owner) return undefined;
     const isKnown = owner !== "unreadable";
@@ -6489,7 +7019,10 @@ class Lock {
     return ` (${who}, seen ${seconds(ageMs)} s ago)\n  ${remedy}`;
   }
 
-  /** Takes a lock away that was left behind, as it was seen: another may have done so meanwhile, and have it now. */
+  /**
+   * Takes a lock away that was left behind, as it was seen: another may have done so meanwhile, and
+   * have it now.
+   */
   async #takeOver(seen: BigIntStats): Promise<void> {
     const aside = `${this.#aside}.old`;
     const isSeen = (stats: BigIntStats) =>
@@ -6515,7 +7048,9 @@ class Lock {
     fail("DISK", `cannot write ${dest}: another imgpull took it over; run it again`);
   }
 
-  /** Whether nobody has taken the lock over. One that looked at it may have it in hand for a moment. */
+  /**
+   * Whether nobody has taken the lock over. One that looked at it may have it in hand for a moment.
+   */
   async isOurs(): Promise<boolean> {
     for (let attempt = 0; attempt < 3; attempt += 1) {
       if (await this.#isOwn(this.#file)) return true;
@@ -6528,7 +7063,8 @@ class Lock {
   /** Lets go of it, and of nobody else's. Never an error: it would hide why a pull failed. */
   async release(): Promise<void> {
     clearInterval(this.#timer);
-    const aside = `${this.#aside}.old`; // on Windows the name that it was made under goes with its handle only
+    // on Windows the name that it was made under goes with its handle only
+    const aside = `${this.#aside}.old`;
     const isOwn = () => this.#isOwn(aside);
     const isTaken = await takeFile(this.#file, aside, isOwn).catch(ignore);
     if (!isTaken) await this.#handle.truncate().catch(ignore); // one without a word holds nobody
@@ -6539,7 +7075,10 @@ class Lock {
 
 // ------ Journal ------
 
-/** What a journal says of an earlier run: whose it was, which file it wrote to, whether it closed that, what was in place. */
+/**
+ * What a journal says of an earlier run: whose it was, which file it wrote to, whether it closed
+ * that, what was in place.
+ */
 type Notes = Readonly<{
   planId: string;
   owner: Owner | undefined;
@@ -6571,8 +7110,10 @@ function parseNotes(text: string): Notes {
   return { planId, owner, partial, isClosed: lines.includes("closed"), inPlace };
 }
 
-/** What is in place, a line at a time, true after a kill -9: the plan's id, who writes to which file, then
- *  `digest from-to,…;`, and `closed` once nothing more will be written. */
+/**
+ * What is in place, a line at a time, true after a kill -9: the plan's id, who writes to which
+ * file, then `digest from-to,…;`, and `closed` once nothing more will be written.
+ */
 class Journal {
   readonly #file: string;
   readonly #handle: fs.FileHandle;
@@ -6613,7 +7154,10 @@ class Journal {
     return this.#inPlace.get(digest) ?? [];
   }
 
-  /** At once, for a line takes microseconds: one that queued behind the blobs' own writes would come too late. */
+  /**
+   * At once, for a line takes microseconds: one that queued behind the blobs' own writes would come
+   * too late.
+   */
   record(blob: BlobState): void {
     blob.markRecorded(performance.now());
     this.#recordRanges(blob.descriptor.digest, blob.inPlace);
@@ -6658,11 +7202,15 @@ type Fenced = Readonly<{
   lock: Lock;
 }>;
 
-/** Whoever had the lock before, and sleeps, can no longer give anything a name: what it made under names of its own is
- *  removed, and it looks for its lock only once that is there. What a run left that is certainly over is taken up. */
+/**
+ * Whoever had the lock before, and sleeps, can no longer give anything a name: what it made under
+ * names of its own is removed, and it looks for its lock only once that is there. What a run left
+ * that is certainly over is taken up.
+ */
 async function fenceOff({ folder, isOurs, deadId, lock }: Fenced): Promise<void> {
   const names = await listOptional(folder);
-  await lock.assertOurs(folder); // whoever takes it over from now on makes files that are not on this list
+  // whoever takes it over from now on makes files that are not on this list
+  await lock.assertOurs(folder);
   for (const name of names) {
     const [, partial = "", kind, id, ending] = ASIDE_NAME.exec(name) ?? [];
     if (!isOurs(partial) || id === lock.owner.id) continue;
@@ -6683,8 +7231,8 @@ async function findDeadId(
 }
 
 // ------ The transfer ------
-// All blobs of a plan over the line and into a sink. What a blob's bytes are worth is decided here: verify, record,
-// fetch once more.
+// All blobs of a plan over the line and into a sink. What a blob's bytes are worth is decided here:
+// verify, record, fetch once more.
 
 /** Where bytes go. It writes, and decides nothing. */
 type Sink = Readonly<{
@@ -6824,7 +7372,10 @@ class Transfer {
     for (let next = this.#schedule.next(); next; next = this.#schedule.next()) this.#start(next);
   }
 
-  /** Asks once more for something small that has come already: a cache has it now, and answers sooner than before. */
+  /**
+   * Asks once more for something small that has come already: a cache has it now, and answers
+   * sooner than before.
+   */
   #lookAgain(registry: Registry): void {
     const isSmall = ({ descriptor, registry: its }: BlobState) =>
       its === registry && descriptor.size > 0 && descriptor.size <= TUNING.smallBytes;
@@ -6863,7 +7414,8 @@ class Transfer {
   /** Fetches a range to its end, however many answers that takes. */
   #fetch(segment: Segment): Promise<void> {
     let before = segment.at;
-    // Getting on means more than a trickle: otherwise a server that sends a byte a time would be asked for ever.
+    // Getting on means more than a trickle: otherwise a server that sends a byte a time would be
+    // asked for ever.
     const gotOn = () => {
       const enough = Math.min(TUNING.batchBytes, Math.ceil(segment.blob.descriptor.size / 64));
       const isEnough = segment.at - before >= enough;
@@ -6877,8 +7429,10 @@ class Transfer {
     return withRetries(this.#session, attempt, gotOn);
   }
 
-  /** A server that refuses one connection while others move gets fewer: that costs no attempt. When it says to come back
-   *  later, that is waited for all the same. */
+  /**
+   * A server that refuses one connection while others move gets fewer: that costs no attempt. When
+   * it says to come back later, that is waited for all the same.
+   */
   async #receiveOrYield(segment: Segment): Promise<void> {
     const { at } = segment;
     const request = new AbortController();
@@ -6935,7 +7489,8 @@ class Transfer {
         const wanted = chunk.subarray(segment.at - start).subarray(0, segment.remainingBytes);
         for (const piece of this.#accept(segment, wanted, end)) writer.add(...piece);
       }
-      // More than belongs there, or another connection has taken the rest over: no need to hear it to its end.
+      // More than belongs there, or another connection has taken the rest over: no need to hear it
+      // to its end.
       if (position > end || (segment.isComplete && position < end)) stream.destroy();
     });
 
@@ -7035,8 +7590,8 @@ class Transfer {
 }
 
 // ------ Destinations ------
-// A tar and a folder keep what has come under another name until all is right; a stream cannot take back what is sent,
-// and lacks its trailer until then.
+// A tar and a folder keep what has come under another name until all is right; a stream cannot take
+// back what is sent, and lacks its trailer until then.
 
 type Destination =
   | Readonly<{ kind: "stream"; output: NodeJS.WritableStream }>
@@ -7046,7 +7601,10 @@ type Destination =
 
 type PullJob = Readonly<{ session: Session; plan: Plan; tars: Tars; observe: Observer }>;
 
-/** Windows takes these for devices, whatever follows the first dot; Node makes files of them that few can remove. */
+/**
+ * Windows takes these for devices, whatever follows the first dot; Node makes files of them that
+ * few can remove.
+ */
 const DEVICE_NAME = /^(con|prn|aux|nul|com\d|lpt\d)\s*($|[.:])/i;
 
 /** Where a link leads to a file that is not there yet: it is made there, and the link stays. */
@@ -7057,7 +7615,10 @@ async function resolveLink(file: string): Promise<string> {
   return resolveLink(target);
 }
 
-/** The path of the file itself. A loop of links is an error: it leads to no file, and none of them may be replaced. */
+/**
+ * The path of the file itself. A loop of links is an error: it leads to no file, and none of them
+ * may be replaced.
+ */
 async function resolveFile(file: string): Promise<string> {
   try {
     return await fs.realpath(file);
@@ -7067,11 +7628,17 @@ async function resolveFile(file: string): Promise<string> {
   }
 }
 
-/** \\?\C:\x is C:\x: Node says no to the root of a drive in that form, and puts it there itself where it is needed. */
+/**
+ * \\?\C:\x is C:\x: Node says no to the root of a drive in that form, and puts it there itself
+ * where it is needed.
+ */
 const withoutPrefix = (file: string): string =>
   file.replace(/^\\\\\?\\UNC\\/i, "\\\\").replace(/^\\\\\?\\/, "");
 
-/** DEST, before anything is asked: an existing directory or a path that ends in "/" is an OCI layout. */
+/**
+ * DEST, before anything is asked: an existing directory or a path that ends in "/" is an OCI
+ * layout.
+ */
 async function parseDestination(destination: string | NodeJS.WritableStream): Promise<Destination> {
   if (typeof destination !== "string") return { kind: "stream", output: destination };
   return parseFileDestination(isWindows ? withoutPrefix(destination) : destination);
@@ -7126,7 +7693,10 @@ async function writeAll(
   await writeAll(handle, [rest], position + bytesWritten);
 }
 
-/** Sync where the file system and Node's permission model let us; what they refuse is no reason to fail. */
+/**
+ * Sync where the file system and Node's permission model let us; what they refuse is no reason to
+ * fail.
+ */
 async function syncQuietly(handle: fs.FileHandle): Promise<void> {
   await handle.sync().catch((error: unknown) => {
     if (!["ERR_ACCESS_DENIED", "EINVAL", "ENOSYS", "ENOTSUP", "EPERM"].includes(errorCodeOf(error)))
@@ -7139,7 +7709,10 @@ async function syncFolder(folder: string): Promise<void> {
   if (handle) await syncQuietly(handle).finally(() => handle.close());
 }
 
-/** `place` is a path on the file system that is asked. One that reports no blocks at all has no bound (ramfs, FUSE). */
+/**
+ * `place` is a path on the file system that is asked. One that reports no blocks at all has no
+ * bound (ramfs, FUSE).
+ */
 async function checkFreeSpace(dest: string, place: string, neededBytes: number): Promise<void> {
   const { blocks, bavail, bsize } = await fs
     .statfs(place)
@@ -7150,7 +7723,10 @@ async function checkFreeSpace(dest: string, place: string, neededBytes: number):
   fail("DISK", `cannot write ${dest}: the disk is full, ${words}`);
 }
 
-/** A file system without inodes says that it is full, though it may have any room. Those that we gave back do not count. */
+/**
+ * A file system without inodes says that it is full, though it may have any room. Those that we
+ * gave back do not count.
+ */
 const tellOfInodes =
   (folder: string) =>
   async (error: unknown): Promise<never> => {
@@ -7160,8 +7736,10 @@ const tellOfInodes =
     throw isWithoutInodes ? Object.assign(error as Error, { code: "NO_INODES" }) : error;
   };
 
-/** Syncs in the background, so that the disk works while the line does and little is left for the end. One after the
- *  other: an error of the disk is told to one sync only, and may not be lost. */
+/**
+ * Syncs in the background, so that the disk works while the line does and little is left for the
+ * end. One after the other: an error of the disk is told to one sync only, and may not be lost.
+ */
 class BackgroundSync {
   #unsyncedBytes = 0;
   #syncing: Promise<void> = Promise.resolve();
@@ -7258,8 +7836,10 @@ async function hasFrame(handle: fs.FileHandle, plan: Plan): Promise<boolean> {
 /** For a transfer that finds all in its place. */
 const NO_SINK: Sink = { write: () => Promise.resolve() };
 
-/** DEST that is to the byte what the plan gives is left alone: who watches it sees no change, and no second copy needs
- *  room. Undefined where it has to be written. */
+/**
+ * DEST that is to the byte what the plan gives is left alone: who watches it sees no change, and no
+ * second copy needs room. Undefined where it has to be written.
+ */
 async function keepUnchanged(job: PullJob, dest: string): Promise<Transfer | undefined> {
   const { session, plan, observe } = job;
   const opened = await openRegular(dest).catch(ignore);
@@ -7283,7 +7863,10 @@ async function keepUnchanged(job: PullJob, dest: string): Promise<Transfer | und
   }
 }
 
-/** Opens a file that was taken from an earlier run. One that is not our own is removed: its name, not what it leads to. */
+/**
+ * Opens a file that was taken from an earlier run. One that is not our own is removed: its name,
+ * not what it leads to.
+ */
 async function openTaken(file: string, model: BigIntStats): Promise<OpenFile | undefined> {
   const opened = await openRegular(file, O_RDWR).catch(ignore);
   if (opened && isOwn(opened.stats, model)) return opened;
@@ -7292,7 +7875,10 @@ async function openTaken(file: string, model: BigIntStats): Promise<OpenFile | u
   return undefined;
 }
 
-/** A copy of a file in its place, shared block by block where the file system can. Undefined where there is no room. */
+/**
+ * A copy of a file in its place, shared block by block where the file system can. Undefined where
+ * there is no room.
+ */
 async function replaceByCopy(file: string): Promise<fs.FileHandle | undefined> {
   const copy = `${file}.copy`;
   try {
@@ -7306,7 +7892,10 @@ async function replaceByCopy(file: string): Promise<fs.FileHandle | undefined> {
   }
 }
 
-/** Windows replaces no file that is open or read-only; what is new is looked at by scanners, for a moment. */
+/**
+ * Windows replaces no file that is open or read-only; what is new is looked at by scanners, for a
+ * moment.
+ */
 async function renameOver(from: string, dest: string): Promise<void> {
   const waitsMs = isWindows ? [50, 100, 200, 400, 800] : [];
   for (;;) {
@@ -7324,8 +7913,10 @@ async function renameOver(from: string, dest: string): Promise<void> {
 
 type TarPlace = Readonly<{ dest: string; plan: Plan; lock: Lock }>;
 
-/** DEST.partial: where a tar's bytes come together until all are verified. The file under that name is this run's alone,
- *  though another may come to think that it has the lock. */
+/**
+ * DEST.partial: where a tar's bytes come together until all are verified. The file under that name
+ * is this run's alone, though another may come to think that it has the lock.
+ */
 class PartialTar {
   readonly file: string;
   readonly #dest: string;
@@ -7368,17 +7959,22 @@ class PartialTar {
     }
   }
 
-  /** Takes what is there to a name of this run's own. What another plan left becomes DEST.partial.old. */
+  /**
+   * Takes what is there to a name of this run's own. What another plan left becomes
+   * DEST.partial.old.
+   */
   async #claim(): Promise<void> {
     const { model } = this.#lock;
     await this.#lock.assertOurs(this.#dest);
     this.#isTaken = await moveFile(this.file, this.#aside);
-    if (this.#isTaken) await this.#lock.assertOurs(this.#dest); // otherwise it is another's, and put back
+    // otherwise it is another's, and put back
+    if (this.#isTaken) await this.#lock.assertOurs(this.#dest);
     const found = this.#isTaken ? await openTaken(this.#aside, model) : undefined;
     this.#isTaken = found !== undefined;
     if (!found) return;
 
-    // Read only now: whoever had the file before wrote this before the file was to be seen under its name.
+    // Read only now: whoever had the file before wrote this before the file was to be seen under
+    // its name.
     const notes = await Journal.read(this.#journalFile, model);
     const isOfPlan = notes.planId === this.#plan.id;
     if (isOfPlan && Number(found.stats.size) === this.#plan.sizeBytes)
@@ -7388,8 +7984,10 @@ class PartialTar {
     this.#isTaken = false;
   }
 
-  /** Whoever may be alive and has a file open can write to it, whatever name it has: such a file is gone on with as a
-   *  copy. */
+  /**
+   * Whoever may be alive and has a file open can write to it, whatever name it has: such a file is
+   * gone on with as a copy.
+   */
   async #goOnWith({ handle, stats }: OpenFile, notes: Notes): Promise<void> {
     const { owner } = notes;
     const isAbandoned =
@@ -7408,7 +8006,9 @@ class PartialTar {
     await checkFreeSpace(this.#dest, path.dirname(this.#dest), neededBytes);
   }
 
-  /** Nothing is written before its name is public: where another has taken it meanwhile, that fails. */
+  /**
+   * Nothing is written before its name is public: where another has taken it meanwhile, that fails.
+   */
   async #begin(): Promise<void> {
     const { mode: destMode = 0o666 } = (await fs.stat(this.#dest).catch(ignore)) ?? {};
     const mode = (destMode & 0o777) | 0o600; // what was private stays so
@@ -7426,8 +8026,10 @@ class PartialTar {
     await writeFrame(this.#handle, this.#plan);
   }
 
-  /** Gives it DEST's name. It is looked at once more under a name that nobody else has: whoever took the lock over may
-   *  have put another file in its place. Returns whether that was one step. */
+  /**
+   * Gives it DEST's name. It is looked at once more under a name that nobody else has: whoever took
+   * the lock over may have put another file in its place. Returns whether that was one step.
+   */
   async become(): Promise<boolean> {
     await syncQuietly(this.handle);
     const ours = await this.handle.stat({ bigint: true });
@@ -7467,8 +8069,10 @@ class PartialTar {
     return false;
   }
 
-  /** For a DEST that is mounted by itself. Its first block is written last: what is half-written begins with zeros, and
-   *  is no tar. */
+  /**
+   * For a DEST that is mounted by itself. Its first block is written last: what is half-written
+   * begins with zeros, and is no tar.
+   */
   async #writeInPlace(): Promise<void> {
     const { size, blocks } = await fs.stat(this.#dest);
     await checkFreeSpace(this.#dest, this.#dest, this.#plan.sizeBytes - blocks * BLOCK);
@@ -7489,7 +8093,10 @@ class PartialTar {
     }
   }
 
-  /** After a failure. Returns whether `keptBytes` of it are still there, for the next run to go on from. */
+  /**
+   * After a failure. Returns whether `keptBytes` of it are still there, for the next run to go on
+   * from.
+   */
   async close(keptBytes = sumOf(this.#inPlace.values(), lengthOf)): Promise<boolean> {
     const ours = await this.#handle?.stat({ bigint: true });
     await this.#handle?.close();
@@ -7501,7 +8108,8 @@ class PartialTar {
     }
 
     const isThere = ours !== undefined && isSameFile(await statAt(this.file), ours);
-    const isWhole = Number(ours?.size) === this.#plan.sizeBytes; // nothing goes on from one that was cut
+    // nothing goes on from one that was cut
+    const isWhole = Number(ours?.size) === this.#plan.sizeBytes;
     if (isThere && isWhole && keptBytes > 0) {
       await this.#journal.close();
       return true;
@@ -7513,7 +8121,10 @@ class PartialTar {
   }
 }
 
-/** The tars from which a pull to `dest` can copy: what another plan left (the tag has moved on), and DEST itself. */
+/**
+ * The tars from which a pull to `dest` can copy: what another plan left (the tag has moved on), and
+ * DEST itself.
+ */
 async function sourcesBeside(dest: string, { model }: Lock): Promise<OpenTar[]> {
   const old = `${dest}.partial.old`;
   const stats = await statAt(old);
@@ -7574,8 +8185,11 @@ async function pullToTar(job: PullJob, dest: string): Promise<Transfer> {
 
 // ------ A folder ------
 
-/** The files of blobs, each of its own. While one is written to, its name has its run's id (`FILE.partial.ID`), which
- *  nobody takes from a run that may be alive; afterwards it is `FILE.partial`, and once verified FILE. */
+/**
+ * The files of blobs, each of its own. While one is written to, its name has its run's id
+ * (`FILE.partial.ID`), which nobody takes from a run that may be alive; afterwards it is
+ * `FILE.partial`, and once verified FILE.
+ */
 class BlobFiles {
   readonly #nameOf: (blob: BlobState) => string;
   readonly #lock: Lock;
@@ -7646,11 +8260,16 @@ type FolderJob = Readonly<{
   /** A blob's file, under the folder. */
   nameOf: (digest: string) => string;
   observe: Observer;
-  /** All blobs are there, and the lock is still held. Returns whether anything had to be written. */
+  /**
+   * All blobs are there, and the lock is still held. Returns whether anything had to be written.
+   */
   seal?: (lock: Lock) => Promise<boolean>;
 }>;
 
-/** Each blob as a file of its own under `folder`; those that are there already are verified and kept. */
+/**
+ * Each blob as a file of its own under `folder`; those that are there already are verified and
+ * kept.
+ */
 async function pullToFolder(job: FolderJob): Promise<Transfer> {
   const { blobs, folder, nameOf } = job;
   const base = path.join(folder, ".imgpull.partial");
@@ -7707,8 +8326,10 @@ async function fillFolder(job: FolderJob, lock: Lock): Promise<Transfer> {
   }
 }
 
-/** The index of a layout with our images in it, beside what it named before under other names. One that has ours
- *  already, in this order, is given back as it is. */
+/**
+ * The index of a layout with our images in it, beside what it named before under other names. One
+ * that has ours already, in this order, is given back as it is.
+ */
 function mergeIndex(
   before: Record<string, unknown>,
   ours: { manifests: Descriptor[] },
@@ -7782,7 +8403,10 @@ async function writeLayoutFile(file: string, bytes: Buffer, lock: Lock): Promise
   }
 }
 
-/** The documents of a layout whose blobs are there, the index in the end. Returns whether any had to be written. */
+/**
+ * The documents of a layout whose blobs are there, the index in the end. Returns whether any had to
+ * be written.
+ */
 async function sealLayout(
   folder: string,
   documents: ReadonlyMap<string, Buffer>,
@@ -7805,7 +8429,10 @@ async function sealLayout(
   return isWritten;
 }
 
-/** An OCI image layout: blobs first, then the index that names them, in one step and beside what it named before. */
+/**
+ * An OCI image layout: blobs first, then the index that names them, in one step and beside what it
+ * named before.
+ */
 async function pullToLayout(job: PullJob, folder: string): Promise<Transfer> {
   const { session, plan, tars, observe } = job;
   const documents = new Map<string, Buffer>();
@@ -7821,7 +8448,10 @@ async function pullToLayout(job: PullJob, folder: string): Promise<Transfer> {
 
 // ------ A stream ------
 
-/** What came before its turn, up to a bound: bytes are put in at any place of the tar and taken out in order. */
+/**
+ * What came before its turn, up to a bound: bytes are put in at any place of the tar and taken out
+ * in order.
+ */
 class ReadAhead {
   readonly #early = new Map<number, Buffer>(); // by place in the tar
   readonly #change = new Change();
@@ -7910,7 +8540,10 @@ async function pullToStream(job: PullJob, output: NodeJS.WritableStream): Promis
   return transfer;
 }
 
-/** A pipe, once somebody reads it: asked again and again, for the system would wait where no Ctrl-C reaches. */
+/**
+ * A pipe, once somebody reads it: asked again and again, for the system would wait where no Ctrl-C
+ * reaches.
+ */
 async function openOutputPipe(file: string, signal: AbortSignal): Promise<Writable> {
   for (;;) {
     try {
@@ -7950,25 +8583,33 @@ async function pullToDevice(job: PullJob, file: string): Promise<Transfer> {
 
 // ====== 13. Proof ======
 // What refers to an image (signatures, attestations, SBOMs), and whether a given key has signed it.
-// Invariant: a list's word is no proof. What a referrer is stands in its own manifest, and what it says of an image
-// counts once one of the keys has signed just that.
+// Invariant: a list's word is no proof. What a referrer is stands in its own manifest, and what it
+// says of an image counts once one of the keys has signed just that.
 
 // ------ Keys ------
 
-/** A public key, and the hashes that a signature by it may have been made with; Ed25519 has its own within. */
+/**
+ * A public key, and the hashes that a signature by it may have been made with; Ed25519 has its own
+ * within.
+ */
 interface SignerKey {
   readonly publicKey: KeyObject;
   readonly hashes: readonly (string | null)[];
 }
 
-/** What cosign signs with, by curve. P-384 and P-521 had SHA-256 in cosign 1 and 2, sigstore-go takes both. */
+/**
+ * What cosign signs with, by curve. P-384 and P-521 had SHA-256 in cosign 1 and 2, sigstore-go
+ * takes both.
+ */
 const HASHES_OF_CURVE = new Map([
   ["prime256v1", ["sha256"]],
   ["secp384r1", ["sha384", "sha256"]],
   ["secp521r1", ["sha512", "sha256"]],
 ]);
 
-/** Other things that come in PEM, each with what to do instead. Nothing of the text is ever quoted. */
+/**
+ * Other things that come in PEM, each with what to do instead. Nothing of the text is ever quoted.
+ */
 const NOT_PUBLIC_KEYS: readonly (readonly [label: RegExp, words: string])[] = [
   [/PRIVATE KEY/, "a private key, which does not belong here: give the public one (cosign.pub)"],
   [
@@ -8055,7 +8696,10 @@ function readSignature(
   return isPayload ? readPayload(annotations, bytes, keys) : readBundle(bytes, keys);
 }
 
-/** cosign's first form: the layer's bytes are the payload, and an annotation of the layer is the signature. */
+/**
+ * cosign's first form: the layer's bytes are the payload, and an annotation of the layer is the
+ * signature.
+ */
 function readPayload(
   annotations: Readonly<Record<string, string>>,
   payload: Buffer,
@@ -8071,11 +8715,15 @@ function readPayload(
   return { subjects: isDigest(subject) ? [subject] : [] };
 }
 
-/** cosign's second form: a Sigstore bundle, in it a DSSE envelope, in it an in-toto statement of any predicate. */
+/**
+ * cosign's second form: a Sigstore bundle, in it a DSSE envelope, in it an in-toto statement of any
+ * predicate.
+ */
 function readBundle(bytes: Buffer, keys: readonly SignerKey[]): Testimony {
   const bundle = recordIn(parseShallowJson(bytes, LIMITS.bundleJsonValues));
   const { payloadType, payload, signatures } = recordIn(bundle, "dsseEnvelope");
-  // A bundle has exactly one signature, though an envelope may have more (sigstore-go refuses such a bundle too).
+  // A bundle has exactly one signature, though an envelope may have more (sigstore-go refuses such
+  // a bundle too).
   const isEnvelope =
     payloadType === IN_TOTO && Array.isArray(signatures) && signatures.length === 1;
   if (!BUNDLE_VERSIONS.includes(String(bundle.mediaType)) || !isEnvelope) return "unreadable";
@@ -8132,7 +8780,10 @@ const fromBase64 = (text: unknown): Buffer =>
 
 // ------ Finding what refers to an image ------
 
-/** cosign's tags for what belongs to `sha256-HEX`, and how `cosign save` marks the first two in index.json. */
+/**
+ * cosign's tags for what belongs to `sha256-HEX`, and how `cosign save` marks the first two in
+ * index.json.
+ */
 const COSIGN_TAGS: readonly Readonly<{ suffix: string; kind?: string }>[] = [
   { suffix: ".sig", kind: "dev.cosignproject.cosign/sigs" },
   { suffix: ".att", kind: "dev.cosignproject.cosign/atts" },
@@ -8141,14 +8792,23 @@ const COSIGN_TAGS: readonly Readonly<{ suffix: string; kind?: string }>[] = [
 
 type Collected = Awaited<ReturnType<typeof collectAll>>;
 
-/** The tag that stands for the referrers endpoint (distribution specification, "Referrers Tag Schema"). */
+/**
+ * The tag that stands for the referrers endpoint (distribution specification, "Referrers Tag
+ * Schema").
+ */
 const referrersTag = (digest: string): string =>
   `${algorithmOf(digest)}-${hexOf(digest).slice(0, 64)}`;
 
-/** Where something that may refer to `subject` is: by a digest that a list names, or by a tag of cosign's. */
+/**
+ * Where something that may refer to `subject` is: by a digest that a list names, or by a tag of
+ * cosign's.
+ */
 type ReferrerPlace = Readonly<{ subject: string; digest?: string; tag?: string; kind?: string }>;
 
-/** Looks for what refers to manifests of one repository, and to that in turn; it alone counts what was found. */
+/**
+ * Looks for what refers to manifests of one repository, and to that in turn; it alone counts what
+ * was found.
+ */
 class ReferrerSearch {
   readonly #session: Session;
   readonly #registry: Registry;
@@ -8194,7 +8854,10 @@ class ReferrerSearch {
     if (count > referrers) fail("TOO_LARGE", `${this.#where}: more than ${referrers} referrers`);
   }
 
-  /** What the endpoint lists, or else the tag that stands for it; and cosign's tags, which are in no list. */
+  /**
+   * What the endpoint lists, or else the tag that stands for it; and cosign's tags, which are in no
+   * list.
+   */
   async #placesOf(subject: string): Promise<ReferrerPlace[]> {
     const lists = (await this.#registry.referrers(subject)) ?? (await this.#taggedList(subject));
     const entries = lists.flatMap((bytes) => listIn(parseJson(bytes), "manifests"));
@@ -8271,7 +8934,10 @@ function listIn(value: unknown, key: string): unknown[] {
 const subjectOf = ({ bytes }: FetchedManifest): unknown =>
   recordIn(parseJson(bytes), "subject").digest;
 
-/** A manifest's own word: its artifactType, or else its config's media type, unless that is any image's. */
+/**
+ * A manifest's own word: its artifactType, or else its config's media type, unless that is any
+ * image's.
+ */
 function artifactTypeOf({ bytes }: FetchedManifest): string {
   const { artifactType, config } = recordIn(parseJson(bytes));
   if (typeof artifactType === "string" && artifactType !== "") return artifactType;
@@ -8281,7 +8947,10 @@ function artifactTypeOf({ bytes }: FetchedManifest): string {
 
 // ------ Proof of an image ------
 
-/** The image with all that refers to it. SIGNATURE where there are signers, and none of them has signed it. */
+/**
+ * The image with all that refers to it. SIGNATURE where there are signers, and none of them has
+ * signed it.
+ */
 async function addProof(
   session: Session,
   resolved: ResolvedImage,
@@ -8300,7 +8969,8 @@ async function addProof(
     hasIndex && (hasSignature(asked, referrers) || !hasSignature(top, referrers));
   const marked = isIndexMarked ? asked : top;
   const kind = cosignKind(marked, referrers);
-  // cosign takes the first entry of each kind for the one image: signatures of others are not marked.
+  // cosign takes the first entry of each kind for the one image: signatures of others are not
+  // marked.
   const companions = referrers.map((referrer): Companion => {
     const { kind: _kind, ...plain } = referrer;
     return plain.subject === marked.digest ? referrer : plain;
@@ -8325,7 +8995,10 @@ async function addProof(
   return { ...image, companions: [...indexes, ...companions] };
 }
 
-/** What the plan of some images takes for their companions, each once: indexes first, then by digest. */
+/**
+ * What the plan of some images takes for their companions, each once: indexes first, then by
+ * digest.
+ */
 function planExtras(images: readonly ResolvedImage[]): Required<PlanExtras> {
   const named = new Set(images.map(({ top }) => top.digest));
   const all = images.flatMap(({ companions = [] }) => companions);
@@ -8353,10 +9026,16 @@ const isReferrer = ({ isIndex = false }: Companion): boolean => !isIndex;
 /** Where docker 29.1 and containerd 2.2 read what an entry of index.json refers to. */
 const SUBJECT_KEY = "io.containerd.manifest.subject";
 
-/** As BuildKit's attestations have it: ctr leaves out what does not match, and does not miss an index's other images. */
+/**
+ * As BuildKit's attestations have it: ctr leaves out what does not match, and does not miss an
+ * index's other images.
+ */
 const UNMATCHED: Platform = { architecture: "unknown", os: "unknown" };
 
-/** It has no name and says that it belongs to an image, so that nobody takes it for one: docker would list it. */
+/**
+ * It has no name and says that it belongs to an image, so that nobody takes it for one: docker
+ * would list it.
+ */
 function companionEntry({ top, subject, kind, artifactType, isIndex }: Companion): unknown {
   return {
     mediaType: top.mediaType,
@@ -8377,7 +9056,10 @@ const hasSignature = ({ digest }: FetchedManifest, referrers: readonly Companion
       subject === digest && contents.some(({ manifest }) => manifest.layers.some(isSignature)),
   );
 
-/** How `cosign save` marks what it signed. For an index that has bundles only, `cosign verify` wants `image` too. */
+/**
+ * How `cosign save` marks what it signed. For an index that has bundles only, `cosign verify` wants
+ * `image` too.
+ */
 function cosignKind(signed: FetchedManifest, referrers: readonly Companion[]): string | undefined {
   const own = referrers.filter(({ subject }) => subject === signed.digest);
   const hasTag = own.some(({ kind }) => kind === COSIGN_TAGS[0]?.kind);
@@ -8386,7 +9068,9 @@ function cosignKind(signed: FetchedManifest, referrers: readonly Companion[]): s
   return `dev.cosignproject.cosign/${isIndexEntry ? "imageIndex" : "image"}`;
 }
 
-/** What has to be signed: the digest that a reference names, or any after it that this one leads to. */
+/**
+ * What has to be signed: the digest that a reference names, or any after it that this one leads to.
+ */
 type Unproven = Readonly<{ registry: Registry; where: string; digests: readonly string[] }>;
 
 /** One of the signers has signed one of the digests, by what refers to them. */
@@ -8454,9 +9138,9 @@ function refuseUnsigned(
 }
 
 // ====== 14. Library ======
-// What a program calls; the command is its first user. References → named images → manifests → plan → DEST: all is
-// resolved, and every failure named, before a layer moves. Messages name an option as `option`, so that a program (the
-// command is one) can put its own word for it there.
+// What a program calls; the command is its first user. References → named images → manifests → plan
+// → DEST: all is resolved, and every failure named, before a layer moves. Messages name an option
+// as `option`, so that a program (the command is one) can put its own word for it there.
 
 // ------ Options ------
 
@@ -8527,7 +9211,9 @@ function hasNul(value: unknown): boolean {
   return typeof value === "string" && value.includes("\0");
 }
 
-/** Without types nothing else says so. A value is not shown: it may be a secret in the wrong place. */
+/**
+ * Without types nothing else says so. A value is not shown: it may be a secret in the wrong place.
+ */
 function checkKinds(options: object, kinds: Readonly<Record<string, OptionKind>>): void {
   if (!isRecord(options)) fail("BAD_OPTION", "the options are not an object");
   for (const [name, value] of Object.entries(options)) {
@@ -8620,7 +9306,9 @@ function splitPlatform(text: string): Partial<Platform> {
   return dropEmpty({ os: system, architecture, variant });
 }
 
-/** What the sections above need of a caller's options; what is wrong is named as the option it is. */
+/**
+ * What the sections above need of a caller's options; what is wrong is named as the option it is.
+ */
 function settingsOf(
   options: PullOptions,
   environment?: Environment,
@@ -8646,8 +9334,9 @@ function settingsOf(
 // ------ One call ------
 
 /**
- * What a caller's callbacks do to a call. They are called from the handlers of sockets, where nobody catches: what one
- * throws, or what its promise rejects with, stops the call and is thrown at its end.
+ * What a caller's callbacks do to a call. They are called from the handlers of sockets, where
+ * nobody catches: what one throws, or what its promise rejects with, stops the call and is thrown
+ * at its end.
  */
 class Callbacks {
   readonly #stopping: AbortController;
@@ -8680,7 +9369,10 @@ class Callbacks {
   };
 }
 
-/** A call that its caller's signal and callbacks can stop. Whatever stops it, the caller gets his own words for it. */
+/**
+ * A call that its caller's signal and callbacks can stop. Whatever stops it, the caller gets his
+ * own words for it.
+ */
 async function stoppable<T>(
   callersSignal: AbortSignal | undefined,
   run: (signal: AbortSignal, callbacks: Callbacks) => Promise<T>,
@@ -8689,7 +9381,8 @@ async function stoppable<T>(
   const { signal } = stopping;
   setMaxListeners(0, signal);
   const callbacks = new Callbacks(stopping);
-  // A listener that is taken off again: AbortSignal.any() keeps what it made as long as a signal lives.
+  // A listener that is taken off again: AbortSignal.any() keeps what it made as long as a signal
+  // lives.
   const stop = () => stopping.abort();
   callersSignal?.addEventListener("abort", stop);
   try {
@@ -8706,8 +9399,10 @@ async function stoppable<T>(
   }
 }
 
-/** Everything that one call opens is closed when it ends, and no secret of its is in an error or a warning. Tests give
- *  `replaced`: a clock of their own, say. */
+/**
+ * Everything that one call opens is closed when it ends, and no secret of its is in an error or a
+ * warning. Tests give `replaced`: a clock of their own, say.
+ */
 async function withSession<T>(
   options: PullOptions | PullerOpts,
   run: (session: Session, onProgress: (progress: Progress) => void) => Promise<T>,
@@ -8799,7 +9494,9 @@ interface ImageList {
   unread: number;
 }
 
-/** Text as editors and shells leave it: UTF-8, or UTF-16 with a byte order mark (PowerShell's `>`). */
+/**
+ * Text as editors and shells leave it: UTF-8, or UTF-16 with a byte order mark (PowerShell's `>`).
+ */
 function decodeText(bytes: Uint8Array): string {
   const mark = `${bytes[0]},${bytes[1]}`;
   if (mark === "255,254") return new TextDecoder("utf-16le").decode(bytes);
@@ -8811,8 +9508,8 @@ function decodeText(bytes: Uint8Array): string {
 }
 
 /**
- * Reads a list of images: lines, with `#` before comments; or YAML or JSON as Kubernetes, Compose and `helm template`
- * have it, of which each `image:` value is taken.
+ * Reads a list of images: lines, with `#` before comments; or YAML or JSON as Kubernetes, Compose
+ * and `helm template` have it, of which each `image:` value is taken.
  */
 function parseImageList(content: string | Uint8Array): ImageList {
   const text = typeof content === "string" ? content : decodeText(content);
@@ -8821,7 +9518,8 @@ function parseImageList(content: string | Uint8Array): ImageList {
   if (json !== undefined)
     return { references: unique(imagesInJson(json)), format: "json", unread: 0 };
 
-  // In a list a colon has something right behind it; in a document there are a `key: value`, braces, or ---.
+  // In a list a colon has something right behind it; in a document there are a `key: value`,
+  // braces, or ---.
   const isDocument = /^(---|\s*[[{])|^\s*(- +)*("[^"]*"|'[^']*'|[\w./-]+)[ \t]*:[ \t]+\S/m.test(
     text,
   );
@@ -8835,7 +9533,9 @@ function parseImageList(content: string | Uint8Array): ImageList {
   return { references: unique(lines.filter((line) => line !== "")), format: "lines", unread: 0 };
 }
 
-/** What the list of a pod's images says of one that was loaded by its ID: there is nothing to pull. */
+/**
+ * What the list of a pod's images says of one that was loaded by its ID: there is nothing to pull.
+ */
 const isImageId = (value: string): boolean => /^sha256:[0-9a-f]{64}$/.test(value);
 
 function imagesInJson(document: unknown): string[] {
@@ -8852,8 +9552,9 @@ function imagesInJson(document: unknown): string[] {
 }
 
 /**
- * Takes `image:` values out of YAML, line by line. It is no YAML reader: it knows where text is that only looks like a
- * key (block scalars, quotes over several lines, comments), and takes plain and quoted words.
+ * Takes `image:` values out of YAML, line by line. It is no YAML reader: it knows where text is
+ * that only looks like a key (block scalars, quotes over several lines, comments), and takes plain
+ * and quoted words.
  */
 class YamlScan {
   readonly images: string[] = [];
@@ -8894,7 +9595,10 @@ class YamlScan {
     return false;
   }
 
-  /** Whether a value goes on in the lines below: a block scalar (`|`, `>`), or a quote that is not closed. */
+  /**
+   * Whether a value goes on in the lines below: a block scalar (`|`, `>`), or a quote that is not
+   * closed.
+   */
   #beginsText(value: string, parentColumn: number): boolean {
     if (/^(?:[&!]\S+\s+)*[|>][-+\d]*(?:\s+#.*)?$/.test(value)) {
       this.#blockColumn = parentColumn;
@@ -8977,7 +9681,10 @@ class FlowText {
   }
 }
 
-/** `- key: value`, or a value without a key; nested text is deeper than `parentColumn`. A comment has no value. */
+/**
+ * `- key: value`, or a value without a key; nested text is deeper than `parentColumn`. A comment
+ * has no value.
+ */
 function parseYamlLine(line: string): { isImage: boolean; value: string; parentColumn: number } {
   const [, dashes = "", rest = ""] = /^(\s*(?:-\s+)*)(.*)$/.exec(line) ?? [];
   if (rest.startsWith("#")) return { isImage: false, value: "", parentColumn: 0 };
@@ -8989,7 +9696,10 @@ function parseYamlLine(line: string): { isImage: boolean; value: string; parentC
   return { isImage, value: value.trim(), parentColumn: dashes.length };
 }
 
-/** Whether a text that began with a quote ends in this line; a backslash escapes in double quotes, a second ' in others. */
+/**
+ * Whether a text that began with a quote ends in this line; a backslash escapes in double quotes, a
+ * second ' in others.
+ */
 function endsQuote(text: string, quote: '"' | "'"): boolean {
   const escapes = quote === '"' ? /\\./g : /''/g;
   return text.replace(escapes, "").includes(quote);
@@ -9005,7 +9715,10 @@ const FOR_ONE_HOST = ["username", "password", "token", "tlsCert", "tlsKey", "nam
 const beginsWith = (name: Reference, segments: string): boolean =>
   `${placeOf(name)}/`.startsWith(`${segments}/`);
 
-/** A name whose first path segments are a key of `renames` gets its value in their place; the longest key wins. */
+/**
+ * A name whose first path segments are a key of `renames` gets its value in their place; the
+ * longest key wins.
+ */
 function renameImage(name: Reference, renames: Readonly<Record<string, string>>): Reference {
   const place = placeOf(name);
   const [from] = Object.keys(renames)
@@ -9030,7 +9743,8 @@ async function nameImages(
 ): Promise<readonly NamedImage[]> {
   const { name: chosenName, namespace, renames = {} } = options;
   if (texts.length === 0) fail("BAD_REFERENCE", "no image reference is given");
-  const references = await mapConcurrently(texts, 1, async (text) => parseReference(text)); // every bad one is named
+  // every bad one is named
+  const references = await mapConcurrently(texts, 1, async (text) => parseReference(text));
 
   const hosts = [...new Set(references.map(({ host }) => host))];
   const bound = FOR_ONE_HOST.find((option) => options[option] !== undefined);
@@ -9119,7 +9833,10 @@ function warnOfOmitted({ warn }: Session, { omitted }: Plan, since: string): voi
   );
 }
 
-/** The images that the tar of `since` holds. It may not be DEST: the delta would take the place of its base. */
+/**
+ * The images that the tar of `since` holds. It may not be DEST: the delta would take the place of
+ * its base.
+ */
 async function chainsIn(
   since: string | undefined,
   destination: Destination | undefined,
@@ -9153,7 +9870,10 @@ async function withTars<T>(files: readonly string[], run: (tars: Tars) => Promis
 
 type Counts = Pick<PullReport, "fetchedBytes" | "reusedBytes" | "resumedBytes">;
 
-/** What a pull would fetch, by what DEST and tars at hand claim to hold; whether they lie is seen when they are read. */
+/**
+ * What a pull would fetch, by what DEST and tars at hand claim to hold; whether they lie is seen
+ * when they are read.
+ */
 async function estimate(
   { entries }: Plan,
   destination: Destination | undefined,
@@ -9253,9 +9973,10 @@ function checkDest(dest: unknown, isDryRun: boolean): void {
 }
 
 /**
- * Pulls images into one tar, folder or stream: `dest` is a file's path, a folder's (one that exists, or a path that ends
- * in `/`: an OCI image layout, to which is added), or a Writable, which gets the tar in order and is not ended. Only
- * with `dryRun` it may be undefined. Throws ImgpullError: BAD_REFERENCE and BAD_OPTION before anything is asked for.
+ * Pulls images into one tar, folder or stream: `dest` is a file's path, a folder's (one that
+ * exists, or a path that ends in `/`: an OCI image layout, to which is added), or a Writable, which
+ * gets the tar in order and is not ended. Only with `dryRun` it may be undefined. Throws
+ * ImgpullError: BAD_REFERENCE and BAD_OPTION before anything is asked for.
  */
 async function pullImages(
   references: readonly string[],
@@ -9324,7 +10045,10 @@ class Puller {
     return { ...defaults, ...dropEmpty(this.#opts), url: this.#opts.url };
   }
 
-  /** Leaves a verified tar at `dest`, or adds to the OCI layout there where that is a directory or ends in "/". */
+  /**
+   * Leaves a verified tar at `dest`, or adds to the OCI layout there where that is a directory or
+   * ends in "/".
+   */
   async pullTar(dest: string | OutputStream): Promise<PullResult> {
     const { images, sizeBytes, fetchedBytes } = await pullImages(
       [this.#opts.url],
@@ -9335,7 +10059,10 @@ class Puller {
     return { name, digest, platform, layers, sizeBytes, fetchedBytes };
   }
 
-  /** The index ("list") or the platform's manifest ("image"). NOT_FOUND where the registry has no index for it. */
+  /**
+   * The index ("list") or the platform's manifest ("image"). NOT_FOUND where the registry has no
+   * index for it.
+   */
   async pullManifest(type: "list" | "image"): Promise<ManifestHolder> {
     if (type === "image") {
       const isOne = choiceOf(this.#opts) === "one";
@@ -9366,7 +10093,10 @@ class Puller {
     });
   }
 
-  /** The manifest's descriptor by a HEAD request; by its bytes where the registry leaves something out. */
+  /**
+   * The manifest's descriptor by a HEAD request; by its bytes where the registry leaves something
+   * out.
+   */
   headManifest(): Promise<{ mediaType: string; digest: string; size: number }> {
     return withSession(this.#opts, async (session) => {
       const registry = registryOf(session, this.#reference);
@@ -9384,7 +10114,9 @@ class Puller {
     });
   }
 
-  /** Every blob of an image manifest as `dir/HEX`, verified; those that are there already are kept. */
+  /**
+   * Every blob of an image manifest as `dir/HEX`, verified; those that are there already are kept.
+   */
   async pullBlobs(holder: ManifestHolder, dir: string): Promise<void> {
     checkOption(holder?.bytes instanceof Uint8Array, "`holder` is what pullManifest() gives");
     checkDest(dir, false);
@@ -9420,7 +10152,10 @@ class Puller {
     await findSignature(session, { registry, where, digests: [...new Set(digests)] }, signers);
   }
 
-  /** The digest of a manifest that a caller gives, after that of the index which the reference names, if it leads there. */
+  /**
+   * The digest of a manifest that a caller gives, after that of the index which the reference
+   * names, if it leads there.
+   */
   async #digestsAbove(session: Session, { digest, bytes }: FetchedManifest): Promise<string[]> {
     const own = digestOf(bytes, digest);
     if (!this.#opts.signedBy?.length) return [own];
@@ -9437,14 +10172,18 @@ class Puller {
 }
 
 // ====== 15. Looking at a tar ======
-// What a tar holds and whether it is whole, offline: ours, OCI archives, docker save's old and new, crane's, skopeo's;
-// and OCI layout folders. One pass, in order: each file is hashed, and unpacked and hashed, as it goes by; references,
-// sizes, diff_ids and loaders are judged at the end, as values, of which the last part makes sentences.
-// Anyone may have made it: every type, reference, name and size in it is checked before it is used or printed.
+// What a tar holds and whether it is whole, offline: ours, OCI archives, docker save's old and new,
+// crane's, skopeo's; and OCI layout folders. One pass, in order: each file is hashed, and unpacked
+// and hashed, as it goes by; references, sizes, diff_ids and loaders are judged at the end, as
+// values, of which the last part makes sentences. Anyone may have made it: every type, reference,
+// name and size in it is checked before it is used or printed.
 
 // ------ Sources ------
 
-/** A file in what is looked at. In a stream its content must be read before the next file is asked for. */
+/**
+ * A file in what is looked at. In a stream its content must be read before the next file is asked
+ * for.
+ */
 type TarMember = Readonly<{ entry: TarEntry; content: () => AsyncIterable<Buffer> }>;
 
 /** In errors; a stream has no name but the command's. */
@@ -9484,7 +10223,10 @@ async function openTarSource(source: TarSource, signal?: AbortSignal): Promise<O
 const readableOf = (source: AsyncIterable<Uint8Array>): Readable =>
   source instanceof Readable ? source : Readable.from(source, { objectMode: false });
 
-/** Waits for a writer, and lets itself be stopped meanwhile and later: plain file operations on a pipe would not. */
+/**
+ * Waits for a writer, and lets itself be stopped meanwhile and later: plain file operations on a
+ * pipe would not.
+ */
 async function openPipe(file: string, signal?: AbortSignal): Promise<Readable> {
   // Opening a pipe ends when it has a writer: to stop, we become that for a moment.
   const letGo = async () => {
@@ -9709,7 +10451,8 @@ const isEndless = (unpackedBytes: number, packedBytes: number): boolean =>
 
 /** What a compressed tar unpacks to. */
 async function* unpackWhole(packed: ByteReader, unpacker: Unpacker): AsyncGenerator<Buffer> {
-  const feeding = pipeline(packed.piecesUntil(NEVER), unpacker).catch(ignore); // the reader below meets its error
+  // the reader below meets its error
+  const feeding = pipeline(packed.piecesUntil(NEVER), unpacker).catch(ignore);
   let unpackedBytes = 0;
   try {
     for await (const chunk of unpacker as AsyncIterable<Buffer>) {
@@ -9814,7 +10557,10 @@ class TarCheck {
   }
 }
 
-/** A layer that is unpacked as it goes by. What follows after what is broken or without end is passed over. */
+/**
+ * A layer that is unpacked as it goes by. What follows after what is broken or without end is
+ * passed over.
+ */
 class LayerUnpacking {
   readonly #packing: Packing;
   readonly #unpacker: Unpacker;
@@ -9984,8 +10730,9 @@ class Look {
   }
 
   /**
-   * The bytes of a document, as long as all of them together are few enough to be kept. For a small one large ones are let
-   * go: manifests and signatures are small, and an SBOM, which nobody asks for here, is JSON too.
+   * The bytes of a document, as long as all of them together are few enough to be kept. For a small
+   * one large ones are let go: manifests and signatures are small, and an SBOM, which nobody asks
+   * for here, is JSON too.
    */
   #kept(name: string, bytes: Buffer | undefined): Buffer | undefined {
     if (!bytes) return undefined;
@@ -10012,7 +10759,10 @@ class Look {
   }
 }
 
-/** One file as it goes by: it is hashed, unpacked where it is compressed, and kept where it may be a document. */
+/**
+ * One file as it goes by: it is hashed, unpacked where it is compressed, and kept where it may be a
+ * document.
+ */
 class FileInspection {
   readonly #entry: TarEntry;
   readonly #claimed: string | undefined;
@@ -10092,7 +10842,10 @@ function mayBeDocument(entry: TarEntry, firstPiece: Buffer): boolean {
 
 // ------ Documents ------
 
-/** How many of the platforms that an index names are here, and how many manifests, attestations too, are not. */
+/**
+ * How many of the platforms that an index names are here, and how many manifests, attestations too,
+ * are not.
+ */
 type PlatformCount = Readonly<{
   here: number;
   named: number;
@@ -10120,7 +10873,10 @@ class BaseTar {
     return digest === undefined ? undefined : this.#files.get(digest);
   }
 
-  /** Whether docker has these layers when it has loaded the base: it knows each by all those below it. */
+  /**
+   * Whether docker has these layers when it has loaded the base: it knows each by all those below
+   * it.
+   */
   hasChain(layers: readonly string[]): boolean {
     return this.#chains.some((chain) =>
       layers.every((layer, at) => digestInName(layer) === chain[at]),
@@ -10128,7 +10884,10 @@ class BaseTar {
   }
 }
 
-/** The manifests, indexes and configs of a tar: each is parsed once, and what is wrong with it is said once. */
+/**
+ * The manifests, indexes and configs of a tar: each is parsed once, and what is wrong with it is
+ * said once.
+ */
 class TarDocuments {
   readonly problems: TarProblem[] = [];
   readonly #contents: TarContents;
@@ -10187,7 +10946,10 @@ class TarDocuments {
     this.#encrypted.add(name);
   }
 
-  /** The JSON of a file; undefined where it is not there, is damaged (which is said elsewhere) or is no JSON. */
+  /**
+   * The JSON of a file; undefined where it is not there, is damaged (which is said elsewhere) or is
+   * no JSON.
+   */
   json(name: string): unknown {
     const seen = this.file(name);
     if (!seen?.isIntact) return undefined;
@@ -10220,7 +10982,10 @@ class TarDocuments {
     return this.#manifests.get(key);
   }
 
-  /** How much of an index is here: docker save, too, keeps an index and leaves platforms out. Undefined for an image. */
+  /**
+   * How much of an index is here: docker save, too, keeps an index and leaves platforms out.
+   * Undefined for an image.
+   */
   platformsOf(descriptor: Descriptor, depth = 0): PlatformCount | undefined {
     const known = this.#platforms.get(descriptor.digest);
     const manifest = depth > LIMITS.indexDepth ? undefined : this.manifest(descriptor);
@@ -10283,8 +11048,9 @@ const NOT_KEPT = "is one document too many to be held at once";
 const NOT_JSON = "is not JSON, or nested too deep or too large to be read";
 
 /**
- * Whether an object in a JSON text has a key twice, or in two cases: Go's parser, which loaders use, takes `Digest` for
- * `digest` and the last of several, and joins what is an object in both. The text is valid JSON.
+ * Whether an object in a JSON text has a key twice, or in two cases: Go's parser, which loaders
+ * use, takes `Digest` for `digest` and the last of several, and joins what is an object in both.
+ * The text is valid JSON.
  */
 function hasClashingKeys(json: Buffer): boolean {
   const keys: (Set<string> | undefined)[] = []; // of the objects and lists that are open
@@ -10438,7 +11204,9 @@ class ImageFinder {
     return entries;
   }
 
-  /** An entry that stands alone is loaded by podman and skopeo, whatever it says that it refers to. */
+  /**
+   * An entry that stands alone is loaded by podman and skopeo, whatever it says that it refers to.
+   */
   #isProof(
     descriptor: Descriptor,
     annotations: Readonly<Record<string, unknown>>,
@@ -10581,7 +11349,9 @@ class ImageFinder {
   }
 }
 
-/** What cosign marks as such, and docker before 29.1 lists as an image without a name if it is one. */
+/**
+ * What cosign marks as such, and docker before 29.1 lists as an image without a name if it is one.
+ */
 const isCosignProof = ({ kind }: Readonly<Record<string, unknown>>): boolean =>
   COSIGN_TAGS.some((tag) => tag.kind !== undefined && tag.kind === kind);
 
@@ -10593,7 +11363,10 @@ const partOf = ({ digest, size, mediaType }: Descriptor): HeldPart => ({
   mediaType,
 });
 
-/** Not those of what only has an image's config type: an empty config, as oras makes it, says nothing at all. */
+/**
+ * Not those of what only has an image's config type: an empty config, as oras makes it, says
+ * nothing at all.
+ */
 function needsDiffIds(
   config: ConfigWords | undefined,
   isClaimed: boolean,
@@ -10606,7 +11379,9 @@ function needsDiffIds(
 
 // ------ Checking what images are made of ------
 
-/** Every file that an image names is there, has the size that it states, and unpacks to its diff_id. */
+/**
+ * Every file that an image names is there, has the size that it states, and unpacks to its diff_id.
+ */
 class PartCheck {
   readonly problems: TarProblem[] = [];
   readonly notUnpacked = new Map<string, number>();
@@ -10673,7 +11448,8 @@ class PartCheck {
 
 // ------ Judging loaders ------
 
-// Tried with docker 20.10, podman 4.3, containerd 1.6 and skopeo 1.9, on tars that have one of these faults each.
+// Tried with docker 20.10, podman 4.3, containerd 1.6 and skopeo 1.9, on tars that have one of
+// these faults each.
 
 /** docker's layer store is no deeper. */
 const MOST_DOCKER_LAYERS = 125;
@@ -10793,7 +11569,10 @@ class LoaderJudge {
     return [...faultsOfTree(entry), ...ofImages, ...this.#faultsOfUnpackingLayout()];
   }
 
-  /** It goes by index.json, or by manifest.json where there is no layout; it unpacks each image that has a name. */
+  /**
+   * It goes by index.json, or by manifest.json where there is no layout; it unpacks each image that
+   * has a name.
+   */
   #faultsOfContainerd(): LoaderFault[] {
     const { entries, listed, isLayout } = this.#held;
     if (!isLayout && listed.length === 0) return [{ kind: "no-layout" }];
@@ -10908,7 +11687,10 @@ function faultsOfTree({ descriptor, platforms }: HeldEntry): LoaderFault[] {
   return platforms.here < platforms.named ? [{ kind: "partial-index", entry }] : [];
 }
 
-/** Of a tar that is unpacked before it is read: a hard link needs a file before it, and some types are no files. */
+/**
+ * Of a tar that is unpacked before it is read: a hard link needs a file before it, and some types
+ * are no files.
+ */
 function faultsOfUnpacking(entries: Iterable<TarEntry>): LoaderFault[] {
   const faults: LoaderFault[] = [];
   const files = new Set<string>();
@@ -10921,7 +11703,10 @@ function faultsOfUnpacking(entries: Iterable<TarEntry>): LoaderFault[] {
   return faults;
 }
 
-/** The second of two images under one name takes the place of the first, whose content containerd then removes. */
+/**
+ * The second of two images under one name takes the place of the first, whose content containerd
+ * then removes.
+ */
 function faultsOfSameName(entries: readonly HeldEntry[]): LoaderFault[] {
   const digests = new Map<string, string>();
   for (const { name, descriptor } of entries) {
@@ -10957,7 +11742,9 @@ function manifestsIn(documents: TarDocuments, { entries }: HeldImages): HeldMani
   return [...held.values()];
 }
 
-/** What signatures vouch for: the digests that they name, and what the indexes among these lead to. */
+/**
+ * What signatures vouch for: the digests that they name, and what the indexes among these lead to.
+ */
 function vouchedFor(
   manifests: readonly HeldManifest[],
   testimonies: readonly Testimony[],
@@ -10976,9 +11763,10 @@ function vouchedFor(
 }
 
 /**
- * SIGNATURE where an image is not vouched for, by the signatures that the tar itself holds. Its own word for what is
- * proof and what is an image counts only for what no loader takes by a name, or as the only one; and manifest.json, by which docker loads,
- * may name no other config than that of an image which is vouched for.
+ * SIGNATURE where an image is not vouched for, by the signatures that the tar itself holds. Its own
+ * word for what is proof and what is an image counts only for what no loader takes by a name, or as
+ * the only one; and manifest.json, by which docker loads, may name no other config than that of an
+ * image which is vouched for.
  */
 function requireSignatures(
   where: string,
@@ -11010,7 +11798,8 @@ function requireSignatures(
     .filter(({ digest }) => vouched.has(digest))
     .map(({ manifest }) => manifest.config.digest);
   for (const { name, parts } of held.listed) {
-    const config = documents.file(parts[0]?.entry ?? "")?.entry.name ?? ""; // behind a link, where it is one
+    // behind a link, where it is one
+    const config = documents.file(parts[0]?.entry ?? "")?.entry.name ?? "";
     const isSigned = signedConfigs.includes(digestInName(config) ?? "");
     if (!isSigned) refuseUnsigned(`${where}: ${name} of manifest.json`, verdicts(""), signers);
   }
@@ -11059,7 +11848,9 @@ function checkLook(
   if (!isSource) fail("BAD_OPTION", "a tar is the path of a file or folder, or a stream of bytes");
 }
 
-/** What a tar holds, without a look at its bytes. Throws BAD_TAR where that cannot be read from it. */
+/**
+ * What a tar holds, without a look at its bytes. Throws BAD_TAR where that cannot be read from it.
+ */
 async function listTar(source: TarSource, options: LookOptions = {}): Promise<TarImage[]> {
   checkLook(source, options);
   const contents = await lookThrough(source, false, options);
@@ -11075,8 +11866,9 @@ async function listTar(source: TarSource, options: LookOptions = {}): Promise<Ta
 }
 
 /**
- * Hashes every blob, looks for every reference, unpacks every layer. Throws BAD_TAR with all that is wrong: in words, and
- * as values in the error's `report`. SIGNATURE where all is right, but not signed.
+ * Hashes every blob, looks for every reference, unpacks every layer. Throws BAD_TAR with all that
+ * is wrong: in words, and as values in the error's `report`. SIGNATURE where all is right, but not
+ * signed.
  */
 async function verifyTar(source: TarSource, options: VerifyOptions = {}): Promise<TarReport> {
   checkLook(source, options, VERIFY_OPTION_KINDS);
@@ -11222,7 +12014,10 @@ class TarReader {
     }
   }
 
-  /** The bytes of a blob, which end in DIGEST_MISMATCH where they are wrong. Looks through `files()` for it. */
+  /**
+   * The bytes of a blob, which end in DIGEST_MISMATCH where they are wrong. Looks through `files()`
+   * for it.
+   */
   async *blob(digest: string): AsyncGenerator<Uint8Array> {
     for await (const file of this.files()) {
       if (file.digest !== digest) continue;
@@ -11252,7 +12047,8 @@ async function openTar(source: TarSource, options: LookOptions = {}): Promise<Ta
 }
 
 // ====== 16. Command line ======
-// One table of options, from which parsing, help, --parsed and the README's come. stdout is data, stderr is talk.
+// One table of options, from which parsing, help, --parsed and the README's come. stdout is data,
+// stderr is talk.
 
 // ------ The table of options ------
 
@@ -11265,7 +12061,10 @@ type OptionSpec = Readonly<{
   isRepeatable?: true;
   /** `--parsed` shows *** in place of its value. */
   isSecret?: true;
-  /** The library's name of it, and how what was typed becomes its value there, where that is not the text itself. */
+  /**
+   * The library's name of it, and how what was typed becomes its value there, where that is not the
+   * text itself.
+   */
   option?: keyof PullOptions;
   convert?: (typed: never) => unknown;
   /** What it goes with, where that is not what the options around it go with. */
@@ -11502,7 +12301,10 @@ type OptionToken = Readonly<{
   inlineValue: boolean | undefined;
 }>;
 
-/** The value of an option as it was typed, after --name, --name=, -n, or right behind -n with or without =. */
+/**
+ * The value of an option as it was typed, after --name, --name=, -n, or right behind -n with or
+ * without =.
+ */
 function typedValue(spec: NamedOption, { rawName, value: text, inlineValue }: OptionToken): string {
   const isShort = !rawName.startsWith("--");
   const value = isShort && inlineValue ? text?.replace(/^=/, "") : text;
@@ -11622,7 +12424,10 @@ function checkTask(task: Task, { values, lists, switches }: CommandLine): void {
   if (stranger) usage(`--${stranger.name} does not go with --${task}`);
 }
 
-/** What the library cannot know of: words of other programs, who asks for stdin, what is only looked at. */
+/**
+ * What the library cannot know of: words of other programs, who asks for stdin, what is only looked
+ * at.
+ */
 function checkCombinations(line: CommandLine): void {
   const { values, switches, positionals } = line;
   const { from, os: system } = values;
@@ -11698,7 +12503,10 @@ type Command = ReturnType<typeof planCommand>;
 /** What people call a compressed tar. */
 const PACKED_TAR = /\.(tgz|tzst|txz|tbz2?|tar\.(gz|zst|zstd|xz|bz2|lz4|lzma))$/i;
 
-/** `imgpull alpine:3 quay.io/org/app:1` means two images, not a file of that name: unless there is such a folder. */
+/**
+ * `imgpull alpine:3 quay.io/org/app:1` means two images, not a file of that name: unless there is
+ * such a folder.
+ */
 async function checkDestinationName(destination: string): Promise<void> {
   const [packed] = PACKED_TAR.exec(destination) ?? [];
   if (packed !== undefined)
@@ -11732,7 +12540,10 @@ type CommandIO = Readonly<{
 const formatBlobSizes = ({ doneBytes, sizeBytes }: BlobProgress): string =>
   [doneBytes, sizeBytes].map((bytes) => formatBytes(bytes).padStart(7)).join(" of ");
 
-/** `996a91d326c9  4.2 MB of  12 MB [######          ]`, without the bar where it is too narrow for one. */
+/**
+ * `996a91d326c9  4.2 MB of  12 MB [######          ]`, without the bar where it is too narrow for
+ * one.
+ */
 function formatBar(blob: BlobProgress, width: number): string {
   const label = `${hexOf(blob.digest).slice(0, 12)} ${formatBlobSizes(blob)} `;
   const room = Math.min(30, width - label.length - 2);
@@ -11764,7 +12575,10 @@ function formatTotal({ doneBytes, totalBytes }: Progress, bytesPerSecond: number
   return `${formatBytes(doneBytes)} of ${formatBytes(totalBytes)}, ${formatBytes(bytesPerSecond)}/s${left}`;
 }
 
-/** Progress and talk on stderr: redrawn in place on a terminal; elsewhere a line for each blob, and every ten seconds. */
+/**
+ * Progress and talk on stderr: redrawn in place on a terminal; elsewhere a line for each blob, and
+ * every ten seconds.
+ */
 class Display {
   readonly #stderr: CommandIO["stderr"];
   readonly #isQuiet: boolean;
@@ -11841,14 +12655,20 @@ class Display {
 const readStdin = async ({ stdin }: CommandIO): Promise<Buffer> =>
   Buffer.concat((await Readable.from(stdin).toArray()) as Buffer[]);
 
-/** An empty one is a variable that is not set, or a file that is not there: the registry would only say 401. */
+/**
+ * An empty one is a variable that is not set, or a file that is not there: the registry would only
+ * say 401.
+ */
 async function readPassword(io: CommandIO): Promise<string> {
   const password = String(await readStdin(io)).replace(/\r?\n$/, "");
   if (password === "") usage("--password-stdin: there is no password on stdin");
   return password;
 }
 
-/** The images of --from. What is not plain in a document is told, as a bundle without it fails on the other side. */
+/**
+ * The images of --from. What is not plain in a document is told, as a bundle without it fails on
+ * the other side.
+ */
 async function readImageList(
   io: CommandIO,
   from: string | undefined,
@@ -11869,7 +12689,10 @@ async function readImageList(
   return references;
 }
 
-/** --parsed: what the command line says, in the library's words where it has them; no secret is shown. */
+/**
+ * --parsed: what the command line says, in the library's words where it has them; no secret is
+ * shown.
+ */
 function showCommand({ stdout }: CommandIO, { options, ...rest }: Command): void {
   const images = rest.images.map(withoutUser);
   const shown: Record<string, unknown> = { ...rest, ...options, images };
@@ -12027,7 +12850,10 @@ async function showTarReport(
   }
 }
 
-/** The pull itself: stdout gets the tar, or one line for each image, pinned to the digest that DEST now holds. */
+/**
+ * The pull itself: stdout gets the tar, or one line for each image, pinned to the digest that DEST
+ * now holds.
+ */
 async function pullForCommand(
   io: CommandIO,
   command: Command,
@@ -12143,7 +12969,8 @@ async function main(argv: readonly string[], io: CommandIO = process): Promise<n
     const signalCode = signals?.exitCode();
     if (signalCode !== undefined) return signalCode;
     if (!(error instanceof ImgpullError)) throw error;
-    const lines = inTypedWords(error.message).replace(/\n(?! )/g, "\nimgpull: "); // remedies are indented
+    // remedies are indented
+    const lines = inTypedWords(error.message).replace(/\n(?! )/g, "\nimgpull: ");
     io.stderr.write(`imgpull: ${lines}\n`);
     return error.code === "BAD_REFERENCE" || error.code === "BAD_OPTION" ? 2 : 1;
   } finally {

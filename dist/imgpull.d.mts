@@ -1,4 +1,7 @@
-/** An operating system and processor in Go's words: `{ os: "linux", architecture: "arm", variant: "v7" }`. */
+/**
+ * An operating system and processor in Go's words: `{ os: "linux", architecture: "arm", variant:
+ * "v7" }`.
+ */
 interface Platform {
     os: string;
     architecture: string;
@@ -17,12 +20,17 @@ interface Descriptor {
     platform?: Platform;
     annotations?: Record<string, string>;
 }
-/** Where a tar can be written to: Node's Writables are such (a socket, a child's stdin, process.stdout). */
+/**
+ * Where a tar can be written to: Node's Writables are such (a socket, a child's stdin,
+ * process.stdout).
+ */
 interface OutputStream {
     write(chunk: Uint8Array): boolean;
     on(event: string, listener: (...values: unknown[]) => void): unknown;
 }
-/** How images are pulled. All of it is optional, and `undefined` is as if an option was not there. */
+/**
+ * How images are pulled. All of it is optional, and `undefined` is as if an option was not there.
+ */
 interface PullOptions {
     /** How registries are spoken to; default `https`. */
     scheme?: "https" | "http" | undefined;
@@ -33,15 +41,15 @@ interface PullOptions {
     /** Variant of the processor wanted (`v7`); default: the best that suits `archType`. */
     variant?: string | undefined;
     /**
-     * Platforms wanted, as `OS/ARCH` or `OS/ARCH/VARIANT`; `"all"`: every one that there is. With more than one, the
-     * image's index is kept. Excludes `osType`, `archType` and `variant`.
+     * Platforms wanted, as `OS/ARCH` or `OS/ARCH/VARIANT`; `"all"`: every one that there is. With
+     * more than one, the image's index is kept. Excludes `osType`, `archType` and `variant`.
      */
     platforms?: "all" | readonly string[] | undefined;
     /** The name that the image gets in DEST; one reference only. Excludes `renames`. */
     name?: string | undefined;
     /**
-     * Names in DEST that begin with a key begin with its value instead: `{ "docker.io": "registry.corp/hub" }`. Whole
-     * path segments count, and the longest key wins.
+     * Names in DEST that begin with a key begin with its value instead: `{ "docker.io":
+     * "registry.corp/hub" }`. Whole path segments count, and the longest key wins.
      */
     renames?: Readonly<Record<string, string>> | undefined;
     /** Paths of tars: blobs that one of them holds are copied from there, and verified. */
@@ -51,13 +59,16 @@ interface PullOptions {
     /** Brings what refers to the images: signatures, attestations, SBOMs; default false. */
     referrers?: boolean | undefined;
     /**
-     * Public keys, each as PEM or as the path of a PEM file: an image that none of them has signed is refused. What refers
-     * to the images comes along.
+     * Public keys, each as PEM or as the path of a PEM file: an image that none of them has signed is
+     * refused. What refers to the images comes along.
      */
     signedBy?: readonly string[] | undefined;
     /** Resolves everything, says what would come, and writes nothing; default false. */
     dryRun?: boolean | undefined;
-    /** For basic credentials, with `password`; default: docker's and podman's credential files are asked. */
+    /**
+     * For basic credentials, with `password`; default: docker's and podman's credential files are
+     * asked.
+     */
     username?: string | undefined;
     /** The password of `username`. */
     password?: string | undefined;
@@ -78,7 +89,9 @@ interface PullOptions {
      * `[http[s]://]HOST[:PORT][/PREFIX]`: `{ "docker.io": ["mirror.corp:5000/hub"] }`.
      */
     mirrors?: Readonly<Record<string, readonly string[]>> | undefined;
-    /** The most connections used at once, 1 to 64; default 16. Fewer are used where more do not help. */
+    /**
+     * The most connections used at once, 1 to 64; default 16. Fewer are used where more do not help.
+     */
     concurrency?: number | undefined;
     /** Attempts after the first, 0 to 100; default 5. */
     retries?: number | undefined;
@@ -86,11 +99,17 @@ interface PullOptions {
     timeoutMs?: number | undefined;
     /** Where proxies, credential files and certificates are looked up; default: `process.env`. */
     environment?: Readonly<Record<string, string | undefined>> | undefined;
-    /** Stops everything at once; what is thrown then has the code `ABORTED` and the signal's reason as its cause. */
+    /**
+     * Stops everything at once; what is thrown then has the code `ABORTED` and the signal's reason as
+     * its cause.
+     */
     signal?: AbortSignal | undefined;
     /** Called as bytes arrive. What it throws ends the call, and is thrown from there. */
     onProgress?: ((progress: Progress) => void) | undefined;
-    /** Called with a sentence each: a retry, a fallback, a layer that some loaders refuse. What it throws ends the call. */
+    /**
+     * Called with a sentence each: a retry, a fallback, a layer that some loaders refuse. What it
+     * throws ends the call.
+     */
     onWarning?: ((message: string) => void) | undefined;
 }
 /** What to pull and how. Only `url` is required; the rest has the command's defaults. */
@@ -138,7 +157,9 @@ interface PullResult {
 interface PulledImage {
     /** What was asked for, host and all: `docker.io/library/alpine:3.22`. */
     reference: string;
-    /** The same, pinned to the digest that DEST now holds: `docker.io/library/alpine:3.22@sha256:…`. */
+    /**
+     * The same, pinned to the digest that DEST now holds: `docker.io/library/alpine:3.22@sha256:…`.
+     */
     pinned: string;
     /** Its name in DEST. */
     name: string;
@@ -179,15 +200,18 @@ interface ManifestHolder {
     imageUrl: string;
 }
 /**
- * A tar to look at: the path of a file, of a pipe or of an OCI layout folder; or its bytes (Node's Readables are such).
- * It may be compressed.
+ * A tar to look at: the path of a file, of a pipe or of an OCI layout folder; or its bytes (Node's
+ * Readables are such). It may be compressed.
  */
 type TarSource = string | AsyncIterable<Uint8Array>;
 /** How a tar is looked at. */
 interface LookOptions {
     /** Stops it; what is thrown then has the code `ABORTED` and the signal's reason as its cause. */
     signal?: AbortSignal | undefined;
-    /** Called as bytes are read, of the tar as it lies there; how many there are is not known of every stream. */
+    /**
+     * Called as bytes are read, of the tar as it lies there; how many there are is not known of every
+     * stream.
+     */
     onProgress?: ((progress: {
         doneBytes: number;
         totalBytes: number | undefined;
@@ -195,11 +219,14 @@ interface LookOptions {
 }
 interface VerifyOptions extends LookOptions {
     /**
-     * Public keys, each as PEM or as the path of a PEM file: SIGNATURE where one of the images is signed by none of them, by
-     * what the tar itself holds.
+     * Public keys, each as PEM or as the path of a PEM file: SIGNATURE where one of the images is
+     * signed by none of them, by what the tar itself holds.
      */
     signedBy?: readonly string[] | undefined;
-    /** The path of the tar that this one was made `since`: layers that are missing here are looked for there. */
+    /**
+     * The path of the tar that this one was made `since`: layers that are missing here are looked for
+     * there.
+     */
     since?: string | undefined;
 }
 /** One thing that is wrong with a tar. `entry` is the name of a file in it. */
@@ -294,7 +321,9 @@ interface TarImage {
     /** Of the layers. */
     sizeBytes: number;
     layers: TarLayer[];
-    /** Where not all the platforms of its index are here: how many are, and how many the index names. */
+    /**
+     * Where not all the platforms of its index are here: how many are, and how many the index names.
+     */
     platforms?: {
         here: number;
         named: number;
@@ -332,7 +361,9 @@ interface TarReport {
     unpackedLayers: number;
     /** Layers that the base has, and this one lacks. */
     baseLayers: number;
-    /** Layers that cannot be unpacked here, for each reason: how they are compressed, or `encrypted`. */
+    /**
+     * Layers that cannot be unpacked here, for each reason: how they are compressed, or `encrypted`.
+     */
     notUnpacked: {
         reason: string;
         layers: number;
@@ -342,7 +373,10 @@ interface TarReport {
         here: number;
         named: number;
     };
-    /** Manifests of these indexes that are not here: platforms that were left out, and their attestations. */
+    /**
+     * Manifests of these indexes that are not here: platforms that were left out, and their
+     * attestations.
+     */
     absentManifests: number;
     loaders: TarLoader[];
     problems: TarProblem[];
@@ -355,21 +389,30 @@ declare class ImgpullError extends Error {
     readonly code: ErrorCode;
     /** The HTTP status, where there was one. */
     readonly status?: number;
-    /** What is wrong with a tar, as values, and what is right with it: of `verifyTar()`, with the code `BAD_TAR`. */
+    /**
+     * What is wrong with a tar, as values, and what is right with it: of `verifyTar()`, with the code
+     * `BAD_TAR`.
+     */
     readonly report?: TarReport;
     constructor(code: ErrorCode, message: string, details?: {
         status?: number | undefined;
         cause?: unknown;
     });
 }
-/** An image reference in its parts. `host` is the name that people use (`docker.io`), not where its API is. */
+/**
+ * An image reference in its parts. `host` is the name that people use (`docker.io`), not where its
+ * API is.
+ */
 interface Reference {
     readonly host: string;
     readonly repository: string;
     readonly tag?: string;
     readonly digest?: string;
 }
-/** Throws BAD_REFERENCE with the reason; nothing is asked of any registry for a reference that cannot be right. */
+/**
+ * Throws BAD_REFERENCE with the reason; nothing is asked of any registry for a reference that
+ * cannot be right.
+ */
 declare function parseReference(text: string): Reference;
 /** The images that a list names: one a line; or the `image:` values of a YAML or JSON document. */
 interface ImageList {
@@ -380,14 +423,15 @@ interface ImageList {
     unread: number;
 }
 /**
- * Reads a list of images: lines, with `#` before comments; or YAML or JSON as Kubernetes, Compose and `helm template`
- * have it, of which each `image:` value is taken.
+ * Reads a list of images: lines, with `#` before comments; or YAML or JSON as Kubernetes, Compose
+ * and `helm template` have it, of which each `image:` value is taken.
  */
 declare function parseImageList(content: string | Uint8Array): ImageList;
 /**
- * Pulls images into one tar, folder or stream: `dest` is a file's path, a folder's (one that exists, or a path that ends
- * in `/`: an OCI image layout, to which is added), or a Writable, which gets the tar in order and is not ended. Only
- * with `dryRun` it may be undefined. Throws ImgpullError: BAD_REFERENCE and BAD_OPTION before anything is asked for.
+ * Pulls images into one tar, folder or stream: `dest` is a file's path, a folder's (one that
+ * exists, or a path that ends in `/`: an OCI image layout, to which is added), or a Writable, which
+ * gets the tar in order and is not ended. Only with `dryRun` it may be undefined. Throws
+ * ImgpullError: BAD_REFERENCE and BAD_OPTION before anything is asked for.
  */
 declare function pullImages(references: readonly string[], dest: string | OutputStream | undefined, options?: PullOptions): Promise<PullReport>;
 /** https, this system's platform. */
@@ -399,26 +443,40 @@ declare class Puller {
     getUrl(): string;
     /** The options, with the defaults in place of what was left out. */
     getOpts(): PullerOpts;
-    /** Leaves a verified tar at `dest`, or adds to the OCI layout there where that is a directory or ends in "/". */
+    /**
+     * Leaves a verified tar at `dest`, or adds to the OCI layout there where that is a directory or
+     * ends in "/".
+     */
     pullTar(dest: string | OutputStream): Promise<PullResult>;
-    /** The index ("list") or the platform's manifest ("image"). NOT_FOUND where the registry has no index for it. */
+    /**
+     * The index ("list") or the platform's manifest ("image"). NOT_FOUND where the registry has no
+     * index for it.
+     */
     pullManifest(type: "list" | "image"): Promise<ManifestHolder>;
     /** Whatever the registry has under the reference: an index or an image manifest. */
     getManifest(): Promise<ManifestHolder>;
-    /** The manifest's descriptor by a HEAD request; by its bytes where the registry leaves something out. */
+    /**
+     * The manifest's descriptor by a HEAD request; by its bytes where the registry leaves something
+     * out.
+     */
     headManifest(): Promise<{
         mediaType: string;
         digest: string;
         size: number;
     }>;
-    /** Every blob of an image manifest as `dir/HEX`, verified; those that are there already are kept. */
+    /**
+     * Every blob of an image manifest as `dir/HEX`, verified; those that are there already are kept.
+     */
     pullBlobs(holder: ManifestHolder, dir: string): Promise<void>;
 }
-/** What a tar holds, without a look at its bytes. Throws BAD_TAR where that cannot be read from it. */
+/**
+ * What a tar holds, without a look at its bytes. Throws BAD_TAR where that cannot be read from it.
+ */
 declare function listTar(source: TarSource, options?: LookOptions): Promise<TarImage[]>;
 /**
- * Hashes every blob, looks for every reference, unpacks every layer. Throws BAD_TAR with all that is wrong: in words, and
- * as values in the error's `report`. SIGNATURE where all is right, but not signed.
+ * Hashes every blob, looks for every reference, unpacks every layer. Throws BAD_TAR with all that
+ * is wrong: in words, and as values in the error's `report`. SIGNATURE where all is right, but not
+ * signed.
  */
 declare function verifyTar(source: TarSource, options?: VerifyOptions): Promise<TarReport>;
 /** A file in a tar. */
@@ -435,7 +493,10 @@ declare class TarReader {
     #private;
     /** All files in order. A stream, or a compressed tar, can be gone through once. */
     files(): AsyncGenerator<TarFile>;
-    /** The bytes of a blob, which end in DIGEST_MISMATCH where they are wrong. Looks through `files()` for it. */
+    /**
+     * The bytes of a blob, which end in DIGEST_MISMATCH where they are wrong. Looks through `files()`
+     * for it.
+     */
     blob(digest: string): AsyncGenerator<Uint8Array>;
     /** Lets go of the file or the stream. */
     close(): Promise<void>;

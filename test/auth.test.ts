@@ -1,4 +1,5 @@
-// Section 8: challenges, tokens, credential files, helpers, and above all where credentials never go.
+// Section 8: challenges, tokens, credential files, helpers, and above all where credentials never
+// go.
 import assert from "node:assert/strict";
 import { chmodSync, existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
@@ -1194,7 +1195,9 @@ describe("a registry that refuses a token which its token service has given for 
 
 // ====== Scopes ======
 
-/** Who refuses the token for our name of the repository: its service, or the registry that gets it. */
+/**
+ * Who refuses the token for our name of the repository: its service, or the registry that gets it.
+ */
 const SCOPE_REFUSALS: [name: string, fault: Fault][] = [
   ["the token service by 401", { status: 401 }],
   ["the token service by 403", { status: 403 }],

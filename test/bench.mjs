@@ -1,4 +1,5 @@
-// npm run bench -- [options]: imgpull beside other programs that pull an image into a file, on this machine.
+// npm run bench -- [options]: imgpull beside other programs that pull an image into a file, on this
+// machine.
 //
 //   --line NAME|all                 default all: a table of all lines, each with imgpull beside the least time that the
 //                                   line allows, -j 1, and crane where one connection ends within a minute;
@@ -10,10 +11,11 @@
 //   --only NAME,NAME                imgpull, crane, skopeo, regctl, oras, imgpull-go, docker
 //   --tls                           over TLS, its authority known to all by SSL_CERT_FILE
 //
-// Tables go to stdout, each run to stderr. Programs take turns, each into a fresh file. On loopback they talk to the
-// registry without a proxy, which would take its share of the processor. Requests and connections are the registry's
-// own count; so are bytes, but on the far line, where they are those that came through it. CPU seconds and peak memory
-// are GNU time's. docker's daemon unpacks the layers, and `docker save` packs them anew; oras writes a folder, not a tar.
+// Tables go to stdout, each run to stderr. Programs take turns, each into a fresh file. On loopback
+// they talk to the registry without a proxy, which would take its share of the processor. Requests
+// and connections are the registry's own count; so are bytes, but on the far line, where they are
+// those that came through it. CPU seconds and peak memory are GNU time's. docker's daemon unpacks
+// the layers, and `docker save` packs them anew; oras writes a folder, not a tar.
 
 import { execFileSync, fork, spawn, spawnSync } from "node:child_process";
 import { createHash } from "node:crypto";
@@ -51,7 +53,10 @@ const LAYERS_MB = {
   big: [1000],
   one: [60],
 };
-/** Rates are a connection's, and of all together; without one of a connection's own it can fill the line. */
+/**
+ * Rates are a connection's, and of all together; without one of a connection's own it can fill the
+ * line.
+ */
 const LINES = {
   "near throttled": { roundTripMs: 2, bytesPerSecond: 8 * MB },
   far: { roundTripMs: 40, bytesPerSecond: 10 * MB },
@@ -80,7 +85,10 @@ const ROWS = [
   ["loopback", "typical"],
   ["loopback", "big"],
 ];
-/** The least time: 16 connections at once, and four round trips (a connection, index, manifest, first byte). */
+/**
+ * The least time: 16 connections at once, and four round trips (a connection, index, manifest,
+ * first byte).
+ */
 function leastSeconds(line, image) {
   const shape = LINES[line];
   if (!shape) return undefined;
@@ -91,7 +99,8 @@ function leastSeconds(line, image) {
 const TIME = "/usr/bin/time";
 
 // ====== The line ======
-// Runs in a process of its own: what it takes of the processor is the same for all, and on no program's account.
+// Runs in a process of its own: what it takes of the processor is the same for all, and on no
+// program's account.
 
 /** What all connections share: each chunk takes its time, in the order in which they come. */
 function sharedLine(bytesPerSecond = Infinity) {
@@ -175,8 +184,9 @@ async function startLine(port, shape) {
 }
 
 // ====== Images ======
-// Put where the registry's file system driver has them (distribution, registry/storage/paths.go), which is quicker
-// than pushing. Layers are valid, so that docker can unpack them, and no compression makes them smaller.
+// Put where the registry's file system driver has them (distribution, registry/storage/paths.go),
+// which is quicker than pushing. Layers are valid, so that docker can unpack them, and no
+// compression makes them smaller.
 
 const GO_ARCHITECTURES = { x64: "amd64", ia32: "386" };
 const platform = { os: "linux", architecture: GO_ARCHITECTURES[process.arch] ?? process.arch };
@@ -517,7 +527,10 @@ async function measureAll(programs, { image, line, registry, runs, folder, envir
   return results;
 }
 
-/** A line's row: each imgpull, the same over one connection, and crane where that ends within a minute. */
+/**
+ * A line's row: each imgpull, the same over one connection, and crane where that ends within a
+ * minute.
+ */
 async function measureRow(programs, context) {
   const { line, image } = context;
   const least = leastSeconds(line, image);

@@ -1,6 +1,6 @@
-// The binaries of `node build.mjs --sea`: what each holds, its download, the sums; and a pull by each that
-// runs here. IMGPULL_BINARIES names the targets that must be there ("linux-x64 win-x64"), as CI does; without it, those
-// in dist/bin are tested, if they are of this build.
+// The binaries of `node build.mjs --sea`: what each holds, its download, the sums; and a pull by
+// each that runs here. IMGPULL_BINARIES names the targets that must be there ("linux-x64 win-x64"),
+// as CI does; without it, those in dist/bin are tested, if they are of this build.
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
 import { existsSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
@@ -92,7 +92,8 @@ function readPe(file: Buffer): Executable {
     return address - file.readUInt32LE(section + 12) + file.readUInt32LE(section + 20);
   };
   const resources = offsetOf(directory(2));
-  // Type, name, language: three levels of tables, whose entries are a number or a name, and where to go on.
+  // Type, name, language: three levels of tables, whose entries are a number or a name, and where
+  // to go on.
   const entries = (table: number): [name: number | string, at: number][] => {
     const count = file.readUInt16LE(table + 12) + file.readUInt16LE(table + 14);
     return Array.from({ length: count }, (_, index) => {
@@ -214,7 +215,10 @@ const fileOf = (target: string) =>
 const hostTarget = `${process.platform === "win32" ? "win" : process.platform}-${process.arch}`;
 const required = process.env.IMGPULL_BINARIES?.split(" ").filter(Boolean);
 
-/** Emulates a processor on Debian: the packages qemu-user-static, libstdc++6-arm64-cross and libatomic1-arm64-cross. */
+/**
+ * Emulates a processor on Debian: the packages qemu-user-static, libstdc++6-arm64-cross and
+ * libatomic1-arm64-cross.
+ */
 const EMULATOR = "/usr/bin/qemu-aarch64-static";
 const ARM64_ROOT = "/usr/aarch64-linux-gnu";
 
@@ -256,7 +260,10 @@ test("a target that is mistyped is one line, and nothing is built", async () => 
   }
 });
 
-/** A program for Apple's processors, as Go's linker makes and signs it: no machine of theirs is needed. */
+/**
+ * A program for Apple's processors, as Go's linker makes and signs it: no machine of theirs is
+ * needed.
+ */
 async function goProgram(t: TestScope): Promise<Buffer | undefined> {
   const folder = temporaryFolder(t);
   writeFileSync(join(folder, "go.mod"), "module hello\n");
@@ -370,7 +377,8 @@ describe("binaries", { skip: reasonToSkip() }, () => {
       const flags = { NODE_OPTIONS: "--max-old-space-size=512 --stack-trace-limit=5" };
       assert.deepEqual(await run(["--version"], { env: flags }), { stdout: version, stderr: "" });
 
-      // Over TLS, so that the system's roots are read, and without a platform, so that it must know its own.
+      // Over TLS, so that the system's roots are read, and without a platform, so that it must know
+      // its own.
       const authority = makeAuthority();
       writeFileSync(join(folder, "ca.pem"), authority.cert);
       const registry = await startRegistry({ tls: authority.issueServer(), auth: "bearer" }, t);

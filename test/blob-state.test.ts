@@ -1,5 +1,5 @@
-// What a blob has, whatever the order in which its bytes come, are written and are read back: the hash comes out right, and
-// no byte counts twice.
+// What a blob has, whatever the order in which its bytes come, are written and are read back: the
+// hash comes out right, and no byte counts twice.
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
 import { test } from "node:test";

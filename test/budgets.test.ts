@@ -1,5 +1,5 @@
-// What registries may make one pull read and hold: each member ends within seconds, in bounded memory, as an error
-// that names the bound. The registries here answer as fast as they can.
+// What registries may make one pull read and hold: each member ends within seconds, in bounded
+// memory, as an error that names the bound. The registries here answer as fast as they can.
 import assert from "node:assert/strict";
 import { readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";

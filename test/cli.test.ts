@@ -1,4 +1,5 @@
-// The command line: every option, the examples of the user's description typed as written, and what bad input gets.
+// The command line: every option, the examples of the user's description typed as written, and what
+// bad input gets.
 import assert from "node:assert/strict";
 import { once } from "node:events";
 import { mkdirSync, readdirSync, readFileSync, symlinkSync, writeFileSync } from "node:fs";
@@ -702,7 +703,10 @@ interface BadInput {
   fetches?: true;
 }
 
-/** As a resolver answers for a name that does not exist; the one of the machine may not be reachable at all. */
+/**
+ * As a resolver answers for a name that does not exist; the one of the machine may not be reachable
+ * at all.
+ */
 const NO_SUCH_HOST = `require("node:dns").lookup = (hostname, options, done) => {
   const error = new Error("getaddrinfo ENOTFOUND " + hostname);
   process.nextTick(done ?? options, Object.assign(error, { code: "ENOTFOUND", syscall: "getaddrinfo", hostname }));

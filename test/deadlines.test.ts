@@ -1,5 +1,6 @@
-// Section 6, deadlines: how long a connection, headers and bodies are waited for, whatever trickles in meanwhile; which
-// waits grow; what is dropped instead of read. Bounds are counted in requests and connections, not by the clock.
+// Section 6, deadlines: how long a connection, headers and bodies are waited for, whatever trickles
+// in meanwhile; which waits grow; what is dropped instead of read. Bounds are counted in requests
+// and connections, not by the clock.
 import assert from "node:assert/strict";
 import { type ChildProcess, spawn } from "node:child_process";
 import dns from "node:dns";
@@ -23,7 +24,10 @@ const HTTP = { scheme: "http" } as const;
 const SOON = 700;
 const image = makeImage({ seed: "deadlines", layers: [8192, 300_000] });
 
-/** Writes a little now and then, for as long as the other side listens: Node's own time-outs never fire. */
+/**
+ * Writes a little now and then, for as long as the other side listens: Node's own time-outs never
+ * fire.
+ */
 function trickle(socket: Socket, first: string, repeated = "x"): void {
   socket.write(first);
   const timer = setInterval(() => socket.write(repeated), 20);
@@ -204,7 +208,10 @@ test("after a redirect with a short body the connection is kept", async (t) => {
 
 // ====== Several addresses ======
 
-/** A server whose queue of new connections is full: what comes now is taken a second later, by TCP's own repetition. */
+/**
+ * A server whose queue of new connections is full: what comes now is taken a second later, by TCP's
+ * own repetition.
+ */
 async function startSlowToAccept(t: TestContext, onwards: string) {
   const port = Number(onwards.split(":")[1]);
   const script = `

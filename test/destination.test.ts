@@ -47,7 +47,10 @@ const AMD64 = ["--scheme", "http", "--platform", "linux/amd64", "-q"];
 
 // ====== Disks ======
 
-/** An empty folder in which something is mounted, or undefined (and the test skipped) where we may not. */
+/**
+ * An empty folder in which something is mounted, or undefined (and the test skipped) where we may
+ * not.
+ */
 function mountIn(t: TestContext, mountAt: (folder: string) => string[]): string | undefined {
   const folder = mkdtempSync(join(tmpdir(), "imgpull-disk-"));
   const words = mountAt(folder);

@@ -190,7 +190,10 @@ async function makeConsumer(t: TestScope, files: Record<string, string>): Promis
   return folder;
 }
 
-/** The library's two examples as users were first given them: they have to go on working, word for word. */
+/**
+ * The library's two examples as users were first given them: they have to go on working, word for
+ * word.
+ */
 const FIRST = `const puller = new Puller("docker.io/hello-world:latest");
   const pulled = await puller.pullTar("./hello-world.tar");
   console.log(JSON.stringify(pulled));`;

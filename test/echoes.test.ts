@@ -1,5 +1,6 @@
-// Section 3, secrets: whatever a registry, token service, storage host, proxy or helper says back of what it was shown,
-// in whatever form, none of it is seen. Each case also shows that words came through, since silence proves nothing.
+// Section 3, secrets: whatever a registry, token service, storage host, proxy or helper says back
+// of what it was shown, in whatever form, none of it is seen. Each case also shows that words came
+// through, since silence proves nothing.
 import assert from "node:assert/strict";
 import childProcess from "node:child_process";
 import { chmodSync, writeFileSync } from "node:fs";

@@ -1,4 +1,5 @@
-// --list-tar and --verify: tars of our own and of other programs, whole, damaged, cut off and hostile.
+// --list-tar and --verify: tars of our own and of other programs, whole, damaged, cut off and
+// hostile.
 import assert from "node:assert/strict";
 import { spawn, spawnSync } from "node:child_process";
 import { once } from "node:events";
@@ -118,7 +119,10 @@ async function list(file: string): Promise<Row[]> {
     .map((line) => JSON.parse(line) as Row);
 }
 
-/** No letter but printable ones and line ends: nothing that moves a cursor, changes a colour or turns text around. */
+/**
+ * No letter but printable ones and line ends: nothing that moves a cursor, changes a colour or
+ * turns text around.
+ */
 function assertHarmless(text: string): void {
   assert.doesNotMatch(text, /[^\P{Cc}\n]|[\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]/u);
 }
@@ -444,7 +448,10 @@ test("tars that skopeo and crane themselves make", {
   assert.match(await passes(file), /2 layers/);
 });
 
-/** Node has had zstd since 22.15; before 26 it reads no more than the first frame (nodejs/node#64741). */
+/**
+ * Node has had zstd since 22.15; before 26 it reads no more than the first frame
+ * (nodejs/node#64741).
+ */
 const hasZstd = "createZstdDecompress" in zlib;
 const readsAllFrames = Number(process.versions.node.split(".")[0]) >= 26;
 
@@ -1071,7 +1078,10 @@ const zstd = (bytes: Buffer): Buffer =>
   (zlib as unknown as { zstdCompressSync: (bytes: Buffer) => Buffer }).zstdCompressSync(bytes);
 
 /** The same image in every form: as pulled, packed, as a folder of its files. */
-/** What each form has to be said of: what is compressed as a whole ctr and docker-archive do not take. */
+/**
+ * What each form has to be said of: what is compressed as a whole ctr and docker-archive do not
+ * take.
+ */
 type Form = Readonly<{ bytes: Buffer; loads: string }>;
 
 const GZIP_LOADS = `loads in docker, podman, skopeo oci-archive:FILE
@@ -1156,7 +1166,10 @@ test("damage in a pipe, in a folder and in compressed tars is found", async () =
   await fails(layout, `${name} is missing`);
 });
 
-/** The exit code after Ctrl-C. Nothing tells when it listens for that: one that does not yet is started anew. */
+/**
+ * The exit code after Ctrl-C. Nothing tells when it listens for that: one that does not yet is
+ * started anew.
+ */
 async function exitCodeAfterInterrupt(args: string[], stdin?: Buffer): Promise<number | null> {
   for (const waitMs of [300, 2000, 10_000]) {
     const { child, result } = startCommand(args, stdin ? { stdin: "open" } : {});

@@ -1,5 +1,5 @@
-// Across the gap with real programs: bundles, archives at hand, deltas, and pulls that are killed. What is fetched is
-// counted in the log of docker-registry, and on the line to it.
+// Across the gap with real programs: bundles, archives at hand, deltas, and pulls that are killed.
+// What is fetched is counted in the log of docker-registry, and on the line to it.
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
 import { once } from "node:events";
@@ -116,7 +116,10 @@ async function pushContent(content: TestContent, name: string): Promise<void> {
 
 // ====== Moments ======
 
-/** As random as they need be, and the same at every run: of the image's bytes, the part that is there at a kill. */
+/**
+ * As random as they need be, and the same at every run: of the image's bytes, the part that is
+ * there at a kill.
+ */
 const MOMENTS = Array.from(
   { length: 10 },
   (_, at) => createHash("sha256").update(`moment ${at}`).digest().readUInt32BE() / 2 ** 32,
@@ -200,7 +203,10 @@ describe("interop across the gap", { skip }, () => {
     await registry?.stop();
   });
 
-  /** The blobs that the registry has served since it was last asked, as often as it has; none in parts. */
+  /**
+   * The blobs that the registry has served since it was last asked, as often as it has; none in
+   * parts.
+   */
   async function fetchedBlobs(): Promise<string[]> {
     const served = await registry.takeServed();
     assert.deepEqual(
@@ -347,7 +353,8 @@ describe("interop across the gap", { skip }, () => {
     await pushImage(image, `${registry.host}/team/large:v1`);
     const line = await startLine(t, registry.port);
     const tar = join(interopFolder("pulled"), "image.tar");
-    // Each connection may lose a MiB that it has gathered and one on its way to disk: of four, that is a tenth at most.
+    // Each connection may lose a MiB that it has gathered and one on its way to disk: of four, that
+    // is a tenth at most.
     const args = [`${line.host}/team/large:v1`, tar, ...HTTP, "-j", "4"];
     await imgpull(args);
     const undisturbed = digestOf(readFileSync(tar));

@@ -1,5 +1,5 @@
-// Caches that nobody here wrote, between us and a registry that is far: what they fetch is counted there. A blob that a
-// cache has to fetch first is heard to its end by one plain GET.
+// Caches that nobody here wrote, between us and a registry that is far: what they fetch is counted
+// there. A blob that a cache has to fetch first is heard to its end by one plain GET.
 import assert from "node:assert/strict";
 import { readFileSync, rmSync } from "node:fs";
 import { join } from "node:path";
@@ -17,7 +17,10 @@ const SEVERAL = makeMultiPlatform(["linux/amd64"], {
   layers: [12 * MB, 6 * MB, 3 * MB],
 });
 
-/** 30 ms to the first byte, and 6 MB/s for each connection. Blobs may be kept, as docker-registry says. */
+/**
+ * 30 ms to the first byte, and 6 MB/s for each connection. Blobs may be kept, as docker-registry
+ * says.
+ */
 function putFarAway(registry: Registry): void {
   const msPerByte = 1000 / (6 * MB);
   registry.on(

@@ -1,5 +1,6 @@
-// What the tars are for: real images, made, pushed and served by other people's programs, are pulled by the built
-// command and loaded by every runtime at hand, with a look at the files, the config digest and the manifest digest.
+// What the tars are for: real images, made, pushed and served by other people's programs, are
+// pulled by the built command and loaded by every runtime at hand, with a look at the files, the
+// config digest and the manifest digest.
 import assert from "node:assert/strict";
 import {
   chmodSync,
@@ -70,7 +71,9 @@ function write(rootfs: string, path: string, content: string): void {
   writeFileSync(full, content);
 }
 
-/** Three layers: many files and links, one large file, and one that changes what the first holds. */
+/**
+ * Three layers: many files and links, one large file, and one that changes what the first holds.
+ */
 const APP_LAYERS: Change[] = [
   (rootfs) => {
     cpSync("node_modules/@types/node", join(rootfs, "usr/lib/types"), { recursive: true });
@@ -101,7 +104,10 @@ interface Shelf {
   contents: Record<"docker" | "oci" | "amd64" | "arm64", Contents>;
 }
 
-/** Built by umoci, pushed by skopeo, as OCI and as Docker schema 2; the indexes are podman's and docker's. */
+/**
+ * Built by umoci, pushed by skopeo, as OCI and as Docker schema 2; the indexes are podman's and
+ * docker's.
+ */
 async function stockOci(
   host: string,
   docker: Docker,
@@ -170,7 +176,10 @@ async function stockOci(
   return { oci: contentsOf(app, "var/removed"), amd64, arm64 };
 }
 
-/** Built and pushed by dockerd, which is then emptied, so that what it loads later comes out of the tar. */
+/**
+ * Built and pushed by dockerd, which is then emptied, so that what it loads later comes out of the
+ * tar.
+ */
 async function stockDocker(host: string, docker: Docker): Promise<Contents> {
   const context = interopFolder("build");
   const tree = new Map<string, string>();
@@ -356,7 +365,10 @@ async function copyOciArchive(pulled: Pulled): Promise<Loaded> {
   };
 }
 
-/** Every path that the image was made of, with its kind, mode and content; runtimes may add their mount points. */
+/**
+ * Every path that the image was made of, with its kind, mode and content; runtimes may add their
+ * mount points.
+ */
 function assertContents(rootfs: string, { tree, removed }: Contents): void {
   const actual = treeOf(rootfs);
   const found = new Map([...tree.keys()].map((path) => [path, actual.get(path)]));
@@ -444,7 +456,8 @@ describe("interop", { skip }, () => {
       await containerd.ctr("images", "rm", "--sync", name);
       assertContents(await unpackWithUmoci(`docker-archive:${tar}:${name}`), contents);
     }
-    // By name, skopeo finds only OCI manifests in an OCI archive; Docker's it takes where it is the only one.
+    // By name, skopeo finds only OCI manifests in an OCI archive; Docker's it takes where it is the
+    // only one.
     const copied = join(interopFolder("skopeo"), "copied");
     await skopeo("copy", "--preserve-digests", `oci-archive:${tar}:${names[1]}`, `dir:${copied}`);
     assert.equal(digestOf(readFileSync(join(copied, "manifest.json"))), manifests[1]?.digest);

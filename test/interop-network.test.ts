@@ -1,5 +1,6 @@
-// Other people's programs between us and the image: a real squid, a real nginx before a real docker-registry with a
-// password and an authority of its own, and a registry that is killed in mid-pull.
+// Other people's programs between us and the image: a real squid, a real nginx before a real
+// docker-registry with a password and an authority of its own, and a registry that is killed in
+// mid-pull.
 import assert from "node:assert/strict";
 import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
@@ -26,7 +27,9 @@ const tls = authority.issueServer({ dns: ["localhost", NAME] });
 const account = { user: USER, password: SECRETS.password };
 const image = makeImage({ seed: "network", layers: [8192, 300_000] });
 
-/** By the distribution specification's own calls: no other program's push is part of these tests. */
+/**
+ * By the distribution specification's own calls: no other program's push is part of these tests.
+ */
 async function push(host: string, content: TestImage): Promise<void> {
   const base = `http://${host}/v2/team/app`;
   const call = async (
@@ -261,8 +264,8 @@ describe("a registry killed in mid-pull and started again", { skip, timeout: 300
     test(name, async () => {
       const tar = join(interopFolder("pulled"), "image.tar");
       let dying: Promise<void> | undefined;
-      // The command is held while its registry dies, so that it cannot be done before: the small blobs are there, and
-      // of the large one no more than its sockets hold.
+      // The command is held while its registry dies, so that it cannot be done before: the small
+      // blobs are there, and of the large one no more than its sockets hold.
       const args = [`${host()}/team/app:1.0`, tar, "--scheme", "http", "--platform", "linux/amd64"];
       const { child, result } = startCommand(args, {
         onStderr: () => {

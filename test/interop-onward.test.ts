@@ -1,5 +1,5 @@
-// From the tar into a registry on the other side, by other people's programs: which of them keep the digest. The page's
-// own command blocks are what is run. And tars in parts.
+// From the tar into a registry on the other side, by other people's programs: which of them keep
+// the digest. The page's own command blocks are what is run. And tars in parts.
 import assert from "node:assert/strict";
 import { spawnSync } from "node:child_process";
 import { mkdirSync, symlinkSync, writeFileSync } from "node:fs";

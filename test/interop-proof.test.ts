@@ -1,5 +1,5 @@
-// Proof across the gap with real programs: cosign signs, oras attaches, the registry goes away, and on the other side
-// docker, podman, ctr, skopeo, cosign and oras take what one tar brought.
+// Proof across the gap with real programs: cosign signs, oras attaches, the registry goes away, and
+// on the other side docker, podman, ctr, skopeo, cosign and oras take what one tar brought.
 import assert from "node:assert/strict";
 import { mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";

@@ -1,5 +1,6 @@
-// Proxies that nobody here wrote, in front of a test registry: tinyproxy with its 401, squid's own errors on plain HTTP,
-// haproxy's TLS before a proxy; and in a proxy's place a SOCKS server and nginx. Also a TLS server without RFC 5746.
+// Proxies that nobody here wrote, in front of a test registry: tinyproxy with its 401, squid's own
+// errors on plain HTTP, haproxy's TLS before a proxy; and in a proxy's place a SOCKS server and
+// nginx. Also a TLS server without RFC 5746.
 import assert from "node:assert/strict";
 import { existsSync, writeFileSync } from "node:fs";
 import { join } from "node:path";

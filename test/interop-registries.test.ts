@@ -1,5 +1,6 @@
-// Registries and token services that nobody here wrote: Docker's token service with real Bearer and identity tokens
-// before docker-registry; distribution's third version, which redirects to a storage nginx or mirrors another registry.
+// Registries and token services that nobody here wrote: Docker's token service with real Bearer and
+// identity tokens before docker-registry; distribution's third version, which redirects to a
+// storage nginx or mirrors another registry.
 import assert from "node:assert/strict";
 import { existsSync, mkdirSync, readFileSync, statSync, writeFileSync } from "node:fs";
 import { join } from "node:path";

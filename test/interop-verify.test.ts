@@ -1,4 +1,5 @@
-// What --verify says of loaders, against the loaders: over hand-made tars it never says "loads in" of one that refuses.
+// What --verify says of loaders, against the loaders: over hand-made tars it never says "loads in"
+// of one that refuses.
 import assert from "node:assert/strict";
 import { spawnSync } from "node:child_process";
 import { rmSync, writeFileSync } from "node:fs";

@@ -1,5 +1,5 @@
-// The command as Windows runs it: Node for Windows under Wine, whose files behave like Windows' own (what is open cannot be
-// replaced), with its paths: drives, \\, C:name, \\\\?\\, spaces.
+// The command as Windows runs it: Node for Windows under Wine, whose files behave like Windows' own
+// (what is open cannot be replaced), with its paths: drives, \\, C:name, \\\\?\\, spaces.
 import assert from "node:assert/strict";
 import {
   existsSync,
@@ -98,7 +98,8 @@ describe("interop with Windows", { skip }, () => {
         const talk = mkdtempSync(join(prefix, "talk-"));
         const [out, err, input] = ["out", "err", "in"].map((name) => join(talk, name));
         const env = { ...environment, OUT: out, ERR: err, IN: input };
-        // Wine's programs take files for their streams, where other programs' pipes are closed to them.
+        // Wine's programs take files for their streams, where other programs' pipes are closed to
+        // them.
         const shell = 'exec "$@" >"$OUT" 2>"$ERR" <"$IN"';
         const command: [string, ...string[]] = ["/bin/sh", "-c", shell, "-", WINE, node];
         const start = (args: string[]) =>

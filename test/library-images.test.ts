@@ -1,4 +1,5 @@
-// pullImages() as its user writes it: what it gives, what it refuses, callbacks that throw, and many calls at once.
+// pullImages() as its user writes it: what it gives, what it refuses, callbacks that throw, and
+// many calls at once.
 import assert from "node:assert/strict";
 import { existsSync, mkdirSync, readdirSync, readFileSync, statSync } from "node:fs";
 import { join } from "node:path";

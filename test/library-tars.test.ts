@@ -1,4 +1,5 @@
-// listTar(), verifyTar() and openTar() as their user writes them: paths, folders and streams; problems as values.
+// listTar(), verifyTar() and openTar() as their user writes them: paths, folders and streams;
+// problems as values.
 import assert from "node:assert/strict";
 import { createReadStream, mkdtempSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";

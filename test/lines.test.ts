@@ -1,5 +1,5 @@
-// How connections are chosen, over lines that are only reckoned: no socket, no clock. What a line allows is compared with
-// what Pace and Schedule make of it, and what they ask for is counted.
+// How connections are chosen, over lines that are only reckoned: no socket, no clock. What a line
+// allows is compared with what Pace and Schedule make of it, and what they ask for is counted.
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import { internals } from "../imgpull.ts";
@@ -16,13 +16,18 @@ interface Line {
   /** Bytes in a millisecond: of one connection, and of all together. */
   each?: number;
   all?: number;
-  /** A connection begins with ten packets for each round trip, and doubles that with each (RFC 6928). */
+  /**
+   * A connection begins with ten packets for each round trip, and doubles that with each (RFC
+   * 6928).
+   */
   slowStart?: true;
   /** What our processor takes in at most. */
   processor?: number;
   /** More connections are refused. */
   admits?: number;
-  /** Between us and the registry: how long it takes to begin with a blob, and with one that it has. */
+  /**
+   * Between us and the registry: how long it takes to begin with a blob, and with one that it has.
+   */
   cache?: { coldMs: number; warmMs: number; keepsSmall: boolean };
   /** Hardly anything comes between these two moments. */
   hiccup?: [fromMs: number, toMs: number];
@@ -233,7 +238,8 @@ for (const most of [2, 5, 16, 64]) {
 }
 
 test("a line that one connection fills gets hardly any ranges", () => {
-  // Four trials of eight connections in 50 s, of which nothing comes: what they have cut is fetched to its end.
+  // Four trials of eight connections in 50 s, of which nothing comes: what they have cut is fetched
+  // to its end.
   const { ms, requests } = play({ roundTripMs: 1, all: 20_000 }, [1000 * MB]);
   assert.ok(ms <= (1.01 * (1000 * MB)) / 20_000, `${ms} ms`);
   assert.ok(requests <= 1 + 4 * 8, `${requests} requests`);
@@ -315,7 +321,8 @@ test("a cache that has to fetch a blob first is heard to its end, and asked once
 });
 
 test("a cache that answers a range late is found out by the first ones, which are given back", () => {
-  // It keeps nothing small, so that a second look tells nothing: a range waits until what lies before it has come.
+  // It keeps nothing small, so that a second look tells nothing: a range waits until what lies
+  // before it has come.
   const cache = { coldMs: 60, warmMs: 0, keepsSmall: false };
   const line = { roundTripMs: 1, each: 6000, cache };
   const { ms, requests } = play(line, [1000, 60 * MB]);

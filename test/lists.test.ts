@@ -1,4 +1,5 @@
-// Lists of images: lines, lock files of PowerShell, and what helm, Compose, kubectl and people write as YAML and JSON.
+// Lists of images: lines, lock files of PowerShell, and what helm, Compose, kubectl and people
+// write as YAML and JSON.
 import assert from "node:assert/strict";
 import { writeFileSync } from "node:fs";
 import { join } from "node:path";
@@ -9,7 +10,10 @@ import { runMain } from "./support/main.ts";
 
 const DIGEST = `sha256:${"a1".repeat(32)}`;
 
-/** As `helm template` prints a chart of the usual make: quoted images, comments of sources, hooks, tests. */
+/**
+ * As `helm template` prints a chart of the usual make: quoted images, comments of sources, hooks,
+ * tests.
+ */
 const HELM_COMMON = `---
 # Source: web/templates/serviceaccount.yaml
 apiVersion: v1
@@ -115,7 +119,9 @@ spec:
         configMap: { name: scripts }
 `;
 
-/** Charts of another make: everything quoted by a function, flow style, null values, keys in quotes. */
+/**
+ * Charts of another make: everything quoted by a function, flow style, null values, keys in quotes.
+ */
 const HELM_FLOW = `{"apiVersion": "v1", "kind": "Pod", "spec": {"containers": [{"name": "a", "image": "one.io/a:1"}]}}
 ---
 apiVersion: v1

@@ -1,4 +1,5 @@
-// Two runs at one DEST or folder: one works, the others say so and stop; a lock that is left behind holds nobody.
+// Two runs at one DEST or folder: one works, the others say so and stop; a lock that is left behind
+// holds nobody.
 import assert from "node:assert/strict";
 import { spawnSync } from "node:child_process";
 import {

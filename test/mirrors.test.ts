@@ -1,5 +1,6 @@
-// Section 9: a repository that is had from several places. What a mirror cannot give comes from the next one, with one
-// warning for each; names, lock lines and DEST's bytes are those of the registry that is mirrored.
+// Section 9: a repository that is had from several places. What a mirror cannot give comes from the
+// next one, with one warning for each; names, lock lines and DEST's bytes are those of the registry
+// that is mirrored.
 import assert from "node:assert/strict";
 import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";

@@ -1,5 +1,5 @@
-// The script on every line of Node that it promises: on stdin from a server, as a package, and on the newest one under
-// Node's permission model.
+// The script on every line of Node that it promises: on stdin from a server, as a package, and on
+// the newest one under Node's permission model.
 import assert from "node:assert/strict";
 import { cpSync, existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { dirname, join, resolve } from "node:path";
@@ -29,7 +29,10 @@ const PERMITTED = blockWith("--permission");
 const children = IMAGES["docker.io"]["library/alpine:3.22"].children.map(({ digest }) => digest);
 const tars = new Map<string, Buffer>();
 
-/** Exit code 0, the pinned reference, nothing but progress on stderr, and the same tar as on every other Node. */
+/**
+ * Exit code 0, the pinned reference, nothing but progress on stderr, and the same tar as on every
+ * other Node.
+ */
 async function assertPulls(reader: Reader, text: string, warnings = /(?!)/): Promise<void> {
   const { exitCode, stdout, stderr } = await reader.run(text);
   assert.equal(exitCode, 0, stderr);

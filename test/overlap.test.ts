@@ -1,6 +1,7 @@
-// Two pulls to one DEST, stopped before any step that they take on the disk, in any order: what a run gives DEST's name is
-// its own tar, whole and right, whatever the other does, and both never lose. The steps are those of node:fs/promises;
-// the runs share a process, and believe to be in two namespaces of one host.
+// Two pulls to one DEST, stopped before any step that they take on the disk, in any order: what a
+// run gives DEST's name is its own tar, whole and right, whatever the other does, and both never
+// lose. The steps are those of node:fs/promises; the runs share a process, and believe to be in two
+// namespaces of one host.
 import assert from "node:assert/strict";
 import { AsyncLocalStorage } from "node:async_hooks";
 import {
@@ -135,7 +136,9 @@ function lockOf(dest: string): string {
   return dest.endsWith("/") ? join(dest, ".imgpull.partial.lock") : `${dest}.partial.lock`;
 }
 
-/** The first up to its stop, the second up to its stop, the first to its end, the second to its end. */
+/**
+ * The first up to its stop, the second up to its stop, the first to its end, the second to its end.
+ */
 async function play(scene: Scene, { first, second, isLong }: Stops): Promise<[Ending, Ending]> {
   const one = start(scene, "first", first);
   await one.atStopOrEnd;
@@ -212,7 +215,10 @@ async function setTheScene(t: TestContext, second: TestImage, dest: string): Pro
 
 // ====== All stops, or some of them ======
 
-/** Some pairs of stops, by a seed that is printed. IMGPULL_PAIRS=all tries every one, which takes an hour. */
+/**
+ * Some pairs of stops, by a seed that is printed. IMGPULL_PAIRS=all tries every one, which takes an
+ * hour.
+ */
 const { IMGPULL_PAIRS: wantedPairs = "25" } = process.env;
 const seed = Number(process.env.IMGPULL_SEED ?? Math.floor(Math.random() * 2 ** 32));
 

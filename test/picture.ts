@@ -1,5 +1,6 @@
-// node build.mjs --run test/picture.ts: makes .github/progress.svg, the README's picture, of what a terminal of 80
-// columns (tmux) really shows while the command pulls over a line of 40 ms and 2.5 MB/s per connection, and at the end.
+// node build.mjs --run test/picture.ts: makes .github/progress.svg, the README's picture, of what a
+// terminal of 80 columns (tmux) really shows while the command pulls over a line of 40 ms and 2.5
+// MB/s per connection, and at the end.
 import { execFileSync } from "node:child_process";
 import { once } from "node:events";
 import { mkdirSync, symlinkSync, writeFileSync } from "node:fs";
@@ -18,7 +19,10 @@ const DELAY_MS = 40;
 const BYTES_PER_MS = 2500;
 const MEGABYTE = 1_000_000;
 
-/** A line to `port` that delays both ways together by DELAY_MS and lets BYTES_PER_MS of each connection through. */
+/**
+ * A line to `port` that delays both ways together by DELAY_MS and lets BYTES_PER_MS of each
+ * connection through.
+ */
 async function startLine(
   target: string,
   end: { after: (cleanUp: () => unknown) => void },

@@ -1,5 +1,6 @@
-// A folder that others can write to: links, pipes, folders and other users' files under the names that a pull uses
-// beside DEST are neither followed nor waited for, and nothing of them becomes DEST.
+// A folder that others can write to: links, pipes, folders and other users' files under the names
+// that a pull uses beside DEST are neither followed nor waited for, and nothing of them becomes
+// DEST.
 import assert from "node:assert/strict";
 import { spawnSync } from "node:child_process";
 import {

@@ -1,6 +1,6 @@
-// Section 6, proxies: what they refuse for the moment is asked again, what is theirs is told in their name, and what is
-// no proxy of the kind that its URL says is known as such at the first connection. tinyproxy, squid and haproxy
-// themselves are in interop-proxies.test.ts.
+// Section 6, proxies: what they refuse for the moment is asked again, what is theirs is told in
+// their name, and what is no proxy of the kind that its URL says is known as such at the first
+// connection. tinyproxy, squid and haproxy themselves are in interop-proxies.test.ts.
 import assert from "node:assert/strict";
 import { once } from "node:events";
 import { type AddressInfo, connect, createServer, type Server, type Socket } from "node:net";
@@ -24,7 +24,10 @@ const REFERENCE = "registry.test/team/app:1.0";
 const head = (status: number, ...headers: string[]): string =>
   [`HTTP/1.1 ${status} Not Now`, ...headers, "Content-Length: 0", "", ""].join("\r\n");
 
-/** A proxy that answers its first requests with these heads, and serves those that come after them, or have none. */
+/**
+ * A proxy that answers its first requests with these heads, and serves those that come after them,
+ * or have none.
+ */
 async function startProxy(t: TestScope, heads: (string | undefined)[]) {
   const secure = await startRegistry({ tls }, t);
   const plain = await startRegistry({}, t);

@@ -148,7 +148,8 @@ for (const [name, rules] of Object.entries(PASSING)) {
   });
 }
 
-// What passes is tried again for manifests, tokens, configs and layers alike; wrong bytes are asked for once more.
+// What passes is tried again for manifests, tokens, configs and layers alike; wrong bytes are asked
+// for once more.
 for (const [kind, content, matcher] of [
   ["a platform's manifest", APP, CHILD],
   ["a layer", APP, LAYER],
@@ -359,7 +360,8 @@ for (const [name, fault, requests] of [
 }
 
 // ====== A range that is refused ======
-// A server that refuses a range, or does not keep to it, is asked once for the whole, and no more for ranges.
+// A server that refuses a range, or does not keep to it, is asked once for the whole, and no more
+// for ranges.
 
 const at = 100_000; // where the first answer breaks off
 const rest = (headers: Record<string, string | null>): Fault => ({ headers });
@@ -447,7 +449,8 @@ for (const [name, fault] of Object.entries({
 }
 
 // ====== Slivers ======
-// A server that gives less than it was asked for is asked again for the rest, as long as that gets somewhere.
+// A server that gives less than it was asked for is asked again for the rest, as long as that gets
+// somewhere.
 
 /** A 206 of so many bytes, from where a range begins or from the start. */
 const sliver = (sizeBytes: number): Fault => ({
@@ -808,7 +811,9 @@ test("an empty blob, and one blob used twice, are each there once", async (t) =>
 
 const FOREIGN = makeLayer({ seed: "foreign", sizeBytes: 30_000 });
 
-/** An image whose one layer is at other hosts, and the https host of a registry that has it there. */
+/**
+ * An image whose one layer is at other hosts, and the https host of a registry that has it there.
+ */
 async function serveForeign(t: TestContext, urls: (host: string) => string[], isHeld: boolean) {
   const authority = makeAuthority();
   const caCert = join(temporaryFolder(t), "ca.pem");

@@ -1,5 +1,5 @@
-// The front page: what it says of options is the option table, each of its command blocks is run, each message that it
-// explains is one that the program gives.
+// The front page: what it says of options is the option table, each of its command blocks is run,
+// each message that it explains is one that the program gives.
 import assert from "node:assert/strict";
 import { generateKeyPairSync } from "node:crypto";
 import { once } from "node:events";

@@ -1,5 +1,6 @@
-// What registries, their storage and their token services do beside the specification, one test for each, with where
-// it was seen. The first lines of a test are the other side's behaviour, its last ones are what users get.
+// What registries, their storage and their token services do beside the specification, one test for
+// each, with where it was seen. The first lines of a test are the other side's behaviour, its last
+// ones are what users get.
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { describe, test } from "node:test";
@@ -67,7 +68,8 @@ describe("several challenges", () => {
 });
 
 test("nvcr.io and OpenShift name no service, and get none", async (t) => {
-  // sapcc/keppel#731 (nvcr.io); GoogleContainerTools/jib#576 (OpenShift); google/go-containerregistry#1359.
+  // sapcc/keppel#731 (nvcr.io); GoogleContainerTools/jib#576 (OpenShift);
+  // google/go-containerregistry#1359.
   const { registry, reference } = await serve(t, bearer({ service: null }));
   assertPulled(await tryPull(t, reference, HTTP), image);
   assert.deepEqual(
@@ -77,8 +79,8 @@ test("nvcr.io and OpenShift name no service, and get none", async (t) => {
 });
 
 test("GCR, Artifactory and Nexus name no scope, Gitea any: the scope is ours", async (t) => {
-  // containerd/containerd#1465 (GCR), #3556 (Artifactory); sonatype/nexus-public#659; Gitea's container.go as above;
-  // containerd/containerd#4379: GCR takes exactly one.
+  // containerd/containerd#1465 (GCR), #3556 (Artifactory); sonatype/nexus-public#659; Gitea's
+  // container.go as above; containerd/containerd#4379: GCR takes exactly one.
   for (const scope of [null, "", "*", "repository:other/app:pull", "registry:catalog:*"]) {
     const { registry, reference } = await serve(t, bearer({ scope }));
     assertPulled(await tryPull(t, reference, HTTP), image);
@@ -100,7 +102,8 @@ test("distribution's autoredirect gives a relative realm", async (t) => {
 });
 
 test("a realm that has a query keeps it", async (t) => {
-  // distribution.github.io/distribution/spec/auth/token: the realm is any URL; a second "?" would spoil it.
+  // distribution.github.io/distribution/spec/auth/token: the realm is any URL; a second "?" would
+  // spoil it.
   const { registry, reference } = await serve(
     t,
     bearer({ realm: "/token?tenant=a%26b&service=own" }),
@@ -122,7 +125,8 @@ test("ACR answers access_token instead of token", async (t) => {
 });
 
 test("GitLab's tokens last five minutes, whatever its clock says", async (t) => {
-  // moby/moby#33558 (GitLab: 5 min); a floor of 60 s is containers/image's minimumTokenLifetimeSeconds.
+  // moby/moby#33558 (GitLab: 5 min); a floor of 60 s is containers/image's
+  // minimumTokenLifetimeSeconds.
   for (const issuedAt of ["2001-01-01T00:00:00Z", "2099-01-01T00:00:00Z"]) {
     const { registry, reference } = await serve(
       t,
@@ -189,7 +193,8 @@ test("nvcr.io names another realm once a token has expired, where nobody anonymo
 });
 
 test("GCR answers OAuth2's POST by 404, Artifactory by 401, ACR by 400, Harbor by 405", async (t) => {
-  // containerd: core/remotes/docker/authorizer.go, the comments at its fallback; containerd/containerd#8630 (Harbor).
+  // containerd: core/remotes/docker/authorizer.go, the comments at its fallback;
+  // containerd/containerd#8630 (Harbor).
   const environment = (host: string) => ({
     DOCKER_AUTH_CONFIG: JSON.stringify({
       auths: { [host]: { username: USER, identitytoken: SECRETS.identityToken } },
@@ -293,7 +298,8 @@ test("a storage host that asks for a login gets none, and ends the pull", async 
 });
 
 test("a signed URL that has expired when it is used: the registry gives another", async (t) => {
-  // docker-archive-public/docker.kitematic#4713 (403); distribution/distribution#4175 (S3's 400 to an old session).
+  // docker-archive-public/docker.kitematic#4713 (403); distribution/distribution#4175 (S3's 400 to
+  // an old session).
   for (const status of [403, 400, 401]) {
     const { registry, reference } = await serve(t);
     registry.on({ kind: "layer" }, { redirect: "storage" });
@@ -353,8 +359,9 @@ test("go-containerregistry's own registry takes only closed ranges", async (t) =
 // ====== Headers ======
 
 test("manifests come as text/html, text/plain, application/json, with parameters, or as nothing", async (t) => {
-  // moby/moby#19526 (quay.io: text/html), containers/image#417 (text/plain), containerd/cri#787 (application/json),
-  // moby/moby#31318 (none, a static server), goharbor/harbor#7853 (application/octet-stream).
+  // moby/moby#19526 (quay.io: text/html), containers/image#417 (text/plain), containerd/cri#787
+  // (application/json), moby/moby#31318 (none, a static server), goharbor/harbor#7853
+  // (application/octet-stream).
   const types: ((own: string) => string | null)[] = [
     () => "text/html",
     () => "text/plain; charset=utf-8",
@@ -366,7 +373,8 @@ test("manifests come as text/html, text/plain, application/json, with parameters
     (own) => own.toUpperCase(),
   ];
   for (const format of ["oci", "docker"] as const) {
-    // OCI's mediaType within the manifest is optional: then the shape of the JSON is all that there is.
+    // OCI's mediaType within the manifest is optional: then the shape of the JSON is all that there
+    // is.
     const bare = (manifest: object) => ({ ...manifest, mediaType: undefined });
     const index = makeMultiPlatform(["linux/amd64"], {
       format,
@@ -400,7 +408,8 @@ test("a block page under 200 is not a manifest", async (t) => {
 });
 
 test("configs were once labelled text/html, application/json, octet-stream or nothing", async (t) => {
-  // moby/moby#30083, #22378; distribution/distribution#1621. Docker takes these four for an image's config.
+  // moby/moby#30083, #22378; distribution/distribution#1621. Docker takes these four for an image's
+  // config.
   for (const mediaType of ["text/html", "application/json", "application/octet-stream", ""]) {
     const old = makeImage({
       format: "docker",
@@ -419,8 +428,8 @@ test("configs were once labelled text/html, application/json, octet-stream or no
 });
 
 test("HEAD comes without a digest (ECR, Red Hat), or without a length (Harbor)", async (t) => {
-  // distribution/distribution#3792 (ECR), containerd/containerd#3238 (Red Hat), goharbor/harbor#13793;
-  // harrisonwang/wharf#11 (a length of 0).
+  // distribution/distribution#3792 (ECR), containerd/containerd#3238 (Red Hat),
+  // goharbor/harbor#13793; harrisonwang/wharf#11 (a length of 0).
   const { registry, reference } = await serve(t);
   const expected = { mediaType: image.mediaType, digest: image.digest, size: image.bytes.length };
   const faults = [
@@ -491,7 +500,8 @@ test("Trow and others tell no length", async (t) => {
 // ====== Errors ======
 
 test("a registry that finds no type acceptable is asked for any", async (t) => {
-  // deitch/docker_registry2#40: 406 to a config that is asked for with the types of manifests; Nexus to manifests.
+  // deitch/docker_registry2#40: 406 to a config that is asked for with the types of manifests;
+  // Nexus to manifests.
   const accept = "application/vnd.oci.image.manifest.v1+json";
   const index = makeMultiPlatform(["linux/amd64", "linux/arm64"]);
   const choosy = {
@@ -517,7 +527,8 @@ test("a registry that finds no type acceptable is asked for any", async (t) => {
 });
 
 describe("what a storage host says where it refuses", () => {
-  // moby/moby#31327: S3's and Azure's XML; what else is markup is a page that nobody wants in a terminal.
+  // moby/moby#31327: S3's and Azure's XML; what else is markup is a page that nobody wants in a
+  // terminal.
   const REFUSALS: [name: string, body: string, said: RegExp][] = [
     [
       "S3",

@@ -1,4 +1,5 @@
-// The same command after kill -9, Ctrl-C, damage, a full disk: only the rest is fetched; tars are sources.
+// The same command after kill -9, Ctrl-C, damage, a full disk: only the rest is fetched; tars are
+// sources.
 import assert from "node:assert/strict";
 import {
   existsSync,
@@ -168,7 +169,10 @@ interface Damage {
   atMost: number;
 }
 
-/** Interrupted with MIDDLE and SMALL whole and so much of LARGE; the config is small enough to forget. */
+/**
+ * Interrupted with MIDDLE and SMALL whole and so much of LARGE; the config is small enough to
+ * forget.
+ */
 const HELD_OF_LARGE = 3_000_000;
 const REST = 5_000_000 - HELD_OF_LARGE;
 

@@ -1,4 +1,5 @@
-// Tars at hand: an existing DEST and --reuse are sources that are not believed, --since leaves out layers.
+// Tars at hand: an existing DEST and --reuse are sources that are not believed, --since leaves out
+// layers.
 import assert from "node:assert/strict";
 import { spawnSync } from "node:child_process";
 import {
@@ -143,7 +144,9 @@ for (const [name, content] of Object.entries({
   });
 }
 
-/** Archives as other programs lay them out. Only what is named by its own digest can be looked up. */
+/**
+ * Archives as other programs lay them out. Only what is named by its own digest can be looked up.
+ */
 function foreignArchives(image: TestImage): Record<string, [string, Buffer][]> {
   const hex = (digest: string): string => digest.slice("sha256:".length);
   const { config, configBytes, layers } = image;
@@ -281,7 +284,10 @@ test("--since leaves out the layers that the tar holds, and says what the delta 
   assert.equal(described.Layers.length, 3, "manifest.json names the layers that are left out too");
 });
 
-/** docker finds a layer by all those below it (moby/moby#18723), so a layer is only there at the bottom. */
+/**
+ * docker finds a layer by all those below it (moby/moby#18723), so a layer is only there at the
+ * bottom.
+ */
 test("--since leaves out what stands at the bottom of an image that the base loads, and nothing else", async (t) => {
   const [os1, os2, lib, app] = ["os1", "os2", "lib", "app"].map((seed) => makeLayer({ seed }));
   assert.ok(os1 && os2 && lib && app);

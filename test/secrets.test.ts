@@ -1,5 +1,6 @@
-// No secret in any output or file: first where each of them is put to use, then in all that the whole suite has seen
-// (build.mjs runs this file last, when the other files have ended). No stack trace either: that would be a bug.
+// No secret in any output or file: first where each of them is put to use, then in all that the
+// whole suite has seen (build.mjs runs this file last, when the other files have ended). No stack
+// trace either: that would be a bug.
 import assert from "node:assert/strict";
 import { existsSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
@@ -362,7 +363,8 @@ test("no secret in a Puller that somebody logs", () => {
 test("no secret and no stack trace in all that the suite has seen", () => {
   const seen = seenOutput();
   assert(seen.size > 0, "nothing was kept");
-  // build.mjs says so when all test files have run before this one: then the search is not of this file's output only.
+  // build.mjs says so when all test files have run before this one: then the search is not of this
+  // file's output only.
   if (process.env.IMGPULL_SUITE === "whole")
     assert(seen.size > 5, `output of ${seen.size} test files only`);
   const found = [...seen].flatMap(([file, text]) => {

@@ -1,6 +1,6 @@
-// Registries, token services and mirrors made up at random: whatever they do, a pull that can succeed does, within few
-// requests, and no credential is at a wrong place. Each run has a seed of its own, which it prints: IMGPULL_SEED repeats
-// it, IMGPULL_STORM makes it so many times longer.
+// Registries, token services and mirrors made up at random: whatever they do, a pull that can
+// succeed does, within few requests, and no credential is at a wrong place. Each run has a seed of
+// its own, which it prints: IMGPULL_SEED repeats it, IMGPULL_STORM makes it so many times longer.
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import { SECRETS, type TestScope, USER } from "./support/command.ts";

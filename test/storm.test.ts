@@ -1,6 +1,7 @@
-// Chance against the promises of the front page: odd peers, mutated tars, runs that are killed, stopped and started on top
-// of each other. Each part runs for its share of IMGPULL_STORM_SECONDS (4 at a developer's, 60 in CI) from a fresh seed;
-// what it prints on a failure, `IMGPULL_SEED=…`, does the same again.
+// Chance against the promises of the front page: odd peers, mutated tars, runs that are killed,
+// stopped and started on top of each other. Each part runs for its share of IMGPULL_STORM_SECONDS
+// (4 at a developer's, 60 in CI) from a fresh seed; what it prints on a failure, `IMGPULL_SEED=…`,
+// does the same again.
 import assert from "node:assert/strict";
 import { existsSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
@@ -25,7 +26,10 @@ const SEED = process.env.IMGPULL_SEED ?? String(Math.floor(Math.random() * 1e9))
 const SECONDS = Number(process.env.IMGPULL_STORM_SECONDS ?? "4");
 console.log(`storm: IMGPULL_SEED=${SEED} for ${SECONDS} s`);
 
-/** Rounds until its share of the time is over, at least two; each from a seed of its own, which a failure names. */
+/**
+ * Rounds until its share of the time is over, at least two; each from a seed of its own, which a
+ * failure names.
+ */
 async function storm(
   t: TestContext,
   share: number,
@@ -269,7 +273,9 @@ function readOptional(file: string): Buffer | undefined {
 
 const SMALL = makeImage({ seed: "storm tar", layers: [9000, 4000] });
 
-/** A tar in which some bytes are others, most of them where they count: in headers and documents. */
+/**
+ * A tar in which some bytes are others, most of them where they count: in headers and documents.
+ */
 function mutateTar(random: Random, tar: Buffer): Buffer {
   const bytes = Buffer.from(tar);
   for (let left = random.integer(1, 4); left > 0; left -= 1) {

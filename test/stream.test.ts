@@ -1,4 +1,5 @@
-// DEST is -: the same tar on stdout, in order, with bounded read-ahead; what is no file is not written to.
+// DEST is -: the same tar on stdout, in order, with bounded read-ahead; what is no file is not
+// written to.
 import assert from "node:assert/strict";
 import { spawn, spawnSync } from "node:child_process";
 import { existsSync, lstatSync, readdirSync, readFileSync, symlinkSync } from "node:fs";
@@ -156,7 +157,8 @@ test("a slow reader holds the line back: read-ahead and memory are bounded", {
   assert.equal(exitCode, 0);
   filesOf(tar);
   assert.ok(aheadBytes > 8 * MIB, `the reader was not slow: ${aheadBytes} bytes ahead`);
-  // The window, and what Linux may hold in the sockets of one connection: 32 MiB to read, 4 MiB to send.
+  // The window, and what Linux may hold in the sockets of one connection: 32 MiB to read, 4 MiB to
+  // send.
   assert.ok(
     aheadBytes < internals.TUNING.streamWindowBytes + 48 * MIB,
     `${aheadBytes} bytes ahead of the reader`,

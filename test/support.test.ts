@@ -1,4 +1,5 @@
-// The test support is tested on its own: a fault that does not happen would let every other test pass.
+// The test support is tested on its own: a fault that does not happen would let every other test
+// pass.
 import assert from "node:assert/strict";
 import { spawnSync } from "node:child_process";
 import { createPublicKey, X509Certificate } from "node:crypto";

@@ -1,5 +1,5 @@
-// The tar that is written: its headers against those of GNU tar, the plan of one larger than any disk here, the bytes of
-// real pulls, and the reader for tars that other programs made.
+// The tar that is written: its headers against those of GNU tar, the plan of one larger than any
+// disk here, the bytes of real pulls, and the reader for tars that other programs made.
 import assert from "node:assert/strict";
 import { spawnSync } from "node:child_process";
 import {
@@ -74,7 +74,10 @@ function gnuHeader(folder: string, name: string, sizeBytes: number, format: stri
   return stdout.subarray(0, stdout[156] === "x".charCodeAt(0) ? 1536 : 512);
 }
 
-/** POSIX leaves the device numbers of what is no device open: GNU writes zeros into pax headers, we write "0000000". */
+/**
+ * POSIX leaves the device numbers of what is no device open: GNU writes zeros into pax headers, we
+ * write "0000000".
+ */
 function withoutDeviceNumbers(header: Buffer): Buffer {
   const copy = Buffer.from(header);
   if (copy[156] !== "x".charCodeAt(0)) return copy;
@@ -311,7 +314,10 @@ function filesOf(tar: Buffer): Map<string, Buffer> {
 
 const jsonOf = (files: Map<string, Buffer>, name: string) => JSON.parse(String(files.get(name)));
 
-/** Every descriptor reachable from index.json is in the tar with its size and digest, and manifest.json's files too. */
+/**
+ * Every descriptor reachable from index.json is in the tar with its size and digest, and
+ * manifest.json's files too.
+ */
 function assertClosed(files: Map<string, Buffer>): void {
   const visit = (descriptor: { digest: string; size: number; mediaType: string }): void => {
     const bytes = files.get(blobName(descriptor.digest));

@@ -1,5 +1,6 @@
-// Section 6: one request. Redirects, certificates, proxies, silence, what is too large, what is encoded; that
-// credentials stay with their origin is tested here for redirects and proxies, in auth.test.ts for tokens.
+// Section 6: one request. Redirects, certificates, proxies, silence, what is too large, what is
+// encoded; that credentials stay with their origin is tested here for redirects and proxies, in
+// auth.test.ts for tokens.
 import assert from "node:assert/strict";
 import { once } from "node:events";
 import { existsSync, mkdirSync, writeFileSync } from "node:fs";
@@ -31,7 +32,10 @@ const image = makeImage({ seed: "transport", layers: [8192, 8192] });
 const authority = makeAuthority();
 const tls = authority.issueServer();
 
-/** The time-out of these tests: long enough for an answer on a busy machine, which retries make up for anyway. */
+/**
+ * The time-out of these tests: long enough for an answer on a busy machine, which retries make up
+ * for anyway.
+ */
 const SOON = 500;
 
 async function serve(t: TestScope, options: RegistryOptions = {}) {
@@ -56,7 +60,10 @@ const trust = (t: TestScope) => ({ caCert: pemFiles(t, { "ca.pem": authority.cer
 
 // ====== Redirects ======
 
-/** The servers of signed URLs in the order of their requests, each with whether it was shown credentials. */
+/**
+ * The servers of signed URLs in the order of their requests, each with whether it was shown
+ * credentials.
+ */
 function shownAt(registry: Registry): string[] {
   return registry
     .storageRequests()

@@ -1,5 +1,6 @@
-// Section 6, certificates: whom imgpull trusts beside whole authorities, what one unreadable certificate costs, and the
-// words for what a user has named wrongly. The servers are real; nothing is asked of one that is not trusted.
+// Section 6, certificates: whom imgpull trusts beside whole authorities, what one unreadable
+// certificate costs, and the words for what a user has named wrongly. The servers are real; nothing
+// is asked of one that is not trusted.
 import assert from "node:assert/strict";
 import { generateKeyPairSync } from "node:crypto";
 import { mkdirSync, writeFileSync } from "node:fs";

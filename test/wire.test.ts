@@ -1,5 +1,6 @@
-// What peers put on the wire, section 6: answers that Node's strict parser refuses and other clients take, at the
-// registry's, the token service's and the proxy's; and what nobody should take, in clear words and without retries.
+// What peers put on the wire, section 6: answers that Node's strict parser refuses and other
+// clients take, at the registry's, the token service's and the proxy's; and what nobody should
+// take, in clear words and without retries.
 import assert from "node:assert/strict";
 import { connect } from "node:net";
 import { describe, test } from "node:test";

@@ -89,7 +89,10 @@ export function oldDockerSave(image: TestImage, tags: string[] | null = ["team/a
   ];
 }
 
-/** skopeo's docker-archive: plain layers by their own digest, and docker's old names as links to them. */
+/**
+ * skopeo's docker-archive: plain layers by their own digest, and docker's old names as links to
+ * them.
+ */
 export function skopeoDockerArchive(image: TestImage): Entry[] {
   const name = ({ digest }: TestLayer) => `${hexOf(digest)}.tar`;
   const unique = [...new Map(image.layers.map((layer) => [layer.digest, layer])).values()];

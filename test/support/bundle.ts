@@ -1,4 +1,5 @@
-// Three images, two of them on one base, on one registry; and the entries of index.json and manifest.json.
+// Three images, two of them on one base, on one registry; and the entries of index.json and
+// manifest.json.
 import assert from "node:assert/strict";
 import type { TestContext } from "node:test";
 import { type CommandOptions, type CommandResult, runCommand, temporaryFolder } from "./command.ts";

@@ -1,4 +1,5 @@
-// X.509 certificates for the test servers, made in memory: an encoder of the little DER that they need.
+// X.509 certificates for the test servers, made in memory: an encoder of the little DER that they
+// need.
 import { createHash, generateKeyPairSync, type KeyObject, sign } from "node:crypto";
 
 export interface Identity {
@@ -128,7 +129,10 @@ function issue(
 
 const pem = (key: KeyObject) => key.export({ type: "pkcs8", format: "pem" }).toString();
 
-/** A certificate authority of its own; those that it issues hold from 2020 to 2099 unless told otherwise. */
+/**
+ * A certificate authority of its own; those that it issues hold from 2020 to 2099 unless told
+ * otherwise.
+ */
 export function makeAuthority(commonName = "imgpull test CA"): Authority {
   const pair = generateKeyPairSync("ec", { namedCurve: "P-256" });
   const self: Issuer = { name: commonName, ...pair };

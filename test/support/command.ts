@@ -14,7 +14,10 @@ import { join, resolve } from "node:path";
 
 // ====== Secrets ======
 
-/** Every secret that a test uses: none may ever be seen in an output or a file. USER is not one of them. */
+/**
+ * Every secret that a test uses: none may ever be seen in an output or a file. USER is not one of
+ * them.
+ */
 export const SECRETS = {
   password: "s3cr3t-password-kX81vQ",
   /** What --token is given, and what a registry with `auth.outsideToken` takes as `Basic TOKEN`. */
@@ -29,7 +32,10 @@ export const SECRETS = {
 
 export const USER = "tester";
 
-/** The secrets in each form in which they could leak: plain, and as part of a Base64 text at each of its alignments. */
+/**
+ * The secrets in each form in which they could leak: plain, and as part of a Base64 text at each of
+ * its alignments.
+ */
 export function secretForms(): string[] {
   return Object.values(SECRETS).flatMap((secret) => [
     secret,
@@ -47,7 +53,10 @@ export function secretForms(): string[] {
 export const SEEN_OUTPUT_FOLDER = resolve("build/test-output");
 const SEEN_AT_MOST = 1024 * 1024;
 
-/** Keeps an output for the search for secrets at the end of the suite (of a tar on stdout, only the first MiB). */
+/**
+ * Keeps an output for the search for secrets at the end of the suite (of a tar on stdout, only the
+ * first MiB).
+ */
 export function recordOutput(output: Buffer | string): void {
   mkdirSync(SEEN_OUTPUT_FOLDER, { recursive: true });
   appendFileSync(
@@ -115,14 +124,19 @@ export interface RunningCommand {
 
 export const COMMAND_PATH = resolve("dist/imgpull.cjs");
 const { IMGPULL_BINARY } = process.env;
-/** How the command is run: by node as a script or, where IMGPULL_BINARY names one, as a binary of its own. */
+/**
+ * How the command is run: by node as a script or, where IMGPULL_BINARY names one, as a binary of
+ * its own.
+ */
 export const COMMAND: [string, ...string[]] = IMGPULL_BINARY
   ? [resolve(IMGPULL_BINARY)]
   : [process.execPath, COMMAND_PATH];
 
 let emptyHome: string | undefined;
 
-/** PATH, a HOME and an XDG_RUNTIME_DIR without any file: no proxy, no credentials, no NODE_OPTIONS. */
+/**
+ * PATH, a HOME and an XDG_RUNTIME_DIR without any file: no proxy, no credentials, no NODE_OPTIONS.
+ */
 export function cleanEnvironment(): Record<string, string> {
   if (emptyHome === undefined) {
     const made = mkdtempSync(join(tmpdir(), "imgpull-home-"));

@@ -1,5 +1,5 @@
-// Test images as plain data: deterministic bytes (seeded, no clock), real tars in real gzip or zstd frames, made
-// without the module under test, so that tests compare it with something else.
+// Test images as plain data: deterministic bytes (seeded, no clock), real tars in real gzip or zstd
+// frames, made without the module under test, so that tests compare it with something else.
 import { createCipheriv, createHash } from "node:crypto";
 import { crc32 } from "node:zlib";
 
@@ -61,7 +61,10 @@ export interface ManifestBytes {
   bytes: Buffer;
 }
 
-/** Anything that a registry can hold under a tag: `manifests` has this manifest and every one below it. */
+/**
+ * Anything that a registry can hold under a tag: `manifests` has this manifest and every one below
+ * it.
+ */
 export interface TestContent {
   mediaType: string;
   digest: string;
@@ -155,7 +158,10 @@ export function writeLink(name: string, target: string): Buffer {
 
 export interface TarEntry {
   name: string;
-  /** Where the entry's first header begins (a PAX header counts as part of its entry), and where its bytes begin. */
+  /**
+   * Where the entry's first header begins (a PAX header counts as part of its entry), and where its
+   * bytes begin.
+   */
   headerOffset: number;
   offset: number;
   size: number;
@@ -206,7 +212,10 @@ function readHeader(header: Buffer, at: number): TarEntry {
   };
 }
 
-/** A strict reader: checksums, PAX path and size, padding and the end of two zero blocks, or it throws. */
+/**
+ * A strict reader: checksums, PAX path and size, padding and the end of two zero blocks, or it
+ * throws.
+ */
 export function readTar(tar: Buffer): TarEntry[] {
   const entries: TarEntry[] = [];
   let pax = new Map<string, string>();
@@ -242,8 +251,9 @@ export function readTar(tar: Buffer): TarEntry[] {
 }
 
 // ====== Compression ======
-// Stored blocks only: zlib's compressed output differs between Node versions, and with it every digest; and stored
-// blocks have a size that is known beforehand. Both formats have a place for filling up to the byte.
+// Stored blocks only: zlib's compressed output differs between Node versions, and with it every
+// digest; and stored blocks have a size that is known beforehand. Both formats have a place for
+// filling up to the byte.
 
 function gzipStored(tar: Buffer, fillBytes: number): Buffer {
   const header = Buffer.from([0x1f, 0x8b, 8, fillBytes ? 4 : 0, 0, 0, 0, 0, 0, 255]);
@@ -267,7 +277,10 @@ function gzipStored(tar: Buffer, fillBytes: number): Buffer {
   return Buffer.concat([...parts, trailer]);
 }
 
-/** RFC 8878 by hand, because Node 20 has no zstd: raw blocks in a frame of 128 KiB windows, and a skippable frame. */
+/**
+ * RFC 8878 by hand, because Node 20 has no zstd: raw blocks in a frame of 128 KiB windows, and a
+ * skippable frame.
+ */
 function zstdStored(tar: Buffer, fillBytes: number): Buffer {
   const parts: Buffer[] = [Buffer.from([0x28, 0xb5, 0x2f, 0xfd, 0x00, 0x38])];
   for (let at = 0; at < tar.length; at += 131072) {
@@ -290,16 +303,25 @@ function zstdStored(tar: Buffer, fillBytes: number): Buffer {
 export type Compression = "gzip" | "zstd" | "none";
 
 export interface LayerOptions {
-  /** Size of the blob: to the byte for gzip and zstd, rounded down to 512 for "none". At least 4096; default 8192. */
+  /**
+   * Size of the blob: to the byte for gzip and zstd, rounded down to 512 for "none". At least 4096;
+   * default 8192.
+   */
   sizeBytes?: number;
   /** Same seed, same options: same layer. */
   seed?: string;
   compression?: Compression;
   format?: Format;
   algorithm?: Algorithm;
-  /** Further files of the layer, beside `etc/<seed>.txt` (which holds the seed) and the filling `data/<seed>.bin`. */
+  /**
+   * Further files of the layer, beside `etc/<seed>.txt` (which holds the seed) and the filling
+   * `data/<seed>.bin`.
+   */
   files?: Record<string, string | Buffer>;
-  /** Makes it a foreign (non-distributable) layer. Give registry.add `{ without: [digest] }` to keep the blob away. */
+  /**
+   * Makes it a foreign (non-distributable) layer. Give registry.add `{ without: [digest] }` to keep
+   * the blob away.
+   */
   urls?: string[];
   mediaType?: string;
   annotations?: Record<string, string>;
@@ -360,7 +382,10 @@ export function makeLayer(options: LayerOptions = {}): TestLayer {
 
 // ====== Manifests ======
 
-/** Any manifest whatever, schema 1 and nonsense included; `content` is sent as it is, or as its JSON. */
+/**
+ * Any manifest whatever, schema 1 and nonsense included; `content` is sent as it is, or as its
+ * JSON.
+ */
 export function makeManifest(
   mediaType: string,
   content: unknown,
@@ -377,10 +402,15 @@ export interface ImageOptions {
   format?: Format;
   /** `os/architecture[/variant]`; default linux/amd64. */
   platform?: string;
-  /** Sizes in bytes, options, or layers made before (to share them between images); default two layers. */
+  /**
+   * Sizes in bytes, options, or layers made before (to share them between images); default two
+   * layers.
+   */
   layers?: (number | LayerOptions | TestLayer)[];
   algorithm?: Algorithm;
-  /** What it returns takes the place of the config or manifest: a Buffer as it is, all else as JSON. */
+  /**
+   * What it returns takes the place of the config or manifest: a Buffer as it is, all else as JSON.
+   */
   editConfig?: (config: Record<string, unknown>) => unknown;
   editManifest?: (manifest: ManifestJson) => unknown;
 }
@@ -460,7 +490,10 @@ export interface IndexOptions {
   editIndex?: (index: IndexJson) => unknown;
 }
 
-/** An index of images, indexes (nested), artifacts; a makeAttestation() child gets its unknown/unknown entry. */
+/**
+ * An index of images, indexes (nested), artifacts; a makeAttestation() child gets its
+ * unknown/unknown entry.
+ */
 export function makeIndex(
   children: (TestContent | IndexEntry)[],
   options: IndexOptions = {},
@@ -502,7 +535,10 @@ export interface MultiPlatformOptions extends Omit<ImageOptions, "platform"> {
   attestations?: boolean;
 }
 
-/** One image a platform (other layers each), under one index. `children` are in the order of `platforms`. */
+/**
+ * One image a platform (other layers each), under one index. `children` are in the order of
+ * `platforms`.
+ */
 export function makeMultiPlatform(
   platforms: string[],
   options: MultiPlatformOptions = {},
@@ -515,7 +551,10 @@ export function makeMultiPlatform(
   return makeIndex([...images, ...attestations], options);
 }
 
-/** BuildKit's form of provenance: a manifest with an in-toto statement, listed for the platform unknown/unknown. */
+/**
+ * BuildKit's form of provenance: a manifest with an in-toto statement, listed for the platform
+ * unknown/unknown.
+ */
 export function makeAttestation(image: TestImage): IndexEntry {
   const statement = Buffer.from(
     JSON.stringify({ _type: "https://in-toto.io/Statement/v0.1", subject: image.digest }),

@@ -1,4 +1,5 @@
-// Proxies that people run, and what they take for one: tinyproxy, haproxy's TLS before another, a SOCKS server.
+// Proxies that people run, and what they take for one: tinyproxy, haproxy's TLS before another, a
+// SOCKS server.
 import { connect } from "node:net";
 import { join } from "node:path";
 import { setTimeout as pause } from "node:timers/promises";
@@ -105,8 +106,10 @@ async function whenListening(service: ProxyService): Promise<ProxyService> {
   throw new Error(`nobody listens on ${service.host}:\n${service.log()}`);
 }
 
-/** A TLS server that does not know RFC 5746, as middleboxes are; it listens on every address, so only in a network
- *  of its own, in which `command` is run too. */
+/**
+ * A TLS server that does not know RFC 5746, as middleboxes are; it listens on every address, so
+ * only in a network of its own, in which `command` is run too.
+ */
 export function besideLegacyTls(tls: ServerTls, command: readonly string[]): string[] {
   const folder = interopFolder("gnutls");
   const files = writeFiles(folder, { "cert.pem": tls.cert, "key.pem": tls.key });

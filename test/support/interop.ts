@@ -1,6 +1,6 @@
-// Real programs for the interop tests: docker-registry, dockerd, containerd, squid and nginx, started by the tests on
-// loopback, and the commands that load images. Each has its state in a temporary folder of its own, and ends with the
-// test process, however that ends.
+// Real programs for the interop tests: docker-registry, dockerd, containerd, squid and nginx,
+// started by the tests on loopback, and the commands that load images. Each has its state in a
+// temporary folder of its own, and ends with the test process, however that ends.
 import assert from "node:assert/strict";
 import { type ChildProcess, execFile, spawn } from "node:child_process";
 import { createPrivateKey } from "node:crypto";
@@ -51,8 +51,8 @@ function isInstalled(program: string): boolean {
 }
 
 /**
- * For node:test's `skip`: why tests that need these programs (and root) can't run here, or false. With
- * IMGPULL_INTEROP=required, as CI sets it, throws instead: there nothing may be skipped.
+ * For node:test's `skip`: why tests that need these programs (and root) can't run here, or false.
+ * With IMGPULL_INTEROP=required, as CI sets it, throws instead: there nothing may be skipped.
  */
 export function skipWithout(...programs: string[]): string | false {
   const missing = programs.filter((program) => !isInstalled(program));
@@ -91,13 +91,19 @@ export interface RunOptions {
 
 let home: string | undefined;
 
-/** None of this machine's settings: no proxy, no credentials; HOME, and the TMPDIR that skopeo fills, are new. */
+/**
+ * None of this machine's settings: no proxy, no credentials; HOME, and the TMPDIR that skopeo
+ * fills, are new.
+ */
 export function toolEnvironment(): Record<string, string> {
   home ??= interopFolder("home");
   return { PATH: SEARCH_PATH, HOME: home, TMPDIR: home, XDG_RUNTIME_DIR: home, LANG: "C.UTF-8" };
 }
 
-/** Runs a program to its end and gives its stdout; a failure is an error with everything that it printed. */
+/**
+ * Runs a program to its end and gives its stdout; a failure is an error with everything that it
+ * printed.
+ */
 export async function run(command: readonly string[], options: RunOptions = {}): Promise<string> {
   const [program = "", ...args] = command;
   const running = promisify(execFile)(program, args, {
@@ -125,9 +131,10 @@ export async function imgpull(args: string[], options: CommandOptions = {}): Pro
 
 // ====== Services ======
 
-// The shell ends the service (and only it, by its pid) when a signal's name comes on its stdin, or when its stdin ends
-// because the test process is gone, by SIGKILL too: no daemon outlives the tests. In the second case nobody else tidies up:
-// it removes the service's folder and, as the last of them, the folder of all. What lies in /dev/shm it removes in both.
+// The shell ends the service (and only it, by its pid) when a signal's name comes on its stdin, or
+// when its stdin ends because the test process is gone, by SIGKILL too: no daemon outlives the
+// tests. In the second case nobody else tidies up: it removes the service's folder and, as the last
+// of them, the folder of all. What lies in /dev/shm it removes in both.
 const GUARDIAN = `
 default=$1 folder=$2 shared=$3; shift 3
 exec 3<&0
@@ -195,14 +202,18 @@ export class Service {
     );
   }
 
-  /** What it has printed since its last start, then its access log (squid, nginx), if it has one. */
+  /**
+   * What it has printed since its last start, then its access log (squid, nginx), if it has one.
+   */
   log(): string {
     const access = join(this.folder, "access.log");
     const printed = readFileSync(join(this.folder, "output.log"), "latin1").slice(this.#logStart);
     return printed + (existsSync(access) ? readFileSync(access, "latin1") : "");
   }
 
-  /** Waits until the log matches: programs write about a request only after they have answered it. */
+  /**
+   * Waits until the log matches: programs write about a request only after they have answered it.
+   */
   async logged(pattern: RegExp, guardMs = 60_000): Promise<RegExpMatchArray> {
     for (const end = Date.now() + guardMs; ; ) {
       const wasRunning = this.isRunning;
@@ -245,7 +256,10 @@ export function writeFiles<Name extends string>(
   return paths;
 }
 
-/** squid and nginx refuse port 0: takes one that is free now, and another if it was gone when they came to listen. */
+/**
+ * squid and nginx refuse port 0: takes one that is free now, and another if it was gone when they
+ * came to listen.
+ */
 export async function startOnFreePort<Started extends Service>(
   make: (port: number) => Started,
 ): Promise<Started> {
@@ -305,7 +319,10 @@ export interface ServedBlob {
   status: number;
 }
 
-/** Debian's docker-registry (distribution 2.8). `stop("SIGKILL")` drops what it sends; `restart()` keeps its port. */
+/**
+ * Debian's docker-registry (distribution 2.8). `stop("SIGKILL")` drops what it sends; `restart()`
+ * keeps its port.
+ */
 export class RealRegistry extends Service {
   port = 0;
   readonly storage: string;
@@ -413,7 +430,10 @@ export async function startRealRegistry(options: RealRegistryOptions = {}): Prom
   return registry;
 }
 
-/** go-containerregistry's, in memory, with the referrers endpoint; CI builds it from referrers-registry.go. */
+/**
+ * go-containerregistry's, in memory, with the referrers endpoint; CI builds it from
+ * referrers-registry.go.
+ */
 export async function startReferrersRegistry(): Promise<RealRegistry> {
   const folder = interopFolder("referrers-registry");
   const registry = new RealRegistry(
@@ -499,7 +519,10 @@ export class TokenServer extends Service {
   }
 }
 
-/** The one of docker/distribution 2.8: Basic for tokens, OAuth2 for identity tokens; a user owns USER/…. */
+/**
+ * The one of docker/distribution 2.8: Basic for tokens, OAuth2 for identity tokens; a user owns
+ * USER/….
+ */
 export async function startTokenServer(account: Account, authority: ServerTls) {
   const folder = interopFolder("token-server");
   const key = createPrivateKey(authority.key).export({ type: "sec1", format: "pem" }).toString();
@@ -532,9 +555,15 @@ export async function startTokenServer(account: Account, authority: ServerTls) {
 
 export interface SquidOptions {
   account?: Account;
-  /** Names that only the proxy can resolve: imgpull never sends loopback through a proxy, so tests need a name. */
+  /**
+   * Names that only the proxy can resolve: imgpull never sends loopback through a proxy, so tests
+   * need a name.
+   */
   hosts?: Record<string, string>;
-  /** In place of a forward proxy without a cache: a cache before the server on this port of 127.0.0.1. */
+  /**
+   * In place of a forward proxy without a cache: a cache before the server on this port of
+   * 127.0.0.1.
+   */
   cacheOf?: number;
 }
 
@@ -551,10 +580,14 @@ export class Squid extends Service {
   }
 }
 
-/** A forward proxy without a cache: CONNECT to any port, and absolute-form requests. Its access log names each. */
+/**
+ * A forward proxy without a cache: CONNECT to any port, and absolute-form requests. Its access log
+ * names each.
+ */
 export async function startSquid(options: SquidOptions = {}): Promise<Squid> {
   const folder = interopFolder("squid");
-  // It gives up root's rights for the user proxy, who writes the access log here and reads what follows.
+  // It gives up root's rights for the user proxy, who writes the access log here and reads what
+  // follows.
   chmodSync(folder, 0o777);
   const { account, hosts = {}, cacheOf } = options;
   const cache =
@@ -723,7 +756,9 @@ export class Containerd extends Service {
     return join(this.folder, "containerd.sock");
   }
 
-  /** `import` and `mount` take `--snapshotter native`, which needs no overlayfs below its folder. */
+  /**
+   * `import` and `mount` take `--snapshotter native`, which needs no overlayfs below its folder.
+   */
   ctr(...args: string[]): Promise<string> {
     return run(["ctr", "--address", this.address, ...args]);
   }
@@ -775,7 +810,10 @@ export class Docker extends Service {
   }
 }
 
-/** dockerd for images only: without the network that running a container needs. Stop it before containerd. */
+/**
+ * dockerd for images only: without the network that running a container needs. Stop it before
+ * containerd.
+ */
 export async function startDocker(containerd: Containerd): Promise<Docker> {
   const folder = interopFolder("docker");
   const host = `unix://${join(folder, "docker.sock")}`;
@@ -850,7 +888,10 @@ export interface UmociImage {
   layers: ((rootfs: string) => void)[];
 }
 
-/** Makes an OCI image, its layers packed by umoci, and gives back the folder with its root file system. */
+/**
+ * Makes an OCI image, its layers packed by umoci, and gives back the folder with its root file
+ * system.
+ */
 export async function makeUmociImage(image: UmociImage): Promise<string> {
   const name = `${image.layout}:${image.tag}`;
   const bundle = join(interopFolder("umoci"), "bundle");
@@ -920,10 +961,13 @@ export async function takeFromContainerd(
   return rootfs;
 }
 
-/** Every path below a folder with what it is: `file 644 sha256:…`, `folder 755`, `link → target`. */
+/**
+ * Every path below a folder with what it is: `file 644 sha256:…`, `folder 755`, `link → target`.
+ */
 export function treeOf(folder: string): Map<string, string> {
   const tree = new Map<string, string>();
-  // Not readdir's `recursive`, which in some versions follows links to folders (nodejs/node#51858, #55714).
+  // Not readdir's `recursive`, which in some versions follows links to folders (nodejs/node#51858,
+  // #55714).
   const walk = (below: string): void => {
     for (const name of readdirSync(join(folder, below))) {
       const path = join(below, name);

@@ -1,4 +1,5 @@
-// The command that pulls into app.tar: run to its end, or ended by a signal when so many bytes have come.
+// The command that pulls into app.tar: run to its end, or ended by a signal when so many bytes have
+// come.
 import assert from "node:assert/strict";
 import { readFileSync, writeFileSync } from "node:fs";
 import { type CommandResult, runCommand, startCommand } from "./command.ts";

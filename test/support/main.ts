@@ -1,4 +1,5 @@
-// The command's own main() within the test's process: a case costs a millisecond instead of a process.
+// The command's own main() within the test's process: a case costs a millisecond instead of a
+// process.
 import { Readable, Writable } from "node:stream";
 import { main } from "../../imgpull.ts";
 import { cleanEnvironment, recordOutput } from "./command.ts";

@@ -1,5 +1,5 @@
-// Node executables of the lines that the script promises to run on, from npm's packages of them. Kept under build/,
-// where the next run finds them.
+// Node executables of the lines that the script promises to run on, from npm's packages of them.
+// Kept under build/, where the next run finds them.
 import { execFile } from "node:child_process";
 import { existsSync, mkdirSync, mkdtempSync, renameSync, rmSync } from "node:fs";
 import { dirname, join, resolve } from "node:path";
@@ -53,8 +53,8 @@ type NodeExecutable = { path: string } | { missing: string };
 const known = new Map<string, Promise<NodeExecutable>>();
 
 /**
- * The executable of a version; or, where it cannot be fetched, a reason to skip. With IMGPULL_INTEROP=required, as CI
- * sets it, that is an error.
+ * The executable of a version; or, where it cannot be fetched, a reason to skip. With
+ * IMGPULL_INTEROP=required, as CI sets it, that is an error.
  */
 export function nodeExecutable(version: string, target = HOST_TARGET): Promise<NodeExecutable> {
   const name = `${target} ${version}`;

@@ -1,5 +1,5 @@
-// A forward proxy on loopback: CONNECT tunnels and absolute-form requests. imgpull never sends loopback through a
-// proxy, so tests give it names that only the proxy can resolve.
+// A forward proxy on loopback: CONNECT tunnels and absolute-form requests. imgpull never sends
+// loopback through a proxy, so tests give it names that only the proxy can resolve.
 import { once } from "node:events";
 import {
   createServer,

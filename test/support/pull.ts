@@ -1,5 +1,6 @@
-// Pulls within the test's own process: a clock that does not wait, an environment and a certs.d of the test's own, and
-// what has to be in a tar. All that a user would read is kept for the search for secrets at the end of the suite.
+// Pulls within the test's own process: a clock that does not wait, an environment and a certs.d of
+// the test's own, and what has to be in a tar. All that a user would read is kept for the search
+// for secrets at the end of the suite.
 import assert from "node:assert/strict";
 import { existsSync, readdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
@@ -22,7 +23,10 @@ import {
 } from "./image.ts";
 import { type Registry, type RegistryOptions, type Rule, startRegistry } from "./registry.ts";
 
-/** The name that every image gets, so that tars pulled from registries on several ports can be compared. */
+/**
+ * The name that every image gets, so that tars pulled from registries on several ports can be
+ * compared.
+ */
 export const NAME = "example.com/team/app:1.0";
 export const LINUX = { scheme: "http", osType: "linux", archType: "amd64" } as const;
 
@@ -38,7 +42,10 @@ export interface Served extends Destination {
   reference: string;
 }
 
-/** A registry with this content as team/app:1.0, and an empty folder for `dest`, which is app.tar in it. */
+/**
+ * A registry with this content as team/app:1.0, and an empty folder for `dest`, which is app.tar in
+ * it.
+ */
 export async function serve(
   t: TestScope,
   content: TestContent,
@@ -72,7 +79,9 @@ export interface PullOptions extends Partial<Omit<PullerOpts, "url">> {
 /** What a pull said and did besides its result, as far as it got. */
 interface Talk {
   warnings: string[];
-  /** Each wait before another attempt, in milliseconds; random is 1, so these are the longest ones. */
+  /**
+   * Each wait before another attempt, in milliseconds; random is 1, so these are the longest ones.
+   */
   waitsMs: number[];
 }
 
@@ -123,7 +132,10 @@ export interface Pulled extends Talk {
   fetchedBytes: number;
 }
 
-/** A pull over plain HTTP that is expected to end well: it throws what it fails with. The image is called NAME. */
+/**
+ * A pull over plain HTTP that is expected to end well: it throws what it fails with. The image is
+ * called NAME.
+ */
 export async function pull(
   reference: string,
   dest: string | NodeJS.WritableStream,
@@ -171,7 +183,10 @@ export function resultOf({
 /** The guard against hanging: the pull then ends as ABORTED. */
 const GUARD_MS = 20_000;
 
-/** A pull as `imgpull REFERENCE` makes it, which may fail; anything but an ImgpullError is a bug and fails the test. */
+/**
+ * A pull as `imgpull REFERENCE` makes it, which may fail; anything but an ImgpullError is a bug and
+ * fails the test.
+ */
 export async function tryPull(
   t: TestScope,
   reference: string,
@@ -185,7 +200,8 @@ export async function tryPull(
     const guarded = { signal: AbortSignal.timeout(GUARD_MS), ...options };
     outcome.result = resultOf(await run({ reference, name, dest: tar }, guarded, outcome));
   } catch (error) {
-    // With its causes and all their fields, as a program may log it; without the lines of the stack.
+    // With its causes and all their fields, as a program may log it; without the lines of the
+    // stack.
     recordOutput(`${inspect(error, { depth: 20 }).replace(/^ +at .*$/gm, "")}\n`);
     if (!(error instanceof ImgpullError)) throw error;
     outcome.error = error;
@@ -193,14 +209,19 @@ export async function tryPull(
   return outcome;
 }
 
-/** The first connection for a blob stops after so many bytes until there is another: this is what a line is to the
- *  module that is worth several connections. */
+/**
+ * The first connection for a blob stops after so many bytes until there is another: this is what a
+ * line is to the module that is worth several connections.
+ */
 export function makeSlow(registry: Registry, digest: string, after = 300_000): Rule {
   const until = registry.arrived({ digest }, 2);
   return registry.on({ digest, times: 1 }, { pause: { after, until } });
 }
 
-/** The error that something ends with; anything but an ImgpullError would be a stack trace for the user. */
+/**
+ * The error that something ends with; anything but an ImgpullError would be a stack trace for the
+ * user.
+ */
 export async function failure(running: Promise<unknown>): Promise<ImgpullError> {
   const error: unknown = await running.then(
     () => undefined,
@@ -238,7 +259,9 @@ export function blobBytes(image: TestImage): number {
   return [...image.blobs.values()].reduce((sum, { length }) => sum + length, 0);
 }
 
-/** The files of a tar by name, as a strict reader sees them, every blob compared with its digest. */
+/**
+ * The files of a tar by name, as a strict reader sees them, every blob compared with its digest.
+ */
 export function filesOf(tar: Buffer): Map<string, Buffer> {
   const entries = readTar(tar);
   const folders = entries.filter(({ type }) => type === "5");
@@ -310,7 +333,9 @@ export function assertUntouched({ folder, dest }: Destination): void {
 
 // ====== How a pull ended ======
 
-/** DEST is there with every manifest and blob of this image, byte for byte, and nothing beside it. */
+/**
+ * DEST is there with every manifest and blob of this image, byte for byte, and nothing beside it.
+ */
 export function assertPulled(outcome: Outcome, image: TestContent): void {
   if (outcome.error) throw outcome.error;
   const tar = readFileSync(outcome.tar);

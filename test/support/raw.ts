@@ -1,4 +1,5 @@
-// A server that writes what no HTTP library would, byte by byte: in front of a test registry, or alone.
+// A server that writes what no HTTP library would, byte by byte: in front of a test registry, or
+// alone.
 import { once } from "node:events";
 import { request as httpRequest, type IncomingHttpHeaders } from "node:http";
 import { type AddressInfo, createServer, type Socket } from "node:net";
@@ -33,7 +34,10 @@ export interface RawOptions {
   onConnection?: (socket: Socket) => void;
 }
 
-/** Calls `handle` for each head of a request that has come; what is written to the socket is the answer. */
+/**
+ * Calls `handle` for each head of a request that has come; what is written to the socket is the
+ * answer.
+ */
 export async function startRawServer(
   t: TestScope,
   handle: Handle,

@@ -1,5 +1,6 @@
-// What a reader of the README has: the commands it names on the PATH, and the hosts it names, behind a proxy that
-// leads to registries on loopback. So every block runs as it stands there, names and all.
+// What a reader of the README has: the commands it names on the PATH, and the hosts it names,
+// behind a proxy that leads to registries on loopback. So every block runs as it stands there,
+// names and all.
 import { createHash } from "node:crypto";
 import { once } from "node:events";
 import {
@@ -104,7 +105,10 @@ function isOnPath(program: string): boolean {
 const sumOf = (file: string): string =>
   createHash("sha256").update(readFileSync(file)).digest("hex");
 
-/** A release as `node build.mjs --sea` and the workflow leave it; for a binary that is not built, the script. */
+/**
+ * A release as `node build.mjs --sea` and the workflow leave it; for a binary that is not built,
+ * the script.
+ */
 async function makeRelease(folder: string): Promise<void> {
   mkdirSync(folder);
   copyFileSync(COMMAND_PATH, join(folder, "imgpull.cjs"));
@@ -150,7 +154,10 @@ async function serveFiles(t: TestScope, release: string): Promise<string> {
   return `http://127.0.0.1:${(server.address() as AddressInfo).port}`;
 }
 
-/** Notes how it was called and all of its stdin, and prints what a test has put there for it; a tar that `-i` names has to be there. */
+/**
+ * Notes how it was called and all of its stdin, and prints what a test has put there for it; a tar
+ * that `-i` names has to be there.
+ */
 const STAND_IN = `#!/bin/sh
 program=$(basename "$0")
 echo "$program $*" >> "$STAND_INS/calls"

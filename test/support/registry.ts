@@ -1,5 +1,6 @@
-// A registry on loopback over real sockets, with a token service and a storage server of its own, which does what a
-// test tells it: faults are chosen by request, by times and by position, never by the clock.
+// A registry on loopback over real sockets, with a token service and a storage server of its own,
+// which does what a test tells it: faults are chosen by request, by times and by position, never by
+// the clock.
 import { once } from "node:events";
 import { readFileSync } from "node:fs";
 import {
@@ -33,16 +34,30 @@ export interface AuthOptions {
   password?: string;
   /** Taken as `Authorization: Basic <this>`, in both modes, without a handshake (ECR). */
   outsideToken?: string;
-  /** Bearer: without credentials one gets a token (default), or 401, or a token that opens nothing. */
+  /**
+   * Bearer: without credentials one gets a token (default), or 401, or a token that opens nothing.
+   */
   anonymous?: "welcome" | "refused" | "useless";
-  /** Bearer: the token service is the registry's own (default), or a second server, of the same scheme or http. */
+  /**
+   * Bearer: the token service is the registry's own (default), or a second server, of the same
+   * scheme or http.
+   */
   tokenServer?: "same" | "second" | "second-http";
-  /** Bearer: the realm as it stands in the challenge (`/token?account=me`); default the token service's URL. */
+  /**
+   * Bearer: the realm as it stands in the challenge (`/token?account=me`); default the token
+   * service's URL.
+   */
   realm?: string;
-  /** Bearer: null leaves them out of the challenge; default service "test-registry", scope `repository:NAME:pull`. */
+  /**
+   * Bearer: null leaves them out of the challenge; default service "test-registry", scope
+   * `repository:NAME:pull`.
+   */
   service?: string | null;
   scope?: string | null;
-  /** The WWW-Authenticate headers in place of the usual one, which is given: one header line for each string. */
+  /**
+   * The WWW-Authenticate headers in place of the usual one, which is given: one header line for
+   * each string.
+   */
   challenge?: (usual: string, repository: string) => string[];
   tokenField?: "token" | "access_token" | "both";
   /** As it stands in the answer; absent by default. */
@@ -53,7 +68,10 @@ export interface AuthOptions {
   tokenUses?: number;
   /** Status for a token that is no longer good; default 401, ECR Public has 400. */
   staleStatus?: number;
-  /** Status of the token service for wrong credentials or identity tokens; default 401, GHCR has 403. */
+  /**
+   * Status of the token service for wrong credentials or identity tokens; default 401, GHCR has
+   * 403.
+   */
   refusedStatus?: number;
   /** Taken as refresh_token; default SECRETS.identityToken. */
   identityToken?: string;
@@ -108,7 +126,10 @@ export interface RequestRecord {
   range: string | undefined;
   /** 0: the connection ended before any status. */
   status: number;
-  /** Body bytes handed to the socket. The system's buffers may hold some of them when the client goes away. */
+  /**
+   * Body bytes handed to the socket. The system's buffers may hold some of them when the client
+   * goes away.
+   */
   bytesSent: number;
   /** Number of the TCP connection, counted over all servers from 1. */
   connection: number;
@@ -132,30 +153,42 @@ export interface Matcher {
   /** Lets so many matching requests pass first; then holds for so many (default: all). */
   skip?: number;
   times?: number;
-  /** Also requests that lack credentials; otherwise those get their challenge and are not counted. */
+  /**
+   * Also requests that lack credentials; otherwise those get their challenge and are not counted.
+   */
   beforeAuth?: boolean;
 }
 
 /**
- * What happens to an answer. Fields combine where that makes sense. A fault with a position beyond the answer's body
- * (`dropAfter`, `dropAt`, `stallAfter`, `corruptAt`, `pause`) leaves that answer alone and does not count it.
+ * What happens to an answer. Fields combine where that makes sense. A fault with a position beyond
+ * the answer's body (`dropAfter`, `dropAt`, `stallAfter`, `corruptAt`, `pause`) leaves that answer
+ * alone and does not count it.
  */
 export interface Fault {
   /** Nothing is answered before this settles. */
   wait?: Promise<unknown>;
   /** The connection is reset (over TLS at least closed) before any header. */
   reset?: true;
-  /** A whole answer of the test's own; status alone has an error in the registries' JSON as its body. */
+  /**
+   * A whole answer of the test's own; status alone has an error in the registries' JSON as its
+   * body.
+   */
   status?: number;
   /** Alone or with headers: in place of the content, ranges and all. */
   body?: string | Buffer;
   /** Laid over the answer's headers; null removes one, an array gives several lines. */
   headers?: Record<string, string | string[] | null>;
-  /** "storage": a signed URL there; "self": one on this server, as a relative Location; else the Location. */
+  /**
+   * "storage": a signed URL there; "self": one on this server, as a relative Location; else the
+   * Location.
+   */
   redirect?: "storage" | "self" | (string & {}) | ((request: RequestRecord) => string);
   /** Status of the redirect, default 307. */
   redirectStatus?: number;
-  /** The connection is closed after so many body bytes of this answer; or where the content's byte N would come. */
+  /**
+   * The connection is closed after so many body bytes of this answer; or where the content's byte N
+   * would come.
+   */
   dropAfter?: number;
   dropAt?: number;
   /** Nothing more comes after so many body bytes of this answer. */
@@ -163,7 +196,10 @@ export interface Fault {
   pause?: { after: number; until: Promise<unknown> };
   /** The content's byte N is flipped, counted from the content's start, whatever the range. */
   corruptAt?: number;
-  /** Lie about the length by so many bytes (all bytes are sent, then the connection is closed); or do not tell it. */
+  /**
+   * Lie about the length by so many bytes (all bytes are sent, then the connection is closed); or
+   * do not tell it.
+   */
   contentLength?: number | "chunked" | "close";
   /** 200 with the whole content. */
   ignoreRange?: true;
@@ -177,9 +213,14 @@ export interface Fault {
 }
 
 export interface Rule {
-  /** Answers that it has changed. A test should check it: a fault that never came proves nothing. */
+  /**
+   * Answers that it has changed. A test should check it: a fault that never came proves nothing.
+   */
   readonly hits: number;
-  /** The first request on which the fault has taken effect (has dropped, stalled, paused, or begun to answer). */
+  /**
+   * The first request on which the fault has taken effect (has dropped, stalled, paused, or begun
+   * to answer).
+   */
   readonly reached: Promise<RequestRecord>;
   remove(): void;
 }
@@ -439,7 +480,8 @@ class Listener {
       this.#byPort.set(socket.remotePort ?? 0, { number: nextConnection(), socket });
       socket.on("error", () => {}).once("close", () => this.#sockets.delete(socket));
     });
-    // A client that refuses the certificate, or goes away within the handshake, is part of the tests.
+    // A client that refuses the certificate, or goes away within the handshake, is part of the
+    // tests.
     server.on("tlsClientError", () => {}).on("clientError", (_error, socket) => socket.destroy());
     this.#server = server;
   }
@@ -561,7 +603,10 @@ export class Registry {
     return made;
   }
 
-  /** Serves the content and all below it; returns its reference with the host, by tag or (without one) by digest. */
+  /**
+   * Serves the content and all below it; returns its reference with the host, by tag or (without
+   * one) by digest.
+   */
   add(
     content: TestContent,
     repository: string,
@@ -604,7 +649,10 @@ export class Registry {
 
   // ------ Faults ------
 
-  /** The first rule added that matches a request (and has not used up its times) is the one that holds. */
+  /**
+   * The first rule added that matches a request (and has not used up its times) is the one that
+   * holds.
+   */
   on(matcher: Matcher, fault: Fault): Rule {
     const rule: ActiveRule = { matcher, fault, seen: 0, hits: 0, reached: () => {} };
     const promise = new Promise<RequestRecord>((resolve) => {
@@ -918,7 +966,10 @@ export class Registry {
 
   // ------ Storage ------
 
-  /** A signed path for the content with this digest; good on the storage server and on the registry itself. */
+  /**
+   * A signed path for the content with this digest; good on the storage server and on the registry
+   * itself.
+   */
   signedPath(digest: string): string {
     const signature = `${SECRETS.signature}${this.#signatures.size + 1}`;
     this.#signatures.set(signature, { usesLeft: this.#options.storage?.singleUse ? 1 : Infinity });
@@ -956,7 +1007,9 @@ export class Registry {
     return this.requests.filter((request) => matches(matcher, request));
   }
 
-  /** GETs for layers and configs, by digest or all; those at the storage server are not among them. */
+  /**
+   * GETs for layers and configs, by digest or all; those at the storage server are not among them.
+   */
   blobRequests(digest?: string): RequestRecord[] {
     return this.seen({ kind: "blob", method: "GET", ...(digest !== undefined && { digest }) });
   }
@@ -973,7 +1026,10 @@ export class Registry {
     return this.seen({ kind: "storage", ...(digest !== undefined && { digest }) });
   }
 
-  /** Body bytes of blobs that registry and storage have sent; error bodies and manifests are not counted. */
+  /**
+   * Body bytes of blobs that registry and storage have sent; error bodies and manifests are not
+   * counted.
+   */
   bytesServed(digest?: string): number {
     const held = [...this.#repositories.values()];
     const served = [...this.blobRequests(digest), ...this.storageRequests(digest)].filter(
@@ -1046,8 +1102,8 @@ export async function startRegistry(
 }
 
 /**
- * Waits until nothing lies in a socket of this server or its clients that nobody has read yet. Only Linux shows it;
- * elsewhere some of the last bytes may be lost.
+ * Waits until nothing lies in a socket of this server or its clients that nobody has read yet. Only
+ * Linux shows it; elsewhere some of the last bytes may be lost.
  */
 export async function untilRead(server: { host: string }): Promise<void> {
   const port = Number(server.host.split(":")[1]).toString(16).toUpperCase().padStart(4, "0");

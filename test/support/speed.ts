@@ -1,5 +1,5 @@
-// The bars on the front page, from the first table of measurements there: a picture that says other than the table is no
-// longer that of `node build.mjs --run test/speed.ts`, which a test sees.
+// The bars on the front page, from the first table of measurements there: a picture that says other
+// than the table is no longer that of `node build.mjs --run test/speed.ts`, which a test sees.
 
 const WIDTH = 640;
 const ROW = 30;
