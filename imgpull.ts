@@ -5,8 +5,8 @@
  *   6 transport · 7 retry · 8 credentials and tokens · 9 registry · 10 manifests and platforms
  *   11 tar · 12 pull · 13 proof · 14 library · 15 looking at a tar · 16 command line · 17 exports
  *
- * Data flows one way: options → references → manifests → plan (every entry with its offset) → bytes
- *   → DEST.
+ * Data flows one way: options → references → manifests → plan (every entry with its offset)
+ *   → bytes → DEST.
  *
  * Every request that is made:
  *   GET and HEAD /v2/REPOSITORY/manifests/…, GET /v2/REPOSITORY/blobs/…, and what these redirect to
@@ -25,15 +25,14 @@
  *   --cert, --key, --cacert; the system's certificates; /etc/docker/certs.d/HOST/* (section 6)
  *   docker's and podman's credential files (section 8)
  *   --reuse, --since, DEST as it was, and what an earlier run left beside it (sections 11, 12)
- *   --signed-by (section 14); --from, and stdin where - or --password-stdin asks for it (section
- *     16)
+ *   --signed-by (section 14)
+ *   --from, and stdin where - or --password-stdin asks for it (section 16)
  *   the tar or folder to look at, and the base of --since (section 15)
  *   of Linux, what tells one process from another: boot_id, the namespace, its start in
  *     /proc/PID/stat (section 12)
  * Every file that is written: DEST, and meanwhile DEST.partial with DEST.partial.journal, .lock and
- *   .old (section 12); in a
- *   folder the same for each blob, and .imgpull.partial.journal and .lock; each of them first under
- *     a name with the run's id.
+ *   .old (section 12); in a folder the same for each blob, and .imgpull.partial.journal and .lock;
+ *   each of them first under a name with the run's id.
  * Every program that is run: docker-credential-NAME, where a credential file names it, found by
  *   PATH (section 8).
  *
