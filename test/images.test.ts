@@ -99,7 +99,10 @@ for (const [name, content] of [
       cwd: folder,
     });
     assert.deepEqual([exitCode, registry.requests.length], [2, 0]);
-    assert.match(stderr, content === undefined ? /images\.txt/ : /IMAGE/);
+    assert.match(
+      stderr,
+      content === undefined ? /images\.txt/ : /--from images\.txt: there is no image in it/,
+    );
     assert.ok(!existsSync(join(folder, "b.tar")));
   });
 }
