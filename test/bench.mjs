@@ -8,7 +8,8 @@
 //   --runs N                        default 5, after a warm-up; the table has their medians
 //   --node PATH                     a Node to run imgpull with, may be repeated; default the one that runs this
 //   --script PATH                   a build of the command, may be repeated; default dist/imgpull.cjs
-//   --only NAME,NAME                imgpull, crane, skopeo, regctl, oras, imgpull-go, docker
+//   --only NAME,NAME                imgpull, crane, skopeo, regctl, oras, imgpull-go, docker; and
+//                                   alone, which is imgpull -j 1 in the table of all lines
 //   --tls                           over TLS, its authority known to all by SSL_CERT_FILE
 //
 // Tables go to stdout, each run to stderr. Programs take turns, each into a fresh file. On loopback
@@ -288,7 +289,7 @@ function findProgram(name) {
 
 /** Each with the command that pulls `image` (HOST/NAME:TAG) into the new folder `folder`. */
 function listPrograms({ node: nodes, script: scripts, only: names }) {
-  const only = names?.split(",");
+  const only = names.split(",");
   const word = `${platform.os}/${platform.architecture}`;
   const binaries = existsSync("dist/bin")
     ? readdirSync("dist/bin").map((name) => resolve("dist/bin", name))
@@ -368,7 +369,7 @@ function listPrograms({ node: nodes, script: scripts, only: names }) {
       command: docker,
     },
   ];
-  const wanted = all.filter(({ kind }) => only === undefined || only.includes(kind));
+  const wanted = all.filter(({ kind }) => only.includes(kind));
   const missing = wanted.filter(({ isMissing }) => isMissing).map(({ name }) => name);
   if (missing.length > 0) console.error(`not here: ${missing.join(", ")}`);
   return wanted.filter(({ isMissing }) => !isMissing);
@@ -488,17 +489,16 @@ function table(results) {
     "CPU s",
     "peak MiB",
   ];
-  return [head, ["---", ...head.slice(1).map(() => "---:")], ...rows]
-    .map((row) => `| ${row.join(" | ")} |`)
-    .join("\n");
+  return [head, ["---", ...head.slice(1).map(() => "---:")], ...rows].map(tableRow).join("\n");
 }
 
-async function measureAll(programs, { image, line, registry, runs, folder, environments, isTls }) {
+async function measureAll(programs, context) {
+  const { image, line, registry, runs, folder, environments, isTls, hasWarmUp = true } = context;
   const shaper = LINES[line] && (await startLine(registry.port, LINES[line]));
   const host = `127.0.0.1:${shaper?.port ?? registry.port}`;
   const target = { host, image: `${host}/${image}:1`, folder, isTls };
   const results = new Map(programs.map(({ name }) => [name, []]));
-  for (let run = 0; run <= runs; run += 1) {
+  for (let run = hasWarmUp ? 0 : 1; run <= runs; run += 1) {
     for (const { kind, name, command } of programs) {
       if (!results.has(name)) continue;
       mkdirSync(folder);
@@ -529,19 +529,27 @@ async function measureAll(programs, { image, line, registry, runs, folder, envir
 
 /**
  * A line's row: each imgpull, the same over one connection, and crane where that ends within a
- * minute.
+ * minute. Where the line is what they wait for, once is enough for those two.
  */
 async function measureRow(programs, context) {
-  const { line, image } = context;
+  const { line, image, only } = context;
   const least = leastSeconds(line, image);
   const { bytesPerSecond, totalBytesPerSecond } = LINES[line] ?? {};
   const megabytes = LAYERS_MB[image].reduce((sum, mb) => sum + mb, 0);
-  const isShort = (megabytes * MB) / (bytesPerSecond ?? totalBytesPerSecond ?? Infinity) < 60;
+  const aloneSeconds = (megabytes * MB) / (bytesPerSecond ?? totalBytesPerSecond ?? Infinity);
   const ours = programs.filter(({ kind }) => kind === "imgpull");
   const [{ command }] = ours;
   const alone = { name: "-j 1", command: (target) => command({ ...target, more: ["-j", "1"] }) };
-  const crane = programs.filter(({ kind }) => kind === "crane");
-  const results = await measureAll([...ours, ...(isShort ? [alone, ...crane] : [])], context);
+  const others = [
+    ...(only.includes("alone") ? [alone] : []),
+    ...programs.filter(({ kind }) => kind === "crane"),
+  ];
+  const isSlow = aloneSeconds > 4;
+  const results = await measureAll([...ours, ...(isSlow ? [] : others)], context);
+  if (isSlow && aloneSeconds < 60) {
+    const slow = await measureAll(others, { ...context, runs: 1, hasWarmUp: false });
+    for (const [name, runs] of slow) results.set(name, runs);
+  }
 
   const of = (name, what) => median((results.get(name) ?? []).map((run) => run[what]));
   const show = (value, digits) => (Number.isFinite(value) ? value.toFixed(digits) : "–");
@@ -552,22 +560,24 @@ async function measureRow(programs, context) {
     show(of(name, "requests"), 0),
     show(of(name, "peakMib"), 0),
   ]);
-  const others = ["-j 1", "crane"].map((name) => show(of(name, "seconds"), 2));
+  const theirs = ["-j 1", "crane"].map((name) => show(of(name, "seconds"), 2));
   return [
     `${line}${context.isTls ? ", TLS" : ""}`,
     image,
     show(least, 2),
     ...our.flat(),
-    ...others,
+    ...theirs,
   ];
 }
 
-function lineTable(programs, rows) {
+const tableRow = (cells) => `| ${cells.join(" | ")} |`;
+
+function lineTableHead(programs) {
   const ours = programs.filter(({ kind }) => kind === "imgpull").map(({ name }) => name);
   const columns = (name) => [name, "× limit", "connections", "requests", "peak MiB"];
   const head = ["line", "image", "limit, s", ...ours.flatMap(columns), "-j 1", "crane"];
   const rule = head.map((_, at) => (at < 2 ? "---" : "---:"));
-  return [head, rule, ...rows].map((row) => `| ${row.join(" | ")} |`).join("\n");
+  return [head, rule].map(tableRow).join("\n");
 }
 
 /** The tests' registry and certificates, bundled as build.mjs bundles a test. */
@@ -595,7 +605,7 @@ function parseOptions() {
       line: text("all"),
       image: text("all"),
       runs: text("5"),
-      only: { type: "string" },
+      only: text("alone,imgpull,crane,skopeo,regctl,oras,imgpull-go,docker"),
       tls: { type: "boolean", default: false },
       node: { type: "string", multiple: true, default: [process.execPath] },
       script: { type: "string", multiple: true, default: ["dist/imgpull.cjs"] },
@@ -613,13 +623,14 @@ function parseOptions() {
     images: choose("image", LAYERS_MB),
     runs: Number(values.runs),
     isTls: values.tls,
+    only: values.only.split(","),
     programs: listPrograms(values),
   };
 }
 
 async function main() {
   process.chdir(fileURLToPath(new URL("..", import.meta.url)));
-  const { lines, images, runs, isTls, programs } = parseOptions();
+  const { lines, images, runs, isTls, only, programs } = parseOptions();
   const support = await loadSupport();
   const { interopFolder, makeAuthority, startRealRegistry, toolEnvironment } = support;
   if (!hasTime) console.error("no GNU time here: CPU seconds and peak memory are left out");
@@ -649,13 +660,12 @@ async function main() {
     console.log(
       `${new Date().toISOString().slice(0, 10)}, ${machine}; medians of ${runs}${isTls ? ", over TLS" : ""}`,
     );
-    const common = { registry, runs, folder: join(state, "dest"), environments, isTls };
+    const common = { registry, runs, folder: join(state, "dest"), environments, isTls, only };
     if (lines.length > 1) {
-      const rows = [];
+      console.log(`\n${lineTableHead(programs)}`);
       for (const [line, image] of ROWS)
         if (images.includes(image))
-          rows.push(await measureRow(programs, { ...common, line, image }));
-      console.log(`\n${lineTable(programs, rows)}`);
+          console.log(tableRow(await measureRow(programs, { ...common, line, image })));
       return;
     }
     for (const line of lines) {
