@@ -687,21 +687,43 @@ const firstLineOf = (message: string): string => message.split("\n")[0] ?? "";
 /**
  * Text from outside, fit for a terminal: no control characters or escapes, no line breaks, bounded.
  */
-function printable(text: string, maximum = 300): string {
-  const clean = text.replace(CONTROL_CHARACTERS, " ").trim();
-  return clean.length > maximum ? `${clean.slice(0, maximum)}…` : clean;
+const printable = (text: string, maximum?: number): string => unmarked(outside(text, maximum));
+
+const OUTSIDE = /\u2068(\d+) ([^\u2069]*)\u2069/g;
+
+/**
+ * What a server says, within a sentence of ours: between marks, until the sentence leaves. Only
+ * then secrets are struck out of it, however short (of our own words, a short password may be one),
+ * and after that it is cut to length.
+ */
+const outside = (text: string, maximum = 300): string =>
+  `\u2068${maximum} ${text.replace(CONTROL_CHARACTERS, " ").trim()}\u2069`;
+
+/** A sentence without the marks, and with what `strike` leaves of the words between them. */
+function unmarked(sentence: string, strike = (words: string) => words): string {
+  return sentence.replace(OUTSIDE, (_all, maximum: string, words: string) => {
+    const shown = strike(words);
+    const length = Number(maximum);
+    return shown.length > length ? `${shown.slice(0, length)}…` : shown;
+  });
 }
+
+/** A URL that a server has named: a redirect's, a token service's, the next page's. */
+class ForeignUrl extends URL {}
 
 /**
  * A URL without user, password and query (which may be a signature); `?ns=` is ours and is kept.
  * Parameters within the path (`;sig=…`) go the same way.
  */
-function redactUrl(url: URL | string): string {
-  const { protocol, host, pathname, searchParams } = new URL(url);
-  const place = pathname.replace(/(;|%3b|%3f).*$/i, "$1***");
+function redactUrl(url: URL): string {
+  const { protocol, host, pathname, searchParams } = url;
+  const place = `${host}${pathname.replace(/(;|%3b|%3f).*$/i, "$1***")}`;
+  const scheme = /^https?:$/.test(protocol) ? protocol : outside(protocol);
+  if (url instanceof ForeignUrl) return `${scheme}//${outside(place)}`;
+
   const namespace = searchParams.get("ns");
   const query = namespace === null ? "" : `?ns=${namespace}`;
-  return printable(`${protocol}//${host}${place}${query}`);
+  return printable(`${protocol}//${place}${query}`);
 }
 
 /**
@@ -743,6 +765,9 @@ function formsOf(secret: string): string[] {
   return [text, inJson, inHtml, ...percents, ...base64Forms(text)];
 }
 
+/** Whoever wrote it: a digest may be a registry's word, and stands in requests that are ours. */
+const DIGEST_IN_WORDS = /sha(256|512):[0-9a-f]+/g;
+
 /**
  * What no output may have: passwords, tokens, signatures. Whoever gets to know one adds it; whoever
  * shows words from outside has them struck out first, before they are cut to length.
@@ -777,9 +802,15 @@ class Secrets {
     return struck.replace(/([?&;][\w.~%-]+=)[^\s&;"'<>)]+/g, "$1***");
   }
 
-  /** The net below: sentences of ours, in which a short password could be a common word. */
-  strike(text: string): string {
-    return text.replace(this.#compile().anywhere, "***");
+  /**
+   * A sentence of ours as it leaves. In our own words a short password could be a common one: they
+   * are searched for long ones only, and for short ones what is from outside.
+   */
+  strike(sentence: string): string {
+    const { inWords, anywhere } = this.#compile();
+    return unmarked(sentence, (words) => this.strikeWords(words))
+      .replace(DIGEST_IN_WORDS, (digest) => digest.replace(inWords, "***"))
+      .replace(anywhere, "***");
   }
 
   /** An error and its causes, which programs log whole. */
@@ -787,9 +818,14 @@ class Secrets {
     const seen = new Set<unknown>();
     for (let each = error; each instanceof Error && !seen.has(each); each = each.cause) {
       seen.add(each);
-      for (const name of ["message", "stack"] as const) {
-        const text = each[name];
-        if (text !== undefined && this.strike(text) !== text) each[name] = this.strike(text);
+      const isOurs = each instanceof ImgpullError;
+      // Node's have the host besides, which may be a redirect's.
+      const texts = each as unknown as Record<string, unknown>;
+      for (const name of ["message", "stack", "hostname", "host"]) {
+        const text = texts[name];
+        if (typeof text !== "string") continue;
+        const struck = isOurs ? this.strike(text) : this.strikeWords(text);
+        if (struck !== text) texts[name] = struck;
       }
     }
   }
@@ -830,6 +866,8 @@ interface ConnectionFault {
 interface ConnectionCause extends NodeJS.ErrnoException {
   readonly errors?: readonly Error[];
   readonly host?: string;
+  readonly hostname?: string;
+  readonly address?: string;
   readonly cert?: { readonly subjectaltname?: string };
 }
 
@@ -843,7 +881,8 @@ function certificateNames({ host = "", cert }: ConnectionCause): string {
     .map((name) => name.replace(/^(DNS|IP Address):/, ""))
     .filter(Boolean);
   const listed = names.slice(0, 8).join(", ") + (names.length > 8 ? " …" : "");
-  return printable(`its certificate is not for ${host} but for ${listed || "no name at all"}`);
+  const named = names.length > 0 ? outside(listed) : "no name at all";
+  return `its certificate is not for ${outside(host)} but for ${named}`;
 }
 
 const CLIENT_CERTIFICATE_REMEDY =
@@ -932,8 +971,10 @@ function connectionError(error: unknown, doing: string): ImgpullError {
   const fault =
     CONNECTION_FAULTS.find(({ pattern }) => pattern.test(`${nodeCode} ${nodeWords}`)) ??
     OTHER_CONNECTION_FAULT;
+  const host = cause.hostname ?? cause.address; // it may be a redirect's
+  const ownWords = host ? nodeWords.replaceAll(host, () => outside(host)) : nodeWords;
 
-  const { code, words = nodeWords, remedy } = fault;
+  const { code, words = ownWords, remedy } = fault;
   const said = typeof words === "string" ? words : words(cause);
   const advice = remedy === undefined ? "" : `\n  ${remedy}`;
   return new ImgpullError(code, `${doing}: ${said}${advice}`, { cause });
@@ -2022,8 +2063,6 @@ class Transport {
       throw refusal;
     }
     tidyHeaders(response.headers);
-    const { "content-type": type = "" } = response.headers; // it may be shown, and cut at a length
-    if (type.length > 64) response.headers["content-type"] = this.#secrets.strikeWords(type);
     return { response, waitedMs };
   }
 
@@ -2307,12 +2346,12 @@ async function followRedirects(
 function redirectTarget(from: URL, location: string): URL {
   if (!URL.canParse(location, from)) fail("PROTOCOL", `${redactUrl(from)} redirects to no URL`);
 
-  const target = new URL(decodeLatin1(location), from);
+  const target = new ForeignUrl(decodeLatin1(location), from);
   const isFollowed =
     target.protocol === "https:" || (target.protocol === "http:" && from.protocol === "http:");
   if (isFollowed) return target;
 
-  const way = `from ${from.protocol} to ${target.protocol}`;
+  const way = `from ${from.protocol} to ${outside(target.protocol)}`;
   return fail(
     "PROTOCOL",
     `${redactUrl(from)} redirects to ${redactUrl(target)}: not followed ${way}`,
@@ -2965,7 +3004,7 @@ const NOBODY = "00000000-0000-0000-0000-000000000000";
  * identity tokens).
  */
 async function fetchToken(context: RequestContext, request: TokenRequest): Promise<Authorization> {
-  const url = parseRealm(request.parameters.realm, request.origin);
+  const url = parseRealm(request);
   return (
     (await exchangeIdentityToken(context, url, request)) ?? (await getToken(context, url, request))
   );
@@ -2974,12 +3013,13 @@ async function fetchToken(context: RequestContext, request: TokenRequest): Promi
 /**
  * The token endpoint: relative to the registry, and never less private than the registry itself.
  */
-function parseRealm(realm: string | undefined, origin: string): URL {
+function parseRealm({ parameters: { realm }, origin, role }: TokenRequest): URL {
+  const registry = role === "other" ? outside(origin) : origin;
   if (!realm || !URL.canParse(realm, origin))
-    return fail("PROTOCOL", `${origin} names no usable realm for its tokens`);
+    return fail("PROTOCOL", `${registry} names no usable realm for its tokens`);
 
-  const url = new URL(realm, origin);
-  const named = `${origin} names the token endpoint ${redactUrl(url)}`;
+  const url = new ForeignUrl(realm, origin);
+  const named = `${registry} names the token endpoint ${redactUrl(url)}`;
   const isPrivateEnough = ["https:", new URL(origin).protocol].includes(url.protocol);
   if (!isPrivateEnough) fail("PROTOCOL", `${named}: not over ${url.protocol}`);
 
@@ -3062,7 +3102,7 @@ async function getToken(
 ): Promise<Authorization> {
   const { credential, parameters } = request;
   const { service, scope } = parameters;
-  const asked = new URL(url);
+  const asked = new ForeignUrl(url);
   for (const [name, value] of Object.entries(dropEmpty({ service, scope })))
     asked.searchParams.set(name, value);
 
@@ -3519,7 +3559,7 @@ class Endpoint {
     const mediaType = sniffMediaType(bytes, type);
     if (mediaType !== undefined) return { bytes, digest, mediaType };
 
-    const what = `this is not a manifest but ${printable(type, 80)}`;
+    const what = `this is not a manifest but ${outside(type, 80)}`;
     return fail("PROTOCOL", `${where}: ${what}: is ${this.#reference.host} a registry?`);
   }
 
@@ -3989,7 +4029,7 @@ class Registry {
     let failure = refusal;
     const mayAsk = (url: URL) => url.protocol === "https:" && !leadsInside(url, this.origin);
 
-    const usable = urls.filter((url) => URL.canParse(url)).map((url) => new URL(url));
+    const usable = urls.filter((url) => URL.canParse(url)).map((url) => new ForeignUrl(url));
     for (const url of usable) {
       if (!mayAsk(url)) continue;
       const answer = await this.#session.transport.send({
@@ -4059,7 +4099,7 @@ function nextPage(header: string | string[] | undefined, url: URL): URL | undefi
   const [, target] = /<([^<>]*)>[^<]*;\s*rel="?next"?/i.exec(links) ?? [];
   if (target === undefined) return undefined;
 
-  const next = URL.canParse(target, url) ? new URL(target, url) : undefined;
+  const next = URL.canParse(target, url) ? new ForeignUrl(target, url) : undefined;
   if (next?.origin !== url.origin)
     return fail("PROTOCOL", `${redactUrl(url)}: its next page is on another host`);
   const namespace = url.searchParams.get("ns");
@@ -4150,10 +4190,7 @@ function parseManifest(
       "a schema 1 manifest, which Docker itself has given up: push the image anew",
     );
   if (isAmbiguous(json, mediaType))
-    refuse(
-      "PROTOCOL",
-      `${printable(mediaType, 80)}: no manifest, or with fields of something else`,
-    );
+    refuse("PROTOCOL", `${outside(mediaType, 80)}: no manifest, or with fields of something else`);
 
   if (Array.isArray(json.manifests)) {
     if (json.manifests.length > LIMITS.indexEntries)
@@ -4242,7 +4279,7 @@ const textsIn = (value: Record<string, unknown>): Record<string, string> =>
  */
 function quote(value: unknown): string {
   const text = typeof value === "object" ? "an object" : (JSON.stringify(value) ?? "none");
-  return printable(text, 100);
+  return outside(text, 100);
 }
 
 // ------ What is an image ------
@@ -4293,8 +4330,11 @@ const isImageContent = ({ manifest, configBytes }: ImageContent): boolean =>
 // ------ Platforms ------
 
 function parsePlatform(value: Record<string, unknown>): Platform {
-  const word = (name: string): string =>
-    typeof value[name] === "string" ? printable(value[name], 64) : "";
+  const word = (name: string): string => {
+    const { [name]: text = "" } = value;
+    if (typeof text !== "string") return "";
+    return text.length > 64 ? "…" : printable(text); // a part could be one of a secret
+  };
   return {
     os: word("os"),
     architecture: word("architecture"),
@@ -4502,9 +4542,9 @@ function checkPlatform({ settings, warn }: Session, where: string, platform: Pla
   const { wanted } = settings;
   const asked = { ...platform, ...wanted };
   const entry: Descriptor = { mediaType: "", digest: "", size: 0, platform };
-  const what = `it is one image, for ${formatPlatform(platform)}`;
+  const what = `it is one image, for ${outside(formatPlatform(platform))}`;
   if (!matchPlatform([entry], asked))
-    fail("NO_PLATFORM", `${where} has no image for ${formatPlatform(asked)}\n  ${what}`);
+    fail("NO_PLATFORM", `${where} has no image for ${outside(formatPlatform(asked))}\n  ${what}`);
 
   const host = wantedPlatform(wanted);
   const isForHost =
@@ -4605,7 +4645,7 @@ async function findPlatform(
   const names = images.map(({ platform }) => formatPlatform(platform)).filter(Boolean);
   const choices =
     names.length > 0
-      ? `it has: ${printable([...new Set(names)].join(", "), 1000)} (\`platforms\`)`
+      ? `it has: ${outside([...new Set(names)].join(", "), 1000)} (\`platforms\`)`
       : "it has none for any platform, but cache or artifacts: `platforms` all takes them";
   return fail("NO_PLATFORM", `${where} has no image for ${formatPlatform(host)}\n  ${choices}`);
 }
@@ -6575,7 +6615,7 @@ function judgeAnswer(
     // more is not wrong
     const isUseful = position <= at && at < end && end >= least && end <= sizeBytes;
     if (!isTotal || !isUseful) {
-      const got = printable(contentRange, 80);
+      const got = outside(contentRange, 80);
       const reason = `asked for bytes ${at}-${to - 1} of ${sizeBytes}, got "${got}"`;
       return { code: "PROTOCOL", reason };
     }
@@ -10120,14 +10160,14 @@ class Puller {
     checkOption(holder?.bytes instanceof Uint8Array, "`holder` is what pullManifest() gives");
     checkDest(dir, false);
     const fetched = { ...holder, bytes: Buffer.from(holder.bytes) };
-    const manifest = parseManifest(fetched, holder.imageUrl);
-    if (manifest.kind !== "image")
-      return fail("NOT_AN_IMAGE", `${holder.imageUrl}: a list of manifests has no blobs`);
-
-    const descriptors = [manifest.config, ...manifest.layers];
-    const unique = new Map(descriptors.map((descriptor) => [descriptor.digest, descriptor]));
     await withSession(this.#opts, (session, onProgress) =>
       withTars(this.#opts.reuse ?? [], async (tars) => {
+        const manifest = parseManifest(fetched, holder.imageUrl);
+        if (manifest.kind !== "image")
+          return fail("NOT_AN_IMAGE", `${holder.imageUrl}: a list of manifests has no blobs`);
+
+        const descriptors = [manifest.config, ...manifest.layers];
+        const unique = new Map(descriptors.map((descriptor) => [descriptor.digest, descriptor]));
         const { observe, finish } = progressReporter(onProgress);
         const registry = registryOf(session, this.#reference);
         await this.#checkSigned(session, await this.#digestsAbove(session, fetched));
@@ -11032,7 +11072,7 @@ class TarDocuments {
       return run();
     } catch (error) {
       if (!(error instanceof ImgpullError)) throw error;
-      const reason = error.message.replace(`${entry}: `, "");
+      const reason = unmarked(error.message).replace(`${entry}: `, "");
       this.problems.push({ kind: "malformed", entry, reason });
       return undefined;
     }

@@ -164,16 +164,25 @@ function nearestName(word, names) {
 }
 var CONTROL_CHARACTERS = /[\u0000-\u001f\u007f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]+/g
 var firstLineOf = message => message.split("\n")[0] ?? ""
-function printable(text, maximum = 300) {
-	const clean = text.replace(CONTROL_CHARACTERS, " ").trim()
-	return clean.length > maximum ? `${clean.slice(0, maximum)}…` : clean
+var printable = (text, maximum) => unmarked(outside(text, maximum))
+var OUTSIDE = /\u2068(\d+) ([^\u2069]*)\u2069/g
+var outside = (text, maximum = 300) => `⁨${maximum} ${text.replace(CONTROL_CHARACTERS, " ").trim()}⁩`
+function unmarked(sentence, strike = words => words) {
+	return sentence.replace(OUTSIDE, (_all, maximum, words) => {
+		const shown = strike(words)
+		const length = Number(maximum)
+		return shown.length > length ? `${shown.slice(0, length)}…` : shown
+	})
 }
+var ForeignUrl = class extends URL {}
 function redactUrl(url) {
-	const {protocol, host, pathname, searchParams} = new URL(url)
-	const place = pathname.replace(/(;|%3b|%3f).*$/i, "$1***")
+	const {protocol, host, pathname, searchParams} = url
+	const place = `${host}${pathname.replace(/(;|%3b|%3f).*$/i, "$1***")}`
+	const scheme = /^https?:$/.test(protocol) ? protocol : outside(protocol)
+	if (url instanceof ForeignUrl) return `${scheme}//${outside(place)}`
 	const namespace = searchParams.get("ns")
 	const query = namespace === null ? "" : `?ns=${namespace}`
-	return printable(`${protocol}//${host}${place}${query}`)
+	return printable(`${protocol}//${place}${query}`)
 }
 var withoutUser = text => text.replace(/^.*@(?!sha(256|512):)/s, "***@")
 function base64Forms(secret) {
@@ -200,6 +209,7 @@ function formsOf(secret) {
 	const inHtml = text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll('"', "&quot;")
 	return [text, inJson, inHtml, ...percents, ...base64Forms(text)]
 }
+var DIGEST_IN_WORDS = /sha(256|512):[0-9a-f]+/g
 var Secrets = class {
 	#secrets = /* @__PURE__ */ new Set()
 	#forms = /* @__PURE__ */ new Set()
@@ -223,16 +233,23 @@ var Secrets = class {
 		const struck = text.replace(this.#compile().inWords, "***")
 		return struck.replace(/([?&;][\w.~%-]+=)[^\s&;"'<>)]+/g, "$1***")
 	}
-	strike(text) {
-		return text.replace(this.#compile().anywhere, "***")
+	strike(sentence) {
+		const {inWords, anywhere} = this.#compile()
+		return unmarked(sentence, words => this.strikeWords(words))
+			.replace(DIGEST_IN_WORDS, digest => digest.replace(inWords, "***"))
+			.replace(anywhere, "***")
 	}
 	strikeError(error) {
 		const seen = /* @__PURE__ */ new Set()
 		for (let each = error; each instanceof Error && !seen.has(each); each = each.cause) {
 			seen.add(each)
-			for (const name of ["message", "stack"]) {
-				const text = each[name]
-				if (text !== void 0 && this.strike(text) !== text) each[name] = this.strike(text)
+			const isOurs = each instanceof ImgpullError
+			const texts = each
+			for (const name of ["message", "stack", "hostname", "host"]) {
+				const text = texts[name]
+				if (typeof text !== "string") continue
+				const struck = isOurs ? this.strike(text) : this.strikeWords(text)
+				if (struck !== text) texts[name] = struck
 			}
 		}
 	}
@@ -258,7 +275,8 @@ function certificateNames({host = "", cert}) {
 		.map(name => name.replace(/^(DNS|IP Address):/, ""))
 		.filter(Boolean)
 	const listed = names.slice(0, 8).join(", ") + (names.length > 8 ? " …" : "")
-	return printable(`its certificate is not for ${host} but for ${listed || "no name at all"}`)
+	const named = names.length > 0 ? outside(listed) : "no name at all"
+	return `its certificate is not for ${outside(host)} but for ${named}`
 }
 var CLIENT_CERTIFICATE_REMEDY = "it may want a client certificate, one that it knows: `tlsCert` and `tlsKey`"
 var PLAIN_HTTP = /wrong version number|packet length too long|unknown protocol|record layer failure/i
@@ -326,7 +344,9 @@ function connectionError(error, doing) {
 	const nodeWords = printable(cause.message || cause.errors?.[0]?.message || nodeCode)
 	const fault =
 		CONNECTION_FAULTS.find(({pattern}) => pattern.test(`${nodeCode} ${nodeWords}`)) ?? OTHER_CONNECTION_FAULT
-	const {code, words = nodeWords, remedy} = fault
+	const host = cause.hostname ?? cause.address
+	const ownWords = host ? nodeWords.replaceAll(host, () => outside(host)) : nodeWords
+	const {code, words = ownWords, remedy} = fault
 	const said = typeof words === "string" ? words : words(cause)
 	const advice =
 		remedy === void 0
@@ -970,8 +990,6 @@ var Transport = class {
 			throw refusal
 		}
 		tidyHeaders(response.headers)
-		const {"content-type": type = ""} = response.headers
-		if (type.length > 64) response.headers["content-type"] = this.#secrets.strikeWords(type)
 		return {response, waitedMs}
 	}
 	async #open(request, url, headers) {
@@ -1136,10 +1154,10 @@ async function followRedirects(request, sendOnce, secrets) {
 }
 function redirectTarget(from, location) {
 	if (!URL.canParse(location, from)) fail("PROTOCOL", `${redactUrl(from)} redirects to no URL`)
-	const target = new URL(decodeLatin1(location), from)
+	const target = new ForeignUrl(decodeLatin1(location), from)
 	const isFollowed = target.protocol === "https:" || (target.protocol === "http:" && from.protocol === "http:")
 	if (isFollowed) return target
-	const way = `from ${from.protocol} to ${target.protocol}`
+	const way = `from ${from.protocol} to ${outside(target.protocol)}`
 	return fail("PROTOCOL", `${redactUrl(from)} redirects to ${redactUrl(target)}: not followed ${way}`)
 }
 function decodeLatin1(text) {
@@ -1464,13 +1482,15 @@ function whenToComeBack(waitMs, now) {
 }
 var NOBODY = "00000000-0000-0000-0000-000000000000"
 async function fetchToken(context, request) {
-	const url = parseRealm(request.parameters.realm, request.origin)
+	const url = parseRealm(request)
 	return (await exchangeIdentityToken(context, url, request)) ?? (await getToken(context, url, request))
 }
-function parseRealm(realm, origin) {
-	if (!realm || !URL.canParse(realm, origin)) return fail("PROTOCOL", `${origin} names no usable realm for its tokens`)
-	const url = new URL(realm, origin)
-	const named = `${origin} names the token endpoint ${redactUrl(url)}`
+function parseRealm({parameters: {realm}, origin, role}) {
+	const registry = role === "other" ? outside(origin) : origin
+	if (!realm || !URL.canParse(realm, origin))
+		return fail("PROTOCOL", `${registry} names no usable realm for its tokens`)
+	const url = new ForeignUrl(realm, origin)
+	const named = `${registry} names the token endpoint ${redactUrl(url)}`
 	const isPrivateEnough = ["https:", new URL(origin).protocol].includes(url.protocol)
 	if (!isPrivateEnough) fail("PROTOCOL", `${named}: not over ${url.protocol}`)
 	if (leadsInside(url, origin)) fail("PROTOCOL", `${named}: an address inside a network, where the registry is not`)
@@ -1519,7 +1539,7 @@ function isNoOAuth2(status) {
 async function getToken(context, url, request) {
 	const {credential, parameters} = request
 	const {service, scope} = parameters
-	const asked = new URL(url)
+	const asked = new ForeignUrl(url)
 	for (const [name, value] of Object.entries(dropEmpty({service, scope}))) asked.searchParams.set(name, value)
 	const header = credential && basicAuthorization(credential.username || NOBODY, credential.secret)
 	const answer = await context.transport.send(tokenHttpRequest(context, asked, request, header))
@@ -1816,7 +1836,7 @@ var Endpoint = class {
 		const {bytes, digest, where, type} = document
 		const mediaType = sniffMediaType(bytes, type)
 		if (mediaType !== void 0) return {bytes, digest, mediaType}
-		const what = `this is not a manifest but ${printable(type, 80)}`
+		const what = `this is not a manifest but ${outside(type, 80)}`
 		return fail("PROTOCOL", `${where}: ${what}: is ${this.#reference.host} a registry?`)
 	}
 	async document(kind, name, maximumBytes) {
@@ -2131,7 +2151,7 @@ var Registry = class {
 	async #foreignBlob({urls = []}, headers, signal, refusal) {
 		let failure = refusal
 		const mayAsk = url => url.protocol === "https:" && !leadsInside(url, this.origin)
-		const usable = urls.filter(url => URL.canParse(url)).map(url => new URL(url))
+		const usable = urls.filter(url => URL.canParse(url)).map(url => new ForeignUrl(url))
 		for (const url of usable) {
 			if (!mayAsk(url)) continue
 			const answer = await this.#session.transport.send({
@@ -2169,7 +2189,7 @@ function nextPage(header, url) {
 	const links = [header ?? []].flat().join(",")
 	const [, target] = /<([^<>]*)>[^<]*;\s*rel="?next"?/i.exec(links) ?? []
 	if (target === void 0) return void 0
-	const next = URL.canParse(target, url) ? new URL(target, url) : void 0
+	const next = URL.canParse(target, url) ? new ForeignUrl(target, url) : void 0
 	if (next?.origin !== url.origin) return fail("PROTOCOL", `${redactUrl(url)}: its next page is on another host`)
 	const namespace = url.searchParams.get("ns")
 	if (namespace !== null) next.searchParams.set("ns", namespace)
@@ -2208,7 +2228,7 @@ function parseManifest({bytes, mediaType}, where) {
 	const isSchema1 = json.schemaVersion === 1 || mediaType.startsWith(DOCKER_SCHEMA_1)
 	if (isSchema1) refuse("UNSUPPORTED", "a schema 1 manifest, which Docker itself has given up: push the image anew")
 	if (isAmbiguous(json, mediaType))
-		refuse("PROTOCOL", `${printable(mediaType, 80)}: no manifest, or with fields of something else`)
+		refuse("PROTOCOL", `${outside(mediaType, 80)}: no manifest, or with fields of something else`)
 	if (Array.isArray(json.manifests)) {
 		if (json.manifests.length > LIMITS.indexEntries) refuse("TOO_LARGE", `more than ${LIMITS.indexEntries} entries`)
 		const manifests = json.manifests.map(entry => parseDescriptor(entry, where))
@@ -2260,7 +2280,7 @@ function inlineContent(data, {digest, size}) {
 var textsIn = value => Object.fromEntries(Object.entries(value).filter(entry => typeof entry[1] === "string"))
 function quote(value) {
 	const text = typeof value === "object" ? "an object" : (JSON.stringify(value) ?? "none")
-	return printable(text, 100)
+	return outside(text, 100)
 }
 var LAYER_TYPE =
 	/^application\/vnd\.(docker\.image\.rootfs(\.foreign)?\.diff\.tar(\.gzip|\.zstd)?|oci\.image\.layer(\.nondistributable)?\.v1\.tar(\+gzip|\+zstd)?(\+encrypted)?)$/
@@ -2282,7 +2302,11 @@ var isImage = (manifest, config) =>
 	claimsImage(manifest) && (!config || hasOneDiffIdEach(config, manifest.layers.length))
 var isImageContent = ({manifest, configBytes}) => isImage(manifest, configBytes && configWords(parseJson(configBytes)))
 function parsePlatform(value) {
-	const word = name => (typeof value[name] === "string" ? printable(value[name], 64) : "")
+	const word = name => {
+		const {[name]: text = ""} = value
+		if (typeof text !== "string") return ""
+		return text.length > 64 ? "…" : printable(text)
+	}
 	return {
 		os: word("os"),
 		architecture: word("architecture"),
@@ -2379,11 +2403,11 @@ function checkPlatform({settings, warn}, where, platform) {
 	const {wanted} = settings
 	const asked = {...platform, ...wanted}
 	const entry = {mediaType: "", digest: "", size: 0, platform}
-	const what = `it is one image, for ${formatPlatform(platform)}`
+	const what = `it is one image, for ${outside(formatPlatform(platform))}`
 	if (!matchPlatform([entry], asked))
 		fail(
 			"NO_PLATFORM",
-			`${where} has no image for ${formatPlatform(asked)}
+			`${where} has no image for ${outside(formatPlatform(asked))}
   ${what}`
 		)
 	const host = wantedPlatform(wanted)
@@ -2450,7 +2474,7 @@ async function findPlatform(session, readChild, where, top) {
 	const names = images.map(({platform}) => formatPlatform(platform)).filter(Boolean)
 	const choices =
 		names.length > 0
-			? `it has: ${printable([...new Set(names)].join(", "), 1e3)} (\`platforms\`)`
+			? `it has: ${outside([...new Set(names)].join(", "), 1e3)} (\`platforms\`)`
 			: "it has none for any platform, but cache or artifacts: `platforms` all takes them"
 	return fail(
 		"NO_PLATFORM",
@@ -3736,7 +3760,7 @@ function judgeAnswer({status, headers}, [at, to], sizeBytes) {
 		const least = Math.min(to, at + LIMITS.leastAnswerBytes)
 		const isUseful = position <= at && at < end && end >= least && end <= sizeBytes
 		if (!isTotal || !isUseful) {
-			const got = printable(contentRange, 80)
+			const got = outside(contentRange, 80)
 			const reason = `asked for bytes ${at}-${to - 1} of ${sizeBytes}, got "${got}"`
 			return {code: "PROTOCOL", reason}
 		}
@@ -6113,12 +6137,13 @@ var Puller = class {
 		checkOption(holder?.bytes instanceof Uint8Array, "`holder` is what pullManifest() gives")
 		checkDest(dir, false)
 		const fetched = {...holder, bytes: Buffer.from(holder.bytes)}
-		const manifest = parseManifest(fetched, holder.imageUrl)
-		if (manifest.kind !== "image") return fail("NOT_AN_IMAGE", `${holder.imageUrl}: a list of manifests has no blobs`)
-		const descriptors = [manifest.config, ...manifest.layers]
-		const unique = new Map(descriptors.map(descriptor => [descriptor.digest, descriptor]))
 		await withSession(this.#opts, (session, onProgress) =>
 			withTars(this.#opts.reuse ?? [], async tars => {
+				const manifest = parseManifest(fetched, holder.imageUrl)
+				if (manifest.kind !== "image")
+					return fail("NOT_AN_IMAGE", `${holder.imageUrl}: a list of manifests has no blobs`)
+				const descriptors = [manifest.config, ...manifest.layers]
+				const unique = new Map(descriptors.map(descriptor => [descriptor.digest, descriptor]))
 				const {observe, finish} = progressReporter(onProgress)
 				const registry = registryOf(session, this.#reference)
 				await this.#checkSigned(session, await this.#digestsAbove(session, fetched))
@@ -6748,7 +6773,7 @@ var TarDocuments = class {
 			return run()
 		} catch (error) {
 			if (!(error instanceof ImgpullError)) throw error
-			const reason = error.message.replace(`${entry}: `, "")
+			const reason = unmarked(error.message).replace(`${entry}: `, "")
 			this.problems.push({kind: "malformed", entry, reason})
 			return void 0
 		}

@@ -9,8 +9,15 @@ import { join } from "node:path";
 import { describe, test } from "node:test";
 import { inspect } from "node:util";
 import { internals } from "../imgpull.ts";
-import { runCommand, SECRETS, secretForms, temporaryFolder, USER } from "./support/command.ts";
-import { makeImage } from "./support/image.ts";
+import {
+  runCommand,
+  SECRETS,
+  secretForms,
+  type TestScope,
+  temporaryFolder,
+  USER,
+} from "./support/command.ts";
+import { MEDIA, makeImage } from "./support/image.ts";
 import { assertFailed, type Outcome, type PullOptions, tryPull } from "./support/pull.ts";
 import { startRawServer } from "./support/raw.ts";
 import {
@@ -280,6 +287,159 @@ describe("what is said back is struck out", () => {
       assert.match(outcome.error.message, /\/blob(;|%3B|%3f)\*\*\*/);
     }
   });
+});
+
+// ====== Short ones ======
+
+/** An answer in place of what a request asks for. */
+type Said = readonly [matcher: Matcher, fault: (secret: string, registry: Registry) => Fault];
+
+const manifestOf = (json: object, mediaType: string = MEDIA.ociManifest): Fault => ({
+  status: 200,
+  headers: { "content-type": mediaType },
+  body: JSON.stringify({ schemaVersion: 2, mediaType, ...json }),
+});
+const entryOf = (digest: string, platform: object) => ({
+  ...{ mediaType: MEDIA.ociManifest, digest, size: 100, platform },
+});
+const indexOf = (...entries: object[]) => manifestOf({ manifests: entries }, MEDIA.ociIndex);
+const hexOf = (secret: string) => `sha256:${Buffer.from(secret).toString("hex").padEnd(64, "0")}`;
+const elsewhere = (location: string): Fault => ({ status: 307, headers: { location } });
+
+const MANIFEST: Matcher = { kind: "manifest" };
+const LAYER: Matcher = { kind: "layer" };
+const SAID: Record<string, Said> = {
+  "the path of a redirect": [
+    LAYER,
+    (secret, { url }) => elsewhere(`${url}/gone/${secret}/blob`), //
+  ],
+  "the same, in percent": [LAYER, (secret) => elsewhere(`/gone/${percent(secret)}/blob`)],
+  "the host of a redirect": [LAYER, (secret) => elsewhere(`http://${secret}.invalid/blob`)],
+  "the scheme of a redirect": [LAYER, (secret) => elsewhere(`${secret}://h/blob`)],
+  "the ?ns= of a redirect": [LAYER, (secret) => elsewhere(`/gone?ns=${secret}`)],
+  "a redirect to itself": [LAYER, (secret) => elsewhere(`/v2/app/blobs/${secret}`)],
+  "a manifest's mediaType": [MANIFEST, (secret) => manifestOf({}, `application/${secret}`)],
+  "a Content-Type": [
+    MANIFEST,
+    (secret) => ({ status: 200, headers: { "content-type": `text/${secret}` }, body: "a page" }),
+  ],
+  "a Content-Type that is cut": [
+    MANIFEST,
+    (secret) => ({
+      ...{ status: 200, body: "a page" },
+      headers: { "content-type": `text/${"x".repeat(70)}${secret}` },
+    }),
+  ],
+  "a digest that is none": [MANIFEST, (secret) => indexOf(entryOf(secret, {}))],
+  "a size that is none": [
+    MANIFEST,
+    (secret) => indexOf({ ...entryOf(hexOf("a"), {}), size: secret }),
+  ],
+  "a platform's operating system": [
+    MANIFEST,
+    (secret) => indexOf(...["a", "b"].map((of) => entryOf(hexOf(of), platformOf(secret)))),
+  ],
+  "a Content-Range": [
+    LAYER,
+    (secret) => ({
+      status: 206,
+      headers: { "content-range": `bytes ${secret}` },
+      body: "x".repeat(8192),
+    }),
+  ],
+};
+const platformOf = (secret: string) => ({ os: secret, architecture: `${secret}-amd64` });
+
+async function pullWith(
+  t: TestScope,
+  password: string,
+  prepare: (registry: Registry) => void,
+): Promise<Outcome> {
+  const registry = await startRegistry({ auth: { mode: "basic", password } }, t);
+  const reference = registry.add(image, "team/app", "1.0");
+  prepare(registry);
+  return tryPull(t, reference, { ...HTTP, username: USER, password });
+}
+
+describe("a short password, wherever a registry says it", () => {
+  for (const [name, [matcher, fault]] of Object.entries(SAID)) {
+    test(name, async (t) => {
+      for (const secret of ["hunter2", "wq7x", "ab1234"]) {
+        const outcome = await pullWith(t, secret, (registry) =>
+          registry.on(matcher, fault(secret, registry)),
+        );
+        const said = everything(outcome);
+        assert(outcome.error, secret);
+        assert(!said.includes(secret), said);
+        assert(!said.includes(percent(secret)), said);
+      }
+    });
+  }
+
+  test("a digest's digits", async (t) => {
+    const secret = "c0ffee";
+    const outcome = await pullWith(t, secret, (registry) => {
+      const digest = `sha256:${secret.padEnd(64, "0")}`;
+      registry.on({ ...MANIFEST, tag: "1.0" }, indexOf(entryOf(digest, image.platform)));
+    });
+    assertFailed(outcome, "NOT_FOUND", "no such manifest: sha256:***0000");
+    assert(!everything(outcome).includes(secret));
+  });
+
+  test("the platform of a lone image", async (t) => {
+    const secret = "hunter2";
+    const registry = await startRegistry({ auth: { mode: "basic", password: secret } }, t);
+    const other = makeImage({ seed: "other", platform: `linux/amd64/${secret}` });
+    const reference = registry.add(other, "team/app", "1.0");
+    const options = { ...HTTP, username: USER, password: secret, archType: "arm64" };
+    const outcome = await tryPull(t, reference, options);
+    assertFailed(outcome, "NO_PLATFORM", "it is one image, for linux/amd64/***");
+    assert(!everything(outcome).includes(secret));
+  });
+
+  test("a token service's realm", async (t) => {
+    const secret = "hunter2";
+    const options = { username: USER, password: secret };
+    for (const realm of [`http://10.1.2.3/${secret}`, `/${secret}/token`, `ftp://h/${secret}`]) {
+      const registry = await startRegistry({ auth: { mode: "bearer", realm } }, t);
+      const reference = registry.add(image, "team/app", "1.0");
+      const outcome = await tryPull(t, reference, { ...HTTP, ...options });
+      assert(outcome.error);
+      assert.match(outcome.error.message, /\*\*\*/);
+      assert(!everything(outcome).includes(secret));
+    }
+  });
+
+  test("a mirror's: what is warned of it", async (t) => {
+    const secret = "hunter2";
+    const mirror = await startRegistry({ auth: { mode: "basic", password: secret } }, t);
+    mirror.add(image, "team/app", "1.0");
+    mirror.on(LAYER, elsewhere(`/gone/${secret}/blob`));
+    mirror.on({ path: /gone/ }, { status: 500 });
+    const registry = await startRegistry({}, t);
+    const reference = registry.add(image, "team/app", "1.0");
+    const auth = Buffer.from(`${USER}:${secret}`).toString("base64");
+    const DOCKER_AUTH_CONFIG = JSON.stringify({ auths: { [mirror.host]: { auth } } });
+    const outcome = await tryPull(t, reference, {
+      ...HTTP,
+      mirrors: { [registry.host]: [mirror.host] },
+      environment: { DOCKER_AUTH_CONFIG },
+    });
+    assert.equal(outcome.error, undefined);
+    assert.match(outcome.warnings.join(), /\/gone\/\*\*\*\/blob/);
+    assert(!everything(outcome).includes(secret));
+  });
+});
+
+test("words of our own stay whole, whatever the password", async (t) => {
+  for (const secret of ["http", "error", "team", "answer", "127."]) {
+    const outcome = await pullWith(t, secret, (registry) =>
+      registry.on(MANIFEST, { status: 500, body: `error: ${secret}` }),
+    );
+    const { message = "" } = outcome.error ?? {};
+    assert.match(message, /^http:\/\/127[\d.:]+\/v2\/team\/app\/manifests\/1\.0: the /);
+    assert.match(message, /registry answered 500 \((error|\*\*\*): \*\*\*\)$/);
+  }
 });
 
 // ====== Helpers ======
