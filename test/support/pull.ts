@@ -4,6 +4,7 @@
 import assert from "node:assert/strict";
 import { existsSync, readdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
+import { setTimeout as pause } from "node:timers/promises";
 import { inspect } from "node:util";
 import {
   type ErrorCode,
@@ -21,7 +22,13 @@ import {
   type TestImage,
   type TestIndex,
 } from "./image.ts";
-import { type Registry, type RegistryOptions, type Rule, startRegistry } from "./registry.ts";
+import {
+  type Registry,
+  type RegistryOptions,
+  type RequestRecord,
+  type Rule,
+  startRegistry,
+} from "./registry.ts";
 
 /**
  * The name that every image gets, so that tars pulled from registries on several ports can be
@@ -211,9 +218,24 @@ export async function tryPull(
 
 /**
  * The first connection for a blob stops after so many bytes until there is another: this is what a
- * line is to the module that is worth several connections.
+ * line is to the module that is worth several connections. Something small that is asked for once
+ * more takes longer than any first answer did: were it sooner there, as it is on a busy machine,
+ * the registry would look like a cache, which gets no ranges.
  */
 export function makeSlow(registry: Registry, digest: string, after = 300_000): Rule {
+  const startedMs = performance.now();
+  const isAnother = (request: RequestRecord) =>
+    request.digest !== digest && registry.blobRequests(request.digest).length > 1;
+  registry.on(
+    { kind: "blob", where: isAnother },
+    {
+      handler: async (_request, _response, next) => {
+        await pause(performance.now() - startedMs);
+        await next();
+      },
+    },
+  );
+
   const until = registry.arrived({ digest }, 2);
   return registry.on({ digest, times: 1 }, { pause: { after, until } });
 }
