@@ -2188,6 +2188,22 @@ function timeoutError(doing: string, words: string): ImgpullError {
   return new ImgpullError("TIMEOUT", `${doing}: ${words}`);
 }
 
+/**
+ * Calls `late` when a time is over; what it gives back calls that off. What has come by then is
+ * read first: a process that was stopped, or got no processor, has it in its buffers, and that is
+ * no silence of the server's.
+ */
+function startDeadline(limitMs: number, late: () => void): () => void {
+  let judging: NodeJS.Immediate | undefined;
+  const timer = setTimeout(() => {
+    judging = setImmediate(late);
+  }, limitMs);
+  return () => {
+    clearTimeout(timer);
+    clearImmediate(judging);
+  };
+}
+
 /** Calls `proceed` once the request has a connection, TLS included. */
 function whenConnected(outgoing: http.ClientRequest, proceed: () => void): void {
   outgoing.once("socket", (socket) => {
@@ -2203,9 +2219,9 @@ function limitConnecting(
   lateError: (isHandshake: boolean) => ImgpullError,
 ): void {
   const isHandshake = () => outgoing.socket?.connecting === false;
-  const timer = setTimeout(() => outgoing.destroy(lateError(isHandshake())), limitMs);
-  whenConnected(outgoing, () => clearTimeout(timer));
-  outgoing.once("close", () => clearTimeout(timer));
+  const callOff = startDeadline(limitMs, () => outgoing.destroy(lateError(isHandshake())));
+  whenConnected(outgoing, callOff);
+  outgoing.once("close", callOff);
 }
 
 /** From when the connection is there until the answer's headers are. */
@@ -2214,11 +2230,10 @@ function limitAnswer(
   limitMs: number,
   lateError: () => ImgpullError,
 ): void {
-  let timer: NodeJS.Timeout | undefined;
   whenConnected(outgoing, () => {
-    timer = setTimeout(() => outgoing.destroy(lateError()), limitMs);
+    const callOff = startDeadline(limitMs, () => outgoing.destroy(lateError()));
+    for (const end of ["response", "connect", "close"]) outgoing.once(end, callOff);
   });
-  for (const end of ["response", "connect", "close"]) outgoing.once(end, () => clearTimeout(timer));
 }
 
 /**
@@ -2257,18 +2272,23 @@ function limitBody(outgoing: http.ClientRequest, limits: BodyLimits): void {
   const { timeoutMs, isBlob, doing } = limits;
 
   outgoing.once("response", (incoming: http.IncomingMessage) => {
-    outgoing.on("timeout", () => {
-      if (isReaderSlow(incoming)) outgoing.setTimeout(timeoutMs);
+    const { socket } = incoming;
+    const judge = (readBefore: number) => {
+      const hasCome = socket.bytesRead > readBefore; // by now, see startDeadline
+      if (hasCome || isReaderSlow(incoming)) outgoing.setTimeout(timeoutMs);
       else incoming.destroy(timeoutError(doing, `nothing came for ${timeoutMs / 1000} s`));
-    });
+    };
+    outgoing.on("timeout", () => setImmediate(judge, socket.bytesRead));
 
     const isRefusal = (incoming.statusCode ?? 0) >= 300;
     if (isBlob && !isRefusal) return limitSlowness(incoming, 2 * timeoutMs, doing);
 
     const limitMs = isRefusal ? timeoutMs : LIMITS.documentWaitFactor * timeoutMs;
     const late = timeoutError(doing, `the answer was not whole after ${limitMs / 1000} s`);
-    const timer = setTimeout(() => incoming.destroy(late), limitMs);
-    incoming.once("close", () => clearTimeout(timer));
+    incoming.once(
+      "close",
+      startDeadline(limitMs, () => incoming.destroy(late)),
+    );
   });
 }
 
@@ -2280,17 +2300,18 @@ const isReaderSlow = (incoming: http.IncomingMessage): boolean => incoming.reada
 /** Ends a body that hardly moves: over each period it has to bring some KiB. */
 function limitSlowness(incoming: http.IncomingMessage, periodMs: number, doing: string): void {
   const leastBytes = (LIMITS.slowBytesPerSecond * periodMs) / 1000;
-  let readBefore = incoming.socket.bytesRead;
+  const { socket } = incoming;
+  let readBefore = socket.bytesRead;
 
   const judge = () => {
-    const { bytesRead } = incoming.socket;
+    const { bytesRead } = socket;
     const cameBytes = bytesRead - readBefore;
     readBefore = bytesRead;
     if (cameBytes >= leastBytes || isReaderSlow(incoming)) return;
     const words = `only ${cameBytes} bytes came in ${periodMs / 1000} s`;
     incoming.destroy(timeoutError(doing, words));
   };
-  const timer = setInterval(judge, periodMs);
+  const timer = setInterval(() => setImmediate(judge), periodMs);
   incoming.once("close", () => clearInterval(timer));
 }
 

@@ -3,6 +3,7 @@
 // and connections, not by the clock.
 import assert from "node:assert/strict";
 import { type ChildProcess, spawn } from "node:child_process";
+import { subscribe, unsubscribe } from "node:diagnostics_channel";
 import dns from "node:dns";
 import { once } from "node:events";
 import { connect, type Socket } from "node:net";
@@ -122,6 +123,8 @@ describe("what trickles without end is a fault like silence", { concurrency: 8 }
   });
 
   for (const tls of [undefined, makeAuthority().issueServer()]) {
+    // Longer, so that it is the layer that is slow, and not a machine that has much to do.
+    const timeoutMs = 3 * SOON;
     test(`a layer that moves, however slowly, is none${tls ? ", over TLS too" : ""}`, async (t) => {
       const options = tls ? { tls } : {};
       const { hits, registry, reference } = await behind(
@@ -130,19 +133,97 @@ describe("what trickles without end is a fault like silence", { concurrency: 8 }
         async (socket, request) => {
           const { body } = await relay(registry.host, request);
           socket.write(`${HEAD}Content-Length: ${body.length}\r\n\r\n`);
-          for (let at = 0; at < body.length; at += 30_000) {
-            socket.write(body.subarray(at, at + 30_000));
-            await new Promise((done) => setTimeout(done, SOON / 2));
+          for (let at = 0; at < body.length; at += 60_000) {
+            socket.write(body.subarray(at, at + 60_000));
+            await new Promise((done) => setTimeout(done, timeoutMs / 2));
           }
         },
         options,
       );
       const given = tls ? { insecure: true } : HTTP;
-      const outcome = await tryPull(t, reference, { ...given, timeoutMs: SOON });
+      const outcome = await tryPull(t, reference, { ...given, timeoutMs });
       assertPulled(outcome, image);
       assert.deepEqual([hits.length, outcome.waitsMs], [1, []]);
     });
   }
+});
+
+// ====== A process that was stopped ======
+// By Ctrl-Z, by a laptop that slept, by a machine that has too much to do: what came in time has
+// not been read yet when the deadline is over.
+
+/** Nothing of ours runs meanwhile, and the first thing after that are the timers. */
+function stopProcess(milliseconds: number, before = () => {}): void {
+  setImmediate(() => {
+    before();
+    Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, milliseconds);
+  });
+}
+
+describe("what came while we were stopped is not late", () => {
+  const begin = async (socket: Socket, request: RawRequest, host: string) => {
+    const { body } = await relay(host, request);
+    socket.write(`${HEAD}Content-Length: ${body.length}\r\n\r\n`);
+    return body;
+  };
+  type Answer = (socket: Socket, request: RawRequest, host: string) => Promise<unknown>;
+  const cases: [name: string, isHit: (request: RawRequest) => boolean, answer: Answer][] = [
+    [
+      "headers",
+      isManifest,
+      async (socket, request, host) => {
+        const { body } = await relay(host, request);
+        const head = `${HEAD}Content-Length: ${body.length}\r\n\r\n`;
+        stopProcess(2 * SOON, () => socket.write(head + body));
+      },
+    ],
+    [
+      "the rest of a layer",
+      isLayer,
+      async (socket, request, host) => {
+        const body = await begin(socket, request, host);
+        socket.write(body.subarray(0, 100_000));
+        await new Promise((done) => setTimeout(done, SOON / 4));
+        stopProcess(3 * SOON, () => socket.write(body.subarray(100_000)));
+      },
+    ],
+    [
+      "the rest of a document",
+      isConfig,
+      async (socket, request, host) => {
+        const body = await begin(socket, request, host);
+        socket.write(body.subarray(0, 10));
+        await new Promise((done) => setTimeout(done, SOON / 4));
+        stopProcess(5 * SOON, () => socket.write(body.subarray(10)));
+      },
+    ],
+  ];
+  for (const [name, isHit, answer] of cases) {
+    test(name, async (t) => {
+      const { hits, registry, reference } = await behind(t, isHit, (socket, request) =>
+        answer(socket, request, registry.host),
+      );
+      const outcome = await tryPull(t, reference, { ...HTTP, timeoutMs: SOON });
+      assertPulled(outcome, image);
+      assert.deepEqual([hits.length, outcome.waitsMs], [1, []]);
+    });
+  }
+
+  test("a connection", async (t) => {
+    const registry = await startRegistry({}, t);
+    registry.add(image, "team/app", "1.0");
+    let connects = 0;
+    const onConnecting = () => {
+      connects += 1;
+      if (connects === 1) stopProcess(2 * SOON);
+    };
+    subscribe("net.client.socket", onConnecting);
+    t.after(() => unsubscribe("net.client.socket", onConnecting));
+    const given = { ...HTTP, timeoutMs: SOON, concurrency: 1 };
+    const outcome = await tryPull(t, `${registry.host}/team/app:1.0`, given);
+    assertPulled(outcome, image);
+    assert.deepEqual([connects, outcome.waitsMs], [1, []]);
+  });
 });
 
 describe("the wait for headers grows with each attempt", { concurrency: 4 }, () => {
