@@ -167,7 +167,7 @@ const TUNING = Object.freeze({
   // one write to disk: fewer trips to Node's thread pool than one for each chunk
   batchBytes: MIB / 2,
   gatherBytes: 4 * MIB, // of all connections together: each has as much under way besides
-  journalBytes: MIB, // how much a kill -9 may cost each blob, beside what a connection has gathered
+  journalBytes: MIB / 2, // how much a kill -9 may cost each blob, beside what a connection has gathered
   // the disk works while the line does, and little is left for the sync at the end
   syncBytes: 32 * MIB,
   splitBytes: MIB / 2, // no range is worth a request of its own below that,

@@ -109,7 +109,7 @@ var TUNING = Object.freeze({
 	batchMs: 1e3,
 	batchBytes: MIB / 2,
 	gatherBytes: 4 * MIB,
-	journalBytes: MIB,
+	journalBytes: MIB / 2,
 	syncBytes: 32 * MIB,
 	splitBytes: MIB / 2,
 	worthMs: 50,
@@ -1062,6 +1062,16 @@ function surviveLateErrors(outgoing) {
 function timeoutError(doing, words) {
 	return new ImgpullError("TIMEOUT", `${doing}: ${words}`)
 }
+function startDeadline(limitMs, late) {
+	let judging
+	const timer = setTimeout(() => {
+		judging = setImmediate(late)
+	}, limitMs)
+	return () => {
+		clearTimeout(timer)
+		clearImmediate(judging)
+	}
+}
 function whenConnected(outgoing, proceed) {
 	outgoing.once("socket", socket => {
 		if (outgoing.reusedSocket) proceed()
@@ -1070,16 +1080,15 @@ function whenConnected(outgoing, proceed) {
 }
 function limitConnecting(outgoing, limitMs, lateError) {
 	const isHandshake = () => outgoing.socket?.connecting === false
-	const timer = setTimeout(() => outgoing.destroy(lateError(isHandshake())), limitMs)
-	whenConnected(outgoing, () => clearTimeout(timer))
-	outgoing.once("close", () => clearTimeout(timer))
+	const callOff = startDeadline(limitMs, () => outgoing.destroy(lateError(isHandshake())))
+	whenConnected(outgoing, callOff)
+	outgoing.once("close", callOff)
 }
 function limitAnswer(outgoing, limitMs, lateError) {
-	let timer
 	whenConnected(outgoing, () => {
-		timer = setTimeout(() => outgoing.destroy(lateError()), limitMs)
+		const callOff = startDeadline(limitMs, () => outgoing.destroy(lateError()))
+		for (const end of ["response", "connect", "close"]) outgoing.once(end, callOff)
 	})
-	for (const end of ["response", "connect", "close"]) outgoing.once(end, () => clearTimeout(timer))
 }
 var Patience = class {
 	#timeoutMs
@@ -1100,31 +1109,37 @@ var Patience = class {
 function limitBody(outgoing, limits) {
 	const {timeoutMs, isBlob, doing} = limits
 	outgoing.once("response", incoming => {
-		outgoing.on("timeout", () => {
-			if (isReaderSlow(incoming)) outgoing.setTimeout(timeoutMs)
+		const {socket} = incoming
+		const judge2 = readBefore => {
+			const hasCome = socket.bytesRead > readBefore
+			if (hasCome || isReaderSlow(incoming)) outgoing.setTimeout(timeoutMs)
 			else incoming.destroy(timeoutError(doing, `nothing came for ${timeoutMs / 1e3} s`))
-		})
+		}
+		outgoing.on("timeout", () => setImmediate(judge2, socket.bytesRead))
 		const isRefusal = (incoming.statusCode ?? 0) >= 300
 		if (isBlob && !isRefusal) return limitSlowness(incoming, 2 * timeoutMs, doing)
 		const limitMs = isRefusal ? timeoutMs : LIMITS.documentWaitFactor * timeoutMs
 		const late = timeoutError(doing, `the answer was not whole after ${limitMs / 1e3} s`)
-		const timer = setTimeout(() => incoming.destroy(late), limitMs)
-		incoming.once("close", () => clearTimeout(timer))
+		incoming.once(
+			"close",
+			startDeadline(limitMs, () => incoming.destroy(late))
+		)
 	})
 }
 var isReaderSlow = incoming => incoming.readableLength > 0
 function limitSlowness(incoming, periodMs, doing) {
 	const leastBytes = (LIMITS.slowBytesPerSecond * periodMs) / 1e3
-	let readBefore = incoming.socket.bytesRead
+	const {socket} = incoming
+	let readBefore = socket.bytesRead
 	const judge2 = () => {
-		const {bytesRead} = incoming.socket
+		const {bytesRead} = socket
 		const cameBytes = bytesRead - readBefore
 		readBefore = bytesRead
 		if (cameBytes >= leastBytes || isReaderSlow(incoming)) return
 		const words = `only ${cameBytes} bytes came in ${periodMs / 1e3} s`
 		incoming.destroy(timeoutError(doing, words))
 	}
-	const timer = setInterval(judge2, periodMs)
+	const timer = setInterval(() => setImmediate(judge2), periodMs)
 	incoming.once("close", () => clearInterval(timer))
 }
 async function followRedirects(request, sendOnce, secrets) {
