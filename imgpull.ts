@@ -122,6 +122,12 @@ const LIMITS = Object.freeze({
   tarReferences: 300_000, // manifests and layers that the images of a tar name, all together
   unpackFactor: 1000, // deflate makes a thousandth at best: what is beyond has no end,
   unpackFloorBytes: 1024 * MIB, // nor has what is beyond this much besides
+  layerPaths: 1_000_000, // of a layer that is unpacked for a trial; real ones have some thousands
+  layerLinkBytes: 8 * MIB, // of the targets of its symbolic links
+  unpackedNameBytes: 255, // of each part of a path, on every file system there is
+  unpackedPathBytes: 3900, // of a path: 4096 less what stands before it where it is unpacked
+  unpackedLinkBytes: 4095, // of what a symbolic link leads to
+  attributeBytes: 4000, // of a file's extended attributes, all together: ext4 has a block for them
   mirrorFailures: 2, // what passes by itself: of more, another place has it sooner
   indexDepth: 4, // an index inside an index; real ones are one or two deep
   indexEntries: 1024, // with `platforms` "all" each entry is a request
@@ -546,10 +552,16 @@ interface LoaderFault {
     | "too-many-layers"
     | "encrypted"
     | "no-tar"
+    /** A layer has a path twice, or below a link to nothing: docker and podman refuse that, */
+    | "path-twice"
+    /** or one that cannot be unpacked, such as that of a file below a file. */
+    | "odd-path"
     | "trailing-bytes"
     | "label"
     | "packing";
   entry?: string;
+  /** Where it lies in that layer. */
+  path?: string;
 }
 
 /** Whether a program loads a tar. */
@@ -5085,7 +5097,10 @@ type TarHeader = Readonly<{
   type: string;
   linkName: string;
   holes?: SparseMap;
+  attributes?: AttributeFault;
 }>;
+/** Extended attributes that no file can have, or only files and folders. */
+type AttributeFault = "for-none" | "for-files";
 type TarEntry = TarHeader & Readonly<{ offset: number }>;
 /** The pieces that a file with holes has, and its whole length. */
 type SparseMap = Readonly<{ realBytes: number; pieces: readonly Span[] }>;
@@ -5123,12 +5138,12 @@ function readTarNumber(header: Buffer, offset: number, widthBytes: number): numb
   return value;
 }
 
+/** Negative below a set second bit: times before 1970 are. */
 function readBinaryNumber(field: Buffer): number {
-  const isNegative = ((field[0] ?? 0) & 0x40) !== 0;
-  if (isNegative) refuseTar("a number in a header is negative");
-
-  let value = (field[0] ?? 0) & 0x3f;
+  const first = field[0] ?? 0;
+  let value = (first & 0x3f) - (first & 0x40);
   for (const byte of field.subarray(1)) value = value * 256 + byte;
+  if (Math.abs(value) >= 2 ** 63) refuseTar("a number in a header is too large");
   return value;
 }
 
@@ -5145,10 +5160,12 @@ const PAX_KEYS = [
   "GNU.sparse.name",
   "GNU.sparse.realsize",
   "GNU.sparse.size",
+  "GNU.sparse.numblocks",
   "GNU.sparse.map",
   "GNU.sparse.offset",
   "GNU.sparse.numbytes",
 ];
+/** What is wrong with the extended attributes stands under the beginning of their keys. */
 type PaxRecords = Map<string, string>;
 
 /**
@@ -5171,39 +5188,110 @@ function paxRecordAt(body: Buffer, at: number): { key: string; value: Buffer; en
   return { key, value: body.subarray(equals + 1, end - 1), end };
 }
 
+const PAX_NUMBER = /^[+-]?\d{1,18}$/;
+const PAX_TIME = /^[+-]?\d{1,18}(\.\d*)?$/;
+const PAX_NUMBERS: Readonly<Record<string, RegExp>> = {
+  uid: PAX_NUMBER,
+  gid: PAX_NUMBER,
+  mtime: PAX_TIME,
+  atime: PAX_TIME,
+  ctime: PAX_TIME,
+};
+
+/** What is of no use here may stop others all the same. */
+function isPaxRecord(key: string, value: Buffer): boolean {
+  const isText = PAX_KEYS.includes(key) || key === "uname" || key === "gname";
+  if (isText ? value.includes(0) : key.includes("\0")) return false;
+  const form = Object.hasOwn(PAX_NUMBERS, key) ? PAX_NUMBERS[key] : undefined;
+  return !form || value.length === 0 || form.test(value.toString("latin1"));
+}
+
+const XATTR_KEY = "SCHILY.xattr.";
+
+/** What is wrong with one of a file's extended attributes, by the kernel's rules. */
+function faultOfAttribute(name: string, value: Buffer): AttributeFault | undefined {
+  const isLong = Buffer.byteLength(name) > LIMITS.unpackedNameBytes;
+  if (isLong || name === "" || /^(user|trusted|security)\.$/.test(name)) return "for-none";
+  const version = { 20: 2, 24: 3 }[value.length]; // of capabilities, by their length
+  const isCapability =
+    name !== "security.capability" || (version !== undefined && value[3] === version);
+  const isAcl = !name.startsWith("system.posix_acl_") || (value.length % 8 === 4 && value[0] === 2);
+  if (!isCapability || !isAcl) return "for-none";
+  return name.startsWith("user.") ? "for-files" : undefined;
+}
+
 function parsePaxRecords(body: Buffer): PaxRecords {
   const records: PaxRecords = new Map();
   const sparsePieces: string[] = [];
+  const faults = new Set<string | undefined>();
+  let attributeBytes = 0;
 
   for (let at = 0; at < body.length; ) {
     const { key, value, end } = paxRecordAt(body, at);
     at = end;
+    if (!isPaxRecord(key, value)) refuseTar("a pax record is malformed");
+    if (key.startsWith(XATTR_KEY)) {
+      attributeBytes += key.length + value.length;
+      faults.add(faultOfAttribute(key.slice(XATTR_KEY.length), value));
+    }
     if (!PAX_KEYS.includes(key)) continue;
-    if (value.includes(0)) refuseTar("a pax record is malformed");
 
     // The oldest form says each piece of a sparse file in two records.
-    if (key === "GNU.sparse.offset" || key === "GNU.sparse.numbytes")
-      sparsePieces.push(value.toString("utf8"));
-    else records.set(key, value.toString("utf8"));
+    const piece = ["GNU.sparse.offset", "GNU.sparse.numbytes"].indexOf(key);
+    if (piece < 0) records.set(key, value.toString("utf8"));
+    else if (piece === sparsePieces.length % 2) sparsePieces.push(value.toString("utf8"));
+    else refuseTar("the map of a sparse file is wrong");
   }
 
   if (sparsePieces.length > 0) records.set("GNU.sparse.map", sparsePieces.join(","));
+  if (attributeBytes > LIMITS.attributeBytes) faults.add("for-none");
+  const fault = ["for-none", "for-files"].find((each) => faults.has(each));
+  if (fault) records.set(XATTR_KEY, fault);
   return records;
 }
 
-/** Offsets and lengths by turns, in order and inside the file. */
-function sparseMapOf(numbers: readonly number[], realBytes: number): SparseMap {
+/** Offsets and lengths by turns, in order, inside the file, and of all that is stored. */
+function sparseMapOf(
+  numbers: readonly number[],
+  realBytes: number,
+  storedBytes: number,
+): SparseMap {
   const pieces: Span[] = [];
   let before = 0;
   for (let at = 0; at + 1 < numbers.length; at += 2) {
     const [from = 0, length = 0] = numbers.slice(at, at + 2);
-    const isInOrder = Number.isSafeInteger(from + length) && from >= before;
+    const isInOrder = Number.isSafeInteger(from + length) && from >= before && length >= 0;
     if (!isInOrder || from + length > realBytes) refuseTar("the map of a sparse file is wrong");
     if (length > 0) pieces.push([from, from + length]);
     before = from + length;
   }
-  if (numbers.length % 2 > 0) refuseTar("the map of a sparse file is wrong");
+  const isAll = sumOf(pieces, ([from, to]) => to - from) === storedBytes;
+  if (numbers.length % 2 > 0 || !isAll) refuseTar("the map of a sparse file is wrong");
   return { realBytes, pieces };
+}
+
+type SparseForm = "in-record" | "before-content";
+
+/**
+ * Where pax records say what a sparse file is made of: in one of them, or before its content. Go
+ * takes other forms for plain files of another name and content than GNU's tar and libarchive do.
+ */
+function sparseFormOf(records: PaxRecords): SparseForm | undefined {
+  const keys = [...records.keys()].filter((key) => key.startsWith("GNU.sparse."));
+  if (keys.length === 0) return undefined;
+  const [major = "", minor = ""] = ["major", "minor"].map((each) =>
+    records.get(`GNU.sparse.${each}`),
+  );
+  const version = `${major}.${minor}`;
+  if (version === "1.0") return "before-content";
+  const hasMap = version === "." && Boolean(records.get("GNU.sparse.map"));
+  if (version === "0.0" || version === "0.1" || hasMap) return "in-record";
+  return refuseTar("a sparse file in it is of a form that is not known");
+}
+
+function decimalOf(digits: string | undefined): number {
+  if (!/^\d+$/.test(digits ?? "")) refuseTar("the map of a sparse file is wrong");
+  return Number(digits);
 }
 
 /**
@@ -5218,6 +5306,8 @@ class TarDecoder {
   isAtEnd = false;
   /** The first of them was. */
   hasTrailer = false;
+  /** How many global headers there were: some loaders want no two of one name. */
+  globalHeaders = 0;
   #records: PaxRecords = new Map();
   /** GNU's long names, which count more than pax ones. */
   #longNames: PaxRecords = new Map();
@@ -5248,7 +5338,7 @@ class TarDecoder {
 
     const numberFields = [100, 108, 116, ...(isUstar(block) ? [329, 337] : [])];
     for (const offset of numberFields) readTarNumber(block, offset, 8);
-    readTarNumber(block, 136, 12);
+    for (const offset of [136, ...timesOf(block)]) readTarNumber(block, offset, 12);
 
     const sizeBytes = readTarNumber(block, 124, 12);
     const type = String.fromCharCode(block[156] || DIGIT_0);
@@ -5257,7 +5347,8 @@ class TarDecoder {
   }
 
   #takeExtension(type: string, sizeBytes: number): undefined {
-    if (sizeBytes > LIMITS.tarExtensionBytes) refuseTar("an extended header is too large");
+    if (sizeBytes < 0 || sizeBytes > LIMITS.tarExtensionBytes)
+      refuseTar("an extended header is too large");
 
     const use = (body: Buffer): undefined => {
       const content = body.subarray(0, sizeBytes);
@@ -5265,6 +5356,7 @@ class TarDecoder {
       if (type === "x") this.#records = records;
       // global records are not used, and end what came before
       if (type === "g") this.#forgetExtensions();
+      if (type === "g") this.globalHeaders += 1;
       if (type === "L") this.#longNames.set("path", untilNul(content));
       if (type === "K") this.#longNames.set("linkpath", untilNul(content));
     };
@@ -5281,8 +5373,9 @@ class TarDecoder {
     const records = this.#records;
     const longNames = this.#longNames;
     this.#forgetExtensions();
+    const sparseForm = type === "S" ? undefined : sparseFormOf(records);
     const name =
-      records.get("GNU.sparse.name") ||
+      (sparseForm && records.get("GNU.sparse.name")) ||
       longNames.get("path") ||
       records.get("path") ||
       headerName(block);
@@ -5296,21 +5389,30 @@ class TarDecoder {
     const isFolder = type === "5" || (block[156] === 0 && name.endsWith("/"));
     // links, devices and folders, whatever size they state
     const isEmpty = isFolder || "123456".includes(type);
+    const attributes = records.get(XATTR_KEY) as AttributeFault | undefined;
     const header: TarHeader = {
       name,
       isRooted: name.startsWith("/"),
       sizeBytes: isEmpty ? 0 : storedBytes,
       type: isFolder ? "5" : type,
       linkName,
+      ...(attributes && { attributes }),
     };
     if (type === "S") return this.#takeOldSparse(block, header);
-    if (records.get("GNU.sparse.major") === "1") return this.#takeNewSparse(records, header);
+    return sparseForm ? this.#takePaxSparse(sparseForm, records, header) : header;
+  }
 
-    const map = records.get("GNU.sparse.map");
-    if (map === undefined) return header;
-    const realBytes = Number(records.get("GNU.sparse.size") ?? -1);
-    const numbers = map === "" ? [] : map.split(",").map(Number);
-    return { ...header, holes: sparseMapOf(numbers, realBytes) };
+  #takePaxSparse(form: SparseForm, records: PaxRecords, header: TarHeader): TarHeader | undefined {
+    if ("123456".includes(header.type)) refuseTar("a sparse file in it is no file");
+    const realBytes = decimalOf(
+      records.get("GNU.sparse.size") || records.get("GNU.sparse.realsize"),
+    );
+    if (form === "before-content") return this.#takeNewSparse(realBytes, header);
+    const map = records.get("GNU.sparse.map") || undefined;
+    const numbers = map?.split(",").map(decimalOf) ?? [];
+    if (numbers.length !== 2 * decimalOf(records.get("GNU.sparse.numblocks")))
+      refuseTar("the map of a sparse file is wrong");
+    return { ...header, holes: sparseMapOf(numbers, realBytes, header.sizeBytes) };
   }
 
   /**
@@ -5318,6 +5420,7 @@ class TarDecoder {
    * follows.
    */
   #takeOldSparse(block: Buffer, header: TarHeader): TarHeader | undefined {
+    if (!isGnu(block)) refuseTar("the map of a sparse file is wrong");
     const numbers: number[] = [];
     const realBytes = readTarNumber(block, 483, 12);
     const takePieces = (from: Buffer, offset: number, count: number): TarHeader | undefined => {
@@ -5326,7 +5429,8 @@ class TarDecoder {
         numbers.push(readTarNumber(from, at, 12), readTarNumber(from, at + 12, 12));
 
       const isContinued = (from[end] ?? 0) !== 0;
-      if (!isContinued) return { ...header, holes: sparseMapOf(numbers, realBytes) };
+      if (!isContinued)
+        return { ...header, holes: sparseMapOf(numbers, realBytes, header.sizeBytes) };
       if (numbers.length * 12 > LIMITS.tarExtensionBytes)
         refuseTar("the map of a sparse file is too large");
       return this.#expect(BLOCK, (more) => takePieces(more, 0, 21));
@@ -5338,25 +5442,22 @@ class TarDecoder {
    * The newest form: the map stands before the content, as lines of decimal digits that fill whole
    * blocks.
    */
-  #takeNewSparse(records: PaxRecords, header: TarHeader): TarHeader | undefined {
-    const realBytes = Number(records.get("GNU.sparse.realsize") ?? -1);
+  #takeNewSparse(realBytes: number, header: TarHeader): TarHeader | undefined {
     let text = "";
+    let lineCount = 0;
+    let wantedLines = 1; // the first says how many pairs follow
     const takeLines = (block: Buffer): TarHeader | undefined => {
       text += block.toString("latin1");
+      lineCount += block.filter((byte) => byte === LINE_END).length;
       if (text.length > LIMITS.tarExtensionBytes)
         refuseTar("the map of a sparse file is too large");
+      if (lineCount > 0 && wantedLines === 1)
+        wantedLines += 2 * decimalOf(text.slice(0, text.indexOf("\n")));
+      if (lineCount < wantedLines) return this.#expect(BLOCK, takeLines);
 
-      const [count = "", ...lines] = text.split("\n");
-      // the last piece of a split ends with no line end
-      const isWhole = lines.length > 2 * Number(count);
-      if (!isWhole) return this.#expect(BLOCK, takeLines);
-
-      const numbers = lines.slice(0, 2 * Number(count));
-      if (![count, ...numbers].every((line) => /^\d+$/.test(line)))
-        refuseTar("the map of a sparse file is wrong");
+      const numbers = text.split("\n").slice(1, wantedLines).map(decimalOf);
       const sizeBytes = header.sizeBytes - text.length;
-      if (sizeBytes < 0) refuseTar("the map of a sparse file is wrong");
-      return { ...header, sizeBytes, holes: sparseMapOf(numbers.map(Number), realBytes) };
+      return { ...header, sizeBytes, holes: sparseMapOf(numbers, realBytes, sizeBytes) };
     };
     return this.#expect(BLOCK, takeLines);
   }
@@ -5379,6 +5480,19 @@ function contentBytes(records: PaxRecords, headerBytes: number): number {
 }
 
 const isUstar = (block: Buffer): boolean => block.toString("latin1", 257, 262) === "ustar";
+const isGnu = (block: Buffer): boolean => block.toString("latin1", 257, 265) === "ustar  \0";
+const isStar = (block: Buffer): boolean =>
+  block.toString("latin1", 257, 263) === "ustar\0" &&
+  block.toString("latin1", 508, 512) === "tar\0";
+
+/**
+ * Where the times of the last access and change stand in a header, if at all. In GNU's, Go takes
+ * what is no number there for a part of the name.
+ */
+function timesOf(block: Buffer): number[] {
+  if (isGnu(block)) return [345, 357].filter((offset) => block[offset] !== 0);
+  return isStar(block) ? [476, 488] : [];
+}
 
 /**
  * The name in the header itself. The prefix is POSIX's; in GNU's and star's headers other things
@@ -5387,8 +5501,7 @@ const isUstar = (block: Buffer): boolean => block.toString("latin1", 257, 262) =
 function headerName(block: Buffer): string {
   const name = untilNul(block.subarray(0, 100));
   const isPosix = block.toString("latin1", 257, 263) === "ustar\0";
-  const isStar = block.toString("latin1", 508, 512) === "tar\0";
-  const prefix = isPosix ? untilNul(block.subarray(345, isStar ? 476 : 500)) : "";
+  const prefix = isPosix ? untilNul(block.subarray(345, isStar(block) ? 476 : 500)) : "";
   return prefix === "" ? name : `${prefix}/${name}`;
 }
 
@@ -10540,6 +10653,8 @@ type Unpacked = Readonly<{
   /** Of what it unpacks to, by each algorithm that was used. */
   digests: readonly string[];
   isTar: boolean;
+  /** The first entry of that tar that stops loaders which unpack it. */
+  odd: OddPath | undefined;
   /** More bytes follow after what was unpacked. */
   hasRest: boolean;
 }>;
@@ -10564,9 +10679,211 @@ class Digests {
 /** Loaders stop at others: volume labels, GNU's lists of folders, contiguous files. */
 const UNPACKED_TYPES = "0123456S";
 
+/** Whether an entry can be unpacked at all, wherever it stands. */
+function isUnpackable({ name, type, linkName, attributes }: TarHeader): boolean {
+  const isFile = "015S".includes(type);
+  const isLinkWrong =
+    type === "2" && (linkName === "" || Buffer.byteLength(linkName) > LIMITS.unpackedLinkBytes);
+  if (isLinkWrong || attributes === "for-none" || (attributes && !isFile)) return false;
+  const lengths = name.split("/").map((part) => Buffer.byteLength(part));
+  return (
+    Math.max(...lengths) <= LIMITS.unpackedNameBytes &&
+    sumOf(lengths, (length) => length + 1) <= LIMITS.unpackedPathBytes
+  );
+}
+
+/**
+ * An entry of a layer that stops loaders: docker and podman only where it is a path for the second
+ * time, or below what is not there, or all of them.
+ */
+type OddPath = Readonly<{ kind: "path-twice" | "odd-path"; path: string }>;
+
+/** What stands at a path: 0 where nothing does. */
+const GONE = 1;
+const FOLDER = 2;
+const FILE = 3;
+const LINK = 4;
+/** Beside one of these: an entry has that path. */
+const ENTERED = 8;
+
+/** What stands at each path of a layer. Of the paths only hashes are kept. */
+class PathTable {
+  count = 0;
+  readonly #seed = Math.floor(Math.random() * 2 ** 32);
+  #hashes = new Float64Array(256);
+  #values = new Uint8Array(256);
+
+  get(path: string): number {
+    return this.#values[this.#slotOf(this.#hashOf(path))] ?? 0;
+  }
+
+  set(path: string, value: number): void {
+    this.#put(this.#hashOf(path), value);
+    if (2 * this.count > this.#values.length) this.#grow();
+  }
+
+  #put(hash: number, value: number): void {
+    const slot = this.#slotOf(hash);
+    if (this.#values[slot] === 0) this.count += 1;
+    this.#hashes[slot] = hash;
+    this.#values[slot] = value;
+  }
+
+  #slotOf(hash: number): number {
+    const size = this.#values.length;
+    let slot = hash % size;
+    while (this.#values[slot] !== 0 && this.#hashes[slot] !== hash) slot = (slot + 1) % size;
+    return slot;
+  }
+
+  #grow(): void {
+    const hashes = this.#hashes;
+    const values = this.#values;
+    this.#hashes = new Float64Array(2 * hashes.length);
+    this.#values = new Uint8Array(2 * values.length);
+    this.count = 0;
+    for (const [slot, value] of values.entries()) if (value) this.#put(hashes[slot] ?? 0, value);
+  }
+
+  /** 53 bits: among a million paths two of the same hash are as rare as bad memory. */
+  #hashOf(path: string): number {
+    let high = this.#seed;
+    let low = ~this.#seed;
+    for (let at = 0; at < path.length; at += 1) {
+      const letter = path.charCodeAt(at);
+      high = Math.imul(high ^ letter, 0x9e3779b1);
+      low = Math.imul(low ^ letter, 0x5f356495);
+      low ^= low >>> 15;
+    }
+    high = Math.imul(high ^ (high >>> 16), 0x85ebca6b) ^ Math.imul(low ^ (low >>> 13), 0xc2b2ae35);
+    return (high & 0x1fffff) * 2 ** 32 + (low >>> 0);
+  }
+}
+
+const WHITEOUT = ".wh.";
+const OPAQUE = ".wh..wh..opq";
+
+/** A name as it is resolved below a root: no step leads out of that. */
+const pathBelowRoot = (name: string): string => path.posix.join("/", name).replace(/^\/|\/$/g, "");
+
+/**
+ * A layer's entries as loaders unpack them: docker and podman over nothing but this layer, into
+ * overlayfs and vfs, containerd likewise. Found out by trials of each case with docker 20.10,
+ * podman 4.3 and containerd 1.6, and with both of their kinds of stores.
+ */
+class UnpackTrial {
+  /** The first entry that stops a loader; one that stops all counts more. */
+  odd: OddPath | undefined;
+  readonly #paths = new PathTable();
+  readonly #targets = new Map<string, string>();
+  #targetBytes = 0;
+
+  take(header: TarHeader): void {
+    if (this.odd?.kind === "odd-path") return;
+    const kind = this.#kindOf(header);
+    if (kind === "odd-path" || (kind && !this.odd)) this.odd = { kind, path: header.name };
+  }
+
+  #kindOf(header: TarHeader): OddPath["kind"] | undefined {
+    const full = this.#paths.count > LIMITS.layerPaths || this.#targetBytes > LIMITS.layerLinkBytes;
+    if (full || !isUnpackable(header)) return "odd-path";
+
+    const given = pathBelowRoot(header.name);
+    const folder = this.#follow(parentOf(given));
+    if (folder === undefined) return "odd-path";
+    const ofFolder = this.#enterFolder(folder, folder !== parentOf(given));
+    const base = path.posix.basename(given);
+    const place = folder === "" ? base : `${folder}/${base}`;
+    const isTwice = (this.#paths.get(given) & ENTERED) !== 0;
+    const ofEntry = base.startsWith(WHITEOUT)
+      ? this.#remove(folder, base)
+      : this.#put(place, header);
+
+    this.#paths.set(given, this.#paths.get(given) | ENTERED);
+    const kinds = [ofFolder, ofEntry, isTwice ? "path-twice" : undefined] as const;
+    return kinds.find((kind) => kind === "odd-path") ?? kinds.find((kind) => kind);
+  }
+
+  #standsAt(place: string): number {
+    return place === "" ? FOLDER : this.#paths.get(place) & ~ENTERED;
+  }
+
+  /** Where a path leads when links are followed, as far as it is there; undefined for a circle. */
+  #follow(given: string): string | undefined {
+    let place = given;
+    for (let steps = 0; steps < 40; steps += 1) {
+      const link = this.#targets.size > 0 ? this.#firstLink(place) : undefined;
+      if (link === undefined) return place;
+      const target = this.#targets.get(link) ?? "";
+      const from = target.startsWith("/") ? "" : parentOf(link);
+      place = pathBelowRoot(`${from}/${target}${place.slice(link.length)}`);
+    }
+    return undefined;
+  }
+
+  #firstLink(place: string): string | undefined {
+    if (this.#standsAt(place) === FOLDER) return undefined;
+    return foldersOf(place).find((each) => this.#standsAt(each) === LINK);
+  }
+
+  /** Makes a folder with all above it, where that can be. */
+  #enterFolder(folder: string, isBehindLink: boolean): OddPath["kind"] | undefined {
+    const stands = this.#standsAt(folder);
+    if (stands === FOLDER) return undefined;
+    const folders = foldersOf(folder);
+    const isBelowFile = folders.some((each) => this.#standsAt(each) === FILE);
+    const isBelowGone = folders.some((each) => this.#standsAt(each) === GONE);
+    for (const each of folders) this.#paths.set(each, (this.#paths.get(each) & ENTERED) | FOLDER);
+    if (isBelowFile) return "odd-path";
+    return isBelowGone || isBehindLink ? "path-twice" : undefined;
+  }
+
+  /** A whiteout; overlayfs has room for one, or for what it takes away. */
+  #remove(folder: string, base: string): OddPath["kind"] | undefined {
+    if (base === OPAQUE) return undefined;
+    const name = base.slice(WHITEOUT.length);
+    if (["", ".", ".."].includes(name)) return "odd-path";
+    const place = folder === "" ? name : `${folder}/${name}`;
+    const before = this.#standsAt(place);
+    this.#paths.set(place, (this.#paths.get(place) & ENTERED) | GONE);
+    if (before === FOLDER) return "odd-path";
+    return before === 0 ? undefined : "path-twice";
+  }
+
+  #put(place: string, { type, linkName }: TarHeader): OddPath["kind"] | undefined {
+    if (place === "") return type === "5" ? undefined : "path-twice";
+    const isGood = type !== "1" || this.#isFile(linkName, place);
+    const before = this.#standsAt(place);
+    const stands = { "5": FOLDER, "2": LINK }[type] ?? FILE;
+    this.#paths.set(place, (this.#paths.get(place) & ENTERED) | stands);
+    if (stands === LINK) {
+      this.#targets.set(place, linkName);
+      this.#targetBytes += place.length + linkName.length;
+    }
+    return isGood && (before !== FOLDER || stands === FOLDER) ? undefined : "odd-path";
+  }
+
+  /** Whether a hard link at a place leads to something that is no folder and stands elsewhere. */
+  #isFile(linkName: string, place: string): boolean {
+    const target = pathBelowRoot(linkName);
+    const folder = this.#follow(parentOf(target));
+    if (folder === undefined || target === "") return false;
+    const base = path.posix.basename(target);
+    const targetPlace = folder === "" ? base : `${folder}/${base}`;
+    return targetPlace !== place && [FILE, LINK].includes(this.#standsAt(targetPlace));
+  }
+}
+
+/** A path and all that it lies below, from the top. */
+function foldersOf(place: string): string[] {
+  const parts = place.split("/");
+  return parts.map((_, at) => parts.slice(0, at + 1).join("/"));
+}
+
 /** Whether bytes that go by are a tar, as loaders read and unpack one. */
 class TarCheck {
   readonly #decoder = new TarDecoder();
+  readonly #trial = new UnpackTrial();
   #block: Buffer = Buffer.alloc(0);
   #contentBytes = 0;
   #paddingBytes = 0;
@@ -10582,6 +10899,11 @@ class TarCheck {
 
   isTar(): boolean {
     return !this.#isBroken && this.#contentBytes === 0 && this.#block.length === 0;
+  }
+
+  odd(): OddPath | undefined {
+    if (this.#trial.odd || this.#decoder.globalHeaders < 2) return this.#trial.odd;
+    return { kind: "path-twice", path: "pax_global_header" };
   }
 
   /** Content and padding of the entry before. */
@@ -10608,6 +10930,7 @@ class TarCheck {
     try {
       const header = this.#decoder.take(block);
       this.#isBroken = header !== undefined && !UNPACKED_TYPES.includes(header.type);
+      if (header) this.#trial.take(header);
       this.#contentBytes = header?.sizeBytes ?? 0;
       this.#paddingBytes = paddingOf(this.#contentBytes);
     } catch (error) {
@@ -10652,6 +10975,7 @@ class LayerUnpacking {
       outcome,
       digests: this.#digests.list(),
       isTar: this.#tar.isTar(),
+      odd: this.#tar.odd(),
       hasRest: this.#unpacker.bytesWritten < this.#packedBytes,
     };
   }
@@ -10883,6 +11207,7 @@ class FileInspection {
       outcome: this.isEndless() ? "endless" : outcome,
       digests,
       isTar: this.#tar.isTar(),
+      odd: this.#tar.odd(),
       hasRest: false,
     };
   }
@@ -11642,7 +11967,9 @@ class LoaderJudge {
 
     const images = isLayout ? named.flatMap(({ images }) => images) : tagged;
     const unpacked = images.filter((image) => !isUnknown(image));
-    const faults = unpacked.flatMap((image) => this.#faultsOfImage(image));
+    const faults = unpacked
+      .flatMap((image) => this.#faultsOfImage(image))
+      .filter(({ kind }) => kind !== "path-twice");
     const parts = unpacked.flatMap((image) => image.parts.slice(1));
     faults.push(...parts.flatMap((part) => this.#faultsOfLabel(part)));
 
@@ -11670,7 +11997,7 @@ class LoaderJudge {
     const faults: LoaderFault[] = isNameless ? [{ kind: "no-name" }] : [];
     for (const image of listed) {
       const ofImage = this.#faultsOfImage(image);
-      faults.push(...ofImage.filter(({ kind }) => kind !== "no-tar")); // it is not unpacked here
+      faults.push(...ofImage.filter(({ kind }) => !OF_UNPACKING.includes(kind)));
     }
     const names = ["manifest.json", ...listed.flatMap(namesOfParts)];
     return [...faults, ...this.#faultsOfLinks(names, "1"), ...this.#faultsOfNames()];
@@ -11724,7 +12051,8 @@ class LoaderJudge {
     const hasRest = unpacked.packing === "gzip" && unpacked.hasRest;
     if (hasRest) return [{ kind: "trailing-bytes", entry }];
     const isPartial = unpacked.packing === "zstd" && unpacked.hasRest;
-    return unpacked.isTar || isPartial ? [] : [{ kind: "no-tar", entry }];
+    if (!unpacked.isTar && !isPartial) return [{ kind: "no-tar", entry }];
+    return unpacked.odd ? [{ entry, ...unpacked.odd }] : [];
   }
 
   /** It believes OCI's type for a plain layer (containerd/containerd#9981). */
@@ -11735,6 +12063,9 @@ class LoaderJudge {
     return isPlainType && packing ? [{ kind: "label", entry }] : [];
   }
 }
+
+/** What a program that copies layers as they are does not meet. */
+const OF_UNPACKING: readonly LoaderFault["kind"][] = ["no-tar", "path-twice", "odd-path"];
 
 const namesOfParts = ({ parts }: Pick<HeldImage, "parts">): string[] =>
   parts.map(({ entry }) => entry);
@@ -11754,8 +12085,10 @@ function faultsOfTree({ descriptor, platforms }: HeldEntry): LoaderFault[] {
 function faultsOfUnpacking(entries: Iterable<TarEntry>): LoaderFault[] {
   const faults: LoaderFault[] = [];
   const files = new Set<string>();
-  for (const { name: entry, type, linkName } of entries) {
-    if (!UNPACKED_TYPES.includes(type)) faults.push({ kind: "odd-entry", entry });
+  for (const header of entries) {
+    const { name: entry, type, linkName } = header;
+    const isRight = UNPACKED_TYPES.includes(type) && isUnpackable(header);
+    if (!isRight) faults.push({ kind: "odd-entry", entry });
     const isDangling = type === "1" && !files.has(resolveName(linkName));
     if (isDangling) faults.push({ kind: "odd-link", entry });
     if (type !== "5") files.add(entry);
@@ -12827,12 +13160,14 @@ const FAULT_WORDS: Readonly<Partial<Record<LoaderFault["kind"], string>>> = {
   compressed: "the tar is compressed as a whole",
   "rooted-names": "names begin with a slash",
   link: "is a link",
-  "odd-entry": "is of a type that is not unpacked",
+  "odd-entry": "is of a type, or has a name, that is not unpacked",
   "odd-link": "is a link that leads nowhere",
   windows: "is for Windows",
   "too-many-layers": `has more than ${MOST_DOCKER_LAYERS} layers`,
   encrypted: "is encrypted",
   "no-tar": "is no tar",
+  "path-twice": "makes one of its paths twice, or where nothing is",
+  "odd-path": "has a path that cannot be unpacked",
   "trailing-bytes": "has bytes after what is compressed",
   label: "is compressed, and its type says that it is not",
   packing: "is compressed in a way that cannot be checked here",
@@ -12843,7 +13178,8 @@ const FAULT_WORDS: Readonly<Partial<Record<LoaderFault["kind"], string>>> = {
 function formatRefusal({ program, reasons }: TarLoader): string[] {
   const [telling] = reasons.filter(({ kind }) => kind in FAULT_WORDS);
   if (!telling) return [];
-  const words = `${telling.entry ?? ""} ${FAULT_WORDS[telling.kind]}`;
+  const place = telling.path === undefined ? "" : `: ${telling.path}`;
+  const words = `${telling.entry ?? ""} ${FAULT_WORDS[telling.kind]}${place}`;
   return [`not in ${program}: ${printable(words, 1000)}`];
 }
 

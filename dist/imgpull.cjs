@@ -74,6 +74,12 @@ var LIMITS = Object.freeze({
 	tarReferences: 3e5,
 	unpackFactor: 1e3,
 	unpackFloorBytes: 1024 * MIB,
+	layerPaths: 1e6,
+	layerLinkBytes: 8 * MIB,
+	unpackedNameBytes: 255,
+	unpackedPathBytes: 3900,
+	unpackedLinkBytes: 4095,
+	attributeBytes: 4e3,
 	mirrorFailures: 2,
 	indexDepth: 4,
 	indexEntries: 1024,
@@ -2767,10 +2773,10 @@ function readTarNumber(header, offset, widthBytes) {
 	return value
 }
 function readBinaryNumber(field) {
-	const isNegative = ((field[0] ?? 0) & 64) !== 0
-	if (isNegative) refuseTar("a number in a header is negative")
-	let value = (field[0] ?? 0) & 63
+	const first = field[0] ?? 0
+	let value = (first & 63) - (first & 64)
 	for (const byte of field.subarray(1)) value = value * 256 + byte
+	if (Math.abs(value) >= 2 ** 63) refuseTar("a number in a header is too large")
 	return value
 }
 var PAX_KEYS = [
@@ -2782,6 +2788,7 @@ var PAX_KEYS = [
 	"GNU.sparse.name",
 	"GNU.sparse.realsize",
 	"GNU.sparse.size",
+	"GNU.sparse.numblocks",
 	"GNU.sparse.map",
 	"GNU.sparse.offset",
 	"GNU.sparse.numbytes"
@@ -2799,37 +2806,89 @@ function paxRecordAt(body, at) {
 	const key = body.toString("utf8", space + 1, equals)
 	return {key, value: body.subarray(equals + 1, end - 1), end}
 }
+var PAX_NUMBER = /^[+-]?\d{1,18}$/
+var PAX_TIME = /^[+-]?\d{1,18}(\.\d*)?$/
+var PAX_NUMBERS = {
+	uid: PAX_NUMBER,
+	gid: PAX_NUMBER,
+	mtime: PAX_TIME,
+	atime: PAX_TIME,
+	ctime: PAX_TIME
+}
+function isPaxRecord(key, value) {
+	const isText = PAX_KEYS.includes(key) || key === "uname" || key === "gname"
+	if (isText ? value.includes(0) : key.includes("\0")) return false
+	const form = Object.hasOwn(PAX_NUMBERS, key) ? PAX_NUMBERS[key] : void 0
+	return !form || value.length === 0 || form.test(value.toString("latin1"))
+}
+var XATTR_KEY = "SCHILY.xattr."
+function faultOfAttribute(name, value) {
+	const isLong = Buffer.byteLength(name) > LIMITS.unpackedNameBytes
+	if (isLong || name === "" || /^(user|trusted|security)\.$/.test(name)) return "for-none"
+	const version = {20: 2, 24: 3}[value.length]
+	const isCapability = name !== "security.capability" || (version !== void 0 && value[3] === version)
+	const isAcl = !name.startsWith("system.posix_acl_") || (value.length % 8 === 4 && value[0] === 2)
+	if (!isCapability || !isAcl) return "for-none"
+	return name.startsWith("user.") ? "for-files" : void 0
+}
 function parsePaxRecords(body) {
 	const records = /* @__PURE__ */ new Map()
 	const sparsePieces = []
+	const faults = /* @__PURE__ */ new Set()
+	let attributeBytes = 0
 	for (let at = 0; at < body.length; ) {
 		const {key, value, end} = paxRecordAt(body, at)
 		at = end
+		if (!isPaxRecord(key, value)) refuseTar("a pax record is malformed")
+		if (key.startsWith(XATTR_KEY)) {
+			attributeBytes += key.length + value.length
+			faults.add(faultOfAttribute(key.slice(XATTR_KEY.length), value))
+		}
 		if (!PAX_KEYS.includes(key)) continue
-		if (value.includes(0)) refuseTar("a pax record is malformed")
-		if (key === "GNU.sparse.offset" || key === "GNU.sparse.numbytes") sparsePieces.push(value.toString("utf8"))
-		else records.set(key, value.toString("utf8"))
+		const piece = ["GNU.sparse.offset", "GNU.sparse.numbytes"].indexOf(key)
+		if (piece < 0) records.set(key, value.toString("utf8"))
+		else if (piece === sparsePieces.length % 2) sparsePieces.push(value.toString("utf8"))
+		else refuseTar("the map of a sparse file is wrong")
 	}
 	if (sparsePieces.length > 0) records.set("GNU.sparse.map", sparsePieces.join(","))
+	if (attributeBytes > LIMITS.attributeBytes) faults.add("for-none")
+	const fault = ["for-none", "for-files"].find(each => faults.has(each))
+	if (fault) records.set(XATTR_KEY, fault)
 	return records
 }
-function sparseMapOf(numbers, realBytes) {
+function sparseMapOf(numbers, realBytes, storedBytes) {
 	const pieces = []
 	let before = 0
 	for (let at = 0; at + 1 < numbers.length; at += 2) {
 		const [from = 0, length = 0] = numbers.slice(at, at + 2)
-		const isInOrder = Number.isSafeInteger(from + length) && from >= before
+		const isInOrder = Number.isSafeInteger(from + length) && from >= before && length >= 0
 		if (!isInOrder || from + length > realBytes) refuseTar("the map of a sparse file is wrong")
 		if (length > 0) pieces.push([from, from + length])
 		before = from + length
 	}
-	if (numbers.length % 2 > 0) refuseTar("the map of a sparse file is wrong")
+	const isAll = sumOf(pieces, ([from, to]) => to - from) === storedBytes
+	if (numbers.length % 2 > 0 || !isAll) refuseTar("the map of a sparse file is wrong")
 	return {realBytes, pieces}
+}
+function sparseFormOf(records) {
+	const keys = [...records.keys()].filter(key => key.startsWith("GNU.sparse."))
+	if (keys.length === 0) return void 0
+	const [major = "", minor = ""] = ["major", "minor"].map(each => records.get(`GNU.sparse.${each}`))
+	const version = `${major}.${minor}`
+	if (version === "1.0") return "before-content"
+	const hasMap = version === "." && Boolean(records.get("GNU.sparse.map"))
+	if (version === "0.0" || version === "0.1" || hasMap) return "in-record"
+	return refuseTar("a sparse file in it is of a form that is not known")
+}
+function decimalOf(digits) {
+	if (!/^\d+$/.test(digits ?? "")) refuseTar("the map of a sparse file is wrong")
+	return Number(digits)
 }
 var TarDecoder = class {
 	wantedBytes = BLOCK
 	isAtEnd = false
 	hasTrailer = false
+	globalHeaders = 0
 	#records = /* @__PURE__ */ new Map()
 	#longNames = /* @__PURE__ */ new Map()
 	#continuation
@@ -2853,19 +2912,20 @@ var TarDecoder = class {
 		if (statedChecksum(block) !== checksumOf(block)) refuseTar("it is not a tar, or is damaged (a header's checksum)")
 		const numberFields = [100, 108, 116, ...(isUstar(block) ? [329, 337] : [])]
 		for (const offset of numberFields) readTarNumber(block, offset, 8)
-		readTarNumber(block, 136, 12)
+		for (const offset of [136, ...timesOf(block)]) readTarNumber(block, offset, 12)
 		const sizeBytes = readTarNumber(block, 124, 12)
 		const type = String.fromCharCode(block[156] || DIGIT_0)
 		if ("xgLK".includes(type)) return this.#takeExtension(type, sizeBytes)
 		return this.#takeEntry(block, type, sizeBytes)
 	}
 	#takeExtension(type, sizeBytes) {
-		if (sizeBytes > LIMITS.tarExtensionBytes) refuseTar("an extended header is too large")
+		if (sizeBytes < 0 || sizeBytes > LIMITS.tarExtensionBytes) refuseTar("an extended header is too large")
 		const use = body => {
 			const content = body.subarray(0, sizeBytes)
 			const records = "xg".includes(type) ? parsePaxRecords(content) : /* @__PURE__ */ new Map()
 			if (type === "x") this.#records = records
 			if (type === "g") this.#forgetExtensions()
+			if (type === "g") this.globalHeaders += 1
 			if (type === "L") this.#longNames.set("path", untilNul(content))
 			if (type === "K") this.#longNames.set("linkpath", untilNul(content))
 		}
@@ -2880,28 +2940,41 @@ var TarDecoder = class {
 		const records = this.#records
 		const longNames = this.#longNames
 		this.#forgetExtensions()
-		const name = records.get("GNU.sparse.name") || longNames.get("path") || records.get("path") || headerName(block)
+		const sparseForm = type === "S" ? void 0 : sparseFormOf(records)
+		const name =
+			(sparseForm && records.get("GNU.sparse.name")) ||
+			longNames.get("path") ||
+			records.get("path") ||
+			headerName(block)
 		const linkName = longNames.get("linkpath") || records.get("linkpath") || untilNul(block.subarray(157, 257))
 		if (Math.max(name.length, linkName.length) > LIMITS.tarNameBytes) refuseTar("a name in it is too long")
 		const storedBytes = contentBytes(records, headerBytes)
 		const isFolder = type === "5" || (block[156] === 0 && name.endsWith("/"))
 		const isEmpty = isFolder || "123456".includes(type)
+		const attributes = records.get(XATTR_KEY)
 		const header = {
 			name,
 			isRooted: name.startsWith("/"),
 			sizeBytes: isEmpty ? 0 : storedBytes,
 			type: isFolder ? "5" : type,
-			linkName
+			linkName,
+			...(attributes && {attributes})
 		}
 		if (type === "S") return this.#takeOldSparse(block, header)
-		if (records.get("GNU.sparse.major") === "1") return this.#takeNewSparse(records, header)
-		const map = records.get("GNU.sparse.map")
-		if (map === void 0) return header
-		const realBytes = Number(records.get("GNU.sparse.size") ?? -1)
-		const numbers = map === "" ? [] : map.split(",").map(Number)
-		return {...header, holes: sparseMapOf(numbers, realBytes)}
+		return sparseForm ? this.#takePaxSparse(sparseForm, records, header) : header
+	}
+	#takePaxSparse(form, records, header) {
+		if ("123456".includes(header.type)) refuseTar("a sparse file in it is no file")
+		const realBytes = decimalOf(records.get("GNU.sparse.size") || records.get("GNU.sparse.realsize"))
+		if (form === "before-content") return this.#takeNewSparse(realBytes, header)
+		const map = records.get("GNU.sparse.map") || void 0
+		const numbers = map?.split(",").map(decimalOf) ?? []
+		if (numbers.length !== 2 * decimalOf(records.get("GNU.sparse.numblocks")))
+			refuseTar("the map of a sparse file is wrong")
+		return {...header, holes: sparseMapOf(numbers, realBytes, header.sizeBytes)}
 	}
 	#takeOldSparse(block, header) {
+		if (!isGnu(block)) refuseTar("the map of a sparse file is wrong")
 		const numbers = []
 		const realBytes = readTarNumber(block, 483, 12)
 		const takePieces = (from, offset, count) => {
@@ -2909,26 +2982,25 @@ var TarDecoder = class {
 			for (let at = offset; at < end && from[at] !== 0; at += 24)
 				numbers.push(readTarNumber(from, at, 12), readTarNumber(from, at + 12, 12))
 			const isContinued = (from[end] ?? 0) !== 0
-			if (!isContinued) return {...header, holes: sparseMapOf(numbers, realBytes)}
+			if (!isContinued) return {...header, holes: sparseMapOf(numbers, realBytes, header.sizeBytes)}
 			if (numbers.length * 12 > LIMITS.tarExtensionBytes) refuseTar("the map of a sparse file is too large")
 			return this.#expect(BLOCK, more => takePieces(more, 0, 21))
 		}
 		return takePieces(block, 386, 4)
 	}
-	#takeNewSparse(records, header) {
-		const realBytes = Number(records.get("GNU.sparse.realsize") ?? -1)
+	#takeNewSparse(realBytes, header) {
 		let text = ""
+		let lineCount = 0
+		let wantedLines = 1
 		const takeLines = block => {
 			text += block.toString("latin1")
+			lineCount += block.filter(byte => byte === LINE_END).length
 			if (text.length > LIMITS.tarExtensionBytes) refuseTar("the map of a sparse file is too large")
-			const [count = "", ...lines] = text.split("\n")
-			const isWhole = lines.length > 2 * Number(count)
-			if (!isWhole) return this.#expect(BLOCK, takeLines)
-			const numbers = lines.slice(0, 2 * Number(count))
-			if (![count, ...numbers].every(line => /^\d+$/.test(line))) refuseTar("the map of a sparse file is wrong")
+			if (lineCount > 0 && wantedLines === 1) wantedLines += 2 * decimalOf(text.slice(0, text.indexOf("\n")))
+			if (lineCount < wantedLines) return this.#expect(BLOCK, takeLines)
+			const numbers = text.split("\n").slice(1, wantedLines).map(decimalOf)
 			const sizeBytes = header.sizeBytes - text.length
-			if (sizeBytes < 0) refuseTar("the map of a sparse file is wrong")
-			return {...header, sizeBytes, holes: sparseMapOf(numbers.map(Number), realBytes)}
+			return {...header, sizeBytes, holes: sparseMapOf(numbers, realBytes, sizeBytes)}
 		}
 		return this.#expect(BLOCK, takeLines)
 	}
@@ -2945,11 +3017,16 @@ function contentBytes(records, headerBytes) {
 	return sizeBytes
 }
 var isUstar = block => block.toString("latin1", 257, 262) === "ustar"
+var isGnu = block => block.toString("latin1", 257, 265) === "ustar  \0"
+var isStar = block => block.toString("latin1", 257, 263) === "ustar\0" && block.toString("latin1", 508, 512) === "tar\0"
+function timesOf(block) {
+	if (isGnu(block)) return [345, 357].filter(offset => block[offset] !== 0)
+	return isStar(block) ? [476, 488] : []
+}
 function headerName(block) {
 	const name = untilNul(block.subarray(0, 100))
 	const isPosix = block.toString("latin1", 257, 263) === "ustar\0"
-	const isStar = block.toString("latin1", 508, 512) === "tar\0"
-	const prefix = isPosix ? untilNul(block.subarray(345, isStar ? 476 : 500)) : ""
+	const prefix = isPosix ? untilNul(block.subarray(345, isStar(block) ? 476 : 500)) : ""
 	return prefix === "" ? name : `${prefix}/${name}`
 }
 async function readAt(handle, position, length) {
@@ -6413,8 +6490,159 @@ var Digests = class {
 	}
 }
 var UNPACKED_TYPES = "0123456S"
+function isUnpackable({name, type, linkName, attributes}) {
+	const isFile = "015S".includes(type)
+	const isLinkWrong = type === "2" && (linkName === "" || Buffer.byteLength(linkName) > LIMITS.unpackedLinkBytes)
+	if (isLinkWrong || attributes === "for-none" || (attributes && !isFile)) return false
+	const lengths = name.split("/").map(part => Buffer.byteLength(part))
+	return (
+		Math.max(...lengths) <= LIMITS.unpackedNameBytes && sumOf(lengths, length => length + 1) <= LIMITS.unpackedPathBytes
+	)
+}
+var GONE = 1
+var FOLDER = 2
+var FILE = 3
+var LINK = 4
+var ENTERED = 8
+var PathTable = class {
+	count = 0
+	#seed = Math.floor(Math.random() * 2 ** 32)
+	#hashes = new Float64Array(256)
+	#values = new Uint8Array(256)
+	get(path2) {
+		return this.#values[this.#slotOf(this.#hashOf(path2))] ?? 0
+	}
+	set(path2, value) {
+		this.#put(this.#hashOf(path2), value)
+		if (2 * this.count > this.#values.length) this.#grow()
+	}
+	#put(hash, value) {
+		const slot = this.#slotOf(hash)
+		if (this.#values[slot] === 0) this.count += 1
+		this.#hashes[slot] = hash
+		this.#values[slot] = value
+	}
+	#slotOf(hash) {
+		const size = this.#values.length
+		let slot = hash % size
+		while (this.#values[slot] !== 0 && this.#hashes[slot] !== hash) slot = (slot + 1) % size
+		return slot
+	}
+	#grow() {
+		const hashes = this.#hashes
+		const values = this.#values
+		this.#hashes = new Float64Array(2 * hashes.length)
+		this.#values = new Uint8Array(2 * values.length)
+		this.count = 0
+		for (const [slot, value] of values.entries()) if (value) this.#put(hashes[slot] ?? 0, value)
+	}
+	#hashOf(path2) {
+		let high = this.#seed
+		let low = ~this.#seed
+		for (let at = 0; at < path2.length; at += 1) {
+			const letter = path2.charCodeAt(at)
+			high = Math.imul(high ^ letter, 2654435761)
+			low = Math.imul(low ^ letter, 1597334677)
+			low ^= low >>> 15
+		}
+		high = Math.imul(high ^ (high >>> 16), 2246822507) ^ Math.imul(low ^ (low >>> 13), 3266489909)
+		return (high & 2097151) * 2 ** 32 + (low >>> 0)
+	}
+}
+var WHITEOUT = ".wh."
+var OPAQUE = ".wh..wh..opq"
+var pathBelowRoot = name => path.posix.join("/", name).replace(/^\/|\/$/g, "")
+var UnpackTrial = class {
+	odd
+	#paths = new PathTable()
+	#targets = /* @__PURE__ */ new Map()
+	#targetBytes = 0
+	take(header) {
+		if (this.odd?.kind === "odd-path") return
+		const kind = this.#kindOf(header)
+		if (kind === "odd-path" || (kind && !this.odd)) this.odd = {kind, path: header.name}
+	}
+	#kindOf(header) {
+		const full = this.#paths.count > LIMITS.layerPaths || this.#targetBytes > LIMITS.layerLinkBytes
+		if (full || !isUnpackable(header)) return "odd-path"
+		const given = pathBelowRoot(header.name)
+		const folder = this.#follow(parentOf(given))
+		if (folder === void 0) return "odd-path"
+		const ofFolder = this.#enterFolder(folder, folder !== parentOf(given))
+		const base = path.posix.basename(given)
+		const place = folder === "" ? base : `${folder}/${base}`
+		const isTwice = (this.#paths.get(given) & ENTERED) !== 0
+		const ofEntry = base.startsWith(WHITEOUT) ? this.#remove(folder, base) : this.#put(place, header)
+		this.#paths.set(given, this.#paths.get(given) | ENTERED)
+		const kinds = [ofFolder, ofEntry, isTwice ? "path-twice" : void 0]
+		return kinds.find(kind => kind === "odd-path") ?? kinds.find(kind => kind)
+	}
+	#standsAt(place) {
+		return place === "" ? FOLDER : this.#paths.get(place) & ~ENTERED
+	}
+	#follow(given) {
+		let place = given
+		for (let steps = 0; steps < 40; steps += 1) {
+			const link = this.#targets.size > 0 ? this.#firstLink(place) : void 0
+			if (link === void 0) return place
+			const target = this.#targets.get(link) ?? ""
+			const from = target.startsWith("/") ? "" : parentOf(link)
+			place = pathBelowRoot(`${from}/${target}${place.slice(link.length)}`)
+		}
+		return void 0
+	}
+	#firstLink(place) {
+		if (this.#standsAt(place) === FOLDER) return void 0
+		return foldersOf(place).find(each => this.#standsAt(each) === LINK)
+	}
+	#enterFolder(folder, isBehindLink) {
+		const stands = this.#standsAt(folder)
+		if (stands === FOLDER) return void 0
+		const folders = foldersOf(folder)
+		const isBelowFile = folders.some(each => this.#standsAt(each) === FILE)
+		const isBelowGone = folders.some(each => this.#standsAt(each) === GONE)
+		for (const each of folders) this.#paths.set(each, (this.#paths.get(each) & ENTERED) | FOLDER)
+		if (isBelowFile) return "odd-path"
+		return isBelowGone || isBehindLink ? "path-twice" : void 0
+	}
+	#remove(folder, base) {
+		if (base === OPAQUE) return void 0
+		const name = base.slice(WHITEOUT.length)
+		if (["", ".", ".."].includes(name)) return "odd-path"
+		const place = folder === "" ? name : `${folder}/${name}`
+		const before = this.#standsAt(place)
+		this.#paths.set(place, (this.#paths.get(place) & ENTERED) | GONE)
+		if (before === FOLDER) return "odd-path"
+		return before === 0 ? void 0 : "path-twice"
+	}
+	#put(place, {type, linkName}) {
+		if (place === "") return type === "5" ? void 0 : "path-twice"
+		const isGood = type !== "1" || this.#isFile(linkName, place)
+		const before = this.#standsAt(place)
+		const stands = {5: FOLDER, 2: LINK}[type] ?? FILE
+		this.#paths.set(place, (this.#paths.get(place) & ENTERED) | stands)
+		if (stands === LINK) {
+			this.#targets.set(place, linkName)
+			this.#targetBytes += place.length + linkName.length
+		}
+		return isGood && (before !== FOLDER || stands === FOLDER) ? void 0 : "odd-path"
+	}
+	#isFile(linkName, place) {
+		const target = pathBelowRoot(linkName)
+		const folder = this.#follow(parentOf(target))
+		if (folder === void 0 || target === "") return false
+		const base = path.posix.basename(target)
+		const targetPlace = folder === "" ? base : `${folder}/${base}`
+		return targetPlace !== place && [FILE, LINK].includes(this.#standsAt(targetPlace))
+	}
+}
+function foldersOf(place) {
+	const parts = place.split("/")
+	return parts.map((_, at) => parts.slice(0, at + 1).join("/"))
+}
 var TarCheck = class {
 	#decoder = new TarDecoder()
+	#trial = new UnpackTrial()
 	#block = Buffer.alloc(0)
 	#contentBytes = 0
 	#paddingBytes = 0
@@ -6428,6 +6656,10 @@ var TarCheck = class {
 	}
 	isTar() {
 		return !this.#isBroken && this.#contentBytes === 0 && this.#block.length === 0
+	}
+	odd() {
+		if (this.#trial.odd || this.#decoder.globalHeaders < 2) return this.#trial.odd
+		return {kind: "path-twice", path: "pax_global_header"}
 	}
 	#passOver(availableBytes) {
 		const contentBytes2 = Math.min(this.#contentBytes, availableBytes)
@@ -6449,6 +6681,7 @@ var TarCheck = class {
 		try {
 			const header = this.#decoder.take(block)
 			this.#isBroken = header !== void 0 && !UNPACKED_TYPES.includes(header.type)
+			if (header) this.#trial.take(header)
 			this.#contentBytes = header?.sizeBytes ?? 0
 			this.#paddingBytes = paddingOf(this.#contentBytes)
 		} catch (error) {
@@ -6485,6 +6718,7 @@ var LayerUnpacking = class {
 			outcome,
 			digests: this.#digests.list(),
 			isTar: this.#tar.isTar(),
+			odd: this.#tar.odd(),
 			hasRest: this.#unpacker.bytesWritten < this.#packedBytes
 		}
 	}
@@ -6656,6 +6890,7 @@ var FileInspection = class {
 			outcome: this.isEndless() ? "endless" : outcome,
 			digests,
 			isTar: this.#tar.isTar(),
+			odd: this.#tar.odd(),
 			hasRest: false
 		}
 	}
@@ -7162,7 +7397,7 @@ var LoaderJudge = class {
 		if ((isLayout ? named : tagged).length === 0) return [{kind: "no-name"}]
 		const images = isLayout ? named.flatMap(({images: images2}) => images2) : tagged
 		const unpacked = images.filter(image => !isUnknown(image))
-		const faults = unpacked.flatMap(image => this.#faultsOfImage(image))
+		const faults = unpacked.flatMap(image => this.#faultsOfImage(image)).filter(({kind}) => kind !== "path-twice")
 		const parts = unpacked.flatMap(image => image.parts.slice(1))
 		faults.push(...parts.flatMap(part => this.#faultsOfLabel(part)))
 		const names = images.flatMap(namesOfParts)
@@ -7186,7 +7421,7 @@ var LoaderJudge = class {
 		const faults = isNameless ? [{kind: "no-name"}] : []
 		for (const image of listed) {
 			const ofImage = this.#faultsOfImage(image)
-			faults.push(...ofImage.filter(({kind}) => kind !== "no-tar"))
+			faults.push(...ofImage.filter(({kind}) => !OF_UNPACKING.includes(kind)))
 		}
 		const names = ["manifest.json", ...listed.flatMap(namesOfParts)]
 		return [...faults, ...this.#faultsOfLinks(names, "1"), ...this.#faultsOfNames()]
@@ -7231,7 +7466,8 @@ var LoaderJudge = class {
 		const hasRest = unpacked.packing === "gzip" && unpacked.hasRest
 		if (hasRest) return [{kind: "trailing-bytes", entry}]
 		const isPartial = unpacked.packing === "zstd" && unpacked.hasRest
-		return unpacked.isTar || isPartial ? [] : [{kind: "no-tar", entry}]
+		if (!unpacked.isTar && !isPartial) return [{kind: "no-tar", entry}]
+		return unpacked.odd ? [{entry, ...unpacked.odd}] : []
 	}
 	#faultsOfLabel(part) {
 		const {entry, mediaType} = part
@@ -7240,6 +7476,7 @@ var LoaderJudge = class {
 		return isPlainType && packing ? [{kind: "label", entry}] : []
 	}
 }
+var OF_UNPACKING = ["no-tar", "path-twice", "odd-path"]
 var namesOfParts = ({parts}) => parts.map(({entry}) => entry)
 function faultsOfTree({descriptor, platforms}) {
 	if (!platforms) return []
@@ -7250,8 +7487,10 @@ function faultsOfTree({descriptor, platforms}) {
 function faultsOfUnpacking(entries) {
 	const faults = []
 	const files = /* @__PURE__ */ new Set()
-	for (const {name: entry, type, linkName} of entries) {
-		if (!UNPACKED_TYPES.includes(type)) faults.push({kind: "odd-entry", entry})
+	for (const header of entries) {
+		const {name: entry, type, linkName} = header
+		const isRight = UNPACKED_TYPES.includes(type) && isUnpackable(header)
+		if (!isRight) faults.push({kind: "odd-entry", entry})
 		const isDangling = type === "1" && !files.has(resolveName(linkName))
 		if (isDangling) faults.push({kind: "odd-link", entry})
 		if (type !== "5") files.add(entry)
@@ -7967,12 +8206,14 @@ var FAULT_WORDS = {
 	compressed: "the tar is compressed as a whole",
 	"rooted-names": "names begin with a slash",
 	link: "is a link",
-	"odd-entry": "is of a type that is not unpacked",
+	"odd-entry": "is of a type, or has a name, that is not unpacked",
 	"odd-link": "is a link that leads nowhere",
 	windows: "is for Windows",
 	"too-many-layers": `has more than ${MOST_DOCKER_LAYERS} layers`,
 	encrypted: "is encrypted",
 	"no-tar": "is no tar",
+	"path-twice": "makes one of its paths twice, or where nothing is",
+	"odd-path": "has a path that cannot be unpacked",
 	"trailing-bytes": "has bytes after what is compressed",
 	label: "is compressed, and its type says that it is not",
 	packing: "is compressed in a way that cannot be checked here",
@@ -7982,7 +8223,8 @@ var FAULT_WORDS = {
 function formatRefusal({program, reasons}) {
 	const [telling] = reasons.filter(({kind}) => kind in FAULT_WORDS)
 	if (!telling) return []
-	const words = `${telling.entry ?? ""} ${FAULT_WORDS[telling.kind]}`
+	const place = telling.path === void 0 ? "" : `: ${telling.path}`
+	const words = `${telling.entry ?? ""} ${FAULT_WORDS[telling.kind]}${place}`
 	return [`not in ${program}: ${printable(words, 1e3)}`]
 }
 function formatLoader({program, needsName, sinceVersion}) {

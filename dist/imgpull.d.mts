@@ -339,8 +339,14 @@ interface LoaderFault {
     /** A delta's base has the layer, but not on top of the same ones. */
      | "not-at-bottom" | "no-image" | "nested-index" | "partial-index" | "rooted-names" | "link"
     /** It unpacks the tar first, and fails at an entry that it cannot make a file of. */
-     | "odd-entry" | "odd-link" | "windows" | "too-many-layers" | "encrypted" | "no-tar" | "trailing-bytes" | "label" | "packing";
+     | "odd-entry" | "odd-link" | "windows" | "too-many-layers" | "encrypted" | "no-tar"
+    /** A layer has a path twice, or below a link to nothing: docker and podman refuse that, */
+     | "path-twice"
+    /** or one that cannot be unpacked, such as that of a file below a file. */
+     | "odd-path" | "trailing-bytes" | "label" | "packing";
     entry?: string;
+    /** Where it lies in that layer. */
+    path?: string;
 }
 /** Whether a program loads a tar. */
 interface TarLoader {

@@ -25,6 +25,9 @@ import {
   json,
   ociArchive,
   oldDockerSave,
+  type RawEntry,
+  rawEntry,
+  rawTar,
   skopeoDockerArchive,
   tarOf,
 } from "./support/archives.ts";
@@ -809,6 +812,39 @@ test("which loaders take it: a name for skopeo where there are several images, o
   assert.match(await passes(fileOf(tarOf(ociArchive([packed])))), /podman.*oci-archive:FILE\n/);
 });
 
+/** Layers of which test/interop-verify.test.ts has more, and asks the loaders themselves. */
+test("a layer with a path that some loaders do not unpack: they are not named, and the path is", async () => {
+  const file = (name: string): RawEntry => ({ name, content: "x" });
+  const hard = (name: string, link: string): RawEntry => ({ name, type: "1", link });
+  const cases: [entries: RawEntry[], path: string, loadsInCtr: boolean][] = [
+    [[file("etc/x"), file("./etc/x")], "./etc/x", true],
+    [[{ name: "a", type: "2", link: "no" }, file("a/b")], "a/b", true],
+    [[file("a"), file("a/b")], "a/b", false],
+    [[hard("b", "a"), file("a")], "b", false],
+    [[file("a"), file(".wh.")], ".wh.", false],
+    [[file("a"), file("a"), hard("b", "no")], "b", false],
+    [[{ ...file("a"), pax: { "SCHILY.xattr.user.x": "y".repeat(5000) } }], "a", false],
+  ];
+  for (const [entries, oddPath, loadsInCtr] of cases) {
+    const content = rawTar(...entries);
+    const layer = {
+      ...makeLayer({ mediaType: MEDIA.ociTar }),
+      bytes: content,
+      digest: digestOf(content),
+      diffId: digestOf(content),
+    };
+    const image = makeImage({ layers: [layer] });
+    const annotations = { "io.containerd.image.name": "docker.io/team/app:1" };
+    const said = await passes(fileOf(tarOf(ociArchive([image], { annotations }))));
+    const loads = [...(loadsInCtr ? ["ctr"] : []), "skopeo oci-archive:FILE"].join(", ");
+    assert.ok(said.includes(`\nloads in ${loads}\n`), said);
+    const words = loadsInCtr
+      ? "makes one of its paths twice, or where nothing is"
+      : "has a path that cannot be unpacked";
+    assert.ok(said.includes(`not in podman: ${blobName(layer.digest)} ${words}: ${oddPath}`), said);
+  }
+});
+
 // ====== What is no tar, and what is meant to harm ======
 
 test("what is not a tar, is not there, is a folder, is too large", async () => {
@@ -1291,6 +1327,65 @@ test("what unpacks without end is refused by name, soon", async () => {
   layer.digest = digestOf(layer.bytes);
   const bomb = fileOf(tarOf(ociArchive([makeImage({ layers: [layer] })])));
   await fails(bomb, blobName(layer.digest), /unpacks to more than 1000 times its size/);
+});
+
+test("what Go reads otherwise than GNU's tar, or not at all, is refused", async () => {
+  const image = makeImage({ seed: "otherwise" });
+  const entries = ociArchive([image]);
+  const rest = entries.filter(([name]) => name !== "index.json");
+  const [, index] = entries.find(([name]) => name === "index.json") as Entry;
+  const evil = '{"schemaVersion":2,"manifests":[]}';
+  const named = (name: string, content: string, pax: Record<string, string>): Entry => [
+    name,
+    { raw: rawEntry({ name, content, pax }) },
+  ];
+  const good = { name: "a", content: String(index) };
+  const indexBytes = String(index.toString().length);
+  const sparse = (records: Record<string, string>): Entry =>
+    named("index.json", String(index), { "GNU.sparse.name": "index.json", ...records });
+  const whole = { "GNU.sparse.size": indexBytes, "GNU.sparse.map": `0,${indexBytes}` };
+  await passes(fileOf(tarOf([...rest, sparse({ ...whole, "GNU.sparse.numblocks": "1" })])));
+
+  const field = (at: number, text: string): Entry => [
+    "index.json",
+    {
+      raw: rawEntry({
+        ...good,
+        name: "index.json",
+        edit: (header) => {
+          header.write("ustar  \0", 257);
+          header.write(text, at);
+        },
+      }),
+    },
+  ];
+  await passes(fileOf(tarOf([...rest, field(345, "00000000000\0")])));
+  const cases: Record<string, Entry[]> = {
+    "a sparse file's name without a map": [
+      named("aside", String(index), { "GNU.sparse.name": "index.json" }),
+      named("index.json", evil, { "GNU.sparse.name": "other" }),
+    ],
+    "a form of sparse files that is not known": [
+      sparse({ ...whole, "GNU.sparse.major": "1", "GNU.sparse.minor": "1" }),
+    ],
+    "another count of pieces": [sparse({ ...whole, "GNU.sparse.numblocks": "2" })],
+    "a map in hexadecimal digits": [
+      sparse({ ...whole, "GNU.sparse.map": "0x0,0x5", "GNU.sparse.numblocks": "1" }),
+    ],
+    "a map of less than is stored": [
+      sparse({ ...whole, "GNU.sparse.map": "0,5", "GNU.sparse.numblocks": "1" }),
+    ],
+    "a time of GNU's that Go takes for a part of the name": [field(345, "aside\0")],
+    "the other time": [field(357, "aside\0")],
+    "a time that is none": [named("index.json", String(index), { mtime: "soon" })],
+    "a key with NUL": [named("index.json", String(index), { "a\0b": "c" })],
+  };
+  for (const [name, odd] of Object.entries(cases))
+    for (const how of ["--verify", "--list-tar"]) {
+      const { exitCode, stderr } = await runMain([how, fileOf(tarOf([...rest, ...odd]))]);
+      assert.equal(exitCode, 1, name);
+      assert.match(stderr, /sparse file|not octal|pax record is malformed/, name);
+    }
 });
 
 // ====== Bounds ======

@@ -12,6 +12,9 @@ import {
   json,
   ociArchive,
   oldDockerSave,
+  type RawEntry,
+  rawEntry,
+  rawTar,
   skopeoDockerArchive,
   tarOf,
 } from "./support/archives.ts";
@@ -122,6 +125,126 @@ const good = imageOf("good", layer, 9000);
 const plainGood = imageOf("plain", plainLayer, { compression: "none", sizeBytes: 8192 });
 const doubled = imageOf("doubled", plainLayer, plainLayer);
 
+// ====== Layers that some do not unpack ======
+
+const file = (name: string, more: Partial<RawEntry> = {}): RawEntry => ({
+  name,
+  content: "x",
+  ...more,
+});
+const dir = (name: string): RawEntry => ({ name, type: "5" });
+const link = (name: string, target: string): RawEntry => ({ name, type: "2", link: target });
+const hard = (name: string, target: string): RawEntry => ({ name, type: "1", link: target });
+const pax = (name: string, value: Buffer | string): RawEntry =>
+  file("a", { pax: { [name]: value } });
+const xattr = (name: string, value: Buffer | string): RawEntry =>
+  pax(`SCHILY.xattr.${name}`, value);
+const longLink: RawEntry = { ...link("a", "x"), pax: { linkpath: "n".repeat(4096) } };
+const global: RawEntry = { name: "g", type: "g", content: "16 comment=abcd\n" };
+const binaryTime = (first: number): RawEntry =>
+  file("a", { edit: (header) => header.fill(0, 137, 148).writeUInt8(first, 136) });
+
+/** Each was tried by hand with overlayfs besides: what that refuses is refused here too. */
+export const ODD_LAYERS: Record<string, RawEntry[]> = {
+  "a file twice": [file("a"), file("a")],
+  "a file twice, with ./": [file("a"), file("./a")],
+  "a folder twice": [dir("a"), dir("a/")],
+  "a folder, then a file": [dir("a"), file("a")],
+  "a file, then a folder": [file("a"), dir("a")],
+  "a link, then a folder": [link("a", "b"), dir("a")],
+  "a folder, then a link": [dir("a"), link("a", "b")],
+  "a full folder, then a link": [dir("a"), file("a/x"), link("a", "b")],
+  "a hard link, then a file": [file("b"), hard("a", "b"), file("a")],
+  "a pipe twice": [
+    { name: "a", type: "6" },
+    { name: "a", type: "6" },
+  ],
+  "the root twice": [dir("."), dir("./")],
+  "global headers of one name": [global, global, file("a")],
+  "a folder after what is in it": [file("a/b"), dir("a")],
+  "a hard link to nothing": [file("a"), hard("b", "nowhere")],
+  "a hard link to what comes later": [hard("b", "a"), file("a")],
+  "a hard link to itself": [file("a"), hard("a", "a")],
+  "a hard link to a folder": [dir("a"), hard("b", "a")],
+  "a hard link to a folder without an entry": [file("x/a"), hard("b", "x")],
+  "a hard link to the root": [file("a"), hard("b", ".")],
+  "a hard link to no name": [file("a"), hard("b", "")],
+  "a hard link to what was removed": [file("a"), file(".wh.a"), hard("b", "a")],
+  "a hard link to a whiteout": [file(".wh.a"), hard("b", ".wh.a")],
+  "a hard link to a link": [link("a", "nowhere"), hard("b", "a")],
+  "a hard link through a link": [dir("x"), file("x/a"), link("y", "x"), hard("b", "y/a")],
+  "a hard link that begins with a slash, and steps up": [file("a"), hard("b", "/../a")],
+  "a file below a file": [file("a"), file("a/b")],
+  "a folder below a file": [file("a"), dir("a/b")],
+  "a file below a pipe": [{ name: "a", type: "6" }, file("a/b")],
+  "a file below a hard link": [file("x"), hard("a", "x"), file("a/b")],
+  "a file below a link to nothing": [link("a", "nowhere"), file("a/b")],
+  "a file below a link to a file": [file("x"), link("a", "x"), file("a/b")],
+  "a file below links in a circle": [link("a", "b"), link("b", "a"), file("a/b")],
+  "a file below a link to a folder": [dir("x"), link("a", "x"), file("a/b"), hard("c", "x/b")],
+  "a file below a link that leads out": [link("a", "../../.."), file("a/b")],
+  "a file without a name": [file("z"), file("")],
+  "a folder without a name": [file("z"), dir("")],
+  "a file called .": [file("z"), file(".")],
+  "a link called /": [file("z"), link("/", "z")],
+  "a device called .": [file("z"), { name: ".", type: "3" }],
+  "a folder called /": [dir("/"), file("z")],
+  "names with slashes and steps": [file("/a"), file("../b"), file("c/../d"), file("e//f/./g")],
+  "a name of 256 bytes": [pax("path", "é".repeat(128))],
+  "a folder's name of 256 bytes": [pax("path", `${"n".repeat(256)}/a`)],
+  "a name of 255 bytes": [pax("path", "n".repeat(255))],
+  "a path of 4090 bytes": [pax("path", "n23456789/".repeat(409))],
+  "a path of 3000 bytes": [pax("path", "n23456789/".repeat(299).concat("n"))],
+  "a link to no name": [link("a", "")],
+  "a link to 4096 bytes": [longLink],
+  "a device with odd numbers": [
+    { name: "a", type: "3", edit: (header) => header.write("7777777", 329) },
+    { name: "b", type: "4", edit: (header) => header.fill(0x80, 329, 345) },
+  ],
+  "a whiteout of nothing": [file("z"), file(".wh.nothing")],
+  "a whiteout without a name": [file("z"), file(".wh.")],
+  "a whiteout of a folder's own folder": [file("x/z"), file("x/.wh...")],
+  "a whiteout of the folder itself": [file("x/z"), file("x/.wh..")],
+  "a whiteout of what is in it": [file("a"), file(".wh.a")],
+  "a whiteout of a folder in it": [dir("a"), file("a/b"), file(".wh.a")],
+  "a whiteout twice": [file("b"), file(".wh.a"), file(".wh.a")],
+  "a whiteout, then a file": [file(".wh.a"), file("a")],
+  "a whiteout, then what is below": [file(".wh.a"), file("a/b")],
+  "a whiteout below a file": [file("a"), file("a/.wh.b")],
+  "a whiteout below nothing": [file("z"), file("a/.wh.b")],
+  "a whiteout that is a folder": [file("z"), dir(".wh.b"), file(".wh.b/c")],
+  "an opaque folder": [dir("a"), file("a/.wh..wh..opq"), file("a/b")],
+  "an opaque file": [file("a"), file("a/.wh..wh..opq")],
+  "an opaque link to nothing": [link("a", "nowhere"), file("a/.wh..wh..opq")],
+  "AUFS's own files": [dir(".wh..wh.plnk"), file(".wh..wh.plnk/1.2"), file(".wh..wh.aufs")],
+  "an attribute": [xattr("user.x", "y".repeat(3000))],
+  "an attribute of 5000 bytes": [xattr("user.x", "y".repeat(5000))],
+  "an attribute of 65537 bytes": [xattr("user.x", "y".repeat(65537))],
+  "an attribute's name of 256 bytes": [xattr(`user.${"n".repeat(251)}`, "y")],
+  "an attribute without a name": [xattr("user.", "y")],
+  "an attribute of no name space": [xattr("foo", "y")],
+  "an attribute of a link": [
+    { ...link("a", "b"), pax: { "SCHILY.xattr.user.x": "y" } },
+    { ...link("c", "b"), pax: { "SCHILY.xattr.security.x": "y" } },
+  ],
+  capabilities: [
+    xattr("security.capability", Buffer.from(`01000002${"00200000".padEnd(32, "0")}`, "hex")),
+  ],
+  "no capabilities": [xattr("security.capability", "abc")],
+  "no access list": [xattr("system.posix_acl_access", "abc")],
+  "a time that is none": [pax("mtime", "abc")],
+  "a time without its seconds": [pax("atime", ".5")],
+  "a time before 1970": [pax("mtime", "-12.345"), { ...binaryTime(0xff), name: "b" }],
+  "a time beyond 63 bits": [binaryTime(0x81)],
+  "a user that is no number": [pax("uid", "1.5")],
+  "a user of 40 bits": [pax("uid", String(2 ** 40))],
+  "a user's name with NUL": [pax("uname", "a\0b")],
+  "a key with NUL": [pax("a\0b", "c")],
+  "a value with NUL": [pax("comment", "a\0b")],
+};
+
+// ====== Tars ======
+
 export const TARS: Record<string, () => Entry[]> = {
   "ours, OCI": () => both(good),
   "ours, Docker": () => both(makeImage({ seed: "docker", format: "docker", platform })),
@@ -213,6 +336,24 @@ export const TARS: Record<string, () => Entry[]> = {
   "a layer with a contiguous file": () => both(imageOf("7", tarLayer(["odd", { type: "7" }]))),
   "a layer with GNU's list of a folder": () => both(imageOf("D", tarLayer(["odd", { type: "D" }]))),
   "a layer with a device": () => both(imageOf("3", tarLayer(["null", { type: "3" }]))),
+  ...Object.fromEntries(
+    Object.entries(ODD_LAYERS).map(([name, entries]) => [
+      `a layer: ${name}`,
+      () => both(imageOf("odd", textLayer(MEDIA.ociTar, rawTar(...entries)))),
+    ]),
+  ),
+  "a hard link to the layer below": () =>
+    both(
+      imageOf(
+        "links",
+        textLayer(MEDIA.ociTar, rawTar(file("a"))),
+        textLayer(MEDIA.ociTar, rawTar(hard("b", "a"))),
+      ),
+    ),
+  "a name that is too long beside it": () => [
+    ...both(good),
+    ["long", { raw: rawEntry(pax("path", "n".repeat(256))) }],
+  ],
   "gzip labelled plain": () => both(imageOf("labels", { ...layer, mediaType: MEDIA.ociTar })),
   "plain labelled gzip": () => both(imageOf("labels", { ...plainLayer, mediaType: MEDIA.ociGzip })),
   zstd: () => both(imageOf("zstd", { compression: "zstd", seed: "zstd" })),

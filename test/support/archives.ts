@@ -12,10 +12,13 @@ export type Entry = [
     | { symlink: string }
     | { hardlink: string }
     | { folder: true }
-    | { type: string },
+    | { type: string }
+    | { raw: Buffer }, // header and all
 ];
 
-function typeAndTarget(content: Exclude<Entry[1], Buffer | string>): [string, string] {
+function typeAndTarget(
+  content: Exclude<Entry[1], Buffer | string | { raw: Buffer }>,
+): [string, string] {
   if ("type" in content) return [content.type, ""];
   if ("folder" in content) return ["5", ""];
   return "symlink" in content ? ["2", content.symlink] : ["1", content.hardlink];
@@ -27,6 +30,7 @@ export function tarOf(entries: Entry[]): Buffer {
     if (typeof content === "string" || Buffer.isBuffer(content)) {
       return writeTar([[name, Buffer.from(content)]]).subarray(0, -1024);
     }
+    if ("raw" in content) return content.raw;
     const header = writeTar([[name, Buffer.alloc(0)]]).subarray(0, 512);
     const [type, target] = typeAndTarget(content);
     header.write(type, 156);
@@ -38,6 +42,50 @@ export function tarOf(entries: Entry[]): Buffer {
   });
   return Buffer.concat([...parts, Buffer.alloc(1024)]);
 }
+
+/** A header with anything in it, and what belongs to it. */
+export interface RawEntry {
+  name: string;
+  /** Default a file, "0". */
+  type?: string;
+  link?: string;
+  content?: Buffer | string;
+  /** The records of an extended header before it. */
+  pax?: Record<string, Buffer | string>;
+  /** Last changes, before the checksum. */
+  edit?: (header: Buffer) => void;
+}
+
+const toBlocks = (bytes: Buffer): Buffer =>
+  Buffer.concat([bytes, Buffer.alloc(-bytes.length & 511)]);
+
+export function paxRecord(key: string, value: Buffer | string): Buffer {
+  const rest = Buffer.concat([` ${key}=`, value, "\n"].map((part) => Buffer.from(part as string)));
+  let length = rest.length;
+  while (length !== rest.length + String(length).length) length += 1;
+  return Buffer.concat([Buffer.from(String(length)), rest]);
+}
+
+export function rawEntry({ name, type, link, content = "", pax, edit }: RawEntry): Buffer {
+  const bytes = Buffer.from(content as string);
+  const header = writeTar([["", bytes]]).subarray(0, 512);
+  header.write(name, 0);
+  header.write(type ?? "0", 156);
+  header.write(link ?? "", 157);
+  edit?.(header);
+  header.write(" ".repeat(8), 148);
+  const sum = header.reduce((total, byte) => total + byte, 0);
+  header.write(`${sum.toString(8).padStart(6, "0")}\0 `, 148);
+  const records = Object.entries(pax ?? {}).map(([key, value]) => paxRecord(key, value));
+  const extension = pax
+    ? rawEntry({ name: "PaxHeaders/x", type: "x", content: Buffer.concat(records) })
+    : Buffer.alloc(0);
+  return Buffer.concat([extension, header, toBlocks(bytes)]);
+}
+
+/** A tar of such entries. */
+export const rawTar = (...entries: RawEntry[]): Buffer =>
+  Buffer.concat([...entries.map(rawEntry), Buffer.alloc(1024)]);
 
 export const json = (value: unknown): string => JSON.stringify(value);
 
