@@ -3268,7 +3268,7 @@ class Authorizer {
   }
 
   /** Whether `answer` was a refusal after which another attempt may go better. */
-  async canGoOnAfter(answer: Answer): Promise<boolean> {
+  async canGoOnAfter(answer: Answer, kind: ContentKind): Promise<boolean> {
     const { origin } = answer.url;
     if (origin === this.#registryOrigin && isSilentRefusal(answer)) {
       this.#offer ??= this.#offerCredential(origin);
@@ -3282,6 +3282,8 @@ class Authorizer {
     if (this.#isReplaced(answer)) return true;
 
     const isStale = this.#isStale(answer);
+    // That proof is denied says nothing of the credentials, which have just given a manifest.
+    if (isProof(kind) && answer.authorization !== undefined && !isStale) return false;
     this.#learnChallenge(answer, isStale);
     if (isStale || answer.authorization === undefined) return this.#renew(origin);
     return this.#replaceRefused(answer);
@@ -3532,7 +3534,17 @@ interface FetchedManifest {
 
 type ManifestHead = Pick<Descriptor, "mediaType" | "digest" | "size">;
 
-type ContentKind = "manifest" | "blob" | "referrer";
+/** Nobody needs to have proof of an image: a manifest under a tag for it, and the list of it. */
+type ContentKind = "manifest" | "blob" | "proof" | "referrer";
+
+const PATHS: Readonly<Record<ContentKind, string>> = {
+  manifest: "manifests",
+  blob: "blobs",
+  proof: "manifests",
+  referrer: "referrers",
+};
+
+const isProof = (kind: ContentKind): boolean => kind === "proof" || kind === "referrer";
 
 const ANY_TYPE = "*/*";
 
@@ -3581,13 +3593,13 @@ class Endpoint {
   }
 
   #urlOf(kind: ContentKind, name: string): URL {
-    const url = new URL(`${this.origin}/v2/${this.#reference.repository}/${kind}s/${name}`);
+    const url = new URL(`${this.origin}/v2/${this.#reference.repository}/${PATHS[kind]}/${name}`);
     if (this.#namespace !== undefined) url.searchParams.set("ns", this.#namespace);
     return url;
   }
 
-  async manifest(tagOrDigest: string): Promise<FetchedManifest> {
-    const document = await this.document("manifest", tagOrDigest, LIMITS.manifestBytes);
+  async manifest(tagOrDigest: string, kind: ContentKind = "manifest"): Promise<FetchedManifest> {
+    const document = await this.document(kind, tagOrDigest, LIMITS.manifestBytes);
     const { bytes, digest, where, type } = document;
     const mediaType = sniffMediaType(bytes, type);
     if (mediaType !== undefined) return { bytes, digest, mediaType };
@@ -3667,7 +3679,10 @@ class Endpoint {
       authorizationFor: (origin) => this.#authorizer.headerFor(origin),
       roleOf: (origin) => (origin === this.origin ? this.role : "other"),
       ...more,
-      headers: { Accept: kind === "manifest" ? this.#manifestTypes : ANY_TYPE, ...more.headers },
+      headers: {
+        Accept: PATHS[kind] === PATHS.manifest ? this.#manifestTypes : ANY_TYPE,
+        ...more.headers,
+      },
     };
 
     for (let round = 0; ; round += 1) {
@@ -3683,8 +3698,7 @@ class Endpoint {
         return this.request(method, kind, name, more);
       }
 
-      const isLast = round === 3 || (kind === "referrer" && isDeniedForGood(answer, round));
-      if (isLast || !(await this.#authorizer.canGoOnAfter(answer)))
+      if (round === 3 || !(await this.#authorizer.canGoOnAfter(answer, kind)))
         throw await this.#refusal(answer, kind, name);
     }
   }
@@ -3789,7 +3803,7 @@ class Registry {
   readonly #session: Session;
   readonly #mirrors: ReadonlyMap<Endpoint, Mirror>;
   readonly #home: Endpoint;
-  #isDenialTold = false;
+  readonly #denials = new Map<ContentKind, string>(); // of proof: the first of each kind
   readonly #passedOver = new Set<Endpoint>(); // mirrors that cannot give what they should
   #forgiven = 0; // failures of mirrors
   readonly #manifests = new Map<string, Promise<FetchedManifest>>(); // by digest: each is read once
@@ -3855,11 +3869,11 @@ class Registry {
   async #fetchManifest(
     tagOrDigest: string,
     check: (manifest: FetchedManifest) => unknown,
+    kind: ContentKind = "manifest",
   ): Promise<FetchedManifest> {
-    const wanted = { kind: "manifest", name: tagOrDigest } as const;
     const ask = () =>
-      this.#ask(wanted, async (endpoint) => {
-        const fetched = await endpoint.manifest(tagOrDigest);
+      this.#ask({ kind, name: tagOrDigest }, async (endpoint) => {
+        const fetched = await endpoint.manifest(tagOrDigest, kind);
         if (endpoint !== this.#home) check(fetched);
         return fetched;
       });
@@ -3915,17 +3929,39 @@ class Registry {
       return await this.#ask(wanted, (endpoint) => endpoint.referrers(digest));
     } catch (error) {
       if (!isWithoutEndpoint(error)) throw error;
-      this.#warnOfDenial(error);
+      this.#noteDenial(
+        "referrer",
+        error,
+        "asking for the tag that stands for its list of referrers",
+      );
       return undefined;
     }
   }
 
-  /** That a list is denied may mean that there is one. */
-  #warnOfDenial({ message, status = 0 }: ImgpullError): void {
-    if (this.#isDenialTold || ![401, 403].includes(status)) return;
-    this.#isDenialTold = true;
-    const tag = "the tag that stands for its list of referrers";
-    this.#session.warn(`${firstLineOf(message)}; asking for ${tag}`);
+  /**
+   * What a tag for proof names; undefined where there is none. Artifactory denies tags that are not
+   * there (cosign#2973).
+   */
+  async proof(tag: string): Promise<FetchedManifest | undefined> {
+    try {
+      return await this.#fetchManifest(tag, ignore, "proof");
+    } catch (error) {
+      const isAbsent = error instanceof ImgpullError && [401, 403, 404].includes(error.status ?? 0);
+      if (!isAbsent) throw error;
+      this.#noteDenial("proof", error, "taken as not there");
+      return undefined;
+    }
+  }
+
+  /** Where proof was denied, since what is denied may be there all the same. */
+  get denial(): string | undefined {
+    return this.#denials.get("proof") ?? this.#denials.get("referrer");
+  }
+
+  #noteDenial(kind: ContentKind, { message, status }: ImgpullError, outcome: string): void {
+    if (status === 404 || this.#denials.has(kind)) return;
+    this.#denials.set(kind, firstLineOf(message));
+    this.#session.warn(`${firstLineOf(message)}; ${outcome}`);
   }
 
   /**
@@ -4004,10 +4040,9 @@ class Registry {
   #canGoOnWithout(mirror: Endpoint, { kind, name, isRanged }: Wanted, error: unknown): boolean {
     if (!isMirrorsFailure(error)) return false;
 
-    const isMissing =
-      error.code === "NOT_FOUND" || (kind === "referrer" && isWithoutEndpoint(error));
+    const isMissing = error.code === "NOT_FOUND" || (isProof(kind) && isWithoutEndpoint(error));
     if (isMissing && mirror.hasServed) {
-      const isExpected = kind !== "referrer" && isDigest(name); // nobody needs to have signatures
+      const isExpected = !isProof(kind) && isDigest(name);
       if (isExpected) this.#tellOf(mirror, error);
       return true;
     }
@@ -4101,16 +4136,6 @@ const isMirrorsFailure = (error: unknown): error is ImgpullError =>
  */
 const isWithoutEndpoint = (error: unknown): error is ImgpullError =>
   error instanceof ImgpullError && [400, 401, 403, 404, 405, 406].includes(error.status ?? 0);
-
-/**
- * A denied list says nothing of the credentials, which have just given a manifest; but a token may
- * have expired.
- */
-function isDeniedForGood({ status, authorization: sent }: Answer, round: number): boolean {
-  if (sent === undefined || ![401, 403].includes(status)) return false;
-  const isToken = sent.startsWith("Bearer ");
-  return !(isToken && status === 401 && round === 0);
-}
 
 /**
  * Whether it may be the Range that a server or its storage host does not like: what it answers is
@@ -9050,13 +9075,15 @@ class ReferrerSearch {
 
   /** No such tag, or one that is no index: nothing refers to it. */
   async #taggedList(subject: string): Promise<Buffer[]> {
-    const list = await orMissing(this.#registry.manifest(referrersTag(subject)));
+    const list = await this.#registry.proof(referrersTag(subject));
     return list ? [list.bytes] : [];
   }
 
   async #fetch({ subject, digest, tag, kind }: ReferrerPlace): Promise<Companion | undefined> {
-    const top = await orMissing(this.#registry.manifest(digest ?? (tag as string)));
     const isListed = digest !== undefined;
+    const top = isListed
+      ? await orMissing(this.#registry.manifest(digest))
+      : await this.#registry.proof(tag as string);
     // What a list says of it is not asked: its own manifest has the subject.
     const fault = top ? "refers to something else" : "is not there";
     if (isListed && (!top || subjectOf(top) !== subject)) {
@@ -9266,7 +9293,7 @@ async function requireSignature(
     return bytes ? judge(readSignature(layer, bytes, signers), digests) : "unreadable";
   });
   const pinned = `${where.replace(/@.*/, "")}@${digests[0]}`;
-  if (!verdicts.includes("good")) refuseUnsigned(pinned, verdicts, signers);
+  if (!verdicts.includes("good")) refuseUnsigned(pinned, verdicts, signers, registry.denial);
 }
 
 /** The same without an image that takes them along: its signatures are looked for now. */
@@ -9295,6 +9322,7 @@ function refuseUnsigned(
   where: string,
   verdicts: readonly Verdict[],
   signers: readonly SignerKey[],
+  denial?: string,
 ): never {
   const found = VERDICT_WORDS.flatMap(([verdict, words]) => {
     const count = verdicts.filter((each) => each === verdict).length;
@@ -9303,10 +9331,11 @@ function refuseUnsigned(
   const isPrehashed = verdicts.includes("other key") && signers.some(isEd25519);
   if (isPrehashed)
     found.push("what cosign signs with an Ed25519 key is prehashed, and not checked here");
-  const words = found.length === 0 ? "no signature at all" : found.join("; ");
+  if (found.length === 0) found.push("no signature at all");
+  if (denial !== undefined) found.push(`but there may be one that is denied: ${denial}`);
   return fail(
     "SIGNATURE",
-    `${where} is not signed by any key given (\`signedBy\`)\n  found: ${words}`,
+    `${where} is not signed by any key given (\`signedBy\`)\n  found: ${found.join("; ")}`,
   );
 }
 
@@ -9983,6 +10012,15 @@ function warnOfLayers({ warn }: Session, images: readonly ResolvedImage[]): void
   }
 }
 
+/** Proof was asked for: that there is none is no error, and no secret. */
+function warnOfBareImages({ warn }: Session, images: readonly ResolvedImage[]): void {
+  const bare = images.filter(({ companions }) => companions?.length === 0);
+  const [image] = bare;
+  if (!image) return;
+  const which = bare.length === 1 ? image.name : counted(bare.length, "image");
+  warn(`${which}: no signature, attestation or SBOM was found`);
+}
+
 /** Entries without a name are new to some loaders. */
 function warnOfCompanions({ warn }: Session, images: readonly ResolvedImage[]): void {
   const companions = images.flatMap((image) => image.companions ?? []);
@@ -10089,6 +10127,7 @@ async function runPull(session: Session, request: PullRequest, observe: Observer
     });
     const plan = planTar(images, layersToOmit(images, chains), planExtras(images));
     warnOfLayers(session, images);
+    warnOfBareImages(session, images);
     if (destination?.kind !== "layout") warnOfCompanions(session, images);
     if (since !== undefined) warnOfOmitted(session, plan, since);
     const sizeBytes = destination?.kind === "layout" ? plan.blobBytes : plan.sizeBytes;

@@ -615,7 +615,10 @@ test("without referrers the tar is that of a pull without --referrers", async (t
       await pullProof(t, served),
     ];
     assert.deepEqual(filesIn(proven), filesIn(plain));
-    assert.deepEqual(proven.warnings, []);
+    assert.deepEqual(plain.warnings, []);
+    assert.deepEqual(proven.warnings, [
+      `${proven.result?.name}: no signature, attestation or SBOM was found`,
+    ]);
   }
 });
 
@@ -643,17 +646,22 @@ for (const [name, answer] of [
   });
 }
 
+/** By a credential that is stored: one that is refused would be given up. */
+function loggedIn(t: TestContext, { registry }: Served): PullOptions {
+  const docker = temporaryFolder(t);
+  const login = Buffer.from(`${USER}:${SECRETS.password}`).toString("base64");
+  const auths = { [registry.host]: { auth: login } };
+  writeFileSync(join(docker, "config.json"), JSON.stringify({ auths }));
+  return { environment: { DOCKER_CONFIG: docker } };
+}
+
 for (const auth of ["basic", "bearer"] as const) {
   for (const status of [401, 403]) {
     test(`${auth}: a list that is denied (${status}) costs no credential, and is said`, async (t) => {
       const served = await serveWith(t, [], { auth });
       addFallbackTag(served.registry, REPOSITORY, image, [makeSbom(image)]);
       const rule = served.registry.on({ path: /referrers/ }, { status });
-      const docker = temporaryFolder(t);
-      const login = Buffer.from(`${USER}:${SECRETS.password}`).toString("base64");
-      const auths = { [served.registry.host]: { auth: login } };
-      writeFileSync(join(docker, "config.json"), JSON.stringify({ auths }));
-      const outcome = await pullProof(t, served, { environment: { DOCKER_CONFIG: docker } });
+      const outcome = await pullProof(t, served, loggedIn(t, served));
       assertHolds(filesIn(outcome), image, makeSbom(image));
       assert(rule.hits > 0);
       const told = outcome.warnings.filter((line) => line.includes(String(status)));
@@ -662,6 +670,57 @@ for (const auth of ["basic", "bearer"] as const) {
     });
   }
 }
+
+// As Artifactory does of what is not there: sigstore/cosign#2973.
+for (const auth of ["none", "basic", "bearer"] as const) {
+  for (const status of [401, 403]) {
+    test(`${auth}: tags that are denied (${status}) are not there, and it is said once`, async (t) => {
+      const served = await serveWith(t, [], { auth });
+      const rule = served.registry.on({ path: /manifests\/sha256-/ }, { status });
+      const options = auth === "none" ? {} : loggedIn(t, served);
+      const outcome = await pullProof(t, served, options);
+      assertHolds(filesIn(outcome), image);
+      assert(rule.hits > 0);
+      const told = outcome.warnings.filter((line) => line.includes(`answered ${status}`));
+      assert.equal(told.length, 1, outcome.warnings.join("\n"));
+      assert.match(String(told), /taken as not there/);
+      assert.match(outcome.warnings.join(), /no signature, attestation or SBOM was found/);
+      assert.doesNotMatch(outcome.warnings.join(), /credentials/);
+    });
+  }
+}
+
+test("a challenge for a tag that is not there hinders nothing else", async (t) => {
+  const served = await serveWith(t, []);
+  const { registry } = served;
+  const headers = { "www-authenticate": 'Basic realm="x"' };
+  const rule = registry.on({ path: /sha256-/ }, { status: 401, headers });
+  const outcome = await pullProof(t, served);
+  assertHolds(filesIn(outcome), image);
+  assert(rule.hits > 0);
+});
+
+test("--signed-by says of a signature that may be there that it was denied", async (t) => {
+  const served = await serveWith(t, []);
+  served.registry.on({ path: /manifests\/sha256-.*\.sig/ }, { status: 403 });
+  const outcome = await pullProof(t, served, SIGNED_BY);
+  assertFailed(outcome, "SIGNATURE", /no signature at all; but .* denied: .*\.sig: .* 403/);
+});
+
+test("--signed-by takes what the endpoint lists, whatever is denied of tags", async (t) => {
+  const proof = bundle();
+  const served = await serveWith(t, [proof], WITH_ENDPOINT);
+  const rule = served.registry.on({ path: /manifests\/sha256-/ }, { status: 403 });
+  assertHolds(filesIn(await pullProof(t, served, SIGNED_BY)), proof);
+  assert(rule.hits > 0);
+});
+
+test("what a list names is not taken as absent where it is denied", async (t) => {
+  const served = await serveWith(t, [], {});
+  addFallbackTag(served.registry, REPOSITORY, image, [makeSbom(image)]);
+  served.registry.on({ digest: makeSbom(image).digest }, { status: 403 });
+  assertFailed(await pullProof(t, served), "FORBIDDEN", "403");
+});
 
 test("a list that fails otherwise is no empty one", async (t) => {
   const served = await serveWith(t, []);
