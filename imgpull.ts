@@ -2411,26 +2411,40 @@ function dropBody(response: http.IncomingMessage): void {
   });
 }
 
+const isGzip = (bytes: Buffer | null): boolean => bytes?.[0] === 0x1f && bytes[1] === 0x8b;
+
 /**
- * Some front ends compress although `identity` was asked for. Others store a gzip layer with a
- * Content-Encoding that describes the layer itself: there the length gives it away, and the bytes
- * are what was asked for.
+ * Some front ends compress although `identity` was asked for, and some only say that they do.
+ * Others store a gzip layer with a Content-Encoding that describes the layer itself: there the
+ * length gives it away, and the bytes are what was asked for.
  */
-function decodeBody(response: http.IncomingMessage, expectedBytes?: number): Readable {
+async function decodeBody(
+  response: http.IncomingMessage,
+  expectedBytes: number,
+): Promise<Readable> {
   const { "content-encoding": encoding = "", "content-length": length } = response.headers;
-  const isRaw = expectedBytes !== undefined && Number(length) === expectedBytes;
+  const isRaw = Number(length) === expectedBytes;
   if (!/^(x-)?gzip$/i.test(encoding) || isRaw) return response;
+
+  await Promise.race([once(response, "readable"), once(response, "close")]).catch(ignore);
+  const head = response.read() as Buffer | null;
+  if (head) response.unshift(head);
+  if (!isGzip(head)) return response;
 
   const decoded = load("node:zlib").createGunzip();
   response.once("error", (error) => decoded.destroy(error));
   return response.pipe(decoded.once("close", () => response.destroy()));
 }
 
-/** A whole body of at most `maximumBytes`; more is refused by name before it is held. */
+/**
+ * A whole body of at most `maximumBytes`; more is refused by name before it is held. Whether it is
+ * packed in gzip is seen by its first bytes, whatever its label, unless it has the digest as it is.
+ */
 async function readBody(
   response: http.IncomingMessage,
   maximumBytes: number,
   what: string,
+  digest?: string,
 ): Promise<Buffer> {
   const checkSize = (bytes: number) => {
     if (bytes > maximumBytes) fail("TOO_LARGE", `${what} is larger than ${maximumBytes} bytes`);
@@ -2440,16 +2454,20 @@ async function readBody(
   let length = 0;
   try {
     checkSize(Number(response.headers["content-length"] ?? 0));
-    for await (const chunk of decodeBody(response) as AsyncIterable<Buffer>) {
+    for await (const chunk of response as AsyncIterable<Buffer>) {
       length += chunk.length;
       checkSize(length);
       chunks.push(chunk);
     }
+
+    const bytes = Buffer.concat(chunks);
+    if (!isGzip(bytes) || (digest && digestOf(bytes, digest) === digest)) return bytes;
+    return load("node:zlib").gunzipSync(bytes, { maxOutputLength: maximumBytes });
   } catch (error) {
     response.destroy();
+    if (errorCodeOf(error) === "ERR_BUFFER_TOO_LARGE") checkSize(NEVER);
     throw connectionError(error, what);
   }
-  return Buffer.concat(chunks);
 }
 
 /** The words of a refusal, as they are; none where they cannot be read. */
@@ -3613,7 +3631,8 @@ class Endpoint {
     const { body, url, headers } = await this.request("GET", kind, name);
     const where = redactUrl(url);
     const what = `the ${kind} ${where}`;
-    const bytes = await readBody(body as http.IncomingMessage, maximumBytes, what);
+    const sought = isDigest(name) ? name : undefined;
+    const bytes = await readBody(body as http.IncomingMessage, maximumBytes, what, sought);
 
     const digest = isDigest(name)
       ? digestOf(bytes, name)
@@ -6842,7 +6861,7 @@ async function openSegment(
   const { waitedMs } = answer;
   const isRange = status === 206;
   const line = { waitedMs, openedAtMs: performance.now(), isRange, isMiss: isCacheMiss(answer) };
-  return { stream: decodeBody(body, end - position), doing, position, end, line };
+  return { stream: await decodeBody(body, end - position), doing, position, end, line };
 }
 
 // ------ The batch writer ------

@@ -21,7 +21,7 @@ import {
   temporaryFolder,
   USER,
 } from "./support/command.ts";
-import { makeImage } from "./support/image.ts";
+import { makeArtifact, makeImage, makeMultiPlatform, type TestContent } from "./support/image.ts";
 import { type ProxyOptions, startProxy } from "./support/proxy.ts";
 import { assertFailed, assertPulled, tryPull } from "./support/pull.ts";
 import { type Registry, type RegistryOptions, startRegistry } from "./support/registry.ts";
@@ -916,6 +916,55 @@ describe("content encodings", () => {
       assert.deepEqual(new Set(asked), new Set(["identity"]));
     });
   }
+
+  const labels: [name: string, headers: Record<string, string>, encode: typeof gzipSync][] = [
+    ["a label that lies", { "content-encoding": "gzip" }, ((bytes: Buffer) => bytes) as never],
+    ["no label", {}, gzipSync],
+  ];
+  for (const [name, headers, encode] of labels) {
+    for (const contentLength of [0, "chunked"] as const) {
+      test(`${name} (length: ${contentLength || "told"}): the digest decides`, async (t) => {
+        const { registry, reference } = await serve(t, { auth: "bearer" });
+        const laid = { headers, contentLength };
+        for (const { digest, bytes } of [image, { ...image.config, bytes: image.configBytes }])
+          registry.on({ digest }, { body: encode(bytes), ...laid });
+        registry.on({ kind: "token" }, { headers, contentLength });
+        assertPulled(await tryPull(t, reference, HTTP), image);
+      });
+    }
+  }
+
+  test("a label that lies on a config and its manifest below an index, and on the words of an error", async (t) => {
+    const index = makeMultiPlatform(["linux/amd64", "linux/arm64"]);
+    const registry = await startRegistry({}, t);
+    const reference = registry.add(index, "team/app", "1.0");
+    const headers = { "content-encoding": "gzip" };
+    const isDocument = ({ kind }: { kind: string }) => kind !== "layer";
+    const rule = registry.on({ where: isDocument }, { headers, contentLength: "chunked" });
+    assertPulled(await tryPull(t, reference, HTTP), index.children[0] as TestContent);
+    assert.equal(rule.hits, 3);
+
+    rule.remove();
+    registry.on({}, { status: 403, headers, body: "not for you" });
+    assertFailed(await tryPull(t, reference, HTTP), "FORBIDDEN", "(not for you)");
+  });
+
+  test("a config that is gzip itself is what its digest says", async (t) => {
+    const bytes = gzipSync("a config of its own kind");
+    const artifact = makeArtifact({
+      configMediaType: "application/x",
+      configBytes: bytes,
+      layers: [],
+    });
+    const registry = await startRegistry({}, t);
+    const reference = registry.add(artifact, "team/app", "1.0");
+    for (const headers of [{}, { "content-encoding": "gzip" }]) {
+      const rule = registry.on({ kind: "config" }, { headers });
+      assertPulled(await tryPull(t, reference, HTTP), artifact);
+      assert.equal(rule.hits, 1);
+      rule.remove();
+    }
+  });
 
   test("a body that is not what it says, or in an encoding unheard of, never becomes DEST", async (t) => {
     for (const kind of ["manifest", "config", "layer"] as const) {
