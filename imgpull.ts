@@ -2634,21 +2634,23 @@ interface Challenge {
 
 /**
  * Every challenge of every header line: commas separate both parameters and challenges, and may be
- * inside quotes.
+ * inside quotes. Semicolons, colons and single quotes are nobody's grammar, and are met all the same.
  */
 function parseChallenges(lines: readonly string[]): Challenge[] {
   const challenges: Challenge[] = [];
-  const word = /([\s,]*)([!#$%&'*+.^_`|~0-9A-Za-z/-]+)(?:\s*=\s*("(?:[^"\\]|\\.)*"?|[^\s,"]*))?/gy;
+  const word =
+    /([\s,;:]*)([!#$%&'*+.^_`|~0-9A-Za-z/-]+)(?:\s*=\s*("(?:[^"\\]|\\.)*"?|[^\s,;"]*))?/gy;
 
   for (const match of lines.flatMap((line) => [...line.matchAll(word)])) {
     const [, separator = "", name = "", value] = match;
     const current = challenges.at(-1)?.parameters;
     const isToken68 = value !== undefined && /^=*$/.test(value); // as Negotiate sends
 
-    if (value === undefined && (match.index === 0 || separator.includes(","))) {
+    const isFirst = match.index === 0 || /[,;]/.test(separator) || isUsable(name.toLowerCase());
+    if (value === undefined && isFirst) {
       challenges.push({ scheme: name.toLowerCase(), parameters: {} });
     } else if (current && value !== undefined && !isToken68) {
-      current[name.toLowerCase()] ??= value.replace(/^"|"$/g, "").replace(/\\(.)/g, "$1");
+      current[name.toLowerCase()] ??= value.replace(/^["']|["']$/g, "").replace(/\\(.)/g, "$1");
     }
   }
 
@@ -2658,9 +2660,11 @@ function parseChallenges(lines: readonly string[]): Challenge[] {
 const challengesOf = ({ headers }: Answer): Challenge[] =>
   parseChallenges([headers["www-authenticate"] ?? ""]);
 
+const isUsable = (scheme: string): boolean => scheme === "bearer" || scheme === "basic";
+
 /** Whether there is anything that we know to answer to. */
 const hasUsable = (challenges: readonly Challenge[]): boolean =>
-  challenges.some(({ scheme }) => scheme === "bearer" || scheme === "basic");
+  challenges.some(({ scheme }) => isUsable(scheme));
 
 // ------ Credential files and helpers ------
 
@@ -3439,21 +3443,22 @@ class Authorizer {
   async #answerChallenge(origin: string): Promise<Authorization | undefined> {
     const challenges = this.#session.challenges.get(origin) ?? [];
     const credential = await this.#credentialFor(origin);
-    const bearer = challenges.find(({ scheme }) => scheme === "bearer");
-
-    if (!bearer) {
-      const takesBasic = challenges.some(({ scheme }) => scheme === "basic");
-      if (!takesBasic || credential?.kind !== "basic") return undefined;
-      const { username, secret } = credential;
-      this.#fate = "sent";
-      return { header: basicAuthorization(username, secret), expiresAt: NEVER };
-    }
-
-    if (credential?.kind === "bearer") {
+    const bearers = challenges.filter(({ scheme }) => scheme === "bearer");
+    const takesBasic = bearers.length < challenges.filter(({ scheme }) => isUsable(scheme)).length;
+    if (bearers.length > 0 && credential?.kind === "bearer") {
       this.#fate = "sent";
       return { header: `Bearer ${credential.secret}`, expiresAt: NEVER };
     }
-    return this.#tokenFor(origin, bearer, credential);
+
+    // One without a realm gives no token: it only counts where there is no other way.
+    const bearer =
+      bearers.find(({ parameters }) => parameters.realm) ?? (takesBasic ? undefined : bearers[0]);
+    if (bearer) return this.#tokenFor(origin, bearer, credential);
+
+    if (!takesBasic || credential?.kind !== "basic") return undefined;
+    const { username, secret } = credential;
+    this.#fate = "sent";
+    return { header: basicAuthorization(username, secret), expiresAt: NEVER };
   }
 
   async #tokenFor(

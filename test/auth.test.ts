@@ -163,6 +163,30 @@ const CHALLENGES: [name: string, lines: string[], expected: Challenges][] = [
     ['Bearer realm="https://h/t'],
     [["bearer", { realm: "https://h/t" }]],
   ],
+  [
+    "semicolons, a colon and single quotes",
+    ["Bearer: realm='https://h/t'; service='s'; Basic realm='b'"],
+    [
+      ["bearer", { realm: "https://h/t", service: "s" }],
+      ["basic", { realm: "b" }],
+    ],
+  ],
+  [
+    "no commas at all",
+    ['Basic realm="b" Bearer realm="r" service="s"'],
+    [
+      ["basic", { realm: "b" }],
+      ["bearer", { realm: "r", service: "s" }],
+    ],
+  ],
+  [
+    "a realm of several words, without quotes",
+    ["BASIC realm=Sonatype Nexus Repository Manager, Bearer realm=r"],
+    [
+      ["basic", { realm: "Sonatype" }],
+      ["bearer", { realm: "r" }],
+    ],
+  ],
   ["nothing", [""], []],
 ];
 
@@ -205,6 +229,43 @@ describe("the challenge parser", () => {
         line.slice(0, 20),
       );
     }
+  });
+});
+
+// ====== Which challenge is answered ======
+
+const NO_REALM: [name: string, challenge: (usual: string) => string[]][] = [
+  ["before it", (usual) => ['Bearer service="x"', usual]],
+  ["after it", (usual) => [usual, "Bearer"]],
+  ["in the same header", (usual) => [`Bearer service="x", ${usual}`]],
+  ["with an empty one", (usual) => [`Bearer realm="", ${usual}`]],
+];
+
+describe("a Bearer challenge without a realm", () => {
+  for (const [name, challenge] of NO_REALM) {
+    test(`beside Basic, ${name}: Basic is used`, async (t) => {
+      const registry = await startRegistry({ auth: { mode: "basic", challenge } }, t);
+      const reference = registry.add(image, "team/app", "1.0");
+      assertPulled(await tryPull(t, reference, { ...HTTP, ...GIVEN }), image);
+    });
+  }
+
+  test("beside a Bearer challenge with one: that is used, whatever their order", async (t) => {
+    for (const isFirst of [true, false]) {
+      const challenge = (usual: string) =>
+        isFirst ? ["Bearer", usual, 'Basic realm="b"'] : ['Basic realm="b"', usual, "Bearer"];
+      const registry = await startRegistry({ auth: { mode: "bearer", challenge } }, t);
+      const reference = registry.add(image, "team/app", "1.0");
+      assertPulled(await tryPull(t, reference, { ...HTTP, ...GIVEN }), image);
+    }
+  });
+
+  test("alone is said to be none", async (t) => {
+    const auth = { mode: "bearer", challenge: () => ["Bearer"] } as const;
+    const registry = await startRegistry({ auth }, t);
+    const reference = registry.add(image, "team/app", "1.0");
+    const outcome = await tryPull(t, reference, { ...HTTP, ...GIVEN });
+    assertFailed(outcome, "PROTOCOL", "names no usable realm for its tokens");
   });
 });
 
