@@ -160,6 +160,7 @@ const LIMITS = Object.freeze({
   firstBackoffMs: 1000, // most lost connections are back at once
   backoffMs: 30_000, // and a registry that restarts is back within a minute or two
   retryAfterMs: 120_000, // longer waits are the user's to decide
+  absurdWaitMs: 366 * 24 * 3600 * 1000, // beyond that, no date is told
   lockBeatMs: 10_000, // how often a lock is touched
   // a lock that nobody has touched for so long is nobody's: six beats, for disks can stall
   lockStaleMs: 60_000,
@@ -3028,7 +3029,9 @@ const remedyForWait = (waitMs = 0, now: number): string =>
 
 function whenToComeBack(waitMs: number | undefined, now: number): string {
   if (!waitMs) return "try again later";
-  const date = new Date(now + Math.min(waitMs, 1e12)); // later than that is no date
+  if (waitMs > LIMITS.absurdWaitMs)
+    return "it says not to come back for more than a year: ask who runs it, or try again later";
+  const date = new Date(now + waitMs);
   return `come back in ${Math.ceil(waitMs / 1000)} s, at ${date.toISOString()}`;
 }
 
@@ -3828,7 +3831,7 @@ class Registry {
   readonly #mirrors: ReadonlyMap<Endpoint, Mirror>;
   readonly #home: Endpoint;
   readonly #denials = new Map<ContentKind, string>(); // of proof: the first of each kind
-  readonly #passedOver = new Set<Endpoint>(); // mirrors that cannot give what they should
+  readonly #passedOver = new Map<Endpoint, ImgpullError>(); // mirrors, by their last failure
   #forgiven = 0; // failures of mirrors
   readonly #manifests = new Map<string, Promise<FetchedManifest>>(); // by digest: each is read once
   // by the blob's digest
@@ -4003,10 +4006,13 @@ class Registry {
     const headers: Record<string, string> = isRanged ? { Range: `bytes=${from}-${to - 1}` } : {};
     const more = { headers, signal, isBlob: true };
 
+    const isElsewhere = (descriptor.urls?.length ?? 0) > 0;
+    const wanted = { kind: "blob", name: digest, isRanged, isElsewhere } as const;
     try {
-      return await this.#ask({ kind: "blob", name: digest, isRanged }, async (endpoint) => {
+      return await this.#ask(wanted, async (endpoint, isLastChance) => {
         const answer = await endpoint.request("GET", "blob", digest, more);
-        if (endpoint !== this.#home) this.#rememberAnswer(digest, endpoint);
+        const isMirrors = endpoint !== this.#home && !isLastChance;
+        if (isMirrors) this.#rememberAnswer(digest, endpoint);
         return answer;
       });
     } catch (refusal) {
@@ -4046,7 +4052,7 @@ class Registry {
   }
 
   /** From the first place that can give it. */
-  async #ask<T>(wanted: Wanted, attempt: (endpoint: Endpoint) => Promise<T>): Promise<T> {
+  async #ask<T>(wanted: Wanted, attempt: Attempt<T>): Promise<T> {
     for (const mirror of this.#usableMirrors()) {
       try {
         return await attempt(mirror);
@@ -4054,7 +4060,30 @@ class Registry {
         if (!this.#canGoOnWithout(mirror, wanted, error)) throw error;
       }
     }
-    return attempt(this.#home);
+
+    try {
+      return await attempt(this.#home);
+    } catch (refusal) {
+      const isElsewhere = isProof(wanted.kind) || wanted.isElsewhere === true;
+      if (isElsewhere || !isMirrorsFailure(refusal)) throw refusal;
+      return this.#askLost(attempt, refusal);
+    }
+  }
+
+  /**
+   * What the registry itself does not give may still be at a mirror that has served, and was passed
+   * over for what passes by itself. Its failures cost attempts now.
+   */
+  async #askLost<T>(attempt: Attempt<T>, refusal: ImgpullError): Promise<T> {
+    for (const [mirror, failure] of this.#passedOver) {
+      if (!mirror.hasServed || !isPassing(failure)) continue;
+      try {
+        return await attempt(mirror, true);
+      } catch (error) {
+        if (!isMirrorsFailure(error) || isPassing(error)) throw error;
+      }
+    }
+    throw refusal;
   }
 
   /**
@@ -4082,17 +4111,15 @@ class Registry {
    * once the mirror has served. That costs an attempt, of which the next places need some.
    */
   #isForgiven(mirror: Endpoint, error: ImgpullError): boolean {
-    const isLie = error.code === "DIGEST_MISMATCH" || error.code === "SIZE_MISMATCH";
-    const isForGood = retryDelayMs(error, 1, 1, 1) === undefined;
     const most = Math.min(LIMITS.mirrorFailures, Math.floor(this.#session.settings.retries / 2));
-    if (!mirror.hasServed || isLie || isForGood || this.#forgiven >= most) return false;
+    if (!mirror.hasServed || !isPassing(error) || this.#forgiven >= most) return false;
     this.#forgiven += 1;
     return true;
   }
 
   #passOver(endpoint: Endpoint, error: ImgpullError): void {
     const mirror = this.#mirrors.get(endpoint);
-    this.#passedOver.add(endpoint);
+    this.#passedOver.set(endpoint, error);
     if (mirror) this.#session.mirrorFaults.note(mirror, error);
     this.#tellOf(endpoint, error);
   }
@@ -4142,8 +4169,16 @@ class Registry {
   }
 }
 
+/** A request to one place; to a mirror that was passed over, the last chance that there is. */
+type Attempt<T> = (endpoint: Endpoint, isLastChance?: boolean) => Promise<T>;
+
 /** What is asked for, by its tag or digest; of a blob perhaps a part. */
-type Wanted = Readonly<{ kind: ContentKind; name: string; isRanged?: boolean }>;
+type Wanted = Readonly<{
+  kind: ContentKind;
+  name: string;
+  isRanged?: boolean;
+  isElsewhere?: boolean; // it has other places besides
+}>;
 
 /**
  * What is no fault of any registry: the end of the pull, our disk, a credential file that is
@@ -4153,6 +4188,10 @@ const OUR_OWN: readonly ErrorCode[] = ["ABORTED", "DISK", "CREDENTIALS"];
 
 const isMirrorsFailure = (error: unknown): error is ImgpullError =>
   error instanceof ImgpullError && !OUR_OWN.includes(error.code);
+
+/** What may go better soon, at the same place. Wrong bytes are what it has. */
+const isPassing = (error: ImgpullError): boolean =>
+  !error.code.endsWith("MISMATCH") && retryDelayMs(error, 1, 1, 1) !== undefined;
 
 /**
  * A registry without the referrers endpoint says 404; with less sense 400, 405, 406 (Artifactory,
@@ -7489,6 +7528,10 @@ function isPushback(error: unknown): error is ImgpullError {
   return code === "RATE_LIMITED" || status === 503 || (code === "NETWORK" && cause !== undefined);
 }
 
+/** Whether it says so, or takes no connection at all. */
+const isRefusal = ({ code, cause }: ImgpullError): boolean =>
+  code !== "NETWORK" || errorCodeOf(cause) === "ECONNREFUSED";
+
 class Transfer {
   readonly blobs: readonly BlobState[];
   readonly totalBytes: number;
@@ -7506,6 +7549,7 @@ class Transfer {
   readonly #requests = new Map<Segment, AbortController>();
   readonly #catchingUp = new Map<BlobState, Promise<void>>();
   readonly #crowded = new Set<string>(); // origins that were told of
+  readonly #reset = new Set<BlobState>(); // blobs that came to nothing while others moved
   readonly #failures: PromiseRejectedResult[] = [];
   #fetchedBytes = 0;
   readonly #keptBytes: number;
@@ -7675,10 +7719,13 @@ class Transfer {
   }
 
   /** Whether others move, so that this is no failure. */
-  async #isExcused(segment: Segment, { retryAfterMs = 0 }: ImgpullError): Promise<boolean> {
+  async #isExcused(segment: Segment, error: ImgpullError): Promise<boolean> {
+    const { retryAfterMs = 0 } = error;
     if (retryAfterMs > LIMITS.retryAfterMs) return false;
     if (!this.#schedule.crowded(segment, performance.now())) return false;
-    this.#tellOfCrowd(segment.blob.registry);
+    // A connection that is only lost may be the blob's own trouble: that is seen when it comes.
+    if (isRefusal(error)) this.#tellOfCrowd(segment.blob.registry);
+    else this.#reset.add(segment.blob);
     this.#schedule.paused(segment);
     if (retryAfterMs > 0) await this.#session.clock.sleep(retryAfterMs, this.signal).catch(ignore);
     else this.#schedule.yieldSegment(segment);
@@ -7732,6 +7779,7 @@ class Transfer {
 
   #accept(segment: Segment, bytes: Buffer, answeredTo: number) {
     const { blob } = segment;
+    if (this.#reset.delete(blob)) this.#tellOfCrowd(blob.registry);
     const pieces = blob.accept(segment.at, bytes, this.#room);
     this.#schedule.advance(segment, bytes.length, answeredTo);
     if (!blob.source) this.#fetchedBytes += sumOf(pieces, ([, piece]) => piece.length);

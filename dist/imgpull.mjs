@@ -82,6 +82,7 @@ var LIMITS = Object.freeze({
 	firstBackoffMs: 1e3,
 	backoffMs: 3e4,
 	retryAfterMs: 12e4,
+	absurdWaitMs: 366 * 24 * 3600 * 1e3,
 	lockBeatMs: 1e4,
 	lockStaleMs: 6e4,
 	lockBirthMs: 200,
@@ -356,8 +357,8 @@ var DISK_WORDS = {
 var diskWords = error => DISK_WORDS[errorCodeOf(error)] ?? printable(error.message)
 function onDisk(doing, work) {
 	return work.catch(error => {
-		const isRefusal = error.syscall !== void 0 || errorCodeOf(error) === "ERR_ACCESS_DENIED"
-		if (!isRefusal) throw error
+		const isRefusal2 = error.syscall !== void 0 || errorCodeOf(error) === "ERR_ACCESS_DENIED"
+		if (!isRefusal2) throw error
 		return fail("DISK", `${doing}: ${diskWords(error)}`, {cause: error})
 	})
 }
@@ -797,10 +798,10 @@ var ProxyServer = class {
 	refusal(what, response) {
 		const {statusCode: status = 0, statusMessage = "", headers} = response
 		const retryAfterMs = parseRetryAfter(headers["retry-after"], Date.now())
-		const isPassing = status === 429 || status >= 500
+		const isPassing2 = status === 429 || status >= 500
 		const reason = printable(this.#secrets.strikeWords(statusMessage))
 		const isLogin = status === 401 || status === 407
-		const waitMs = isPassing ? retryAfterMs : void 0
+		const waitMs = isPassing2 ? retryAfterMs : void 0
 		const remedy = isLogin ? PROXY_REMEDY : remedyForWait(waitMs, Date.now())
 		const said = `${proxyName(this.url)} refused ${what}: ${status} ${reason}`
 		return new ImgpullError("PROXY", `${said}${remedy}`, {
@@ -1095,9 +1096,9 @@ function limitBody(outgoing, limits) {
 			else incoming.destroy(timeoutError(doing, `nothing came for ${timeoutMs / 1e3} s`))
 		}
 		outgoing.on("timeout", () => setImmediate(judge2, socket.bytesRead))
-		const isRefusal = (incoming.statusCode ?? 0) >= 300
-		if (isBlob && !isRefusal) return limitSlowness(incoming, 2 * timeoutMs, doing)
-		const limitMs = isRefusal ? timeoutMs : LIMITS.documentWaitFactor * timeoutMs
+		const isRefusal2 = (incoming.statusCode ?? 0) >= 300
+		if (isBlob && !isRefusal2) return limitSlowness(incoming, 2 * timeoutMs, doing)
+		const limitMs = isRefusal2 ? timeoutMs : LIMITS.documentWaitFactor * timeoutMs
 		const late = timeoutError(doing, `the answer was not whole after ${limitMs / 1e3} s`)
 		incoming.once(
 			"close",
@@ -1166,15 +1167,20 @@ function dropBody(response) {
 		if (length > LIMITS.redirectBodyBytes) response.destroy()
 	})
 }
-function decodeBody(response, expectedBytes) {
+var isGzip = bytes => bytes?.[0] === 31 && bytes[1] === 139
+async function decodeBody(response, expectedBytes) {
 	const {"content-encoding": encoding = "", "content-length": length} = response.headers
-	const isRaw = expectedBytes !== void 0 && Number(length) === expectedBytes
+	const isRaw = Number(length) === expectedBytes
 	if (!/^(x-)?gzip$/i.test(encoding) || isRaw) return response
+	await Promise.race([once(response, "readable"), once(response, "close")]).catch(ignore)
+	const head = response.read()
+	if (head) response.unshift(head)
+	if (!isGzip(head)) return response
 	const decoded = load("node:zlib").createGunzip()
 	response.once("error", error => decoded.destroy(error))
 	return response.pipe(decoded.once("close", () => response.destroy()))
 }
-async function readBody(response, maximumBytes, what) {
+async function readBody(response, maximumBytes, what, digest) {
 	const checkSize = bytes => {
 		if (bytes > maximumBytes) fail("TOO_LARGE", `${what} is larger than ${maximumBytes} bytes`)
 	}
@@ -1182,16 +1188,19 @@ async function readBody(response, maximumBytes, what) {
 	let length = 0
 	try {
 		checkSize(Number(response.headers["content-length"] ?? 0))
-		for await (const chunk of decodeBody(response)) {
+		for await (const chunk of response) {
 			length += chunk.length
 			checkSize(length)
 			chunks.push(chunk)
 		}
+		const bytes = Buffer.concat(chunks)
+		if (!isGzip(bytes) || (digest && digestOf(bytes, digest) === digest)) return bytes
+		return load("node:zlib").gunzipSync(bytes, {maxOutputLength: maximumBytes})
 	} catch (error) {
 		response.destroy()
+		if (errorCodeOf(error) === "ERR_BUFFER_TOO_LARGE") checkSize(NEVER)
 		throw connectionError(error, what)
 	}
-	return Buffer.concat(chunks)
 }
 async function readWords(response) {
 	try {
@@ -1264,21 +1273,23 @@ async function withRetries({clock, settings, signal, warn}, attempt, gotOn = () 
 }
 function parseChallenges(lines) {
 	const challenges = []
-	const word = /([\s,]*)([!#$%&'*+.^_`|~0-9A-Za-z/-]+)(?:\s*=\s*("(?:[^"\\]|\\.)*"?|[^\s,"]*))?/gy
+	const word = /([\s,;:]*)([!#$%&'*+.^_`|~0-9A-Za-z/-]+)(?:\s*=\s*("(?:[^"\\]|\\.)*"?|[^\s,;"]*))?/gy
 	for (const match of lines.flatMap(line => [...line.matchAll(word)])) {
 		const [, separator = "", name = "", value] = match
 		const current = challenges.at(-1)?.parameters
 		const isToken68 = value !== void 0 && /^=*$/.test(value)
-		if (value === void 0 && (match.index === 0 || separator.includes(","))) {
+		const isFirst = match.index === 0 || /[,;]/.test(separator) || isUsable(name.toLowerCase())
+		if (value === void 0 && isFirst) {
 			challenges.push({scheme: name.toLowerCase(), parameters: {}})
 		} else if (current && value !== void 0 && !isToken68) {
-			current[name.toLowerCase()] ??= value.replace(/^"|"$/g, "").replace(/\\(.)/g, "$1")
+			current[name.toLowerCase()] ??= value.replace(/^["']|["']$/g, "").replace(/\\(.)/g, "$1")
 		}
 	}
 	return challenges
 }
 var challengesOf = ({headers}) => parseChallenges([headers["www-authenticate"] ?? ""])
-var hasUsable = challenges => challenges.some(({scheme}) => scheme === "bearer" || scheme === "basic")
+var isUsable = scheme => scheme === "bearer" || scheme === "basic"
+var hasUsable = challenges => challenges.some(({scheme}) => isUsable(scheme))
 var homeOf = ({HOME}) => HOME ?? os.homedir()
 var below = (directory, ...names) => (directory ? path.join(directory, ...names) : void 0)
 var AUTH_JSON = "containers/auth.json"
@@ -1357,11 +1368,11 @@ function normalizeAuthKey(written, scheme) {
 	const host = authority.toLowerCase().replace(defaultPort, "")
 	return {host: canonicalHost(host), path: path2}
 }
-function entriesOfHost(entries, {host}, scheme, isUsable) {
+function entriesOfHost(entries, {host}, scheme, isUsable2) {
 	const ofHost = []
 	for (const [written, value] of Object.entries(entries ?? {})) {
 		const key = normalizeAuthKey(written, scheme)
-		if (key.host === host && isUsable(value)) ofHost.push({...key, value})
+		if (key.host === host && isUsable2(value)) ofHost.push({...key, value})
 	}
 	return ofHost.sort((left, right) => left.path.length - right.path.length)
 }
@@ -1470,7 +1481,9 @@ var remedyForWait = (waitMs = 0, now) =>
 		: ""
 function whenToComeBack(waitMs, now) {
 	if (!waitMs) return "try again later"
-	const date = new Date(now + Math.min(waitMs, 1e12))
+	if (waitMs > LIMITS.absurdWaitMs)
+		return "it says not to come back for more than a year: ask who runs it, or try again later"
+	const date = new Date(now + waitMs)
 	return `come back in ${Math.ceil(waitMs / 1e3)} s, at ${date.toISOString()}`
 }
 var NOBODY = "00000000-0000-0000-0000-000000000000"
@@ -1604,7 +1617,7 @@ var Authorizer = class {
 		const isNews = answer.status === 401 && !this.#session.challenges.has(origin)
 		if (isNews && hasUsable(challenges)) this.#session.challenges.set(origin, challenges)
 	}
-	async canGoOnAfter(answer) {
+	async canGoOnAfter(answer, kind) {
 		const {origin} = answer.url
 		if (origin === this.#registryOrigin && isSilentRefusal(answer)) {
 			this.#offer ??= this.#offerCredential(origin)
@@ -1615,6 +1628,7 @@ var Authorizer = class {
 		if (underWay) return underWay
 		if (this.#isReplaced(answer)) return true
 		const isStale = this.#isStale(answer)
+		if (isProof(kind) && answer.authorization !== void 0 && !isStale) return false
 		this.#learnChallenge(answer, isStale)
 		if (isStale || answer.authorization === void 0) return this.#renew(origin)
 		return this.#replaceRefused(answer)
@@ -1716,19 +1730,18 @@ var Authorizer = class {
 	async #answerChallenge(origin) {
 		const challenges = this.#session.challenges.get(origin) ?? []
 		const credential = await this.#credentialFor(origin)
-		const bearer = challenges.find(({scheme}) => scheme === "bearer")
-		if (!bearer) {
-			const takesBasic = challenges.some(({scheme}) => scheme === "basic")
-			if (!takesBasic || credential?.kind !== "basic") return void 0
-			const {username, secret} = credential
-			this.#fate = "sent"
-			return {header: basicAuthorization(username, secret), expiresAt: NEVER}
-		}
-		if (credential?.kind === "bearer") {
+		const bearers = challenges.filter(({scheme}) => scheme === "bearer")
+		const takesBasic = bearers.length < challenges.filter(({scheme}) => isUsable(scheme)).length
+		if (bearers.length > 0 && credential?.kind === "bearer") {
 			this.#fate = "sent"
 			return {header: `Bearer ${credential.secret}`, expiresAt: NEVER}
 		}
-		return this.#tokenFor(origin, bearer, credential)
+		const bearer = bearers.find(({parameters}) => parameters.realm) ?? (takesBasic ? void 0 : bearers[0])
+		if (bearer) return this.#tokenFor(origin, bearer, credential)
+		if (!takesBasic || credential?.kind !== "basic") return void 0
+		const {username, secret} = credential
+		this.#fate = "sent"
+		return {header: basicAuthorization(username, secret), expiresAt: NEVER}
 	}
 	async #tokenFor(origin, {parameters}, credential) {
 		const role = this.#roleOf(origin)
@@ -1784,6 +1797,13 @@ function isAboutAuthorization({status, authorization: sent}) {
 	if (status === 400) return sent?.startsWith("Bearer ") === true
 	return status === 403 && sent !== void 0
 }
+var PATHS = {
+	manifest: "manifests",
+	blob: "blobs",
+	proof: "manifests",
+	referrer: "referrers"
+}
+var isProof = kind => kind === "proof" || kind === "referrer"
 var ANY_TYPE = "*/*"
 var Endpoint = class {
 	name
@@ -1820,12 +1840,12 @@ var Endpoint = class {
 		this.#acceptsRanges = false
 	}
 	#urlOf(kind, name) {
-		const url = new URL(`${this.origin}/v2/${this.#reference.repository}/${kind}s/${name}`)
+		const url = new URL(`${this.origin}/v2/${this.#reference.repository}/${PATHS[kind]}/${name}`)
 		if (this.#namespace !== void 0) url.searchParams.set("ns", this.#namespace)
 		return url
 	}
-	async manifest(tagOrDigest) {
-		const document = await this.document("manifest", tagOrDigest, LIMITS.manifestBytes)
+	async manifest(tagOrDigest, kind = "manifest") {
+		const document = await this.document(kind, tagOrDigest, LIMITS.manifestBytes)
 		const {bytes, digest, where, type} = document
 		const mediaType = sniffMediaType(bytes, type)
 		if (mediaType !== void 0) return {bytes, digest, mediaType}
@@ -1836,7 +1856,8 @@ var Endpoint = class {
 		const {body, url, headers} = await this.request("GET", kind, name)
 		const where = redactUrl(url)
 		const what = `the ${kind} ${where}`
-		const bytes = await readBody(body, maximumBytes, what)
+		const sought = isDigest(name) ? name : void 0
+		const bytes = await readBody(body, maximumBytes, what, sought)
 		const digest = isDigest(name) ? digestOf(bytes, name) : digestByName(bytes, headers["docker-content-digest"])
 		if (isDigest(name) && digest !== name) fail("DIGEST_MISMATCH", `${where}: the bytes have the digest ${digest}`)
 		return {bytes, digest, where, type: headers["content-type"] ?? "nothing named"}
@@ -1882,7 +1903,10 @@ var Endpoint = class {
 			authorizationFor: origin => this.#authorizer.headerFor(origin),
 			roleOf: origin => (origin === this.origin ? this.role : "other"),
 			...more,
-			headers: {Accept: kind === "manifest" ? this.#manifestTypes : ANY_TYPE, ...more.headers}
+			headers: {
+				Accept: PATHS[kind] === PATHS.manifest ? this.#manifestTypes : ANY_TYPE,
+				...more.headers
+			}
 		}
 		for (let round = 0; ; round += 1) {
 			const answer = await this.#sendInTurn(request)
@@ -1894,8 +1918,8 @@ var Endpoint = class {
 				this.#manifestTypes = ANY_TYPE
 				return this.request(method, kind, name, more)
 			}
-			const isLast = round === 3 || (kind === "referrer" && isDeniedForGood(answer, round))
-			if (isLast || !(await this.#authorizer.canGoOnAfter(answer))) throw await this.#refusal(answer, kind, name)
+			if (round === 3 || !(await this.#authorizer.canGoOnAfter(answer, kind)))
+				throw await this.#refusal(answer, kind, name)
 		}
 	}
 	async #sendInTurn(request) {
@@ -1962,8 +1986,8 @@ var Registry = class {
 	#session
 	#mirrors
 	#home
-	#isDenialTold = false
-	#passedOver = /* @__PURE__ */ new Set()
+	#denials = /* @__PURE__ */ new Map()
+	#passedOver = /* @__PURE__ */ new Map()
 	#forgiven = 0
 	#manifests = /* @__PURE__ */ new Map()
 	#mirrorAnswers = /* @__PURE__ */ new Map()
@@ -1988,8 +2012,8 @@ var Registry = class {
 	}
 	#usableMirrors() {
 		const {mirrorFaults} = this.#session
-		const isUsable = ([endpoint, mirror]) => !this.#passedOver.has(endpoint) && !mirrorFaults.isOutOfOrder(mirror)
-		return [...this.#mirrors].filter(isUsable).map(([endpoint]) => endpoint)
+		const isUsable2 = ([endpoint, mirror]) => !this.#passedOver.has(endpoint) && !mirrorFaults.isOutOfOrder(mirror)
+		return [...this.#mirrors].filter(isUsable2).map(([endpoint]) => endpoint)
 	}
 	manifest(tagOrDigest, check = ignore) {
 		const known = isDigest(tagOrDigest) ? this.#manifests.get(tagOrDigest) : void 0
@@ -2000,11 +2024,10 @@ var Registry = class {
 		fetching.catch(() => this.#manifests.delete(tagOrDigest))
 		return fetching
 	}
-	async #fetchManifest(tagOrDigest, check) {
-		const wanted = {kind: "manifest", name: tagOrDigest}
+	async #fetchManifest(tagOrDigest, check, kind = "manifest") {
 		const ask = () =>
-			this.#ask(wanted, async endpoint => {
-				const fetched = await endpoint.manifest(tagOrDigest)
+			this.#ask({kind, name: tagOrDigest}, async endpoint => {
+				const fetched = await endpoint.manifest(tagOrDigest, kind)
 				if (endpoint !== this.#home) check(fetched)
 				return fetched
 			})
@@ -2047,25 +2070,40 @@ var Registry = class {
 			return await this.#ask(wanted, endpoint => endpoint.referrers(digest))
 		} catch (error) {
 			if (!isWithoutEndpoint(error)) throw error
-			this.#warnOfDenial(error)
+			this.#noteDenial("referrer", error, "asking for the tag that stands for its list of referrers")
 			return void 0
 		}
 	}
-	#warnOfDenial({message, status = 0}) {
-		if (this.#isDenialTold || ![401, 403].includes(status)) return
-		this.#isDenialTold = true
-		const tag = "the tag that stands for its list of referrers"
-		this.#session.warn(`${firstLineOf(message)}; asking for ${tag}`)
+	async proof(tag) {
+		try {
+			return await this.#fetchManifest(tag, ignore, "proof")
+		} catch (error) {
+			const isAbsent = error instanceof ImgpullError && [401, 403, 404].includes(error.status ?? 0)
+			if (!isAbsent) throw error
+			this.#noteDenial("proof", error, "taken as not there")
+			return void 0
+		}
+	}
+	get denial() {
+		return this.#denials.get("proof") ?? this.#denials.get("referrer")
+	}
+	#noteDenial(kind, {message, status}, outcome) {
+		if (status === 404 || this.#denials.has(kind)) return
+		this.#denials.set(kind, firstLineOf(message))
+		this.#session.warn(`${firstLineOf(message)}; ${outcome}`)
 	}
 	async blob(descriptor, from, to, signal) {
 		const {digest, size} = descriptor
 		const isRanged = from > 0 || to < size
 		const headers = isRanged ? {Range: `bytes=${from}-${to - 1}`} : {}
 		const more = {headers, signal, isBlob: true}
+		const isElsewhere = (descriptor.urls?.length ?? 0) > 0
+		const wanted = {kind: "blob", name: digest, isRanged, isElsewhere}
 		try {
-			return await this.#ask({kind: "blob", name: digest, isRanged}, async endpoint => {
+			return await this.#ask(wanted, async (endpoint, isLastChance) => {
 				const answer = await endpoint.request("GET", "blob", digest, more)
-				if (endpoint !== this.#home) this.#rememberAnswer(digest, endpoint)
+				const isMirrors = endpoint !== this.#home && !isLastChance
+				if (isMirrors) this.#rememberAnswer(digest, endpoint)
 				return answer
 			})
 		} catch (refusal) {
@@ -2103,13 +2141,30 @@ var Registry = class {
 				if (!this.#canGoOnWithout(mirror, wanted, error)) throw error
 			}
 		}
-		return attempt(this.#home)
+		try {
+			return await attempt(this.#home)
+		} catch (refusal) {
+			const isElsewhere = isProof(wanted.kind) || wanted.isElsewhere === true
+			if (isElsewhere || !isMirrorsFailure(refusal)) throw refusal
+			return this.#askLost(attempt, refusal)
+		}
+	}
+	async #askLost(attempt, refusal) {
+		for (const [mirror, failure] of this.#passedOver) {
+			if (!mirror.hasServed || !isPassing(failure)) continue
+			try {
+				return await attempt(mirror, true)
+			} catch (error) {
+				if (!isMirrorsFailure(error) || isPassing(error)) throw error
+			}
+		}
+		throw refusal
 	}
 	#canGoOnWithout(mirror, {kind, name, isRanged}, error) {
 		if (!isMirrorsFailure(error)) return false
-		const isMissing = error.code === "NOT_FOUND" || (kind === "referrer" && isWithoutEndpoint(error))
+		const isMissing = error.code === "NOT_FOUND" || (isProof(kind) && isWithoutEndpoint(error))
 		if (isMissing && mirror.hasServed) {
-			const isExpected = kind !== "referrer" && isDigest(name)
+			const isExpected = !isProof(kind) && isDigest(name)
 			if (isExpected) this.#tellOf(mirror, error)
 			return true
 		}
@@ -2119,16 +2174,14 @@ var Registry = class {
 		return true
 	}
 	#isForgiven(mirror, error) {
-		const isLie = error.code === "DIGEST_MISMATCH" || error.code === "SIZE_MISMATCH"
-		const isForGood = retryDelayMs(error, 1, 1, 1) === void 0
 		const most = Math.min(LIMITS.mirrorFailures, Math.floor(this.#session.settings.retries / 2))
-		if (!mirror.hasServed || isLie || isForGood || this.#forgiven >= most) return false
+		if (!mirror.hasServed || !isPassing(error) || this.#forgiven >= most) return false
 		this.#forgiven += 1
 		return true
 	}
 	#passOver(endpoint, error) {
 		const mirror = this.#mirrors.get(endpoint)
-		this.#passedOver.add(endpoint)
+		this.#passedOver.set(endpoint, error)
 		if (mirror) this.#session.mirrorFaults.note(mirror, error)
 		this.#tellOf(endpoint, error)
 	}
@@ -2165,13 +2218,9 @@ var Registry = class {
 }
 var OUR_OWN = ["ABORTED", "DISK", "CREDENTIALS"]
 var isMirrorsFailure = error => error instanceof ImgpullError && !OUR_OWN.includes(error.code)
+var isPassing = error => !error.code.endsWith("MISMATCH") && retryDelayMs(error, 1, 1, 1) !== void 0
 var isWithoutEndpoint = error =>
 	error instanceof ImgpullError && [400, 401, 403, 404, 405, 406].includes(error.status ?? 0)
-function isDeniedForGood({status, authorization: sent}, round) {
-	if (sent === void 0 || ![401, 403].includes(status)) return false
-	const isToken = sent.startsWith("Bearer ")
-	return !(isToken && status === 401 && round === 0)
-}
 function isRangeRefusal(error) {
 	if (!(error instanceof ImgpullError)) return false
 	const {status = 0, retryAfterMs = 0} = error
@@ -3046,8 +3095,8 @@ async function* readTar(handle, where, decoder = new TarDecoder()) {
 			position += header.sizeBytes + paddingOf(header.sizeBytes)
 		}
 	} catch (error) {
-		const isRefusal = error instanceof ImgpullError && error.code === "BAD_TAR"
-		throw isRefusal ? new ImgpullError("BAD_TAR", `${where}: ${error.message}`) : error
+		const isRefusal2 = error instanceof ImgpullError && error.code === "BAD_TAR"
+		throw isRefusal2 ? new ImgpullError("BAD_TAR", `${where}: ${error.message}`) : error
 	}
 }
 var resolveName = name =>
@@ -3875,7 +3924,7 @@ async function openSegment(schedule, segment, signal) {
 	const {waitedMs} = answer
 	const isRange = status === 206
 	const line = {waitedMs, openedAtMs: performance.now(), isRange, isMiss: isCacheMiss(answer)}
-	return {stream: decodeBody(body, end - position), doing, position, end, line}
+	return {stream: await decodeBody(body, end - position), doing, position, end, line}
 }
 var BatchWriter = class {
 	#stream
@@ -4261,6 +4310,7 @@ function isPushback(error) {
 	const {code, status, cause} = error
 	return code === "RATE_LIMITED" || status === 503 || (code === "NETWORK" && cause !== void 0)
 }
+var isRefusal = ({code, cause}) => code !== "NETWORK" || errorCodeOf(cause) === "ECONNREFUSED"
 var Transfer = class {
 	blobs
 	totalBytes
@@ -4277,6 +4327,7 @@ var Transfer = class {
 	#requests = /* @__PURE__ */ new Map()
 	#catchingUp = /* @__PURE__ */ new Map()
 	#crowded = /* @__PURE__ */ new Set()
+	#reset = /* @__PURE__ */ new Set()
 	#failures = []
 	#fetchedBytes = 0
 	#keptBytes
@@ -4408,10 +4459,12 @@ var Transfer = class {
 			this.#schedule.paused(segment)
 		}
 	}
-	async #isExcused(segment, {retryAfterMs = 0}) {
+	async #isExcused(segment, error) {
+		const {retryAfterMs = 0} = error
 		if (retryAfterMs > LIMITS.retryAfterMs) return false
 		if (!this.#schedule.crowded(segment, performance.now())) return false
-		this.#tellOfCrowd(segment.blob.registry)
+		if (isRefusal(error)) this.#tellOfCrowd(segment.blob.registry)
+		else this.#reset.add(segment.blob)
 		this.#schedule.paused(segment)
 		if (retryAfterMs > 0) await this.#session.clock.sleep(retryAfterMs, this.signal).catch(ignore)
 		else this.#schedule.yieldSegment(segment)
@@ -4454,6 +4507,7 @@ var Transfer = class {
 	}
 	#accept(segment, bytes, answeredTo) {
 		const {blob} = segment
+		if (this.#reset.delete(blob)) this.#tellOfCrowd(blob.registry)
 		const pieces = blob.accept(segment.at, bytes, this.#room)
 		this.#schedule.advance(segment, bytes.length, answeredTo)
 		if (!blob.source) this.#fetchedBytes += sumOf(pieces, ([, piece]) => piece.length)
@@ -5361,12 +5415,12 @@ var ReferrerSearch = class {
 		return [...tagged, ...listed]
 	}
 	async #taggedList(subject) {
-		const list = await orMissing(this.#registry.manifest(referrersTag(subject)))
+		const list = await this.#registry.proof(referrersTag(subject))
 		return list ? [list.bytes] : []
 	}
 	async #fetch({subject, digest, tag, kind}) {
-		const top = await orMissing(this.#registry.manifest(digest ?? tag))
 		const isListed = digest !== void 0
+		const top = isListed ? await orMissing(this.#registry.manifest(digest)) : await this.#registry.proof(tag)
 		const fault = top ? "refers to something else" : "is not there"
 		if (isListed && (!top || subjectOf(top) !== subject)) {
 			this.#session.warn(`${this.#where}: ${digest} is listed as a referrer, and ${fault}`)
@@ -5497,7 +5551,7 @@ async function requireSignature(session, {registry, where, digests}, referrers, 
 		return bytes ? judge(readSignature(layer, bytes, signers), digests) : "unreadable"
 	})
 	const pinned = `${where.replace(/@.*/, "")}@${digests[0]}`
-	if (!verdicts.includes("good")) refuseUnsigned(pinned, verdicts, signers)
+	if (!verdicts.includes("good")) refuseUnsigned(pinned, verdicts, signers, registry.denial)
 }
 async function findSignature(session, unproven, signers) {
 	if (signers.length === 0) return
@@ -5512,18 +5566,19 @@ var VERDICT_WORDS = [
 	["keyless", "keyless, which needs Sigstore's trust root and is not checked here"],
 	["unreadable", "in no form that is known here"]
 ]
-function refuseUnsigned(where, verdicts, signers) {
-	const found = VERDICT_WORDS.flatMap(([verdict, words2]) => {
+function refuseUnsigned(where, verdicts, signers, denial) {
+	const found = VERDICT_WORDS.flatMap(([verdict, words]) => {
 		const count = verdicts.filter(each => each === verdict).length
-		return count === 0 ? [] : [`${counted(count, "signature")} ${words2}`]
+		return count === 0 ? [] : [`${counted(count, "signature")} ${words}`]
 	})
 	const isPrehashed = verdicts.includes("other key") && signers.some(isEd25519)
 	if (isPrehashed) found.push("what cosign signs with an Ed25519 key is prehashed, and not checked here")
-	const words = found.length === 0 ? "no signature at all" : found.join("; ")
+	if (found.length === 0) found.push("no signature at all")
+	if (denial !== void 0) found.push(`but there may be one that is denied: ${denial}`)
 	return fail(
 		"SIGNATURE",
 		`${where} is not signed by any key given (\`signedBy\`)
-  found: ${words}`
+  found: ${found.join("; ")}`
 	)
 }
 var OPTION_KINDS = {
@@ -5979,6 +6034,13 @@ function warnOfLayers({warn}, images) {
 		if (/foreign|nondistributable/.test(types)) warn(`${name} has foreign layers, which Docker on Linux does not take`)
 	}
 }
+function warnOfBareImages({warn}, images) {
+	const bare = images.filter(({companions}) => companions?.length === 0)
+	const [image] = bare
+	if (!image) return
+	const which = bare.length === 1 ? image.name : counted(bare.length, "image")
+	warn(`${which}: no signature, attestation or SBOM was found`)
+}
 function warnOfCompanions({warn}, images) {
 	const companions = images.flatMap(image => image.companions ?? [])
 	if (companions.length === 0) return
@@ -6052,6 +6114,7 @@ async function runPull(session, request, observe) {
 		})
 		const plan = planTar(images, layersToOmit(images, chains), planExtras(images))
 		warnOfLayers(session, images)
+		warnOfBareImages(session, images)
 		if (destination?.kind !== "layout") warnOfCompanions(session, images)
 		if (since !== void 0) warnOfOmitted(session, plan, since)
 		const sizeBytes = destination?.kind === "layout" ? plan.blobBytes : plan.sizeBytes

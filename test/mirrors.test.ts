@@ -315,6 +315,64 @@ describe("twenty repositories of one registry behind a mirror that", () => {
   });
 });
 
+// ====== What the registry itself lacks ======
+
+/** The mirror loses three connections for layers: it is passed over from then on. */
+async function serveLost(t: TestScope, times = 3) {
+  const served = await serve(t, [{}]);
+  const mirror = served.mirrors[0] as Registry;
+  const rule = mirror.on({ kind: "layer", times }, { dropAfter: 100 });
+  return { ...served, mirror, rule, options: { ...served.options, concurrency: 1 } };
+}
+
+describe("a mirror that was passed over for lost connections is asked again", () => {
+  const lacking: [name: string, fault: Fault][] = [
+    ["has not", { status: 404 }],
+    ["denies", { status: 403 }],
+    ["cannot give", { status: 500 }],
+  ];
+  for (const [name, fault] of lacking) {
+    test(`for layers that the registry ${name}`, async (t) => {
+      const { registry, reference, rule, options } = await serveLost(t);
+      registry.on({ kind: "layer" }, fault);
+      assertPulled(await tryPull(t, reference, options), image);
+      assert.equal(rule.hits, 3);
+      assert(registry.seen({ kind: "layer" }).length > 0);
+    });
+  }
+
+  test("for a manifest and a config below an index, too", async (t) => {
+    const index = makeIndex([image]);
+    const { registry, mirrors, options } = await serve(t, [{}]);
+    const mirror = mirrors[0] as Registry;
+    mirror.add(index, "team/app", "2.0");
+    const reference = `${registry.host}/team/app:2.0`;
+    const rule = mirror.on({ digest: image.digest, times: 3 }, { dropAfter: 100 });
+    registry.on({ digest: image.digest }, { status: 404 });
+    assertPulled(await tryPull(t, reference, options), image);
+    assert.equal(rule.hits, 3);
+  });
+
+  test("as often as attempts are left, and then its failure is told", async (t) => {
+    const { registry, reference, rule, options } = await serveLost(t, 1000);
+    registry.on({ kind: "layer" }, { status: 404 });
+    const outcome = await tryPull(t, reference, { ...options, retries: 5 });
+    assertFailed(outcome, "NETWORK", /ended after \d+00 of/);
+    assert(rule.hits <= 8, `${rule.hits} requests`);
+  });
+
+  test("but not one that has nothing either, or lies", async (t) => {
+    for (const fault of [{ status: 404 }, { corruptAt: 5 }]) {
+      const { registry, reference, mirrors, options } = await serve(t, [{}]);
+      const rule = mirrors[0]?.on({ kind: "layer" }, fault);
+      registry.on({ kind: "layer" }, { status: 404 });
+      const outcome = await tryPull(t, reference, { ...options, concurrency: 1 });
+      assertFailed(outcome, "NOT_FOUND", "no such blob");
+      assert.equal(rule?.hits, 1);
+    }
+  });
+});
+
 // ====== What is shown to whom ======
 
 test("each place gets the credentials that belong to it, and no other", async (t) => {

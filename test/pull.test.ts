@@ -27,6 +27,7 @@ import {
   type TestLayer,
 } from "./support/image.ts";
 import {
+  assertFailed,
   assertRight,
   assertUntouched,
   blobBytes,
@@ -38,6 +39,7 @@ import {
   pull,
   pullWhole,
   serve,
+  tryPull,
 } from "./support/pull.ts";
 import {
   type Fault,
@@ -743,6 +745,17 @@ test("a server that refuses all of them is down: attempts are counted", async (t
   assert.match(error.message, /503/);
   assert.ok(down.hits <= 8 + 2 * 8, `${down.hits} requests`);
   assertUntouched(served);
+});
+
+test("a blob that is always reset while others move says nothing of the number of connections", async (t) => {
+  const several = makeImage({ seed: "one is reset", layers: [8192, 300_000, 300_000, 300_000] });
+  const { registry, reference } = await serve(t, several);
+  const [first, ...others] = several.layers.map(({ digest }) => digest);
+  const rule = registry.on({ digest: first as string }, { reset: true });
+  for (const digest of others) registry.on({ digest, times: 1 }, { wait: rule.reached });
+  const outcome = await tryPull(t, reference, { ...LINUX, concurrency: 4, retries: 1 });
+  assertFailed(outcome, "NETWORK", "connection lost");
+  assert.doesNotMatch(outcome.warnings.join(), /fewer/);
 });
 
 // ====== Layers of other kinds ======

@@ -624,6 +624,21 @@ describe("Retry-After", () => {
     }
   });
 
+  test("beyond a year it is told in words, whatever the number", async (t) => {
+    const dates = ["Fri, 31 Dec 9999 23:59:59 GMT", "Fri, 31 Dec 99999 23:59:59 GMT"];
+    for (const header of ["99999999999999999999999999", "40000000", "9".repeat(400), ...dates]) {
+      for (const status of [429, 503]) {
+        const { registry, reference } = await serve(t);
+        registry.on({ kind: "manifest" }, { status, headers: { "retry-after": header } });
+        const outcome = await tryPull(t, reference, { ...HTTP, now: () => NOW });
+        const code = status === 429 ? "RATE_LIMITED" : "PROTOCOL";
+        assertFailed(outcome, code, "not to come back for more than a year");
+        assert.doesNotMatch(outcome.error?.message ?? "", /e\+|Infinity|\d{9}| s, at/);
+        assert.deepEqual(outcome.waitsMs, []);
+      }
+    }
+  });
+
   test("what is no time to come back is not told as one", async (t) => {
     for (const header of ["-5", "90.5", "2, 3", "soon", new Date(NOW - 1000).toUTCString(), "0"]) {
       const { registry, reference } = await serve(t);
