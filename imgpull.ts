@@ -6329,22 +6329,33 @@ const longestFirst = (left: Segment, right: Segment): number =>
 
 const inOrder = (left: Segment, right: Segment): number => left.place - right.place;
 
+/** Whether an answer that took so long had to be fetched first, by what another one took. */
+const isLateBeside = (waitMs: number, otherMs: number): boolean =>
+  waitMs > 3 * otherMs + TUNING.promptMs;
+
 /**
  * How a registry, or what stands between it and us, takes to ranges. A cache that has to fetch a
  * blob first may fetch the whole of it for each range, or keep nothing of what it was asked for in
  * ranges. So where a blob's first bytes were long in coming, something small is asked for once
  * more: if that comes much sooner, somebody keeps what he was asked for, the blob was not there
- * yet, and is heard to its end by one plain GET.
+ * yet, and is heard to its end by one answer. Where there is nothing small, one range is tried, near
+ * what is under way, before there are many: a cache that fetches up to it answers late.
  */
 class RangeManners {
   isWelcome = true;
   #look: "not taken" | "under way" | "impossible" | { waitMs: number } = "not taken";
   #quickestMs = NEVER;
   #hasGivenOne = false;
+  #wasLate = false;
 
-  answered(waitMs: number, isRange: boolean): void {
+  answered(waitMs: number): void {
     this.#quickestMs = Math.min(this.#quickestMs, waitMs);
-    if (isRange) this.#hasGivenOne = true;
+  }
+  /** A range was tried beside what is under way of its blob. Late once may be the line's doing. */
+  tried(waitMs: number, firstWaitMs: number): void {
+    if (!isLateBeside(waitMs, firstWaitMs)) this.#hasGivenOne = true;
+    else if (this.#wasLate) this.isWelcome = false;
+    else this.#wasLate = true;
   }
   lookedAgain(look: "under way" | "impossible" | { waitMs: number }): void {
     this.#look = look;
@@ -6355,18 +6366,18 @@ class RangeManners {
     return Number.isFinite(this.#quickestMs) ? this.#quickestMs : 0;
   }
 
-  /** Whether a blob's plain GET was answered so late that it takes a second look to say why. */
-  wantsLook(plainWaitMs: number): boolean {
-    if (plainWaitMs === NEVER) return false; // the cache has said so itself
-    return plainWaitMs > TUNING.promptMs && this.#look === "not taken";
+  /** Whether a blob's first answer came so late that it takes a second look to say why. */
+  wantsLook(firstWaitMs: number): boolean {
+    if (firstWaitMs === NEVER) return false; // the cache has said so itself, or nothing came yet
+    return firstWaitMs > TUNING.promptMs && this.#look === "not taken";
   }
 
-  /** Ranges of a blob that may wait for their answers at once. */
-  mostUnanswered(plainWaitMs: number): number {
-    if (!this.isWelcome || plainWaitMs === NEVER) return 0;
-    if (plainWaitMs <= TUNING.promptMs) return NEVER;
+  /** Ranges of a blob that may wait for their answers at once, beside what is under way of it. */
+  mostUnanswered(firstWaitMs: number): number {
+    if (!this.isWelcome || firstWaitMs === NEVER) return 0;
+    if (firstWaitMs <= TUNING.promptMs) return NEVER;
     if (typeof this.#look === "object")
-      return plainWaitMs > 3 * this.#look.waitMs + TUNING.promptMs ? 0 : NEVER;
+      return isLateBeside(firstWaitMs, this.#look.waitMs) ? 0 : NEVER;
     if (this.#look !== "impossible") return 0;
     return this.#hasGivenOne ? NEVER : 1;
   }
@@ -6392,7 +6403,7 @@ class Schedule {
   readonly #queued: Segment[] = []; // what nobody fetches yet
   readonly #active = new Set<Segment>();
   readonly #manners = new Map<Registry, RangeManners>();
-  readonly #waits = new Map<BlobState, number>(); // how long the plain GET's answer took
+  readonly #waits = new Map<BlobState, number>(); // how long a blob's first answer took
   readonly #units = new Map<BlobState, number>(); // of blobs that are cut
   readonly #limits = new Map<string, ConnectionLimit>(); // by origin
   readonly #abandoned: Segment[] = []; // left to another while they were asked for
@@ -6447,23 +6458,31 @@ class Schedule {
     const horizon = this.#horizon?.() ?? NEVER;
     const longest = this.#longest();
     const cutPlace = longest ? longest.place + this.#kept(longest) : NEVER;
-    const [queued] = this.#queued;
+    const queued = this.#firstQueued();
     if (Math.min(cutPlace, queued?.place ?? NEVER) >= horizon) return undefined;
     return queued && queued.place < cutPlace ? this.#takeQueued() : this.#cut();
   }
 
   #takeQueued(): Segment | undefined {
-    const queued = this.#queued.find(({ blob }) => this.#hasRoom(blob));
+    const queued = this.#firstQueued();
     if (!queued) return undefined;
 
-    const unit = this.#knownUnit(queued.blob);
-    if (queued.remainingBytes > 1.5 * unit) {
-      const first = new Segment(queued.blob, [queued.at, queued.at + unit]);
+    const { blob } = queued;
+    const unit = this.#knownUnit(blob);
+    if (blob.registry.acceptsRanges && queued.remainingBytes > 1.5 * unit) {
+      const first = new Segment(blob, [queued.at, queued.at + unit]);
       queued.at = first.to;
       return first;
     }
     this.#queued.splice(this.#queued.indexOf(queued), 1);
+    if (!blob.registry.acceptsRanges) this.#absorbQueued(queued); // all comes with any part
     return queued;
+  }
+
+  /** Of the first blob that may be asked for, the part that the hash needs first. */
+  #firstQueued(): Segment | undefined {
+    const may = this.#queued.find(({ blob }) => this.#hasRoom(blob) && this.#mayJoin(blob));
+    return this.#queued.filter(({ blob }) => blob === may?.blob).sort(inOrder)[0];
   }
 
   /**
@@ -6525,14 +6544,31 @@ class Schedule {
     return Math.ceil(Math.max(TUNING.splitBytes, this.#pace.bytesPerMsEach * leastMs));
   }
 
+  /**
+   * Whether a part of a blob may be asked for now. What an earlier run left open is asked for one
+   * after the other, until it is known how ranges of the blob are taken.
+   */
+  #mayJoin(blob: BlobState): boolean {
+    const isUnderWay = [...this.#active].some((other) => other.blob === blob);
+    return !isUnderWay || blob.source !== undefined || this.#maySplit(blob);
+  }
+
   #maySplit(blob: BlobState): boolean {
     const { registry, source } = blob;
     if (source || !registry.acceptsRanges) return false;
-    const most = this.#mannersOf(registry).mostUnanswered(this.#waits.get(blob) ?? 0);
 
     const isUnanswered = (other: Segment) =>
       other.blob.registry === registry && other.at > 0 && !other.isFlowing;
-    return [...this.#active].filter(isUnanswered).length < most;
+    return [...this.#active].filter(isUnanswered).length < this.#mostUnanswered(blob);
+  }
+
+  #mostUnanswered(blob: BlobState): number {
+    return this.#mannersOf(blob.registry).mostUnanswered(this.#firstWaitMs(blob));
+  }
+
+  /** NEVER: nothing came of it yet, or a cache says that it had to fetch it. */
+  #firstWaitMs(blob: BlobState): number {
+    return this.#waits.get(blob) ?? NEVER;
   }
 
   #mannersOf(registry: Registry): RangeManners {
@@ -6563,8 +6599,12 @@ class Schedule {
     segment.state = "flowing";
     if (!answer) return; // a tar at hand
     const { waitMs, isRange, isMiss } = answer;
-    this.#mannersOf(segment.blob.registry).answered(waitMs, isRange);
-    if (!isRange) this.#waits.set(segment.blob, isMiss ? NEVER : waitMs);
+    const { blob } = segment;
+    const manners = this.#mannersOf(blob.registry);
+    manners.answered(waitMs);
+    const isFirst = !this.#waits.has(blob);
+    if (isFirst || !isRange) this.#waits.set(blob, isMiss ? NEVER : waitMs);
+    else if (this.#mostUnanswered(blob) === 1) manners.tried(waitMs, this.#firstWaitMs(blob));
   }
 
   /**
@@ -6587,7 +6627,8 @@ class Schedule {
     if (!idle) return;
     segment.to = idle.to;
     idle.to = idle.at;
-    this.#abandoned.push(idle);
+    // The one that is tried is waited for all the same: when it is answered says something.
+    if (this.#mostUnanswered(idle.blob) !== 1) this.#abandoned.push(idle);
   }
 
   #takeBehind(segment: Segment, behind: Segment, answeredTo: number): void {
@@ -6629,13 +6670,15 @@ class Schedule {
 
   /** A registry whose ranges would help, if it were known how it takes to them. */
   registryToLookAt(): Registry | undefined {
-    if (!this.#pace.maySplit || this.#active.size >= this.#pace.wanted) return undefined;
-    for (const { blob, isFlowing, remainingBytes } of this.#active) {
-      const isWorthIt = isFlowing && !blob.source && remainingBytes >= 2 * TUNING.splitBytes;
-      const waitMs = this.#waits.get(blob) ?? 0;
-      if (isWorthIt && this.#mannersOf(blob.registry).wantsLook(waitMs)) return blob.registry;
-    }
-    return undefined;
+    if (this.#active.size >= this.#pace.wanted) return undefined;
+    const isUnclear = ({ blob, isFlowing, remainingBytes }: Segment) => {
+      const { registry, source } = blob;
+      const wantsLook = this.#mannersOf(registry).wantsLook(this.#firstWaitMs(blob));
+      if (!isFlowing || source || !wantsLook) return false;
+      const isWorthCutting = this.#pace.maySplit && remainingBytes >= 2 * TUNING.splitBytes;
+      return isWorthCutting || this.#queued.some((queued) => queued.blob === blob);
+    };
+    return [...this.#active].find(isUnclear)?.blob.registry;
   }
 
   /** Something small was asked for once more. Impossible: there was nothing. */
@@ -6655,9 +6698,9 @@ class Schedule {
    * before it, and the blob is heard to its end. If it was the first one there, no more are tried.
    */
   #abandonLate(segment: Segment): void {
-    const manners = this.#mannersOf(segment.blob.registry);
-    if (manners.mostUnanswered(this.#waits.get(segment.blob) ?? 0) <= 1) manners.isWelcome = false;
-    this.#waits.set(segment.blob, NEVER);
+    const { blob } = segment;
+    if (this.#mostUnanswered(blob) <= 1) this.#mannersOf(blob.registry).isWelcome = false;
+    this.#waits.set(blob, NEVER);
     if (this.giveBack(segment)) this.#abandoned.push(segment);
   }
 
@@ -7650,16 +7693,23 @@ class Transfer {
     if (!small?.isDone) return; // soon
 
     this.#schedule.lookedAgain(registry, "under way");
-    const { descriptor } = small;
-    const looking = registry.blob(descriptor, 0, descriptor.size, this.signal);
+    const ask = () => this.#waitFor(small);
+    const isFromLine = small.resumedBytes + small.reusedBytes === 0; // and asked for once already
+    const looking = isFromLine ? ask() : ask().then(ask);
     looking.then(
-      ({ body, waitedMs }) => {
-        body?.on("error", ignore).resume();
-        this.#schedule.lookedAgain(registry, { waitMs: waitedMs });
+      (waitMs) => {
+        this.#schedule.lookedAgain(registry, { waitMs });
         this.#change.announce();
       },
       () => this.#schedule.lookedAgain(registry, "impossible"),
     );
+  }
+
+  /** How long the answer for a small blob takes, which is heard to its end. */
+  async #waitFor({ descriptor, registry }: BlobState): Promise<number> {
+    const { body, waitedMs } = await registry.blob(descriptor, 0, descriptor.size, this.signal);
+    if (body) await finished(body.resume());
+    return waitedMs;
   }
 
   #start(segment: Segment): void {

@@ -27,6 +27,7 @@ interface Line {
   admits?: number;
   /**
    * Between us and the registry: how long it takes to begin with a blob, and with one that it has.
+   * For each range it fetches what lies before that, too.
    */
   cache?: { coldMs: number; warmMs: number; keepsSmall: boolean };
   /** Hardly anything comes between these two moments. */
@@ -52,16 +53,29 @@ interface Outcome {
   requests: number;
   refused: number;
   most: number;
-  /** The most that had come before its turn. */
   lookedTwice: boolean;
 }
 
+interface PlayOptions {
+  /** The most connections. */
+  most?: number;
+  /** What an earlier run has got of each blob. */
+  resumed?: Parameters<Blob["resume"]>[0][];
+  /** Whether there is something small that can be asked for twice. */
+  hasSmall?: boolean;
+  hasRanges?: boolean;
+}
+
 /** Plays a pull of blobs of these sizes to its end. */
-function play(line: Line, sizes: number[], most = 16): Outcome {
-  const registry = { acceptsRanges: true, origin: "http://registry" } as unknown as Registry;
+function play(line: Line, sizes: number[], options: PlayOptions = {}): Outcome {
+  const { most = 16, resumed = [], hasSmall = true, hasRanges = true } = options;
+  const origin = "http://registry";
+  const registry = { acceptsRanges: hasRanges, origin } as unknown as Registry;
   const blobs = sizes.map((size, at): Blob => {
     const digest = `sha256:${String(at).padStart(64, "0")}`;
-    return new BlobState({ mediaType: "", digest, size }, registry, 0, []);
+    const blob = new BlobState({ mediaType: "", digest, size }, registry, 0, []);
+    blob.resume(resumed[at] ?? []);
+    return blob;
   });
   const schedule = new Schedule({ most });
   schedule.add(...blobs);
@@ -74,7 +88,7 @@ function play(line: Line, sizes: number[], most = 16): Outcome {
 
   const start = (segment: Segment, nowMs: number) => {
     const { blob, at, to } = segment;
-    const isRange = at > 0 || to < blob.descriptor.size;
+    const isRange = hasRanges && (at > 0 || to < blob.descriptor.size);
     const connectMs = idle > 0 ? 0 : line.roundTripMs;
     idle = Math.max(0, idle - 1);
     const { cache } = line;
@@ -114,7 +128,8 @@ function play(line: Line, sizes: number[], most = 16): Outcome {
     for (const segment of schedule.takeAbandoned(nowMs))
       for (const flow of flows) if (flow.segment === segment) finish(flow);
     const look = schedule.registryToLookAt();
-    if (look) {
+    if (look && !hasSmall) schedule.lookedAgain(look, "impossible");
+    if (look && hasSmall) {
       schedule.lookedAgain(look, "under way");
       outcome.lookedTwice = true;
       lookMs = nowMs + line.roundTripMs + 1;
@@ -227,13 +242,13 @@ for (const [name, line, sizes, ratio] of LINES) {
 }
 
 test("one connection is used where the user says so, with one request for each blob", () => {
-  const { requests, most } = play(FAR, TYPICAL, 1);
+  const { requests, most } = play(FAR, TYPICAL, { most: 1 });
   assert.deepEqual([requests, most], [5, 1]);
 });
 
 for (const most of [2, 5, 16, 64]) {
   test(`never more than ${most} connections where the user says so`, () => {
-    for (const [, line, sizes] of LINES) assert.ok(play(line, sizes, most).most <= most);
+    for (const [, line, sizes] of LINES) assert.ok(play(line, sizes, { most }).most <= most);
   });
 }
 
@@ -330,8 +345,46 @@ test("a cache that answers a range late is found out by the first ones, which ar
   assert.ok(ms <= 1.05 * leastMs(line, [60 * MB], 1), `${ms} ms`);
 });
 
+test("where nothing small is there to look at, two late ranges are enough", () => {
+  const cache = { coldMs: 30, warmMs: 0, keepsSmall: true };
+  const line = { roundTripMs: 1, each: 6000, cache };
+  const { ms, requests, most } = play(line, [30 * MB], { hasSmall: false });
+  assert.deepEqual([requests, most], [1 + 2, 2]);
+  assert.ok(ms <= 1.05 * leastMs(line, [30 * MB], 1), `${ms} ms`);
+});
+
+test("where nothing small is there to look at, one prompt range is enough", () => {
+  const { ms, requests, most } = play(FAR, [200 * MB], { hasSmall: false });
+  assert.ok(requests > 16 && most === 16, `${requests} requests`);
+  assert.ok(ms <= 1.4 * leastMs(FAR, [200 * MB]), `${ms} ms`);
+});
+
 test("a far registry without a cache is looked at twice, and given ranges", () => {
   const { requests, lookedTwice } = play(FAR, [1000, 60 * MB]);
   assert.equal(lookedTwice, true);
   assert.ok(requests > 8);
+});
+
+/** What an earlier run has got of a blob of 64 MB: it has nine gaps. */
+const HAD = Array.from({ length: 8 }, (_, at) => [(at * 8 + 1) * MB, (at * 8 + 7) * MB] as const);
+
+for (const hasSmall of [true, false]) {
+  const words = hasSmall ? "" : ", where nothing small is there to look at";
+  test(`of a blob with gaps, a cache that has to fetch it is asked one after the other${words}`, () => {
+    const cache = { coldMs: 30, warmMs: 0, keepsSmall: true };
+    const line = { roundTripMs: 1, each: 6000, cache };
+    const { requests, most } = play(line, [64 * MB], { resumed: [HAD], hasSmall });
+    assert.deepEqual([requests, most <= (hasSmall ? 1 : 2)], [9, true], `${requests}, ${most}`);
+  });
+}
+
+test("of a blob with gaps, a registry without a cache is asked for all at once", () => {
+  const { ms, most } = play(FAR, [64 * MB], { resumed: [HAD] });
+  assert.ok(most >= TUNING.firstConnections, `${most} connections`);
+  assert.ok(ms <= 600, `${ms} ms`);
+});
+
+test("of a blob with gaps, a registry that refuses ranges is asked once for the whole", () => {
+  const { requests } = play(FAR, [64 * MB, 64 * MB], { resumed: [HAD, HAD], hasRanges: false });
+  assert.equal(requests, 2);
 });
