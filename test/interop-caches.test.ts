@@ -1,21 +1,31 @@
 // Caches that nobody here wrote, between us and a registry that is far: what they fetch is counted
-// there. A blob that a cache has to fetch first is heard to its end by one plain GET.
+// there. A blob that a cache has to fetch first is heard to its end by one answer.
 import assert from "node:assert/strict";
 import { readFileSync, rmSync } from "node:fs";
 import { join } from "node:path";
 import { describe, type TestContext, test } from "node:test";
 import { setTimeout as pause } from "node:timers/promises";
+import { runCommand, startCommand } from "./support/command.ts";
 import { makeMultiPlatform, type TestIndex } from "./support/image.ts";
-import { imgpull, skipWithout, startNginx, startSquid } from "./support/interop.ts";
+import {
+  imgpull,
+  type RealRegistryOptions,
+  skipWithout,
+  startNginx,
+  startRealRegistry,
+  startSquid,
+} from "./support/interop.ts";
+import { startApache, startTrafficServer, startVarnish } from "./support/interop-caches.ts";
 import { checkTar, childOf, serve } from "./support/pull.ts";
 import type { Registry } from "./support/registry.ts";
 
 const MB = 1e6;
-const ONE = makeMultiPlatform(["linux/amd64"], { seed: "cache", layers: [20 * MB] });
+const ONE = makeMultiPlatform(["linux/amd64"], { seed: "cache", layers: [16 * MB] });
 const SEVERAL = makeMultiPlatform(["linux/amd64"], {
   seed: "caches",
   layers: [12 * MB, 6 * MB, 3 * MB],
 });
+const GAPPY = makeMultiPlatform(["linux/amd64"], { seed: "gaps", layers: [24 * MB] });
 
 /**
  * 30 ms to the first byte, and 6 MB/s for each connection. Blobs may be kept, as docker-registry
@@ -56,63 +66,217 @@ async function serveFarAway(t: TestContext, content: TestIndex) {
   return { ...served, imageBytes };
 }
 
+const OPTIONS = ["--scheme", "http", "--platform", "linux/amd64"];
+const NAMED = [...OPTIONS, "--name", "example.com/team/app:1.0"];
+
 async function pullThrough(host: string, dest: string, folder: string): Promise<void> {
-  const args = [
-    "--scheme",
-    "http",
-    "--platform",
-    "linux/amd64",
-    "--name",
-    "example.com/team/app:1.0",
-  ];
-  await imgpull([`${host}/team/app:1.0`, dest, ...args], { cwd: folder });
+  await imgpull([`${host}/team/app:1.0`, dest, ...NAMED], { cwd: folder });
 }
 
-describe("nginx, whose cache is cold and without a lock", {
-  skip: skipWithout("nginx"),
-  timeout: 120_000,
-}, () => {
-  for (const [name, content] of [
-    ["one layer", ONE],
-    ["several layers", SEVERAL],
-  ] as const) {
-    test(name, async (t) => {
-      const { registry, dest, folder, imageBytes } = await serveFarAway(t, content);
-      const nginx = await startNginx({ upstream: registry.url, isCache: true });
-      t.after(() => nginx.stop());
-      await pullThrough(nginx.host, dest, folder);
-      await registry.settled();
-      const ratio = registry.bytesServed() / imageBytes;
-      t.diagnostic(`${ratio.toFixed(3)} times the image`);
-      assert.ok(ratio <= 1.2, `${ratio.toFixed(2)} times the image was fetched`);
-      checkTar(readFileSync(dest), childOf(content));
-    });
-  }
-});
+// ====== Kinds of caches ======
 
-describe("squid, which says that it had to fetch", {
-  skip: skipWithout("squid"),
-  timeout: 120_000,
-}, () => {
-  for (const [name, content] of [
-    ["one layer", ONE],
-    ["several layers", SEVERAL],
-  ] as const) {
-    test(`${name}: fetched once, and not at all by the next pull`, async (t) => {
-      const { registry, dest, folder, imageBytes } = await serveFarAway(t, content);
-      const squid = await startSquid({ cacheOf: Number(registry.host.split(":")[1]) });
-      t.after(() => squid.stop());
-      const host = `127.0.0.1:${squid.port}`;
-      await pullThrough(host, dest, folder);
-      await registry.settled();
-      const before = registry.bytesServed();
-      assert.equal(before, imageBytes);
-      checkTar(readFileSync(dest), childOf(content));
+interface Cache {
+  host: string;
+  stop: () => Promise<void>;
+}
 
-      rmSync(dest);
-      await pullThrough(host, join(folder, "again.tar"), folder);
-      await registry.settled();
-      assert.equal(registry.bytesServed(), before);
-    });
-  }
-});
+interface Kind {
+  name: string;
+  programs: string[];
+  start: (registry: Registry) => Promise<Cache>;
+  contents: TestIndex[];
+  /** How often the image may be fetched by the first pull; the next one fetches nothing. */
+  atMost: number;
+}
+
+const portOf = ({ host }: Registry): number => Number(host.split(":")[1]);
+
+const startNginxCache = ({ url }: Registry, cacheSettings = ""): Promise<Cache> =>
+  startNginx({ upstream: url, isCache: true, cacheSettings });
+
+async function startSquidCache(registry: Registry): Promise<Cache> {
+  const squid = await startSquid({ cacheOf: portOf(registry) });
+  return { host: `127.0.0.1:${squid.port}`, stop: () => squid.stop() };
+}
+
+/** distribution's own pull-through cache. */
+const startPullThrough =
+  (program: NonNullable<RealRegistryOptions["program"]>) =>
+  ({ url }: Registry): Promise<Cache> =>
+    startRealRegistry({ program, configuration: { proxy: { remoteurl: url } } });
+
+const SLICES = `slice 1m;
+      proxy_cache_key $uri$slice_range;
+      proxy_set_header Range $slice_range;
+      proxy_cache_valid 200 206 1h;`;
+
+const KINDS: Kind[] = [
+  {
+    name: "nginx, without a lock",
+    programs: ["nginx"],
+    start: (registry) => startNginxCache(registry),
+    contents: [ONE, SEVERAL],
+    atMost: 1,
+  },
+  {
+    name: "nginx, with a lock",
+    programs: ["nginx"],
+    start: (registry) => startNginxCache(registry, "proxy_cache_lock on;"),
+    contents: [ONE],
+    atMost: 1,
+  },
+  {
+    name: "nginx, which says whether it had to fetch",
+    programs: ["nginx"],
+    start: (registry) =>
+      startNginxCache(registry, "add_header X-Cache-Status $upstream_cache_status;"),
+    contents: [ONE],
+    atMost: 1,
+  },
+  {
+    name: "nginx, in slices",
+    programs: ["nginx"],
+    start: (registry) => startNginxCache(registry, SLICES),
+    contents: [ONE],
+    atMost: 1,
+  },
+  {
+    name: "squid, which says that it had to fetch, and keeps no ranges",
+    programs: ["squid"],
+    start: startSquidCache,
+    contents: [ONE, SEVERAL],
+    atMost: 1,
+  },
+  {
+    name: "Varnish, which lets ranges wait for what it fetches",
+    programs: ["varnishd"],
+    start: (registry) => startVarnish(portOf(registry)),
+    contents: [ONE, SEVERAL],
+    atMost: 1,
+  },
+  {
+    name: "Varnish, which answers when it has all",
+    programs: ["varnishd"],
+    start: (registry) => startVarnish(portOf(registry), "set beresp.do_stream = false;"),
+    contents: [ONE],
+    atMost: 1,
+  },
+  {
+    name: "Apache's mod_cache, which keeps no ranges",
+    programs: ["apache2"],
+    start: (registry) => startApache(portOf(registry)),
+    contents: [ONE],
+    atMost: 1,
+  },
+  {
+    name: "Traffic Server, which keeps no ranges and does not say so",
+    programs: ["traffic_server"],
+    start: (registry) => startTrafficServer(portOf(registry)),
+    contents: [ONE],
+    atMost: 1,
+  },
+  {
+    name: "distribution 3",
+    programs: ["registry"],
+    start: startPullThrough("registry"),
+    contents: [ONE, SEVERAL],
+    atMost: 1,
+  },
+  {
+    // It fetches what is new twice by itself: for who asked, and for its storage.
+    name: "distribution 2.8",
+    programs: ["docker-registry"],
+    start: startPullThrough("docker-registry"),
+    contents: [ONE],
+    atMost: 2,
+  },
+];
+
+for (const { name, programs, start, contents, atMost } of KINDS) {
+  describe(name, { skip: skipWithout(...programs), timeout: 120_000 }, () => {
+    for (const content of contents) {
+      const count = content === ONE ? "one layer" : "several layers";
+      test(`${count}: fetched ${atMost} times at most, and not again by the next pull`, async (t) => {
+        const { registry, dest, folder, imageBytes } = await serveFarAway(t, content);
+        const cache = await start(registry);
+        t.after(() => cache.stop());
+        await pullThrough(cache.host, dest, folder);
+        await registry.settled();
+        const before = registry.bytesServed();
+        t.diagnostic(`${(before / imageBytes).toFixed(3)} times the image`);
+        assert.ok(before <= atMost * imageBytes, `${before} bytes of ${imageBytes}`);
+        checkTar(readFileSync(dest), childOf(content));
+
+        rmSync(dest);
+        await pullThrough(cache.host, join(folder, "again.tar"), folder);
+        await registry.settled();
+        assert.equal(registry.bytesServed(), before);
+      });
+    }
+  });
+}
+
+// ====== Onto stdout ======
+
+const STREAMED: [name: string, program: string, start: Kind["start"]][] = [
+  ["nginx, without a lock", "nginx", (registry) => startNginxCache(registry)],
+  ["squid", "squid", startSquidCache],
+];
+
+for (const [name, program, start] of STREAMED) {
+  test(`onto stdout through ${name}: one request for each layer, and the image once`, {
+    skip: skipWithout(program),
+    timeout: 120_000,
+  }, async (t) => {
+    const { registry, imageBytes } = await serveFarAway(t, SEVERAL);
+    const cache = await start(registry);
+    t.after(() => cache.stop());
+    const { exitCode, stdout, stderr } = await runCommand([
+      `${cache.host}/team/app:1.0`,
+      "-",
+      ...NAMED,
+    ]);
+    assert.equal(exitCode, 0, stderr);
+    checkTar(stdout, childOf(SEVERAL));
+    await registry.settled();
+    assert.equal(registry.bytesServed(), imageBytes);
+    assert.equal(registry.seen({ kind: "layer" }).length, 3);
+  });
+}
+
+// ====== Going on ======
+
+/** An image with gaps that a killed run has left, which pulled from the registry itself. */
+async function leaveGaps(registry: Registry, dest: string, imageBytes: number): Promise<void> {
+  const { child, result } = startCommand([`${registry.host}/team/app:1.0`, dest, "-j4", ...NAMED]);
+  while (registry.bytesServed() < imageBytes / 2) await pause(5);
+  child.kill("SIGKILL");
+  const { signal } = await result;
+  assert.equal(signal, "SIGKILL", "ended before its time");
+  await registry.settled();
+  assert.ok(registry.seen({ kind: "layer", ranged: true }).length >= 3, "nothing is out of order");
+  registry.forget();
+}
+
+const RESUMED: [name: string, program: string, start: Kind["start"]][] = [
+  ...STREAMED,
+  ["Varnish", "varnishd", (registry) => startVarnish(portOf(registry))],
+  ["distribution 3", "registry", startPullThrough("registry")],
+];
+
+for (const [name, program, start] of RESUMED) {
+  test(`going on through ${name}, which has nothing yet: the image is fetched once at most`, {
+    skip: skipWithout(program),
+    timeout: 120_000,
+  }, async (t) => {
+    const { registry, dest, folder, imageBytes } = await serveFarAway(t, GAPPY);
+    await leaveGaps(registry, dest, imageBytes);
+    const cache = await start(registry);
+    t.after(() => cache.stop());
+    await pullThrough(cache.host, dest, folder);
+    await registry.settled();
+    t.diagnostic(`${(registry.bytesServed() / imageBytes).toFixed(3)} times the image`);
+    assert.ok(registry.bytesServed() <= imageBytes);
+    checkTar(readFileSync(dest), childOf(GAPPY));
+  });
+}

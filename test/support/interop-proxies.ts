@@ -93,7 +93,7 @@ export function startMicrosocks(): Promise<ProxyService> {
 }
 
 /** For programs that say nothing when they listen. */
-async function whenListening(service: ProxyService): Promise<ProxyService> {
+export async function whenListening(service: ProxyService): Promise<ProxyService> {
   for (let attempt = 0; attempt < 500; attempt += 1) {
     const socket = connect(service.port, "127.0.0.1");
     const isListening = await new Promise<boolean>((resolve) => {

@@ -652,6 +652,8 @@ export interface NginxOptions {
   locations?: string;
   /** Keeps what it has fetched, as nginx does by default: without a lock, whole for each range. */
   isCache?: true;
+  /** Further directives of the cache. */
+  cacheSettings?: string;
 }
 
 /** A request that nginx answered; whether it came with an Authorization header. */
@@ -738,6 +740,7 @@ http {
       proxy_set_header X-Forwarded-Proto $scheme;
       ${account ? 'proxy_set_header Authorization "";' : ""}
       ${options.isCache ? cache : "proxy_buffering off;"}
+      ${options.cacheSettings ?? ""}
     }
   }
 }
