@@ -6338,8 +6338,9 @@ const isLateBeside = (waitMs: number, otherMs: number): boolean =>
  * blob first may fetch the whole of it for each range, or keep nothing of what it was asked for in
  * ranges. So where a blob's first bytes were long in coming, something small is asked for once
  * more: if that comes much sooner, somebody keeps what he was asked for, the blob was not there
- * yet, and is heard to its end by one answer. Where there is nothing small, one range is tried, near
- * what is under way, before there are many: a cache that fetches up to it answers late.
+ * yet, and is heard to its end by one answer. Where there is nothing small, or that leaves a doubt,
+ * one range is tried near what is under way, before there are many: a cache that fetches up to it
+ * answers late.
  */
 class RangeManners {
   isWelcome = true;
@@ -6376,9 +6377,11 @@ class RangeManners {
   mostUnanswered(firstWaitMs: number): number {
     if (!this.isWelcome || firstWaitMs === NEVER) return 0;
     if (firstWaitMs <= TUNING.promptMs) return NEVER;
-    if (typeof this.#look === "object")
-      return isLateBeside(firstWaitMs, this.#look.waitMs) ? 0 : NEVER;
-    if (this.#look !== "impossible") return 0;
+    if (this.#look === "not taken" || this.#look === "under way") return 0;
+    if (this.#look !== "impossible") {
+      if (isLateBeside(firstWaitMs, this.#look.waitMs)) return 0;
+      if (firstWaitMs <= 3 * this.#look.waitMs) return NEVER;
+    }
     return this.#hasGivenOne ? NEVER : 1;
   }
 }

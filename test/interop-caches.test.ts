@@ -28,8 +28,8 @@ const SEVERAL = makeMultiPlatform(["linux/amd64"], {
 const GAPPY = makeMultiPlatform(["linux/amd64"], { seed: "gaps", layers: [24 * MB] });
 
 /**
- * 30 ms to the first byte, and 6 MB/s for each connection. Blobs may be kept, as docker-registry
- * says.
+ * 60 ms to the first byte, so that no machine is too busy to be told from a far one, and 6 MB/s for
+ * each connection. Blobs may be kept, as docker-registry says.
  */
 function putFarAway(registry: Registry): void {
   const msPerByte = 1000 / (6 * MB);
@@ -37,7 +37,7 @@ function putFarAway(registry: Registry): void {
     {},
     {
       handler: async (_request, response, next) => {
-        await pause(30);
+        await pause(60);
         response.setHeader("cache-control", "max-age=31536000");
         response.setHeader("date", new Date().toUTCString());
         const write = response.write.bind(response) as (chunk: Buffer) => boolean;

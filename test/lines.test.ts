@@ -345,6 +345,12 @@ test("a cache that answers a range late is found out by the first ones, which ar
   assert.ok(ms <= 1.05 * leastMs(line, [60 * MB], 1), `${ms} ms`);
 });
 
+test("a cache that is busy at the second look is found out by two late ranges", () => {
+  const cache = { coldMs: 30, warmMs: 6, keepsSmall: true };
+  const { requests, most } = play({ roundTripMs: 1, each: 6000, cache }, [30 * MB]);
+  assert.deepEqual([requests, most], [1 + 2, 2]);
+});
+
 test("where nothing small is there to look at, two late ranges are enough", () => {
   const cache = { coldMs: 30, warmMs: 0, keepsSmall: true };
   const line = { roundTripMs: 1, each: 6000, cache };
