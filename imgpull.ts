@@ -6856,10 +6856,24 @@ type Opened = Readonly<{
   line?: Line;
 }>;
 
-/** What nginx, squid, Varnish's and the CDNs' words for it have in common. */
-const CACHE_HEADERS = ["x-cache", "x-cache-status", "x-proxy-cache", "cf-cache-status"];
-const isCacheMiss = ({ headers }: Pick<Answer, "headers">): boolean =>
-  CACHE_HEADERS.some((name) => /\bmiss\b/i.test(String(headers[name] ?? "")));
+/** Where nginx, squid, the CDNs and RFC 9211 say whether they had to fetch. */
+const CACHE_HEADERS = [
+  "cache-status",
+  "cf-cache-status",
+  "x-cache",
+  "x-cache-status",
+  "x-proxy-cache",
+];
+
+/**
+ * Whether a cache says that it had to fetch. "MISS, HIT" is the word of one that had not to, behind
+ * another one. Varnish gives the number of this request, and of the one that fetched it before.
+ */
+function isCacheMiss({ headers }: Pick<Answer, "headers">): boolean {
+  const words = CACHE_HEADERS.map((name) => headers[name] ?? "").join();
+  const isMiss = /(^|[^a-z])miss/i.test(words) && !/(^|[^a-z]|refresh)hit/i.test(words);
+  return isMiss || /^\d+$/.test(String(headers["x-varnish"] ?? ""));
+}
 
 /**
  * What of a blob an answer holds, by its status and headers, or what is wrong with it. `[at, to)`
@@ -13552,6 +13566,7 @@ const internals = Object.freeze({
   encodeTarHeader,
   formatReference,
   imageName,
+  isCacheMiss,
   isExemptFromProxy,
   judge,
   matchPlatform,

@@ -218,8 +218,8 @@ function formsOf(secret) {
 }
 var DIGEST_IN_WORDS = /sha(256|512):[0-9a-f]+/g
 var Secrets = class {
-	#secrets = /* @__PURE__ */ new Set()
-	#forms = /* @__PURE__ */ new Set()
+	#secrets = new Set()
+	#forms = new Set()
 	#signatures = []
 	#patterns
 	add(...secrets) {
@@ -247,7 +247,7 @@ var Secrets = class {
 			.replace(anywhere, "***")
 	}
 	strikeError(error) {
-		const seen = /* @__PURE__ */ new Set()
+		const seen = new Set()
 		for (let each = error; each instanceof Error && !seen.has(each); each = each.cause) {
 			seen.add(each)
 			const isOurs = each instanceof ImgpullError
@@ -262,7 +262,7 @@ var Secrets = class {
 	}
 	#compile() {
 		if (this.#patterns) return this.#patterns
-		const forms = /* @__PURE__ */ new Set([...this.#forms, ...this.#signatures.flatMap(formsOf)])
+		const forms = new Set([...this.#forms, ...this.#signatures.flatMap(formsOf)])
 		const inWords = anyOf(forms, LIMITS.secretLength)
 		const anywhere = anyOf(forms, 2 * LIMITS.secretLength)
 		this.#patterns = {inWords, anywhere}
@@ -563,7 +563,7 @@ function defaultDestination({repository, tag, digest = ""}) {
 }
 var canonicalHost = host => (HUB_HOSTS.includes(host.toLowerCase()) ? "docker.io" : host.toLowerCase())
 function parseMirrors(mirrors, scheme) {
-	const parsed = /* @__PURE__ */ new Map()
+	const parsed = new Map()
 	for (const [host, places] of Object.entries(mirrors)) {
 		if (!isHost(host)) fail("BAD_OPTION", `\`mirrors\`: "${printable(host)}" is not a host`)
 		const key = canonicalHost(host)
@@ -621,7 +621,7 @@ function isReadable(certificate) {
 }
 async function systemCertificates(environment) {
 	const {SSL_CERT_FILE, SSL_CERT_DIR, NODE_EXTRA_CA_CERTS} = environment
-	const found = /* @__PURE__ */ new Set()
+	const found = new Set()
 	const add = (...texts) => {
 		for (const each of texts.flatMap(certificatesOf)) found.add(each)
 	}
@@ -900,7 +900,7 @@ function connectThrough({proxy, options, timeoutMs}, target, done) {
 }
 var AgentPool = class {
 	#settings
-	#agents = /* @__PURE__ */ new Map()
+	#agents = new Map()
 	#closing = new AbortController()
 	#commonContext
 	constructor(settings) {
@@ -961,7 +961,7 @@ var Transport = class {
 	#secrets
 	#agents
 	#patience
-	#proxies = /* @__PURE__ */ new Map()
+	#proxies = new Map()
 	constructor(settings, secrets) {
 		this.#settings = settings
 		this.#secrets = secrets
@@ -1099,7 +1099,7 @@ function limitAnswer(outgoing, limitMs, lateError) {
 }
 var Patience = class {
 	#timeoutMs
-	#factors = /* @__PURE__ */ new Map()
+	#factors = new Map()
 	constructor(timeoutMs) {
 		this.#timeoutMs = timeoutMs
 	}
@@ -1612,9 +1612,9 @@ var Authorizer = class {
 	#session
 	#owner
 	#registryOrigin
-	#authorizations = /* @__PURE__ */ new Map()
-	#renewals = /* @__PURE__ */ new Map()
-	#taken = /* @__PURE__ */ new WeakSet()
+	#authorizations = new Map()
+	#renewals = new Map()
+	#taken = new WeakSet()
 	#lookup
 	#fate = "unsent"
 	#refusedCredential
@@ -1997,8 +1997,8 @@ var Budget = class {
 	}
 }
 var MirrorFaults = class {
-	#outOfOrder = /* @__PURE__ */ new Set()
-	#told = /* @__PURE__ */ new Set()
+	#outOfOrder = new Set()
+	#told = new Set()
 	isOutOfOrder(mirror) {
 		return this.#outOfOrder.has(mirror)
 	}
@@ -2017,11 +2017,11 @@ var Registry = class {
 	#session
 	#mirrors
 	#home
-	#denials = /* @__PURE__ */ new Map()
-	#passedOver = /* @__PURE__ */ new Map()
+	#denials = new Map()
+	#passedOver = new Map()
 	#forgiven = 0
-	#manifests = /* @__PURE__ */ new Map()
-	#mirrorAnswers = /* @__PURE__ */ new Map()
+	#manifests = new Map()
+	#mirrorAnswers = new Map()
 	constructor(session, reference) {
 		const mirrors = session.settings.mirrors.get(canonicalHost(reference.host)) ?? []
 		this.#session = session
@@ -2488,7 +2488,7 @@ function checkPlatform({settings, warn}, where, platform) {
 	if (!isForHost) warn(`${where}: ${what}, not for this machine`)
 }
 function childrenOf(registry, where) {
-	const asked = /* @__PURE__ */ new Set()
+	const asked = new Set()
 	return async descriptor => {
 		const {digest, size, data, mediaType} = descriptor
 		asked.add(digest)
@@ -2613,7 +2613,7 @@ function warnOfPartialIndex({warn}, where, {manifests: entries}, kept) {
 	)
 }
 async function collectAll(readChild, limit, where, top) {
-	const manifests = /* @__PURE__ */ new Map([[top.digest, top]])
+	const manifests = new Map([[top.digest, top]])
 	const contents = []
 	const blobs = []
 	await collect(top, 0)
@@ -2733,8 +2733,8 @@ function parseDockerEntry(value) {
 	return {config, tags, layers}
 }
 var PlannedFiles = class {
-	files = /* @__PURE__ */ new Map()
-	omitted = /* @__PURE__ */ new Map()
+	files = new Map()
+	omitted = new Map()
 	addBytes(name, bytes) {
 		this.files.set(name, {sizeBytes: bytes.length, bytes})
 	}
@@ -2763,7 +2763,7 @@ var PlannedFiles = class {
 		}
 	}
 }
-function planTar(images, omit = /* @__PURE__ */ new Set(), extras = {}) {
+function planTar(images, omit = new Set(), extras = {}) {
 	const planned = new PlannedFiles()
 	const manifests = [...images.map(indexEntry), ...(extras.indexEntries ?? [])]
 	const listed = images.map(dockerEntry).filter(entry => entry !== void 0)
@@ -2777,7 +2777,7 @@ function planTar(images, omit = /* @__PURE__ */ new Set(), extras = {}) {
 }
 function withFolders(files) {
 	const algorithms = [...files.keys()].flatMap(name => /^blobs\/\w+\//.exec(name) ?? [])
-	const folders = /* @__PURE__ */ new Set(["blobs/", "blobs/sha256/", ...algorithms.sort()])
+	const folders = new Set(["blobs/", "blobs/sha256/", ...algorithms.sort()])
 	const nothing = {sizeBytes: 0}
 	return new Map([...[...folders].map(name => [name, nothing]), ...files])
 }
@@ -2884,9 +2884,9 @@ function faultOfAttribute(name, value) {
 	return name.startsWith("user.") ? "for-files" : void 0
 }
 function parsePaxRecords(body) {
-	const records = /* @__PURE__ */ new Map()
+	const records = new Map()
 	const sparsePieces = []
-	const faults = /* @__PURE__ */ new Set()
+	const faults = new Set()
 	let attributeBytes = 0
 	for (let at = 0; at < body.length; ) {
 		const {key, value, end} = paxRecordAt(body, at)
@@ -2941,8 +2941,8 @@ var TarDecoder = class {
 	isAtEnd = false
 	hasTrailer = false
 	globalHeaders = 0
-	#records = /* @__PURE__ */ new Map()
-	#longNames = /* @__PURE__ */ new Map()
+	#records = new Map()
+	#longNames = new Map()
 	#continuation
 	take(bytes) {
 		const continuation = this.#continuation
@@ -2974,7 +2974,7 @@ var TarDecoder = class {
 		if (sizeBytes < 0 || sizeBytes > LIMITS.tarExtensionBytes) refuseTar("an extended header is too large")
 		const use = body => {
 			const content = body.subarray(0, sizeBytes)
-			const records = "xg".includes(type) ? parsePaxRecords(content) : /* @__PURE__ */ new Map()
+			const records = "xg".includes(type) ? parsePaxRecords(content) : new Map()
 			if (type === "x") this.#records = records
 			if (type === "g") this.#forgetExtensions()
 			if (type === "g") this.globalHeaders += 1
@@ -2985,8 +2985,8 @@ var TarDecoder = class {
 		return this.#expect(sizeBytes + paddingOf(sizeBytes), use)
 	}
 	#forgetExtensions() {
-		this.#records = /* @__PURE__ */ new Map()
-		this.#longNames = /* @__PURE__ */ new Map()
+		this.#records = new Map()
+		this.#longNames = new Map()
 	}
 	#takeEntry(block, type, headerBytes) {
 		const records = this.#records
@@ -3136,8 +3136,8 @@ var resolveName = name =>
 		.filter(part => part !== "" && part !== ".")
 		.join("/")
 var TarNames = class {
-	entries = /* @__PURE__ */ new Map()
-	#folders = /* @__PURE__ */ new Set()
+	entries = new Map()
+	#folders = new Set()
 	#nameBytes = 0
 	add(entry) {
 		const {name, type} = entry
@@ -3189,7 +3189,7 @@ function packingOf(bytes) {
 async function openTarFile(file) {
 	const handle = await onDisk(`cannot read ${file}`, import_node_fs.promises.open(file, O_RDONLY | O_NONBLOCK))
 	const names = new TarNames()
-	const blobs = /* @__PURE__ */ new Map()
+	const blobs = new Map()
 	try {
 		if (!(await handle.stat()).isFile()) fail("BAD_TAR", `${file}: it is not a file`)
 		const packing = packingOf(await readAt(handle, 0, BLOCK))
@@ -3224,8 +3224,8 @@ async function dockerChains({handle, names}) {
 	return chainsOf(parseJson(await readAt(handle, entry.offset, entry.sizeBytes)))
 }
 function layersToOmit(images, chains) {
-	const omitted = /* @__PURE__ */ new Set()
-	const needed = /* @__PURE__ */ new Set()
+	const omitted = new Set()
+	const needed = new Set()
 	for (const content of images.flatMap(({contents}) => contents)) {
 		const layers = content.manifest.layers.map(({digest}) => digest)
 		const sharedCounts = chains.map(chain => {
@@ -3325,7 +3325,7 @@ var BlobState = class {
 	#isDone = false
 	#recordedAtMs = 0
 	#state
-	#early = /* @__PURE__ */ new Map()
+	#early = new Map()
 	constructor(descriptor, registry, offset = 0, tars = []) {
 		this.descriptor = descriptor
 		this.registry = registry
@@ -3568,14 +3568,20 @@ var Segment = class {
 }
 var longestFirst = (left, right) => right.remainingBytes - left.remainingBytes
 var inOrder = (left, right) => left.place - right.place
+var isLateBeside = (waitMs, otherMs) => waitMs > 3 * otherMs + TUNING.promptMs
 var RangeManners = class {
 	isWelcome = true
 	#look = "not taken"
 	#quickestMs = NEVER
 	#hasGivenOne = false
-	answered(waitMs, isRange) {
+	#wasLate = false
+	answered(waitMs) {
 		this.#quickestMs = Math.min(this.#quickestMs, waitMs)
-		if (isRange) this.#hasGivenOne = true
+	}
+	tried(waitMs, firstWaitMs) {
+		if (!isLateBeside(waitMs, firstWaitMs)) this.#hasGivenOne = true
+		else if (this.#wasLate) this.isWelcome = false
+		else this.#wasLate = true
 	}
 	lookedAgain(look) {
 		this.#look = look
@@ -3583,15 +3589,18 @@ var RangeManners = class {
 	get waitMs() {
 		return Number.isFinite(this.#quickestMs) ? this.#quickestMs : 0
 	}
-	wantsLook(plainWaitMs) {
-		if (plainWaitMs === NEVER) return false
-		return plainWaitMs > TUNING.promptMs && this.#look === "not taken"
+	wantsLook(firstWaitMs) {
+		if (firstWaitMs === NEVER) return false
+		return firstWaitMs > TUNING.promptMs && this.#look === "not taken"
 	}
-	mostUnanswered(plainWaitMs) {
-		if (!this.isWelcome || plainWaitMs === NEVER) return 0
-		if (plainWaitMs <= TUNING.promptMs) return NEVER
-		if (typeof this.#look === "object") return plainWaitMs > 3 * this.#look.waitMs + TUNING.promptMs ? 0 : NEVER
-		if (this.#look !== "impossible") return 0
+	mostUnanswered(firstWaitMs) {
+		if (!this.isWelcome || firstWaitMs === NEVER) return 0
+		if (firstWaitMs <= TUNING.promptMs) return NEVER
+		if (this.#look === "not taken" || this.#look === "under way") return 0
+		if (this.#look !== "impossible") {
+			if (isLateBeside(firstWaitMs, this.#look.waitMs)) return 0
+			if (firstWaitMs <= 3 * this.#look.waitMs) return NEVER
+		}
 		return this.#hasGivenOne ? NEVER : 1
 	}
 }
@@ -3599,11 +3608,11 @@ var Schedule = class {
 	#pace
 	#horizon
 	#queued = []
-	#active = /* @__PURE__ */ new Set()
-	#manners = /* @__PURE__ */ new Map()
-	#waits = /* @__PURE__ */ new Map()
-	#units = /* @__PURE__ */ new Map()
-	#limits = /* @__PURE__ */ new Map()
+	#active = new Set()
+	#manners = new Map()
+	#waits = new Map()
+	#units = new Map()
+	#limits = new Map()
 	#abandoned = []
 	#nowMs = 0
 	#cameBytes = 0
@@ -3642,21 +3651,27 @@ var Schedule = class {
 		const horizon = this.#horizon?.() ?? NEVER
 		const longest = this.#longest()
 		const cutPlace = longest ? longest.place + this.#kept(longest) : NEVER
-		const [queued] = this.#queued
+		const queued = this.#firstQueued()
 		if (Math.min(cutPlace, queued?.place ?? NEVER) >= horizon) return void 0
 		return queued && queued.place < cutPlace ? this.#takeQueued() : this.#cut()
 	}
 	#takeQueued() {
-		const queued = this.#queued.find(({blob}) => this.#hasRoom(blob))
+		const queued = this.#firstQueued()
 		if (!queued) return void 0
-		const unit = this.#knownUnit(queued.blob)
-		if (queued.remainingBytes > 1.5 * unit) {
-			const first = new Segment(queued.blob, [queued.at, queued.at + unit])
+		const {blob} = queued
+		const unit = this.#knownUnit(blob)
+		if (blob.registry.acceptsRanges && queued.remainingBytes > 1.5 * unit) {
+			const first = new Segment(blob, [queued.at, queued.at + unit])
 			queued.at = first.to
 			return first
 		}
 		this.#queued.splice(this.#queued.indexOf(queued), 1)
+		if (!blob.registry.acceptsRanges) this.#absorbQueued(queued)
 		return queued
+	}
+	#firstQueued() {
+		const may = this.#queued.find(({blob}) => this.#hasRoom(blob) && this.#mayJoin(blob))
+		return this.#queued.filter(({blob}) => blob === may?.blob).sort(inOrder)[0]
 	}
 	#cut() {
 		const longest = this.#longest()
@@ -3698,12 +3713,21 @@ var Schedule = class {
 		const leastMs = Math.max(TUNING.worthMs, 2 * this.#mannersOf(registry).waitMs)
 		return Math.ceil(Math.max(TUNING.splitBytes, this.#pace.bytesPerMsEach * leastMs))
 	}
+	#mayJoin(blob) {
+		const isUnderWay = [...this.#active].some(other => other.blob === blob)
+		return !isUnderWay || blob.source !== void 0 || this.#maySplit(blob)
+	}
 	#maySplit(blob) {
 		const {registry, source} = blob
 		if (source || !registry.acceptsRanges) return false
-		const most = this.#mannersOf(registry).mostUnanswered(this.#waits.get(blob) ?? 0)
 		const isUnanswered = other => other.blob.registry === registry && other.at > 0 && !other.isFlowing
-		return [...this.#active].filter(isUnanswered).length < most
+		return [...this.#active].filter(isUnanswered).length < this.#mostUnanswered(blob)
+	}
+	#mostUnanswered(blob) {
+		return this.#mannersOf(blob.registry).mostUnanswered(this.#firstWaitMs(blob))
+	}
+	#firstWaitMs(blob) {
+		return this.#waits.get(blob) ?? NEVER
 	}
 	#mannersOf(registry) {
 		const known = this.#manners.get(registry) ?? new RangeManners()
@@ -3725,8 +3749,12 @@ var Schedule = class {
 		segment.state = "flowing"
 		if (!answer) return
 		const {waitMs, isRange, isMiss} = answer
-		this.#mannersOf(segment.blob.registry).answered(waitMs, isRange)
-		if (!isRange) this.#waits.set(segment.blob, isMiss ? NEVER : waitMs)
+		const {blob} = segment
+		const manners = this.#mannersOf(blob.registry)
+		manners.answered(waitMs)
+		const isFirst = !this.#waits.has(blob)
+		if (isFirst || !isRange) this.#waits.set(blob, isMiss ? NEVER : waitMs)
+		else if (this.#mostUnanswered(blob) === 1) manners.tried(waitMs, this.#firstWaitMs(blob))
 	}
 	advance(segment, sizeBytes, answeredTo) {
 		segment.at += sizeBytes
@@ -3742,7 +3770,7 @@ var Schedule = class {
 		if (!idle) return
 		segment.to = idle.to
 		idle.to = idle.at
-		this.#abandoned.push(idle)
+		if (this.#mostUnanswered(idle.blob) !== 1) this.#abandoned.push(idle)
 	}
 	#takeBehind(segment, behind, answeredTo) {
 		const unit = this.#knownUnit(segment.blob)
@@ -3775,13 +3803,15 @@ var Schedule = class {
 		})
 	}
 	registryToLookAt() {
-		if (!this.#pace.maySplit || this.#active.size >= this.#pace.wanted) return void 0
-		for (const {blob, isFlowing, remainingBytes} of this.#active) {
-			const isWorthIt = isFlowing && !blob.source && remainingBytes >= 2 * TUNING.splitBytes
-			const waitMs = this.#waits.get(blob) ?? 0
-			if (isWorthIt && this.#mannersOf(blob.registry).wantsLook(waitMs)) return blob.registry
+		if (this.#active.size >= this.#pace.wanted) return void 0
+		const isUnclear = ({blob, isFlowing, remainingBytes}) => {
+			const {registry, source} = blob
+			const wantsLook = this.#mannersOf(registry).wantsLook(this.#firstWaitMs(blob))
+			if (!isFlowing || source || !wantsLook) return false
+			const isWorthCutting = this.#pace.maySplit && remainingBytes >= 2 * TUNING.splitBytes
+			return isWorthCutting || this.#queued.some(queued => queued.blob === blob)
 		}
-		return void 0
+		return [...this.#active].find(isUnclear)?.blob.registry
 	}
 	lookedAgain(registry, look) {
 		this.#mannersOf(registry).lookedAgain(look)
@@ -3791,9 +3821,9 @@ var Schedule = class {
 		return this.#abandoned.splice(0)
 	}
 	#abandonLate(segment) {
-		const manners = this.#mannersOf(segment.blob.registry)
-		if (manners.mostUnanswered(this.#waits.get(segment.blob) ?? 0) <= 1) manners.isWelcome = false
-		this.#waits.set(segment.blob, NEVER)
+		const {blob} = segment
+		if (this.#mostUnanswered(blob) <= 1) this.#mannersOf(blob.registry).isWelcome = false
+		this.#waits.set(blob, NEVER)
 		if (this.giveBack(segment)) this.#abandoned.push(segment)
 	}
 	#isLate({blob, at, askedAtMs, state}, nowMs) {
@@ -3865,7 +3895,7 @@ var ConnectionLimit = class {
 	}
 }
 var Change = class {
-	#waiting = /* @__PURE__ */ new Set()
+	#waiting = new Set()
 	announce() {
 		for (const wake of this.#waiting) wake()
 	}
@@ -3890,8 +3920,12 @@ var Change = class {
 		}
 	}
 }
-var CACHE_HEADERS = ["x-cache", "x-cache-status", "x-proxy-cache", "cf-cache-status"]
-var isCacheMiss = ({headers}) => CACHE_HEADERS.some(name => /\bmiss\b/i.test(String(headers[name] ?? "")))
+var CACHE_HEADERS = ["cache-status", "cf-cache-status", "x-cache", "x-cache-status", "x-proxy-cache"]
+function isCacheMiss({headers}) {
+	const words = CACHE_HEADERS.map(name => headers[name] ?? "").join()
+	const isMiss = /(^|[^a-z])miss/i.test(words) && !/(^|[^a-z]|refresh)hit/i.test(words)
+	return isMiss || /^\d+$/.test(String(headers["x-varnish"] ?? ""))
+}
 function judgeAnswer({status, headers}, [at, to], sizeBytes) {
 	let position = 0
 	let end = sizeBytes
@@ -4245,7 +4279,7 @@ var Lock = class _Lock {
 }
 function parseNotes(text) {
 	const [planId = "", ...lines] = text.split("\n")
-	const inPlace = /* @__PURE__ */ new Map()
+	const inPlace = new Map()
 	let owner
 	let partial = ""
 	for (const line of lines) {
@@ -4354,11 +4388,11 @@ var Transfer = class {
 	#change = new Change()
 	#stopping = new AbortController()
 	#room
-	#running = /* @__PURE__ */ new Set()
-	#requests = /* @__PURE__ */ new Map()
-	#catchingUp = /* @__PURE__ */ new Map()
-	#crowded = /* @__PURE__ */ new Set()
-	#reset = /* @__PURE__ */ new Set()
+	#running = new Set()
+	#requests = new Map()
+	#catchingUp = new Map()
+	#crowded = new Set()
+	#reset = new Set()
 	#failures = []
 	#fetchedBytes = 0
 	#keptBytes
@@ -4429,22 +4463,27 @@ var Transfer = class {
 		for (let next = this.#schedule.next(); next; next = this.#schedule.next()) this.#start(next)
 	}
 	#lookAgain(registry) {
-		const isSmall = ({descriptor: descriptor2, registry: its}) =>
-			its === registry && descriptor2.size > 0 && descriptor2.size <= TUNING.smallBytes
+		const isSmall = ({descriptor, registry: its}) =>
+			its === registry && descriptor.size > 0 && descriptor.size <= TUNING.smallBytes
 		const small = this.blobs.find(blob => isSmall(blob) && !blob.source)
 		if (!small) this.#schedule.lookedAgain(registry, "impossible")
 		if (!small?.isDone) return
 		this.#schedule.lookedAgain(registry, "under way")
-		const {descriptor} = small
-		const looking = registry.blob(descriptor, 0, descriptor.size, this.signal)
+		const ask = () => this.#waitFor(small)
+		const isFromLine = small.resumedBytes + small.reusedBytes === 0
+		const looking = isFromLine ? ask() : ask().then(ask)
 		looking.then(
-			({body, waitedMs}) => {
-				body?.on("error", ignore).resume()
-				this.#schedule.lookedAgain(registry, {waitMs: waitedMs})
+			waitMs => {
+				this.#schedule.lookedAgain(registry, {waitMs})
 				this.#change.announce()
 			},
 			() => this.#schedule.lookedAgain(registry, "impossible")
 		)
+	}
+	async #waitFor({descriptor, registry}) {
+		const {body, waitedMs} = await registry.blob(descriptor, 0, descriptor.size, this.signal)
+		if (body) await (0, import_promises.finished)(body.resume())
+		return waitedMs
 	}
 	#start(segment) {
 		const running = this.#serve(segment).catch(this.#fail)
@@ -4816,7 +4855,7 @@ var PartialTar = class _PartialTar {
 	#aside
 	#journalFile
 	#isTaken = false
-	#inPlace = /* @__PURE__ */ new Map()
+	#inPlace = new Map()
 	#handle
 	#journal
 	constructor({dest, plan, lock}) {
@@ -5017,7 +5056,7 @@ async function pullToTar(job, dest) {
 var BlobFiles = class {
 	#nameOf
 	#lock
-	#files = /* @__PURE__ */ new Map()
+	#files = new Map()
 	constructor(nameOf, lock) {
 		this.#nameOf = nameOf
 		this.#lock = lock
@@ -5077,7 +5116,7 @@ async function pullToFolder(job) {
 		const isDocument = name => FOLDER_PARTIALS.includes(name)
 		const isOurs = name => isBlob(name) || isDocument(name)
 		const blobFolders = blobs.map(({descriptor}) => path.join(folder, path.dirname(nameOf(descriptor.digest))))
-		const folders = [.../* @__PURE__ */ new Set([folder, ...blobFolders])]
+		const folders = [...new Set([folder, ...blobFolders])]
 		for (const place of folders) await fenceOff({folder: place, isOurs, deadId, lock})
 		const transfer = await fillFolder(job, lock)
 		const isWritten = (await job.seal?.(lock)) ?? false
@@ -5138,7 +5177,7 @@ async function readLayoutIndex(folder) {
 async function makeLayoutFolders(folder, names) {
 	await import_node_fs.promises.mkdir(folder, {recursive: true})
 	const root = await import_node_fs.promises.realpath(folder)
-	const needed = /* @__PURE__ */ new Set()
+	const needed = new Set()
 	for (const name of names) for (let at = parentOf(name); at !== ""; at = parentOf(at)) needed.add(at)
 	for (const name of [...needed].sort()) {
 		const place = path.join(folder, name)
@@ -5187,7 +5226,7 @@ async function sealLayout(folder, documents, lock) {
 }
 async function pullToLayout(job, folder) {
 	const {session, plan, tars, observe} = job
-	const documents = /* @__PURE__ */ new Map()
+	const documents = new Map()
 	for (const {name, bytes} of plan.entries) if (bytes) documents.set(name, bytes)
 	const names = plan.entries.map(({name}) => name)
 	await makeLayoutFolders(folder, names)
@@ -5197,7 +5236,7 @@ async function pullToLayout(job, folder) {
 	return pullToFolder({session, blobs, folder, nameOf: blobPath, observe, seal})
 }
 var ReadAhead = class {
-	#early = /* @__PURE__ */ new Map()
+	#early = new Map()
 	#change = new Change()
 	#cursor = 0
 	get horizon() {
@@ -5293,7 +5332,7 @@ async function pullToDevice(job, file) {
 		output.destroy()
 	}
 }
-var HASHES_OF_CURVE = /* @__PURE__ */ new Map([
+var HASHES_OF_CURVE = new Map([
 	["prime256v1", ["sha256"]],
 	["secp384r1", ["sha384", "sha256"]],
 	["secp521r1", ["sha512", "sha256"]]
@@ -5408,7 +5447,7 @@ var ReferrerSearch = class {
 	#registry
 	#where
 	#subjects
-	#found = /* @__PURE__ */ new Map()
+	#found = new Map()
 	constructor(session, registry, where, subjects) {
 		this.#session = session
 		this.#registry = registry
@@ -5508,7 +5547,7 @@ async function addProof(session, resolved, signers) {
 	const where = formatReference(reference)
 	const subjects = [...new Set([asked, ...manifests].map(({digest}) => digest))]
 	const referrers = await new ReferrerSearch(session, registry, where, subjects).run()
-	const digests = [.../* @__PURE__ */ new Set([asked.digest, top.digest])]
+	const digests = [...new Set([asked.digest, top.digest])]
 	if (signers.length > 0) await requireSignature(session, {registry, where, digests}, referrers, signers)
 	const hasIndex = asked !== top && isReferredTo(asked, referrers)
 	const isIndexMarked = hasIndex && (hasSignature(asked, referrers) || !hasSignature(top, referrers))
@@ -5817,9 +5856,9 @@ async function withSession(options, run, replaced = {}) {
 			signal,
 			warn,
 			secrets,
-			challenges: /* @__PURE__ */ new Map(),
-			helpers: /* @__PURE__ */ new Map(),
-			registries: /* @__PURE__ */ new Map(),
+			challenges: new Map(),
+			helpers: new Map(),
+			registries: new Map(),
 			budget: new Budget(),
 			mirrorFaults: new MirrorFaults(),
 			...replaced
@@ -6046,7 +6085,7 @@ async function nameImages(texts, options) {
 	const unique = new Map(references.map(reference => [formatReference(reference), reference]))
 	if (chosenName !== void 0 && unique.size > 1)
 		fail("BAD_OPTION", `\`name\` goes with one image, not with ${unique.size}`)
-	const names = /* @__PURE__ */ new Set()
+	const names = new Set()
 	return [...unique.values()].map(reference => {
 		const own = renameImage(imageName(reference, namespace), renames)
 		const name = formatReference(chosenName === void 0 ? own : parseReference(chosenName))
@@ -6621,7 +6660,7 @@ var pathBelowRoot = name => path.posix.join("/", name).replace(/^\/|\/$/g, "")
 var UnpackTrial = class {
 	odd
 	#paths = new PathTable()
-	#targets = /* @__PURE__ */ new Map()
+	#targets = new Map()
 	#targetBytes = 0
 	take(header) {
 		if (this.odd?.kind === "odd-path") return
@@ -6811,7 +6850,7 @@ var Look = class {
 	#source
 	#options
 	#names = new TarNames()
-	#files = /* @__PURE__ */ new Map()
+	#files = new Map()
 	#problems = []
 	#keptBytes = 0
 	#largeDocuments = []
@@ -6833,7 +6872,7 @@ var Look = class {
 	}
 	async #readMembers(withContent) {
 		const lanes = this.#source.isSeekable ? TUNING.unpackLanes : 1
-		const running = /* @__PURE__ */ new Set()
+		const running = new Set()
 		try {
 			for await (const member of this.#source.members()) {
 				this.#checkStopped()
@@ -6919,7 +6958,7 @@ var FileInspection = class {
 	constructor(entry) {
 		this.#entry = entry
 		this.#claimed = digestInName(entry.name)
-		this.#algorithms = [.../* @__PURE__ */ new Set([algorithmOf(this.#claimed ?? "sha256:"), "sha256"])]
+		this.#algorithms = [...new Set([algorithmOf(this.#claimed ?? "sha256:"), "sha256"])]
 		this.#digests = new Digests(this.#algorithms)
 	}
 	async add(piece) {
@@ -6968,7 +7007,7 @@ function mayBeDocument(entry, firstPiece) {
 	return DOCUMENT_NAMES.includes(entry.name) || beginning.startsWith("{") || beginning.startsWith("[")
 }
 var BaseTar = class {
-	#files = /* @__PURE__ */ new Map()
+	#files = new Map()
 	#chains
 	constructor(contents) {
 		for (const seen of contents.files.values()) {
@@ -6988,10 +7027,10 @@ var BaseTar = class {
 var TarDocuments = class {
 	problems = []
 	#contents
-	#manifests = /* @__PURE__ */ new Map()
-	#configs = /* @__PURE__ */ new Map()
-	#platforms = /* @__PURE__ */ new Map()
-	#encrypted = /* @__PURE__ */ new Set()
+	#manifests = new Map()
+	#configs = new Map()
+	#platforms = new Map()
+	#encrypted = new Set()
 	base
 	constructor(contents, base) {
 		this.#contents = contents
@@ -7105,7 +7144,7 @@ function hasClashingKeys(json) {
 	let isKeyNext = false
 	for (let at = 0; at < json.length; at += 1) {
 		const byte = json[at]
-		if (byte === OPEN_BRACE) keys.push(/* @__PURE__ */ new Set())
+		if (byte === OPEN_BRACE) keys.push(new Set())
 		if (byte === OPEN_BRACKET) keys.push(void 0)
 		if (byte === CLOSE_BRACE || byte === CLOSE_BRACKET) keys.pop()
 		if (byte === OPEN_BRACE || byte === COMMA) isKeyNext = true
@@ -7125,8 +7164,8 @@ var foldCase = text => text.toUpperCase().toLowerCase()
 var ImageFinder = class {
 	problems = []
 	#documents
-	#blobs = /* @__PURE__ */ new Map()
-	#found = /* @__PURE__ */ new Map()
+	#blobs = new Map()
+	#found = new Map()
 	#namedBlobs = 0
 	#references = 0
 	constructor(documents) {
@@ -7197,7 +7236,7 @@ var ImageFinder = class {
 			return known
 		}
 		const images = []
-		const seen = /* @__PURE__ */ new Set()
+		const seen = new Set()
 		const blobsBefore = this.#namedBlobs
 		this.#found.set(digest, images)
 		if (!this.#documents.file(blobPath(digest))) this.problems.push({kind: "missing", entry: blobPath(digest)})
@@ -7313,11 +7352,11 @@ function needsDiffIds(config, isClaimed, layerCount) {
 }
 var PartCheck = class {
 	problems = []
-	notUnpacked = /* @__PURE__ */ new Map()
+	notUnpacked = new Map()
 	unpackedLayers = 0
-	layersOfBase = /* @__PURE__ */ new Set()
+	layersOfBase = new Set()
 	#documents
-	#compared = /* @__PURE__ */ new Set()
+	#compared = new Set()
 	constructor(documents) {
 		this.#documents = documents
 	}
@@ -7552,7 +7591,7 @@ function faultsOfTree({descriptor, platforms}) {
 }
 function faultsOfUnpacking(entries) {
 	const faults = []
-	const files = /* @__PURE__ */ new Set()
+	const files = new Set()
 	for (const header of entries) {
 		const {name: entry, type, linkName} = header
 		const isRight = UNPACKED_TYPES.includes(type) && isUnpackable(header)
@@ -7564,7 +7603,7 @@ function faultsOfUnpacking(entries) {
 	return faults
 }
 function faultsOfSameName(entries) {
-	const digests = /* @__PURE__ */ new Map()
+	const digests = new Map()
 	for (const {name, descriptor} of entries) {
 		const before = digests.get(name) ?? descriptor.digest
 		if (before !== descriptor.digest) return [{kind: "same-name", entry: "index.json"}]
@@ -7574,7 +7613,7 @@ function faultsOfSameName(entries) {
 }
 var isTaggedName = text => /^[^@]*:[^:/@]+(@|$)/.test(text) && isReference(text)
 function manifestsIn(documents, {entries}) {
-	const held = /* @__PURE__ */ new Map()
+	const held = new Map()
 	const collect = (descriptor, depth) => {
 		const {digest} = descriptor
 		const manifest = held.has(digest) ? void 0 : documents.manifest(descriptor)
@@ -7586,7 +7625,7 @@ function manifestsIn(documents, {entries}) {
 	return [...held.values()]
 }
 function vouchedFor(manifests, testimonies) {
-	const vouched = /* @__PURE__ */ new Set()
+	const vouched = new Set()
 	const add = digest => {
 		if (vouched.has(digest)) return
 		vouched.add(digest)
@@ -7957,7 +7996,7 @@ function parseCommandLine(argv) {
 		allowPositionals: true,
 		tokens: true
 	})
-	const line = {values: {}, lists: {}, switches: /* @__PURE__ */ new Set(), positionals}
+	const line = {values: {}, lists: {}, switches: new Set(), positionals}
 	for (const token of tokens) {
 		if (token.kind !== "option") continue
 		const spec = specs.get(token.name) ?? refuseUnknown(token.rawName, token.name)
@@ -7984,7 +8023,7 @@ function parseNumber(option, typed) {
 	return Number(typed)
 }
 function parsePairs(option, typed) {
-	const pairs = /* @__PURE__ */ new Map()
+	const pairs = new Map()
 	for (const text of typed) {
 		const [from = "", to = "", ...more] = text.split("=")
 		if (from === "" || to === "" || more.length > 0) usage(`--${option} is FROM=TO, not "${printable(text)}"`)
@@ -7994,7 +8033,7 @@ function parsePairs(option, typed) {
 	return Object.fromEntries(pairs)
 }
 function parseLists(option, typed) {
-	const lists = /* @__PURE__ */ new Map()
+	const lists = new Map()
 	for (const text of typed) {
 		const [, host = "", place = ""] = /^([^=]+)=(.+)$/.exec(text) ?? []
 		if (host === "") usage(`--${option} is HOST=PLACE, not "${printable(text.replace(/^.*@/, "***@"))}"`)
@@ -8021,7 +8060,7 @@ function taskOf({manifest, verify, "list-tar": listed}) {
 	return manifest === void 0 ? "pull" : "manifest"
 }
 function checkTask(task, {values, lists, switches}) {
-	const typed = /* @__PURE__ */ new Set([...Object.keys(values), ...Object.keys(lists), ...switches])
+	const typed = new Set([...Object.keys(values), ...Object.keys(lists), ...switches])
 	const stranger = OPTIONS.find(({name, tasks}) => typed.has(name) && !tasks.includes(task))
 	if (stranger) usage(`--${stranger.name} does not go with --${task}`)
 }
@@ -8458,6 +8497,7 @@ var internals = Object.freeze({
 	encodeTarHeader,
 	formatReference,
 	imageName,
+	isCacheMiss,
 	isExemptFromProxy,
 	judge,
 	matchPlatform,

@@ -3537,14 +3537,20 @@ var Segment = class {
 }
 var longestFirst = (left, right) => right.remainingBytes - left.remainingBytes
 var inOrder = (left, right) => left.place - right.place
+var isLateBeside = (waitMs, otherMs) => waitMs > 3 * otherMs + TUNING.promptMs
 var RangeManners = class {
 	isWelcome = true
 	#look = "not taken"
 	#quickestMs = NEVER
 	#hasGivenOne = false
-	answered(waitMs, isRange) {
+	#wasLate = false
+	answered(waitMs) {
 		this.#quickestMs = Math.min(this.#quickestMs, waitMs)
-		if (isRange) this.#hasGivenOne = true
+	}
+	tried(waitMs, firstWaitMs) {
+		if (!isLateBeside(waitMs, firstWaitMs)) this.#hasGivenOne = true
+		else if (this.#wasLate) this.isWelcome = false
+		else this.#wasLate = true
 	}
 	lookedAgain(look) {
 		this.#look = look
@@ -3552,15 +3558,18 @@ var RangeManners = class {
 	get waitMs() {
 		return Number.isFinite(this.#quickestMs) ? this.#quickestMs : 0
 	}
-	wantsLook(plainWaitMs) {
-		if (plainWaitMs === NEVER) return false
-		return plainWaitMs > TUNING.promptMs && this.#look === "not taken"
+	wantsLook(firstWaitMs) {
+		if (firstWaitMs === NEVER) return false
+		return firstWaitMs > TUNING.promptMs && this.#look === "not taken"
 	}
-	mostUnanswered(plainWaitMs) {
-		if (!this.isWelcome || plainWaitMs === NEVER) return 0
-		if (plainWaitMs <= TUNING.promptMs) return NEVER
-		if (typeof this.#look === "object") return plainWaitMs > 3 * this.#look.waitMs + TUNING.promptMs ? 0 : NEVER
-		if (this.#look !== "impossible") return 0
+	mostUnanswered(firstWaitMs) {
+		if (!this.isWelcome || firstWaitMs === NEVER) return 0
+		if (firstWaitMs <= TUNING.promptMs) return NEVER
+		if (this.#look === "not taken" || this.#look === "under way") return 0
+		if (this.#look !== "impossible") {
+			if (isLateBeside(firstWaitMs, this.#look.waitMs)) return 0
+			if (firstWaitMs <= 3 * this.#look.waitMs) return NEVER
+		}
 		return this.#hasGivenOne ? NEVER : 1
 	}
 }
@@ -3611,21 +3620,27 @@ var Schedule = class {
 		const horizon = this.#horizon?.() ?? NEVER
 		const longest = this.#longest()
 		const cutPlace = longest ? longest.place + this.#kept(longest) : NEVER
-		const [queued] = this.#queued
+		const queued = this.#firstQueued()
 		if (Math.min(cutPlace, queued?.place ?? NEVER) >= horizon) return void 0
 		return queued && queued.place < cutPlace ? this.#takeQueued() : this.#cut()
 	}
 	#takeQueued() {
-		const queued = this.#queued.find(({blob}) => this.#hasRoom(blob))
+		const queued = this.#firstQueued()
 		if (!queued) return void 0
-		const unit = this.#knownUnit(queued.blob)
-		if (queued.remainingBytes > 1.5 * unit) {
-			const first = new Segment(queued.blob, [queued.at, queued.at + unit])
+		const {blob} = queued
+		const unit = this.#knownUnit(blob)
+		if (blob.registry.acceptsRanges && queued.remainingBytes > 1.5 * unit) {
+			const first = new Segment(blob, [queued.at, queued.at + unit])
 			queued.at = first.to
 			return first
 		}
 		this.#queued.splice(this.#queued.indexOf(queued), 1)
+		if (!blob.registry.acceptsRanges) this.#absorbQueued(queued)
 		return queued
+	}
+	#firstQueued() {
+		const may = this.#queued.find(({blob}) => this.#hasRoom(blob) && this.#mayJoin(blob))
+		return this.#queued.filter(({blob}) => blob === may?.blob).sort(inOrder)[0]
 	}
 	#cut() {
 		const longest = this.#longest()
@@ -3667,12 +3682,21 @@ var Schedule = class {
 		const leastMs = Math.max(TUNING.worthMs, 2 * this.#mannersOf(registry).waitMs)
 		return Math.ceil(Math.max(TUNING.splitBytes, this.#pace.bytesPerMsEach * leastMs))
 	}
+	#mayJoin(blob) {
+		const isUnderWay = [...this.#active].some(other => other.blob === blob)
+		return !isUnderWay || blob.source !== void 0 || this.#maySplit(blob)
+	}
 	#maySplit(blob) {
 		const {registry, source} = blob
 		if (source || !registry.acceptsRanges) return false
-		const most = this.#mannersOf(registry).mostUnanswered(this.#waits.get(blob) ?? 0)
 		const isUnanswered = other => other.blob.registry === registry && other.at > 0 && !other.isFlowing
-		return [...this.#active].filter(isUnanswered).length < most
+		return [...this.#active].filter(isUnanswered).length < this.#mostUnanswered(blob)
+	}
+	#mostUnanswered(blob) {
+		return this.#mannersOf(blob.registry).mostUnanswered(this.#firstWaitMs(blob))
+	}
+	#firstWaitMs(blob) {
+		return this.#waits.get(blob) ?? NEVER
 	}
 	#mannersOf(registry) {
 		const known = this.#manners.get(registry) ?? new RangeManners()
@@ -3694,8 +3718,12 @@ var Schedule = class {
 		segment.state = "flowing"
 		if (!answer) return
 		const {waitMs, isRange, isMiss} = answer
-		this.#mannersOf(segment.blob.registry).answered(waitMs, isRange)
-		if (!isRange) this.#waits.set(segment.blob, isMiss ? NEVER : waitMs)
+		const {blob} = segment
+		const manners = this.#mannersOf(blob.registry)
+		manners.answered(waitMs)
+		const isFirst = !this.#waits.has(blob)
+		if (isFirst || !isRange) this.#waits.set(blob, isMiss ? NEVER : waitMs)
+		else if (this.#mostUnanswered(blob) === 1) manners.tried(waitMs, this.#firstWaitMs(blob))
 	}
 	advance(segment, sizeBytes, answeredTo) {
 		segment.at += sizeBytes
@@ -3711,7 +3739,7 @@ var Schedule = class {
 		if (!idle) return
 		segment.to = idle.to
 		idle.to = idle.at
-		this.#abandoned.push(idle)
+		if (this.#mostUnanswered(idle.blob) !== 1) this.#abandoned.push(idle)
 	}
 	#takeBehind(segment, behind, answeredTo) {
 		const unit = this.#knownUnit(segment.blob)
@@ -3744,13 +3772,15 @@ var Schedule = class {
 		})
 	}
 	registryToLookAt() {
-		if (!this.#pace.maySplit || this.#active.size >= this.#pace.wanted) return void 0
-		for (const {blob, isFlowing, remainingBytes} of this.#active) {
-			const isWorthIt = isFlowing && !blob.source && remainingBytes >= 2 * TUNING.splitBytes
-			const waitMs = this.#waits.get(blob) ?? 0
-			if (isWorthIt && this.#mannersOf(blob.registry).wantsLook(waitMs)) return blob.registry
+		if (this.#active.size >= this.#pace.wanted) return void 0
+		const isUnclear = ({blob, isFlowing, remainingBytes}) => {
+			const {registry, source} = blob
+			const wantsLook = this.#mannersOf(registry).wantsLook(this.#firstWaitMs(blob))
+			if (!isFlowing || source || !wantsLook) return false
+			const isWorthCutting = this.#pace.maySplit && remainingBytes >= 2 * TUNING.splitBytes
+			return isWorthCutting || this.#queued.some(queued => queued.blob === blob)
 		}
-		return void 0
+		return [...this.#active].find(isUnclear)?.blob.registry
 	}
 	lookedAgain(registry, look) {
 		this.#mannersOf(registry).lookedAgain(look)
@@ -3760,9 +3790,9 @@ var Schedule = class {
 		return this.#abandoned.splice(0)
 	}
 	#abandonLate(segment) {
-		const manners = this.#mannersOf(segment.blob.registry)
-		if (manners.mostUnanswered(this.#waits.get(segment.blob) ?? 0) <= 1) manners.isWelcome = false
-		this.#waits.set(segment.blob, NEVER)
+		const {blob} = segment
+		if (this.#mostUnanswered(blob) <= 1) this.#mannersOf(blob.registry).isWelcome = false
+		this.#waits.set(blob, NEVER)
 		if (this.giveBack(segment)) this.#abandoned.push(segment)
 	}
 	#isLate({blob, at, askedAtMs, state}, nowMs) {
@@ -3859,8 +3889,12 @@ var Change = class {
 		}
 	}
 }
-var CACHE_HEADERS = ["x-cache", "x-cache-status", "x-proxy-cache", "cf-cache-status"]
-var isCacheMiss = ({headers}) => CACHE_HEADERS.some(name => /\bmiss\b/i.test(String(headers[name] ?? "")))
+var CACHE_HEADERS = ["cache-status", "cf-cache-status", "x-cache", "x-cache-status", "x-proxy-cache"]
+function isCacheMiss({headers}) {
+	const words = CACHE_HEADERS.map(name => headers[name] ?? "").join()
+	const isMiss = /(^|[^a-z])miss/i.test(words) && !/(^|[^a-z]|refresh)hit/i.test(words)
+	return isMiss || /^\d+$/.test(String(headers["x-varnish"] ?? ""))
+}
 function judgeAnswer({status, headers}, [at, to], sizeBytes) {
 	let position = 0
 	let end = sizeBytes
@@ -4398,22 +4432,27 @@ var Transfer = class {
 		for (let next = this.#schedule.next(); next; next = this.#schedule.next()) this.#start(next)
 	}
 	#lookAgain(registry) {
-		const isSmall = ({descriptor: descriptor2, registry: its}) =>
-			its === registry && descriptor2.size > 0 && descriptor2.size <= TUNING.smallBytes
+		const isSmall = ({descriptor, registry: its}) =>
+			its === registry && descriptor.size > 0 && descriptor.size <= TUNING.smallBytes
 		const small = this.blobs.find(blob => isSmall(blob) && !blob.source)
 		if (!small) this.#schedule.lookedAgain(registry, "impossible")
 		if (!small?.isDone) return
 		this.#schedule.lookedAgain(registry, "under way")
-		const {descriptor} = small
-		const looking = registry.blob(descriptor, 0, descriptor.size, this.signal)
+		const ask = () => this.#waitFor(small)
+		const isFromLine = small.resumedBytes + small.reusedBytes === 0
+		const looking = isFromLine ? ask() : ask().then(ask)
 		looking.then(
-			({body, waitedMs}) => {
-				body?.on("error", ignore).resume()
-				this.#schedule.lookedAgain(registry, {waitMs: waitedMs})
+			waitMs => {
+				this.#schedule.lookedAgain(registry, {waitMs})
 				this.#change.announce()
 			},
 			() => this.#schedule.lookedAgain(registry, "impossible")
 		)
+	}
+	async #waitFor({descriptor, registry}) {
+		const {body, waitedMs} = await registry.blob(descriptor, 0, descriptor.size, this.signal)
+		if (body) await finished(body.resume())
+		return waitedMs
 	}
 	#start(segment) {
 		const running = this.#serve(segment).catch(this.#fail)
@@ -7961,6 +8000,7 @@ var internals = Object.freeze({
 	encodeTarHeader,
 	formatReference,
 	imageName,
+	isCacheMiss,
 	isExemptFromProxy,
 	judge,
 	matchPlatform,

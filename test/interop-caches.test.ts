@@ -85,8 +85,9 @@ interface Kind {
   programs: string[];
   start: (registry: Registry) => Promise<Cache>;
   contents: TestIndex[];
-  /** How often the image may be fetched by the first pull; the next one fetches nothing. */
+  /** How often the image may be fetched by the first pull, and by the next one; default 0. */
   atMost: number;
+  again?: number;
 }
 
 const portOf = ({ host }: Registry): number => Number(host.split(":")[1]);
@@ -162,6 +163,14 @@ const KINDS: Kind[] = [
     atMost: 1,
   },
   {
+    name: "Varnish, which may not keep what it fetches, and fetches the whole for each range",
+    programs: ["varnishd"],
+    start: (registry) => startVarnish(portOf(registry), "set beresp.uncacheable = true;"),
+    contents: [ONE],
+    atMost: 1,
+    again: 1,
+  },
+  {
     name: "Apache's mod_cache, which keeps no ranges",
     programs: ["apache2"],
     start: (registry) => startApache(portOf(registry)),
@@ -192,11 +201,11 @@ const KINDS: Kind[] = [
   },
 ];
 
-for (const { name, programs, start, contents, atMost } of KINDS) {
+for (const { name, programs, start, contents, atMost, again = 0 } of KINDS) {
   describe(name, { skip: skipWithout(...programs), timeout: 120_000 }, () => {
     for (const content of contents) {
       const count = content === ONE ? "one layer" : "several layers";
-      test(`${count}: fetched ${atMost} times at most, and not again by the next pull`, async (t) => {
+      test(`${count}: fetched ${atMost} times at most, and ${again} by the next pull`, async (t) => {
         const { registry, dest, folder, imageBytes } = await serveFarAway(t, content);
         const cache = await start(registry);
         t.after(() => cache.stop());
@@ -210,7 +219,7 @@ for (const { name, programs, start, contents, atMost } of KINDS) {
         rmSync(dest);
         await pullThrough(cache.host, join(folder, "again.tar"), folder);
         await registry.settled();
-        assert.equal(registry.bytesServed(), before);
+        assert.ok(registry.bytesServed() <= before + again * imageBytes);
       });
     }
   });

@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 import { internals } from "../imgpull.ts";
 
-const { BlobState, Schedule, TUNING } = internals;
+const { BlobState, Schedule, TUNING, isCacheMiss } = internals;
 type Segment = NonNullable<ReturnType<InstanceType<typeof Schedule>["next"]>>;
 type Blob = InstanceType<typeof BlobState>;
 type Registry = ConstructorParameters<typeof BlobState>[1];
@@ -322,6 +322,31 @@ for (const admits of [1, 2, 3, 5]) {
 }
 
 // ====== Caches between us and the registry ======
+
+const CACHE_WORDS: [says: string, headers: Record<string, string>, isMiss: boolean][] = [
+  ["nothing", { age: "0", via: "1.1 proxy" }, false],
+  ["squid", { "x-cache": "MISS from proxy" }, true],
+  ["squid, which has it", { "x-cache": "HIT from proxy" }, false],
+  ["nginx", { "x-cache-status": "MISS" }, true],
+  ["nginx, which renews it", { "x-cache-status": "EXPIRED" }, false],
+  ["Cloudflare", { "cf-cache-status": "MISS" }, true],
+  ["Cloudflare, which keeps none of it", { "cf-cache-status": "DYNAMIC" }, false],
+  ["CloudFront", { "x-cache": "Miss from cloudfront" }, true],
+  ["CloudFront, which has asked", { "x-cache": "RefreshHit from cloudfront" }, false],
+  ["Akamai", { "x-cache": "TCP_MISS from a23-1.deploy.example.com (AkamaiGHost)" }, true],
+  ["Fastly, whose edge and shield have none", { "x-cache": "MISS, MISS" }, true],
+  ["Fastly, whose edge had it of its shield", { "x-cache": "MISS, HIT" }, false],
+  ["RFC 9211", { "cache-status": "proxy; fwd=uri-miss; stored" }, true],
+  ["RFC 9211, which has it", { "cache-status": "far; fwd=miss, near; hit" }, false],
+  ["Varnish", { "x-varnish": "32770" }, true],
+  ["Varnish, which has it", { "x-varnish": "32773 32771" }, false],
+];
+
+for (const [says, headers, isMiss] of CACHE_WORDS) {
+  test(`whether a cache says that it had to fetch: ${says}`, () => {
+    assert.equal(isCacheMiss({ headers }), isMiss);
+  });
+}
 
 test("a cache that has to fetch a blob first is heard to its end, and asked once for each blob", () => {
   // It fetches the whole for each range: nginx's proxy_cache without a lock.
