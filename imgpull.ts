@@ -6750,6 +6750,18 @@ class Schedule {
     return isLeft ? "left to another" : "has to fetch the whole";
   }
 
+  /** All of its blob comes by one plain GET. False where another connection has a part of it. */
+  takeWhole(segment: Segment): boolean {
+    const { blob } = segment;
+    const isOther = (other: Segment) => other !== segment && other.blob === blob;
+    if ([...this.#active].some(isOther)) return false;
+
+    segment.at = 0;
+    segment.to = blob.descriptor.size;
+    this.#absorbQueued(segment);
+    return true;
+  }
+
   #absorbQueued(segment: Segment): void {
     const isAbsorbed = ({ blob, at }: Segment) => blob === segment.blob && at >= segment.at;
     for (const queued of this.#queued.filter(isAbsorbed)) {
@@ -7610,6 +7622,7 @@ class Transfer {
   readonly #catchingUp = new Map<BlobState, Promise<void>>();
   readonly #crowded = new Set<string>(); // origins that were told of
   readonly #reset = new Set<BlobState>(); // blobs that came to nothing while others moved
+  readonly #silent = new Set<BlobState>(); // of which a range was waited for in vain
   readonly #failures: PromiseRejectedResult[] = [];
   #fetchedBytes = 0;
   readonly #keptBytes: number;
@@ -7703,9 +7716,7 @@ class Transfer {
    * sooner than before.
    */
   #lookAgain(registry: Registry): void {
-    const isSmall = ({ descriptor, registry: its }: BlobState) =>
-      its === registry && descriptor.size > 0 && descriptor.size <= TUNING.smallBytes;
-    const small = this.blobs.find((blob) => isSmall(blob) && !blob.source);
+    const small = this.#smallOf(registry);
     if (!small) this.#schedule.lookedAgain(registry, "impossible");
     if (!small?.isDone) return; // soon
 
@@ -7722,9 +7733,15 @@ class Transfer {
     );
   }
 
+  #smallOf(registry: Registry): BlobState | undefined {
+    const isSmall = ({ descriptor, registry: its }: BlobState) =>
+      its === registry && descriptor.size > 0 && descriptor.size <= TUNING.smallBytes;
+    return this.blobs.find((blob) => isSmall(blob) && !blob.source);
+  }
+
   /** How long the answer for a small blob takes, which is heard to its end. */
-  async #waitFor({ descriptor, registry }: BlobState): Promise<number> {
-    const { body, waitedMs } = await registry.blob(descriptor, 0, descriptor.size, this.signal);
+  async #waitFor({ descriptor, registry }: BlobState, signal = this.signal): Promise<number> {
+    const { body, waitedMs } = await registry.blob(descriptor, 0, descriptor.size, signal);
     if (body) await finished(body.resume());
     return waitedMs;
   }
@@ -7777,6 +7794,7 @@ class Transfer {
       if (segment.isComplete) return; // left to another meanwhile
       const isRefused = isPushback(error) && segment.at === at && !this.signal.aborted;
       if (isRefused && (await this.#isExcused(segment, error))) return;
+      if (segment.at === at && (await this.#isOnlyTheRange(segment, error))) return;
       const { registry, descriptor, source } = segment.blob;
       if (source || !registry.canAskElsewhere(descriptor.digest, error)) throw error;
     } finally {
@@ -7797,6 +7815,27 @@ class Transfer {
     if (retryAfterMs > 0) await this.#session.clock.sleep(retryAfterMs, this.signal).catch(ignore);
     else this.#schedule.yieldSegment(segment);
     return true;
+  }
+
+  /**
+   * Whether a range was met with silence twice, by a registry that answers all the same: a cache
+   * fetches what lies before it, or somebody keeps ranges back. The whole begins to come at once.
+   */
+  async #isOnlyTheRange(segment: Segment, error: unknown): Promise<boolean> {
+    const isSilence = error instanceof ImgpullError && error.code === "TIMEOUT";
+    const { blob } = segment;
+    const small = this.#smallOf(blob.registry);
+    if (!isSilence || segment.at === 0 || blob.source || !small) return false;
+    const isSecond = this.#silent.has(blob);
+    this.#silent.add(blob);
+    if (!isSecond) return false;
+
+    const signal = anySignal(this.signal, AbortSignal.timeout(LIMITS.diagnosisMs));
+    const isThere = await this.#waitFor(small, signal).then(
+      () => true,
+      () => false,
+    );
+    return isThere && this.#schedule.takeWhole(segment);
   }
 
   #tellOfCrowd({ origin }: Registry): void {

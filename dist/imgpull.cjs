@@ -3854,6 +3854,15 @@ var Schedule = class {
 		if (heir) this.#absorbQueued(heir)
 		return isLeft ? "left to another" : "has to fetch the whole"
 	}
+	takeWhole(segment) {
+		const {blob} = segment
+		const isOther = other => other !== segment && other.blob === blob
+		if ([...this.#active].some(isOther)) return false
+		segment.at = 0
+		segment.to = blob.descriptor.size
+		this.#absorbQueued(segment)
+		return true
+	}
 	#absorbQueued(segment) {
 		const isAbsorbed = ({blob, at}) => blob === segment.blob && at >= segment.at
 		for (const queued of this.#queued.filter(isAbsorbed)) {
@@ -4393,6 +4402,7 @@ var Transfer = class {
 	#catchingUp = new Map()
 	#crowded = new Set()
 	#reset = new Set()
+	#silent = new Set()
 	#failures = []
 	#fetchedBytes = 0
 	#keptBytes
@@ -4463,9 +4473,7 @@ var Transfer = class {
 		for (let next = this.#schedule.next(); next; next = this.#schedule.next()) this.#start(next)
 	}
 	#lookAgain(registry) {
-		const isSmall = ({descriptor, registry: its}) =>
-			its === registry && descriptor.size > 0 && descriptor.size <= TUNING.smallBytes
-		const small = this.blobs.find(blob => isSmall(blob) && !blob.source)
+		const small = this.#smallOf(registry)
 		if (!small) this.#schedule.lookedAgain(registry, "impossible")
 		if (!small?.isDone) return
 		this.#schedule.lookedAgain(registry, "under way")
@@ -4480,8 +4488,13 @@ var Transfer = class {
 			() => this.#schedule.lookedAgain(registry, "impossible")
 		)
 	}
-	async #waitFor({descriptor, registry}) {
-		const {body, waitedMs} = await registry.blob(descriptor, 0, descriptor.size, this.signal)
+	#smallOf(registry) {
+		const isSmall = ({descriptor, registry: its}) =>
+			its === registry && descriptor.size > 0 && descriptor.size <= TUNING.smallBytes
+		return this.blobs.find(blob => isSmall(blob) && !blob.source)
+	}
+	async #waitFor({descriptor, registry}, signal = this.signal) {
+		const {body, waitedMs} = await registry.blob(descriptor, 0, descriptor.size, signal)
 		if (body) await (0, import_promises.finished)(body.resume())
 		return waitedMs
 	}
@@ -4522,6 +4535,7 @@ var Transfer = class {
 			if (segment.isComplete) return
 			const isRefused = isPushback(error) && segment.at === at && !this.signal.aborted
 			if (isRefused && (await this.#isExcused(segment, error))) return
+			if (segment.at === at && (await this.#isOnlyTheRange(segment, error))) return
 			const {registry, descriptor, source} = segment.blob
 			if (source || !registry.canAskElsewhere(descriptor.digest, error)) throw error
 		} finally {
@@ -4539,6 +4553,21 @@ var Transfer = class {
 		if (retryAfterMs > 0) await this.#session.clock.sleep(retryAfterMs, this.signal).catch(ignore)
 		else this.#schedule.yieldSegment(segment)
 		return true
+	}
+	async #isOnlyTheRange(segment, error) {
+		const isSilence = error instanceof ImgpullError && error.code === "TIMEOUT"
+		const {blob} = segment
+		const small = this.#smallOf(blob.registry)
+		if (!isSilence || segment.at === 0 || blob.source || !small) return false
+		const isSecond = this.#silent.has(blob)
+		this.#silent.add(blob)
+		if (!isSecond) return false
+		const signal = anySignal(this.signal, AbortSignal.timeout(LIMITS.diagnosisMs))
+		const isThere = await this.#waitFor(small, signal).then(
+			() => true,
+			() => false
+		)
+		return isThere && this.#schedule.takeWhole(segment)
 	}
 	#tellOfCrowd({origin}) {
 		if (this.#crowded.has(origin)) return

@@ -311,6 +311,28 @@ test("a folder without room for the rest keeps what is there", {
   await assertRight(t, served, APP);
 });
 
+for (const isAlive of [true, false]) {
+  const words = isAlive ? "that answers other things is asked for the whole" : "is asked no more";
+  test(`a registry that meets ranges with silence and ${words}`, async (t) => {
+    const { registry, reference, folder, dest } = await serve(t, BIG);
+    const [digest = ""] = layerDigests(childOf(BIG));
+    registry.on({ digest, times: 1 }, { dropAfter: 20_000_000 });
+    await failure(pull(reference, dest, { retries: 0, concurrency: 1 }));
+    registry.forget();
+
+    const silence = new Promise(() => {});
+    registry.on({ digest, ranged: true }, { wait: silence });
+    if (!isAlive) registry.on({ kind: "config" }, { wait: silence });
+    const going = pull(reference, dest, { retries: 2, timeoutMs: 500, concurrency: 1 });
+    if (isAlive) await going;
+    else assert.equal((await failure(going)).code, "TIMEOUT");
+    const asked = registry.blobRequests(digest).map(({ range }) => (range ? "a part" : "all"));
+    const parts = ["a part", "a part"];
+    assert.deepEqual(asked, [...parts, isAlive ? "all" : "a part"]);
+    if (isAlive) await assertRight(t, { folder, dest }, BIG);
+  });
+}
+
 test("a single image, whose config tells its platform, resumes too", async (t) => {
   const single = makeImage({ seed: "one", layers: [700_000, 200_000] });
   const served = await serve(t, single);
