@@ -183,6 +183,7 @@ const TUNING = Object.freeze({
   smallBytes: MIB / 16, // a blob that may be asked for twice, to see whether a cache has it by then
   // what may wait in memory for its turn to be hashed; what else came early is read back
   earlyBytes: 4 * MIB,
+  earlyPieceBytes: 1024, // of which a piece takes so much at least
   firstConnections: 8, // at first, before anything was measured
   growth: 4, // times as many are tried next
   noise: 0.1, // a trial has to bring more than that
@@ -5930,17 +5931,18 @@ const nothingOf = (digest: string) => ({
   reusedBytes: 0, // from a tar at hand, or from DEST
 });
 
-/** Memory for bytes that came before their turn to be hashed. */
+/** Memory for bytes that came before their turn to be hashed; a piece has its cost, however small. */
 class EarlyRoom {
   #leftBytes: number = TUNING.earlyBytes;
 
   take(sizeBytes: number): boolean {
-    if (sizeBytes > this.#leftBytes) return false;
-    this.#leftBytes -= sizeBytes;
+    const cost = Math.max(TUNING.earlyPieceBytes, sizeBytes);
+    if (cost > this.#leftBytes) return false;
+    this.#leftBytes -= cost;
     return true;
   }
   giveBack(sizeBytes: number): void {
-    this.#leftBytes += sizeBytes;
+    this.#leftBytes += Math.max(TUNING.earlyPieceBytes, sizeBytes);
   }
 }
 
@@ -6037,16 +6039,24 @@ class BlobState {
   hashInOrder(position: number, bytes: Buffer, room?: EarlyRoom): void {
     const known = this.#state.hashedTo - position;
     if (known < 0 || known >= bytes.length) return;
-    const fresh = bytes.subarray(known);
-    this.#state.hash.update(fresh);
-    this.#state.hashedTo = position + bytes.length;
-    if (CONFIG_TYPES.includes(this.descriptor.mediaType)) this.#state.config.push(fresh);
+    this.#hashNext(bytes.subarray(known));
 
-    const next = this.#early.get(this.#state.hashedTo);
-    if (!next) return;
-    this.#early.delete(this.#state.hashedTo);
-    room?.giveBack(next.length);
-    this.hashInOrder(this.#state.hashedTo, next, room);
+    // A loop, since a server decides how small the pieces are.
+    for (let next = this.#takeEarly(room); next; next = this.#takeEarly(room)) this.#hashNext(next);
+  }
+
+  #hashNext(bytes: Buffer): void {
+    this.#state.hash.update(bytes);
+    this.#state.hashedTo += bytes.length;
+    if (CONFIG_TYPES.includes(this.descriptor.mediaType)) this.#state.config.push(bytes);
+  }
+
+  #takeEarly(room: EarlyRoom | undefined): Buffer | undefined {
+    const { hashedTo } = this.#state;
+    const bytes = this.#early.get(hashedTo);
+    this.#early.delete(hashedTo);
+    if (bytes) room?.giveBack(bytes.length);
+    return bytes;
   }
 
   /** What is in place, and neither hashed nor in memory, where the hash goes on. */
@@ -6054,8 +6064,9 @@ class BlobState {
     const { hashedTo, inPlace } = this.#state;
     const [from, to] = inPlace.find(([, end]) => end > hashedTo) ?? [NEVER, NEVER];
     if (from > hashedTo) return undefined;
-    const ahead = [...this.#early.keys()].filter((position) => position > hashedTo);
-    return [hashedTo, Math.min(to, ...ahead)];
+    let end = to;
+    for (const early of this.#early.keys()) if (early > hashedTo) end = Math.min(end, early);
+    return [hashedTo, end];
   }
 
   markWritten(position: number, sizeBytes: number): void {

@@ -7,6 +7,7 @@ import { internals } from "../imgpull.ts";
 
 const { BlobState, EarlyRoom } = internals;
 type Blob = InstanceType<typeof BlobState>;
+type EarlyRoom = InstanceType<typeof internals.EarlyRoom>;
 type Registry = ConstructorParameters<typeof BlobState>[1];
 
 const registry = { acceptsRanges: true, origin: "http://registry" } as unknown as Registry;
@@ -87,4 +88,26 @@ test("bytes in any order, over several fronts, are hashed and counted once", () 
     assert.equal(room.leftBytes, roomBytes, "what waited in memory is let go");
     assert.ok(blob.verify());
   }
+});
+
+test("pieces as small as a server likes, that all come early: hashed, and few of them in memory", () => {
+  const size = 200_000;
+  const bytes = Buffer.alloc(size, "early");
+  const digest = `sha256:${createHash("sha256").update(bytes).digest("hex")}`;
+  const accept = (room: EarlyRoom, size: number) => {
+    const blob = new BlobState({ mediaType: "", digest, size }, registry);
+    for (let at = size - 1; at >= 0; at -= 1) blob.accept(at, bytes.subarray(at, at + 1), room);
+    return blob;
+  };
+
+  const blob = accept(new SmallRoom(size), size);
+  assert.equal(blob.hashedTo, size);
+  assert.ok(blob.verify());
+
+  const room = new EarlyRoom();
+  let pieces = 0;
+  while (room.take(1)) pieces += 1;
+  assert.ok(pieces <= 4096, `${pieces} pieces`);
+  for (let piece = 0; piece < pieces; piece += 1) room.giveBack(1);
+  assert.ok(room.take(internals.TUNING.earlyBytes), "all of it is given back");
 });
