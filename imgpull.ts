@@ -2098,11 +2098,12 @@ class Transport {
 
     const isTunnel = proxy !== undefined && forwarder === undefined;
     const connectMs = isTunnel ? 3 * timeoutMs : timeoutMs; // its two steps, and TLS in it
-    const silence = timeoutError(doing, `nothing came for ${connectMs / 1000} s`);
     limitConnecting(
       outgoing,
       connectMs,
-      (isHandshake) => forwarder?.silence(isHandshake, connectMs) ?? silence,
+      (isHandshake) =>
+        forwarder?.silence(isHandshake, connectMs) ??
+        timeoutError(doing, `nothing came for ${connectMs / 1000} s`),
     );
     const where = forwarder ? `${proxyName(forwarder.url)}, ${doing}` : doing;
     this.#patience.limitHeaders(outgoing, request.url, where);
@@ -2298,11 +2299,10 @@ function limitBody(outgoing: http.ClientRequest, limits: BodyLimits): void {
     if (isBlob && !isRefusal) return limitSlowness(incoming, 2 * timeoutMs, doing);
 
     const limitMs = isRefusal ? timeoutMs : LIMITS.documentWaitFactor * timeoutMs;
-    const late = timeoutError(doing, `the answer was not whole after ${limitMs / 1000} s`);
-    incoming.once(
-      "close",
-      startDeadline(limitMs, () => incoming.destroy(late)),
-    );
+    const callOff = startDeadline(limitMs, () => {
+      incoming.destroy(timeoutError(doing, `the answer was not whole after ${limitMs / 1000} s`));
+    });
+    incoming.once("close", callOff);
   });
 }
 
@@ -6416,12 +6416,15 @@ class Schedule {
   readonly #horizon: (() => number) | undefined;
   readonly #queued: Segment[] = []; // what nobody fetches yet
   readonly #active = new Set<Segment>();
+  readonly #parts = new Map<BlobState, Set<Segment>>(); // the same by blob, queued and active
+  readonly #origins = new Set<string>(); // of all that was queued
   readonly #manners = new Map<Registry, RangeManners>();
   readonly #waits = new Map<BlobState, number>(); // how long a blob's first answer took
   readonly #units = new Map<BlobState, number>(); // of blobs that are cut
   readonly #limits = new Map<string, ConnectionLimit>(); // by origin
   readonly #abandoned: Segment[] = []; // left to another while they were asked for
   #nowMs = 0;
+  #addedBytes = 0; // to what had to come
   #cameBytes = 0;
 
   constructor({ most, horizon }: ScheduleOptions) {
@@ -6445,14 +6448,41 @@ class Schedule {
   }
 
   /** Queues what a blob lacks; nothing but its check, where that is nothing. */
-  add(...blobs: BlobState[]): void {
+  add(blobs: readonly BlobState[]): void {
     for (const blob of blobs) {
       this.#units.delete(blob);
+      this.#origins.add(blob.registry.origin);
       const missing = blob.missing();
+      this.#addedBytes += lengthOf(missing);
       for (const range of missing.length > 0 ? missing : [[0, 0] as const])
-        this.#queued.push(new Segment(blob, range));
+        this.#queued.push(this.#make(blob, range));
     }
     this.#queued.sort(this.#horizon ? inOrder : longestFirst);
+  }
+
+  #make(blob: BlobState, range: Range): Segment {
+    const segment = new Segment(blob, range);
+    this.#parts.set(blob, this.#partsOf(blob).add(segment));
+    return segment;
+  }
+
+  #partsOf(blob: BlobState): Set<Segment> {
+    return this.#parts.get(blob) ?? new Set();
+  }
+
+  #queuedParts(blob: BlobState): Segment[] {
+    return [...this.#partsOf(blob)].filter((segment) => !this.#active.has(segment));
+  }
+
+  #dropQueued(segment: Segment): void {
+    this.#queued.splice(this.#queued.indexOf(segment), 1);
+    this.#forget(segment);
+  }
+
+  #forget(segment: Segment): void {
+    const parts = this.#partsOf(segment.blob);
+    parts.delete(segment);
+    if (parts.size === 0) this.#parts.delete(segment.blob);
   }
 
   /**
@@ -6484,7 +6514,7 @@ class Schedule {
     const { blob } = queued;
     const unit = this.#knownUnit(blob);
     if (blob.registry.acceptsRanges && queued.remainingBytes > 1.5 * unit) {
-      const first = new Segment(blob, [queued.at, queued.at + unit]);
+      const first = this.#make(blob, [queued.at, queued.at + unit]);
       queued.at = first.to;
       return first;
     }
@@ -6495,8 +6525,13 @@ class Schedule {
 
   /** Of the first blob that may be asked for, the part that the hash needs first. */
   #firstQueued(): Segment | undefined {
-    const may = this.#queued.find(({ blob }) => this.#hasRoom(blob) && this.#mayJoin(blob));
-    return this.#queued.filter(({ blob }) => blob === may?.blob).sort(inOrder)[0];
+    const isAnyOpen = [...this.#origins].some((origin) => this.#hasRoom(origin));
+    if (!isAnyOpen) return undefined; // thousands may be queued
+
+    const isAllowed = ({ blob }: Segment) =>
+      this.#hasRoom(blob.registry.origin) && this.#mayJoin(blob);
+    const allowed = this.#queued.find(isAllowed);
+    return allowed && this.#queuedParts(allowed.blob).sort(inOrder)[0];
   }
 
   /**
@@ -6513,10 +6548,10 @@ class Schedule {
 
     longest.to = from;
     if (end < to) {
-      this.#queued.unshift(new Segment(blob, [end, to]));
+      this.#queued.unshift(this.#make(blob, [end, to]));
       this.#queued.sort(this.#horizon ? inOrder : longestFirst);
     }
-    return new Segment(blob, [from, end]);
+    return this.#make(blob, [from, end]);
   }
 
   /** What a connection keeps of its range when that is cut. */
@@ -6548,7 +6583,9 @@ class Schedule {
     const isWorthIt = (segment: Segment) =>
       segment.isFlowing && segment.remainingBytes >= 2 * this.#worthBytes(segment.blob);
     const candidates = [...this.#active].filter(isWorthIt);
-    const cuttable = candidates.filter(({ blob }) => this.#maySplit(blob) && this.#hasRoom(blob));
+    const cuttable = candidates.filter(
+      ({ blob }) => this.#maySplit(blob) && this.#hasRoom(blob.registry.origin),
+    );
     return cuttable.sort(this.#horizon ? inOrder : longestFirst)[0];
   }
 
@@ -6592,9 +6629,9 @@ class Schedule {
   }
 
   /** Whether a registry takes one more connection. */
-  #hasRoom({ registry }: BlobState): boolean {
-    const limit = this.#limits.get(registry.origin)?.at(this.#nowMs) ?? NEVER;
-    return this.#connectionsTo(registry.origin) < limit;
+  #hasRoom(origin: string): boolean {
+    const limit = this.#limits.get(origin)?.at(this.#nowMs) ?? NEVER;
+    return this.#connectionsTo(origin) < limit;
   }
 
   #connectionsTo(origin: string): number {
@@ -6629,15 +6666,15 @@ class Schedule {
     segment.at += sizeBytes;
     this.#cameBytes += sizeBytes;
     if (!segment.isComplete || segment.at >= answeredTo) return;
-    const isBehind = (other: Segment) =>
-      other.blob === segment.blob && other.at === segment.to && !other.isComplete;
-    const behind = this.#queued.find(isBehind);
+    const isBehind = (other: Segment) => other.at === segment.to && !other.isComplete;
+    const behind = this.#queuedParts(segment.blob).find(isBehind);
     if (behind) {
       this.#takeBehind(segment, behind, answeredTo);
       return;
     }
 
-    const idle = [...this.#active].find((other) => isBehind(other) && !other.isFlowing);
+    const parts = [...this.#partsOf(segment.blob)];
+    const idle = parts.find((other) => isBehind(other) && !other.isFlowing);
     if (!idle) return;
     segment.to = idle.to;
     idle.to = idle.at;
@@ -6649,7 +6686,7 @@ class Schedule {
     const unit = this.#knownUnit(segment.blob);
     segment.to = Math.min(behind.to, behind.at + unit, answeredTo);
     behind.at = segment.to;
-    if (behind.isComplete) this.#queued.splice(this.#queued.indexOf(behind), 1);
+    if (behind.isComplete) this.#dropQueued(behind);
   }
 
   /** Its request has ended, whether all of it came or not. */
@@ -6659,12 +6696,12 @@ class Schedule {
 
   /** Whether nothing else of its blob is queued or under way. */
   isLast(segment: Segment): boolean {
-    const isOther = (other: Segment) => other !== segment && other.blob === segment.blob;
-    return ![...this.#queued, ...this.#active].some(isOther);
+    return this.#partsOf(segment.blob).size === 1;
   }
 
   end(segment: Segment): void {
     this.#active.delete(segment);
+    this.#forget(segment);
   }
 
   observe(nowMs: number, busyMs: number): void {
@@ -6674,7 +6711,7 @@ class Schedule {
     this.#pace.observe({
       nowMs,
       cameBytes: this.#cameBytes,
-      leftBytes: sumOf([...this.#queued, ...active], ({ remainingBytes }) => remainingBytes),
+      leftBytes: Math.max(0, this.#addedBytes - this.#cameBytes),
       open: active.length,
       flowing: active.filter(({ isFlowing }) => isFlowing).length,
       waitMs: Math.max(0, ...waits),
@@ -6774,10 +6811,10 @@ class Schedule {
   }
 
   #absorbQueued(segment: Segment): void {
-    const isAbsorbed = ({ blob, at }: Segment) => blob === segment.blob && at >= segment.at;
-    for (const queued of this.#queued.filter(isAbsorbed)) {
+    const isAbsorbed = (other: Segment) => other !== segment && other.at >= segment.at;
+    for (const queued of this.#queuedParts(segment.blob).filter(isAbsorbed)) {
       segment.to = Math.max(segment.to, queued.to);
-      this.#queued.splice(this.#queued.indexOf(queued), 1);
+      this.#dropQueued(queued);
     }
   }
 
@@ -6802,7 +6839,7 @@ class Schedule {
   /** Leaves a range to its neighbour, or to the first connection that is free. */
   yieldSegment(segment: Segment): void {
     if (this.giveBack(segment)) return;
-    this.#queued.unshift(new Segment(segment.blob, [segment.at, segment.to]));
+    this.#queued.unshift(this.#make(segment.blob, [segment.at, segment.to]));
     segment.to = segment.at;
   }
 }
@@ -7636,6 +7673,8 @@ class Transfer {
   readonly #silent = new Set<BlobState>(); // of which a range was waited for in vain
   readonly #failures: PromiseRejectedResult[] = [];
   #fetchedBytes = 0;
+  #doneBytes: number; // of all blobs, as they say it one by one
+  #blobsDone = 0;
   readonly #keptBytes: number;
   #isUnchanged = false;
 
@@ -7645,6 +7684,7 @@ class Transfer {
     this.#session = { ...session, signal: this.signal };
     this.blobs = blobs;
     this.totalBytes = sizeOf(blobs);
+    this.#doneBytes = sumOf(blobs, ({ doneBytes }) => doneBytes);
     this.#keptBytes = keptBytes;
     this.#sink = sink;
     this.#room = sink.readBack && new EarlyRoom();
@@ -7655,6 +7695,13 @@ class Transfer {
     this.#schedule = new Schedule({ most, ...(horizon && { horizon }) });
   }
 
+  /** Bytes that have come, whether they are in place yet or not; and blobs that are whole. */
+  get doneBytes(): number {
+    return this.#doneBytes;
+  }
+  get blobsDone(): number {
+    return this.#blobsDone;
+  }
   /** All that came over the line; and of what is in place, what did not have to. */
   get fetchedBytes(): number {
     return this.#fetchedBytes;
@@ -7677,6 +7724,8 @@ class Transfer {
   /** DEST has a blob in its place, and it was verified there. */
   keep(blob: BlobState): void {
     blob.keep();
+    this.#doneBytes += blob.doneBytes;
+    this.#blobsDone += 1;
     this.#observe(this);
   }
 
@@ -7699,7 +7748,7 @@ class Transfer {
   /** To the end of all blobs, or to the first error with every connection closed. */
   async run(): Promise<void> {
     this.#observe(this);
-    this.#schedule.add(...this.blobs);
+    this.#schedule.add(this.blobs);
     while (!this.#schedule.isOver && !this.signal.aborted) {
       this.#lookRound();
       await this.#change.next(this.signal, TUNING.tickMs);
@@ -7899,7 +7948,9 @@ class Transfer {
     if (this.#reset.delete(blob)) this.#tellOfCrowd(blob.registry);
     const pieces = blob.accept(segment.at, bytes, this.#room);
     this.#schedule.advance(segment, bytes.length, answeredTo);
-    if (!blob.source) this.#fetchedBytes += sumOf(pieces, ([, piece]) => piece.length);
+    const newBytes = sumOf(pieces, ([, piece]) => piece.length);
+    this.#doneBytes += newBytes;
+    if (!blob.source) this.#fetchedBytes += newBytes;
     return pieces;
   }
 
@@ -7941,11 +7992,12 @@ class Transfer {
   async #finishBlob(blob: BlobState): Promise<void> {
     if (await this.#isVerified(blob)) {
       blob.markDone();
+      this.#blobsDone += 1;
       this.#observe(this, blob);
       return;
     }
     this.#judgeWrongBytes(blob);
-    this.#schedule.add(blob);
+    this.#schedule.add([blob]);
   }
 
   async #isVerified(blob: BlobState): Promise<boolean> {
@@ -7965,6 +8017,7 @@ class Transfer {
     const words = `${descriptor.digest}: the bytes have another digest`;
     const lie = new ImgpullError("DIGEST_MISMATCH", words);
     const isFromMirror = !blob.source && registry.canAskElsewhere(descriptor.digest, lie);
+    this.#doneBytes -= blob.doneBytes;
     const { liar, isLast } = blob.restart(isFromMirror, this.#room);
     if (liar === "source" || isFromMirror) return;
 
@@ -9852,16 +9905,15 @@ function progressReporter(onProgress: (progress: Progress) => void) {
   onProgress(NO_PROGRESS);
 
   const report = (transfer: Transfer, phase: Progress["phase"], finished?: BlobState): void => {
-    const { blobs, totalBytes, fetchedBytes, activeBlobs } = transfer;
-    const bytesInPlace = sumOf(blobs, ({ doneBytes }) => doneBytes);
-    highestBytes = Math.max(highestBytes, Math.min(totalBytes, bytesInPlace));
+    const { blobs, totalBytes, doneBytes, fetchedBytes, blobsDone, activeBlobs } = transfer;
+    highestBytes = Math.max(highestBytes, Math.min(totalBytes, doneBytes));
     const moving = [...activeBlobs].sort((left, right) => left.offset - right.offset);
     onProgress({
       phase,
       doneBytes: phase === "finish" ? totalBytes : highestBytes,
       totalBytes,
       fetchedBytes,
-      blobsDone: blobs.filter(({ isDone }) => isDone).length,
+      blobsDone,
       blobsTotal: blobs.length,
       moving: moving.map(progressOf),
       ...(finished && { finished: progressOf(finished) }),

@@ -123,6 +123,7 @@ var TUNING = Object.freeze({
 	unitBytes: 8 * MIB,
 	smallBytes: MIB / 16,
 	earlyBytes: 4 * MIB,
+	earlyPieceBytes: 1024,
 	firstConnections: 8,
 	growth: 4,
 	noise: 0.1,
@@ -1012,8 +1013,12 @@ var Transport = class {
 		surviveLateErrors(outgoing)
 		const isTunnel = proxy !== void 0 && forwarder === void 0
 		const connectMs = isTunnel ? 3 * timeoutMs : timeoutMs
-		const silence = timeoutError(doing, `nothing came for ${connectMs / 1e3} s`)
-		limitConnecting(outgoing, connectMs, isHandshake => forwarder?.silence(isHandshake, connectMs) ?? silence)
+		limitConnecting(
+			outgoing,
+			connectMs,
+			isHandshake =>
+				forwarder?.silence(isHandshake, connectMs) ?? timeoutError(doing, `nothing came for ${connectMs / 1e3} s`)
+		)
 		const where = forwarder ? `${proxyName(forwarder.url)}, ${doing}` : doing
 		this.#patience.limitHeaders(outgoing, request.url, where)
 		limitBody(outgoing, {timeoutMs, isBlob, doing})
@@ -1126,11 +1131,10 @@ function limitBody(outgoing, limits) {
 		const isRefusal2 = (incoming.statusCode ?? 0) >= 300
 		if (isBlob && !isRefusal2) return limitSlowness(incoming, 2 * timeoutMs, doing)
 		const limitMs = isRefusal2 ? timeoutMs : LIMITS.documentWaitFactor * timeoutMs
-		const late = timeoutError(doing, `the answer was not whole after ${limitMs / 1e3} s`)
-		incoming.once(
-			"close",
-			startDeadline(limitMs, () => incoming.destroy(late))
-		)
+		const callOff = startDeadline(limitMs, () => {
+			incoming.destroy(timeoutError(doing, `the answer was not whole after ${limitMs / 1e3} s`))
+		})
+		incoming.once("close", callOff)
 	})
 }
 var isReaderSlow = incoming => incoming.readableLength > 0
@@ -3308,12 +3312,13 @@ var nothingOf = digest => ({
 var EarlyRoom = class {
 	#leftBytes = TUNING.earlyBytes
 	take(sizeBytes) {
-		if (sizeBytes > this.#leftBytes) return false
-		this.#leftBytes -= sizeBytes
+		const cost = Math.max(TUNING.earlyPieceBytes, sizeBytes)
+		if (cost > this.#leftBytes) return false
+		this.#leftBytes -= cost
 		return true
 	}
 	giveBack(sizeBytes) {
-		this.#leftBytes += sizeBytes
+		this.#leftBytes += Math.max(TUNING.earlyPieceBytes, sizeBytes)
 	}
 }
 var BlobState = class {
@@ -3385,22 +3390,28 @@ var BlobState = class {
 	hashInOrder(position, bytes, room) {
 		const known = this.#state.hashedTo - position
 		if (known < 0 || known >= bytes.length) return
-		const fresh = bytes.subarray(known)
-		this.#state.hash.update(fresh)
-		this.#state.hashedTo = position + bytes.length
-		if (CONFIG_TYPES.includes(this.descriptor.mediaType)) this.#state.config.push(fresh)
-		const next = this.#early.get(this.#state.hashedTo)
-		if (!next) return
-		this.#early.delete(this.#state.hashedTo)
-		room?.giveBack(next.length)
-		this.hashInOrder(this.#state.hashedTo, next, room)
+		this.#hashNext(bytes.subarray(known))
+		for (let next = this.#takeEarly(room); next; next = this.#takeEarly(room)) this.#hashNext(next)
+	}
+	#hashNext(bytes) {
+		this.#state.hash.update(bytes)
+		this.#state.hashedTo += bytes.length
+		if (CONFIG_TYPES.includes(this.descriptor.mediaType)) this.#state.config.push(bytes)
+	}
+	#takeEarly(room) {
+		const {hashedTo} = this.#state
+		const bytes = this.#early.get(hashedTo)
+		this.#early.delete(hashedTo)
+		if (bytes) room?.giveBack(bytes.length)
+		return bytes
 	}
 	toReadBack() {
 		const {hashedTo, inPlace} = this.#state
-		const [from, to] = inPlace.find(([, end]) => end > hashedTo) ?? [NEVER, NEVER]
+		const [from, to] = inPlace.find(([, end2]) => end2 > hashedTo) ?? [NEVER, NEVER]
 		if (from > hashedTo) return void 0
-		const ahead = [...this.#early.keys()].filter(position => position > hashedTo)
-		return [hashedTo, Math.min(to, ...ahead)]
+		let end = to
+		for (const early of this.#early.keys()) if (early > hashedTo) end = Math.min(end, early)
+		return [hashedTo, end]
 	}
 	markWritten(position, sizeBytes) {
 		this.#state.inPlace = addRange(this.#state.inPlace, [position, position + sizeBytes])
@@ -3609,12 +3620,15 @@ var Schedule = class {
 	#horizon
 	#queued = []
 	#active = new Set()
+	#parts = new Map()
+	#origins = new Set()
 	#manners = new Map()
 	#waits = new Map()
 	#units = new Map()
 	#limits = new Map()
 	#abandoned = []
 	#nowMs = 0
+	#addedBytes = 0
 	#cameBytes = 0
 	constructor({most, horizon}) {
 		this.#pace = new Pace(most)
@@ -3632,13 +3646,35 @@ var Schedule = class {
 	get cameBytes() {
 		return this.#cameBytes
 	}
-	add(...blobs) {
+	add(blobs) {
 		for (const blob of blobs) {
 			this.#units.delete(blob)
+			this.#origins.add(blob.registry.origin)
 			const missing = blob.missing()
-			for (const range of missing.length > 0 ? missing : [[0, 0]]) this.#queued.push(new Segment(blob, range))
+			this.#addedBytes += lengthOf(missing)
+			for (const range of missing.length > 0 ? missing : [[0, 0]]) this.#queued.push(this.#make(blob, range))
 		}
 		this.#queued.sort(this.#horizon ? inOrder : longestFirst)
+	}
+	#make(blob, range) {
+		const segment = new Segment(blob, range)
+		this.#parts.set(blob, this.#partsOf(blob).add(segment))
+		return segment
+	}
+	#partsOf(blob) {
+		return this.#parts.get(blob) ?? new Set()
+	}
+	#queuedParts(blob) {
+		return [...this.#partsOf(blob)].filter(segment => !this.#active.has(segment))
+	}
+	#dropQueued(segment) {
+		this.#queued.splice(this.#queued.indexOf(segment), 1)
+		this.#forget(segment)
+	}
+	#forget(segment) {
+		const parts = this.#partsOf(segment.blob)
+		parts.delete(segment)
+		if (parts.size === 0) this.#parts.delete(segment.blob)
 	}
 	next() {
 		if (this.#active.size >= this.#pace.wanted) return void 0
@@ -3661,7 +3697,7 @@ var Schedule = class {
 		const {blob} = queued
 		const unit = this.#knownUnit(blob)
 		if (blob.registry.acceptsRanges && queued.remainingBytes > 1.5 * unit) {
-			const first = new Segment(blob, [queued.at, queued.at + unit])
+			const first = this.#make(blob, [queued.at, queued.at + unit])
 			queued.at = first.to
 			return first
 		}
@@ -3670,8 +3706,11 @@ var Schedule = class {
 		return queued
 	}
 	#firstQueued() {
-		const may = this.#queued.find(({blob}) => this.#hasRoom(blob) && this.#mayJoin(blob))
-		return this.#queued.filter(({blob}) => blob === may?.blob).sort(inOrder)[0]
+		const isAnyOpen = [...this.#origins].some(origin => this.#hasRoom(origin))
+		if (!isAnyOpen) return void 0
+		const isAllowed = ({blob}) => this.#hasRoom(blob.registry.origin) && this.#mayJoin(blob)
+		const allowed = this.#queued.find(isAllowed)
+		return allowed && this.#queuedParts(allowed.blob).sort(inOrder)[0]
 	}
 	#cut() {
 		const longest = this.#longest()
@@ -3682,10 +3721,10 @@ var Schedule = class {
 		const end = to - from > 1.5 * unit ? from + unit : to
 		longest.to = from
 		if (end < to) {
-			this.#queued.unshift(new Segment(blob, [end, to]))
+			this.#queued.unshift(this.#make(blob, [end, to]))
 			this.#queued.sort(this.#horizon ? inOrder : longestFirst)
 		}
-		return new Segment(blob, [from, end])
+		return this.#make(blob, [from, end])
 	}
 	#kept(segment) {
 		return Math.min(this.#unitOf(segment), Math.ceil(segment.remainingBytes / 2))
@@ -3706,7 +3745,7 @@ var Schedule = class {
 		if (!this.#pace.maySplit) return void 0
 		const isWorthIt = segment => segment.isFlowing && segment.remainingBytes >= 2 * this.#worthBytes(segment.blob)
 		const candidates = [...this.#active].filter(isWorthIt)
-		const cuttable = candidates.filter(({blob}) => this.#maySplit(blob) && this.#hasRoom(blob))
+		const cuttable = candidates.filter(({blob}) => this.#maySplit(blob) && this.#hasRoom(blob.registry.origin))
 		return cuttable.sort(this.#horizon ? inOrder : longestFirst)[0]
 	}
 	#worthBytes({registry}) {
@@ -3734,9 +3773,9 @@ var Schedule = class {
 		this.#manners.set(registry, known)
 		return known
 	}
-	#hasRoom({registry}) {
-		const limit = this.#limits.get(registry.origin)?.at(this.#nowMs) ?? NEVER
-		return this.#connectionsTo(registry.origin) < limit
+	#hasRoom(origin) {
+		const limit = this.#limits.get(origin)?.at(this.#nowMs) ?? NEVER
+		return this.#connectionsTo(origin) < limit
 	}
 	#connectionsTo(origin) {
 		return [...this.#active].filter(({blob}) => blob.registry.origin === origin).length
@@ -3760,13 +3799,14 @@ var Schedule = class {
 		segment.at += sizeBytes
 		this.#cameBytes += sizeBytes
 		if (!segment.isComplete || segment.at >= answeredTo) return
-		const isBehind = other => other.blob === segment.blob && other.at === segment.to && !other.isComplete
-		const behind = this.#queued.find(isBehind)
+		const isBehind = other => other.at === segment.to && !other.isComplete
+		const behind = this.#queuedParts(segment.blob).find(isBehind)
 		if (behind) {
 			this.#takeBehind(segment, behind, answeredTo)
 			return
 		}
-		const idle = [...this.#active].find(other => isBehind(other) && !other.isFlowing)
+		const parts = [...this.#partsOf(segment.blob)]
+		const idle = parts.find(other => isBehind(other) && !other.isFlowing)
 		if (!idle) return
 		segment.to = idle.to
 		idle.to = idle.at
@@ -3776,17 +3816,17 @@ var Schedule = class {
 		const unit = this.#knownUnit(segment.blob)
 		segment.to = Math.min(behind.to, behind.at + unit, answeredTo)
 		behind.at = segment.to
-		if (behind.isComplete) this.#queued.splice(this.#queued.indexOf(behind), 1)
+		if (behind.isComplete) this.#dropQueued(behind)
 	}
 	paused(segment) {
 		segment.state = "waiting"
 	}
 	isLast(segment) {
-		const isOther = other => other !== segment && other.blob === segment.blob
-		return ![...this.#queued, ...this.#active].some(isOther)
+		return this.#partsOf(segment.blob).size === 1
 	}
 	end(segment) {
 		this.#active.delete(segment)
+		this.#forget(segment)
 	}
 	observe(nowMs, busyMs) {
 		this.#nowMs = nowMs
@@ -3795,7 +3835,7 @@ var Schedule = class {
 		this.#pace.observe({
 			nowMs,
 			cameBytes: this.#cameBytes,
-			leftBytes: sumOf([...this.#queued, ...active], ({remainingBytes}) => remainingBytes),
+			leftBytes: Math.max(0, this.#addedBytes - this.#cameBytes),
 			open: active.length,
 			flowing: active.filter(({isFlowing}) => isFlowing).length,
 			waitMs: Math.max(0, ...waits),
@@ -3864,10 +3904,10 @@ var Schedule = class {
 		return true
 	}
 	#absorbQueued(segment) {
-		const isAbsorbed = ({blob, at}) => blob === segment.blob && at >= segment.at
-		for (const queued of this.#queued.filter(isAbsorbed)) {
+		const isAbsorbed = other => other !== segment && other.at >= segment.at
+		for (const queued of this.#queuedParts(segment.blob).filter(isAbsorbed)) {
 			segment.to = Math.max(segment.to, queued.to)
-			this.#queued.splice(this.#queued.indexOf(queued), 1)
+			this.#dropQueued(queued)
 		}
 	}
 	crowded(segment, nowMs) {
@@ -3882,7 +3922,7 @@ var Schedule = class {
 	}
 	yieldSegment(segment) {
 		if (this.giveBack(segment)) return
-		this.#queued.unshift(new Segment(segment.blob, [segment.at, segment.to]))
+		this.#queued.unshift(this.#make(segment.blob, [segment.at, segment.to]))
 		segment.to = segment.at
 	}
 }
@@ -4405,6 +4445,8 @@ var Transfer = class {
 	#silent = new Set()
 	#failures = []
 	#fetchedBytes = 0
+	#doneBytes
+	#blobsDone = 0
 	#keptBytes
 	#isUnchanged = false
 	constructor(options) {
@@ -4413,6 +4455,7 @@ var Transfer = class {
 		this.#session = {...session, signal: this.signal}
 		this.blobs = blobs
 		this.totalBytes = sizeOf(blobs)
+		this.#doneBytes = sumOf(blobs, ({doneBytes}) => doneBytes)
 		this.#keptBytes = keptBytes
 		this.#sink = sink
 		this.#room = sink.readBack && new EarlyRoom()
@@ -4421,6 +4464,12 @@ var Transfer = class {
 		const {horizon} = sink
 		const most = session.settings.concurrency
 		this.#schedule = new Schedule({most, ...(horizon && {horizon})})
+	}
+	get doneBytes() {
+		return this.#doneBytes
+	}
+	get blobsDone() {
+		return this.#blobsDone
 	}
 	get fetchedBytes() {
 		return this.#fetchedBytes
@@ -4439,6 +4488,8 @@ var Transfer = class {
 	}
 	keep(blob) {
 		blob.keep()
+		this.#doneBytes += blob.doneBytes
+		this.#blobsDone += 1
 		this.#observe(this)
 	}
 	markUnchanged() {
@@ -4454,7 +4505,7 @@ var Transfer = class {
 	}
 	async run() {
 		this.#observe(this)
-		this.#schedule.add(...this.blobs)
+		this.#schedule.add(this.blobs)
 		while (!this.#schedule.isOver && !this.signal.aborted) {
 			this.#lookRound()
 			await this.#change.next(this.signal, TUNING.tickMs)
@@ -4609,7 +4660,9 @@ var Transfer = class {
 		if (this.#reset.delete(blob)) this.#tellOfCrowd(blob.registry)
 		const pieces = blob.accept(segment.at, bytes, this.#room)
 		this.#schedule.advance(segment, bytes.length, answeredTo)
-		if (!blob.source) this.#fetchedBytes += sumOf(pieces, ([, piece]) => piece.length)
+		const newBytes = sumOf(pieces, ([, piece]) => piece.length)
+		this.#doneBytes += newBytes
+		if (!blob.source) this.#fetchedBytes += newBytes
 		return pieces
 	}
 	#enoughBytes() {
@@ -4643,11 +4696,12 @@ var Transfer = class {
 	async #finishBlob(blob) {
 		if (await this.#isVerified(blob)) {
 			blob.markDone()
+			this.#blobsDone += 1
 			this.#observe(this, blob)
 			return
 		}
 		this.#judgeWrongBytes(blob)
-		this.#schedule.add(blob)
+		this.#schedule.add([blob])
 	}
 	async #isVerified(blob) {
 		if (!this.#sink.readBack) return true
@@ -4663,6 +4717,7 @@ var Transfer = class {
 		const words = `${descriptor.digest}: the bytes have another digest`
 		const lie = new ImgpullError("DIGEST_MISMATCH", words)
 		const isFromMirror = !blob.source && registry.canAskElsewhere(descriptor.digest, lie)
+		this.#doneBytes -= blob.doneBytes
 		const {liar, isLast} = blob.restart(isFromMirror, this.#room)
 		if (liar === "source" || isFromMirror) return
 		if (isLast) {
@@ -5920,16 +5975,15 @@ function progressReporter(onProgress) {
 	let highestBytes = 0
 	onProgress(NO_PROGRESS)
 	const report = (transfer, phase, finished2) => {
-		const {blobs, totalBytes, fetchedBytes, activeBlobs} = transfer
-		const bytesInPlace = sumOf(blobs, ({doneBytes}) => doneBytes)
-		highestBytes = Math.max(highestBytes, Math.min(totalBytes, bytesInPlace))
+		const {blobs, totalBytes, doneBytes, fetchedBytes, blobsDone, activeBlobs} = transfer
+		highestBytes = Math.max(highestBytes, Math.min(totalBytes, doneBytes))
 		const moving = [...activeBlobs].sort((left, right) => left.offset - right.offset)
 		onProgress({
 			phase,
 			doneBytes: phase === "finish" ? totalBytes : highestBytes,
 			totalBytes,
 			fetchedBytes,
-			blobsDone: blobs.filter(({isDone}) => isDone).length,
+			blobsDone,
 			blobsTotal: blobs.length,
 			moving: moving.map(progressOf),
 			...(finished2 && {finished: progressOf(finished2)})

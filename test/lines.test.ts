@@ -78,7 +78,7 @@ function play(line: Line, sizes: number[], options: PlayOptions = {}): Outcome {
     return blob;
   });
   const schedule = new Schedule({ most });
-  schedule.add(...blobs);
+  schedule.add(blobs);
 
   const flows = new Set<Flow>();
   const outcome: Outcome = { ms: 0, requests: 0, refused: 0, most: 0, lookedTwice: false };
