@@ -475,7 +475,7 @@ type TarProblem =
   /** No tar, or not one from some place on: nothing after it was looked at. */
   | { kind: "unreadable"; reason: string }
   /** The blocks that end a tar are not there. */
-  | { kind: "cut-off" }
+  | { kind: "cut-off"; atByte: number }
   | { kind: "too-many-entries" }
   | { kind: "too-many-references" }
   /** Programs differ in which of two files they take, */
@@ -539,6 +539,8 @@ interface LoaderFault {
     | "no-name"
     | "several"
     | "bad-name"
+    /** podman calls the image of a folder after the folder's path. */
+    | "folder-name"
     | "same-name"
     /** A delta's base has the layer, but not on top of the same ones. */
     | "not-at-bottom"
@@ -568,7 +570,14 @@ interface LoaderFault {
 
 /** Whether a program loads a tar. */
 interface TarLoader {
-  program: "docker" | "podman" | "ctr" | "skopeo docker-archive" | "skopeo oci-archive";
+  /** The last one is of folders. */
+  program:
+    | "docker"
+    | "podman"
+    | "ctr"
+    | "skopeo docker-archive"
+    | "skopeo oci-archive"
+    | "skopeo oci";
   takes: boolean;
   /** The first version that does, where earlier ones do not. */
   sinceVersion?: number;
@@ -5185,8 +5194,8 @@ type TarHeader = Readonly<{
   /** "0" a file, "1" a hard link, "2" a symbolic link, "5" a folder, "S" a file with holes. */
   type: string;
   linkName: string;
-  holes?: SparseMap;
-  attributes?: AttributeFault;
+  holes?: SparseMap | undefined;
+  attributes?: AttributeFault | undefined;
 }>;
 /** Extended attributes that no file can have, or only files and folders. */
 type AttributeFault = "for-none" | "for-files";
@@ -5485,7 +5494,7 @@ class TarDecoder {
       sizeBytes: isEmpty ? 0 : storedBytes,
       type: isFolder ? "5" : type,
       linkName,
-      ...(attributes && { attributes }),
+      attributes,
     };
     if (type === "S") return this.#takeOldSparse(block, header);
     return sparseForm ? this.#takePaxSparse(sparseForm, records, header) : header;
@@ -5626,8 +5635,30 @@ async function* readPlace(handle: fs.FileHandle, from: number, to: number): Asyn
   }
 }
 
-const CUT_IN_HEADER = "it ends in the middle of a header";
-const CUT_IN_ENTRY = "it ends in the middle of an entry: it was cut off";
+/** Written out, since what is spread takes several times as much: there may be 200,000. */
+const entryAt = (header: TarHeader, offset: number): TarEntry => ({
+  name: resolveName(header.name),
+  isRooted: header.isRooted,
+  sizeBytes: header.sizeBytes,
+  type: header.type,
+  linkName: header.linkName,
+  holes: header.holes,
+  attributes: header.attributes,
+  offset,
+});
+
+const cutWithin = (what: string, position: number): string =>
+  `it ends at byte ${position}, in the middle of ${what}: it was cut off`;
+
+/** Gives a decoder what stands at a place; what is wrong with it is said with the place. */
+function takeAt(decoder: TarDecoder, bytes: Buffer, position: number): TarHeader | undefined {
+  try {
+    return decoder.take(bytes);
+  } catch (error) {
+    const isRefusal = error instanceof ImgpullError && error.code === "BAD_TAR";
+    throw isRefusal ? new ImgpullError("BAD_TAR", `${error.message}, at byte ${position}`) : error;
+  }
+}
 
 /**
  * The entries of a tar on disk, that anyone made; their content is passed over. The decoder knows
@@ -5653,13 +5684,12 @@ async function* readTar(
     for (let position = 0; position < size && !decoder.isAtEnd; ) {
       const wantedBytes = decoder.wantedBytes;
       const bytes = await read(position, wantedBytes);
-      if (bytes.length < wantedBytes) refuseTar(CUT_IN_HEADER);
+      if (bytes.length < wantedBytes) refuseTar(cutWithin("a header", size));
+      const header = takeAt(decoder, bytes, position);
       position += wantedBytes;
-
-      const header = decoder.take(bytes);
       if (!header) continue;
-      if (position + header.sizeBytes > size) refuseTar(CUT_IN_ENTRY);
-      yield { ...header, name: resolveName(header.name), offset: position };
+      if (position + header.sizeBytes > size) refuseTar(cutWithin(resolveName(header.name), size));
+      yield entryAt(header, position);
       position += header.sizeBytes + paddingOf(header.sizeBytes);
     }
   } catch (error) {
@@ -5745,6 +5775,9 @@ const PACKING_MAGIC: [packing: Packing, hex: RegExp][] = [
   ["bzip2", /^425a68/],
 ];
 type Packing = "gzip" | "zstd" | "xz" | "bzip2";
+
+/** As it begins; other frames of zstd are skipped. */
+const ZSTD_FRAME = 0x28;
 
 /** How bytes are compressed, by how they begin. */
 function packingOf(bytes: Buffer): Packing | undefined {
@@ -5844,7 +5877,7 @@ function problemWords(problem: TarProblem): string {
     case "unreadable":
       return problem.reason;
     case "cut-off":
-      return "its end is missing: it was cut off";
+      return `its end is missing: it was cut off at byte ${problem.atByte}`;
     case "too-many-entries":
       return `it has more than ${LIMITS.tarEntries} entries, or too long names`;
     case "too-many-references":
@@ -10646,10 +10679,17 @@ interface OpenTarSource {
   readonly where: string;
   /** The content of several members may be read at once. */
   readonly isSeekable: boolean;
+  readonly isFolder?: boolean;
   /** Undefined where that is not known before the end. */
   readonly sizeBytes: number | undefined;
   /** Of the tar as a whole. */
   readonly packing?: Packing | undefined;
+  /** It is packed as some loaders do not take it: bytes follow, or something precedes. */
+  readonly isOddlyPacked?: () => boolean;
+  /** So far, of what lies there; of a file all that there is. */
+  readonly readBytes: () => number;
+  /** So far, of the tar, as it is once unpacked. */
+  readonly position: () => number;
   /** A tar without the blocks that end it was cut off; known when all members were seen. */
   readonly hasTrailer: () => boolean;
   readonly members: () => AsyncGenerator<TarMember>;
@@ -10713,6 +10753,8 @@ function openFile(where: string, handle: fs.FileHandle, sizeBytes: number): Open
     where,
     isSeekable: true,
     sizeBytes,
+    readBytes: () => sizeBytes,
+    position: () => sizeBytes,
     hasTrailer: () => decoder.hasTrailer,
     members,
     close: () => handle.close(),
@@ -10745,10 +10787,14 @@ async function openFolder(folder: string): Promise<OpenTarSource> {
   async function* members(): AsyncGenerator<TarMember> {
     for (const entry of entries) yield { entry, content: () => contentOf(entry) };
   }
+  const sizeOfAll = sumOf(entries, ({ sizeBytes }) => sizeBytes);
   return {
     where: folder,
     isSeekable: true,
-    sizeBytes: sumOf(entries, ({ sizeBytes }) => sizeBytes),
+    isFolder: true,
+    sizeBytes: sizeOfAll,
+    readBytes: () => sizeOfAll,
+    position: () => sizeOfAll,
     hasTrailer: () => true,
     members,
     close: async () => undefined,
@@ -10764,27 +10810,32 @@ async function openStream(
   if (signal) addAbortSignal(signal, stream); // a wait for bytes ends, too
   const decoder = new TarDecoder();
   const packed = new ByteReader(stream);
-  const packing = packingOf(await packed.peek(BLOCK));
+  const beginning = await packed.peek(BLOCK);
+  const packing = packingOf(beginning);
+  const isSkippable = packing === "zstd" && beginning[0] !== ZSTD_FRAME;
   const unpacker = packing && unpackerFor(packing);
   if (packing && !unpacker)
     fail("BAD_TAR", `${where}: it is compressed (${packing}), which cannot be read here`);
-  const bytes = unpacker ? new ByteReader(unpackWhole(packed, unpacker)) : packed;
+  const bytes = unpacker ? new ByteReader(unpackWhole(packed, packing, unpacker)) : packed;
 
+  async function* contentUntil(end: number, name: string): AsyncGenerator<Buffer> {
+    yield* bytes.piecesUntil(end);
+    if (bytes.position < end) refuseTar(cutWithin(name, bytes.position));
+  }
   async function* members(): AsyncGenerator<TarMember> {
     while (!decoder.isAtEnd) {
       const { wantedBytes } = decoder;
       const block = await bytes.read(wantedBytes);
       if (block.length === 0) break;
-      if (block.length < wantedBytes) refuseTar(CUT_IN_HEADER);
-
-      const header = decoder.take(block);
+      if (block.length < wantedBytes) refuseTar(cutWithin("a header", bytes.position));
+      const header = takeAt(decoder, block, bytes.position - wantedBytes);
       if (!header) continue;
       const offset = bytes.position;
       const end = offset + header.sizeBytes;
-      const entry = { ...header, name: resolveName(header.name), offset };
-      yield { entry, content: () => fillHoles(bytes.piecesUntil(end), header.holes) };
+      const entry = entryAt(header, offset);
+      yield { entry, content: () => fillHoles(contentUntil(end, entry.name), header.holes) };
       await bytes.skipTo(end);
-      if (bytes.position < end) refuseTar(CUT_IN_ENTRY);
+      if (bytes.position < end) refuseTar(cutWithin(entry.name, bytes.position));
       await bytes.skipTo(end + paddingOf(end));
     }
     await bytes.skipTo(NEVER); // a writer that is not read to its end would fail
@@ -10794,6 +10845,10 @@ async function openStream(
     isSeekable: false,
     sizeBytes: undefined,
     packing,
+    isOddlyPacked: () =>
+      isSkippable || (unpacker !== undefined && unpacker.bytesWritten < packed.position),
+    readBytes: () => packed.position,
+    position: () => bytes.position,
     hasTrailer: () => decoder.hasTrailer,
     members,
     close: async () => {
@@ -10886,11 +10941,12 @@ const lengthOfEntry = ({ holes, sizeBytes }: TarEntry): number => holes?.realByt
 type Unpacker = Transform & { readonly bytesWritten: number };
 
 /** Undefined where this Node has none: zstd came with 22.15. */
-function unpackerFor(packing: Packing): Unpacker | undefined {
+function unpackerFor(packing: Packing, packedBytes = NEVER): Unpacker | undefined {
   const { createGunzip, createZstdDecompress } = load("node:zlib") as Partial<
     typeof import("node:zlib")
   >;
-  const options = { chunkSize: TUNING.unpackBytes };
+  const isSmall = packedBytes < TUNING.headerReadBytes;
+  const options = { chunkSize: isSmall ? TUNING.unpackBytes / 16 : TUNING.unpackBytes };
   if (packing === "gzip") return createGunzip?.(options);
   if (packing === "zstd") return createZstdDecompress?.(options);
   return undefined;
@@ -10902,8 +10958,33 @@ const isUnpackError = (error: unknown): boolean => errorCodeOf(error).startsWith
 const isEndless = (unpackedBytes: number, packedBytes: number): boolean =>
   unpackedBytes > LIMITS.unpackFactor * packedBytes + LIMITS.unpackFloorBytes;
 
+/**
+ * What a look at a whole tar may cost: as many bytes as one file could come to that is as long as
+ * the tar. All that is hashed and compared counts, of all its files, holes and layers.
+ */
+class LookBudget {
+  readonly #readBytes: () => number;
+  #spentBytes = 0;
+
+  constructor({ readBytes }: OpenTarSource) {
+    this.#readBytes = readBytes;
+  }
+
+  spend(bytes: number): void {
+    this.#spentBytes += bytes;
+    if (isEndless(this.#spentBytes, this.#readBytes()))
+      refuseTar(
+        `its files unpack, all together, to more than ${LIMITS.unpackFactor} times its size`,
+      );
+  }
+}
+
 /** What a compressed tar unpacks to. */
-async function* unpackWhole(packed: ByteReader, unpacker: Unpacker): AsyncGenerator<Buffer> {
+async function* unpackWhole(
+  packed: ByteReader,
+  packing: Packing | undefined,
+  unpacker: Unpacker,
+): AsyncGenerator<Buffer> {
   // the reader below meets its error
   const feeding = pipeline(packed.piecesUntil(NEVER), unpacker).catch(ignore);
   let unpackedBytes = 0;
@@ -10914,12 +10995,13 @@ async function* unpackWhole(packed: ByteReader, unpacker: Unpacker): AsyncGenera
         refuseTar(`it unpacks to more than ${LIMITS.unpackFactor} times its size`);
       yield chunk;
     }
+    if (packing === "zstd" && unpacker.bytesWritten < packed.position)
+      refuseTar(
+        "bytes follow its first zstd frame, which this Node does not read (nodejs/node#64741)",
+      );
   } catch (error) {
-    throw isUnpackError(error)
-      ? new ImgpullError("BAD_TAR", "its compression is damaged, or it was cut off", {
-          cause: error,
-        })
-      : error;
+    const words = `its compression is damaged, or it was cut off, near byte ${unpacker.bytesWritten}`;
+    throw isUnpackError(error) ? new ImgpullError("BAD_TAR", words, { cause: error }) : error;
   } finally {
     unpacker.destroy();
     await feeding;
@@ -11056,7 +11138,12 @@ class UnpackTrial {
   odd: OddPath | undefined;
   readonly #paths = new PathTable();
   readonly #targets = new Map<string, string>();
+  readonly #budget: LookBudget;
   #targetBytes = 0;
+
+  constructor(budget: LookBudget) {
+    this.#budget = budget;
+  }
 
   take(header: TarHeader): void {
     if (this.odd?.kind === "odd-path") return;
@@ -11084,6 +11171,13 @@ class UnpackTrial {
     return kinds.find((kind) => kind === "odd-path") ?? kinds.find((kind) => kind);
   }
 
+  /** A path and all that it lies below, from the top. */
+  #foldersOf(place: string): string[] {
+    const parts = place.split("/");
+    this.#budget.spend(place.length * parts.length);
+    return parts.map((_, at) => parts.slice(0, at + 1).join("/"));
+  }
+
   #standsAt(place: string): number {
     return place === "" ? FOLDER : this.#paths.get(place) & ~ENTERED;
   }
@@ -11091,7 +11185,7 @@ class UnpackTrial {
   /** Where a path leads when links are followed, as far as it is there; undefined for a circle. */
   #follow(given: string): string | undefined {
     let place = given;
-    for (let steps = 0; steps < 40; steps += 1) {
+    for (let steps = 0; steps < 40 && place.length <= LIMITS.unpackedPathBytes; steps += 1) {
       const link = this.#targets.size > 0 ? this.#firstLink(place) : undefined;
       if (link === undefined) return place;
       const target = this.#targets.get(link) ?? "";
@@ -11103,14 +11197,14 @@ class UnpackTrial {
 
   #firstLink(place: string): string | undefined {
     if (this.#standsAt(place) === FOLDER) return undefined;
-    return foldersOf(place).find((each) => this.#standsAt(each) === LINK);
+    return this.#foldersOf(place).find((each) => this.#standsAt(each) === LINK);
   }
 
   /** Makes a folder with all above it, where that can be. */
   #enterFolder(folder: string, isBehindLink: boolean): OddPath["kind"] | undefined {
     const stands = this.#standsAt(folder);
     if (stands === FOLDER) return undefined;
-    const folders = foldersOf(folder);
+    const folders = this.#foldersOf(folder);
     const isBelowFile = folders.some((each) => this.#standsAt(each) === FILE);
     const isBelowGone = folders.some((each) => this.#standsAt(each) === GONE);
     for (const each of folders) this.#paths.set(each, (this.#paths.get(each) & ENTERED) | FOLDER);
@@ -11154,20 +11248,19 @@ class UnpackTrial {
   }
 }
 
-/** A path and all that it lies below, from the top. */
-function foldersOf(place: string): string[] {
-  const parts = place.split("/");
-  return parts.map((_, at) => parts.slice(0, at + 1).join("/"));
-}
-
 /** Whether bytes that go by are a tar, as loaders read and unpack one. */
 class TarCheck {
   readonly #decoder = new TarDecoder();
-  readonly #trial = new UnpackTrial();
+  readonly #budget: LookBudget;
+  #trial: UnpackTrial | undefined;
   #block: Buffer = Buffer.alloc(0);
   #contentBytes = 0;
   #paddingBytes = 0;
   #isBroken = false;
+
+  constructor(budget: LookBudget) {
+    this.#budget = budget;
+  }
 
   push(chunk: Buffer): void {
     let at = 0;
@@ -11182,7 +11275,8 @@ class TarCheck {
   }
 
   odd(): OddPath | undefined {
-    if (this.#trial.odd || this.#decoder.globalHeaders < 2) return this.#trial.odd;
+    const odd = this.#trial?.odd;
+    if (odd || this.#decoder.globalHeaders < 2) return odd;
     return { kind: "path-twice", path: "pax_global_header" };
   }
 
@@ -11205,17 +11299,23 @@ class TarCheck {
   }
 
   #takeBlock(): void {
-    const block = this.#block;
+    const header = this.#decode();
     this.#block = Buffer.alloc(0);
+    this.#contentBytes = header?.sizeBytes ?? 0;
+    this.#paddingBytes = paddingOf(this.#contentBytes);
+    if (!header) return;
+    this.#isBroken = !UNPACKED_TYPES.includes(header.type);
+    this.#trial ??= new UnpackTrial(this.#budget);
+    this.#trial.take(header);
+  }
+
+  #decode(): TarHeader | undefined {
     try {
-      const header = this.#decoder.take(block);
-      this.#isBroken = header !== undefined && !UNPACKED_TYPES.includes(header.type);
-      if (header) this.#trial.take(header);
-      this.#contentBytes = header?.sizeBytes ?? 0;
-      this.#paddingBytes = paddingOf(this.#contentBytes);
+      return this.#decoder.take(this.#block);
     } catch (error) {
       if (!(error instanceof ImgpullError)) throw error;
       this.#isBroken = true;
+      return undefined;
     }
   }
 }
@@ -11228,17 +11328,26 @@ class LayerUnpacking {
   readonly #packing: Packing;
   readonly #unpacker: Unpacker;
   readonly #digests: Digests;
-  readonly #tar = new TarCheck();
+  readonly #budget: LookBudget;
+  readonly #tar: TarCheck;
   readonly #reading: Promise<Unpacked["outcome"]>;
   #packedBytes = 0;
   #isOver = false;
 
-  constructor(packing: Packing, unpacker: Unpacker, algorithms: readonly string[]) {
+  constructor(
+    packing: Packing,
+    unpacker: Unpacker,
+    algorithms: readonly string[],
+    budget: LookBudget,
+  ) {
     this.#packing = packing;
     this.#unpacker = unpacker;
     this.#digests = new Digests(algorithms);
+    this.#budget = budget;
+    this.#tar = new TarCheck(budget);
     unpacker.on("error", ignore); // what reads it meets it
     this.#reading = this.#read();
+    this.#reading.catch(ignore); // `end` meets it
   }
 
   async write(piece: Buffer): Promise<void> {
@@ -11264,10 +11373,11 @@ class LayerUnpacking {
     let unpackedBytes = 0;
     try {
       for await (const chunk of this.#unpacker as AsyncIterable<Buffer>) {
-        this.#digests.update(chunk);
-        this.#tar.push(chunk);
         unpackedBytes += chunk.length;
         if (isEndless(unpackedBytes, this.#packedBytes)) return "endless";
+        this.#budget.spend(chunk.length);
+        this.#digests.update(chunk);
+        this.#tar.push(chunk);
       }
       return "whole";
     } catch (error) {
@@ -11295,7 +11405,9 @@ type SeenFile = Readonly<{
 /** All that was seen of a tar. */
 type TarContents = Readonly<{
   where: string;
+  isFolder: boolean;
   packing: Packing | undefined;
+  isOddlyPacked: boolean;
   names: TarNames;
   files: ReadonlyMap<string, SeenFile>;
   problems: readonly TarProblem[];
@@ -11307,6 +11419,7 @@ const DOCUMENT_NAMES = ["index.json", "manifest.json", "oci-layout"];
 /** One look at a source: what it has read, and which documents it has kept. */
 class Look {
   readonly #source: OpenTarSource;
+  readonly #budget: LookBudget;
   readonly #options: LookOptions;
   readonly #names = new TarNames();
   readonly #files = new Map<string, SeenFile>();
@@ -11317,6 +11430,7 @@ class Look {
 
   constructor(source: OpenTarSource, options: LookOptions) {
     this.#source = source;
+    this.#budget = new LookBudget(source);
     this.#options = options;
   }
 
@@ -11328,9 +11442,18 @@ class Look {
       this.#problems.push({ kind: "unreadable", reason });
     });
     const isWhole = this.#problems.length === 0 && this.#names.entries.size > 0;
-    if (isWhole && !this.#source.hasTrailer()) this.#problems.push({ kind: "cut-off" });
-    const { where, packing } = this.#source;
-    return { where, packing, names: this.#names, files: this.#files, problems: this.#problems };
+    const source = this.#source;
+    if (isWhole && !source.hasTrailer())
+      this.#problems.push({ kind: "cut-off", atByte: source.position() });
+    return {
+      where: source.where,
+      isFolder: source.isFolder === true,
+      packing: source.packing,
+      isOddlyPacked: source.isOddlyPacked?.() === true,
+      names: this.#names,
+      files: this.#files,
+      problems: this.#problems,
+    };
   }
 
   async #readMembers(withContent: boolean): Promise<void> {
@@ -11359,7 +11482,12 @@ class Look {
   async #readMember(member: TarMember, withContent: boolean): Promise<void> {
     const { entry } = member;
     const seen = withContent ? await this.#inspect(member) : await this.#readDocument(member);
-    this.#files.set(entry.name, { ...seen, bytes: this.#kept(entry.name, seen.bytes) });
+    this.#files.set(entry.name, {
+      entry: seen.entry,
+      isIntact: seen.isIntact,
+      bytes: this.#kept(entry.name, seen.bytes),
+      unpacked: seen.unpacked,
+    });
   }
 
   /** A file of which only documents count. */
@@ -11370,6 +11498,7 @@ class Look {
     const pieces: Buffer[] = [];
     for await (const piece of content()) {
       this.#checkStopped();
+      this.#budget.spend(piece.length);
       if (pieces.length === 0 && !mayBeDocument(entry, piece)) break;
       pieces.push(piece);
     }
@@ -11378,7 +11507,7 @@ class Look {
 
   /** A file that is hashed, and unpacked. */
   async #inspect({ entry, content }: TarMember): Promise<SeenFile> {
-    const inspection = new FileInspection(entry);
+    const inspection = new FileInspection(entry, this.#budget);
     for await (const piece of content()) {
       this.#checkStopped();
       await inspection.add(piece);
@@ -11432,15 +11561,18 @@ class FileInspection {
   readonly #claimed: string | undefined;
   readonly #algorithms: readonly string[];
   readonly #digests: Digests;
-  readonly #tar = new TarCheck();
+  readonly #budget: LookBudget;
+  readonly #tar: TarCheck;
   readonly #documentPieces: Buffer[] = [];
   #isDocument = false;
   #packing: Packing | undefined;
   #unpacking: LayerUnpacking | undefined;
   #readBytes = 0;
 
-  constructor(entry: TarEntry) {
+  constructor(entry: TarEntry, budget: LookBudget) {
     this.#entry = entry;
+    this.#budget = budget;
+    this.#tar = new TarCheck(budget);
     this.#claimed = digestInName(entry.name);
     this.#algorithms = [...new Set([algorithmOf(this.#claimed ?? "sha256:"), "sha256"])];
     this.#digests = new Digests(this.#algorithms);
@@ -11449,6 +11581,7 @@ class FileInspection {
   async add(piece: Buffer): Promise<void> {
     if (this.#readBytes === 0) this.#begin(piece);
     this.#readBytes += piece.length;
+    if (!this.isEndless()) this.#budget.spend(piece.length);
     this.#digests.update(piece);
     if (this.#isDocument) this.#documentPieces.push(piece);
     if (!this.#packing) this.#tar.push(piece);
@@ -11461,7 +11594,9 @@ class FileInspection {
   }
 
   async end() {
-    const digests = this.#digests.list();
+    const hashed = this.#digests.list();
+    // one string for both: a tar may have a hundred thousand files
+    const digests = hashed.map((digest) => (digest === this.#claimed ? this.#claimed : digest));
     const unpacked = (await this.#unpacking?.end()) ?? this.#asItIs(digests);
     return {
       entry: this.#entry,
@@ -11474,9 +11609,9 @@ class FileInspection {
   #begin(firstPiece: Buffer): void {
     this.#isDocument = mayBeDocument(this.#entry, firstPiece);
     this.#packing = packingOf(firstPiece);
-    const unpacker = this.#packing && unpackerFor(this.#packing);
+    const unpacker = this.#packing && unpackerFor(this.#packing, this.#entry.sizeBytes);
     if (this.#packing && unpacker)
-      this.#unpacking = new LayerUnpacking(this.#packing, unpacker, this.#algorithms);
+      this.#unpacking = new LayerUnpacking(this.#packing, unpacker, this.#algorithms, this.#budget);
   }
 
   /** What was not unpacked: it is plain, or compressed in a way that is not known here. */
@@ -11568,9 +11703,9 @@ class TarDocuments {
     this.base = base;
   }
 
-  /** What the tar as a whole is compressed with. */
-  get packing(): Packing | undefined {
-    return this.#contents.packing;
+  /** What it is as a whole. */
+  get form(): Pick<TarContents, "where" | "isFolder" | "packing" | "isOddlyPacked"> {
+    return this.#contents;
   }
 
   /** The bytes under a digest, where they have it. */
@@ -12119,8 +12254,11 @@ class PartCheck {
 /** docker's layer store is no deeper. */
 const MOST_DOCKER_LAYERS = 125;
 
-/** These take a tar that is compressed as a whole: gzip was tried, zstd was not. */
-const UNPACKS_GZIP: readonly TarLoader["program"][] = ["docker", "podman", "skopeo oci-archive"];
+/** These take a tar that is compressed as a whole. */
+const UNPACKS: Readonly<Partial<Record<Packing, readonly TarLoader["program"][]>>> = {
+  gzip: ["docker", "podman", "skopeo oci-archive"],
+  zstd: ["podman", "skopeo docker-archive", "skopeo oci-archive"],
+};
 
 class LoaderJudge {
   readonly #held: HeldImages;
@@ -12137,6 +12275,12 @@ class LoaderJudge {
     const { entries, listed } = this.#held;
     const ofArchive = this.#faultsOfArchive();
     const ofLayout = this.#faultsOfLayout();
+    if (this.#documents.form.isFolder)
+      return [
+        this.#verdict("podman", this.#faultsOfPodmanFolder(), { zstdSince: 4 }),
+        this.#verdict("skopeo oci", ofLayout, { needsName: entries.length > 1 }),
+      ];
+
     const isForPodman =
       this.#faultsOfPodmanArchive().length === 0 || this.#faultsOfPodmanLayout().length === 0;
     const ofPodman =
@@ -12168,9 +12312,9 @@ class LoaderJudge {
   }
 
   #faultsOfPacking(program: TarLoader["program"]): LoaderFault[] {
-    const { packing } = this.#documents;
+    const { packing, isOddlyPacked } = this.#documents.form;
     if (packing === undefined) return [];
-    const isUnpacked = packing === "gzip" && UNPACKS_GZIP.includes(program);
+    const isUnpacked = UNPACKS[packing]?.includes(program) === true && !isOddlyPacked;
     return isUnpacked ? [] : [{ kind: "compressed" }];
   }
 
@@ -12219,9 +12363,20 @@ class LoaderJudge {
   #faultsOfPodmanArchive(): LoaderFault[] {
     const { listed } = this.#held;
     if (listed.length === 0) return [{ kind: "no-manifest-json" }];
+    if (this.#documents.form.packing === "gzip") return [{ kind: "compressed" }];
     const faults = listed.flatMap((image) => this.#faultsOfImage(image));
     const ofLinks = this.#faultsOfLinks(listed.flatMap(namesOfParts), "1");
     return [...faults, ...this.#faultsOfTags(), ...ofLinks, ...this.#faultsOfNames()];
+  }
+
+  /** It calls the image after the folder. */
+  #faultsOfPodmanFolder(): LoaderFault[] {
+    const entry = path.resolve(this.#documents.form.where);
+    const isName = isReference(`localhost${entry}:latest`);
+    return [
+      ...this.#faultsOfPodmanLayout(),
+      ...(isName ? [] : [{ kind: "folder-name" as const, entry }]),
+    ];
   }
 
   #faultsOfPodmanLayout(): LoaderFault[] {
@@ -13437,6 +13592,7 @@ function formatTarReport(report: TarReport, isSigned: boolean): string {
 /** What keeps a program from a tar that is made for it; not that the tar is made for others. */
 const FAULT_WORDS: Readonly<Partial<Record<LoaderFault["kind"], string>>> = {
   "bad-name": "has a name that is none, or that has no tag",
+  "folder-name": "is a path that no image can be called after",
   compressed: "the tar is compressed as a whole",
   "rooted-names": "names begin with a slash",
   link: "is a link",
@@ -13464,7 +13620,7 @@ function formatRefusal({ program, reasons }: TarLoader): string[] {
 }
 
 function formatLoader({ program, needsName, sinceVersion }: TarLoader): string {
-  const place = needsName ? "FILE:NAME" : "FILE";
+  const place = `${program === "skopeo oci" ? "FOLDER" : "FILE"}${needsName ? ":NAME" : ""}`;
   const words = program.startsWith("skopeo") ? `${program}:${place}` : program;
   return sinceVersion === undefined ? words : `${words} from ${sinceVersion} on`;
 }

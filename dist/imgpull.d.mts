@@ -239,6 +239,7 @@ type TarProblem =
 /** The blocks that end a tar are not there. */
  | {
     kind: "cut-off";
+    atByte: number;
 } | {
     kind: "too-many-entries";
 } | {
@@ -335,7 +336,9 @@ interface LoaderFault {
     /** The tar as a whole: this program wants it plain. */
      | "compressed"
     /** Of its images one at least has no name by which this program finds it. */
-     | "no-name" | "several" | "bad-name" | "same-name"
+     | "no-name" | "several" | "bad-name"
+    /** podman calls the image of a folder after the folder's path. */
+     | "folder-name" | "same-name"
     /** A delta's base has the layer, but not on top of the same ones. */
      | "not-at-bottom" | "no-image" | "nested-index" | "partial-index" | "rooted-names" | "link"
     /** It unpacks the tar first, and fails at an entry that it cannot make a file of. */
@@ -350,7 +353,8 @@ interface LoaderFault {
 }
 /** Whether a program loads a tar. */
 interface TarLoader {
-    program: "docker" | "podman" | "ctr" | "skopeo docker-archive" | "skopeo oci-archive";
+    /** The last one is of folders. */
+    program: "docker" | "podman" | "ctr" | "skopeo docker-archive" | "skopeo oci-archive" | "skopeo oci";
     takes: boolean;
     /** The first version that does, where earlier ones do not. */
     sinceVersion?: number;

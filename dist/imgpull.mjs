@@ -2983,7 +2983,7 @@ var TarDecoder = class {
 			sizeBytes: isEmpty ? 0 : storedBytes,
 			type: isFolder ? "5" : type,
 			linkName,
-			...(attributes && {attributes})
+			attributes
 		}
 		if (type === "S") return this.#takeOldSparse(block, header)
 		return sparseForm ? this.#takePaxSparse(sparseForm, records, header) : header
@@ -3073,8 +3073,25 @@ async function* readPlace(handle, from, to) {
 		yield piece
 	}
 }
-var CUT_IN_HEADER = "it ends in the middle of a header"
-var CUT_IN_ENTRY = "it ends in the middle of an entry: it was cut off"
+var entryAt = (header, offset) => ({
+	name: resolveName(header.name),
+	isRooted: header.isRooted,
+	sizeBytes: header.sizeBytes,
+	type: header.type,
+	linkName: header.linkName,
+	holes: header.holes,
+	attributes: header.attributes,
+	offset
+})
+var cutWithin = (what, position) => `it ends at byte ${position}, in the middle of ${what}: it was cut off`
+function takeAt(decoder, bytes, position) {
+	try {
+		return decoder.take(bytes)
+	} catch (error) {
+		const isRefusal2 = error instanceof ImgpullError && error.code === "BAD_TAR"
+		throw isRefusal2 ? new ImgpullError("BAD_TAR", `${error.message}, at byte ${position}`) : error
+	}
+}
 async function* readTar(handle, where, decoder = new TarDecoder()) {
 	const {size} = await handle.stat()
 	let ahead = Buffer.alloc(0)
@@ -3090,12 +3107,12 @@ async function* readTar(handle, where, decoder = new TarDecoder()) {
 		for (let position = 0; position < size && !decoder.isAtEnd; ) {
 			const wantedBytes = decoder.wantedBytes
 			const bytes = await read(position, wantedBytes)
-			if (bytes.length < wantedBytes) refuseTar(CUT_IN_HEADER)
+			if (bytes.length < wantedBytes) refuseTar(cutWithin("a header", size))
+			const header = takeAt(decoder, bytes, position)
 			position += wantedBytes
-			const header = decoder.take(bytes)
 			if (!header) continue
-			if (position + header.sizeBytes > size) refuseTar(CUT_IN_ENTRY)
-			yield {...header, name: resolveName(header.name), offset: position}
+			if (position + header.sizeBytes > size) refuseTar(cutWithin(resolveName(header.name), size))
+			yield entryAt(header, position)
 			position += header.sizeBytes + paddingOf(header.sizeBytes)
 		}
 	} catch (error) {
@@ -3155,6 +3172,7 @@ var PACKING_MAGIC = [
 	["xz", /^fd377a585a00/],
 	["bzip2", /^425a68/]
 ]
+var ZSTD_FRAME = 40
 function packingOf(bytes) {
 	const hex = bytes.toString("hex", 0, 6)
 	return PACKING_MAGIC.find(([, magic]) => magic.test(hex))?.[0]
@@ -3217,7 +3235,7 @@ function problemWords(problem) {
 		case "unreadable":
 			return problem.reason
 		case "cut-off":
-			return "its end is missing: it was cut off"
+			return `its end is missing: it was cut off at byte ${problem.atByte}`
 		case "too-many-entries":
 			return `it has more than ${LIMITS.tarEntries} entries, or too long names`
 		case "too-many-references":
@@ -6467,6 +6485,8 @@ function openFile(where, handle, sizeBytes) {
 		where,
 		isSeekable: true,
 		sizeBytes,
+		readBytes: () => sizeBytes,
+		position: () => sizeBytes,
 		hasTrailer: () => decoder.hasTrailer,
 		members,
 		close: () => handle.close()
@@ -6494,10 +6514,14 @@ async function openFolder(folder) {
 	async function* members() {
 		for (const entry of entries) yield {entry, content: () => contentOf(entry)}
 	}
+	const sizeOfAll = sumOf(entries, ({sizeBytes}) => sizeBytes)
 	return {
 		where: folder,
 		isSeekable: true,
-		sizeBytes: sumOf(entries, ({sizeBytes}) => sizeBytes),
+		isFolder: true,
+		sizeBytes: sizeOfAll,
+		readBytes: () => sizeOfAll,
+		position: () => sizeOfAll,
 		hasTrailer: () => true,
 		members,
 		close: async () => void 0
@@ -6507,24 +6531,30 @@ async function openStream(where, stream, signal) {
 	if (signal) addAbortSignal(signal, stream)
 	const decoder = new TarDecoder()
 	const packed = new ByteReader(stream)
-	const packing = packingOf(await packed.peek(BLOCK))
+	const beginning = await packed.peek(BLOCK)
+	const packing = packingOf(beginning)
+	const isSkippable = packing === "zstd" && beginning[0] !== ZSTD_FRAME
 	const unpacker = packing && unpackerFor(packing)
 	if (packing && !unpacker) fail("BAD_TAR", `${where}: it is compressed (${packing}), which cannot be read here`)
-	const bytes = unpacker ? new ByteReader(unpackWhole(packed, unpacker)) : packed
+	const bytes = unpacker ? new ByteReader(unpackWhole(packed, packing, unpacker)) : packed
+	async function* contentUntil(end, name) {
+		yield* bytes.piecesUntil(end)
+		if (bytes.position < end) refuseTar(cutWithin(name, bytes.position))
+	}
 	async function* members() {
 		while (!decoder.isAtEnd) {
 			const {wantedBytes} = decoder
 			const block = await bytes.read(wantedBytes)
 			if (block.length === 0) break
-			if (block.length < wantedBytes) refuseTar(CUT_IN_HEADER)
-			const header = decoder.take(block)
+			if (block.length < wantedBytes) refuseTar(cutWithin("a header", bytes.position))
+			const header = takeAt(decoder, block, bytes.position - wantedBytes)
 			if (!header) continue
 			const offset = bytes.position
 			const end = offset + header.sizeBytes
-			const entry = {...header, name: resolveName(header.name), offset}
-			yield {entry, content: () => fillHoles(bytes.piecesUntil(end), header.holes)}
+			const entry = entryAt(header, offset)
+			yield {entry, content: () => fillHoles(contentUntil(end, entry.name), header.holes)}
 			await bytes.skipTo(end)
-			if (bytes.position < end) refuseTar(CUT_IN_ENTRY)
+			if (bytes.position < end) refuseTar(cutWithin(entry.name, bytes.position))
 			await bytes.skipTo(end + paddingOf(end))
 		}
 		await bytes.skipTo(NEVER)
@@ -6534,6 +6564,9 @@ async function openStream(where, stream, signal) {
 		isSeekable: false,
 		sizeBytes: void 0,
 		packing,
+		isOddlyPacked: () => isSkippable || (unpacker !== void 0 && unpacker.bytesWritten < packed.position),
+		readBytes: () => packed.position,
+		position: () => bytes.position,
 		hasTrailer: () => decoder.hasTrailer,
 		members,
 		close: async () => {
@@ -6599,9 +6632,10 @@ async function* fillHoles(stored, holes) {
 	}
 }
 var lengthOfEntry = ({holes, sizeBytes}) => holes?.realBytes ?? sizeBytes
-function unpackerFor(packing) {
+function unpackerFor(packing, packedBytes = NEVER) {
 	const {createGunzip, createZstdDecompress} = load("node:zlib")
-	const options = {chunkSize: TUNING.unpackBytes}
+	const isSmall = packedBytes < TUNING.headerReadBytes
+	const options = {chunkSize: isSmall ? TUNING.unpackBytes / 16 : TUNING.unpackBytes}
 	if (packing === "gzip") return createGunzip?.(options)
 	if (packing === "zstd") return createZstdDecompress?.(options)
 	return void 0
@@ -6609,7 +6643,19 @@ function unpackerFor(packing) {
 var isUnpackError = error => errorCodeOf(error).startsWith("Z")
 var isEndless = (unpackedBytes, packedBytes) =>
 	unpackedBytes > LIMITS.unpackFactor * packedBytes + LIMITS.unpackFloorBytes
-async function* unpackWhole(packed, unpacker) {
+var LookBudget = class {
+	#readBytes
+	#spentBytes = 0
+	constructor({readBytes}) {
+		this.#readBytes = readBytes
+	}
+	spend(bytes) {
+		this.#spentBytes += bytes
+		if (isEndless(this.#spentBytes, this.#readBytes()))
+			refuseTar(`its files unpack, all together, to more than ${LIMITS.unpackFactor} times its size`)
+	}
+}
+async function* unpackWhole(packed, packing, unpacker) {
 	const feeding = pipeline(packed.piecesUntil(NEVER), unpacker).catch(ignore)
 	let unpackedBytes = 0
 	try {
@@ -6619,12 +6665,11 @@ async function* unpackWhole(packed, unpacker) {
 				refuseTar(`it unpacks to more than ${LIMITS.unpackFactor} times its size`)
 			yield chunk
 		}
+		if (packing === "zstd" && unpacker.bytesWritten < packed.position)
+			refuseTar("bytes follow its first zstd frame, which this Node does not read (nodejs/node#64741)")
 	} catch (error) {
-		throw isUnpackError(error)
-			? new ImgpullError("BAD_TAR", "its compression is damaged, or it was cut off", {
-					cause: error
-				})
-			: error
+		const words = `its compression is damaged, or it was cut off, near byte ${unpacker.bytesWritten}`
+		throw isUnpackError(error) ? new ImgpullError("BAD_TAR", words, {cause: error}) : error
 	} finally {
 		unpacker.destroy()
 		await feeding
@@ -6709,7 +6754,11 @@ var UnpackTrial = class {
 	odd
 	#paths = new PathTable()
 	#targets = /* @__PURE__ */ new Map()
+	#budget
 	#targetBytes = 0
+	constructor(budget) {
+		this.#budget = budget
+	}
 	take(header) {
 		if (this.odd?.kind === "odd-path") return
 		const kind = this.#kindOf(header)
@@ -6730,12 +6779,17 @@ var UnpackTrial = class {
 		const kinds = [ofFolder, ofEntry, isTwice ? "path-twice" : void 0]
 		return kinds.find(kind => kind === "odd-path") ?? kinds.find(kind => kind)
 	}
+	#foldersOf(place) {
+		const parts = place.split("/")
+		this.#budget.spend(place.length * parts.length)
+		return parts.map((_, at) => parts.slice(0, at + 1).join("/"))
+	}
 	#standsAt(place) {
 		return place === "" ? FOLDER : this.#paths.get(place) & ~ENTERED
 	}
 	#follow(given) {
 		let place = given
-		for (let steps = 0; steps < 40; steps += 1) {
+		for (let steps = 0; steps < 40 && place.length <= LIMITS.unpackedPathBytes; steps += 1) {
 			const link = this.#targets.size > 0 ? this.#firstLink(place) : void 0
 			if (link === void 0) return place
 			const target = this.#targets.get(link) ?? ""
@@ -6746,12 +6800,12 @@ var UnpackTrial = class {
 	}
 	#firstLink(place) {
 		if (this.#standsAt(place) === FOLDER) return void 0
-		return foldersOf(place).find(each => this.#standsAt(each) === LINK)
+		return this.#foldersOf(place).find(each => this.#standsAt(each) === LINK)
 	}
 	#enterFolder(folder, isBehindLink) {
 		const stands = this.#standsAt(folder)
 		if (stands === FOLDER) return void 0
-		const folders = foldersOf(folder)
+		const folders = this.#foldersOf(folder)
 		const isBelowFile = folders.some(each => this.#standsAt(each) === FILE)
 		const isBelowGone = folders.some(each => this.#standsAt(each) === GONE)
 		for (const each of folders) this.#paths.set(each, (this.#paths.get(each) & ENTERED) | FOLDER)
@@ -6789,17 +6843,17 @@ var UnpackTrial = class {
 		return targetPlace !== place && [FILE, LINK].includes(this.#standsAt(targetPlace))
 	}
 }
-function foldersOf(place) {
-	const parts = place.split("/")
-	return parts.map((_, at) => parts.slice(0, at + 1).join("/"))
-}
 var TarCheck = class {
 	#decoder = new TarDecoder()
-	#trial = new UnpackTrial()
+	#budget
+	#trial
 	#block = Buffer.alloc(0)
 	#contentBytes = 0
 	#paddingBytes = 0
 	#isBroken = false
+	constructor(budget) {
+		this.#budget = budget
+	}
 	push(chunk) {
 		let at = 0
 		while (at < chunk.length && !this.#isBroken && !this.#decoder.isAtEnd) {
@@ -6811,7 +6865,8 @@ var TarCheck = class {
 		return !this.#isBroken && this.#contentBytes === 0 && this.#block.length === 0
 	}
 	odd() {
-		if (this.#trial.odd || this.#decoder.globalHeaders < 2) return this.#trial.odd
+		const odd = this.#trial?.odd
+		if (odd || this.#decoder.globalHeaders < 2) return odd
 		return {kind: "path-twice", path: "pax_global_header"}
 	}
 	#passOver(availableBytes) {
@@ -6829,17 +6884,22 @@ var TarCheck = class {
 		return piece.length
 	}
 	#takeBlock() {
-		const block = this.#block
+		const header = this.#decode()
 		this.#block = Buffer.alloc(0)
+		this.#contentBytes = header?.sizeBytes ?? 0
+		this.#paddingBytes = paddingOf(this.#contentBytes)
+		if (!header) return
+		this.#isBroken = !UNPACKED_TYPES.includes(header.type)
+		this.#trial ??= new UnpackTrial(this.#budget)
+		this.#trial.take(header)
+	}
+	#decode() {
 		try {
-			const header = this.#decoder.take(block)
-			this.#isBroken = header !== void 0 && !UNPACKED_TYPES.includes(header.type)
-			if (header) this.#trial.take(header)
-			this.#contentBytes = header?.sizeBytes ?? 0
-			this.#paddingBytes = paddingOf(this.#contentBytes)
+			return this.#decoder.take(this.#block)
 		} catch (error) {
 			if (!(error instanceof ImgpullError)) throw error
 			this.#isBroken = true
+			return void 0
 		}
 	}
 }
@@ -6847,16 +6907,20 @@ var LayerUnpacking = class {
 	#packing
 	#unpacker
 	#digests
-	#tar = new TarCheck()
+	#budget
+	#tar
 	#reading
 	#packedBytes = 0
 	#isOver = false
-	constructor(packing, unpacker, algorithms) {
+	constructor(packing, unpacker, algorithms, budget) {
 		this.#packing = packing
 		this.#unpacker = unpacker
 		this.#digests = new Digests(algorithms)
+		this.#budget = budget
+		this.#tar = new TarCheck(budget)
 		unpacker.on("error", ignore)
 		this.#reading = this.#read()
+		this.#reading.catch(ignore)
 	}
 	async write(piece) {
 		this.#packedBytes += piece.length
@@ -6879,10 +6943,11 @@ var LayerUnpacking = class {
 		let unpackedBytes = 0
 		try {
 			for await (const chunk of this.#unpacker) {
-				this.#digests.update(chunk)
-				this.#tar.push(chunk)
 				unpackedBytes += chunk.length
 				if (isEndless(unpackedBytes, this.#packedBytes)) return "endless"
+				this.#budget.spend(chunk.length)
+				this.#digests.update(chunk)
+				this.#tar.push(chunk)
 			}
 			return "whole"
 		} catch (error) {
@@ -6896,6 +6961,7 @@ var LayerUnpacking = class {
 var DOCUMENT_NAMES = ["index.json", "manifest.json", "oci-layout"]
 var Look = class {
 	#source
+	#budget
 	#options
 	#names = new TarNames()
 	#files = /* @__PURE__ */ new Map()
@@ -6905,6 +6971,7 @@ var Look = class {
 	#doneBytes = 0
 	constructor(source, options) {
 		this.#source = source
+		this.#budget = new LookBudget(source)
 		this.#options = options
 	}
 	async run(withContent) {
@@ -6914,9 +6981,17 @@ var Look = class {
 			this.#problems.push({kind: "unreadable", reason})
 		})
 		const isWhole = this.#problems.length === 0 && this.#names.entries.size > 0
-		if (isWhole && !this.#source.hasTrailer()) this.#problems.push({kind: "cut-off"})
-		const {where, packing} = this.#source
-		return {where, packing, names: this.#names, files: this.#files, problems: this.#problems}
+		const source = this.#source
+		if (isWhole && !source.hasTrailer()) this.#problems.push({kind: "cut-off", atByte: source.position()})
+		return {
+			where: source.where,
+			isFolder: source.isFolder === true,
+			packing: source.packing,
+			isOddlyPacked: source.isOddlyPacked?.() === true,
+			names: this.#names,
+			files: this.#files,
+			problems: this.#problems
+		}
 	}
 	async #readMembers(withContent) {
 		const lanes = this.#source.isSeekable ? TUNING.unpackLanes : 1
@@ -6942,7 +7017,12 @@ var Look = class {
 	async #readMember(member, withContent) {
 		const {entry} = member
 		const seen = withContent ? await this.#inspect(member) : await this.#readDocument(member)
-		this.#files.set(entry.name, {...seen, bytes: this.#kept(entry.name, seen.bytes)})
+		this.#files.set(entry.name, {
+			entry: seen.entry,
+			isIntact: seen.isIntact,
+			bytes: this.#kept(entry.name, seen.bytes),
+			unpacked: seen.unpacked
+		})
 	}
 	async #readDocument({entry, content}) {
 		const seen = {entry, isIntact: true, unpacked: void 0}
@@ -6950,13 +7030,14 @@ var Look = class {
 		const pieces = []
 		for await (const piece of content()) {
 			this.#checkStopped()
+			this.#budget.spend(piece.length)
 			if (pieces.length === 0 && !mayBeDocument(entry, piece)) break
 			pieces.push(piece)
 		}
 		return {...seen, bytes: joinedDocument(pieces)}
 	}
 	async #inspect({entry, content}) {
-		const inspection = new FileInspection(entry)
+		const inspection = new FileInspection(entry, this.#budget)
 		for await (const piece of content()) {
 			this.#checkStopped()
 			await inspection.add(piece)
@@ -6997,14 +7078,17 @@ var FileInspection = class {
 	#claimed
 	#algorithms
 	#digests
-	#tar = new TarCheck()
+	#budget
+	#tar
 	#documentPieces = []
 	#isDocument = false
 	#packing
 	#unpacking
 	#readBytes = 0
-	constructor(entry) {
+	constructor(entry, budget) {
 		this.#entry = entry
+		this.#budget = budget
+		this.#tar = new TarCheck(budget)
 		this.#claimed = digestInName(entry.name)
 		this.#algorithms = [.../* @__PURE__ */ new Set([algorithmOf(this.#claimed ?? "sha256:"), "sha256"])]
 		this.#digests = new Digests(this.#algorithms)
@@ -7012,6 +7096,7 @@ var FileInspection = class {
 	async add(piece) {
 		if (this.#readBytes === 0) this.#begin(piece)
 		this.#readBytes += piece.length
+		if (!this.isEndless()) this.#budget.spend(piece.length)
 		this.#digests.update(piece)
 		if (this.#isDocument) this.#documentPieces.push(piece)
 		if (!this.#packing) this.#tar.push(piece)
@@ -7021,7 +7106,8 @@ var FileInspection = class {
 		return isEndless(this.#readBytes, this.#entry.sizeBytes)
 	}
 	async end() {
-		const digests = this.#digests.list()
+		const hashed = this.#digests.list()
+		const digests = hashed.map(digest => (digest === this.#claimed ? this.#claimed : digest))
 		const unpacked = (await this.#unpacking?.end()) ?? this.#asItIs(digests)
 		return {
 			entry: this.#entry,
@@ -7033,8 +7119,9 @@ var FileInspection = class {
 	#begin(firstPiece) {
 		this.#isDocument = mayBeDocument(this.#entry, firstPiece)
 		this.#packing = packingOf(firstPiece)
-		const unpacker = this.#packing && unpackerFor(this.#packing)
-		if (this.#packing && unpacker) this.#unpacking = new LayerUnpacking(this.#packing, unpacker, this.#algorithms)
+		const unpacker = this.#packing && unpackerFor(this.#packing, this.#entry.sizeBytes)
+		if (this.#packing && unpacker)
+			this.#unpacking = new LayerUnpacking(this.#packing, unpacker, this.#algorithms, this.#budget)
 	}
 	#asItIs(digests) {
 		const outcome = this.#packing ? "not-unpacked" : "whole"
@@ -7084,8 +7171,8 @@ var TarDocuments = class {
 		this.#contents = contents
 		this.base = base
 	}
-	get packing() {
-		return this.#contents.packing
+	get form() {
+		return this.#contents
 	}
 	bytes(digest) {
 		const seen = this.file(blobPath(digest))
@@ -7452,7 +7539,10 @@ var PartCheck = class {
 	}
 }
 var MOST_DOCKER_LAYERS = 125
-var UNPACKS_GZIP = ["docker", "podman", "skopeo oci-archive"]
+var UNPACKS = {
+	gzip: ["docker", "podman", "skopeo oci-archive"],
+	zstd: ["podman", "skopeo docker-archive", "skopeo oci-archive"]
+}
 var LoaderJudge = class {
 	#held
 	#documents
@@ -7466,6 +7556,11 @@ var LoaderJudge = class {
 		const {entries, listed} = this.#held
 		const ofArchive = this.#faultsOfArchive()
 		const ofLayout = this.#faultsOfLayout()
+		if (this.#documents.form.isFolder)
+			return [
+				this.#verdict("podman", this.#faultsOfPodmanFolder(), {zstdSince: 4}),
+				this.#verdict("skopeo oci", ofLayout, {needsName: entries.length > 1})
+			]
 		const isForPodman = this.#faultsOfPodmanArchive().length === 0 || this.#faultsOfPodmanLayout().length === 0
 		const ofPodman = listed.length > 0 ? this.#faultsOfPodmanArchive() : this.#faultsOfPodmanLayout()
 		return [
@@ -7489,9 +7584,9 @@ var LoaderJudge = class {
 		}
 	}
 	#faultsOfPacking(program) {
-		const {packing} = this.#documents
+		const {packing, isOddlyPacked} = this.#documents.form
 		if (packing === void 0) return []
-		const isUnpacked = packing === "gzip" && UNPACKS_GZIP.includes(program)
+		const isUnpacked = UNPACKS[packing]?.includes(program) === true && !isOddlyPacked
 		return isUnpacked ? [] : [{kind: "compressed"}]
 	}
 	#hasZstd() {
@@ -7529,9 +7624,15 @@ var LoaderJudge = class {
 	#faultsOfPodmanArchive() {
 		const {listed} = this.#held
 		if (listed.length === 0) return [{kind: "no-manifest-json"}]
+		if (this.#documents.form.packing === "gzip") return [{kind: "compressed"}]
 		const faults = listed.flatMap(image => this.#faultsOfImage(image))
 		const ofLinks = this.#faultsOfLinks(listed.flatMap(namesOfParts), "1")
 		return [...faults, ...this.#faultsOfTags(), ...ofLinks, ...this.#faultsOfNames()]
+	}
+	#faultsOfPodmanFolder() {
+		const entry = path.resolve(this.#documents.form.where)
+		const isName = isReference(`localhost${entry}:latest`)
+		return [...this.#faultsOfPodmanLayout(), ...(isName ? [] : [{kind: "folder-name", entry}])]
 	}
 	#faultsOfPodmanLayout() {
 		const {entries, isLayout} = this.#held
@@ -8054,6 +8155,7 @@ function parseLists(option, typed) {
 }
 var FAULT_WORDS = {
 	"bad-name": "has a name that is none, or that has no tag",
+	"folder-name": "is a path that no image can be called after",
 	compressed: "the tar is compressed as a whole",
 	"rooted-names": "names begin with a slash",
 	link: "is a link",

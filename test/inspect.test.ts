@@ -5,6 +5,7 @@ import { spawn, spawnSync } from "node:child_process";
 import { once } from "node:events";
 import {
   closeSync,
+  cpSync,
   ftruncateSync,
   mkdirSync,
   openSync,
@@ -14,6 +15,7 @@ import {
   writeFileSync,
   writeSync,
 } from "node:fs";
+import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, before, test } from "node:test";
 import { setTimeout as delay } from "node:timers/promises";
@@ -635,8 +637,44 @@ test("a tar that was cut off, anywhere", async () => {
     truncateSync(file, length);
     const { exitCode, stderr } = await runMain(["--verify", file]);
     assert.equal(exitCode, 1, `${length} of ${tar.length}`);
-    assert.match(stderr, /cut off|middle of|missing|holds no image/, stderr);
+    const place = new RegExp(`(ends at|cut off at) byte ${length}\\b`);
+    assert.match(stderr, length === 0 ? /holds no image/ : place);
+
+    const piped = await runCommand(["--verify", "-"], { stdin: tar.subarray(0, length) });
+    assert.equal(piped.exitCode, 1);
+    assert.equal(piped.stderr, stderr.replaceAll(`${file}:`, "-:"));
   }
+});
+
+test("what is wrong is said with its place: a header, what a header says, the end", async () => {
+  const entries = ociArchive([makeImage({ seed: "places" })]);
+  const tar = tarOf(entries);
+  const [, , third] = readTar(tar);
+  const at = third?.headerOffset ?? 0;
+  const badSum = flipped(tar, at + 20);
+  const badTime = tarOf([
+    ["first", "x"],
+    ["second", { raw: rawEntry({ name: "second", pax: { mtime: "soon" } }) }],
+  ]);
+  const goesOn = Buffer.concat([tar.subarray(0, -512), tar.subarray(0, 512)]);
+  const cases: [Buffer, RegExp][] = [
+    [badSum, new RegExp(`a header's checksum\\), at byte ${at}\\n`)],
+    [badTime, /a pax record is malformed, at byte 1536\n/],
+    [
+      goesOn,
+      new RegExp(`goes on after the block of zeros that ends it, at byte ${tar.length - 512}\\n`),
+    ],
+    [tar.subarray(0, at + 3), new RegExp(`ends at byte ${at + 3}, in the middle of a header`)],
+    [tar.subarray(0, -1024), new RegExp(`cut off at byte ${tar.length - 1024}\\n`)],
+    [Buffer.from("no tar".repeat(99)), /not a tar.*, at byte 0\n/],
+  ];
+  for (const [bytes, says] of cases) {
+    await fails(fileOf(bytes), says);
+    await fails(fileOf(zlib.gzipSync(bytes)), says);
+  }
+  const layer = third?.name ?? "";
+  const within = tar.subarray(0, (third?.offset ?? 0) + 5);
+  await fails(fileOf(within), `in the middle of ${layer}: it was cut off`);
 });
 
 test("any entry taken out: exit 1, and it is named", async () => {
@@ -1123,16 +1161,17 @@ type Form = Readonly<{ bytes: Buffer; loads: string }>;
 const GZIP_LOADS = `loads in docker, podman, skopeo oci-archive:FILE
 not in ctr: the tar is compressed as a whole
 not in skopeo docker-archive: the tar is compressed as a whole`;
-const ZSTD_LOADS = [
-  "loads in no program that is known here",
-  ...["docker", "podman", "ctr", "skopeo docker-archive", "skopeo oci-archive"].map(
-    (program) => `not in ${program}: the tar is compressed as a whole`,
-  ),
-].join("\n");
+const ZSTD_LOADS = `loads in podman, skopeo docker-archive:FILE, skopeo oci-archive:FILE
+not in docker: the tar is compressed as a whole
+not in ctr: the tar is compressed as a whole`;
+const FOLDER_LOADS = "loads in podman, skopeo oci:FOLDER";
+const CAPITALS_LOADS = (folder: string) => `loads in skopeo oci:FOLDER
+not in podman: ${folder} is a path that no image can be called after`;
 
 async function formsOf(image: TestImage, tag: string) {
   const tar = readFileSync(await pull(image, tag));
-  const folderForm = join(temporaryFolder(scope), "layout");
+  const folderForm = join(tmpdir(), `imgpull-layout-${process.pid}`, tag); // all in small letters
+  scope.after(() => rmSync(join(folderForm, ".."), { recursive: true, force: true }));
   for (const [name, bytes] of filesOf(tar)) {
     mkdirSync(join(folderForm, name, ".."), { recursive: true });
     writeFileSync(join(folderForm, name), bytes);
@@ -1149,7 +1188,11 @@ test("through gzip and zstd, from stdin, as a folder, from a pipe with a name: t
   const [counts, loads = ""] = plain.trimEnd().split(/\n(?=loads in )/);
   const rows = await list(fileOf(tar));
 
-  assert.equal((await passes(folderForm)).replace(/^.*?: /, ""), plain);
+  assert.equal((await passes(folderForm)).replace(/^.*?: /, ""), `${counts}\n${FOLDER_LOADS}\n`);
+  const capitals = join(folderForm, "..", "Layout");
+  cpSync(folderForm, capitals, { recursive: true });
+  const ofCapitals = `${counts}\n${CAPITALS_LOADS(capitals)}\n`;
+  assert.equal((await passes(capitals)).replace(/^.*?: /, ""), ofCapitals);
   assert.deepEqual(await list(folderForm), rows);
   const pipe = join(temporaryFolder(scope), "pipe");
   assert.equal(spawnSync("mkfifo", [pipe]).status, 0);
@@ -1390,11 +1433,52 @@ test("what Go reads otherwise than GNU's tar, or not at all, is refused", async 
 
 // ====== Bounds ======
 
-/** Says at its end how much memory the command had. The binaries take no options of Node's. */
+/**
+ * Says at its end how much memory the command had: maxRSS begins with what the process had that
+ * forked it. The binaries take no options of Node's.
+ */
 const TELL_MEMORY = `process.on("exit", () => {
-  require("node:fs").writeSync(2, "peak " + process.resourceUsage().maxRSS + " KiB\\n");
+  const { readFileSync, writeSync } = require("node:fs");
+  const status = process.platform === "linux" ? String(readFileSync("/proc/self/status")) : "";
+  const [, peak = process.resourceUsage().maxRSS] = /VmHWM:\\s+(\\d+)/.exec(status) ?? [];
+  writeSync(2, "peak " + peak + " KiB\\n");
 });
 `;
+
+/** Old GNU's sparse file: one hole. */
+const holeEntry = (name: string, bytes: number): Buffer =>
+  rawEntry({
+    name,
+    type: "S",
+    edit: (header) => {
+      const size = `${bytes.toString(8).padStart(11, "0")}\0`;
+      header.write("ustar  \0", 257);
+      header.write(`${size}00000000000\0`, 386);
+      header.write(size, 483);
+    },
+  });
+
+test("what only all files of a tar together come to is bounded too", async () => {
+  const holes = Array.from({ length: 1000 }, (_, at) =>
+    holeEntry(`blobs/sha256/${at.toString(16).padStart(64, "0")}`, 900 * 2 ** 20),
+  );
+  await fails(
+    fileOf(Buffer.concat(holes)),
+    /: its files unpack, all together, to more than 1000 times/,
+  );
+
+  const documents = Array.from({ length: 2000 }, (_, at) => holeEntry(`${at}`, 15 * 2 ** 20));
+  const index = rawEntry({ name: "index.json", content: "{}" });
+  const listed = await runMain(["--list-tar", fileOf(Buffer.concat([index, ...documents]))]);
+  assert.equal(listed.exitCode, 1);
+
+  const deep = "a/".repeat(1900);
+  const paths = Array.from({ length: 2000 }, (_, at) =>
+    rawEntry({ name: "x", pax: { path: `${at}/${deep}x` } }),
+  );
+  const layer = zlib.gzipSync(Buffer.concat(paths), { level: 9 });
+  await fails(fileOf(tarOf([[blobName(digestOf(layer)), layer]])), /all together/);
+});
 
 async function boundedBy(name: string, tar: Buffer, seconds: number): Promise<string> {
   const file = fileOf(tar);
@@ -1475,6 +1559,12 @@ test("tars that are made to cost much: read once, in bounded memory, or refused 
     await boundedBy("names", Buffer.concat(targets.flatMap((each) => [each, header512("x")])), 20),
     /more than 200000 entries, or too long names/,
   );
+  const tiny = Array.from({ length: 190_000 }, (_, at) => {
+    const content = `{"a":${at}}`;
+    return [header512(blobName(digestOf(content)), content.length), content.padEnd(512, "\0")];
+  });
+  const blobs = Buffer.concat(tiny.flat().map((each) => Buffer.from(each as string)));
+  assert.match(await boundedBy("tiny blobs", blobs, 120), /cut off at byte 194560000/);
   const wide = `[${"{},".repeat(5_000_000)}{}]`;
   assert.match(
     await boundedBy("wide", tarOf([["manifest.json", wide]]), 20),
@@ -1482,7 +1572,8 @@ test("tars that are made to cost much: read once, in bounded memory, or refused 
   );
 });
 
-const header512 = (name: string): Buffer => writeTar([[name, Buffer.alloc(0)]]).subarray(0, 512);
+const header512 = (name: string, sizeBytes = 0): Buffer =>
+  writeTar([[name, Buffer.alloc(sizeBytes)]]).subarray(0, 512);
 
 /** The extended header that gives the entry after it a name. */
 const withPath = (name: string): Buffer =>

@@ -2,10 +2,11 @@
 // of one that refuses.
 import assert from "node:assert/strict";
 import { spawnSync } from "node:child_process";
-import { rmSync, writeFileSync } from "node:fs";
+import { mkdirSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, before, describe, test } from "node:test";
-import { gzipSync } from "node:zlib";
+import * as zlib from "node:zlib";
 import {
   craneTar,
   type Entry,
@@ -39,6 +40,7 @@ import {
   HOST_ARCHITECTURE,
   interopFolder,
   makePodman,
+  type Podman,
   skipWithout,
   skopeo,
   startContainerd,
@@ -50,6 +52,7 @@ import { blobName } from "./support/pull.ts";
 const skip = skipWithout("dockerd", "docker", "containerd", "ctr", "podman", "skopeo");
 const platform = `linux/${HOST_ARCHITECTURE}`;
 const NAME = "docker.io/team/app:1.0";
+const hasZstd = "createZstdDecompress" in zlib;
 
 // ====== Hand-made tars ======
 
@@ -365,14 +368,18 @@ export const TARS: Record<string, () => Entry[]> = {
     both(imageOf("zeros", withBytes(layer, Buffer.concat([layer.bytes, Buffer.alloc(512)])))),
   "gzip of two members": () => {
     const tar = someTar;
-    const bytes = Buffer.concat([gzipSync(tar.subarray(0, 700)), gzipSync(tar.subarray(700))]);
+    const bytes = Buffer.concat([
+      zlib.gzipSync(tar.subarray(0, 700)),
+      zlib.gzipSync(tar.subarray(700)),
+    ]);
     return both(imageOf("members", textLayer(MEDIA.ociGzip, bytes, tar)));
   },
   "no tar, plain": () => both(imageOf("text", textLayer(MEDIA.ociTar, noTar))),
-  "no tar, gzip": () => both(imageOf("text", textLayer(MEDIA.ociGzip, gzipSync(noTar), noTar))),
+  "no tar, gzip": () =>
+    both(imageOf("text", textLayer(MEDIA.ociGzip, zlib.gzipSync(noTar), noTar))),
   "an empty layer": () => both(imageOf("empty", textLayer(MEDIA.ociTar, Buffer.alloc(0)))),
   "an empty layer, gzip": () =>
-    both(imageOf("empty", textLayer(MEDIA.ociGzip, gzipSync(""), Buffer.alloc(0)))),
+    both(imageOf("empty", textLayer(MEDIA.ociGzip, zlib.gzipSync(""), Buffer.alloc(0)))),
   "two blocks of zeros": () => both(imageOf("blocks", textLayer(MEDIA.ociTar, Buffer.alloc(1024)))),
   "a layer without its end": () =>
     both(imageOf("cut", textLayer(MEDIA.ociTar, someTar.subarray(0, 1024)))),
@@ -603,12 +610,13 @@ type Loads = (tar: string, named: Named) => Promise<unknown>;
 describe("interop: what --verify says of loaders", { skip }, () => {
   let containerd: Containerd;
   let docker: Docker;
+  let podman: Podman;
   let loaders: Record<string, Loads>;
 
   before(async () => {
     containerd = await startContainerd();
     docker = await startDocker(containerd);
-    const podman = makePodman();
+    podman = makePodman();
     const copy = async (kind: string, tar: string, names: string[], isByName: boolean) => {
       const folder = interopFolder("copied");
       const source = isByName ? `${kind}:${tar}:${names[0] ?? ""}` : `${kind}:${tar}`;
@@ -655,26 +663,86 @@ describe("interop: what --verify says of loaders", { skip }, () => {
     }
   }
 
+  /** What is said of a tar or folder beside what is so. */
+  async function compare(name: string, source: string, named: Named, programs = loaders) {
+    const { stdout, stderr } = await runMain(["--verify", source]);
+    const [, said = ""] = /\nloads in (.*)/.exec(String(stdout)) ?? [];
+    const findings = { falselySaid: [] as string[], notSaid: [] as string[] };
+    const tries = Object.entries(programs).map(async ([loader, load]) => {
+      const isHere = (word: string) =>
+        [word, word.replace(/:.*/, "")].includes(loader) && !word.includes("from 23 on");
+      const isSaid = said.replaceAll(" from 4 on", "").split(", ").some(isHere);
+      const refusal = await refusalOf(load, source, named);
+      if (isSaid && refusal !== undefined)
+        findings.falselySaid.push(`${name}: ${loader}: ${refusal}`);
+      if (!isSaid && refusal === undefined) findings.notSaid.push(`${name}: ${loader} ${stderr}`);
+    });
+    await Promise.all(tries);
+    return findings;
+  }
+
   test("over hand-made tars, no loader refuses that is said to take it; and few take what is not said", async (t) => {
-    const file = join(interopFolder("made"), "made.tar");
+    const tar = join(interopFolder("made"), "made.tar");
     const falselySaid: string[] = [];
-    const notSaid: string[] = [];
     for (const [name, make] of Object.entries(TARS)) {
       const entries = make();
-      writeFileSync(file, tarOf(entries));
-      const { stdout, stderr } = await runMain(["--verify", file]);
-      const [, said = ""] = /\nloads in (.*)/.exec(String(stdout)) ?? [];
-      const named = namesIn(entries);
-      const tries = Object.entries(loaders).map(async ([loader, load]) => {
-        const isHere = (word: string) => word.startsWith(loader) && !word.includes("from 23 on");
-        const isSaid = said.split(", ").some(isHere);
-        const refusal = await refusalOf(load, file, named);
-        if (isSaid && refusal !== undefined) falselySaid.push(`${name}: ${loader}: ${refusal}`);
-        if (!isSaid && refusal === undefined) notSaid.push(`${name}: ${loader} ${stderr}`);
-      });
-      await Promise.all(tries);
+      writeFileSync(tar, tarOf(entries));
+      const findings = await compare(name, tar, namesIn(entries));
+      falselySaid.push(...findings.falselySaid);
+      for (const line of findings.notSaid) t.diagnostic(`loads, and is not said to: ${line}`);
     }
-    for (const line of notSaid) t.diagnostic(`loads, and is not said to: ${line}`);
     assert.deepEqual(falselySaid, []);
+  });
+
+  test("of tars that are compressed as a whole", async (t) => {
+    const packed = join(interopFolder("packed"), "packed.tar");
+    const forms = ["ours, OCI", "OCI archive, no name", "docker save, old", "crane's"];
+    for (const form of forms)
+      for (const program of ["gzip", "zstd", "xz"]) {
+        const entries = TARS[form]?.() ?? [];
+        const { stdout } = spawnSync(program, ["-c"], { input: tarOf(entries) });
+        for (const rest of [0, 600]) {
+          writeFileSync(packed, Buffer.concat([stdout, Buffer.alloc(rest)]));
+          const name = `${form}, ${program}, ${rest}`;
+          const { falselySaid, notSaid } = await compare(name, packed, namesIn(entries));
+          assert.deepEqual(falselySaid, []);
+          for (const line of notSaid) t.diagnostic(`loads, and is not said to: ${line}`);
+          const isRead = program === "gzip" || (program === "zstd" && hasZstd);
+          if (isRead && rest === 0) assert.deepEqual(notSaid, []);
+        }
+      }
+  });
+
+  test("of layout folders", async (t) => {
+    const copied = interopFolder("copied");
+    const programs: Record<string, Loads> = {
+      podman: async (folder) => {
+        await podman("load", "--input", folder);
+        await podman("image", "prune", "--all", "--force");
+      },
+      "skopeo oci": async (folder, { names, entries }) => {
+        const name = entries > 1 ? `:${names[0] ?? ""}` : "";
+        await skopeo("copy", `oci:${folder}${name}`, `oci:${copied}:app`);
+      },
+    };
+    const layouts = Object.keys(TARS).filter((name) =>
+      /^(ours|OCI|zstd|two|a model|an art)/.test(name),
+    );
+    assert.ok(layouts.length > 15);
+    // A path in small letters, which interopFolder's are not.
+    const parent = join(tmpdir(), `imgpull-layouts-${process.pid}`);
+    t.after(() => rmSync(parent, { recursive: true, force: true }));
+    for (const [at, name] of layouts.entries()) {
+      const folder = join(parent, at % 5 === 0 ? `Layout${at}` : `layout${at}`);
+      const entries = TARS[name]?.() ?? [];
+      for (const [path, content] of entries) {
+        mkdirSync(join(folder, path, ".."), { recursive: true });
+        if (typeof content === "string" || Buffer.isBuffer(content))
+          writeFileSync(join(folder, path), content);
+      }
+      const { falselySaid, notSaid } = await compare(name, folder, namesIn(entries), programs);
+      assert.deepEqual(falselySaid, []);
+      for (const line of notSaid) t.diagnostic(`loads, and is not said to: ${line}`);
+    }
   });
 });
