@@ -13777,14 +13777,18 @@ function listenForSignals(stop: AbortController) {
   };
 }
 
-/** A reader of stdout that has gone is no news; a full disk behind it is. */
+/**
+ * A reader of stdout that has gone is no news; a full disk behind it is, unless it has been told
+ * already.
+ */
 function watchOutput({ stdout, stderr }: CommandIO): void {
   for (const stream of [stdout, stderr]) stream.on("error", ignore);
   stdout.once("error", (error) => {
     if (errorCodeOf(error) === "EPIPE") return;
-    stderr.write(`imgpull: cannot write stdout: ${diskWords(error)}\n`);
-    process.once("exit", () => {
-      process.exitCode ||= 1;
+    process.once("beforeExit", () => {
+      if (process.exitCode) return;
+      process.exitCode = 1;
+      stderr.write(`imgpull: cannot write stdout: ${diskWords(error)}\n`);
     });
   });
 }

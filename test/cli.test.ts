@@ -955,3 +955,19 @@ test("what cannot be written to stdout is not a success", async (t) => {
   assert.equal(exitCode, 1);
   assert.match(stderr, /cannot write stdout: the disk is full/);
 });
+
+test("a full disk behind stdout is told once, whatever was to be written", async (t) => {
+  const registry = await startRegistry({}, t);
+  const reference = registry.add(IMAGE, "team/app", "1.0");
+  const full = "the disk is full";
+  for (const [words, expected] of [
+    [[reference, "-", ...AMD64, "-q"], `cannot write the stream: ${full}`],
+    [[reference, "/dev/stdout", ...AMD64, "-q"], `cannot write the stream: ${full}`],
+    [["--version"], `cannot write stdout: ${full}`],
+    [["--list-tar", "none.tar"], "cannot read none.tar: no such file or directory"],
+  ] as const) {
+    const args = ["-c", 'exec "$@" > /dev/full', "-", ...COMMAND, ...words];
+    const { exitCode, stderr } = await runCommand(args, { command: ["sh"] });
+    assert.deepEqual([exitCode, stderr], [1, `imgpull: ${expected}\n`]);
+  }
+});
