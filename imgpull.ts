@@ -1714,7 +1714,7 @@ function proxyFor(url: URL, environment: Environment): URL | undefined {
 
   const value = variable(name);
   const text = /^[a-z][a-z0-9+.-]*:\/\//i.test(value) ? value : `http://${value}`;
-  if (!URL.canParse(text)) fail("PROXY", `${name} is not a URL`);
+  if (!URL.canParse(text)) fail("PROXY", `${name} is not a URL: write http://HOST:PORT`);
 
   const proxy = new URL(text);
   if (proxy.protocol === "http:" || proxy.protocol === "https:") return proxy;
@@ -2209,7 +2209,7 @@ function surviveLateErrors(outgoing: http.ClientRequest): void {
 // a blob has to go on moving.
 
 function timeoutError(doing: string, words: string): ImgpullError {
-  return new ImgpullError("TIMEOUT", `${doing}: ${words}`);
+  return new ImgpullError("TIMEOUT", `${doing}: ${words}\n  \`timeoutMs\` waits longer`);
 }
 
 /**
@@ -7381,7 +7381,8 @@ class Lock {
       }
       if (!seen) continue;
       const words = await this.#whoHasIt(seen);
-      if (words !== undefined) fail("DISK", `${dest} is being pulled by another imgpull${words}`);
+      if (words !== undefined)
+        fail("DISK", `${dest} is being pulled by another imgpull${words}: wait, or name another`);
       await this.#takeOver(seen.stats);
     }
     fail("DISK", `${dest} is being pulled by another imgpull`);
@@ -8056,7 +8057,8 @@ class Transfer {
 
     if (isLast) {
       this.#journal?.record(blob); // nothing of it is worth keeping
-      fail("DIGEST_MISMATCH", `${words}, twice, from ${registry.origin}`);
+      const remedy = "ask who runs it, or one of `mirrors`";
+      fail("DIGEST_MISMATCH", `${words}, twice, from ${registry.origin}: ${remedy}`);
     }
     this.#session.warn(`${words}; fetching the blob once more`);
   }
@@ -10237,7 +10239,11 @@ async function nameImages(
   return [...unique.values()].map((reference) => {
     const own = renameImage(imageName(reference, namespace), renames);
     const name = formatReference(chosenName === undefined ? own : parseReference(chosenName));
-    if (names.has(name)) fail("BAD_OPTION", `two images would have the name ${name} in the tar`);
+    if (names.has(name))
+      fail(
+        "BAD_OPTION",
+        `two images would have the name ${name} in the tar: \`renames\` parts them`,
+      );
     names.add(name);
     return { reference, name };
   });
@@ -10565,7 +10571,7 @@ class Puller {
     const holder = await this.getManifest();
     if (isRecord(holder.manifest) && "manifests" in holder.manifest) return holder;
     const where = formatReference(this.#reference);
-    return fail("NOT_FOUND", `${where} is one image, without a list: ask for its "image"`);
+    return fail("NOT_FOUND", `${where} is one image, without a list: ask for \`manifest\` image`);
   }
 
   /** Whatever the registry has under the reference: an index or an image manifest. */
@@ -13235,7 +13241,7 @@ function optionsOf({ values, lists, switches }: CommandLine): PullOptions {
 /** Sentences of the library name options as `option`: here they are what is typed. */
 const inTypedWords = (sentence: string): string =>
   sentence.replace(/`(\w+)`/g, (quoted, option) => {
-    const spec = OPTIONS.find((each) => each.option === option);
+    const spec = OPTIONS.find((each) => each.option === option || each.name === option);
     return spec ? `--${spec.name}` : quoted;
   });
 
@@ -13278,7 +13284,7 @@ function checkCombinations(line: CommandLine): void {
   if (isLooking && positionals.length > 0) usage(`--${task} takes one tar, and no IMAGE or DEST`);
   if (isLooking || positionals.length > 0) return;
   if (from === undefined) usage("IMAGE is missing");
-  if (!switches.has("dry-run")) usage("DEST is missing");
+  if (!switches.has("dry-run")) usage(`DEST is missing: ${DEST_IS_LAST}`);
 }
 
 /** Which of the positionals are IMAGEs, and which is DEST: as with cp, the last one. */

@@ -940,6 +940,50 @@ test("429 with a long Retry-After ends at once and says when to come back", asyn
   assert.equal(registry.requests.length, 1);
 });
 
+test("-m list of a single image says what to type", async (t) => {
+  const registry = await startRegistry({}, t);
+  const reference = registry.add(IMAGE, "team/app", "1.0");
+  const { exitCode, stderr } = await runCommand([reference, "-m", "list", "--scheme", "http"]);
+  assert.equal(exitCode, 1);
+  assert.equal(
+    stderr,
+    `imgpull: ${reference} is one image, without a list: ask for --manifest image\n`,
+  );
+});
+
+test("sentences name what can be done, as it is typed", async (t) => {
+  const registry = await startRegistry({}, t);
+  const reference = registry.add(IMAGE, "team/app", "1.0");
+  registry.on({ kind: "manifest" }, { stallAfter: 0 });
+  const folder = temporaryFolder(t);
+  const http = ["--scheme", "http", "--retries", "0", "--timeout", "0.1"];
+  const list = join(folder, "list");
+  writeFileSync(list, `${reference}\n`);
+  for (const [words, says] of [
+    [[reference, "a.tar", ...http], /^ {2}--timeout waits longer$/m],
+    [
+      [
+        "a:1",
+        "b:1",
+        "c.tar",
+        "--rename",
+        "docker.io/library/a=x",
+        "--rename",
+        "docker.io/library/b=x",
+      ],
+      /: --rename parts them/,
+    ],
+    [["--from", list], /DEST is missing: DEST is the last word/],
+  ] as const) {
+    const { exitCode, stderr } = await runCommand([...words], { cwd: folder });
+    assert.notEqual(exitCode, 0);
+    assert.match(stderr, says);
+  }
+  const environment = { HTTPS_PROXY: "http://[" };
+  const { stderr } = await runCommand(["a.test/b:1", "c.tar"], { env: environment, cwd: folder });
+  assert.match(stderr, /HTTPS_PROXY is not a URL: write http:\/\/HOST:PORT/);
+});
+
 test("an empty DEST is misuse", async () => {
   assert.equal((await runCommand(["alpine", ""])).exitCode, 2);
 });

@@ -148,7 +148,7 @@ test("pullManifest of a single image: the image, and no list", async (t) => {
   assert.equal((await puller.pullManifest("image")).digest, THIRD.digest);
   assert.equal((await puller.getManifest()).digest, THIRD.digest);
   const error = await failure(puller.pullManifest("list"));
-  assert.match(error.message, /one image, without a list: ask for its "image"/);
+  assert.match(error.message, /one image, without a list: ask for `manifest` image/);
   assert.equal((await failure(puller.pullManifest("other" as "list"))).code, "BAD_OPTION");
 });
 
