@@ -8148,7 +8148,7 @@ async function pullInto(destination: Destination, job: PullJob): Promise<Transfe
     case "device":
       return pullToDevice(job, destination.file);
     case "layout":
-      return pullToLayout(job, destination.folder).catch(tellOfInodes(destination.folder));
+      return pullToLayout(job, destination.folder);
     case "tar": {
       const { file } = destination;
       return pullToTar(job, file).catch(tellOfInodes(path.dirname(file)));
@@ -8177,6 +8177,25 @@ async function syncQuietly(handle: fs.FileHandle): Promise<void> {
     if (!["ERR_ACCESS_DENIED", "EINVAL", "ENOSYS", "ENOTSUP", "EPERM"].includes(errorCodeOf(error)))
       throw error;
   });
+}
+
+/** Runs with a folder that may have to be made. Where that fails, none made for it stays empty. */
+async function inFolder<T>(folder: string, run: () => Promise<T>): Promise<T> {
+  const first = await fs.mkdir(folder, { recursive: true });
+  const made: string[] = [];
+  const top = path.resolve(first ?? path.join(folder, "nothing was made"));
+  for (let at = path.resolve(folder); at.length >= top.length; at = path.dirname(at)) made.push(at);
+  try {
+    return await run();
+  } catch (error) {
+    await removeEmpty(made);
+    throw error;
+  }
+}
+
+/** The deepest of them come first. */
+async function removeEmpty(folders: readonly string[]): Promise<void> {
+  for (const folder of folders) await fs.rmdir(folder).catch(ignore);
 }
 
 async function syncFolder(folder: string): Promise<void> {
@@ -8718,12 +8737,14 @@ class BlobFiles {
     }
   }
 
-  /** What is not whole is left for the next run. */
+  /** What is not whole is left for the next run, unless there is nothing of it. */
   async close(): Promise<void> {
     for (const [blob, file] of this.#files) {
       const handle = await file.catch(ignore);
       await handle?.close();
-      await fs.rename(this.#asideOf(blob), `${this.#nameOf(blob)}.partial`).catch(ignore);
+      const aside = this.#asideOf(blob);
+      if (blob.doneBytes === 0) await removeQuietly(aside);
+      else await fs.rename(aside, `${this.#nameOf(blob)}.partial`).catch(ignore);
     }
   }
 }
@@ -8735,6 +8756,8 @@ type FolderJob = Readonly<{
   /** A blob's file, under the folder. */
   nameOf: (digest: string) => string;
   observe: Observer;
+  /** Makes what folders the files need below it; gives those, the deepest first. */
+  makeFolders?: () => Promise<string[]>;
   /**
    * All blobs are there, and the lock is still held. Returns whether anything had to be written.
    */
@@ -8748,16 +8771,18 @@ type FolderJob = Readonly<{
 async function pullToFolder(job: FolderJob): Promise<Transfer> {
   const { blobs, folder, nameOf } = job;
   const base = path.join(folder, ".imgpull.partial");
+  const isBlob = (name: string) => /^[0-9a-f]{64,128}\.partial$/.test(name);
+  const isDocument = (name: string) => FOLDER_PARTIALS.includes(name);
+  const isOurs = (name: string) => isBlob(name) || isDocument(name);
+  const blobFolders = blobs.map(({ descriptor }) =>
+    path.join(folder, path.dirname(nameOf(descriptor.digest))),
+  );
+  const folders = [...new Set([folder, ...blobFolders])];
   const lock = await Lock.acquire(`${base}.lock`, folder);
+  let made: string[] = [];
   try {
+    made = (await job.makeFolders?.()) ?? [];
     const deadId = await findDeadId(`${base}.journal`, lock);
-    const isBlob = (name: string) => /^[0-9a-f]{64,128}\.partial$/.test(name);
-    const isDocument = (name: string) => FOLDER_PARTIALS.includes(name);
-    const isOurs = (name: string) => isBlob(name) || isDocument(name);
-    const blobFolders = blobs.map(({ descriptor }) =>
-      path.join(folder, path.dirname(nameOf(descriptor.digest))),
-    );
-    const folders = [...new Set([folder, ...blobFolders])];
     for (const place of folders) await fenceOff({ folder: place, isOurs, deadId, lock });
 
     const transfer = await fillFolder(job, lock);
@@ -8770,6 +8795,14 @@ async function pullToFolder(job: FolderJob): Promise<Transfer> {
       for (const name of await listOptional(place))
         if (isOurs(name)) await removeQuietly(path.join(place, name));
     return transfer;
+  } catch (error) {
+    // Without a part of a blob, the journal has nothing to tell the next run.
+    const left = (await Promise.all(folders.map(listOptional))).flat();
+    if (!left.some(isOurs) && (await lock.isOurs())) {
+      await removeQuietly(`${base}.journal`);
+      await removeEmpty(made);
+    }
+    throw error;
   } finally {
     await lock.release();
   }
@@ -8837,9 +8870,12 @@ async function readLayoutIndex(folder: string): Promise<Record<string, unknown>>
   return fail("DISK", `${folder} holds an index.json that is not a JSON object`);
 }
 
-/** Makes the folders of a layout. A link that leads out of it would have us write there. */
-async function makeLayoutFolders(folder: string, names: Iterable<string>): Promise<void> {
-  await fs.mkdir(folder, { recursive: true });
+/**
+ * Makes the folders of a layout, and gives those that were not there, the deepest first. A link
+ * that leads out of it would have us write there.
+ */
+async function makeLayoutFolders(folder: string, names: Iterable<string>): Promise<string[]> {
+  const made: string[] = [];
   const root = await fs.realpath(folder);
   const needed = new Set<string>();
   for (const name of names)
@@ -8847,13 +8883,17 @@ async function makeLayoutFolders(folder: string, names: Iterable<string>): Promi
 
   for (const name of [...needed].sort()) {
     const place = path.join(folder, name);
-    await fs.mkdir(place).catch((error: unknown) => {
+    try {
+      await fs.mkdir(place);
+      made.unshift(place);
+    } catch (error) {
       if (errorCodeOf(error) !== "EEXIST") throw error;
-    });
+    }
     const inside = path.relative(root, await fs.realpath(place));
     if (inside.startsWith("..") || path.isAbsolute(inside))
       fail("DISK", `${place} is a link that leads out of ${folder}`);
   }
+  return made;
 }
 
 /** A document of a layout, in one step. One that is there with the same bytes is left alone. */
@@ -8913,12 +8953,14 @@ async function pullToLayout(job: PullJob, folder: string): Promise<Transfer> {
   const documents = new Map<string, Buffer>();
   for (const { name, bytes } of plan.entries) if (bytes) documents.set(name, bytes);
   const names = plan.entries.map(({ name }) => name);
-  await makeLayoutFolders(folder, names);
-  await readLayoutIndex(folder); // one that we cannot add to is told before anything is fetched
-
+  const makeFolders = () => makeLayoutFolders(folder, names);
   const seal = (lock: Lock) => sealLayout(folder, documents, lock);
   const blobs = blobsOf(plan, tars, true);
-  return pullToFolder({ session, blobs, folder, nameOf: blobPath, observe, seal });
+  return inFolder(folder, async () => {
+    await readLayoutIndex(folder); // one that we cannot add to is told before anything is fetched
+    const job = { session, blobs, folder, nameOf: blobPath, observe, makeFolders, seal };
+    return pullToFolder(job).catch(tellOfInodes(folder));
+  });
 }
 
 // ------ A stream ------
@@ -10627,11 +10669,12 @@ class Puller {
         const remote = [...unique.values()].filter(({ data }) => data === undefined);
         const blobs = remote.map((descriptor) => new BlobState(descriptor, registry, 0, tars));
         const doing = `cannot write ${dir}`;
-        await onDisk(doing, fs.mkdir(dir, { recursive: true }));
-        for (const { digest, data } of unique.values())
-          if (data) await onDisk(doing, fs.writeFile(path.join(dir, hexOf(digest)), data));
-        const job = { session, blobs, folder: dir, nameOf: hexOf, observe };
-        finish(await onDisk(doing, pullToFolder(job)));
+        const filling = inFolder(dir, async () => {
+          for (const { digest, data } of unique.values())
+            if (data) await fs.writeFile(path.join(dir, hexOf(digest)), data);
+          return pullToFolder({ session, blobs, folder: dir, nameOf: hexOf, observe });
+        });
+        finish(await onDisk(doing, filling));
       }),
     );
   }

@@ -17,13 +17,81 @@ import {
   succeed,
   THIRD,
 } from "./support/bundle.ts";
-import { cleanEnvironment, runCommand, startCommand } from "./support/command.ts";
-import { type Algorithm, digestOf, type TestImage } from "./support/image.ts";
+import { cleanEnvironment, runCommand, startCommand, temporaryFolder } from "./support/command.ts";
+import {
+  type Algorithm,
+  digestOf,
+  MEDIA,
+  makeImage,
+  makeManifest,
+  type TestContent,
+  type TestImage,
+} from "./support/image.ts";
 import { blobName, blobsOf, childOf, failure, LINUX } from "./support/pull.ts";
-import { gate } from "./support/registry.ts";
+import { type Fault, gate, startRegistry } from "./support/registry.ts";
 
 // Puller reads process.env: a developer's proxies and credentials must not count here.
 process.env = cleanEnvironment();
+
+// ====== What a refusal leaves ======
+
+const LONE = makeImage({ seed: "nothing stays" });
+/** A layer that no disk has room for. */
+const PETABYTE = makeManifest(MEDIA.ociManifest, {
+  ...LONE.manifest,
+  layers: LONE.manifest.layers.map((layer) => ({ ...layer, size: 2 ** 50 })),
+});
+PETABYTE.blobs.set(LONE.config.digest, LONE.configBytes);
+
+const REFUSALS: [name: string, content: TestContent, fault: Fault][] = [
+  ["has no room", PETABYTE, {}],
+  ["is denied its layers", LONE, { status: 403 }],
+  ["gets no byte of them", LONE, { dropAfter: 0 }],
+  ["gets wrong ones", LONE, { corruptAt: 0 }],
+];
+
+for (const [name, content, fault] of REFUSALS) {
+  test(`a folder that ${name} is as it was before, and none is left that was made`, async (t) => {
+    const registry = await startRegistry({}, t);
+    const reference = registry.add(content, "team/app", "1.0");
+    registry.on({ kind: "layer" }, fault);
+    const folder = temporaryFolder(t);
+    mkdirSync(join(folder, "old"));
+    writeFileSync(join(folder, "old", "mine.txt"), "mine");
+    for (const dest of ["new/", "made/on/the way/", "old/", "old/inner/"]) {
+      const puller = new Puller({ ...LINUX, url: reference, retries: 0 });
+      await failure(puller.pullTar(`${folder}/${dest}`));
+      const left = readdirSync(folder, { recursive: true }).map(String).sort();
+      assert.deepEqual(left, ["old", join("old", "mine.txt")], dest);
+    }
+  });
+}
+
+test("a folder for pullBlobs is not left empty either", async (t) => {
+  const registry = await startRegistry({}, t);
+  const reference = registry.add(LONE, "team/app", "1.0");
+  registry.on({ kind: "blob" }, { status: 403 });
+  const folder = temporaryFolder(t);
+  const puller = new Puller({ ...LINUX, url: reference, retries: 0 });
+  const holder = await puller.getManifest();
+  await failure(puller.pullBlobs(holder, join(folder, "a", "b")));
+  assert.deepEqual(readdirSync(folder), []);
+});
+
+test("what a folder has of a layer stays for the next run", async (t) => {
+  const large = makeImage({ seed: "a part stays", layers: [3_000_000] });
+  const registry = await startRegistry({}, t);
+  const reference = registry.add(large, "team/app", "1.0");
+  const rule = registry.on({ kind: "layer" }, { dropAfter: 1_500_000 });
+  const folder = join(temporaryFolder(t), "new");
+  const puller = new Puller({ ...LINUX, url: reference, retries: 0, concurrency: 1 });
+  await failure(puller.pullTar(`${folder}/`));
+  assert.ok(listFolder(folder).some((name) => name.endsWith(".partial")));
+  rule.remove();
+  registry.forget();
+  const { fetchedBytes } = await puller.pullTar(`${folder}/`);
+  assert.ok(fetchedBytes < 2_000_000, `${fetchedBytes} bytes were fetched`);
+});
 
 // ====== OCI layout folders ======
 
