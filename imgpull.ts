@@ -3803,15 +3803,22 @@ class Budget {
 /** What one pull has met at its mirrors, whatever the repository. */
 class MirrorFaults {
   readonly #outOfOrder = new Set<Mirror>();
+  readonly #lost = new Set<Mirror>(); // of those that have served: for what passes by itself
   readonly #told = new Set<Mirror>();
 
   isOutOfOrder(mirror: Mirror): boolean {
     return this.#outOfOrder.has(mirror);
   }
 
+  /** Whether it may be back, and can be asked for what nobody else has. */
+  isLost(mirror: Mirror): boolean {
+    return this.#lost.has(mirror);
+  }
+
   /** A mirror that cannot be reached, or lies, does so for other repositories too. */
-  note(mirror: Mirror, { code }: ImgpullError): void {
-    if (MIRROR_WIDE.includes(code)) this.#outOfOrder.add(mirror);
+  note(mirror: Mirror, error: ImgpullError, hasServed: boolean): void {
+    if (MIRROR_WIDE.includes(error.code)) this.#outOfOrder.add(mirror);
+    if (hasServed && isPassing(error)) this.#lost.add(mirror);
   }
 
   /** Each mirror has one warning, whatever more it does. */
@@ -3841,7 +3848,7 @@ class Registry {
   readonly #mirrors: ReadonlyMap<Endpoint, Mirror>;
   readonly #home: Endpoint;
   readonly #denials = new Map<ContentKind, string>(); // of proof: the first of each kind
-  readonly #passedOver = new Map<Endpoint, ImgpullError>(); // mirrors, by their last failure
+  readonly #passedOver = new Set<Endpoint>(); // mirrors that cannot give what they should
   #forgiven = 0; // failures of mirrors
   readonly #manifests = new Map<string, Promise<FetchedManifest>>(); // by digest: each is read once
   // by the blob's digest
@@ -4085,10 +4092,11 @@ class Registry {
    * over for what passes by itself. Its failures cost attempts now.
    */
   async #askLost<T>(attempt: Attempt<T>, refusal: ImgpullError): Promise<T> {
-    for (const [mirror, failure] of this.#passedOver) {
-      if (!mirror.hasServed || !isPassing(failure)) continue;
+    const { mirrorFaults } = this.#session;
+    for (const [endpoint, mirror] of this.#mirrors) {
+      if (!mirrorFaults.isLost(mirror)) continue;
       try {
-        return await attempt(mirror, true);
+        return await attempt(endpoint, true);
       } catch (error) {
         if (!isMirrorsFailure(error) || isPassing(error)) throw error;
       }
@@ -4129,8 +4137,8 @@ class Registry {
 
   #passOver(endpoint: Endpoint, error: ImgpullError): void {
     const mirror = this.#mirrors.get(endpoint);
-    this.#passedOver.set(endpoint, error);
-    if (mirror) this.#session.mirrorFaults.note(mirror, error);
+    this.#passedOver.add(endpoint);
+    if (mirror) this.#session.mirrorFaults.note(mirror, error, endpoint.hasServed);
     this.#tellOf(endpoint, error);
   }
 

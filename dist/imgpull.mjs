@@ -727,7 +727,7 @@ function proxyFor(url, environment) {
 	if (name === void 0 || isExemptFromProxy(url, variable("NO_PROXY"))) return void 0
 	const value = variable(name)
 	const text = /^[a-z][a-z0-9+.-]*:\/\//i.test(value) ? value : `http://${value}`
-	if (!URL.canParse(text)) fail("PROXY", `${name} is not a URL`)
+	if (!URL.canParse(text)) fail("PROXY", `${name} is not a URL: write http://HOST:PORT`)
 	const proxy = new URL(text)
 	if (proxy.protocol === "http:" || proxy.protocol === "https:") return proxy
 	return fail("PROXY", `${name}: a ${proxy.protocol}// proxy is not supported, only http:// and https:// ones are`)
@@ -1045,7 +1045,11 @@ function surviveLateErrors(outgoing) {
 	outgoing.once("response", incoming => incoming.on("error", ignore))
 }
 function timeoutError(doing, words) {
-	return new ImgpullError("TIMEOUT", `${doing}: ${words}`)
+	return new ImgpullError(
+		"TIMEOUT",
+		`${doing}: ${words}
+  \`timeoutMs\` waits longer`
+	)
 }
 function startDeadline(limitMs, late) {
 	let judging
@@ -1971,12 +1975,17 @@ var Budget = class {
 }
 var MirrorFaults = class {
 	#outOfOrder = /* @__PURE__ */ new Set()
+	#lost = /* @__PURE__ */ new Set()
 	#told = /* @__PURE__ */ new Set()
 	isOutOfOrder(mirror) {
 		return this.#outOfOrder.has(mirror)
 	}
-	note(mirror, {code}) {
-		if (MIRROR_WIDE.includes(code)) this.#outOfOrder.add(mirror)
+	isLost(mirror) {
+		return this.#lost.has(mirror)
+	}
+	note(mirror, error, hasServed) {
+		if (MIRROR_WIDE.includes(error.code)) this.#outOfOrder.add(mirror)
+		if (hasServed && isPassing(error)) this.#lost.add(mirror)
 	}
 	isFirst(mirror) {
 		const isFirst = !this.#told.has(mirror)
@@ -1991,7 +2000,7 @@ var Registry = class {
 	#mirrors
 	#home
 	#denials = /* @__PURE__ */ new Map()
-	#passedOver = /* @__PURE__ */ new Map()
+	#passedOver = /* @__PURE__ */ new Set()
 	#forgiven = 0
 	#manifests = /* @__PURE__ */ new Map()
 	#mirrorAnswers = /* @__PURE__ */ new Map()
@@ -2154,10 +2163,11 @@ var Registry = class {
 		}
 	}
 	async #askLost(attempt, refusal) {
-		for (const [mirror, failure] of this.#passedOver) {
-			if (!mirror.hasServed || !isPassing(failure)) continue
+		const {mirrorFaults} = this.#session
+		for (const [endpoint, mirror] of this.#mirrors) {
+			if (!mirrorFaults.isLost(mirror)) continue
 			try {
-				return await attempt(mirror, true)
+				return await attempt(endpoint, true)
 			} catch (error) {
 				if (!isMirrorsFailure(error) || isPassing(error)) throw error
 			}
@@ -2185,8 +2195,8 @@ var Registry = class {
 	}
 	#passOver(endpoint, error) {
 		const mirror = this.#mirrors.get(endpoint)
-		this.#passedOver.set(endpoint, error)
-		if (mirror) this.#session.mirrorFaults.note(mirror, error)
+		this.#passedOver.add(endpoint)
+		if (mirror) this.#session.mirrorFaults.note(mirror, error, endpoint.hasServed)
 		this.#tellOf(endpoint, error)
 	}
 	#tellOf(endpoint, {message}) {
@@ -4234,7 +4244,7 @@ var Lock = class _Lock {
 			}
 			if (!seen) continue
 			const words = await this.#whoHasIt(seen)
-			if (words !== void 0) fail("DISK", `${dest} is being pulled by another imgpull${words}`)
+			if (words !== void 0) fail("DISK", `${dest} is being pulled by another imgpull${words}: wait, or name another`)
 			await this.#takeOver(seen.stats)
 		}
 		fail("DISK", `${dest} is being pulled by another imgpull`)
@@ -4709,7 +4719,8 @@ var Transfer = class {
 		if (liar === "source" || isFromMirror) return
 		if (isLast) {
 			this.#journal?.record(blob)
-			fail("DIGEST_MISMATCH", `${words}, twice, from ${registry.origin}`)
+			const remedy = "ask who runs it, or one of `mirrors`"
+			fail("DIGEST_MISMATCH", `${words}, twice, from ${registry.origin}: ${remedy}`)
 		}
 		this.#session.warn(`${words}; fetching the blob once more`)
 	}
@@ -4755,7 +4766,7 @@ async function pullInto(destination, job) {
 		case "device":
 			return pullToDevice(job, destination.file)
 		case "layout":
-			return pullToLayout(job, destination.folder).catch(tellOfInodes(destination.folder))
+			return pullToLayout(job, destination.folder)
 		case "tar": {
 			const {file} = destination
 			return pullToTar(job, file).catch(tellOfInodes(path.dirname(file)))
@@ -4772,6 +4783,21 @@ async function syncQuietly(handle) {
 	await handle.sync().catch(error => {
 		if (!["ERR_ACCESS_DENIED", "EINVAL", "ENOSYS", "ENOTSUP", "EPERM"].includes(errorCodeOf(error))) throw error
 	})
+}
+async function inFolder(folder, run) {
+	const first = await fs.mkdir(folder, {recursive: true})
+	const made = []
+	const top = path.resolve(first ?? path.join(folder, "nothing was made"))
+	for (let at = path.resolve(folder); at.length >= top.length; at = path.dirname(at)) made.push(at)
+	try {
+		return await run()
+	} catch (error) {
+		await removeEmpty(made)
+		throw error
+	}
+}
+async function removeEmpty(folders) {
+	for (const folder of folders) await fs.rmdir(folder).catch(ignore)
 }
 async function syncFolder(folder) {
 	const handle = await fs.open(folder, "r").catch(ignore)
@@ -5166,21 +5192,25 @@ var BlobFiles = class {
 		for (const [blob, file] of this.#files) {
 			const handle = await file.catch(ignore)
 			await handle?.close()
-			await fs.rename(this.#asideOf(blob), `${this.#nameOf(blob)}.partial`).catch(ignore)
+			const aside = this.#asideOf(blob)
+			if (blob.doneBytes === 0) await removeQuietly(aside)
+			else await fs.rename(aside, `${this.#nameOf(blob)}.partial`).catch(ignore)
 		}
 	}
 }
 async function pullToFolder(job) {
 	const {blobs, folder, nameOf} = job
 	const base = path.join(folder, ".imgpull.partial")
+	const isBlob = name => /^[0-9a-f]{64,128}\.partial$/.test(name)
+	const isDocument = name => FOLDER_PARTIALS.includes(name)
+	const isOurs = name => isBlob(name) || isDocument(name)
+	const blobFolders = blobs.map(({descriptor}) => path.join(folder, path.dirname(nameOf(descriptor.digest))))
+	const folders = [.../* @__PURE__ */ new Set([folder, ...blobFolders])]
 	const lock = await Lock.acquire(`${base}.lock`, folder)
+	let made = []
 	try {
+		made = (await job.makeFolders?.()) ?? []
 		const deadId = await findDeadId(`${base}.journal`, lock)
-		const isBlob = name => /^[0-9a-f]{64,128}\.partial$/.test(name)
-		const isDocument = name => FOLDER_PARTIALS.includes(name)
-		const isOurs = name => isBlob(name) || isDocument(name)
-		const blobFolders = blobs.map(({descriptor}) => path.join(folder, path.dirname(nameOf(descriptor.digest))))
-		const folders = [.../* @__PURE__ */ new Set([folder, ...blobFolders])]
 		for (const place of folders) await fenceOff({folder: place, isOurs, deadId, lock})
 		const transfer = await fillFolder(job, lock)
 		const isWritten = (await job.seal?.(lock)) ?? false
@@ -5189,6 +5219,13 @@ async function pullToFolder(job) {
 		for (const place of folders)
 			for (const name of await listOptional(place)) if (isOurs(name)) await removeQuietly(path.join(place, name))
 		return transfer
+	} catch (error) {
+		const left = (await Promise.all(folders.map(listOptional))).flat()
+		if (!left.some(isOurs) && (await lock.isOurs())) {
+			await removeQuietly(`${base}.journal`)
+			await removeEmpty(made)
+		}
+		throw error
 	} finally {
 		await lock.release()
 	}
@@ -5239,19 +5276,23 @@ async function readLayoutIndex(folder) {
 	return fail("DISK", `${folder} holds an index.json that is not a JSON object`)
 }
 async function makeLayoutFolders(folder, names) {
-	await fs.mkdir(folder, {recursive: true})
+	const made = []
 	const root = await fs.realpath(folder)
 	const needed = /* @__PURE__ */ new Set()
 	for (const name of names) for (let at = parentOf(name); at !== ""; at = parentOf(at)) needed.add(at)
 	for (const name of [...needed].sort()) {
 		const place = path.join(folder, name)
-		await fs.mkdir(place).catch(error => {
+		try {
+			await fs.mkdir(place)
+			made.unshift(place)
+		} catch (error) {
 			if (errorCodeOf(error) !== "EEXIST") throw error
-		})
+		}
 		const inside = path.relative(root, await fs.realpath(place))
 		if (inside.startsWith("..") || path.isAbsolute(inside))
 			fail("DISK", `${place} is a link that leads out of ${folder}`)
 	}
+	return made
 }
 async function writeLayoutFile(file, bytes, lock) {
 	const before = await openRegular(file).catch(ignore)
@@ -5293,11 +5334,14 @@ async function pullToLayout(job, folder) {
 	const documents = /* @__PURE__ */ new Map()
 	for (const {name, bytes} of plan.entries) if (bytes) documents.set(name, bytes)
 	const names = plan.entries.map(({name}) => name)
-	await makeLayoutFolders(folder, names)
-	await readLayoutIndex(folder)
+	const makeFolders = () => makeLayoutFolders(folder, names)
 	const seal = lock => sealLayout(folder, documents, lock)
 	const blobs = blobsOf(plan, tars, true)
-	return pullToFolder({session, blobs, folder, nameOf: blobPath, observe, seal})
+	return inFolder(folder, async () => {
+		await readLayoutIndex(folder)
+		const job2 = {session, blobs, folder, nameOf: blobPath, observe, makeFolders, seal}
+		return pullToFolder(job2).catch(tellOfInodes(folder))
+	})
 }
 var ReadAhead = class {
 	#early = /* @__PURE__ */ new Map()
@@ -6152,7 +6196,7 @@ async function nameImages(texts, options) {
 	return [...unique.values()].map(reference => {
 		const own = renameImage(imageName(reference, namespace), renames)
 		const name = formatReference(chosenName === void 0 ? own : parseReference(chosenName))
-		if (names.has(name)) fail("BAD_OPTION", `two images would have the name ${name} in the tar`)
+		if (names.has(name)) fail("BAD_OPTION", `two images would have the name ${name} in the tar: \`renames\` parts them`)
 		names.add(name)
 		return {reference, name}
 	})
@@ -6371,7 +6415,7 @@ var Puller = class {
 		const holder = await this.getManifest()
 		if (isRecord(holder.manifest) && "manifests" in holder.manifest) return holder
 		const where = formatReference(this.#reference)
-		return fail("NOT_FOUND", `${where} is one image, without a list: ask for its "image"`)
+		return fail("NOT_FOUND", `${where} is one image, without a list: ask for \`manifest\` image`)
 	}
 	getManifest() {
 		return withSession(this.#opts, async session => {
@@ -6414,11 +6458,12 @@ var Puller = class {
 				const remote = [...unique.values()].filter(({data}) => data === void 0)
 				const blobs = remote.map(descriptor => new BlobState(descriptor, registry, 0, tars))
 				const doing = `cannot write ${dir}`
-				await onDisk(doing, fs.mkdir(dir, {recursive: true}))
-				for (const {digest, data} of unique.values())
-					if (data) await onDisk(doing, fs.writeFile(path.join(dir, hexOf(digest)), data))
-				const job = {session, blobs, folder: dir, nameOf: hexOf, observe}
-				finish(await onDisk(doing, pullToFolder(job)))
+				const filling = inFolder(dir, async () => {
+					for (const {digest, data} of unique.values())
+						if (data) await fs.writeFile(path.join(dir, hexOf(digest)), data)
+					return pullToFolder({session, blobs, folder: dir, nameOf: hexOf, observe})
+				})
+				finish(await onDisk(doing, filling))
 			})
 		)
 	}

@@ -9,6 +9,7 @@ import { join } from "node:path";
 import { describe, test } from "node:test";
 import { inspect } from "node:util";
 import { internals } from "../imgpull.ts";
+import { makeAuthority } from "./support/certificates.ts";
 import {
   runCommand,
   SECRETS,
@@ -408,6 +409,45 @@ describe("a short password, wherever a registry says it", () => {
       assert.match(outcome.error.message, /\*\*\*/);
       assert(!everything(outcome).includes(secret));
     }
+  });
+
+  test("the next page of a list of referrers, and a foreign layer's place", async (t) => {
+    const secret = "hunter2";
+    const layer = { urls: [`https://127.0.0.1:1/${secret}`] };
+    const foreign = makeImage({ seed: "foreign", layers: [layer] });
+    const registry = await startRegistry({ auth: { mode: "basic", password: secret } }, t);
+    const reference = registry.add(foreign, "team/app", "1.0", {
+      without: foreign.layers.map(({ digest }) => digest),
+    });
+    const next = `</v2/team/app/referrers/${secret}>; rel="next"`;
+    registry.on(
+      { path: /referrers\/sha/ },
+      { status: 200, headers: { link: next }, body: JSON.stringify({ manifests: [] }) },
+    );
+    registry.on({ path: new RegExp(secret) }, { status: 500 });
+    const options = { ...HTTP, username: USER, password: secret };
+    for (const referrers of [true, false]) {
+      const outcome = await tryPull(t, reference, { ...options, referrers });
+      assert(outcome.error);
+      assert(!everything(outcome).includes(secret), everything(outcome));
+    }
+  });
+
+  test("the names in a certificate", async (t) => {
+    const secret = "hunter2";
+    const authority = makeAuthority();
+    const caCert = join(temporaryFolder(t), "ca.pem");
+    writeFileSync(caCert, authority.cert);
+    const storage = { tls: authority.issueServer({ dns: [`${secret}.test`], ip: [] }) };
+    const registry = await startRegistry(
+      { auth: { mode: "basic", password: secret }, tls: authority.issueServer(), storage },
+      t,
+    );
+    const reference = registry.add(image, "team/app", "1.0");
+    registry.on(LAYER, { redirect: "storage" });
+    const options = { caCert, username: USER, password: secret, retries: 0 };
+    const outcome = await tryPull(t, reference, options);
+    assertFailed(outcome, "TLS", /not for 127\.0\.0\.1 but for \*\*\*\.test/);
   });
 
   test("a mirror's: what is warned of it", async (t) => {

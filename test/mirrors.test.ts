@@ -5,11 +5,18 @@ import assert from "node:assert/strict";
 import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { describe, test } from "node:test";
-import { ImgpullError, internals } from "../imgpull.ts";
+import { ImgpullError, internals, pullImages } from "../imgpull.ts";
 import { makeAuthority } from "./support/certificates.ts";
-import { runCommand, SECRETS, type TestScope, temporaryFolder, USER } from "./support/command.ts";
+import {
+  cleanEnvironment,
+  runCommand,
+  SECRETS,
+  type TestScope,
+  temporaryFolder,
+  USER,
+} from "./support/command.ts";
 import { makeImage, makeIndex } from "./support/image.ts";
-import { assertFailed, assertPulled, type PullOptions, tryPull } from "./support/pull.ts";
+import { assertFailed, assertPulled, LINUX, type PullOptions, tryPull } from "./support/pull.ts";
 import {
   type Fault,
   type Matcher,
@@ -351,6 +358,27 @@ describe("a mirror that was passed over for lost connections is asked again", ()
     registry.on({ digest: image.digest }, { status: 404 });
     assertPulled(await tryPull(t, reference, options), image);
     assert.equal(rule.hits, 3);
+  });
+
+  test("for other repositories, too", async (t) => {
+    const { registry, reference, mirror, options } = await serveLost(t, 1);
+    const other = makeImage({ seed: "other repository", layers: [8192, 8192] });
+    mirror.add(other, "team/other", "1.0");
+    registry.on({}, { status: 404 });
+    const references = [reference, `${registry.host}/team/other:1.0`];
+    const tar = join(temporaryFolder(t), "image.tar");
+    const warnings: string[] = [];
+    const onWarning = (message: string) => warnings.push(message);
+    const settings = {
+      ...LINUX,
+      ...options,
+      environment: cleanEnvironment(),
+      retries: 0,
+      onWarning,
+    };
+    const { images } = await pullImages(references, tar, settings);
+    assert.equal(images.length, 2);
+    assert.match(warnings.join(), /the mirror .* asking .* instead/);
   });
 
   test("as often as attempts are left, and then its failure is told", async (t) => {

@@ -360,14 +360,18 @@ test("no secret in a Puller that somebody logs", () => {
 
 // ====== All output of the suite ======
 
-test("no secret and no stack trace in all that the suite has seen", () => {
+test("no secret, no mark and no stack trace in all that the suite has seen", () => {
   const seen = seenOutput();
   assert(seen.size > 0, "nothing was kept");
   // build.mjs says so when all test files have run before this one: then the search is not of this
   // file's output only.
   if (process.env.IMGPULL_SUITE === "whole")
     assert(seen.size > 5, `output of ${seen.size} test files only`);
+  // What stands around a server's words within our sentences, until they leave (read as Latin-1).
+  const marks = ["\u2068", "\u2069"].map((mark) => Buffer.from(mark).toString("latin1"));
   const found = [...seen].flatMap(([file, text]) => {
+    for (const mark of marks)
+      assert(!text.includes(mark), `${file}: a mark was left in a sentence`);
     const stack = STACK.exec(text);
     const lines = secretsIn(text).map((secret) => `${file}: ${secret}`);
     if (stack)
