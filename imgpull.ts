@@ -5933,11 +5933,15 @@ type Ranges = readonly Range[];
 const lengthOf = (ranges: Ranges): number => sumOf(ranges, ([from, to]) => to - from);
 
 function addRange(ranges: Ranges, [from, to]: Range): Ranges {
-  const isApart = ([start, end]: Range) => end < from || start > to;
-  const edges = [from, to, ...ranges.filter((range) => !isApart(range)).flat()];
-  const merged: Range = [Math.min(...edges), Math.max(...edges)];
-
-  return [...ranges.filter(isApart), merged].sort((left, right) => left[0] - right[0]);
+  const before: Range[] = [];
+  const behind: Range[] = [];
+  let [start, end] = [from, to];
+  for (const range of ranges) {
+    if (range[1] < from) before.push(range);
+    else if (range[0] > to) behind.push(range);
+    else [start, end] = [Math.min(start, range[0]), Math.max(end, range[1])];
+  }
+  return [...before, [start, end], ...behind];
 }
 
 /** What of a range is in none of them. */

@@ -3311,10 +3311,15 @@ function problemWords(problem) {
 }
 var lengthOf = ranges => sumOf(ranges, ([from, to]) => to - from)
 function addRange(ranges, [from, to]) {
-	const isApart = ([start, end]) => end < from || start > to
-	const edges = [from, to, ...ranges.filter(range => !isApart(range)).flat()]
-	const merged = [Math.min(...edges), Math.max(...edges)]
-	return [...ranges.filter(isApart), merged].sort((left, right) => left[0] - right[0])
+	const before = []
+	const behind = []
+	let [start, end] = [from, to]
+	for (const range of ranges) {
+		if (range[1] < from) before.push(range)
+		else if (range[0] > to) behind.push(range)
+		else [start, end] = [Math.min(start, range[0]), Math.max(end, range[1])]
+	}
+	return [...before, [start, end], ...behind]
 }
 function missingRanges(ranges, [from, to]) {
 	const missing = []
