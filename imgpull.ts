@@ -177,8 +177,8 @@ const TUNING = Object.freeze({
   journalBytes: MIB / 2, // how much a kill -9 may cost each blob, beside what a connection has gathered
   // the disk works while the line does, and little is left for the sync at the end
   syncBytes: 32 * MIB,
-  splitBytes: MIB / 2, // no range is worth a request of its own below that,
-  worthMs: 50, // nor where its connection would be done in less
+  splitBytes: MIB / 8, // no range is worth a request of its own below that,
+  worthMs: 50, // nor where it would bring so much sooner the end
   unitBytes: 8 * MIB, // ranges of one blob side by side: the hash is at most so many units behind
   smallBytes: MIB / 16, // a blob that may be asked for twice, to see whether a cache has it by then
   // what may wait in memory for its turn to be hashed; what else came early is read back
@@ -6599,9 +6599,18 @@ class Schedule {
     return this.#make(blob, [from, end]);
   }
 
-  /** What a connection keeps of its range when that is cut. */
+  /**
+   * What a connection keeps of its range when that is cut: so much that both are done at the same
+   * time, where less is left than for two units.
+   */
   #kept(segment: Segment): number {
-    return Math.min(this.#unitOf(segment), Math.ceil(segment.remainingBytes / 2));
+    const half = Math.ceil((segment.remainingBytes + this.#headStartOf(segment.blob)) / 2);
+    return Math.min(this.#unitOf(segment), half);
+  }
+
+  /** What a connection brings until another one's first bytes are there. */
+  #headStartOf({ registry }: BlobState): number {
+    return Math.ceil(this.#pace.bytesPerMsEach * this.#mannersOf(registry).waitMs);
   }
 
   /** How much of a blob is taken at once: all of it, unless it is cut. */
@@ -6617,7 +6626,7 @@ class Schedule {
     const most = this.#horizon
       ? Math.ceil(TUNING.streamWindowBytes / this.#pace.most)
       : TUNING.unitBytes;
-    const unit = Math.max(this.#worthBytes(blob), Math.min(share, most));
+    const unit = Math.max(this.#headStartOf(blob) + this.#worthBytes(), Math.min(share, most));
     this.#units.set(blob, unit);
     return unit;
   }
@@ -6625,19 +6634,20 @@ class Schedule {
   /** The longest range that may be cut, and is worth a request of its own. */
   #longest(): Segment | undefined {
     if (!this.#pace.maySplit) return undefined;
-    const isWorthIt = (segment: Segment) =>
-      segment.isFlowing && segment.remainingBytes >= 2 * this.#worthBytes(segment.blob);
-    const candidates = [...this.#active].filter(isWorthIt);
+    const candidates = [...this.#active].filter((segment) => this.#isWorthCutting(segment));
     const cuttable = candidates.filter(
       ({ blob }) => this.#maySplit(blob) && this.#hasRoom(blob.registry.origin),
     );
     return cuttable.sort(this.#horizon ? inOrder : longestFirst)[0];
   }
 
-  /** Less is not worth a request: the connection would wait for longer than it works. */
-  #worthBytes({ registry }: BlobState): number {
-    const leastMs = Math.max(TUNING.worthMs, 2 * this.#mannersOf(registry).waitMs);
-    return Math.ceil(Math.max(TUNING.splitBytes, this.#pace.bytesPerMsEach * leastMs));
+  #isWorthCutting({ isFlowing, remainingBytes, blob }: Segment): boolean {
+    return isFlowing && remainingBytes >= this.#headStartOf(blob) + 2 * this.#worthBytes();
+  }
+
+  /** What another connection has to bring, and so to save, or it is not worth its request. */
+  #worthBytes(): number {
+    return Math.ceil(Math.max(TUNING.splitBytes, this.#pace.bytesPerMsEach * TUNING.worthMs));
   }
 
   /**
@@ -6767,12 +6777,13 @@ class Schedule {
   /** A registry whose ranges would help, if it were known how it takes to them. */
   registryToLookAt(): Registry | undefined {
     if (this.#active.size >= this.#pace.wanted) return undefined;
-    const isUnclear = ({ blob, isFlowing, remainingBytes }: Segment) => {
+    const isUnclear = (segment: Segment) => {
+      const { blob, isFlowing } = segment;
       const { registry, source } = blob;
       const wantsLook = this.#mannersOf(registry).wantsLook(this.#firstWaitMs(blob));
       if (!isFlowing || source || !wantsLook) return false;
-      const isWorthCutting = this.#pace.maySplit && remainingBytes >= 2 * TUNING.splitBytes;
-      return isWorthCutting || this.#queued.some((queued) => queued.blob === blob);
+      const isWorthIt = this.#pace.maySplit && this.#isWorthCutting(segment);
+      return isWorthIt || this.#queued.some((queued) => queued.blob === blob);
     };
     return [...this.#active].find(isUnclear)?.blob.registry;
   }

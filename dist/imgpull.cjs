@@ -118,7 +118,7 @@ var TUNING = Object.freeze({
 	gatherBytes: 4 * MIB,
 	journalBytes: MIB / 2,
 	syncBytes: 32 * MIB,
-	splitBytes: MIB / 2,
+	splitBytes: MIB / 8,
 	worthMs: 50,
 	unitBytes: 8 * MIB,
 	smallBytes: MIB / 16,
@@ -3760,7 +3760,11 @@ var Schedule = class {
 		return this.#make(blob, [from, end])
 	}
 	#kept(segment) {
-		return Math.min(this.#unitOf(segment), Math.ceil(segment.remainingBytes / 2))
+		const half = Math.ceil((segment.remainingBytes + this.#headStartOf(segment.blob)) / 2)
+		return Math.min(this.#unitOf(segment), half)
+	}
+	#headStartOf({registry}) {
+		return Math.ceil(this.#pace.bytesPerMsEach * this.#mannersOf(registry).waitMs)
 	}
 	#knownUnit(blob) {
 		return this.#pace.maySplit ? (this.#units.get(blob) ?? NEVER) : NEVER
@@ -3770,20 +3774,20 @@ var Schedule = class {
 		if (known !== void 0) return known
 		const share = Math.ceil(remainingBytes / this.#pace.most)
 		const most = this.#horizon ? Math.ceil(TUNING.streamWindowBytes / this.#pace.most) : TUNING.unitBytes
-		const unit = Math.max(this.#worthBytes(blob), Math.min(share, most))
+		const unit = Math.max(this.#headStartOf(blob) + this.#worthBytes(), Math.min(share, most))
 		this.#units.set(blob, unit)
 		return unit
 	}
 	#longest() {
 		if (!this.#pace.maySplit) return void 0
-		const isWorthIt = segment => segment.isFlowing && segment.remainingBytes >= 2 * this.#worthBytes(segment.blob)
+		const isWorthIt = ({isFlowing, remainingBytes, blob}) =>
+			isFlowing && remainingBytes >= this.#headStartOf(blob) + 2 * this.#worthBytes()
 		const candidates = [...this.#active].filter(isWorthIt)
 		const cuttable = candidates.filter(({blob}) => this.#maySplit(blob) && this.#hasRoom(blob.registry.origin))
 		return cuttable.sort(this.#horizon ? inOrder : longestFirst)[0]
 	}
-	#worthBytes({registry}) {
-		const leastMs = Math.max(TUNING.worthMs, 2 * this.#mannersOf(registry).waitMs)
-		return Math.ceil(Math.max(TUNING.splitBytes, this.#pace.bytesPerMsEach * leastMs))
+	#worthBytes() {
+		return Math.ceil(Math.max(TUNING.splitBytes, this.#pace.bytesPerMsEach * TUNING.worthMs))
 	}
 	#mayJoin(blob) {
 		const isUnderWay = [...this.#active].some(other => other.blob === blob)

@@ -216,10 +216,10 @@ const SATELLITE: Line = { roundTripMs: 600, each: 1000, all: 10_000 };
 const LINES: [name: string, line: Line, sizes: number[], ratio: number][] = [
   ["near and throttled, one layer", NEAR, ONE, 1.6],
   ["near and throttled, five layers", NEAR, TYPICAL, 1.3],
-  ["far, one layer", FAR, ONE, 1.9],
+  ["far, one layer", FAR, ONE, 1.75],
   ["far, five layers", FAR, TYPICAL, 1.4],
   ["far, many layers", FAR, MANY, 1.9],
-  ["across an ocean, one layer", OCEAN, ONE, 1.5],
+  ["across an ocean, one layer", OCEAN, ONE, 1.4],
   ["across an ocean, five layers", OCEAN, TYPICAL, 1.2],
   ["an office, one layer", OFFICE, ONE, 1.02],
   ["an office, five layers", OFFICE, TYPICAL, 1.02],
@@ -227,7 +227,7 @@ const LINES: [name: string, line: Line, sizes: number[], ratio: number][] = [
   ["a far office, one layer", { ...OFFICE, roundTripMs: 60 }, ONE, 1.1],
   ["a region, five layers", REGION, TYPICAL, 1.12],
   ["a region, one large layer", REGION, [1000 * MB], 1.2],
-  ["a satellite, one layer", SATELLITE, ONE, 1.5],
+  ["a satellite, one layer", SATELLITE, ONE, 1.35],
   ["far, slow start, one layer", { ...FAR, slowStart: true }, ONE, 2.6],
 ];
 
