@@ -173,8 +173,9 @@ const TUNING = Object.freeze({
   batchMs: 1000, // how long bytes may wait for more of them before they are written, and recorded
   // one write to disk: fewer trips to Node's thread pool than one for each chunk
   batchBytes: MIB / 2,
-  gatherBytes: 4 * MIB, // of all connections together: each has as much under way besides
-  journalBytes: MIB / 2, // how much a kill -9 may cost each blob, beside what a connection has gathered
+  gatherBytes: 2 * MIB, // of all connections together: each has as much under way besides
+  // how much a kill -9 may cost each blob, beside what a connection has gathered
+  journalBytes: MIB / 2,
   // the disk works while the line does, and little is left for the sync at the end
   syncBytes: 32 * MIB,
   splitBytes: MIB / 8, // no range is worth a request of its own below that,
@@ -182,7 +183,7 @@ const TUNING = Object.freeze({
   unitBytes: 8 * MIB, // ranges of one blob side by side: the hash is at most so many units behind
   smallBytes: MIB / 16, // a blob that may be asked for twice, to see whether a cache has it by then
   // what may wait in memory for its turn to be hashed; what else came early is read back
-  earlyBytes: 4 * MIB,
+  earlyBytes: 2 * MIB,
   earlyPieceBytes: 1024, // of which a piece takes so much at least
   firstConnections: 8, // at first, before anything was measured
   growth: 4, // times as many are tried next
