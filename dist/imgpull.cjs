@@ -115,14 +115,14 @@ var LIMITS = Object.freeze({
 var TUNING = Object.freeze({
 	batchMs: 1e3,
 	batchBytes: MIB / 2,
-	gatherBytes: 4 * MIB,
+	gatherBytes: 2 * MIB,
 	journalBytes: MIB / 2,
 	syncBytes: 32 * MIB,
 	splitBytes: MIB / 8,
 	worthMs: 50,
 	unitBytes: 8 * MIB,
 	smallBytes: MIB / 16,
-	earlyBytes: 4 * MIB,
+	earlyBytes: 2 * MIB,
 	earlyPieceBytes: 1024,
 	firstConnections: 8,
 	growth: 4,
@@ -3780,11 +3780,12 @@ var Schedule = class {
 	}
 	#longest() {
 		if (!this.#pace.maySplit) return void 0
-		const isWorthIt = ({isFlowing, remainingBytes, blob}) =>
-			isFlowing && remainingBytes >= this.#headStartOf(blob) + 2 * this.#worthBytes()
-		const candidates = [...this.#active].filter(isWorthIt)
+		const candidates = [...this.#active].filter(segment => this.#isWorthCutting(segment))
 		const cuttable = candidates.filter(({blob}) => this.#maySplit(blob) && this.#hasRoom(blob.registry.origin))
 		return cuttable.sort(this.#horizon ? inOrder : longestFirst)[0]
+	}
+	#isWorthCutting({isFlowing, remainingBytes, blob}) {
+		return isFlowing && remainingBytes >= this.#headStartOf(blob) + 2 * this.#worthBytes()
 	}
 	#worthBytes() {
 		return Math.ceil(Math.max(TUNING.splitBytes, this.#pace.bytesPerMsEach * TUNING.worthMs))
@@ -3881,12 +3882,13 @@ var Schedule = class {
 	}
 	registryToLookAt() {
 		if (this.#active.size >= this.#pace.wanted) return void 0
-		const isUnclear = ({blob, isFlowing, remainingBytes}) => {
+		const isUnclear = segment => {
+			const {blob, isFlowing} = segment
 			const {registry, source} = blob
 			const wantsLook = this.#mannersOf(registry).wantsLook(this.#firstWaitMs(blob))
 			if (!isFlowing || source || !wantsLook) return false
-			const isWorthCutting = this.#pace.maySplit && remainingBytes >= 2 * TUNING.splitBytes
-			return isWorthCutting || this.#queued.some(queued => queued.blob === blob)
+			const isWorthIt = this.#pace.maySplit && this.#isWorthCutting(segment)
+			return isWorthIt || this.#queued.some(queued => queued.blob === blob)
 		}
 		return [...this.#active].find(isUnclear)?.blob.registry
 	}
