@@ -1934,7 +1934,7 @@ function connectThrough(
 
     socket.destroy();
     const tlsPortError = await proxy.tlsPortError(response, String(head));
-    done(tlsPortError ?? proxy.refusal(`CONNECT ${authority}`, response));
+    done(tlsPortError ?? proxy.refusal(`CONNECT ${outside(authority)}`, response));
   });
   connect.end();
 }

@@ -433,6 +433,24 @@ describe("a short password, wherever a registry says it", () => {
     }
   });
 
+  test("where a proxy is to lead to, and a redirect that it refuses", async (t) => {
+    const secret = "hunter2";
+    const proxy = await startRawServer(t, (socket) => {
+      socket.end("HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n");
+    });
+    for (const scheme of ["http", "https"]) {
+      const registry = await startRegistry({ auth: { mode: "basic", password: secret } }, t);
+      const reference = registry.add(image, "team/app", "1.0");
+      registry.on(LAYER, elsewhere(`${scheme}://${secret}.test/blob`));
+      const address = `http://${proxy.host}`;
+      const environment = { HTTP_PROXY: address, HTTPS_PROXY: address };
+      const options = { ...HTTP, username: USER, password: secret, environment };
+      const outcome = await tryPull(t, reference, options);
+      assert.match(outcome.error?.message ?? "", /\*\*\*\.test/);
+      assert(!everything(outcome).includes(secret), everything(outcome));
+    }
+  });
+
   test("the names in a certificate", async (t) => {
     const secret = "hunter2";
     const authority = makeAuthority();
