@@ -868,7 +868,7 @@ function connectThrough({proxy, options, timeoutMs}, target, done) {
 		}
 		socket.destroy()
 		const tlsPortError = await proxy.tlsPortError(response, String(head))
-		done(tlsPortError ?? proxy.refusal(`CONNECT ${authority}`, response))
+		done(tlsPortError ?? proxy.refusal(`CONNECT ${outside(authority)}`, response))
 	})
 	connect2.end()
 }

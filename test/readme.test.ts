@@ -622,6 +622,14 @@ const MESSAGES: Record<string, Message> = {
   "no such tag:": { image: (host) => `${host}/team/app:none` },
   "no such repository:": { image: (host) => `${host}/team/none:1.0` },
   "has no image for … it has:": { options: { platform: "linux/arm64" } },
+  "no signature at all; but there may be one that is denied": {
+    options: { "signed-by": "signer.pub" },
+    prepare: (registry) => registry.on({ path: /manifests\/sha256-/ }, { status: 403 }),
+    run: (folder) => {
+      writeFileSync(join(folder, "signer.pub"), makeSigner("P-256").pem);
+      return {};
+    },
+  },
   "too many requests: come back in … s, at": {
     prepare: (registry) =>
       registry.on({ kind: "manifest" }, { status: 429, headers: { "retry-after": "3600" } }),
