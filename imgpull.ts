@@ -10794,16 +10794,23 @@ const readableOf = (source: AsyncIterable<Uint8Array>): Readable =>
  * pipe would not.
  */
 async function openPipe(file: string, signal?: AbortSignal): Promise<Readable> {
-  // Opening a pipe ends when it has a writer: to stop, we become that for a moment.
+  if (signal?.aborted) stopped(signal.reason);
+  let isOver = false;
+  // Opening a pipe ends when it has a writer: to stop, we become that for a moment. It may not have
+  // begun yet.
   const letGo = async () => {
-    const writer = await fs.open(file, O_WRONLY | O_NONBLOCK).catch(ignore);
-    await writer?.close();
+    while (!isOver) {
+      const writer = await fs.open(file, O_WRONLY | O_NONBLOCK).catch(ignore);
+      await writer?.close();
+      await delay(TUNING.readerPollMs);
+    }
   };
   signal?.addEventListener("abort", letGo, { once: true });
   try {
     const descriptor = await openDescriptor(file);
     return new net.Socket({ fd: descriptor, readable: true, writable: false });
   } finally {
+    isOver = true;
     signal?.removeEventListener("abort", letGo);
   }
 }

@@ -3888,7 +3888,7 @@ var Schedule = class {
 			const wantsLook = this.#mannersOf(registry).wantsLook(this.#firstWaitMs(blob))
 			if (!isFlowing || source || !wantsLook) return false
 			const isWorthIt = this.#pace.maySplit && this.#isWorthCutting(segment)
-			return isWorthIt || this.#queued.some(queued => queued.blob === blob)
+			return isWorthIt || this.#queuedParts(blob).length > 0
 		}
 		return [...this.#active].find(isUnclear)?.blob.registry
 	}
@@ -6547,15 +6547,21 @@ async function openTarSource(source, signal) {
 var readableOf = source =>
 	source instanceof import_node_stream.Readable ? source : import_node_stream.Readable.from(source, {objectMode: false})
 async function openPipe(file, signal) {
+	if (signal?.aborted) stopped(signal.reason)
+	let isOver = false
 	const letGo = async () => {
-		const writer = await import_node_fs.promises.open(file, O_WRONLY | O_NONBLOCK).catch(ignore)
-		await writer?.close()
+		while (!isOver) {
+			const writer = await import_node_fs.promises.open(file, O_WRONLY | O_NONBLOCK).catch(ignore)
+			await writer?.close()
+			await (0, import_promises2.setTimeout)(TUNING.readerPollMs)
+		}
 	}
 	signal?.addEventListener("abort", letGo, {once: true})
 	try {
 		const descriptor = await openDescriptor(file)
 		return new net.Socket({fd: descriptor, readable: true, writable: false})
 	} finally {
+		isOver = true
 		signal?.removeEventListener("abort", letGo)
 	}
 }

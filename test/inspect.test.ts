@@ -20,6 +20,7 @@ import { join } from "node:path";
 import { after, before, test } from "node:test";
 import { setTimeout as delay } from "node:timers/promises";
 import * as zlib from "node:zlib";
+import { verifyTar } from "../imgpull.ts";
 import {
   craneTar,
   type Entry,
@@ -1269,6 +1270,19 @@ test("a pipe that nobody writes into, or that goes quiet: Ctrl-C ends it at once
   const beginning = readFileSync(await pull(packed, "quiet")).subarray(0, 5000);
   for (const option of ["--verify", "--list-tar"])
     assert.equal(await exitCodeAfterInterrupt([option, "-"], beginning), 130, option);
+});
+
+test("a wait for a pipe's writer ends, whenever it is stopped", { timeout: 20_000 }, async (t) => {
+  const pipe = join(temporaryFolder(t), "pipe");
+  assert.equal(spawnSync("mkfifo", [pipe]).status, 0);
+  for (let turns = 0; turns < 12; turns += 1) {
+    const stop = new AbortController();
+    const looking = verifyTar(pipe, { signal: stop.signal });
+    looking.catch(() => {});
+    for (let turn = 0; turn < turns; turn += 1) await new Promise(setImmediate);
+    stop.abort();
+    await assert.rejects(looking, { code: "ABORTED" }, `after ${turns} turns`);
+  }
 });
 
 // ====== What cannot be unpacked, or without end ======
