@@ -1439,6 +1439,8 @@ interface Answer {
   readonly headers: http.IncomingHttpHeaders;
   /** Who answered: after redirects, not the one who was asked. */
   readonly url: URL;
+  /** Of another host, by a URL that is good for a while: no cache has a use for that. */
+  readonly isElsewhere: boolean;
   /** The Authorization header that it was shown. */
   readonly authorization: string | undefined;
   readonly body?: http.IncomingMessage;
@@ -2367,7 +2369,8 @@ async function followRedirects(
     });
 
     const { statusCode: status = 0, headers } = response;
-    const answer = { status, headers, url, authorization, words: "", waitedMs };
+    const isElsewhere = url.origin !== request.url.origin && url.search !== "";
+    const answer = { status, headers, url, isElsewhere, authorization, words: "", waitedMs };
     if (status >= 200 && status < 300) return { ...answer, body: response };
 
     const isRedirect = [301, 302, 303, 307, 308].includes(status) && request.body === undefined;
@@ -6444,7 +6447,13 @@ class RangeManners {
 }
 
 /** How an answer came: its first bytes, after its request had a connection. */
-type LineAnswer = Readonly<{ waitMs: number; isRange: boolean; isMiss: boolean }>;
+type LineAnswer = Readonly<{
+  waitMs: number;
+  isRange: boolean;
+  isMiss: boolean;
+  /** From a storage to which the registry sends us. */
+  isElsewhere: boolean;
+}>;
 
 type ScheduleOptions = Readonly<{
   /** The most connections. */
@@ -6705,12 +6714,14 @@ class Schedule {
   answered(segment: Segment, answer?: LineAnswer): void {
     segment.state = "flowing";
     if (!answer) return; // a tar at hand
-    const { waitMs, isRange, isMiss } = answer;
+    const { waitMs, isRange, isMiss, isElsewhere } = answer;
     const { blob } = segment;
     const manners = this.#mannersOf(blob.registry);
     manners.answered(waitMs);
     const isFirst = !this.#waits.has(blob);
-    if (isFirst || !isRange) this.#waits.set(blob, isMiss ? NEVER : waitMs);
+    // Nobody has to fetch that first.
+    const firstWaitMs = isElsewhere ? 0 : waitMs;
+    if (isFirst || !isRange) this.#waits.set(blob, isMiss ? NEVER : firstWaitMs);
     else if (this.#mostUnanswered(blob) === 1) manners.tried(waitMs, this.#firstWaitMs(blob));
   }
 
@@ -6963,7 +6974,7 @@ class Change {
 // ------ One request for a range ------
 
 /** Bytes of a blob as they come: [position, end) of it. `doing` is what an error says of it. */
-type Line = Readonly<{ waitedMs: number; openedAtMs: number; isRange: boolean; isMiss: boolean }>;
+type Line = Omit<LineAnswer, "waitMs"> & Readonly<{ waitedMs: number; openedAtMs: number }>;
 type Opened = Readonly<{
   stream: Readable;
   doing: string;
@@ -7028,10 +7039,9 @@ function judgeAnswer(
 }
 
 /** The first bytes are there. */
-const untilNow = ({ waitedMs, openedAtMs, isRange, isMiss }: Line): LineAnswer => ({
+const untilNow = ({ waitedMs, openedAtMs, ...line }: Line): LineAnswer => ({
+  ...line,
   waitMs: waitedMs + performance.now() - openedAtMs,
-  isRange,
-  isMiss,
 });
 
 function openSource({ handle, offset }: Place, { at, to }: Segment): Opened {
@@ -7079,9 +7089,14 @@ async function openSegment(
   }
 
   const { position, end } = judged;
-  const { waitedMs } = answer;
-  const isRange = status === 206;
-  const line = { waitedMs, openedAtMs: performance.now(), isRange, isMiss: isCacheMiss(answer) };
+  const { waitedMs, isElsewhere } = answer;
+  const line = {
+    waitedMs,
+    openedAtMs: performance.now(),
+    isRange: status === 206,
+    isMiss: isCacheMiss(answer),
+    isElsewhere,
+  };
   return { stream: await decodeBody(body, end - position), doing, position, end, line };
 }
 

@@ -17,7 +17,7 @@ import {
 } from "./support/interop.ts";
 import { startApache, startTrafficServer, startVarnish } from "./support/interop-caches.ts";
 import { checkTar, childOf, serve } from "./support/pull.ts";
-import type { Registry } from "./support/registry.ts";
+import type { Fault, Matcher, Registry } from "./support/registry.ts";
 
 const MB = 1e6;
 const ONE = makeMultiPlatform(["linux/amd64"], { seed: "cache", layers: [16 * MB] });
@@ -31,29 +31,27 @@ const GAPPY = makeMultiPlatform(["linux/amd64"], { seed: "gaps", layers: [24 * M
  * 60 ms to the first byte, so that no machine is too busy to be told from a far one, and 6 MB/s for
  * each connection. Blobs may be kept, as docker-registry says.
  */
-function putFarAway(registry: Registry): void {
+function putFarAway(registry: Registry, matcher: Matcher = {}, fault: Fault = {}): void {
   const msPerByte = 1000 / (6 * MB);
-  registry.on(
-    {},
-    {
-      handler: async (_request, response, next) => {
-        await pause(60);
-        response.setHeader("cache-control", "max-age=31536000");
-        response.setHeader("date", new Date().toUTCString());
-        const write = response.write.bind(response) as (chunk: Buffer) => boolean;
-        response.write = ((chunk: Buffer) => {
-          setTimeout(() => write(chunk) && response.emit("drain"), chunk.length * msPerByte);
-          return false;
-        }) as typeof response.write;
-        const end = response.end.bind(response);
-        response.end = (() => {
-          setTimeout(() => end(), 65_536 * msPerByte + 1);
-          return response;
-        }) as typeof response.end;
-        await next();
-      },
+  registry.on(matcher, {
+    ...fault,
+    handler: async (_request, response, next) => {
+      await pause(60);
+      response.setHeader("cache-control", "max-age=31536000");
+      response.setHeader("date", new Date().toUTCString());
+      const write = response.write.bind(response) as (chunk: Buffer) => boolean;
+      response.write = ((chunk: Buffer) => {
+        setTimeout(() => write(chunk) && response.emit("drain"), chunk.length * msPerByte);
+        return false;
+      }) as typeof response.write;
+      const end = response.end.bind(response);
+      response.end = (() => {
+        setTimeout(() => end(), 65_536 * msPerByte + 1);
+        return response;
+      }) as typeof response.end;
+      await next();
     },
-  );
+  });
 }
 
 async function serveFarAway(t: TestContext, content: TestIndex) {
@@ -224,6 +222,16 @@ for (const { name, programs, start, contents, atMost, again = 0 } of KINDS) {
     }
   });
 }
+
+test("no cache, but a storage that the registry sends us to: ranges, and nothing asked for twice", async (t) => {
+  const { registry, dest, folder } = await serve(t, ONE);
+  putFarAway(registry, { kind: "blob" }, { redirect: "storage" });
+  putFarAway(registry);
+  await pullThrough(registry.host, dest, folder);
+  const [config = ""] = childOf(ONE).configs;
+  assert.equal(registry.storageRequests(config).length, 1);
+  assert.ok(registry.seen({ kind: "storage", ranged: true }).length >= 2);
+});
 
 // ====== Onto stdout ======
 

@@ -30,6 +30,8 @@ interface Line {
    * For each range it fetches what lies before that, too.
    */
   cache?: { coldMs: number; warmMs: number; keepsSmall: boolean };
+  /** The registry sends us to a storage. */
+  isStorage?: true;
   /** Hardly anything comes between these two moments. */
   hiccup?: [fromMs: number, toMs: number];
   /** From then on the line is another one. */
@@ -165,7 +167,12 @@ function play(line: Line, sizes: number[], options: PlayOptions = {}): Outcome {
         continue;
       }
       if (!segment.isFlowing)
-        schedule.answered(segment, { waitMs: flow.waitMs, isRange: flow.isRange, isMiss: false });
+        schedule.answered(segment, {
+          waitMs: flow.waitMs,
+          isRange: flow.isRange,
+          isMiss: false,
+          isElsewhere: line.isStorage ?? false,
+        });
       const trips = (nowMs - flow.flowsSinceMs) / line.roundTripMs;
       const window = line.slowStart
         ? (14_600 * 2 ** Math.min(30, trips)) / line.roundTripMs
@@ -388,6 +395,13 @@ test("where nothing small is there to look at, one prompt range is enough", () =
   const { ms, requests, most } = play(FAR, [200 * MB], { hasSmall: false });
   assert.ok(requests > 16 && most === 16, `${requests} requests`);
   assert.ok(ms <= 1.4 * leastMs(FAR, [200 * MB]), `${ms} ms`);
+});
+
+test("a far registry that sends us to its storage is not looked at: ranges come sooner", () => {
+  const { ms, lookedTwice } = play({ ...FAR, isStorage: true }, [1000, 60 * MB]);
+  assert.equal(lookedTwice, false);
+  const before = play(FAR, [1000, 60 * MB]).ms;
+  assert.ok(before - ms >= FAR.roundTripMs / 2, `${ms} ms, ${before} ms`);
 });
 
 test("a far registry without a cache is looked at twice, and given ranges", () => {

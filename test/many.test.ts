@@ -96,7 +96,7 @@ function ask(schedule: Schedule): Segment | undefined {
 }
 
 function receive(schedule: Schedule, segment: Segment): void {
-  schedule.answered(segment, { waitMs: 1, isRange: false, isMiss: false });
+  schedule.answered(segment, { waitMs: 1, isRange: false, isMiss: false, isElsewhere: false });
   schedule.advance(segment, segment.remainingBytes, segment.to);
   schedule.paused(segment);
   assert.ok(schedule.isLast(segment));
