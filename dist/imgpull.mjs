@@ -1142,7 +1142,8 @@ async function followRedirects(request, sendOnce, secrets) {
 			...dropEmpty({Authorization: authorization})
 		})
 		const {statusCode: status = 0, headers} = response
-		const answer = {status, headers, url, authorization, words: "", waitedMs}
+		const isElsewhere = url.origin !== request.url.origin && url.search !== ""
+		const answer = {status, headers, url, isElsewhere, authorization, words: "", waitedMs}
 		if (status >= 200 && status < 300) return {...answer, body: response}
 		const isRedirect = [301, 302, 303, 307, 308].includes(status) && request.body === void 0
 		if (!isRedirect || headers.location === void 0)
@@ -3794,12 +3795,13 @@ var Schedule = class {
 	answered(segment, answer) {
 		segment.state = "flowing"
 		if (!answer) return
-		const {waitMs, isRange, isMiss} = answer
+		const {waitMs, isRange, isMiss, isElsewhere} = answer
 		const {blob} = segment
 		const manners = this.#mannersOf(blob.registry)
 		manners.answered(waitMs)
 		const isFirst = !this.#waits.has(blob)
-		if (isFirst || !isRange) this.#waits.set(blob, isMiss ? NEVER : waitMs)
+		const firstWaitMs = isElsewhere ? 0 : waitMs
+		if (isFirst || !isRange) this.#waits.set(blob, isMiss ? NEVER : firstWaitMs)
 		else if (this.#mostUnanswered(blob) === 1) manners.tried(waitMs, this.#firstWaitMs(blob))
 	}
 	advance(segment, sizeBytes, answeredTo) {
@@ -4006,10 +4008,9 @@ function judgeAnswer({status, headers}, [at, to], sizeBytes) {
 		return {code: "SIZE_MISMATCH", reason: `${length} bytes, not ${end - position}`}
 	return {position, end}
 }
-var untilNow = ({waitedMs, openedAtMs, isRange, isMiss}) => ({
-	waitMs: waitedMs + performance.now() - openedAtMs,
-	isRange,
-	isMiss
+var untilNow = ({waitedMs, openedAtMs, ...line}) => ({
+	...line,
+	waitMs: waitedMs + performance.now() - openedAtMs
 })
 function openSource({handle, offset}, {at, to}) {
 	const stream = Readable.from(readPlace(handle, offset + at, offset + to))
@@ -4043,9 +4044,14 @@ async function openSegment(schedule, segment, signal) {
 		return void 0
 	}
 	const {position, end} = judged
-	const {waitedMs} = answer
-	const isRange = status === 206
-	const line = {waitedMs, openedAtMs: performance.now(), isRange, isMiss: isCacheMiss(answer)}
+	const {waitedMs, isElsewhere} = answer
+	const line = {
+		waitedMs,
+		openedAtMs: performance.now(),
+		isRange: status === 206,
+		isMiss: isCacheMiss(answer),
+		isElsewhere
+	}
 	return {stream: await decodeBody(body, end - position), doing, position, end, line}
 }
 var BatchWriter = class {

@@ -5,8 +5,16 @@ import { join } from "node:path";
 import { interopFolder, type Program, startOnFreePort, writeFiles } from "./interop.ts";
 import { ProxyService, whenListening } from "./interop-proxies.ts";
 
-/** `vcl` goes into vcl_backend_response. */
-export function startVarnish(upstreamPort: number, vcl = ""): Promise<ProxyService> {
+export interface VarnishRules {
+  /** VCL for what came from the registry, and for what goes out. */
+  fetched?: string;
+  delivered?: string;
+}
+
+export function startVarnish(
+  upstreamPort: number,
+  rules: VarnishRules = {},
+): Promise<ProxyService> {
   const folder = interopFolder("varnish");
   return startOnFreePort((port) => {
     const { "default.vcl": config } = writeFiles(folder, {
@@ -16,7 +24,10 @@ backend default {
   .port = "${upstreamPort}";
 }
 sub vcl_backend_response {
-  ${vcl}
+  ${rules.fetched ?? ""}
+}
+sub vcl_deliver {
+  ${rules.delivered ?? ""}
 }
 `,
     });
