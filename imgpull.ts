@@ -110,6 +110,7 @@ const LIMITS = Object.freeze({
   tarMetadataBytes: 16 * MIB, // index.json and the like of a tar that someone else made
   // a pax header or the map of a sparse file; Go's reader has the same bound
   tarExtensionBytes: MIB,
+  paxRecords: 5_000_000, // of a tar, all together; each file has a dozen
   tarEntries: 200_000, // a thousand images in docker's old form have a hundred each
   // that the names of a tar lead through: real ones have two, or one for each layer
   tarFolders: 200_000,
@@ -117,6 +118,7 @@ const LIMITS = Object.freeze({
   tarNamesBytes: 16 * MIB, // of all of them: a thousand images in the old form have half as much
   tarSmallDocumentBytes: MIB / 4, // most manifests, configs and signatures have less
   tarDocumentBytes: 64 * MIB, // indexes, manifests and configs of a tar that are held at once
+  problemLines: 1000, // that are said of a tar; a report has them all
   jsonDepth: 100, // of a document in a tar; real ones have five
   jsonValues: 1_000_000, // a few dozen bytes of memory each
   tarReferences: 300_000, // manifests and layers that the images of a tar name, all together
@@ -127,6 +129,10 @@ const LIMITS = Object.freeze({
   unpackedNameBytes: 255, // of each part of a path, on every file system there is
   unpackedPathBytes: 3900, // of a path: 4096 less what stands before it where it is unpacked
   unpackedLinkBytes: 4095, // of what a symbolic link leads to
+  // what a header, a pax record and a piece of a file cost besides, in bytes that are hashed
+  headerCostBytes: 2000,
+  recordCostBytes: 300,
+  pieceCostBytes: 1000,
   attributeBytes: 4000, // of a file's extended attributes, all together: ext4 has a block for them
   mirrorFailures: 2, // what passes by itself: of more, another place has it sooner
   indexDepth: 4, // an index inside an index; real ones are one or two deep
@@ -5330,7 +5336,7 @@ function faultOfAttribute(name: string, value: Buffer): AttributeFault | undefin
   return name.startsWith("user.") ? "for-files" : undefined;
 }
 
-function parsePaxRecords(body: Buffer): PaxRecords {
+function parsePaxRecords(body: Buffer, onRecord: () => void): PaxRecords {
   const records: PaxRecords = new Map();
   const sparsePieces: string[] = [];
   const faults = new Set<string | undefined>();
@@ -5339,6 +5345,7 @@ function parsePaxRecords(body: Buffer): PaxRecords {
   for (let at = 0; at < body.length; ) {
     const { key, value, end } = paxRecordAt(body, at);
     at = end;
+    onRecord();
     if (!isPaxRecord(key, value)) refuseTar("a pax record is malformed");
     if (key.startsWith(XATTR_KEY)) {
       attributeBytes += key.length + value.length;
@@ -5418,6 +5425,7 @@ class TarDecoder {
   hasTrailer = false;
   /** How many global headers there were: some loaders want no two of one name. */
   globalHeaders = 0;
+  recordCount = 0;
   #records: PaxRecords = new Map();
   /** GNU's long names, which count more than pax ones. */
   #longNames: PaxRecords = new Map();
@@ -5462,7 +5470,7 @@ class TarDecoder {
 
     const use = (body: Buffer): undefined => {
       const content = body.subarray(0, sizeBytes);
-      const records = "xg".includes(type) ? parsePaxRecords(content) : new Map();
+      const records = "xg".includes(type) ? this.#readRecords(content) : new Map();
       if (type === "x") this.#records = records;
       // global records are not used, and end what came before
       if (type === "g") this.#forgetExtensions();
@@ -5472,6 +5480,14 @@ class TarDecoder {
     };
     if (sizeBytes === 0) return use(Buffer.alloc(0));
     return this.#expect(sizeBytes + paddingOf(sizeBytes), use);
+  }
+
+  #readRecords(content: Buffer): PaxRecords {
+    return parsePaxRecords(content, () => {
+      this.recordCount += 1;
+      if (this.recordCount > LIMITS.paxRecords)
+        refuseTar(`its extended headers have more than ${LIMITS.paxRecords} records`);
+    });
   }
 
   #forgetExtensions(): void {
@@ -10798,7 +10814,12 @@ async function openTarSource(source: TarSource, signal?: AbortSignal): Promise<O
   const isPacked = packingOf(await readAt(handle, 0, BLOCK)) !== undefined;
   if (stats.isFile() && !isPacked) return openFile(source, handle, stats.size);
   const chunks = handle.createReadStream({ highWaterMark: TUNING.batchBytes });
-  return { ...(await openStream(source, chunks, signal)), sizeBytes: stats.size };
+  try {
+    return { ...(await openStream(source, chunks, signal)), sizeBytes: stats.size };
+  } catch (error) {
+    chunks.destroy();
+    throw error;
+  }
 }
 
 const readableOf = (source: AsyncIterable<Uint8Array>): Readable =>
@@ -11054,8 +11075,8 @@ const isEndless = (unpackedBytes: number, packedBytes: number): boolean =>
   unpackedBytes > LIMITS.unpackFactor * packedBytes + LIMITS.unpackFloorBytes;
 
 /**
- * What a look at a whole tar may cost: as many bytes as one file could come to that is as long as
- * the tar. All that is hashed and compared counts, of all its files, holes and layers.
+ * What a look at a whole tar may cost: twice the bytes that one file could come to which is as long
+ * as the tar, so that the file is named where it is only one. All that is hashed and compared counts, of all its files, holes and layers.
  */
 class LookBudget {
   readonly #readBytes: () => number;
@@ -11067,7 +11088,7 @@ class LookBudget {
 
   spend(bytes: number): void {
     this.#spentBytes += bytes;
-    if (isEndless(this.#spentBytes, this.#readBytes()))
+    if (isEndless(this.#spentBytes / 2, this.#readBytes()))
       refuseTar(
         `its files unpack, all together, to more than ${LIMITS.unpackFactor} times its size`,
       );
@@ -11394,7 +11415,10 @@ class TarCheck {
   }
 
   #takeBlock(): void {
+    const recordsBefore = this.#decoder.recordCount;
     const header = this.#decode();
+    const records = this.#decoder.recordCount - recordsBefore;
+    this.#budget.spend(LIMITS.headerCostBytes + records * LIMITS.recordCostBytes);
     this.#block = Buffer.alloc(0);
     this.#contentBytes = header?.sizeBytes ?? 0;
     this.#paddingBytes = paddingOf(this.#contentBytes);
@@ -11593,7 +11617,7 @@ class Look {
     const pieces: Buffer[] = [];
     for await (const piece of content()) {
       this.#checkStopped();
-      this.#budget.spend(piece.length);
+      this.#budget.spend(piece.length + LIMITS.pieceCostBytes);
       if (pieces.length === 0 && !mayBeDocument(entry, piece)) break;
       pieces.push(piece);
     }
@@ -11676,7 +11700,7 @@ class FileInspection {
   async add(piece: Buffer): Promise<void> {
     if (this.#readBytes === 0) this.#begin(piece);
     this.#readBytes += piece.length;
-    if (!this.isEndless()) this.#budget.spend(piece.length);
+    if (!this.isEndless()) this.#budget.spend(piece.length + LIMITS.pieceCostBytes);
     this.#digests.update(piece);
     if (this.#isDocument) this.#documentPieces.push(piece);
     if (!this.#packing) this.#tar.push(piece);
@@ -11786,7 +11810,10 @@ class BaseTar {
 class TarDocuments {
   readonly problems: TarProblem[] = [];
   readonly #contents: TarContents;
-  readonly #manifests = new Map<string, ImageManifest | IndexManifest | undefined>();
+  readonly #manifests = new Map<
+    string,
+    Readonly<{ mediaType: string; manifest: ImageManifest | IndexManifest | undefined }>
+  >();
   readonly #configs = new Map<string, ConfigWords | undefined>();
   readonly #platforms = new Map<string, PlatformCount>();
   readonly #encrypted = new Set<string>();
@@ -11872,9 +11899,13 @@ class TarDocuments {
       this.problems.push({ kind: "size", entry: blobPath(digest), ...sizes });
       return undefined;
     }
-    const key = `${mediaType} ${digest}`;
-    if (!this.#manifests.has(key)) this.#manifests.set(key, this.#readManifest(digest, mediaType));
-    return this.#manifests.get(key);
+    const known = this.#manifests.get(digest);
+    if (known && known.mediaType !== mediaType)
+      return this.#refuse(blobPath(digest), "is said to be of two types");
+    if (known) return known.manifest;
+    const manifest = this.#readManifest(digest, mediaType);
+    this.#manifests.set(digest, { mediaType, manifest });
+    return manifest;
   }
 
   /**
@@ -12891,9 +12922,12 @@ function uniqueProblems(problems: readonly TarProblem[]): TarProblem[] {
 }
 
 function refuseProblems(where: string, problems: readonly TarProblem[], report?: TarReport): void {
-  const lines = uniqueProblems(problems).map(
-    (problem) => `${where}: ${printable(problemWords(problem), 1000)}`,
-  );
+  const unique = uniqueProblems(problems);
+  const lines = unique
+    .slice(0, LIMITS.problemLines)
+    .map((problem) => `${where}: ${printable(problemWords(problem), 1000)}`);
+  if (unique.length > lines.length)
+    lines.push(`${where}: and ${unique.length - lines.length} more things are wrong`);
   if (lines.length > 0) fail("BAD_TAR", lines.join("\n"), { report });
 }
 

@@ -28,6 +28,7 @@ import {
   json,
   ociArchive,
   oldDockerSave,
+  paxRecord,
   type RawEntry,
   rawEntry,
   rawTar,
@@ -1492,6 +1493,35 @@ test("what only all files of a tar together come to is bounded too", async () =>
   );
   const layer = zlib.gzipSync(Buffer.concat(paths), { level: 9 });
   await fails(fileOf(tarOf([[blobName(digestOf(layer)), layer]])), /all together/);
+});
+
+test("what is read once for all, or said once for many", async () => {
+  const entries = ociArchive([packed]).filter(([name]) => name !== "index.json");
+  const { digest, bytes } = packed;
+  const ofTypes = Array.from({ length: 5000 }, (_, at) => ({
+    mediaType: `${MEDIA.ociManifest};${at}`,
+    digest,
+    size: bytes.length,
+  }));
+  const types: Entry = ["index.json", json({ schemaVersion: 2, manifests: ofTypes })];
+  await fails(fileOf(tarOf([...entries, types])), /is said to be of two types\n/);
+
+  const absent = Array.from({ length: 5000 }, (_, at) => ({
+    mediaType: MEDIA.ociManifest,
+    digest: digestOf(`absent ${at}`),
+    size: 1,
+  }));
+  const missing: Entry = ["index.json", json({ schemaVersion: 2, manifests: absent })];
+  const said = await fails(
+    fileOf(tarOf([...entries, missing])),
+    /: and 4000 more things are wrong\n/,
+  );
+  assert.equal(said.split("\n").length, 1002);
+
+  const record = paxRecord("k", "v").toString();
+  const extension = rawEntry({ name: "p", type: "x", content: record.repeat(170_000) });
+  const many = zlib.gzipSync(Buffer.concat(Array(31).fill(extension)));
+  await fails(fileOf(many), /its extended headers have more than 5000000 records, at byte \d+\n/);
 });
 
 async function boundedBy(name: string, tar: Buffer, seconds: number): Promise<string> {
