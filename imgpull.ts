@@ -11515,8 +11515,10 @@ type SeenFile = Readonly<{
   entry: TarEntry;
   /** False where the name has a digest, and it is not the content's. */
   isIntact: boolean;
-  /** All of it, where it may be a document. */
+  /** All of it, where it may be a document and was not left out. */
   bytes: Buffer | undefined;
+  /** It is one document too many. */
+  isLeftOut: boolean;
   /** Undefined where content was not asked for. */
   unpacked: Unpacked | undefined;
 }>;
@@ -11601,16 +11603,18 @@ class Look {
   async #readMember(member: TarMember, withContent: boolean): Promise<void> {
     const { entry } = member;
     const seen = withContent ? await this.#inspect(member) : await this.#readDocument(member);
+    const bytes = this.#kept(entry.name, seen.bytes);
     this.#files.set(entry.name, {
       entry: seen.entry,
       isIntact: seen.isIntact,
-      bytes: this.#kept(entry.name, seen.bytes),
+      bytes,
+      isLeftOut: bytes === undefined && seen.bytes !== undefined,
       unpacked: seen.unpacked,
     });
   }
 
   /** A file of which only documents count. */
-  async #readDocument({ entry, content }: TarMember): Promise<SeenFile> {
+  async #readDocument({ entry, content }: TarMember): Promise<Omit<SeenFile, "isLeftOut">> {
     const seen = { entry, isIntact: true, unpacked: undefined };
     if (lengthOfEntry(entry) > LIMITS.tarMetadataBytes) return { ...seen, bytes: undefined };
 
@@ -11625,7 +11629,7 @@ class Look {
   }
 
   /** A file that is hashed, and unpacked. */
-  async #inspect({ entry, content }: TarMember): Promise<SeenFile> {
+  async #inspect({ entry, content }: TarMember): Promise<Omit<SeenFile, "isLeftOut">> {
     const inspection = new FileInspection(entry, this.#budget);
     for await (const piece of content()) {
       this.#checkStopped();
@@ -11656,7 +11660,7 @@ class Look {
       if (large === undefined) return undefined;
       if (!file?.bytes) continue;
       this.#keptBytes -= file.bytes.length;
-      this.#files.set(large, { ...file, bytes: undefined });
+      this.#files.set(large, { ...file, bytes: undefined, isLeftOut: true });
     }
     if (this.#keptBytes + sizeBytes > LIMITS.tarDocumentBytes) return undefined;
 
@@ -11877,10 +11881,9 @@ class TarDocuments {
     if (!seen?.isIntact) return undefined;
     if (lengthOfEntry(seen.entry) > LIMITS.tarMetadataBytes)
       return this.#refuse(name, "is too large");
-    const isLeftOut = seen.bytes === undefined && seen.unpacked?.packing === undefined;
     const parsed = seen.bytes && parseShallowJson(seen.bytes);
     if (parsed !== undefined) return parsed;
-    return this.#refuse(name, isLeftOut ? NOT_KEPT : NOT_JSON);
+    return this.#refuse(name, seen.isLeftOut ? NOT_KEPT : NOT_JSON);
   }
 
   /** The JSON of a file that no digest vouches for: every reader has to read the same in it. */
@@ -12928,6 +12931,10 @@ function refuseProblems(where: string, problems: readonly TarProblem[], report?:
     .map((problem) => `${where}: ${printable(problemWords(problem), 1000)}`);
   if (unique.length > lines.length)
     lines.push(`${where}: and ${unique.length - lines.length} more things are wrong`);
+  if (lines.length > 0 && where.endsWith(".partial"))
+    lines.push(
+      `${where}: it is what a pull keeps until it is whole: the same command goes on with it`,
+    );
   if (lines.length > 0) fail("BAD_TAR", lines.join("\n"), { report });
 }
 

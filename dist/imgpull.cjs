@@ -63,12 +63,14 @@ var LIMITS = Object.freeze({
 	credentialFileBytes: 4 * MIB,
 	tarMetadataBytes: 16 * MIB,
 	tarExtensionBytes: MIB,
+	paxRecords: 5e6,
 	tarEntries: 2e5,
 	tarFolders: 2e5,
 	tarNameBytes: 4096,
 	tarNamesBytes: 16 * MIB,
 	tarSmallDocumentBytes: MIB / 4,
 	tarDocumentBytes: 64 * MIB,
+	problemLines: 1e3,
 	jsonDepth: 100,
 	jsonValues: 1e6,
 	tarReferences: 3e5,
@@ -79,6 +81,9 @@ var LIMITS = Object.freeze({
 	unpackedNameBytes: 255,
 	unpackedPathBytes: 3900,
 	unpackedLinkBytes: 4095,
+	headerCostBytes: 2e3,
+	recordCostBytes: 300,
+	pieceCostBytes: 1e3,
 	attributeBytes: 4e3,
 	mirrorFailures: 2,
 	indexDepth: 4,
@@ -2898,7 +2903,7 @@ function faultOfAttribute(name, value) {
 	if (!isCapability || !isAcl) return "for-none"
 	return name.startsWith("user.") ? "for-files" : void 0
 }
-function parsePaxRecords(body) {
+function parsePaxRecords(body, onRecord) {
 	const records = new Map()
 	const sparsePieces = []
 	const faults = new Set()
@@ -2906,6 +2911,7 @@ function parsePaxRecords(body) {
 	for (let at = 0; at < body.length; ) {
 		const {key, value, end} = paxRecordAt(body, at)
 		at = end
+		onRecord()
 		if (!isPaxRecord(key, value)) refuseTar("a pax record is malformed")
 		if (key.startsWith(XATTR_KEY)) {
 			attributeBytes += key.length + value.length
@@ -2956,6 +2962,7 @@ var TarDecoder = class {
 	isAtEnd = false
 	hasTrailer = false
 	globalHeaders = 0
+	recordCount = 0
 	#records = new Map()
 	#longNames = new Map()
 	#continuation
@@ -2989,7 +2996,7 @@ var TarDecoder = class {
 		if (sizeBytes < 0 || sizeBytes > LIMITS.tarExtensionBytes) refuseTar("an extended header is too large")
 		const use = body => {
 			const content = body.subarray(0, sizeBytes)
-			const records = "xg".includes(type) ? parsePaxRecords(content) : new Map()
+			const records = "xg".includes(type) ? this.#readRecords(content) : new Map()
 			if (type === "x") this.#records = records
 			if (type === "g") this.#forgetExtensions()
 			if (type === "g") this.globalHeaders += 1
@@ -2998,6 +3005,13 @@ var TarDecoder = class {
 		}
 		if (sizeBytes === 0) return use(Buffer.alloc(0))
 		return this.#expect(sizeBytes + paddingOf(sizeBytes), use)
+	}
+	#readRecords(content) {
+		return parsePaxRecords(content, () => {
+			this.recordCount += 1
+			if (this.recordCount > LIMITS.paxRecords)
+				refuseTar(`its extended headers have more than ${LIMITS.paxRecords} records`)
+		})
 	}
 	#forgetExtensions() {
 		this.#records = new Map()
@@ -6548,7 +6562,12 @@ async function openTarSource(source, signal) {
 	const isPacked = packingOf(await readAt(handle, 0, BLOCK)) !== void 0
 	if (stats.isFile() && !isPacked) return openFile(source, handle, stats.size)
 	const chunks = handle.createReadStream({highWaterMark: TUNING.batchBytes})
-	return {...(await openStream(source, chunks, signal)), sizeBytes: stats.size}
+	try {
+		return {...(await openStream(source, chunks, signal)), sizeBytes: stats.size}
+	} catch (error) {
+		chunks.destroy()
+		throw error
+	}
 }
 var readableOf = source =>
 	source instanceof import_node_stream.Readable ? source : import_node_stream.Readable.from(source, {objectMode: false})
@@ -6754,7 +6773,7 @@ var LookBudget = class {
 	}
 	spend(bytes) {
 		this.#spentBytes += bytes
-		if (isEndless(this.#spentBytes, this.#readBytes()))
+		if (isEndless(this.#spentBytes / 2, this.#readBytes()))
 			refuseTar(`its files unpack, all together, to more than ${LIMITS.unpackFactor} times its size`)
 	}
 }
@@ -6987,7 +7006,10 @@ var TarCheck = class {
 		return piece.length
 	}
 	#takeBlock() {
+		const recordsBefore = this.#decoder.recordCount
 		const header = this.#decode()
+		const records = this.#decoder.recordCount - recordsBefore
+		this.#budget.spend(LIMITS.headerCostBytes + records * LIMITS.recordCostBytes)
 		this.#block = Buffer.alloc(0)
 		this.#contentBytes = header?.sizeBytes ?? 0
 		this.#paddingBytes = paddingOf(this.#contentBytes)
@@ -7120,10 +7142,12 @@ var Look = class {
 	async #readMember(member, withContent) {
 		const {entry} = member
 		const seen = withContent ? await this.#inspect(member) : await this.#readDocument(member)
+		const bytes = this.#kept(entry.name, seen.bytes)
 		this.#files.set(entry.name, {
 			entry: seen.entry,
 			isIntact: seen.isIntact,
-			bytes: this.#kept(entry.name, seen.bytes),
+			bytes,
+			isLeftOut: bytes === void 0 && seen.bytes !== void 0,
 			unpacked: seen.unpacked
 		})
 	}
@@ -7133,7 +7157,7 @@ var Look = class {
 		const pieces = []
 		for await (const piece of content()) {
 			this.#checkStopped()
-			this.#budget.spend(piece.length)
+			this.#budget.spend(piece.length + LIMITS.pieceCostBytes)
 			if (pieces.length === 0 && !mayBeDocument(entry, piece)) break
 			pieces.push(piece)
 		}
@@ -7164,7 +7188,7 @@ var Look = class {
 			if (large === void 0) return void 0
 			if (!file?.bytes) continue
 			this.#keptBytes -= file.bytes.length
-			this.#files.set(large, {...file, bytes: void 0})
+			this.#files.set(large, {...file, bytes: void 0, isLeftOut: true})
 		}
 		if (this.#keptBytes + sizeBytes > LIMITS.tarDocumentBytes) return void 0
 		this.#keptBytes += sizeBytes
@@ -7199,7 +7223,7 @@ var FileInspection = class {
 	async add(piece) {
 		if (this.#readBytes === 0) this.#begin(piece)
 		this.#readBytes += piece.length
-		if (!this.isEndless()) this.#budget.spend(piece.length)
+		if (!this.isEndless()) this.#budget.spend(piece.length + LIMITS.pieceCostBytes)
 		this.#digests.update(piece)
 		if (this.#isDocument) this.#documentPieces.push(piece)
 		if (!this.#packing) this.#tar.push(piece)
@@ -7305,10 +7329,9 @@ var TarDocuments = class {
 		const seen = this.file(name)
 		if (!seen?.isIntact) return void 0
 		if (lengthOfEntry(seen.entry) > LIMITS.tarMetadataBytes) return this.#refuse(name, "is too large")
-		const isLeftOut = seen.bytes === void 0 && seen.unpacked?.packing === void 0
 		const parsed = seen.bytes && parseShallowJson(seen.bytes)
 		if (parsed !== void 0) return parsed
-		return this.#refuse(name, isLeftOut ? NOT_KEPT : NOT_JSON)
+		return this.#refuse(name, seen.isLeftOut ? NOT_KEPT : NOT_JSON)
 	}
 	plainJson(name) {
 		const json = this.json(name)
@@ -7323,9 +7346,12 @@ var TarDocuments = class {
 			this.problems.push({kind: "size", entry: blobPath(digest), ...sizes})
 			return void 0
 		}
-		const key = `${mediaType} ${digest}`
-		if (!this.#manifests.has(key)) this.#manifests.set(key, this.#readManifest(digest, mediaType))
-		return this.#manifests.get(key)
+		const known = this.#manifests.get(digest)
+		if (known && known.mediaType !== mediaType) return this.#refuse(blobPath(digest), "is said to be of two types")
+		if (known) return known.manifest
+		const manifest = this.#readManifest(digest, mediaType)
+		this.#manifests.set(digest, {mediaType, manifest})
+		return manifest
 	}
 	platformsOf(descriptor, depth = 0) {
 		const known = this.#platforms.get(descriptor.digest)
@@ -8032,7 +8058,13 @@ function uniqueProblems(problems) {
 	return [...new Map(problems.map(problem => [JSON.stringify(problem), problem])).values()]
 }
 function refuseProblems(where, problems, report) {
-	const lines = uniqueProblems(problems).map(problem => `${where}: ${printable(problemWords(problem), 1e3)}`)
+	const unique = uniqueProblems(problems)
+	const lines = unique
+		.slice(0, LIMITS.problemLines)
+		.map(problem => `${where}: ${printable(problemWords(problem), 1e3)}`)
+	if (unique.length > lines.length) lines.push(`${where}: and ${unique.length - lines.length} more things are wrong`)
+	if (lines.length > 0 && where.endsWith(".partial"))
+		lines.push(`${where}: it is what a pull keeps until it is whole: the same command goes on with it`)
 	if (lines.length > 0) fail("BAD_TAR", lines.join("\n"), {report})
 }
 var PULL_OPTIONS = {

@@ -648,6 +648,25 @@ test("a tar that was cut off, anywhere", async () => {
   }
 });
 
+test("a pull's partial: what is not there yet is named, as what it is", async () => {
+  const image = makeImage({ seed: "partial", layers: [4096, 5000] });
+  const tar = readFileSync(await pull(image, "partial"));
+  const names = [image.config, ...image.layers].map(({ digest }) => blobName(digest));
+  const partial = `${fileOf(tar)}.partial`;
+  for (const { name, offset, size } of readTar(tar))
+    if (names.includes(name)) tar.fill(0, offset, offset + size);
+  writeFileSync(partial, tar);
+
+  const hint =
+    /\.partial: it is what a pull keeps until it is whole: the same command goes on with it\n$/;
+  const said = await fails(partial, ...names.map((name) => `${name} is damaged\n`), hint);
+  assert.equal(said.split("\n").length, names.length + 2);
+  const { exitCode, stderr } = await runMain(["--list-tar", partial]);
+  assert.equal(exitCode, 1);
+  assert.ok(stderr.startsWith(`imgpull: ${partial}: ${names[0]} is not JSON`), stderr);
+  assert.match(stderr, hint);
+});
+
 test("what is wrong is said with its place: a header, what a header says, the end", async () => {
   const entries = ociArchive([makeImage({ seed: "places" })]);
   const tar = tarOf(entries);
