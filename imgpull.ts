@@ -3330,8 +3330,12 @@ class Authorizer {
     // That proof is denied says nothing of the credentials, which have just given a manifest.
     if (isProof(kind) && answer.authorization !== undefined && !isStale) return false;
     this.#learnChallenge(answer, isStale);
-    if (isStale || answer.authorization === undefined) return this.#renew(origin);
-    return this.#replaceRefused(answer);
+    if (!isStale && answer.authorization !== undefined) return this.#replaceRefused(answer);
+    return this.#renew(origin).catch((error) => {
+      // What only proof wants, and nobody gets, is not asked for on behalf of other requests.
+      if (isProof(kind)) this.#session.challenges.delete(origin);
+      throw error;
+    });
   }
 
   #isReplaced({ url, authorization: sent }: Answer): boolean {

@@ -1675,8 +1675,11 @@ var Authorizer = class {
 		const isStale = this.#isStale(answer)
 		if (isProof(kind) && answer.authorization !== void 0 && !isStale) return false
 		this.#learnChallenge(answer, isStale)
-		if (isStale || answer.authorization === void 0) return this.#renew(origin)
-		return this.#replaceRefused(answer)
+		if (!isStale && answer.authorization !== void 0) return this.#replaceRefused(answer)
+		return this.#renew(origin).catch(error => {
+			if (isProof(kind)) this.#session.challenges.delete(origin)
+			throw error
+		})
 	}
 	#isReplaced({url, authorization: sent}) {
 		return this.#authorizations.get(url.origin)?.header !== sent

@@ -693,11 +693,15 @@ for (const auth of ["none", "basic", "bearer"] as const) {
 test("a challenge for a tag that is not there hinders nothing else", async (t) => {
   const served = await serveWith(t, []);
   const { registry } = served;
-  const headers = { "www-authenticate": 'Basic realm="x"' };
-  const rule = registry.on({ path: /sha256-/ }, { status: 401, headers });
-  const outcome = await pullProof(t, served);
-  assertHolds(filesIn(outcome), image);
-  assert(rule.hits > 0);
+  registry.on({ path: "/refused" }, { status: 401 });
+  for (const challenge of ['Basic realm="x"', `Bearer realm="${registry.url}/refused"`]) {
+    const headers = { "www-authenticate": challenge };
+    const rule = registry.on({ path: /sha256-|referrers/ }, { status: 401, headers });
+    const outcome = await pullProof(t, served);
+    assertHolds(filesIn(outcome), image);
+    assert(rule.hits > 0);
+    rule.remove();
+  }
 });
 
 test("--signed-by says of a signature that may be there that it was denied", async (t) => {
