@@ -7845,6 +7845,8 @@ class Transfer {
     while (!this.#schedule.isOver && !this.signal.aborted) {
       this.#lookRound();
       await this.#change.next(this.signal, TUNING.tickMs);
+      // What has come is read first, see startDeadline: no range is late that lies in our buffers.
+      await new Promise(setImmediate);
     }
 
     await Promise.all(this.#running);

@@ -8,10 +8,11 @@ import dns from "node:dns";
 import { once } from "node:events";
 import { connect, type Socket } from "node:net";
 import { describe, type TestContext, test } from "node:test";
+import { internals } from "../imgpull.ts";
 import { type Identity, makeAuthority } from "./support/certificates.ts";
 import { makeImage } from "./support/image.ts";
 import { startProxy } from "./support/proxy.ts";
-import { assertFailed, assertPulled, tryPull } from "./support/pull.ts";
+import { assertFailed, assertPulled, makeSlow, tryPull } from "./support/pull.ts";
 import {
   headLines,
   type RawRequest,
@@ -209,6 +210,38 @@ describe("what came while we were stopped is not late", () => {
       assert.deepEqual([hits.length, outcome.waitsMs], [1, []]);
     });
   }
+
+  test("a range", async (t) => {
+    const large = makeImage({ seed: "range", layers: [8_000_000, 9000] });
+    const registry = await startRegistry({}, t);
+    const reference = registry.add(large, "team/app", "1.0");
+    const digest = large.layers[0]?.digest ?? "";
+    makeSlow(registry, digest);
+    let wasStopped = false;
+    const answer = async (_request: unknown, _response: unknown, next: () => Promise<void>) => {
+      const sending = next();
+      stopProcess(4 * SOON, () => {
+        wasStopped = true;
+      });
+      await sending;
+    };
+    registry.on({ digest, ranged: true, times: 1 }, { handler: answer });
+
+    let isFirstRound = true;
+    const { takeAbandoned } = internals.Schedule.prototype;
+    type Schedule = InstanceType<typeof internals.Schedule>;
+    const firstRound = function (this: Schedule, nowMs: number) {
+      const abandoned = takeAbandoned.call(this, nowMs);
+      if (wasStopped && isFirstRound) {
+        isFirstRound = false;
+        assert.equal(abandoned.length, 0, "given up");
+      }
+      return abandoned;
+    };
+    t.mock.method(internals.Schedule.prototype, "takeAbandoned", firstRound);
+    assertPulled(await tryPull(t, reference, { ...HTTP, concurrency: 2 }), large);
+    assert.equal(isFirstRound, false);
+  });
 
   test("a connection", async (t) => {
     const registry = await startRegistry({}, t);
