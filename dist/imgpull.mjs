@@ -4540,6 +4540,7 @@ var Transfer = class {
 		while (!this.#schedule.isOver && !this.signal.aborted) {
 			this.#lookRound()
 			await this.#change.next(this.signal, TUNING.tickMs)
+			await new Promise(setImmediate)
 		}
 		await Promise.all(this.#running)
 		settled(this.#failures)

@@ -46,6 +46,7 @@ import {
   gate,
   type Matcher,
   type Registry,
+  type RequestRecord,
   startRegistry,
 } from "./support/registry.ts";
 
@@ -1089,8 +1090,10 @@ test("a front end that ignores ranges, beside one that damages: no byte comes tw
   const { offset } = plan.entries.find(({ blob }) => blob?.descriptor.digest === digest) as {
     offset: number;
   };
-  // A killed run left three pieces, so that three ranges are missing between them.
+  // A killed run left four pieces, so that four ranges are missing between them: the first of them
+  // shows that ranges are taken, the others are then asked for side by side.
   const held = [
+    [1 * MIB, 2 * MIB],
     [4 * MIB, 5 * MIB],
     [8 * MIB, 9 * MIB],
     [11 * MIB, 12 * MIB],
@@ -1100,19 +1103,23 @@ test("a front end that ignores ranges, beside one that damages: no byte comes tw
   writeFileSync(`${dest}.partial`, partial);
   const lines = held.map((range) => range.join("-")).join(",");
   writeFileSync(`${dest}.partial.journal`, `${plan.id}\n${digest} ${lines};\n`);
+  registry.forget();
+  makeSlow(registry, digest);
+  const beginsAt = (mib: number) => ({
+    digest,
+    where: ({ range }: RequestRecord) => range?.startsWith(`bytes=${mib * MIB}-`) === true,
+  });
   const first = gate();
-  registry.on(
-    { digest, where: ({ range }) => range?.startsWith("bytes=0-") === true },
-    {
-      ignoreRange: true,
-      handler: async (_request, response, next) => {
-        response.once("finish", first.open);
-        await next();
-      },
+  registry.on(beginsAt(2), {
+    ignoreRange: true,
+    wait: registry.arrived(beginsAt(5)),
+    handler: async (_request, response, next) => {
+      response.once("finish", first.open);
+      await next();
     },
-  );
+  });
   const damage = registry.on(
-    { digest, where: ({ range }) => range?.startsWith(`bytes=${5 * MIB}-`) === true, times: 1 },
+    { ...beginsAt(5), times: 1 },
     { wait: first.promise, corruptAt: 6 * MIB },
   );
   const { transfer } = await pullWhole(reference, dest, { concurrency: 2 });
