@@ -11169,6 +11169,7 @@ function isUnpackable({ name, type, linkName, attributes }: TarHeader): boolean 
   const isLinkWrong =
     type === "2" && (linkName === "" || Buffer.byteLength(linkName) > LIMITS.unpackedLinkBytes);
   if (isLinkWrong || attributes === "for-none" || (attributes && !isFile)) return false;
+  if (3 * name.length <= LIMITS.unpackedNameBytes) return true; // no letter takes more in UTF-8
   const lengths = name.split("/").map((part) => Buffer.byteLength(part));
   return (
     Math.max(...lengths) <= LIMITS.unpackedNameBytes &&

@@ -6818,6 +6818,7 @@ function isUnpackable({name, type, linkName, attributes}) {
 	const isFile = "015S".includes(type)
 	const isLinkWrong = type === "2" && (linkName === "" || Buffer.byteLength(linkName) > LIMITS.unpackedLinkBytes)
 	if (isLinkWrong || attributes === "for-none" || (attributes && !isFile)) return false
+	if (3 * name.length <= LIMITS.unpackedNameBytes) return true
 	const lengths = name.split("/").map(part => Buffer.byteLength(part))
 	return (
 		Math.max(...lengths) <= LIMITS.unpackedNameBytes && sumOf(lengths, length => length + 1) <= LIMITS.unpackedPathBytes
