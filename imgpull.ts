@@ -6297,6 +6297,8 @@ class Pace {
   }
 
   observe(sample: Sample): void {
+    // Between two requests, as with one connection: a trial would begin from none, and stay there.
+    if (sample.open === 0) return;
     const start = this.#start;
     if (!start || start.flowing === 0) this.#sinceMs = sample.nowMs;
     if (!start || start.flowing === 0 || this.#isSettling(sample)) {

@@ -3545,6 +3545,7 @@ var Pace = class {
 		return this.#held ? this.#held.bytesPerMs / this.#held.connections : 0
 	}
 	observe(sample) {
+		if (sample.open === 0) return
 		const start = this.#start
 		if (!start || start.flowing === 0) this.#sinceMs = sample.nowMs
 		if (!start || start.flowing === 0 || this.#isSettling(sample)) {

@@ -36,6 +36,8 @@ interface Line {
   hiccup?: [fromMs: number, toMs: number];
   /** From then on the line is another one. */
   later?: { fromMs: number; each?: number; all?: number };
+  /** How late our own timers are. */
+  timersLateMs?: number;
 }
 
 interface Flow {
@@ -125,7 +127,10 @@ function play(line: Line, sizes: number[], options: PlayOptions = {}): Outcome {
     }
   };
 
+  let nextRoundMs = 0;
   const round = (nowMs: number) => {
+    // As in a pull: so long after the last one, whatever led to that.
+    nextRoundMs = nowMs + TUNING.tickMs + (line.timersLateMs ?? 0);
     schedule.observe(nowMs, busyMs);
     for (const segment of schedule.takeAbandoned(nowMs))
       for (const flow of flows) if (flow.segment === segment) finish(flow);
@@ -147,7 +152,7 @@ function play(line: Line, sizes: number[], options: PlayOptions = {}): Outcome {
 
   for (let nowMs = 0; !schedule.isOver; nowMs += 1) {
     assert.ok(nowMs < 600_000, "it never ends");
-    if (nowMs % TUNING.tickMs === 0) round(nowMs);
+    if (nowMs >= nextRoundMs) round(nowMs);
     const isHiccup = line.hiccup && nowMs >= line.hiccup[0] && nowMs < line.hiccup[1];
     const { each = Infinity, all = Infinity } =
       line.later && nowMs >= line.later.fromMs ? line.later : line;
@@ -251,6 +256,17 @@ for (const [name, line, sizes, ratio] of LINES) {
 test("one connection is used where the user says so, with one request for each blob", () => {
   const { requests, most } = play(FAR, TYPICAL, { most: 1 });
   assert.deepEqual([requests, most], [5, 1]);
+});
+
+test("a line that has nothing under way for a moment is not judged by that moment", () => {
+  // One blob after the other, each gone when the line is looked at; and the gaps of one blob.
+  const line = { roundTripMs: 2, each: 5000, timersLateMs: 1 };
+  const sizes = Array.from({ length: 60 }, (_, at) => MB + at * line.each);
+  assert.equal(play(line, sizes, { most: 1 }).requests, sizes.length);
+
+  const gaps = sizes.map((size, at) => [at * 2 * MB + size, (at + 1) * 2 * MB] as const);
+  const { requests } = play(line, [sizes.length * 2 * MB], { most: 1, resumed: [gaps] });
+  assert.equal(requests, gaps.length);
 });
 
 for (const most of [2, 5, 16, 64]) {
