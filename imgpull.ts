@@ -6930,6 +6930,8 @@ class Schedule {
   yieldSegment(segment: Segment): void {
     if (this.giveBack(segment)) return;
     this.#queued.unshift(this.#make(segment.blob, [segment.at, segment.to]));
+    // What a stream needs first comes first: whoever is far ahead of it waits for it.
+    if (this.#horizon) this.#queued.sort(inOrder);
     segment.to = segment.at;
   }
 }

@@ -3951,6 +3951,7 @@ var Schedule = class {
 	yieldSegment(segment) {
 		if (this.giveBack(segment)) return
 		this.#queued.unshift(this.#make(segment.blob, [segment.at, segment.to]))
+		if (this.#horizon) this.#queued.sort(inOrder)
 		segment.to = segment.at
 	}
 }

@@ -344,6 +344,28 @@ for (const admits of [1, 2, 3, 5]) {
   }
 }
 
+test("what a stream needs first is asked for first again, whatever else was refused", () => {
+  const registry = { acceptsRanges: true, origin: "http://registry" } as unknown as Registry;
+  const blobs = [0, 1, 2, 3].map((at) => {
+    const digest = `sha256:${String(at).padStart(64, "0")}`;
+    return new BlobState({ mediaType: "", digest, size: MB }, registry, at * MB, []);
+  });
+  const schedule = new Schedule({ most: 16, horizon: () => Infinity });
+  schedule.add(blobs);
+  const segments = blobs.map(() => schedule.next() as Segment);
+  for (const segment of segments) schedule.asked(segment, 0);
+
+  // All but the first are refused, and give up one after the other.
+  for (const segment of segments.slice(1)) {
+    assert.ok(schedule.crowded(segment, 0));
+    schedule.yieldSegment(segment);
+    schedule.paused(segment);
+    schedule.end(segment);
+  }
+  schedule.end(segments[0] as Segment);
+  assert.equal(schedule.next()?.blob, blobs[1]);
+});
+
 // ====== Caches between us and the registry ======
 
 const CACHE_WORDS: [says: string, headers: Record<string, string>, isMiss: boolean][] = [
