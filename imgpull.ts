@@ -215,7 +215,8 @@ const TUNING = Object.freeze({
   // for each of a host's addresses but the last: one lost packet on a slow line is no reason to
   // give up
   addressMs: 3000,
-  readerPollMs: 50, // DEST that is a pipe: how soon we see that somebody reads it
+  readerPollMs: 50, // DEST that is a pipe: how soon we see that somebody reads it,
+  readerNewsMs: 2000, // and when we say that nobody does
   streamWindowBytes: 32 * MIB, // DEST `-`: how far the line may be ahead of the reader
   headerReadBytes: 64 * 1024, // of a tar: small entries stand side by side
   unpackBytes: 256 * 1024, // at once: fewer trips to Node's thread pool
@@ -9126,8 +9127,9 @@ async function pullToStream(job: PullJob, output: NodeJS.WritableStream): Promis
  * A pipe, once somebody reads it: asked again and again, for the system would wait where no Ctrl-C
  * reaches.
  */
-async function openOutputPipe(file: string, signal: AbortSignal): Promise<Writable> {
-  for (;;) {
+async function openOutputPipe(file: string, { signal, warn }: Session): Promise<Writable> {
+  for (let waitedMs = 0; ; waitedMs += TUNING.readerPollMs) {
+    if (waitedMs === TUNING.readerNewsMs) warn(`${file}: waiting for somebody to read it`);
     try {
       const descriptor = openSync(file, O_WRONLY | O_NONBLOCK);
       return new net.Socket({ fd: descriptor, readable: false, writable: true });
@@ -9149,7 +9151,7 @@ function openDevice(file: string): Writable {
 async function pullToDevice(job: PullJob, file: string): Promise<Transfer> {
   const { signal } = job.session;
   const isPipe = (await fs.stat(file)).isFIFO();
-  const opening = isPipe ? openOutputPipe(file, signal) : Promise.resolve(openDevice(file));
+  const opening = isPipe ? openOutputPipe(file, job.session) : Promise.resolve(openDevice(file));
   const output = await opening.catch((error: unknown) => {
     if (signal.aborted) stopped(error);
     throw error;
@@ -13158,7 +13160,7 @@ const REGISTRY_OPTIONS = {
   concurrency: {
     short: "j",
     value: "N",
-    help: "the most connections used at once; default 16",
+    help: "connections used at once, 1 to 64; default 16",
     option: "concurrency",
     convert: (typed: string) => parseNumber("concurrency", typed),
   },
@@ -13504,7 +13506,7 @@ async function checkDestinationName(destination: string): Promise<void> {
 
 /** @internal What a command has of its process: all that it reads and writes, but for files. Tests give their own. */
 type CommandIO = Readonly<{
-  stdin: NodeJS.ReadableStream;
+  stdin: NodeJS.ReadableStream & { isTTY?: boolean };
   stdout: NodeJS.WritableStream & { isTTY?: boolean };
   stderr: NodeJS.WritableStream & { isTTY?: boolean; columns?: number; rows?: number };
   env: Environment;
@@ -13627,15 +13629,44 @@ class Display {
 
 // ------ Running it ------
 
-const readStdin = async ({ stdin }: CommandIO): Promise<Buffer> =>
-  Buffer.concat((await Readable.from(stdin).toArray()) as Buffer[]);
+async function readStdin({ stdin }: CommandIO, signal: AbortSignal): Promise<Buffer> {
+  addAbortSignal(signal, stdin as Readable); // a wait for what is typed ends, too
+  return Buffer.concat((await (stdin as Readable).toArray()) as Buffer[]);
+}
+
+/**
+ * A password that is typed is not shown. Ctrl-C is no signal then, but a key: it ends the command
+ * all the same.
+ */
+async function askPassword({ stdin, stderr }: CommandIO, signal: AbortSignal): Promise<string> {
+  const terminal = load("node:readline/promises").createInterface({ input: stdin, terminal: true });
+  let isInterrupted = false;
+  terminal.once("SIGINT", () => {
+    isInterrupted = true;
+    terminal.close();
+  });
+  const isClosed = once(terminal, "close").then(() => ""); // by Ctrl-D
+
+  stderr.write("Password: ");
+  const typing = terminal.question("", { signal }).catch(() => "");
+  const password = await Promise.race([typing, isClosed]);
+  terminal.close();
+  stderr.write("\n");
+  if (!isInterrupted && !signal.aborted) return password;
+
+  if (!signal.aborted) process.kill(process.pid, "SIGINT");
+  await delay(1000, undefined, { signal }).catch(ignore); // until that has come
+  return stopped();
+}
 
 /**
  * An empty one is a variable that is not set, or a file that is not there: the registry would only
  * say 401.
  */
-async function readPassword(io: CommandIO): Promise<string> {
-  const password = String(await readStdin(io)).replace(/\r?\n$/, "");
+async function readPassword(io: CommandIO, signal: AbortSignal): Promise<string> {
+  const isTyped = io.stdin.isTTY === true;
+  const given = isTyped ? await askPassword(io, signal) : String(await readStdin(io, signal));
+  const password = given.replace(/\r?\n$/, "");
   if (password === "") usage("--password-stdin: there is no password on stdin");
   return password;
 }
@@ -13648,12 +13679,19 @@ async function readImageList(
   io: CommandIO,
   from: string | undefined,
   say: (text: string) => void,
+  signal: AbortSignal,
 ): Promise<readonly string[]> {
   if (from === undefined) return [];
   const refuse = (error: unknown) => usage(`cannot read --from ${from}: ${diskWords(error)}`);
-  const content = from === "-" ? await readStdin(io) : await fs.readFile(from).catch(refuse);
+  const isTyped = from === "-" && io.stdin.isTTY === true;
+  if (isTyped) say("--from -: type an IMAGE a line; Ctrl-D ends the list");
+  const isStdin = from === "-";
+  const content = isStdin ? await readStdin(io, signal) : await fs.readFile(from).catch(refuse);
   const { references, format, unread } = parseImageList(content);
-  if (format === "lines") return references;
+  if (format === "lines") {
+    checkListed(references, from);
+    return references;
+  }
 
   if (references.length === 0) usage(`--from ${from}: there is no image: value in it`);
   const count = counted(references.length, "different image");
@@ -13662,6 +13700,18 @@ async function readImageList(
     `${from}: ${count} in image: values${others}; images named elsewhere are not seen (arguments, custom resources)`,
   );
   return references;
+}
+
+/** A bad line is told with its list, which may be one of several hundred. */
+function checkListed(references: readonly string[], from: string): void {
+  for (const reference of references) {
+    try {
+      parseReference(reference);
+    } catch (error) {
+      if (!(error instanceof ImgpullError)) throw error;
+      fail(error.code, `--from ${from}: ${error.message}`, { cause: error });
+    }
+  }
 }
 
 /**
@@ -13896,14 +13946,14 @@ async function runCommand(
 
   const { destination, manifest } = command;
   const { say } = new Display(io, true);
-  const references = [...command.images, ...(await readImageList(io, command.from, say))];
+  const references = [...command.images, ...(await readImageList(io, command.from, say, signal))];
   if (references.length === 0) usage(`--from ${command.from}: there is no image in it`);
   if (destination !== undefined) await checkDestinationName(destination);
   if (stdout.isTTY && isStdout(destination))
     usage("the tar is not written to a terminal: redirect stdout");
 
   const options: PullOptions = { ...command.options, environment, signal };
-  if (command.isPasswordOnStdin) options.password = await readPassword(io);
+  if (command.isPasswordOnStdin) options.password = await readPassword(io, signal);
   if (manifest === undefined) return pullForCommand(io, command, references, options);
 
   const puller = new Puller({ ...options, onWarning: say, url: references[0] ?? "" });

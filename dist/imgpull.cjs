@@ -147,6 +147,7 @@ var TUNING = Object.freeze({
 	tickMs: 20,
 	addressMs: 3e3,
 	readerPollMs: 50,
+	readerNewsMs: 2e3,
 	streamWindowBytes: 32 * MIB,
 	headerReadBytes: 64 * 1024,
 	unpackBytes: 256 * 1024,
@@ -5482,8 +5483,9 @@ async function pullToStream(job, output) {
 	settled(await Promise.allSettled([transfer.run().catch(failed), sending.catch(failed)]))
 	return transfer
 }
-async function openOutputPipe(file, signal) {
-	for (;;) {
+async function openOutputPipe(file, {signal, warn}) {
+	for (let waitedMs = 0; ; waitedMs += TUNING.readerPollMs) {
+		if (waitedMs === TUNING.readerNewsMs) warn(`${file}: waiting for somebody to read it`)
 		try {
 			const descriptor = (0, import_node_fs.openSync)(file, O_WRONLY | O_NONBLOCK)
 			return new net.Socket({fd: descriptor, readable: false, writable: true})
@@ -5502,7 +5504,7 @@ function openDevice(file) {
 async function pullToDevice(job, file) {
 	const {signal} = job.session
 	const isPipe = (await import_node_fs.promises.stat(file)).isFIFO()
-	const opening = isPipe ? openOutputPipe(file, signal) : Promise.resolve(openDevice(file))
+	const opening = isPipe ? openOutputPipe(file, job.session) : Promise.resolve(openDevice(file))
 	const output = await opening.catch(error => {
 		if (signal.aborted) stopped(error)
 		throw error
@@ -8182,7 +8184,7 @@ var REGISTRY_OPTIONS = {
 	concurrency: {
 		short: "j",
 		value: "N",
-		help: "the most connections used at once; default 16",
+		help: "connections used at once, 1 to 64; default 16",
 		option: "concurrency",
 		convert: typed => parseNumber("concurrency", typed)
 	},
@@ -8521,23 +8523,62 @@ var Display = class {
 		this.#drawnLines = 0
 	}
 }
-var readStdin = async ({stdin}) => Buffer.concat(await import_node_stream.Readable.from(stdin).toArray())
-async function readPassword(io) {
-	const password = String(await readStdin(io)).replace(/\r?\n$/, "")
+async function readStdin({stdin}, signal) {
+	;(0, import_node_stream.addAbortSignal)(signal, stdin)
+	return Buffer.concat(await stdin.toArray())
+}
+async function askPassword({stdin, stderr}, signal) {
+	const terminal = load("node:readline/promises").createInterface({input: stdin, terminal: true})
+	let isInterrupted = false
+	terminal.once("SIGINT", () => {
+		isInterrupted = true
+		terminal.close()
+	})
+	const isClosed = (0, import_node_events.once)(terminal, "close").then(() => "")
+	stderr.write("Password: ")
+	const typing = terminal.question("", {signal}).catch(() => "")
+	const password = await Promise.race([typing, isClosed])
+	terminal.close()
+	stderr.write("\n")
+	if (!isInterrupted && !signal.aborted) return password
+	if (!signal.aborted) process.kill(process.pid, "SIGINT")
+	await (0, import_promises2.setTimeout)(1e3, void 0, {signal}).catch(ignore)
+	return stopped()
+}
+async function readPassword(io, signal) {
+	const isTyped = io.stdin.isTTY === true
+	const given = isTyped ? await askPassword(io, signal) : String(await readStdin(io, signal))
+	const password = given.replace(/\r?\n$/, "")
 	if (password === "") usage("--password-stdin: there is no password on stdin")
 	return password
 }
-async function readImageList(io, from, say) {
+async function readImageList(io, from, say, signal) {
 	if (from === void 0) return []
 	const refuse = error => usage(`cannot read --from ${from}: ${diskWords(error)}`)
-	const content = from === "-" ? await readStdin(io) : await import_node_fs.promises.readFile(from).catch(refuse)
+	const isTyped = from === "-" && io.stdin.isTTY === true
+	if (isTyped) say("--from -: type an IMAGE a line; Ctrl-D ends the list")
+	const isStdin = from === "-"
+	const content = isStdin ? await readStdin(io, signal) : await import_node_fs.promises.readFile(from).catch(refuse)
 	const {references, format, unread} = parseImageList(content)
-	if (format === "lines") return references
+	if (format === "lines") {
+		checkListed(references, from)
+		return references
+	}
 	if (references.length === 0) usage(`--from ${from}: there is no image: value in it`)
 	const count = counted(references.length, "different image")
 	const others = unread === 0 ? "" : `, ${counted(unread, "more value")} could not be read`
 	say(`${from}: ${count} in image: values${others}; images named elsewhere are not seen (arguments, custom resources)`)
 	return references
+}
+function checkListed(references, from) {
+	for (const reference of references) {
+		try {
+			parseReference(reference)
+		} catch (error) {
+			if (!(error instanceof ImgpullError)) throw error
+			fail(error.code, `--from ${from}: ${error.message}`, {cause: error})
+		}
+	}
 }
 function showCommand({stdout}, {options, ...rest}) {
 	const images = rest.images.map(withoutUser)
@@ -8725,12 +8766,12 @@ async function runCommand(argv, io, signal) {
 	}
 	const {destination, manifest} = command
 	const {say} = new Display(io, true)
-	const references = [...command.images, ...(await readImageList(io, command.from, say))]
+	const references = [...command.images, ...(await readImageList(io, command.from, say, signal))]
 	if (references.length === 0) usage(`--from ${command.from}: there is no image in it`)
 	if (destination !== void 0) await checkDestinationName(destination)
 	if (stdout.isTTY && isStdout(destination)) usage("the tar is not written to a terminal: redirect stdout")
 	const options = {...command.options, environment, signal}
-	if (command.isPasswordOnStdin) options.password = await readPassword(io)
+	if (command.isPasswordOnStdin) options.password = await readPassword(io, signal)
 	if (manifest === void 0) return pullForCommand(io, command, references, options)
 	const puller = new Puller({...options, onWarning: say, url: references[0] ?? ""})
 	return printManifest(io, puller, manifest)

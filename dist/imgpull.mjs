@@ -123,6 +123,7 @@ var TUNING = Object.freeze({
 	tickMs: 20,
 	addressMs: 3e3,
 	readerPollMs: 50,
+	readerNewsMs: 2e3,
 	streamWindowBytes: 32 * MIB,
 	headerReadBytes: 64 * 1024,
 	unpackBytes: 256 * 1024,
@@ -5444,8 +5445,9 @@ async function pullToStream(job, output) {
 	settled(await Promise.allSettled([transfer.run().catch(failed), sending.catch(failed)]))
 	return transfer
 }
-async function openOutputPipe(file, signal) {
-	for (;;) {
+async function openOutputPipe(file, {signal, warn}) {
+	for (let waitedMs = 0; ; waitedMs += TUNING.readerPollMs) {
+		if (waitedMs === TUNING.readerNewsMs) warn(`${file}: waiting for somebody to read it`)
 		try {
 			const descriptor = openSync(file, O_WRONLY | O_NONBLOCK)
 			return new net.Socket({fd: descriptor, readable: false, writable: true})
@@ -5464,7 +5466,7 @@ function openDevice(file) {
 async function pullToDevice(job, file) {
 	const {signal} = job.session
 	const isPipe = (await fs.stat(file)).isFIFO()
-	const opening = isPipe ? openOutputPipe(file, signal) : Promise.resolve(openDevice(file))
+	const opening = isPipe ? openOutputPipe(file, job.session) : Promise.resolve(openDevice(file))
 	const output = await opening.catch(error => {
 		if (signal.aborted) stopped(error)
 		throw error
@@ -8192,7 +8194,7 @@ var REGISTRY_OPTIONS = {
 	concurrency: {
 		short: "j",
 		value: "N",
-		help: "the most connections used at once; default 16",
+		help: "connections used at once, 1 to 64; default 16",
 		option: "concurrency",
 		convert: typed => parseNumber("concurrency", typed)
 	},

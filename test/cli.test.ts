@@ -1,6 +1,7 @@
 // The command line: every option, the examples of the user's description typed as written, and what
 // bad input gets.
 import assert from "node:assert/strict";
+import { spawnSync } from "node:child_process";
 import { once } from "node:events";
 import { mkdirSync, readdirSync, readFileSync, symlinkSync, writeFileSync } from "node:fs";
 import { createServer } from "node:http";
@@ -487,6 +488,52 @@ test("SIGINT ends with 130 and SIGTERM with 143; DEST stays as it was", async (t
     assert.doesNotMatch(ended.stderr, /^\s+at /m);
     assert.equal(readFileSync(join(cwd, "a.tar"), "utf8"), "as it was");
   }
+});
+
+test("SIGINT ends a command that waits for its stdin", async (t) => {
+  const registry = await serve(t);
+  for (const words of [
+    ["--from", "-", "a.tar"],
+    [`${registry.host}/team/app:1.0`, "a.tar", "-u", "me", "--password-stdin"],
+  ]) {
+    const cwd = temporaryFolder(t);
+    const { child, result } = startCommand([...words, ...AMD64], { cwd, stdin: "open" });
+    setTimeout(() => child.kill("SIGINT"), 1500); // by then it waits; if not, it ends all the same
+    const { exitCode, signal } = await result;
+    assert.ok(exitCode === 130 || signal === "SIGINT", `${exitCode} ${signal}`);
+  }
+});
+
+test("a password that is typed is asked for, and not shown", {
+  skip: spawnSync("script", ["--version"]).status !== 0 && "script is not here",
+}, async (t) => {
+  const registry = await serve(t, image, { auth: "basic" });
+  const given = [`${registry.host}/team/app:1.0`, "a.tar", "-u", USER, "--password-stdin"];
+  const line = [...COMMAND, ...given, ...AMD64].join(" ");
+  const { child, result } = startCommand(["--quiet", "--return", "--command", line, "/dev/null"], {
+    command: ["script"],
+    cwd: temporaryFolder(t),
+    stdin: "open",
+  });
+  let shown = "";
+  child.stdout?.on("data", (chunk: Buffer) => {
+    const isAsked = !shown.includes("Password: ");
+    shown += chunk;
+    if (isAsked && shown.includes("Password: ")) child.stdin?.write(`${SECRETS.password}\r`);
+  });
+  const { exitCode } = await result;
+  child.stdin?.end();
+  assert.equal(exitCode, 0, shown);
+  assert.match(shown, /app:1\.0@sha256:/);
+  for (const form of secretForms()) assert.ok(!shown.includes(form));
+});
+
+test("a bad line of a list is told with the list's name", async (t) => {
+  const cwd = temporaryFolder(t);
+  writeFileSync(join(cwd, "bad.txt"), "alpine:3\nbusybox 1.37 foo\n");
+  const { exitCode, stderr } = await runCommand(["--from", "bad.txt", "a.tar"], { cwd });
+  assert.equal(exitCode, 2);
+  assert.match(stderr, /^imgpull: --from bad\.txt: bad image reference "busybox 1\.37 foo"/);
 });
 
 // ====== The examples of the description ======
