@@ -6383,8 +6383,8 @@ class Segment {
   readonly blob: BlobState;
   at: number;
   to: number;
-  /** Waiting: between two requests. */
-  state: "waiting" | "asked" | "flowing" = "waiting";
+  /** Waiting: between two requests. Left: its connection was given to another range. */
+  state: "waiting" | "asked" | "flowing" | "left" = "waiting";
   askedAtMs = 0;
 
   constructor(blob: BlobState, [at, to]: Range) {
@@ -6567,7 +6567,7 @@ class Schedule {
    * What one more connection fetches now; undefined where there is none wanted, or nothing for it.
    */
   next(): Segment | undefined {
-    if (this.#active.size >= this.#pace.wanted) return undefined;
+    if (this.#connectionsInUse() >= this.#pace.wanted) return undefined;
     const segment = this.#horizon ? this.#nextInOrder() : (this.#takeQueued() ?? this.#cut());
     if (!segment) return undefined;
 
@@ -6688,7 +6688,8 @@ class Schedule {
    * after the other, until it is known how ranges of the blob are taken.
    */
   #mayJoin(blob: BlobState): boolean {
-    const isUnderWay = [...this.#active].some((other) => other.blob === blob);
+    const isMoving = (other: Segment) => other.blob === blob && !this.#isAhead(other);
+    const isUnderWay = [...this.#active].some(isMoving);
     return !isUnderWay || blob.source !== undefined || this.#maySplit(blob);
   }
 
@@ -6723,7 +6724,18 @@ class Schedule {
   }
 
   #connectionsTo(origin: string): number {
-    return [...this.#active].filter(({ blob }) => blob.registry.origin === origin).length;
+    const isThere = ({ blob, state }: Segment) =>
+      blob.registry.origin === origin && state !== "left";
+    return [...this.#active].filter(isThere).length;
+  }
+
+  #connectionsInUse(): number {
+    return [...this.#active].filter(({ state }) => state !== "left").length;
+  }
+
+  /** Whether it waits until a stream's reader comes near. */
+  #isAhead({ place }: Segment): boolean {
+    return this.#horizon !== undefined && place >= this.#horizon();
   }
 
   // What happens on the line.
@@ -6735,6 +6747,7 @@ class Schedule {
 
   /** The first bytes of an answer are there. `isMiss`: a cache says that it had to fetch them. */
   answered(segment: Segment, answer?: LineAnswer): void {
+    if (segment.state === "left") return;
     segment.state = "flowing";
     if (!answer) return; // a tar at hand
     const { waitMs, isRange, isMiss, isElsewhere } = answer;
@@ -6811,7 +6824,7 @@ class Schedule {
 
   /** A registry whose ranges would help, if it were known how it takes to them. */
   registryToLookAt(): Registry | undefined {
-    if (this.#active.size >= this.#pace.wanted) return undefined;
+    if (this.#connectionsInUse() >= this.#pace.wanted) return undefined;
     const isUnclear = (segment: Segment) => {
       const { blob, isFlowing } = segment;
       const { registry, source } = blob;
@@ -6843,7 +6856,7 @@ class Schedule {
     const { blob } = segment;
     if (this.#mostUnanswered(blob) <= 1) this.#mannersOf(blob.registry).isWelcome = false;
     this.#waits.set(blob, NEVER);
-    if (this.giveBack(segment)) this.#abandoned.push(segment);
+    if (!this.#wouldRepeat(segment) && this.giveBack(segment)) this.#abandoned.push(segment);
   }
 
   #isLate({ blob, at, askedAtMs, state }: Segment, nowMs: number): boolean {
@@ -6912,28 +6925,51 @@ class Schedule {
   /**
    * The registry takes no more connections than there are besides this one: what was to come over
    * it is queued again, and fetched by the first of them that is free. False where it was the only
-   * one.
+   * one. Those that wait for a stream's reader would wait for this one: the furthest makes room.
    */
   crowded(segment: Segment, nowMs: number): boolean {
     const { origin } = segment.blob.registry;
     const isOther = (other: Segment) =>
-      other !== segment && other.state !== "waiting" && other.blob.registry.origin === origin;
-    const others = [...this.#active].filter(isOther).length;
-    if (others === 0) return false;
+      other !== segment && ["asked", "flowing"].includes(other.state);
+    const others = [...this.#active].filter(
+      (other) => isOther(other) && other.blob.registry.origin === origin,
+    );
+    if (others.length === 0) return false;
+
+    const moving = others.filter((other) => !this.#isAhead(other)).length;
+    const furthest = others.sort(inOrder).at(-1);
+    if (moving === 0 && furthest) this.#leave(furthest);
 
     const limit = this.#limits.get(origin) ?? new ConnectionLimit();
     this.#limits.set(origin, limit);
-    limit.lower(others, nowMs);
+    limit.lower(Math.max(1, moving), nowMs);
     return true;
+  }
+
+  #leave(segment: Segment): void {
+    if (!segment.isComplete) this.#queueAgain(segment);
+    segment.state = "left";
+    this.#abandoned.push(segment);
   }
 
   /** Leaves a range to its neighbour, or to the first connection that is free. */
   yieldSegment(segment: Segment): void {
-    if (this.giveBack(segment)) return;
+    if (!this.#wouldRepeat(segment) && this.giveBack(segment)) return;
+    this.#queueAgain(segment);
+  }
+
+  #queueAgain(segment: Segment): void {
     this.#queued.unshift(this.#make(segment.blob, [segment.at, segment.to]));
     // What a stream needs first comes first: whoever is far ahead of it waits for it.
     if (this.#horizon) this.#queued.sort(inOrder);
     segment.to = segment.at;
+  }
+
+  /** Whether something has come already of what lies between a range and its neighbour. */
+  #wouldRepeat(segment: Segment): boolean {
+    const { blob, at } = segment;
+    const from = this.#lastBefore(blob, at, segment)?.to ?? at;
+    return from < at && lengthOf(blob.missing([from, at])) < at - from;
   }
 }
 
@@ -7764,7 +7800,7 @@ class Transfer {
   readonly #stopping = new AbortController();
   readonly #room: EarlyRoom | undefined;
   readonly #running = new Set<Promise<void>>();
-  readonly #requests = new Map<Segment, AbortController>();
+  readonly #leaving = new Map<Segment, AbortController>();
   readonly #catchingUp = new Map<BlobState, Promise<void>>();
   readonly #crowded = new Set<string>(); // origins that were told of
   readonly #reset = new Set<BlobState>(); // blobs that came to nothing while others moved
@@ -7864,7 +7900,7 @@ class Transfer {
   #lookRound(): void {
     const nowMs = performance.now();
     this.#schedule.observe(nowMs, performance.eventLoopUtilization().active);
-    for (const segment of this.#schedule.takeAbandoned(nowMs)) this.#requests.get(segment)?.abort();
+    for (const segment of this.#schedule.takeAbandoned(nowMs)) this.#leaving.get(segment)?.abort();
     const registry = this.#schedule.registryToLookAt();
     if (registry) this.#lookAgain(registry);
 
@@ -7921,8 +7957,25 @@ class Transfer {
     this.#schedule.end(segment);
   }
 
-  /** Fetches a range to its end, however many answers that takes. */
-  #fetch(segment: Segment): Promise<void> {
+  /**
+   * Fetches a range to its end, however many answers that takes; or until another connection has
+   * taken it over, which ends a wait for the next attempt, too.
+   */
+  async #fetch(segment: Segment): Promise<void> {
+    const leaving = new AbortController();
+    this.#leaving.set(segment, leaving);
+    const signal = anySignal(this.signal, leaving.signal);
+    try {
+      await this.#fetchPatiently(segment, signal);
+    } catch (error) {
+      const isLeft = segment.isComplete && leaving.signal.aborted && !this.signal.aborted;
+      if (!isLeft) throw error;
+    } finally {
+      this.#leaving.delete(segment);
+    }
+  }
+
+  #fetchPatiently(segment: Segment, signal: AbortSignal): Promise<void> {
     let before = segment.at;
     // Getting on means more than a trickle: otherwise a server that sends a byte a time would be
     // asked for ever.
@@ -7934,37 +7987,34 @@ class Transfer {
     };
 
     const attempt = async () => {
-      while (!segment.isComplete) await this.#receiveOrYield(segment);
+      while (!segment.isComplete) await this.#receiveOrYield(segment, signal);
     };
-    return withRetries(this.#session, attempt, gotOn);
+    return withRetries({ ...this.#session, signal }, attempt, gotOn);
   }
 
   /**
    * A server that refuses one connection while others move gets fewer: that costs no attempt. When
    * it says to come back later, that is waited for all the same.
    */
-  async #receiveOrYield(segment: Segment): Promise<void> {
+  async #receiveOrYield(segment: Segment, signal: AbortSignal): Promise<void> {
     const { at } = segment;
-    const request = new AbortController();
-    this.#requests.set(segment, request);
     this.#schedule.asked(segment, performance.now());
     try {
-      await this.#receive(segment, anySignal(this.signal, request.signal));
+      await this.#receive(segment, signal);
     } catch (error) {
       if (segment.isComplete) return; // left to another meanwhile
       const isRefused = isPushback(error) && segment.at === at && !this.signal.aborted;
-      if (isRefused && (await this.#isExcused(segment, error))) return;
+      if (isRefused && (await this.#isExcused(segment, error, signal))) return;
       if (segment.at === at && (await this.#isOnlyTheRange(segment, error))) return;
       const { registry, descriptor, source } = segment.blob;
       if (source || !registry.canAskElsewhere(descriptor.digest, error)) throw error;
     } finally {
-      this.#requests.delete(segment);
       this.#schedule.paused(segment);
     }
   }
 
   /** Whether others move, so that this is no failure. */
-  async #isExcused(segment: Segment, error: ImgpullError): Promise<boolean> {
+  async #isExcused(segment: Segment, error: ImgpullError, signal: AbortSignal): Promise<boolean> {
     const { retryAfterMs = 0 } = error;
     if (retryAfterMs > LIMITS.retryAfterMs) return false;
     if (!this.#schedule.crowded(segment, performance.now())) return false;
@@ -7972,7 +8022,7 @@ class Transfer {
     if (isRefusal(error)) this.#tellOfCrowd(segment.blob.registry);
     else this.#reset.add(segment.blob);
     this.#schedule.paused(segment);
-    if (retryAfterMs > 0) await this.#session.clock.sleep(retryAfterMs, this.signal).catch(ignore);
+    if (retryAfterMs > 0) await this.#session.clock.sleep(retryAfterMs, signal).catch(ignore);
     else this.#schedule.yieldSegment(segment);
     return true;
   }

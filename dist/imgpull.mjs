@@ -3699,7 +3699,7 @@ var Schedule = class {
 		if (parts.size === 0) this.#parts.delete(segment.blob)
 	}
 	next() {
-		if (this.#active.size >= this.#pace.wanted) return void 0
+		if (this.#connectionsInUse() >= this.#pace.wanted) return void 0
 		const segment = this.#horizon ? this.#nextInOrder() : (this.#takeQueued() ?? this.#cut())
 		if (!segment) return void 0
 		this.#active.add(segment)
@@ -3780,7 +3780,8 @@ var Schedule = class {
 		return Math.ceil(Math.max(TUNING.splitBytes, this.#pace.bytesPerMsEach * TUNING.worthMs))
 	}
 	#mayJoin(blob) {
-		const isUnderWay = [...this.#active].some(other => other.blob === blob)
+		const isMoving = other => other.blob === blob && !this.#isAhead(other)
+		const isUnderWay = [...this.#active].some(isMoving)
 		return !isUnderWay || blob.source !== void 0 || this.#maySplit(blob)
 	}
 	#maySplit(blob) {
@@ -3805,13 +3806,21 @@ var Schedule = class {
 		return this.#connectionsTo(origin) < limit
 	}
 	#connectionsTo(origin) {
-		return [...this.#active].filter(({blob}) => blob.registry.origin === origin).length
+		const isThere = ({blob, state}) => blob.registry.origin === origin && state !== "left"
+		return [...this.#active].filter(isThere).length
+	}
+	#connectionsInUse() {
+		return [...this.#active].filter(({state}) => state !== "left").length
+	}
+	#isAhead({place}) {
+		return this.#horizon !== void 0 && place >= this.#horizon()
 	}
 	asked(segment, nowMs) {
 		segment.state = "asked"
 		segment.askedAtMs = nowMs
 	}
 	answered(segment, answer) {
+		if (segment.state === "left") return
 		segment.state = "flowing"
 		if (!answer) return
 		const {waitMs, isRange, isMiss, isElsewhere} = answer
@@ -3871,7 +3880,7 @@ var Schedule = class {
 		})
 	}
 	registryToLookAt() {
-		if (this.#active.size >= this.#pace.wanted) return void 0
+		if (this.#connectionsInUse() >= this.#pace.wanted) return void 0
 		const isUnclear = segment => {
 			const {blob, isFlowing} = segment
 			const {registry, source} = blob
@@ -3893,7 +3902,7 @@ var Schedule = class {
 		const {blob} = segment
 		if (this.#mostUnanswered(blob) <= 1) this.#mannersOf(blob.registry).isWelcome = false
 		this.#waits.set(blob, NEVER)
-		if (this.giveBack(segment)) this.#abandoned.push(segment)
+		if (!this.#wouldRepeat(segment) && this.giveBack(segment)) this.#abandoned.push(segment)
 	}
 	#isLate({blob, at, askedAtMs, state}, nowMs) {
 		if (at === 0 || state !== "asked") return false
@@ -3941,19 +3950,35 @@ var Schedule = class {
 	}
 	crowded(segment, nowMs) {
 		const {origin} = segment.blob.registry
-		const isOther = other => other !== segment && other.state !== "waiting" && other.blob.registry.origin === origin
-		const others = [...this.#active].filter(isOther).length
-		if (others === 0) return false
+		const isOther = other => other !== segment && ["asked", "flowing"].includes(other.state)
+		const others = [...this.#active].filter(other => isOther(other) && other.blob.registry.origin === origin)
+		if (others.length === 0) return false
+		const moving = others.filter(other => !this.#isAhead(other)).length
+		const furthest = others.sort(inOrder).at(-1)
+		if (moving === 0 && furthest) this.#leave(furthest)
 		const limit = this.#limits.get(origin) ?? new ConnectionLimit()
 		this.#limits.set(origin, limit)
-		limit.lower(others, nowMs)
+		limit.lower(Math.max(1, moving), nowMs)
 		return true
 	}
+	#leave(segment) {
+		if (!segment.isComplete) this.#queueAgain(segment)
+		segment.state = "left"
+		this.#abandoned.push(segment)
+	}
 	yieldSegment(segment) {
-		if (this.giveBack(segment)) return
+		if (!this.#wouldRepeat(segment) && this.giveBack(segment)) return
+		this.#queueAgain(segment)
+	}
+	#queueAgain(segment) {
 		this.#queued.unshift(this.#make(segment.blob, [segment.at, segment.to]))
 		if (this.#horizon) this.#queued.sort(inOrder)
 		segment.to = segment.at
+	}
+	#wouldRepeat(segment) {
+		const {blob, at} = segment
+		const from = this.#lastBefore(blob, at, segment)?.to ?? at
+		return from < at && lengthOf(blob.missing([from, at])) < at - from
 	}
 }
 var ConnectionLimit = class {
@@ -4472,7 +4497,7 @@ var Transfer = class {
 	#stopping = new AbortController()
 	#room
 	#running = /* @__PURE__ */ new Set()
-	#requests = /* @__PURE__ */ new Map()
+	#leaving = /* @__PURE__ */ new Map()
 	#catchingUp = /* @__PURE__ */ new Map()
 	#crowded = /* @__PURE__ */ new Set()
 	#reset = /* @__PURE__ */ new Set()
@@ -4553,7 +4578,7 @@ var Transfer = class {
 	#lookRound() {
 		const nowMs = performance.now()
 		this.#schedule.observe(nowMs, performance.eventLoopUtilization().active)
-		for (const segment of this.#schedule.takeAbandoned(nowMs)) this.#requests.get(segment)?.abort()
+		for (const segment of this.#schedule.takeAbandoned(nowMs)) this.#leaving.get(segment)?.abort()
 		const registry = this.#schedule.registryToLookAt()
 		if (registry) this.#lookAgain(registry)
 		for (let next = this.#schedule.next(); next; next = this.#schedule.next()) this.#start(next)
@@ -4597,7 +4622,20 @@ var Transfer = class {
 		if (this.#schedule.isLast(segment)) await this.#finishBlob(segment.blob)
 		this.#schedule.end(segment)
 	}
-	#fetch(segment) {
+	async #fetch(segment) {
+		const leaving = new AbortController()
+		this.#leaving.set(segment, leaving)
+		const signal = anySignal(this.signal, leaving.signal)
+		try {
+			await this.#fetchPatiently(segment, signal)
+		} catch (error) {
+			const isLeft = segment.isComplete && leaving.signal.aborted && !this.signal.aborted
+			if (!isLeft) throw error
+		} finally {
+			this.#leaving.delete(segment)
+		}
+	}
+	#fetchPatiently(segment, signal) {
 		let before = segment.at
 		const gotOn = () => {
 			const enough = Math.min(TUNING.batchBytes, Math.ceil(segment.blob.descriptor.size / 64))
@@ -4606,37 +4644,34 @@ var Transfer = class {
 			return isEnough
 		}
 		const attempt = async () => {
-			while (!segment.isComplete) await this.#receiveOrYield(segment)
+			while (!segment.isComplete) await this.#receiveOrYield(segment, signal)
 		}
-		return withRetries(this.#session, attempt, gotOn)
+		return withRetries({...this.#session, signal}, attempt, gotOn)
 	}
-	async #receiveOrYield(segment) {
+	async #receiveOrYield(segment, signal) {
 		const {at} = segment
-		const request = new AbortController()
-		this.#requests.set(segment, request)
 		this.#schedule.asked(segment, performance.now())
 		try {
-			await this.#receive(segment, anySignal(this.signal, request.signal))
+			await this.#receive(segment, signal)
 		} catch (error) {
 			if (segment.isComplete) return
 			const isRefused = isPushback(error) && segment.at === at && !this.signal.aborted
-			if (isRefused && (await this.#isExcused(segment, error))) return
+			if (isRefused && (await this.#isExcused(segment, error, signal))) return
 			if (segment.at === at && (await this.#isOnlyTheRange(segment, error))) return
 			const {registry, descriptor, source} = segment.blob
 			if (source || !registry.canAskElsewhere(descriptor.digest, error)) throw error
 		} finally {
-			this.#requests.delete(segment)
 			this.#schedule.paused(segment)
 		}
 	}
-	async #isExcused(segment, error) {
+	async #isExcused(segment, error, signal) {
 		const {retryAfterMs = 0} = error
 		if (retryAfterMs > LIMITS.retryAfterMs) return false
 		if (!this.#schedule.crowded(segment, performance.now())) return false
 		if (isRefusal(error)) this.#tellOfCrowd(segment.blob.registry)
 		else this.#reset.add(segment.blob)
 		this.#schedule.paused(segment)
-		if (retryAfterMs > 0) await this.#session.clock.sleep(retryAfterMs, this.signal).catch(ignore)
+		if (retryAfterMs > 0) await this.#session.clock.sleep(retryAfterMs, signal).catch(ignore)
 		else this.#schedule.yieldSegment(segment)
 		return true
 	}

@@ -366,6 +366,48 @@ test("what a stream needs first is asked for first again, whatever else was refu
   assert.equal(schedule.next()?.blob, blobs[1]);
 });
 
+test("who waits for a stream's reader makes room for what the reader waits for", () => {
+  const registry = { acceptsRanges: true, origin: "http://registry" } as unknown as Registry;
+  const [near, far] = [10 * MB, 64 * MB].map((size, at): Blob => {
+    const digest = `sha256:${String(at).padStart(64, "0")}`;
+    return new BlobState({ mediaType: "", digest, size }, registry, at * 10 * MB, []);
+  }) as [Blob, Blob];
+  const schedule = new Schedule({ most: 2, horizon: () => 32 * MB });
+  schedule.add([near, far]);
+  const [first, second] = [schedule.next(), schedule.next()] as [Segment, Segment];
+  for (const segment of [first, second]) schedule.asked(segment, 0);
+  schedule.answered(second, { waitMs: 1, isRange: false, isMiss: false, isElsewhere: false });
+  schedule.advance(second, 25 * MB, 64 * MB); // beyond the horizon: it waits for the first one now
+
+  assert.ok(schedule.crowded(first, 0));
+  assert.deepEqual(schedule.takeAbandoned(0), [second]);
+  schedule.yieldSegment(first);
+  schedule.end(first);
+  assert.equal(schedule.next()?.blob, near, "while the other's bytes still wait for the reader");
+  schedule.end(second);
+  assert.deepEqual(schedule.isOver, false, "the rest of it is to come");
+});
+
+test("a range that is given back takes nothing along that has come already", () => {
+  const registry = { acceptsRanges: true, origin: "http://registry" } as unknown as Registry;
+  const digest = `sha256:${"0".repeat(64)}`;
+  const blob = new BlobState({ mediaType: "", digest, size: 64 * MB }, registry, 0, []);
+  blob.resume([[8 * MB, 14 * MB]]);
+  const schedule = new Schedule({ most: 16 });
+  schedule.add([blob]);
+  const first = schedule.next() as Segment;
+  schedule.asked(first, 0);
+  schedule.answered(first, { waitMs: 1, isRange: true, isMiss: false, isElsewhere: false });
+  const second = schedule.next() as Segment;
+  assert.deepEqual([first.to, second.at, second.to], [8 * MB, 14 * MB, 64 * MB]);
+
+  schedule.yieldSegment(second);
+  schedule.end(second);
+  assert.equal(first.to, 8 * MB);
+  const again = schedule.next() as Segment;
+  assert.deepEqual([again.at, again.to], [14 * MB, 64 * MB]);
+});
+
 // ====== Caches between us and the registry ======
 
 const CACHE_WORDS: [says: string, headers: Record<string, string>, isMiss: boolean][] = [

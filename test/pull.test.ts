@@ -625,6 +625,27 @@ test("ranges that nobody answers are taken back by the connection before them, b
   await assertRight(t, served, SEVERAL_MIB);
 });
 
+for (const [name, fault] of Object.entries({
+  "is to come back later": { status: 429, headers: { "Retry-After": "100" } },
+  "is to be tried again": { status: 408 },
+} as Record<string, Fault>)) {
+  test(`a range that ${name} holds nobody up whose bytes have come by then`, {
+    timeout: 30_000,
+  }, async (t) => {
+    const served = await serve(t, SEVERAL_MIB);
+    const [{ digest }] = layersOf(childOf(SEVERAL_MIB));
+    const { registry } = served;
+    makeSlow(registry, digest);
+    const rule = registry.on({ digest, ranged: true }, fault);
+    const onSleep = async (_ms: number, signal: AbortSignal) => {
+      if (!signal.aborted) await once(signal, "abort");
+    };
+    await pull(served.reference, served.dest, { onSleep });
+    assert.ok(rule.hits > 0, "ranges were tried");
+    await assertRight(t, served, SEVERAL_MIB);
+  });
+}
+
 for (const concurrency of [1, 2, 3]) {
   test(`no more than ${concurrency} at once where the user says so`, async (t) => {
     const served = await serve(t, SEVERAL_MIB);

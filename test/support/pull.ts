@@ -80,7 +80,7 @@ export interface PullOptions extends Partial<Omit<PullerOpts, "url">> {
   isAll?: boolean;
   several?: readonly { os: string; architecture: string }[];
   /** Called at each wait before another attempt; the wait lasts until what it returns settles. */
-  onSleep?: (milliseconds: number) => unknown;
+  onSleep?: (milliseconds: number, signal: AbortSignal) => unknown;
 }
 
 /** What a pull said and did besides its result, as far as it got. */
@@ -114,9 +114,9 @@ async function run({ reference, name, dest }: Job, options: PullOptions, talk: T
   const clock = {
     now,
     random: () => 1,
-    sleep: async (milliseconds: number) => {
+    sleep: async (milliseconds: number, signal: AbortSignal) => {
       talk.waitsMs.push(milliseconds);
-      await onSleep?.(milliseconds);
+      await onSleep?.(milliseconds, signal);
     },
   };
   const onWarning = (message: string): void => {
