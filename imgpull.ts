@@ -13738,10 +13738,7 @@ async function readImageList(
   const isStdin = from === "-";
   const content = isStdin ? await readStdin(io, signal) : await fs.readFile(from).catch(refuse);
   const { references, format, unread } = parseImageList(content);
-  if (format === "lines") {
-    checkListed(references, from);
-    return references;
-  }
+  if (format === "lines") return references;
 
   if (references.length === 0) usage(`--from ${from}: there is no image: value in it`);
   const count = counted(references.length, "different image");
@@ -13750,18 +13747,6 @@ async function readImageList(
     `${from}: ${count} in image: values${others}; images named elsewhere are not seen (arguments, custom resources)`,
   );
   return references;
-}
-
-/** A bad line is told with its list, which may be one of several hundred. */
-function checkListed(references: readonly string[], from: string): void {
-  for (const reference of references) {
-    try {
-      parseReference(reference);
-    } catch (error) {
-      if (!(error instanceof ImgpullError)) throw error;
-      fail(error.code, `--from ${from}: ${error.message}`, { cause: error });
-    }
-  }
 }
 
 /**

@@ -8595,25 +8595,12 @@ async function readImageList(io, from, say, signal) {
 	const isStdin = from === "-"
 	const content = isStdin ? await readStdin(io, signal) : await import_node_fs.promises.readFile(from).catch(refuse)
 	const {references, format, unread} = parseImageList(content)
-	if (format === "lines") {
-		checkListed(references, from)
-		return references
-	}
+	if (format === "lines") return references
 	if (references.length === 0) usage(`--from ${from}: there is no image: value in it`)
 	const count = counted(references.length, "different image")
 	const others = unread === 0 ? "" : `, ${counted(unread, "more value")} could not be read`
 	say(`${from}: ${count} in image: values${others}; images named elsewhere are not seen (arguments, custom resources)`)
 	return references
-}
-function checkListed(references, from) {
-	for (const reference of references) {
-		try {
-			parseReference(reference)
-		} catch (error) {
-			if (!(error instanceof ImgpullError)) throw error
-			fail(error.code, `--from ${from}: ${error.message}`, {cause: error})
-		}
-	}
 }
 function showCommand({stdout}, {options, ...rest}) {
 	const images = rest.images.map(withoutUser)

@@ -528,14 +528,6 @@ test("a password that is typed is asked for, and not shown", {
   for (const form of secretForms()) assert.ok(!shown.includes(form));
 });
 
-test("a bad line of a list is told with the list's name", async (t) => {
-  const cwd = temporaryFolder(t);
-  writeFileSync(join(cwd, "bad.txt"), "alpine:3\nbusybox 1.37 foo\n");
-  const { exitCode, stderr } = await runCommand(["--from", "bad.txt", "a.tar"], { cwd });
-  assert.equal(exitCode, 2);
-  assert.match(stderr, /^imgpull: --from bad\.txt: bad image reference "busybox 1\.37 foo"/);
-});
-
 // ====== The examples of the description ======
 
 interface Example {
