@@ -148,7 +148,11 @@ function plantFaults(random: Random, registry: Registry, content: TestContent): 
     const matcher: Matcher = { kind: random.pick(KINDS), skip: random.integer(0, 3) };
     if (random.chance(0.7)) matcher.times = random.integer(1, 4);
     if (random.chance(0.3)) matcher.ranged = random.chance(0.5);
-    registry.on(matcher, anyFault(random, random.pick(blobs)));
+    const fault = anyFault(random, random.pick(blobs));
+    // A tag may well lead to another manifest: nobody could tell that from a fault.
+    const isManifest = matcher.kind === "manifest" && fault.body !== undefined;
+    if (isManifest) matcher.where = ({ reference }) => reference.startsWith("sha256:");
+    registry.on(matcher, fault);
   }
 }
 
