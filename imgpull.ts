@@ -6591,7 +6591,8 @@ class Schedule {
 
     const { blob } = queued;
     const unit = this.#knownUnit(blob);
-    if (blob.registry.acceptsRanges && queued.remainingBytes > 1.5 * unit) {
+    const isShared = blob.registry.acceptsRanges && this.#mostUnanswered(blob) > 0;
+    if (isShared && queued.remainingBytes > 1.5 * unit) {
       const first = this.#make(blob, [queued.at, queued.at + unit]);
       queued.at = first.to;
       return first;

@@ -3718,7 +3718,8 @@ var Schedule = class {
 		if (!queued) return void 0
 		const {blob} = queued
 		const unit = this.#knownUnit(blob)
-		if (blob.registry.acceptsRanges && queued.remainingBytes > 1.5 * unit) {
+		const isShared = blob.registry.acceptsRanges && this.#mostUnanswered(blob) > 0
+		if (isShared && queued.remainingBytes > 1.5 * unit) {
 			const first = this.#make(blob, [queued.at, queued.at + unit])
 			queued.at = first.to
 			return first
