@@ -5960,11 +5960,17 @@ const lengthOf = (ranges: Ranges): number => sumOf(ranges, ([from, to]) => to - 
 function addRange(ranges: Ranges, [from, to]: Range): Ranges {
   const before: Range[] = [];
   const behind: Range[] = [];
-  let [start, end] = [from, to];
+  let start = from;
+  let end = to;
   for (const range of ranges) {
-    if (range[1] < from) before.push(range);
-    else if (range[0] > to) behind.push(range);
-    else [start, end] = [Math.min(start, range[0]), Math.max(end, range[1])];
+    if (range[1] < from) {
+      before.push(range);
+    } else if (range[0] > to) {
+      behind.push(range);
+    } else {
+      start = Math.min(start, range[0]);
+      end = Math.max(end, range[1]);
+    }
   }
   return [...before, [start, end], ...behind];
 }

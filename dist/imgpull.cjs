@@ -3332,11 +3332,17 @@ var lengthOf = ranges => sumOf(ranges, ([from, to]) => to - from)
 function addRange(ranges, [from, to]) {
 	const before = []
 	const behind = []
-	let [start, end] = [from, to]
+	let start = from
+	let end = to
 	for (const range of ranges) {
-		if (range[1] < from) before.push(range)
-		else if (range[0] > to) behind.push(range)
-		else [start, end] = [Math.min(start, range[0]), Math.max(end, range[1])]
+		if (range[1] < from) {
+			before.push(range)
+		} else if (range[0] > to) {
+			behind.push(range)
+		} else {
+			start = Math.min(start, range[0])
+			end = Math.max(end, range[1])
+		}
 	}
 	return [...before, [start, end], ...behind]
 }
