@@ -2656,7 +2656,8 @@ interface Challenge {
 
 /**
  * Every challenge of every header line: commas separate both parameters and challenges, and may be
- * inside quotes. Semicolons, colons and single quotes are nobody's grammar, and are met all the same.
+ * inside quotes. Semicolons, colons and single quotes are nobody's grammar, and are met all the
+ * same.
  */
 function parseChallenges(lines: readonly string[]): Challenge[] {
   const challenges: Challenge[] = [];
@@ -6007,7 +6008,9 @@ const nothingOf = (digest: string) => ({
   reusedBytes: 0, // from a tar at hand, or from DEST
 });
 
-/** Memory for bytes that came before their turn to be hashed; a piece has its cost, however small. */
+/**
+ * Memory for bytes that came before their turn to be hashed; a piece has its cost, however small.
+ */
 class EarlyRoom {
   #leftBytes: number = TUNING.earlyBytes;
 
@@ -11145,7 +11148,8 @@ const isEndless = (unpackedBytes: number, packedBytes: number): boolean =>
 
 /**
  * What a look at a whole tar may cost: twice the bytes that one file could come to which is as long
- * as the tar, so that the file is named where it is only one. All that is hashed and compared counts, of all its files, holes and layers.
+ * as the tar, so that the file is named where it is only one. All that is hashed and compared
+ * counts, of all its files, holes and layers.
  */
 class LookBudget {
   readonly #readBytes: () => number;
