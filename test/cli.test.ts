@@ -4,6 +4,7 @@ import assert from "node:assert/strict";
 import { spawnSync } from "node:child_process";
 import { once } from "node:events";
 import { mkdirSync, readdirSync, readFileSync, symlinkSync, writeFileSync } from "node:fs";
+import { readFile } from "node:fs/promises";
 import { createServer } from "node:http";
 import type { AddressInfo } from "node:net";
 import { join } from "node:path";
@@ -502,6 +503,23 @@ test("SIGINT ends a command that waits for its stdin", async (t) => {
     const { exitCode, signal } = await result;
     assert.ok(exitCode === 130 || signal === "SIGINT", `${exitCode} ${signal}`);
   }
+});
+
+test("a pipe that nobody reads is told of, and then read all the same", async (t) => {
+  const registry = await serve(t);
+  const cwd = temporaryFolder(t);
+  const made = spawnSync("mkfifo", [join(cwd, "pipe")]);
+  if (made.status !== 0) return t.skip("mkfifo is not here");
+
+  let reading: Promise<Buffer> | undefined;
+  const onStderr = (text: string) => {
+    if (text.includes("pipe: waiting for somebody")) reading ??= readFile(join(cwd, "pipe"));
+  };
+  const words = [`${registry.host}/team/app:1.0`, "pipe", ...AMD64];
+  const { exitCode, stderr } = await runCommand(words, { cwd, onStderr, guardMs: 20_000 });
+  assert.equal(exitCode, 0, stderr);
+  assert.ok(reading, "it was told");
+  assert.ok(readTar(await reading).length > 0);
 });
 
 test("a password that is typed is asked for, and not shown", {
